@@ -1,0 +1,87 @@
+"""The ClientApp: Flower messages in and out of a `Site`; the same object in every transport.
+
+Sites are opened once per process and kept, so a round pays no import, no model load and no tokenisation.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from client.site import Site
+from shared.errors import ConfigError, SilotuneError
+from shared.messages import (
+    Refusal,
+    TrainReply,
+    pack_description,
+    pack_refusal,
+    pack_reply,
+    unpack_request,
+)
+from shared.privacy.randomness import SiteRandomness
+
+OpenSite = Callable[[Context], Site]
+
+
+def make_client_app(open_site: OpenSite) -> ClientApp:
+    """Return a ClientApp that answers with the site that `open_site` finds for a node."""
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        try:
+            return Message(pack_description(open_site(context).describe()), reply_to=message)
+        except SilotuneError as error:
+            refusal = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
+            return Message(pack_refusal(refusal), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        try:
+            request = unpack_request(message.content)
+            answer = open_site(context).answer(request)
+        except SilotuneError as error:
+            answer = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
+        content = pack_reply(answer) if isinstance(answer, TrainReply) else pack_refusal(answer)
+        return Message(content, reply_to=message)
+
+    return app
+
+
+def this_site(context: Context) -> Site:
+    """Return the site that this process stands for: the folder named by SILOTUNE_SITE_HOME."""
+    home = os.environ.get("SILOTUNE_SITE_HOME")
+    if not home:
+        raise ConfigError("set SILOTUNE_SITE_HOME to the site's folder (the one with site.toml).")
+    return _open(Path(home), None)
+
+
+def simulated_site(context: Context, *, sites: Path, injected_seed: str | None = None) -> Site:
+    """Return the site of a simulated node, told apart by its partition id.
+
+    Args:
+        context: Flower's context.
+        sites: folder with one `NAME/home/site.toml` per site; partition ids follow the order of names.
+        injected_seed: for tests only: reproducible randomness, which marks every release as not private.
+    """
+    return _open(site_homes(sites)[int(str(context.node_config["partition-id"]))], injected_seed)
+
+
+def site_homes(sites: Path) -> list[Path]:
+    """Return the homes of simulated sites in the order of their partition ids."""
+    return sorted(path.parent for path in sites.glob("*/home/site.toml"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _open(home: Path, injected_seed: str | None) -> Site:
+    if injected_seed is None:
+        return Site(home)
+    return Site(home, new_randomness=lambda: SiteRandomness.injected(f"{injected_seed}/{home.parent.name}"))
+
+
+app = make_client_app(this_site)

@@ -1,0 +1,275 @@
+"""One site: its own configuration, data, ledger and outbox in one folder, and the way from a request to a release.
+
+Guarantees (tests: tests/client/test_site.py)
+    * The ledger is charged, durably, before the first noisy step; a crash keeps the charge.
+    * A finished release is stored before it leaves. The same request again returns the same bytes and is not charged
+      again; a request that differs in any byte is a new release and is charged.
+    * No exception text that could hold data leaves the site: see `Site.answer`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import numpy as np
+import torch
+from pydantic import Field
+from safetensors.torch import load, save
+from torch import Tensor
+
+from client.ledger import Budget, Charge, Ledger
+from client.proof import prove_trainer
+from client.trainer import LocalRound, train_local_round
+from shared import adapters
+from shared.atomic import write_bytes
+from shared.batches import Example
+from shared.config import ComputeConfig, Job, Name, Section, load_toml, parse
+from shared.datasets import DataSource, read_records
+from shared.errors import AdapterError, BudgetExceeded, LedgerError, PolicyError, SilotuneError
+from shared.messages import Refusal, SiteDescription, TrainReply, TrainRequest
+from shared.privacy.plan import PrivacyPlan, declared_size
+from shared.privacy.randomness import SiteRandomness
+from shared.runtime import Runtime, load_runtime
+
+log = logging.getLogger("silotune.site")
+
+# Texts of these errors speak of the job or of public quantities only; all others stay at the site.
+_PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError)
+_KEPT_ROUNDS = 3
+
+
+class BudgetConfig(Section):
+    """The site's cap for one data set and unit."""
+
+    epsilon: float = Field(gt=0)
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+
+
+class SiteConfig(Section):
+    """`site.toml`: everything a site decides for itself."""
+
+    name: Name
+    dataset: Name
+    """Name under which the ledger keeps this data's budget. Adding records does not make a new data set."""
+    data: DataSource
+    budget: BudgetConfig
+    declared_records: int | None = Field(default=None, ge=1)
+    """The public size of the data set; None declares the largest power of two below the number of records."""
+    allow_non_private: bool = False
+    """Accept jobs that release unprotected updates. Only for public or synthetic data."""
+    compute: ComputeConfig = ComputeConfig()
+
+
+class Site:
+    """A site's folder, opened.
+
+    Attributes:
+        home: folder with `site.toml`, `ledger.db` and `rounds/`.
+        config: the parsed `site.toml`.
+    """
+
+    def __init__(self, home: Path, *, new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os) -> None:
+        self.home = home
+        self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))
+        self._new_randomness = new_randomness
+        self._records = read_records(self.config.data, base=home)
+        self._examples: dict[int, list[Example]] = {}
+        self._ledger: Ledger | None = None
+
+    @property
+    def declared_records(self) -> int:
+        """The public size of the data set."""
+        return self.config.declared_records or max(declared_size(len(self._records)), 1)
+
+    def ledger(self, unit: str = "record") -> Ledger:
+        """Return the site's ledger, opened and verified."""
+        if self._ledger is None:
+            budget = Budget(epsilon=self.config.budget.epsilon, delta=self.config.budget.delta)
+            self._ledger = Ledger(self.home / "ledger.db", dataset=self.config.dataset, unit=unit, budget=budget)
+        return self._ledger
+
+    def describe(self) -> SiteDescription:
+        """Return the public description of this site."""
+        return SiteDescription(
+            site=self.config.name, declared_records=self.declared_records, version=silotune_version()
+        )
+
+    def answer(self, request: TrainRequest) -> TrainReply | Refusal:
+        """Train one round, or refuse with a text that reveals nothing about the data."""
+        try:
+            return self.train(request)
+        except _PUBLIC_ERRORS as error:
+            log.warning("refused round %d: %s", request.round_number, error)
+            return Refusal(site=self.config.name, code=type(error).__name__, reason=str(error))
+        except SilotuneError as error:
+            log.error("round %d failed: %s", request.round_number, error)
+            return Refusal(site=self.config.name, code=type(error).__name__, reason="see the site's own log")
+        except Exception as error:  # its text may quote data
+            log.exception("round %d failed", request.round_number)
+            return Refusal(site=self.config.name, code=type(error).__name__, reason="see the site's own log")
+
+    def train(self, request: TrainRequest) -> TrainReply:
+        """Execute one round of a job.
+
+        Raises:
+            PolicyError: the site does not accept the job.
+            BudgetExceeded: the round does not fit into the site's budget; nothing was charged.
+            DataError, ModelError, AdapterError, PrivacyError, LedgerError: as their texts say.
+        """
+        job, round_number = request.job, request.round_number
+        # 1. What the site accepts at all.
+        self._check_policy(job, round_number)
+        plan = PrivacyPlan.from_job(job)
+        # 2. A release that was already made is sent again as it is.
+        request_sha256 = _sha256(job.sha256.encode(), str(round_number).encode(), request.adapter)
+        stored = self._stored_reply(job, round_number, request_sha256)
+        if stored is not None:
+            return stored
+        # 3. Model, data and global adapter, all checked before anything is charged.
+        runtime = self.prepare(job)
+        examples = self._examples[id(runtime)]
+        plan.check_records(len(examples))
+        start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+        # 4. Charge first.
+        reservation = None
+        if plan.private:
+            charge = Charge(
+                job_id=job.sha256,
+                round=round_number,
+                request_sha256=request_sha256,
+                mechanism=plan.mechanism(job.training.local_steps),
+            )
+            reservation = self.ledger(plan.unit).reserve(charge)
+        # 5. Train.
+        randomness = self._new_randomness()
+        result = train_local_round(
+            runtime,
+            examples,
+            start,
+            training=job.training,
+            plan=plan,
+            declared_records=self.declared_records,
+            randomness=randomness,
+            round_number=round_number,
+            optimizer_state=self._optimizer_state(job, round_number),
+        )
+        # 6. Store the release before it leaves, then close the charge.
+        reply = self._reply(job, plan, round_number, result, randomness)
+        self._store(job, round_number, request_sha256, reply, result.optimizer_state)
+        if reservation is not None:
+            self.ledger(plan.unit).commit(
+                reservation, executed_steps=result.executed_steps, release_sha256=_sha256(reply.update)
+            )
+        return reply
+
+    def prepare(self, job: Job) -> Runtime:
+        """Load and prove the model, encode and check the data, warm the cache; idempotent, releases nothing."""
+        runtime = load_runtime(job, self.config.compute)
+        if not runtime.proven:
+            prove_trainer(runtime)
+            runtime.proven = True
+        if id(runtime) not in self._examples:
+            examples = runtime.encode(self._records)
+            runtime.task.check_site(examples)
+            runtime.warm_cache(examples)
+            self._examples = {id(runtime): examples}
+        return runtime
+
+    def _check_policy(self, job: Job, round_number: int) -> None:
+        if job.privacy.mechanism == "none" and not self.config.allow_non_private:
+            raise PolicyError(
+                f"site {self.config.name} accepts only private jobs, but privacy.mechanism is 'none'. Use 'dp-sgd'."
+            )
+        if job.privacy.delta > self.config.budget.delta:
+            raise PolicyError(
+                f"the job's delta {job.privacy.delta:g} is weaker than this site's {self.config.budget.delta:g}; lower it."
+            )
+        if not 1 <= round_number <= job.training.rounds:
+            raise PolicyError(f"round {round_number} is outside the job's {job.training.rounds} rounds.")
+
+    def _reply(
+        self, job: Job, plan: PrivacyPlan, round_number: int, result: LocalRound, randomness: SiteRandomness
+    ) -> TrainReply:
+        salt = randomness.stream("salt", round_number=round_number, step=0).uint64(2).tobytes().hex()
+        return TrainReply(
+            site=self.config.name,
+            round_number=round_number,
+            job_sha256=job.sha256,
+            update=adapters.encode(result.delta, salt=salt),
+            declared_records=self.declared_records,
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            max_grad_norm=plan.max_grad_norm,
+            delta=plan.delta,
+            steps=result.executed_steps,
+            randomness=randomness.origin,
+            epsilon_budget=self.config.budget.epsilon if plan.private else 0.0,
+        )
+
+    def _round_file(self, job: Job, round_number: int) -> Path:
+        return self.home / "rounds" / job.sha256[:16] / f"round-{round_number:05d}.safetensors"
+
+    def _store(
+        self, job: Job, round_number: int, request_sha256: str, reply: TrainReply, state: Mapping[str, Tensor]
+    ) -> None:
+        update = torch.from_numpy(np.frombuffer(reply.update, dtype=np.uint8).copy())
+        header = json.dumps(asdict(replace(reply, update=b"")) | {"update": None})
+        metadata = {"request_sha256": request_sha256, "reply": header}
+        path = self._round_file(job, round_number)
+        write_bytes(path, save({"update": update, **{f"optimizer/{n}": t for n, t in state.items()}}, metadata))
+        for old in sorted(path.parent.glob("round-*.safetensors"))[:-_KEPT_ROUNDS]:
+            old.unlink(missing_ok=True)
+
+    def _stored_reply(self, job: Job, round_number: int, request_sha256: str) -> TrainReply | None:
+        path = self._round_file(job, round_number)
+        if not path.exists():
+            return None
+        metadata, tensors = _read_round(path)
+        if metadata.get("request_sha256") != request_sha256:
+            return None
+        fields = json.loads(metadata["reply"])
+        return TrainReply(**fields | {"update": tensors["update"].numpy().tobytes()})
+
+    def _optimizer_state(self, job: Job, round_number: int) -> dict[str, Tensor]:
+        """Return the moments after the latest earlier round of this job; post-processing of what was released."""
+        folder = self._round_file(job, round_number).parent
+        earlier = [p for p in sorted(folder.glob("round-*.safetensors")) if p < self._round_file(job, round_number)]
+        if not earlier:
+            return {}
+        _, tensors = _read_round(earlier[-1])
+        return {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
+
+
+def silotune_version() -> str:
+    """Return the installed version of Silotune."""
+    try:
+        return version("silotune")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def _read_round(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        return metadata, load(path.read_bytes())
+    except Exception as error:
+        raise LedgerError(
+            f"{path} cannot be read ({type(error).__name__}); it holds a release that was already charged. Restore it from "
+            "a backup, or remove it and accept a second charge for that round."
+        ) from None
+
+
+def _sha256(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""The ServerApp: one job, one run folder, one Grid; the same object in every transport."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+from flwr.serverapp.grid import Grid
+from torch import Tensor
+
+from server.checkpoint import Checkpoint
+from server.report import write_report
+from server.rounds import Coordinator, Observer, run_rounds
+from server.run_folder import RunFolder
+from shared.batches import Example
+from shared.config import ComputeConfig, Job
+from shared.messages import SiteDescription
+from shared.runtime import Runtime, load_runtime
+from shared.tasks import Record
+
+
+class SilentObserver:
+    """An observer that says nothing."""
+
+    def roster(self, sites: Sequence[SiteDescription]) -> None:
+        """See `server.rounds.Observer`."""
+
+    def site_done(self, round_number: int, site: str) -> None:
+        """See `server.rounds.Observer`."""
+
+    def round_done(self, checkpoint: Checkpoint) -> None:
+        """See `server.rounds.Observer`."""
+
+
+@dataclass
+class Run:
+    """One run as the coordinator sees it.
+
+    Attributes:
+        job: the job.
+        folder: where everything about the run is kept.
+        public_records: labelled public evaluation data.
+        compute: the coordinator's own speed settings.
+        details: further facts for `run.json` (mode, data set).
+        resume: continue a run that is there.
+        evaluate_every: rounds between evaluations.
+        stop_after: stop after this round; the run can be resumed.
+        report: write `report.html` at the end.
+        observer: is told about progress.
+    """
+
+    job: Job
+    folder: Path
+    public_records: Sequence[Record]
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    details: Mapping[str, Any] = field(default_factory=dict)
+    resume: bool = False
+    evaluate_every: int = 1
+    stop_after: int | None = None
+    report: bool = True
+    observer: Observer = field(default_factory=SilentObserver)
+    finished: Checkpoint | None = None
+
+
+def make_server_app(run: Run) -> ServerApp:
+    """Return a ServerApp that executes `run`; when it returns, `run.finished` holds the last checkpoint."""
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        execute(grid, run)
+
+    return app
+
+
+def execute(grid: Grid, run: Run) -> Checkpoint:
+    """Run the job's remaining rounds over `grid` and write everything that a finished run folder holds."""
+    with RunFolder(run.folder, run.job, resume=run.resume) as folder:
+        folder.write_run_info("running", run.details)
+        runtime = load_runtime(run.job, run.compute)
+        examples = runtime.encode(run.public_records)
+        runtime.warm_cache(examples)
+        checkpoint = folder.load_checkpoint()
+        if checkpoint is not None:
+            folder.save_checkpoint(checkpoint)
+        coordinator = _coordinator(run, folder, runtime, examples)
+        checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
+        folder.write_privacy(checkpoint)
+        runtime.load(checkpoint.adapter)
+        folder.write_result(checkpoint, runtime, runtime.evaluate(examples))
+        complete = checkpoint.round_number == run.job.training.rounds
+        folder.write_run_info("completed" if complete else "stopped", run.details)
+        if run.report:
+            write_report(run.folder)
+        run.finished = checkpoint
+        return checkpoint
+
+
+def _coordinator(run: Run, folder: RunFolder, runtime: Runtime, examples: Sequence[Example]) -> Coordinator:
+    exact = run.job.lora.train == "both"
+
+    def evaluate(adapter: dict[str, Tensor]) -> dict[str, float]:
+        runtime.load(adapter)
+        return runtime.evaluate(examples).metrics
+
+    return Coordinator(
+        job=run.job,
+        initial_adapter=runtime.initial_global(exact),
+        update_shapes={name: tensor.shape for name, tensor in runtime.initial.items()},
+        exact_scaling=runtime.model.scaling if exact else None,
+        evaluate=evaluate,
+        evaluate_every=run.evaluate_every,
+        save=folder.save_checkpoint,
+        observer=run.observer,
+    )

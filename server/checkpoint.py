@@ -1,0 +1,110 @@
+"""The run's durable state after a round, in one file that is replaced atomically.
+
+Guarantee: whatever moment a coordinator dies at, the file holds the state after some completed round, and a run that
+resumes from it gives the same adapter, bit for bit on CPU, as one that never stopped
+(tests/server/test_checkpoint.py, tests/integration/test_resume.py).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load, save
+from torch import Tensor
+
+from shared.atomic import write_bytes
+from shared.errors import RunError
+from shared.privacy.accounting import GaussianSteps
+from shared.privacy.statement import SiteRelease
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundRecord:
+    """One line of `metrics.jsonl`.
+
+    Attributes:
+        round: 0 is before training.
+        metrics: on public evaluation data; empty for rounds that were not evaluated.
+        epsilon_max: largest epsilon spent by a site so far; None if nothing private was released.
+        sites: sites whose update was aggregated.
+        failed: other sites that were asked, with the reason.
+        bytes_up, bytes_down: adapter bytes from and to all sites.
+        seconds: wall clock of the round; `seconds_evaluation` of it went into evaluation.
+    """
+
+    round: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    epsilon_max: float | None = None
+    sites: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    bytes_up: int = 0
+    bytes_down: int = 0
+    seconds: float = 0.0
+    seconds_evaluation: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """State after `round_number` completed rounds of the job with hash `job_sha256`."""
+
+    job_sha256: str
+    round_number: int
+    adapter: dict[str, Tensor]
+    server_state: dict[str, Tensor] = field(default_factory=dict)
+    releases: dict[str, SiteRelease] = field(default_factory=dict)
+    history: list[RoundRecord] = field(default_factory=list)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Replace `path`; see the module's guarantee.
+
+    Raises:
+        RunError: if it cannot be written; the earlier checkpoint is still there.
+    """
+    header = {
+        "job_sha256": checkpoint.job_sha256,
+        "round_number": checkpoint.round_number,
+        "releases": {name: asdict(release) for name, release in checkpoint.releases.items()},
+        "history": [asdict(record) for record in checkpoint.history],
+    }
+    tensors = {f"adapter/{name}": tensor.contiguous() for name, tensor in checkpoint.adapter.items()}
+    tensors |= {f"server/{name}": tensor.contiguous() for name, tensor in checkpoint.server_state.items()}
+    write_bytes(path, save(tensors, metadata={"checkpoint": json.dumps(header)}))
+
+
+def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
+    """Return the checkpoint at `path`, or None if there is none.
+
+    Raises:
+        RunError: if it is damaged or belongs to another job.
+    """
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            header: dict[str, Any] = json.loads((file.metadata() or {})["checkpoint"])
+        tensors = load(path.read_bytes())
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise RunError(f"the checkpoint {path} cannot be read ({type(error).__name__}); restore it from a backup or start a new run.") from None
+    if header["job_sha256"] != job_sha256:
+        raise RunError(
+            f"the run in {path.parent} was started with another configuration (job {header['job_sha256'][:12]}, now "
+            f"{job_sha256[:12]}). Resume with the job.json that lies there, or choose another run folder."
+        )
+    return Checkpoint(
+        job_sha256=job_sha256,
+        round_number=header["round_number"],
+        adapter={n.removeprefix("adapter/"): t for n, t in tensors.items() if n.startswith("adapter/")},
+        server_state={n.removeprefix("server/"): t for n, t in tensors.items() if n.startswith("server/")},
+        releases={name: _release(raw) for name, raw in header["releases"].items()},
+        history=[RoundRecord(**raw) for raw in header["history"]],
+    )
+
+
+def _release(raw: dict[str, Any]) -> SiteRelease:
+    events = tuple(GaussianSteps(**event) for event in raw["events"])
+    return SiteRelease(**raw | {"events": events, "rounds": tuple(raw["rounds"])})

@@ -1,0 +1,175 @@
+"""Numbers and names as people read them.
+
+An epsilon or a delta is never rounded down: what is printed is at least what was spent.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+
+NOT_RECORDED = "not recorded"
+
+# Metrics that are shares of one and read better in percent; the gap between two of them is in points.
+SHARES = frozenset(
+    {"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"}
+)
+LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+
+_TRAILING_NUMBER = re.compile(r"^(.*?)(\d{1,9})$", re.DOTALL)
+
+
+def _ceil(value: float, digits: int) -> float:
+    """Round up to `digits` decimals, forgiving float noise of 1e-6 units in the last place."""
+    scale = 10.0**digits
+    return math.ceil(value * scale - 1e-6) / scale
+
+
+def format_epsilon(value: float | None) -> str:
+    """Two decimals, two significant digits below 0.1; rounded up."""
+    if value is None:
+        return NOT_RECORDED
+    if math.isinf(value):
+        return "∞"
+    if value == 0 or value >= 0.1:
+        return f"{_ceil(value, 2):.2f}"
+    digits = 1 - math.floor(math.log10(value))
+    return f"{_ceil(value, digits):.{digits}f}"
+
+
+def format_budget(value: float | None) -> str:
+    """A budget as it was set: up to six significant digits, no trailing zeros."""
+    return NOT_RECORDED if value is None else f"{value:.6g}"
+
+
+def format_delta(value: float | None) -> str:
+    """Three significant digits, rounded up, exponent without padding (1e-5)."""
+    if value is None:
+        return NOT_RECORDED
+    if value <= 0:
+        return "0"
+    exponent = math.floor(math.log10(value))
+    mantissa = _ceil(value / 10.0**exponent, 2)
+    if mantissa >= 10:
+        mantissa, exponent = mantissa / 10, exponent + 1
+    return f"{mantissa:g}e{exponent}" if exponent < -3 else f"{mantissa * 10.0**exponent:.3g}"
+
+
+def format_number(value: float | None, digits: int = 4) -> str:
+    """`digits` significant digits; whole numbers with thousands separators."""
+    if value is None:
+        return NOT_RECORDED
+    if not math.isfinite(value):
+        return "not finite"
+    if float(value).is_integer() and abs(value) < 1e15:
+        return f"{int(value):,}"
+    return f"{value:.{digits}g}"
+
+
+def format_bytes(value: float | None) -> str:
+    """Decimal units, as network engineers count."""
+    if value is None:
+        return NOT_RECORDED
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def format_seconds(value: float | None) -> str:
+    if value is None:
+        return NOT_RECORDED
+    if value < 10:
+        return f"{value:.2g} s"
+    seconds = round(value)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def format_time(value: datetime | None) -> str:
+    if value is None:
+        return NOT_RECORDED
+    zone = value.tzname() or "time zone not recorded"
+    return f"{value:%Y-%m-%d %H:%M} {zone}"
+
+
+def metric_title(name: str) -> str:
+    """`macro_f1` -> `Macro f1`."""
+    return name.replace("_", " ").strip().capitalize() or "Metric"
+
+
+def format_metric(name: str, value: float | None) -> str:
+    if value is None:
+        return NOT_RECORDED
+    if not math.isfinite(value):
+        return "not finite"
+    if name in SHARES:
+        return f"{100 * value:.1f} %"
+    return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
+
+
+def format_gap(name: str, value: float | None, reference: float | None) -> str:
+    """`value` minus `reference`: percentage points for shares, the metric's own unit otherwise."""
+    if value is None or reference is None or not math.isfinite(value - reference):
+        return NOT_RECORDED
+    gap = value - reference
+    text = f"{100 * gap:+.1f} points" if name in SHARES else f"{gap:+.2f}"
+    if not any(digit in text for digit in "123456789"):
+        text = text.lstrip("+-")
+    return text.replace("-", "−")
+
+
+def interval_95(share: float, num_records: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share counted over `num_records` independent records."""
+    z = 1.959964
+    centre = (share + z * z / (2 * num_records)) / (1 + z * z / num_records)
+    spread = math.sqrt(share * (1 - share) / num_records + z * z / (4 * num_records**2))
+    half = z * spread / (1 + z * z / num_records)
+    return centre - half, centre + half
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts site-2 before site-10."""
+    parts = re.split(r"([0-9]{1,18})", name)
+    return tuple((0, int(part), "") if index % 2 else (1, 0, part) for index, part in enumerate(parts))
+
+
+def join_names(names: Iterable[str]) -> str:
+    """All names, runs of consecutive numbers shortened: `site-1 to site-8, site-12`."""
+    runs: list[list[str]] = []
+    previous: tuple[str, int] | None = None
+    for name in sorted(names, key=natural_key):
+        match = _TRAILING_NUMBER.match(name)
+        current = (match[1], int(match[2])) if match and not match[2].startswith("0") else None
+        if current and previous and current == (previous[0], previous[1] + 1):
+            runs[-1].append(name)
+        else:
+            runs.append([name])
+        previous = current
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 2 else ", ".join(run) for run in runs)
+
+
+def shorten(name: str, length: int) -> str:
+    """Cut the middle out of a long name: sites of one company differ at the end, companies at the start."""
+    if len(name) <= length:
+        return name
+    tail = (length - 1) // 2
+    return f"{name[: length - 1 - tail]}…{name[-tail:]}"
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which XML cannot carry and which can reorder text on screen."""
+    return "".join(
+        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
+    )
+
+
+def paragraphs(text: str) -> Sequence[str]:
+    """The paragraphs of a text, separated by blank lines."""
+    return [part.strip() for part in re.split(r"\n\s*\n", text.strip()) if part.strip()]

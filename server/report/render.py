@@ -1,0 +1,372 @@
+"""Turns a run folder into `report.html`.
+
+Formal guarantees:
+- Every text of the run folder is escaped; the page runs no script and loads nothing (test_report.py,
+  `test_names_are_escaped`, `test_page_is_self_contained`).
+- No epsilon is shown for a run that is not private, and none is shown as a guarantee where a site drew its
+  randomness from a test generator (`test_not_private_shows_no_epsilon`, `test_injected_randomness_warns`).
+- The file is there in full or not at all, and the same folder gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from server.report import formats, plots
+from server.report.run_data import Arm, RoundRecord, RunData, read_run
+from shared.atomic import write_bytes
+
+REPORT_NAME = "report.html"
+MAX_MATRIX_LABELS = 12
+MAX_COMPOSED_ROWS = 12
+MAX_PRINTED_STATEMENTS = 12
+_ARM_TITLES = {
+    "central-dp": "Central DP",
+    "central": "Central, not private",
+    "non-private": "Non-private",
+    "federated-non-private": "Federated, not private",
+    "local-only": "Local only",
+}
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into a run folder and return its path.
+
+    The run may still be going on; what is not there yet is shown as such.
+
+    Raises:
+        RunError: if a required file is missing or any file is malformed; an older report is left as it was.
+    """
+    data = read_run(run_dir)
+    html = _environment().get_template(REPORT_NAME).render(view=_view(data))
+    path = run_dir / REPORT_NAME
+    write_bytes(path, html.encode("utf-8", errors="replace"))
+    return path
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= {
+        "epsilon": formats.format_epsilon,
+        "budget": formats.format_budget,
+        "delta": formats.format_delta,
+        "number": formats.format_number,
+        "bytes": formats.format_bytes,
+        "seconds": formats.format_seconds,
+        "time": formats.format_time,
+        "recorded": lambda value: formats.NOT_RECORDED if value is None or value == "" else value,
+        "names": formats.join_names,
+        "name": formats.printable,
+        "paragraphs": formats.paragraphs,
+        "csp_hash": _csp_hash,
+    }
+    return environment
+
+
+def _csp_hash(style: str) -> Markup:
+    """The source expression under which a Content-Security-Policy admits exactly this style sheet."""
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    return Markup(f"'sha256-{digest}'")  # noqa: S704 - base64
+
+
+def _view(data: RunData) -> dict[str, Any]:
+    """Everything that the template shows, computed; the template holds words and order only."""
+    run, federated, metric = data.run, data.federated, data.primary_metric
+    titles = [_title(federated), *(_title(arm) for arm in data.baselines)]
+    injected = [site.site for site in federated.sites if site.randomness == "injected"]
+    rounds = federated.rounds
+    job_name = federated.job.get("name")
+    return {
+        "name": formats.printable(
+            run.name or (job_name if isinstance(job_name, str) else "") or "Run without a name"
+        ),
+        "run": run,
+        "complete": data.complete,
+        "private": federated.private,
+        "void": federated.private and bool(injected),
+        "injected": injected if federated.private else [],
+        "over_budget": [site.site for site in federated.sites if federated.private and site.over_budget],
+        "job_sha256_matches": data.job_sha256_matches,
+        "metric": metric,
+        "metric_title": formats.metric_title(metric),
+        "higher_is_better": data.higher_is_better,
+        "value": formats.format_metric(metric, federated.final(metric)),
+        "interval": _interval(metric, federated, run.dataset.test_records),
+        "comparison": [
+            _comparison_row(data, title, arm) for title, arm in zip(titles, _arms(data), strict=True)
+        ],
+        "epsilon": federated.epsilon,
+        "budget": _budget(federated),
+        "delta": _delta(federated),
+        "same_delta": len({site.delta for site in federated.sites}) == 1,
+        "unit": _unit(federated),
+        "rounds_done": federated.rounds_done,
+        "rounds_planned": federated.rounds_planned,
+        "num_sites": len(data.site_names),
+        "num_failures": sum(len(record.failed) for record in rounds),
+        "bytes_up": _total(rounds, "bytes_up"),
+        "bytes_down": _total(rounds, "bytes_down"),
+        "statement": data.statement,
+        "composed": _composed(data),
+        "figures": _figures(data, titles),
+        "evaluation": federated.evaluation,
+        "confusion": _confusion(federated),
+        "max_matrix_labels": MAX_MATRIX_LABELS,
+        "max_printed_statements": MAX_PRINTED_STATEMENTS,
+        "sites": sorted(federated.sites, key=lambda site: formats.natural_key(site.site)),
+        "rounds": [_round_row(record, metric, data.site_names) for record in rounds],
+        "show_loss": metric != "loss" and any(record.metric("loss") is not None for record in rounds),
+        "settings": _settings(federated),
+        "adapter": data.adapter,
+    }
+
+
+def _arms(data: RunData) -> tuple[Arm, ...]:
+    return (data.federated, *data.baselines)
+
+
+def _title(arm: Arm) -> str:
+    if arm.name == "federated":
+        return "Federated DP" if arm.private else "Federated, not private"
+    known = _ARM_TITLES.get(arm.name)
+    return (
+        known
+        or formats.printable(arm.name).replace("-", " ").replace("_", " ").strip().capitalize()
+        or "Baseline"
+    )
+
+
+def _budget(arm: Arm) -> float | None:
+    """The budget that the job asked for; without one, the largest of the sites' own."""
+    wanted = _job_privacy(arm).get("epsilon")
+    if isinstance(wanted, int | float) and not isinstance(wanted, bool):
+        return float(wanted)
+    return max((site.epsilon_budget for site in arm.sites if site.epsilon_budget is not None), default=None)
+
+
+def _delta(arm: Arm) -> float | None:
+    """The largest delta of any site; before there is one, the job's."""
+    deltas = [site.delta for site in arm.sites if site.delta is not None]
+    wanted = _job_privacy(arm).get("delta")
+    if not deltas and isinstance(wanted, float):
+        deltas = [wanted]
+    return max(deltas, default=None)
+
+
+def _unit(arm: Arm) -> str | None:
+    """The unit of privacy; every one, where sites differ."""
+    units = sorted({site.unit for site in arm.sites if site.unit is not None})
+    wanted = _job_privacy(arm).get("unit")
+    return ", ".join(units) or (wanted if isinstance(wanted, str) else None)
+
+
+def _job_privacy(arm: Arm) -> Mapping[str, Any]:
+    privacy: Mapping[str, Any] = arm.job["privacy"]
+    return privacy
+
+
+def _total(rounds: Sequence[RoundRecord], key: str) -> int | None:
+    values = [value for record in rounds if (value := getattr(record, key)) is not None]
+    return sum(values) if values else None
+
+
+def _interval(metric: str, arm: Arm, num_records: int | None) -> str | None:
+    """The 95 % interval of the final accuracy; other metrics are not shares of counted records."""
+    value = arm.final(metric)
+    if metric != "accuracy" or value is None or not 0 <= value <= 1 or not num_records:
+        return None
+    low, high = formats.interval_95(value, num_records)
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
+
+
+def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
+    metric = data.primary_metric
+    own, theirs = data.federated.final(metric), arm.final(metric)
+    gap = own - theirs if own is not None and theirs is not None else math.nan
+    if not data.higher_is_better:
+        gap = -gap
+    verdict = "" if math.isnan(gap) or gap == 0 else ("better" if gap > 0 else "worse")
+    return {
+        "title": title,
+        "title_in_text": title[:1].lower() + title[1:],
+        "is_run": arm is data.federated,
+        "private": arm.private,
+        "value": formats.format_metric(metric, theirs),
+        "interval": _interval(metric, arm, data.run.dataset.test_records),
+        "gap": formats.format_gap(metric, own, theirs),
+        "verdict": verdict,
+        "epsilon": arm.epsilon,
+        "void": arm.private and any(site.randomness == "injected" for site in arm.sites),
+        "rounds_done": arm.rounds_done,
+        "rounds_planned": arm.rounds_planned,
+    }
+
+
+def _composed(data: RunData) -> list[Any]:
+    """Epsilon by the number of sites that hold the same person; a long list is thinned, ends kept."""
+    rows = (
+        sorted(data.statement.up_to_m_sites, key=lambda row: row.sites) if data.statement is not None else []
+    )
+    if len(rows) <= MAX_COMPOSED_ROWS:
+        return rows
+    wanted = {1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 200, 500, rows[0].sites, rows[-1].sites}
+    return [row for row in rows if row.sites in wanted]
+
+
+def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
+    """All figures that have something to show, each with a description in words."""
+    federated, metric = data.federated, data.primary_metric
+    figures: dict[str, Any] = {"rounds": None, "spent": None, "sites": [], "traffic": None}
+    name = formats.metric_title(metric)
+    finals = "; ".join(
+        f"{title} {formats.format_metric(metric, arm.final(metric))}"
+        for title, arm in zip(titles, _arms(data), strict=True)
+    )
+    if any(record.metric(metric) is not None for record in federated.rounds):
+        figures["rounds"] = plots.metric_by_round(
+            metric=metric,
+            federated=federated,
+            baselines=data.baselines,
+            titles=titles,
+            alt=f"Line plot of {name} against the round. Final values: {finals}.",
+        )
+    if federated.private and any(record.epsilon_max is not None for record in federated.rounds):
+        figures["spent"] = plots.metric_by_epsilon(
+            metric=metric,
+            titles=titles,
+            arms=_arms(data),
+            budget=_budget(federated),
+            alt=f"Line plot of {name} against epsilon spent. Largest epsilon of a site so far: "
+            f"{formats.format_epsilon(federated.epsilon)}, "
+            f"budget {formats.format_budget(_budget(federated))}.",
+        )
+    if federated.private:
+        figures["sites"] = [
+            plots.site_spend(page, prefix=f"sites{number}", alt=_site_alt(page))
+            for number, page in enumerate(plots.site_pages(federated.sites))
+        ]
+    measured = [r for r in federated.rounds if r.bytes_up is not None or r.bytes_down is not None]
+    if measured:
+        up, down = (formats.format_bytes(_total(measured, key)) for key in ("bytes_up", "bytes_down"))
+        figures["traffic"] = plots.traffic(
+            measured,
+            alt=f"Bar plot of bytes in every round. In total {up} from the sites and {down} to the sites.",
+        )
+    return figures
+
+
+def _site_alt(sites: Sequence[Any]) -> str:
+    names = f"{sites[0].site} to {sites[-1].site}" if len(sites) > 1 else sites[0].site
+    shown = formats.printable(names)
+    return f"Bar plot of epsilon spent against the budget, {shown}. Every value is in the table below."
+
+
+def _confusion(arm: Arm) -> dict[str, Any] | None:
+    """Counts with the share of their row, and what they say about each label."""
+    evaluation = arm.evaluation
+    if evaluation is None or evaluation.confusion is None:
+        return None
+    counts = evaluation.confusion
+    labels = evaluation.labels or tuple(str(index) for index in range(len(counts)))
+    columns = [sum(row[index] for row in counts) for index in range(len(counts))]
+    rows = []
+    for index, (label, row) in enumerate(zip(labels, counts, strict=True)):
+        total = sum(row)
+        shares = [count / total if total else 0.0 for count in row]
+        others = sorted(
+            (-count, labels[other]) for other, count in enumerate(row) if other != index and count
+        )
+        rows.append(
+            {
+                "label": label,
+                "total": total,
+                "cells": [
+                    {"count": count, "percent": f"{100 * share:.0f} %", "shade": round(share * 9)}
+                    for count, share in zip(row, shares, strict=True)
+                ],
+                "recall": f"{100 * shares[index]:.1f} %" if total else "no records",
+                "precision": f"{100 * row[index] / columns[index]:.1f} %"
+                if columns[index]
+                else "never predicted",
+                "mistaken": f"{others[0][1]} ({-others[0][0]:,})" if others else "none",
+            }
+        )
+    return {"labels": labels, "rows": rows}
+
+
+def _round_row(record: RoundRecord, metric: str, all_sites: Sequence[str]) -> dict[str, Any]:
+    everyone = len(record.sites) > 1 and set(record.sites) == set(all_sites)
+    reasons: dict[str, list[str]] = {}
+    for site, reason in record.failed.items():
+        reasons.setdefault(reason or "no reason recorded", []).append(formats.printable(site))
+    return {
+        "round": record.round,
+        "value": formats.format_metric(metric, record.metric(metric)),
+        "loss": formats.format_metric("loss", record.metric("loss")),
+        "epsilon": record.epsilon_max,
+        "num_replied": len(record.sites),
+        "replied": "all" if everyone else formats.join_names(map(formats.printable, record.sites)),
+        "failed": [
+            {"sites": formats.join_names(sites), "reason": reason} for reason, sites in reasons.items()
+        ],
+        "bytes_up": record.bytes_up,
+        "bytes_down": record.bytes_down,
+        "seconds": record.seconds,
+    }
+
+
+@dataclass(frozen=True, kw_only=True)
+class SettingsSection:
+    name: str
+    rows: Sequence[tuple[str, str]]
+
+
+def _settings(arm: Arm) -> list[SettingsSection]:
+    """Every setting of the job, known or not; privacy settings only where a mechanism uses them."""
+    plain, sections = [], []
+    for name, value in arm.job.items():
+        if name == "privacy" and not arm.private:
+            sections.append(SettingsSection(name=name, rows=[("mechanism", "none")]))
+        elif isinstance(value, Mapping):
+            sections.append(SettingsSection(name=name, rows=list(_flat(value))))
+        else:
+            plain.append((name, _setting(value)))
+    return ([SettingsSection(name="job", rows=plain)] if plain else []) + sections
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    rows: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            rows.extend(_flat(value, f"{prefix}{key}."))
+        else:
+            rows.append((prefix + key, _setting(value)))
+    return rows
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return "not set"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(_setting(item) for item in value) or "empty"
+    if isinstance(value, float):
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value)

@@ -1,0 +1,391 @@
+"""Reads a run folder into frozen records.
+
+Every file is checked on reading; what a report relies on is required, everything else may be missing and is
+shown as not recorded. Keys that this version does not know are ignored. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from server.report.formats import LOWER_IS_BETTER, natural_key
+from shared.errors import RunError
+
+Positive = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0)]
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+
+class Machine(_Record):
+    system: str | None = None
+    cpu_count: int | None = None
+    device: str | None = None
+
+
+class Dataset(_Record):
+    name: str | None = None
+    train_records: Count | None = None
+    test_records: Count | None = None
+
+
+class RunRecord(_Record):
+    """`run.json`: what happened around the training."""
+
+    name: str | None = None
+    job_sha256: str | None = None
+    created: datetime | None = None
+    finished: datetime | None = None
+    status: Literal["running", "completed", "stopped"]
+    mode: str | None = None
+    seconds: Positive | None = None
+    peak_rss_mb: Positive | None = None
+    versions: dict[str, str | None] = {}
+    machine: Machine = Machine()
+    dataset: Dataset = Dataset()
+
+
+class RoundRecord(_Record):
+    """One line of `metrics.jsonl`; round 0 is the state before training."""
+
+    round: Count
+    metrics: dict[str, Any] = {}
+    epsilon_max: Positive | None = None
+    sites: tuple[str, ...] = ()
+    failed: dict[str, str | None] = {}
+    bytes_up: Count | None = None
+    bytes_down: Count | None = None
+    seconds: Positive | None = None
+
+    def metric(self, name: str) -> float | None:
+        return _number(self.metrics.get(name))
+
+
+class Evaluation(_Record):
+    """`evaluation.json`: the final model on the test set."""
+
+    primary_metric: str
+    higher_is_better: bool | None = None
+    metrics: dict[str, Any]
+    labels: tuple[str, ...] | None = None
+    confusion: tuple[tuple[Count, ...], ...] | None = None
+
+
+class SiteRecord(_Record):
+    """`sites/<name>/privacy.json`: what one site spent, in its own words."""
+
+    site: str
+    unit: str | None = None
+    relation: str | None = None
+    delta: Annotated[float, Field(ge=0, le=1)] | None = None
+    sample_rate: Annotated[float, Field(ge=0, le=1)] | None = None
+    noise_multiplier: Positive | None = None
+    max_grad_norm: Positive | None = None
+    steps_planned: Count | None = None
+    steps_executed: Count | None = None
+    epsilon_budget: Positive | None = None
+    epsilon_spent: Positive | None = None
+    epsilon_spent_prv: Positive | None = None
+    accountant: str | None = None
+    randomness: Literal["os", "injected"] | None = None
+    declared_records: Count | None = None
+    statement: str | None = None
+
+    @property
+    def over_budget(self) -> bool:
+        if self.epsilon_spent is None or self.epsilon_budget is None:
+            return False
+        return self.epsilon_spent > self.epsilon_budget * (1 + 1e-6)
+
+
+class ComposedEpsilon(_Record):
+    sites: Annotated[int, Field(ge=1)]
+    epsilon: Positive
+
+
+class Statement(_Record):
+    """`statement.json`: what the run as a whole promises, and what it does not."""
+
+    one_site: str | None = None
+    up_to_m_sites: tuple[ComposedEpsilon, ...] = ()
+    not_covered: tuple[str, ...] = ()
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One training: the federated run itself or a baseline beside it."""
+
+    name: str
+    job: Mapping[str, Any]
+    private: bool
+    rounds: tuple[RoundRecord, ...]
+    evaluation: Evaluation | None
+    sites: tuple[SiteRecord, ...]
+
+    @property
+    def rounds_planned(self) -> int:
+        """Rounds that the job asked for, at least those that were run."""
+        planned = _number(job_value(self.job, "training", "rounds"))
+        return max(int(planned) if planned is not None else 0, self.rounds_done)
+
+    @property
+    def rounds_done(self) -> int:
+        return self.rounds[-1].round if self.rounds else 0
+
+    @property
+    def epsilon(self) -> float | None:
+        """The largest epsilon that any site spent, or the last one of the round records."""
+        if not self.private:
+            return None
+        spent = [site.epsilon_spent for site in self.sites if site.epsilon_spent is not None]
+        recorded = [record.epsilon_max for record in self.rounds if record.epsilon_max is not None]
+        return max(spent or recorded[-1:], default=None)
+
+    def final(self, metric: str) -> float | None:
+        """The metric of the final model; before there is one, that of the last measured round."""
+        if self.evaluation is not None:
+            value = _number(self.evaluation.metrics.get(metric))
+            if value is not None:
+                return value
+        measured = [value for record in self.rounds if (value := record.metric(metric)) is not None]
+        return measured[-1] if measured else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunData:
+    run: RunRecord
+    federated: Arm
+    baselines: tuple[Arm, ...]
+    statement: Statement | None
+    adapter: tuple[AdapterFile, ...]
+    job_sha256_matches: bool | None
+    """Whether job.json is the job that run.json names; None if run.json names none."""
+
+    @property
+    def complete(self) -> bool:
+        return self.run.status == "completed"
+
+    @property
+    def primary_metric(self) -> str:
+        if self.federated.evaluation is not None:
+            return self.federated.evaluation.primary_metric
+        seen = {name for record in self.federated.rounds for name in record.metrics}
+        return next((name for name in ("accuracy", "perplexity", "macro_f1", "f1") if name in seen), "loss")
+
+    @property
+    def higher_is_better(self) -> bool:
+        evaluation = self.federated.evaluation
+        if evaluation is not None and evaluation.higher_is_better is not None:
+            return evaluation.higher_is_better
+        return self.primary_metric not in LOWER_IS_BETTER
+
+    @property
+    def site_names(self) -> tuple[str, ...]:
+        """Every site that is known to the run, in natural order."""
+        names = {site.site for site in self.federated.sites}
+        for record in self.federated.rounds:
+            names.update(record.sites, record.failed)
+        return tuple(sorted(names, key=natural_key))
+
+
+def read_run(run_dir: Path) -> RunData:
+    """Read and check a run folder.
+
+    Raises:
+        RunError: if a required file is missing or any file is malformed.
+    """
+    if not run_dir.is_dir():
+        raise RunError(
+            f"{run_dir} is not a folder; expected the folder of a run, with job.json and run.json in it. "
+            "Give the folder that the run printed when it started."
+        )
+    run = _parse(RunRecord, _read(run_dir / "run.json"), run_dir / "run.json")
+    complete = run.status == "completed"
+    federated = _read_arm(run_dir, name="federated", complete=complete)
+    statement_path = run_dir / "statement.json"
+    statement = None
+    if federated.private and (complete or statement_path.exists()):
+        statement = _parse(Statement, _read(statement_path), statement_path)
+    if federated.private and complete and not federated.sites:
+        raise RunError(
+            f"{run_dir / 'sites'} holds no privacy.json, but the job is private and completed; expected "
+            "one for every site. Without them no epsilon can be shown: copy the sites' records back and "
+            "write the report again."
+        )
+    return RunData(
+        run=run,
+        federated=federated,
+        baselines=tuple(
+            _read_arm(folder, name=folder.name, complete=False) for folder in _folders(run_dir / "baselines")
+        ),
+        statement=statement,
+        adapter=tuple(_adapter_files(run_dir / "adapter")),
+        job_sha256_matches=_job_matches(run_dir / "job.json", run.job_sha256),
+    )
+
+
+def job_value(job: Mapping[str, Any], section: str, key: str) -> Any:
+    """One setting of a job, None where the job does not have it."""
+    values = job.get(section)
+    return values.get(key) if isinstance(values, Mapping) else None
+
+
+def _read_arm(folder: Path, *, name: str, complete: bool) -> Arm:
+    """Read one training; a completed one must have its rounds and its evaluation."""
+    job = _read_job(folder / "job.json")
+    private = job["privacy"]["mechanism"] == "dp-sgd"
+    rounds = _read_rounds(folder / "metrics.jsonl", complete=complete)
+    path = folder / "evaluation.json"
+    evaluation = _read_evaluation(path) if complete or path.exists() else None
+    sites = tuple(
+        _read_site(site / "privacy.json", private=private)
+        for site in _folders(folder / "sites")
+        if complete or (site / "privacy.json").exists()
+    )
+    names = [site.site for site in sites]
+    for twice in {site for site in names if names.count(site) > 1}:
+        raise RunError(
+            f"two records under {folder / 'sites'} claim to be of site {twice!r}; expected one each. "
+            "Remove the one that does not belong to this run."
+        )
+    return Arm(name=name, job=job, private=private, rounds=rounds, evaluation=evaluation, sites=sites)
+
+
+def _read_job(path: Path) -> dict[str, Any]:
+    try:
+        job = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise _malformed(path, f"it is not JSON ({error})") from error
+    mechanism = job_value(job, "privacy", "mechanism") if isinstance(job, dict) else None
+    if mechanism not in ("dp-sgd", "none"):
+        raise _malformed(path, f"privacy.mechanism is {mechanism!r}, expected 'dp-sgd' or 'none'")
+    assert isinstance(job, dict)  # noqa: S101 - only a dict has a mechanism
+    return job
+
+
+def _read_rounds(path: Path, *, complete: bool) -> tuple[RoundRecord, ...]:
+    """Read the rounds in order; while a run is going on, a last line without its end is not there yet."""
+    if not complete and not path.exists():
+        return ()
+    text = _read(path)
+    lines = text.splitlines() if complete or text.endswith("\n") else text.splitlines()[:-1]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            records.append(_parse(RoundRecord, line, path, where=f"line {number}: "))
+    for earlier, later in pairwise(records):
+        if later.round <= earlier.round:
+            raise _malformed(
+                path, f"round {later.round} follows round {earlier.round}, expected rising rounds"
+            )
+    if complete and not records:
+        raise _malformed(path, "it has no round, expected one line for each")
+    return tuple(records)
+
+
+def _read_evaluation(path: Path) -> Evaluation:
+    evaluation = _parse(Evaluation, _read(path), path)
+    if _number(evaluation.metrics.get(evaluation.primary_metric)) is None:
+        raise _malformed(path, f"metrics has no number for the primary metric {evaluation.primary_metric!r}")
+    if evaluation.confusion is not None:
+        size = len(evaluation.labels) if evaluation.labels is not None else len(evaluation.confusion)
+        if len(evaluation.confusion) != size or any(len(row) != size for row in evaluation.confusion):
+            raise _malformed(
+                path, f"confusion is not a square of {size} rows and columns, one for each label"
+            )
+    return evaluation
+
+
+def _read_site(path: Path, *, private: bool) -> SiteRecord:
+    site = _parse(SiteRecord, _read(path), path)
+    if private:
+        for key in ("epsilon_spent", "delta", "randomness"):
+            if getattr(site, key) is None:
+                raise _malformed(path, f"{key} is missing, without which no privacy can be claimed")
+    return site
+
+
+RecordT = TypeVar("RecordT", bound=_Record)
+
+
+def _parse(kind: type[RecordT], text: str, path: Path, *, where: str = "") -> RecordT:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise _malformed(path, f"{where}{key + ': ' if key else ''}{first['msg']}") from error
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RunError(
+            f"{path} is missing; expected it in the folder of every run in this state. "
+            "Check that this is a run folder and that it was copied completely."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise _malformed(path, f"it cannot be read as UTF-8 text ({error})") from error
+
+
+def _malformed(path: Path, what: str) -> RunError:
+    return RunError(
+        f"{path} is malformed: {what}. Expected the file as the run wrote it; restore it from the original "
+        "run folder, then write the report again."
+    )
+
+
+def _folders(parent: Path) -> Sequence[Path]:
+    if not parent.is_dir():
+        return ()
+    return sorted(
+        (path for path in parent.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name)
+    )
+
+
+def _adapter_files(folder: Path) -> Sequence[AdapterFile]:
+    """Name, size and hash of every regular file; links are not followed out of the run folder."""
+    files = []
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
+        if not stat.S_ISREG(path.lstat().st_mode):
+            continue
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        name = path.relative_to(folder).as_posix()
+        files.append(AdapterFile(name=name, num_bytes=path.stat().st_size, sha256=digest))
+    return files
+
+
+def _job_matches(path: Path, expected: str | None) -> bool | None:
+    """Compare the hash of the job file, with or without its last line break, to the recorded one."""
+    if expected is None:
+        return None
+    data = path.read_bytes()
+    return expected.lower() in {hashlib.sha256(part).hexdigest() for part in (data, data.rstrip(b"\n"))}
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value)

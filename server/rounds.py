@@ -1,0 +1,324 @@
+"""The round loop, resumable, on Flower's public Grid; the same for simulation and for real sites.
+
+Reading order of one round: select, send, collect, check, aggregate, evaluate, checkpoint.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp.grid import Grid
+
+from server.checkpoint import Checkpoint, RoundRecord
+from server.strategies import aggregate
+from shared import adapters
+from shared.adapters import Shapes
+from shared.config import Job
+from shared.errors import AdapterError, RunError
+from shared.messages import (
+    DESCRIBE,
+    TRAIN,
+    Refusal,
+    SiteDescription,
+    TrainReply,
+    TrainRequest,
+    describe_request,
+    pack_request,
+    unpack_description,
+    unpack_reply,
+)
+from shared.privacy.accounting import GaussianSteps
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.statement import SiteRelease
+
+POLL_SECONDS = 0.1
+DESCRIBE_TIMEOUT_SECONDS = 120.0
+
+
+class Observer(Protocol):
+    """Told what happens; a live view, a log, or nothing."""
+
+    def roster(self, sites: Sequence[SiteDescription]) -> None:
+        """The sites that answered."""
+
+    def site_done(self, round_number: int, site: str) -> None:
+        """A site's reply arrived."""
+
+    def round_done(self, checkpoint: Checkpoint) -> None:
+        """A round is complete and durable."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinator:
+    """What the loop needs besides the Grid; storage and evaluation are injected.
+
+    Attributes:
+        job: the job.
+        initial_adapter: global adapter before round 1, from the job's public seed.
+        update_shapes: names and shapes that a site's update must have.
+        exact_scaling: alpha / rank if both LoRA factors are trained.
+        evaluate: metrics of an adapter on public data.
+        evaluate_every: evaluate after every so many rounds, and always after the last.
+        save: makes a checkpoint durable.
+        observer: is told about progress.
+    """
+
+    job: Job
+    initial_adapter: dict[str, adapters.Tensor]
+    update_shapes: Shapes
+    exact_scaling: float | None
+    evaluate: Callable[[dict[str, adapters.Tensor]], dict[str, float]]
+    evaluate_every: int
+    save: Callable[[Checkpoint], None]
+    observer: Observer
+
+
+def run_rounds(
+    grid: Grid, coordinator: Coordinator, resume_from: Checkpoint | None, *, stop_after: int | None = None
+) -> Checkpoint:
+    """Run the job's remaining rounds and return the last checkpoint.
+
+    Args:
+        grid: Flower's view of the connected nodes.
+        coordinator: job, evaluation, storage, observer.
+        resume_from: state to continue from, or None.
+        stop_after: stop after this round although the job has more; the run can be resumed.
+
+    Raises:
+        RunError: if fewer than `federation.min_sites` valid replies came.
+    """
+    job = coordinator.job
+    sites = find_sites(grid, job)
+    coordinator.observer.roster(list(sites.values()))
+    checkpoint = resume_from or _before_training(coordinator)
+    last = min(job.training.rounds, stop_after or job.training.rounds)
+    while checkpoint.round_number < last:
+        checkpoint = _run_round(grid, coordinator, sites, checkpoint)
+        coordinator.save(checkpoint)
+        coordinator.observer.round_done(checkpoint)
+    return checkpoint
+
+
+def find_sites(grid: Grid, job: Job) -> dict[int, SiteDescription]:
+    """Ask every connected node who it is; return node id -> description, ordered by site name.
+
+    Raises:
+        RunError: if fewer sites than `federation.min_sites` answer, or two nodes bear one name.
+    """
+    deadline = time.monotonic() + DESCRIBE_TIMEOUT_SECONDS
+    while len(nodes := sorted(grid.get_node_ids())) < job.federation.min_sites:
+        if time.monotonic() > deadline:
+            raise RunError(
+                f"{len(nodes)} nodes are connected, federation.min_sites is {job.federation.min_sites}; start more sites or lower it."
+            )
+        time.sleep(POLL_SECONDS)
+    requests = [Message(describe_request(), dst_node_id=node, message_type=DESCRIBE, group_id="0") for node in nodes]
+    found: dict[int, SiteDescription] = {}
+    for message in _exchange(grid, requests, DESCRIBE_TIMEOUT_SECONDS, len(nodes)):
+        answer = unpack_description(message)
+        if isinstance(answer, SiteDescription):
+            found[message.metadata.src_node_id] = answer
+    names = [description.site for description in found.values()]
+    if doubles := sorted({name for name in names if names.count(name) > 1}):
+        raise RunError(f"two nodes call themselves {doubles[0]!r}; every site needs a name of its own in site.toml.")
+    if len(found) < job.federation.min_sites:
+        raise RunError(
+            f"{len(found)} of {len(nodes)} nodes described themselves, federation.min_sites is {job.federation.min_sites}; look "
+            "into the sites' logs."
+        )
+    return dict(sorted(found.items(), key=lambda item: item[1].site))
+
+
+def select_sites(sites: dict[int, SiteDescription], job: Job, round_number: int) -> list[int]:
+    """Return the node ids to ask in a round: all, or a draw from the public seed and the round number.
+
+    The draw is public, so it gives no privacy amplification and none is claimed.
+    """
+    nodes = list(sites)
+    wanted = job.federation.sites_per_round
+    if wanted is None or wanted >= len(nodes):
+        return nodes
+    seed = hashlib.sha256(f"{job.seed}/select/{round_number}".encode()).digest()
+    drawn = np.random.default_rng(list(seed)).choice(len(nodes), size=wanted, replace=False)
+    return [nodes[index] for index in sorted(drawn)]
+
+
+def _run_round(
+    grid: Grid, coordinator: Coordinator, sites: dict[int, SiteDescription], checkpoint: Checkpoint
+) -> Checkpoint:
+    job, round_number = coordinator.job, checkpoint.round_number + 1
+    started = time.monotonic()
+    # 1. Select.
+    asked = select_sites(sites, job, round_number)
+    # 2. Send the same bytes to everyone.
+    adapter = adapters.encode(checkpoint.adapter)
+    content = TrainRequest(job=job, round_number=round_number, adapter=adapter)
+    requests = [
+        Message(pack_request(content), dst_node_id=node, message_type=TRAIN, group_id=str(round_number)) for node in asked
+    ]
+    # 3. Collect until everyone answered or time is up.
+    replies: dict[str, TrainReply] = {}
+    failed: dict[str, str] = {}
+    for message in _exchange(grid, requests, job.federation.round_timeout_seconds, len(asked)):
+        name = sites[message.metadata.src_node_id].site
+        answer = unpack_reply(message)
+        if isinstance(answer, Refusal):
+            failed[name] = f"{answer.code}: {answer.reason}"
+        else:
+            replies[name] = answer
+        coordinator.observer.site_done(round_number, name)
+    for node in asked:
+        if (name := sites[node].site) not in replies and name not in failed:
+            failed[name] = f"no answer within {job.federation.round_timeout_seconds:g} s"
+    # 4. Check every reply before it may touch the adapter.
+    updates = {}
+    for name, reply in sorted(replies.items()):
+        try:
+            _check_reply(reply, name, job, round_number)
+            updates[name] = adapters.decode(reply.update, coordinator.update_shapes)
+        except (AdapterError, RunError) as error:
+            failed[name] = str(error)
+    # A release is a release, aggregated or not: account for all of them.
+    releases = _account(checkpoint.releases, replies, job, round_number)
+    if len(updates) < job.federation.min_sites:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "none was asked"
+        raise RunError(
+            f"round {round_number}: {len(updates)} valid updates, federation.min_sites is {job.federation.min_sites} ({reasons}). "
+            "The run stands at the last checkpoint; mend the sites and resume."
+        )
+    # 5. Aggregate in the order of names, so that arrival order changes nothing.
+    names = sorted(updates)
+    following, server_state = aggregate(
+        checkpoint.adapter,
+        [updates[name] for name in names],
+        [replies[name].declared_records for name in names],
+        checkpoint.server_state,
+        config=job.aggregation,
+        exact_scaling=coordinator.exact_scaling,
+    )
+    # 6. Evaluate on public data.
+    before_evaluation = time.monotonic()
+    due = round_number % coordinator.evaluate_every == 0 or round_number == job.training.rounds
+    metrics = coordinator.evaluate(following) if due else {}
+    finished = time.monotonic()
+    record = RoundRecord(
+        round=round_number,
+        metrics=metrics,
+        epsilon_max=epsilon_max(releases),
+        sites=names,
+        failed=dict(sorted(failed.items())),
+        bytes_up=sum(len(reply.update) for reply in replies.values()),
+        bytes_down=len(adapter) * len(asked),
+        seconds=finished - started,
+        seconds_evaluation=finished - before_evaluation,
+    )
+    # 7. The caller makes this durable.
+    return Checkpoint(
+        job_sha256=job.sha256,
+        round_number=round_number,
+        adapter=following,
+        server_state=server_state,
+        releases=releases,
+        history=[*checkpoint.history, record],
+    )
+
+
+def epsilon_max(releases: dict[str, SiteRelease]) -> float | None:
+    """Return the largest epsilon of a site, or None if there is none to state."""
+    values = [release.epsilon for release in releases.values() if release.protected and release.steps]
+    return max(values) if values else None
+
+
+def _before_training(coordinator: Coordinator) -> Checkpoint:
+    started = time.monotonic()
+    metrics = coordinator.evaluate(coordinator.initial_adapter)
+    seconds = time.monotonic() - started
+    first = RoundRecord(round=0, metrics=metrics, seconds=seconds, seconds_evaluation=seconds)
+    checkpoint = Checkpoint(
+        job_sha256=coordinator.job.sha256,
+        round_number=0,
+        adapter=coordinator.initial_adapter,
+        history=[first],
+    )
+    coordinator.save(checkpoint)
+    coordinator.observer.round_done(checkpoint)
+    return checkpoint
+
+
+def _check_reply(reply: TrainReply, name: str, job: Job, round_number: int) -> None:
+    """Raise `RunError` if a reply is for another job or round, or comes from another name than its node's."""
+    if reply.site != name:
+        raise RunError(f"the node of site {name!r} answered as {reply.site!r}")
+    if reply.job_sha256 != job.sha256:
+        raise RunError(f"answered for job {reply.job_sha256[:12]}, expected {job.sha256[:12]}")
+    if reply.round_number != round_number:
+        raise RunError(f"stale update of round {reply.round_number}, expected round {round_number}")
+
+
+def _account(
+    releases: dict[str, SiteRelease], replies: dict[str, TrainReply], job: Job, round_number: int
+) -> dict[str, SiteRelease]:
+    """Return the releases with this round's executed mechanisms added."""
+    planned = PrivacyPlan.from_job(job).planned_steps
+    result = dict(releases)
+    for name, reply in sorted(replies.items()):
+        private = reply.noise_multiplier > 0
+        release = result.get(name) or SiteRelease(
+            site=name,
+            unit=job.privacy.unit,
+            delta=reply.delta,
+            max_grad_norm=reply.max_grad_norm,
+            declared_records=reply.declared_records,
+            randomness=reply.randomness,
+            epsilon_budget=reply.epsilon_budget,
+            steps_planned=planned,
+            private=private,
+        )
+        events = release.events
+        if private:
+            executed = GaussianSteps(
+                noise_multiplier=reply.noise_multiplier, sample_rate=reply.sample_rate, steps=reply.steps
+            )
+            events = _merged([*release.events, executed])
+        result[name] = replace(
+            release,
+            events=events,
+            rounds=(*release.rounds, round_number),
+            private=release.private and private,
+            randomness=reply.randomness if release.randomness == "os" else release.randomness,
+        )
+    return result
+
+
+def _merged(events: Sequence[GaussianSteps]) -> tuple[GaussianSteps, ...]:
+    """Return `events` with equal mechanisms added up, in order of first appearance."""
+    steps: dict[tuple[float, float], int] = {}
+    for event in events:
+        key = (event.noise_multiplier, event.sample_rate)
+        steps[key] = steps.get(key, 0) + event.steps
+    return tuple(GaussianSteps(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in steps.items())
+
+
+def _exchange(grid: Grid, requests: Sequence[Message], timeout: float, quorum: int) -> list[Message]:
+    """Send and collect replies until `quorum` came or `timeout` seconds passed.
+
+    Flower's own `send_and_receive` polls every three seconds; this polls every tenth of one.
+    """
+    waiting = set(grid.push_messages(requests))
+    deadline = time.monotonic() + timeout
+    collected: list[Message] = []
+    while waiting and len(collected) < quorum:
+        arrived = list(grid.pull_messages(waiting))
+        collected.extend(arrived)
+        waiting -= {message.metadata.reply_to_message_id for message in arrived}
+        if not waiting or time.monotonic() > deadline:
+            break
+        if not arrived:
+            time.sleep(POLL_SECONDS)
+    return collected

@@ -1,0 +1,164 @@
+"""A run folder that stands alone: job, checkpoint, metrics, adapter in PEFT's format, privacy records, statement.
+
+Guarantees (tests/server/test_run_folder.py)
+    * One process writes to a folder at a time; a second one is refused.
+    * `metrics.jsonl` and the privacy records are derived from the checkpoint, so they cannot disagree with it for
+      longer than it takes to write them again on resume.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import resource
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from shared.atomic import write_json, write_text
+from shared.config import Job, canonical_json, parse
+from shared.errors import RunError
+from shared.peft_folder import save_peft_folder
+from shared.privacy.statement import privacy_record, run_statement
+from shared.runtime import Runtime
+from shared.tasks import Evaluation
+
+_PACKAGES = ("silotune", "torch", "transformers", "peft", "opacus", "flwr", "dp-accounting", "cryptography", "numpy")
+
+
+class RunFolder:
+    """A run folder, locked while open.
+
+    Attributes:
+        path: the folder.
+        job: the job of this run.
+    """
+
+    def __init__(self, path: Path, job: Job, *, resume: bool) -> None:
+        """Create the folder, or open it to resume.
+
+        Raises:
+            RunError: if it holds a run already and `resume` is False, belongs to another job, or is in use.
+        """
+        self.path, self.job = path, job
+        self._started = time.monotonic()
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file; choose a folder for the run.")
+        known = _stored_job(path)
+        if known is not None and known.sha256 != job.sha256:
+            raise RunError(
+                f"{path} holds a run with another configuration (job {known.sha256[:12]}, now {job.sha256[:12]}). Choose another "
+                "folder, or resume with the configuration it was started with."
+            )
+        if known is not None and not resume:
+            raise RunError(f"{path} holds a run already; resume it with --resume, or choose another folder.")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise RunError(f"another process is running in {path}; wait for it or choose another folder.") from None
+        if known is None:
+            write_text(path / "job.json", job.canonical_json())
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._lock)
+
+    def load_checkpoint(self) -> Checkpoint | None:
+        """Return the last durable state, or None before the first round."""
+        return load_checkpoint(self.path / "checkpoint.safetensors", job_sha256=self.job.sha256)
+
+    def save_checkpoint(self, checkpoint: Checkpoint) -> None:
+        """Make `checkpoint` durable, then write what is derived from it."""
+        save_checkpoint(self.path / "checkpoint.safetensors", checkpoint)
+        lines = [canonical_json(asdict(record)) for record in checkpoint.history]
+        write_text(self.path / "metrics.jsonl", "\n".join(lines) + "\n")
+
+    def write_run_info(self, status: str, details: Mapping[str, Any]) -> None:
+        """Write `run.json`: status ("running", "completed", "stopped"), times, versions, machine and `details`."""
+        path = self.path / "run.json"
+        previous = json.loads(path.read_text()) if path.exists() else {}
+        seconds = previous.get("seconds_before", 0.0) + time.monotonic() - self._started
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        info = {
+            "name": self.job.name,
+            "job_sha256": self.job.sha256,
+            "created": previous.get("created", now),
+            "finished": None if status == "running" else now,
+            "status": status,
+            "seconds": round(seconds, 3),
+            "seconds_before": previous.get("seconds", 0.0) if status == "running" else previous.get("seconds_before", 0.0),
+            "peak_rss_mb": round(peak_rss_mb(), 1),
+            "versions": _versions(),
+            "machine": {"system": platform.platform(), "cpu_count": os.cpu_count()},
+        }
+        write_json(path, info | dict(details))
+
+    def write_privacy(self, checkpoint: Checkpoint) -> None:
+        """Write every site's `privacy.json` and the run's `statement.json` from the executed mechanisms."""
+        for name, release in checkpoint.releases.items():
+            write_json(self.path / "sites" / name / "privacy.json", privacy_record(release, self.job.name))
+        statement = run_statement(list(checkpoint.releases.values()), self.job.name)
+        write_json(self.path / "statement.json", statement.as_dict())
+
+    def write_result(self, checkpoint: Checkpoint, runtime: Runtime, evaluation: Evaluation) -> None:
+        """Write the adapter in PEFT's own format and `evaluation.json`."""
+        save_peft_folder(self.path / "adapter", runtime, self.job, checkpoint.adapter)
+        write_json(
+            self.path / "evaluation.json",
+            {
+                "primary_metric": runtime.task.primary_metric,
+                "higher_is_better": runtime.task.higher_is_better,
+                **asdict(evaluation),
+            },
+        )
+
+
+def peak_rss_mb() -> float:
+    """Return the largest resident memory of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _stored_job(path: Path) -> Job | None:
+    file = path / "job.json"
+    if not file.exists():
+        return None
+    return load_job(path)
+
+
+def load_job(run_dir: Path) -> Job:
+    """Return the job of a run folder.
+
+    Raises:
+        RunError: if there is none.
+    """
+    file = run_dir / "job.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run_dir} holds no readable job.json ({type(error).__name__}); is it a run folder?") from None
+    return parse(Job, raw, source=str(file))
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in _PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found

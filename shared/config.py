@@ -1,0 +1,291 @@
+"""Configuration: frozen, typed, checked at construction; TOML in, canonical JSON and a SHA-256 out.
+
+A `Job` is everything that a coordinator may ask of a site. It is data, never code: a site runs only the training
+code that it installed. Settings that change privacy stand in `PrivacyConfig`; settings that only change speed
+stand in `ComputeConfig`, belong to each site, and are not part of the job.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import ConfigError
+
+SCHEMA_VERSION = 1
+
+Probability = Annotated[float, Field(gt=0, le=1)]
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: frozen, finite numbers only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The frozen backbone."""
+
+    backbone: str = "embedded:all-minilm-l6-v2"
+    """`embedded:NAME` (ships in a Python package), the path of a local folder, or a hub id with `revision`."""
+    revision: str | None = None
+    """Commit of a hub id (40 hexadecimal digits): a branch name could change under a signed job."""
+    max_length: int = Field(default=64, ge=2, le=8192)
+    """Tokens per example; longer texts are cut."""
+    pooling: Literal["mean", "first"] = "mean"
+    """How a classifier reduces token vectors to one vector: mean over the tokens, or the first token's vector."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    rank: int = Field(default=8, ge=1, le=256)
+    """r, the inner dimension of the two factors."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
+    """Last name components of the linear modules to adapt."""
+    last_layers: int | None = Field(default=1, ge=1)
+    """Adapt only the last k layers; everything below is frozen and can be cached. None adapts all layers."""
+    train: Literal["b", "both"] = "b"
+    """`b`: FFA-LoRA (Sun et al. 2024), A is fixed and orthonormal, averaging is exact. `both`: train A and B."""
+
+
+class TaskConfig(Section):
+    """What the model learns; `kind` names a row of `shared.tasks.TASKS`."""
+
+    kind: Literal["sequence_classification", "causal_lm"]
+    labels: tuple[str, ...] = ()
+    """Class names in the order of the logits; only for classification."""
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if self.kind == "sequence_classification" and len(self.labels) < 2:
+            raise ValueError(f"sequence_classification has {len(self.labels)} labels; name at least two")
+        if self.kind == "causal_lm" and self.labels:
+            raise ValueError("causal_lm takes no labels; remove task.labels")
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("task.labels holds a name twice; every label must be unique")
+        return self
+
+
+class TrainingConfig(Section):
+    """Rounds and the local optimiser. The schedule is public: it reads only the step number."""
+
+    rounds: int = Field(ge=1, le=100_000)
+    local_steps: int = Field(default=4, ge=1, le=100_000)
+    """Logical (noisy) optimiser steps that a site takes in one round."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=3e-3, gt=0)
+    head_learning_rate_factor: float = Field(default=1.0, gt=0)
+    """The head's learning rate is `learning_rate` times this."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of `sgd`, beta1 of `adamw`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Factor on the learning rate over all planned steps: 1, or falling to 0 at the last step."""
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of a site that takes part in every round."""
+        return self.rounds * self.local_steps
+
+
+class PrivacyConfig(Section):
+    """Everything that changes what is protected and how much; see `shared.privacy.plan`."""
+
+    mechanism: Literal["dp-sgd", "none"] = "dp-sgd"
+    """`none` releases unprotected updates. A site accepts it only if its own policy says so."""
+    unit: Literal["record"] = "record"
+    """The neighbouring data sets differ in one record, added or removed."""
+    epsilon: float = Field(default=8.0, gt=0)
+    """Target for a site that executes every planned step."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """Failure probability; must be far below 1 / number of records."""
+    sample_rate: Probability = 0.05
+    """q: probability with which each record enters a step (Poisson sampling)."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """C: the largest L2 norm of one record's gradient over adapter and head together."""
+    noise_multiplier: float | None = Field(default=None, gt=0)
+    """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps."""
+
+
+class AggregationConfig(Section):
+    """How the coordinator turns site updates into the next global adapter."""
+
+    weights: Literal["equal", "declared"] = "equal"
+    """`declared` weighs by the site's public size bucket; exact record counts are never used."""
+    server_optimizer: Literal["none", "momentum", "adam"] = "none"
+    """Reddi et al. 2021 (FedAvgM, FedAdam); `none` is plain averaging."""
+    server_learning_rate: float = Field(default=1.0, gt=0)
+    server_momentum: float = Field(default=0.9, ge=0, lt=1)
+
+
+class FederationConfig(Section):
+    """Who takes part in a round and how long the coordinator waits."""
+
+    min_sites: int = Field(default=1, ge=1)
+    """A round with fewer valid replies is not aggregated and the run stops."""
+    sites_per_round: int | None = Field(default=None, ge=1)
+    """Number of sites drawn for each round; None asks all of them."""
+    round_timeout_seconds: float = Field(default=3600.0, gt=0)
+
+
+class Job(Section):
+    """A complete, declarative training job: what the coordinator asks and a site may refuse."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Public seed of the model's initialisation and the fixed A; it never reaches sampling or noise."""
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    task: TaskConfig
+    training: TrainingConfig
+    privacy: PrivacyConfig = PrivacyConfig()
+    aggregation: AggregationConfig = AggregationConfig()
+    federation: FederationConfig = FederationConfig()
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        limit = self.federation.sites_per_round
+        if limit is not None and limit < self.federation.min_sites:
+            raise ValueError(
+                f"federation.sites_per_round is {limit}, below federation.min_sites {self.federation.min_sites}; no "
+                "round could succeed"
+            )
+        if self.lora.train == "both" and self.aggregation.server_optimizer != "none":
+            raise ValueError(
+                "lora.train 'both' is aggregated exactly (mean of the products B·A), which leaves no place for "
+                "aggregation.server_optimizer; set it to 'none' or lora.train to 'b'"
+            )
+        return self
+
+    def canonical_json(self) -> str:
+        """Return the one JSON text of this job: sorted keys, no spaces, every default written out."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the canonical JSON, hexadecimal."""
+        return hashlib.sha256(self.canonical_json().encode()).hexdigest()
+
+
+class ComputeConfig(Section):
+    """Settings of the machine at hand; they change speed, never privacy."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 autocast where the processor has it in hardware, else float32."""
+    micro_batch_tokens: int = Field(default=2048, ge=1)
+    """Padded tokens per forward pass inside a logical batch."""
+    cache_frozen_layers: bool = True
+    """Keep the activations below the first adapted layer in memory; exact, costs 4 bytes x hidden size per token."""
+    cache_megabytes: int = Field(default=1024, ge=0)
+    """Upper bound of that cache; a larger data set is computed afresh in every step."""
+
+
+def canonical_json(value: Any) -> str:
+    """Return `value` as JSON with sorted keys and no spaces; NaN and infinity are refused."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def parse(model: type[SectionT], raw: Mapping[str, Any], *, source: str) -> SectionT:
+    """Build `model` from plain data.
+
+    Raises:
+        ConfigError: naming `source`, every bad key with what was found and, for unknown keys, the nearest known one.
+    """
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as error:
+        lines = [_explain(model, detail) for detail in error.errors()]
+        raise ConfigError(f"{source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: if it is missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; check the path.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `raw` with `section.key=value` items set; values are read as TOML, else as plain text.
+
+    Raises:
+        ConfigError: if an item has no `=` or runs through something that is not a section.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(raw))
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {item!r} is not of the form section.key=value, for example training.rounds=10.")
+        *sections, last = key.strip().split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {item!r}: {section!r} is a value, not a section.")
+        place[last] = _toml_value(text.strip())
+    return result
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return a hint for an unknown name: the nearest known one, or the list of all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(model: type[BaseModel], detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    where = ".".join(location) or "the whole"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {nearest(location[-1], _known_keys(model, location[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{where} is missing"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    found = detail.get("input")
+    shown = "" if isinstance(found, dict | BaseModel) or found is None else f" (found {found!r})"
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return `value`, or None where JSON could not hold it."""
+    return value if math.isfinite(value) else None

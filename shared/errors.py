@@ -1,0 +1,59 @@
+"""One error family for everything that a user can mend.
+
+Every error says what was found, what was expected and what to do next. The command line prints the message
+without a traceback; anything that is not a `SilotuneError` is a defect and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class SilotuneError(Exception):
+    """Base of all errors that a user can act on."""
+
+    exit_code = 1
+
+
+class ConfigError(SilotuneError):
+    """A job, scenario or site file is not valid."""
+
+    exit_code = 2
+
+
+class DataError(SilotuneError):
+    """A data set is missing, malformed or too small."""
+
+
+class ModelError(SilotuneError):
+    """A backbone cannot be loaded or cannot be tuned privately."""
+
+
+class AdapterError(SilotuneError):
+    """Bytes that claim to be an adapter are not the adapter that was expected."""
+
+
+class PrivacyError(SilotuneError):
+    """A privacy parameter or an executed mechanism cannot be accounted for."""
+
+
+class PolicyError(SilotuneError):
+    """A site's own rules refuse a job. The text speaks of the job only, so it may be sent to the coordinator."""
+
+
+class LedgerError(SilotuneError):
+    """The site's ledger cannot be trusted or written."""
+
+
+class BudgetExceeded(LedgerError):
+    """A charge would cross the site's budget; nothing was charged.
+
+    Attributes:
+        steps_affordable: number of steps of the same mechanism that would still fit in the budget.
+    """
+
+    def __init__(self, message: str, *, steps_affordable: int) -> None:
+        super().__init__(message)
+        self.steps_affordable = steps_affordable
+
+
+class RunError(SilotuneError):
+    """A run folder cannot be created, resumed or completed."""

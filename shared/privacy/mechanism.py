@@ -1,0 +1,110 @@
+"""The private mechanism: Poisson sampling, per-example clipping, one Gaussian noise event per logical step.
+
+Formal guarantees (relation: add or remove one record; each is checked in tests/shared/test_mechanism.py and by the
+planted faults of tests/client/test_faults.py)
+    * `poisson_sample` includes each record independently with the same probability.
+    * `ClippedSum` changes by at most `max_grad_norm` in L2 norm, over all parameters together, when one example
+      is added or removed, however the logical batch is cut into micro-batches and whatever the gradients hold.
+    * `add_gaussian_noise` adds independent N(0, std^2) to every coordinate, drawn in float64 on the CPU.
+
+Source: DP-SGD, Abadi et al. 2016, algorithm 1, with Poisson sampling and normalisation by the expected batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.errors import PrivacyError
+from shared.privacy.randomness import KeyStream
+
+# Norms are computed in float32: this margin keeps a clipped gradient inside the ball despite rounding.
+CLIP_MARGIN = 1.0 - 1e-5
+
+
+def poisson_sample(num_records: int, sample_rate: float, stream: KeyStream) -> NDArray[np.intp]:
+    """Return the indices of a Poisson sample: every record enters independently with `sample_rate`; may be empty."""
+    return np.flatnonzero(stream.bernoulli(num_records, sample_rate))
+
+
+def per_example_gradients(parameters: Sequence[torch.nn.Parameter], batch_size: int) -> list[Tensor]:
+    """Take the per-example gradients that Opacus hooks left on `parameters` and clear them.
+
+    Returns:
+        One tensor of shape [batch_size, *parameter.shape] per parameter, in order.
+
+    Raises:
+        PrivacyError: if a parameter got no gradient, or one without the batch dimension: such a parameter would
+            escape clipping.
+    """
+    gradients = []
+    for parameter in parameters:
+        gradient = getattr(parameter, "grad_sample", None)
+        expected = (batch_size, *parameter.shape)
+        if not isinstance(gradient, Tensor) or tuple(gradient.shape) != expected:
+            found = "none" if gradient is None else str(tuple(getattr(gradient, "shape", ())) or type(gradient).__name__)
+            raise PrivacyError(
+                f"a trainable parameter has per-example gradient {found}, expected shape {expected}; it would not be "
+                "clipped. Train only linear layers whose input has the batch as its first dimension."
+            )
+        gradients.append(gradient)
+        parameter.grad_sample = None  # type: ignore[attr-defined]
+        parameter.grad = None
+    return gradients
+
+
+class ClippedSum:
+    """Sum of per-example gradients, each clipped to `max_grad_norm` over all parameters as one vector.
+
+    Attributes:
+        num_examples: examples added so far (private, stays at the site).
+        num_clipped: examples whose norm exceeded `max_grad_norm` (private, stays at the site).
+        num_non_finite: examples whose gradient held NaN or infinity and was replaced by zero (private).
+    """
+
+    def __init__(self, shapes: Sequence[torch.Size], max_grad_norm: float) -> None:
+        self._sums = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        self._max_grad_norm = max_grad_norm
+        self.num_examples = self.num_clipped = self.num_non_finite = 0
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        """Clip and add a micro-batch.
+
+        Args:
+            gradients: one tensor [batch, *shape] per parameter; the batch dimension is the example.
+        """
+        flat = [gradient.detach().flatten(1).float() for gradient in gradients]
+        norms = torch.stack([part.norm(dim=1) for part in flat]).norm(dim=0)  # [batch], one norm per example
+        finite = norms.isfinite()
+        scale = CLIP_MARGIN * self._max_grad_norm / norms.clamp(min=CLIP_MARGIN * self._max_grad_norm)
+        scale = torch.where(finite, scale, 0.0)
+        for total, part in zip(self._sums, flat, strict=True):
+            # 0 * NaN is NaN: a non-finite example is removed before the product, not by it.
+            kept = torch.where(finite[:, None], part, 0.0)
+            total += (scale @ kept).reshape(total.shape).to("cpu", torch.float64)
+        self.num_examples += len(norms)
+        self.num_clipped += int((norms > self._max_grad_norm)[finite].sum())
+        self.num_non_finite += int((~finite).sum())
+
+    @property
+    def sums(self) -> list[Tensor]:
+        """The clipped sums, float64 on the CPU, one per parameter."""
+        return self._sums
+
+
+class PlainSum(ClippedSum):
+    """The same sum without clipping, for non-private baselines."""
+
+    def __init__(self, shapes: Sequence[torch.Size]) -> None:
+        super().__init__(shapes, max_grad_norm=1e30)
+
+
+def add_gaussian_noise(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
+    """Return `sums` plus independent N(0, std^2) noise per coordinate; float64 on the CPU, same shapes."""
+    noise = torch.from_numpy(stream.normal(sum(total.numel() for total in sums)) * std)
+    parts = noise.split([total.numel() for total in sums])
+    return [total + part.view_as(total) for total, part in zip(sums, parts, strict=True)]

@@ -1,0 +1,120 @@
+"""One frozen plan from which sampling, clipping, noise and accounting are all built, so that they cannot drift apart.
+
+Formal guarantees
+    * What `epsilon(steps)` accounts for is what `sample`, `new_sum` and `add_noise` execute: all read the same
+      three numbers (test: tests/shared/test_plan.py; planted faults: tests/client/test_faults.py).
+    * The sampling rate is a constant of the job, so it does not depend on the number of records at the site
+      (test: tests/shared/test_plan.py::test_sample_rate_does_not_depend_on_the_data).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.config import Job
+from shared.errors import PrivacyError
+from shared.privacy.accounting import GaussianSteps, calibrate_noise_multiplier, compose_epsilon
+from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
+from shared.privacy.randomness import KeyStream
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrivacyPlan:
+    """What one site will execute.
+
+    Attributes:
+        private: False only for baselines that release unprotected updates.
+        unit: unit of privacy, "record".
+        sample_rate: Poisson rate q of every step, in (0, 1].
+        noise_multiplier: sigma, standard deviation of the noise in units of `max_grad_norm`; 0 if not private.
+        max_grad_norm: clipping bound C on one record's gradient, L2 norm over adapter and head together.
+        delta: failure probability of the guarantee.
+        planned_steps: steps T of a site that takes part in every round.
+    """
+
+    private: bool
+    unit: str
+    sample_rate: float
+    noise_multiplier: float
+    max_grad_norm: float
+    delta: float
+    planned_steps: int
+
+    @classmethod
+    def from_job(cls, job: Job) -> PrivacyPlan:
+        """Build the plan of `job`, calibrating the noise multiplier where the job gives only a target epsilon."""
+        privacy, steps = job.privacy, job.training.planned_steps
+        private = privacy.mechanism == "dp-sgd"
+        sigma = 0.0
+        if private:
+            sigma = privacy.noise_multiplier or calibrate_noise_multiplier(
+                epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=privacy.sample_rate, steps=steps
+            )
+        return cls(
+            private=private,
+            unit=privacy.unit,
+            sample_rate=privacy.sample_rate,
+            noise_multiplier=sigma,
+            max_grad_norm=privacy.max_grad_norm,
+            delta=privacy.delta,
+            planned_steps=steps,
+        )
+
+    def check_records(self, num_records: int) -> None:
+        """Raise `PrivacyError` if delta would allow to publish a whole record of this many."""
+        if self.private and num_records > 0 and self.delta >= 1 / num_records:
+            raise PrivacyError(
+                f"privacy.delta is {self.delta:g}, but with {num_records:,} records it must be below 1/n = "
+                f"{1 / num_records:.1e}; use at most {default_delta(num_records):.1e}."
+            )
+
+    def mechanism(self, steps: int) -> GaussianSteps:
+        """Return the accounting event of `steps` executed steps.
+
+        Raises:
+            PrivacyError: if the plan is not private, for then nothing can be accounted.
+        """
+        if not self.private:
+            raise PrivacyError("this plan adds no noise, so no epsilon can be stated for it.")
+        return GaussianSteps(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
+
+    def epsilon(self, steps: int | None = None) -> float:
+        """Return epsilon after `steps` executed steps, by default all planned ones."""
+        return compose_epsilon([self.mechanism(self.planned_steps if steps is None else steps)], self.delta)
+
+    def expected_batch_size(self, declared_records: int) -> float:
+        """Return q times the declared (public) number of records: the only divisor of a noisy sum."""
+        return self.sample_rate * declared_records
+
+    def sample(self, num_records: int, stream: KeyStream) -> NDArray[np.intp]:
+        """Return the indices of the records that enter one step."""
+        return poisson_sample(num_records, self.sample_rate, stream)
+
+    def new_sum(self, shapes: Sequence[torch.Size]) -> ClippedSum:
+        """Return the empty sum of one logical step."""
+        return ClippedSum(shapes, self.max_grad_norm) if self.private else PlainSum(shapes)
+
+    def add_noise(self, sums: Sequence[Tensor], stream: KeyStream) -> list[Tensor]:
+        """Return `sums` with the noise of one logical step."""
+        if not self.private:
+            return list(sums)
+        return add_gaussian_noise(sums, self.noise_multiplier * self.max_grad_norm, stream)
+
+
+def default_delta(num_records: int) -> float:
+    """Return min(1e-5, 1/(10 n)): 1/n^1.1 is too weak for small n."""
+    return min(1e-5, 1 / (10 * max(num_records, 1)))
+
+
+def declared_size(num_records: int) -> int:
+    """Return the public size bucket of a data set: the largest power of two not above `num_records`.
+
+    A site may declare any other constant; whatever it declares is public and not protected.
+    """
+    return 1 << (num_records.bit_length() - 1) if num_records > 0 else 0

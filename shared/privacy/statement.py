@@ -1,0 +1,193 @@
+"""The privacy statement in words and numbers, computed from what was executed.
+
+Formal guarantees
+    * Every epsilon printed here is recomputed from the executed (noise_multiplier, sample_rate, steps)
+      (test: tests/shared/test_statement.py::test_epsilon_follows_executed_steps).
+    * No epsilon is printed for a release whose randomness was injected or that added no noise
+      (test: tests/shared/test_statement.py::test_injected_randomness_prints_no_epsilon).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from shared.config import finite_or_none
+from shared.privacy.accounting import GaussianSteps, compose_epsilon, prv_epsilon
+from shared.privacy.randomness import Origin
+
+RELATION = "add or remove one record"
+NOT_COVERED = (
+    "Metrics that were not released through a private mechanism. Silotune releases none; training losses and clip "
+    "fractions stay at the site.",
+    "The text on which the backbone was pre-trained.",
+    "Several records of one person: the unit is one record. With k records a person is protected far less than the "
+    "epsilon says.",
+    "The declared size of each site, the job's settings, the backbone, the names of sites and the rounds in which they "
+    "took part: all of these are public.",
+    "The finite precision of floating-point noise: it is drawn in float64 and rounded to float32 after it was added; "
+    "the accountant assumes real numbers.",
+    "Runs on the same data that are not in the same ledger, and anything that a site published by other means.",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRelease:
+    """Everything that one site released in one run.
+
+    Attributes:
+        site: name of the site.
+        unit: unit of privacy.
+        delta: failure probability.
+        max_grad_norm: clipping bound.
+        declared_records: public size.
+        randomness: "os" or "injected".
+        epsilon_budget: the site's cap; 0.0 if unknown.
+        steps_planned: steps of a site that takes part in every round.
+        events: executed mechanisms; a noise multiplier of 0 cannot stand here.
+        rounds: rounds in which the site released an update.
+        private: False if updates were released without noise.
+    """
+
+    site: str
+    unit: str = "record"
+    delta: float
+    max_grad_norm: float
+    declared_records: int
+    randomness: Origin
+    epsilon_budget: float
+    steps_planned: int
+    events: tuple[GaussianSteps, ...] = ()
+    rounds: tuple[int, ...] = ()
+    private: bool = True
+
+    @property
+    def protected(self) -> bool:
+        """True if a guarantee can be stated at all."""
+        return self.private and self.randomness == "os"
+
+    @property
+    def steps(self) -> int:
+        """Executed noisy steps."""
+        return sum(event.steps for event in self.events)
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon of everything released; infinite without protection."""
+        return compose_epsilon(self.events, self.delta) if self.protected else math.inf
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """The statement of a run.
+
+    Attributes:
+        one_site: guarantee for a person whose records are at one site.
+        up_to_m_sites: epsilon for a person with one record at each of up to m sites, worst sites first.
+        not_covered: what the guarantee does not say.
+    """
+
+    one_site: str
+    up_to_m_sites: list[dict[str, float | int]] = field(default_factory=list)
+    not_covered: tuple[str, ...] = NOT_COVERED
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the content of `statement.json`."""
+        parts = [self.one_site]
+        if self.up_to_m_sites:
+            rows = ", ".join(f"{row['sites']}: {row['epsilon']:.3f}" for row in self.up_to_m_sites)
+            parts.append(f"A person with one record at each of m sites is protected with epsilon (m: epsilon) {rows}.")
+        parts.append("Not covered: " + " ".join(self.not_covered))
+        return {
+            "one_site": self.one_site,
+            "up_to_m_sites": self.up_to_m_sites,
+            "not_covered": list(self.not_covered),
+            "text": "\n\n".join(parts),
+        }
+
+
+def site_statement(release: SiteRelease, run: str) -> str:
+    """Return the statement of one site in words."""
+    if not release.private:
+        return f"Site {release.site} released updates of run {run} WITHOUT noise. Nothing about its records is protected."
+    if release.randomness != "os":
+        return (
+            f"NOT PRIVATE: the randomness of site {release.site} in run {run} was injected for a test. Whoever knows the "
+            "seed can remove the noise, so no epsilon is stated."
+        )
+    if not release.steps:
+        return f"Site {release.site} released nothing in run {run}."
+    parts = "; ".join(
+        f"Poisson sampling rate {e.sample_rate:g}, noise multiplier {e.noise_multiplier:.4f}, {e.steps} executed steps"
+        for e in release.events
+    )
+    return (
+        f"Everything site {release.site} released in run {run} is ({release.epsilon:.3f}, {release.delta:g})-differentially "
+        f"private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD accounting, against an "
+        "observer of every update. It does not cover: metrics released without a private mechanism, the pre-training "
+        "corpus of the backbone, several records of one person."
+    )
+
+
+def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
+    """Return the content of a site's `privacy.json`: enough to recompute epsilon with an accountant alone."""
+    protected = release.protected
+    last = release.events[-1] if release.events else None
+    return {
+        "site": release.site,
+        "run": run,
+        "unit": release.unit,
+        "relation": RELATION,
+        "delta": release.delta,
+        "sample_rate": last.sample_rate if last else None,
+        "noise_multiplier": last.noise_multiplier if last else None,
+        "max_grad_norm": release.max_grad_norm,
+        "steps_planned": release.steps_planned,
+        "steps_executed": release.steps,
+        "epsilon_budget": release.epsilon_budget or None,
+        "epsilon_spent": finite_or_none(release.epsilon) if protected else None,
+        "epsilon_spent_prv": finite_or_none(prv_epsilon(release.events, release.delta)) if protected else None,
+        "accountant": "PLD (dp-accounting), cross-checked with PRV (Opacus)",
+        "randomness": release.randomness,
+        "private": release.private,
+        "declared_records": release.declared_records,
+        "rounds": list(release.rounds),
+        "events": [
+            {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps} for e in release.events
+        ],
+        "statement": site_statement(release, run),
+    }
+
+
+def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
+    """Return the statement of a whole run over disjoint or overlapping sites."""
+    if not releases:
+        return Statement(one_site=f"Run {run} released nothing yet.")
+    if any(not release.protected for release in releases):
+        worst = next(release for release in releases if not release.protected)
+        return Statement(one_site=site_statement(worst, run))
+    by_epsilon = sorted(releases, key=lambda release: release.epsilon, reverse=True)
+    worst = by_epsilon[0]
+    table: list[dict[str, float | int]] = [
+        {
+            "sites": count,
+            "epsilon": compose_epsilon([e for r in by_epsilon[:count] for e in r.events], worst.delta),
+        }
+        for count in _counts(len(by_epsilon))
+    ]
+    sentence = (
+        f"Run {run}, {len(releases)} sites. A person with one record at one site: everything released about it is "
+        f"({worst.epsilon:.3f}, {worst.delta:g})-differentially private under {RELATION}, by PLD accounting, against an "
+        f"observer of every update of every site; the largest epsilon of a site, {worst.site}."
+    )
+    return Statement(one_site=sentence, up_to_m_sites=table)
+
+
+def _counts(sites: int) -> list[int]:
+    """Return 1, 2, 3, 4, 5, then doubling, then all."""
+    counts = [*range(1, min(sites, 5) + 1)]
+    while counts[-1] * 2 < sites:
+        counts.append(counts[-1] * 2)
+    return sorted({*counts, sites})

@@ -1,0 +1,196 @@
+"""One loaded backbone with adapters, tokenizer, task and cache of frozen activations, shared by all who need it.
+
+A site node loads it once; in a simulation all clients of a process share it, which is what keeps memory flat.
+It is not safe to train two clients at the same time on one runtime.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.batches import Batch, Example, collate, micro_batches
+from shared.config import ComputeConfig, Job, canonical_json
+from shared.errors import ConfigError, ModelError
+from shared.models import RESIDUAL, TunableModel, attach_adapters, backbone_folder, load_backbone
+from shared.tasks import Evaluation, Task, task_of
+
+
+@dataclass
+class Runtime:
+    """Everything needed to train or evaluate one kind of model on one device.
+
+    Attributes:
+        model: backbone, adapters and head; the trainable values are whatever was loaded last.
+        task: the job's task.
+        tokenizer: the backbone's own (public) tokenizer.
+        compute: speed settings.
+        autocast_dtype: torch.bfloat16 or None for float32.
+        initial: trainable values as drawn from the job's public seed, float32 on the CPU.
+        proven: set by the site once `client.proof` has passed.
+    """
+
+    model: TunableModel
+    task: Task
+    tokenizer: Any
+    max_length: int
+    compute: ComputeConfig
+    autocast_dtype: torch.dtype | None
+    initial: dict[str, Tensor]
+    proven: bool = False
+    _cache: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
+    _cache_bytes: int = 0
+
+    def encode(self, records: Sequence[Any]) -> list[Example]:
+        """Encode records with the job's task and the backbone's tokenizer."""
+        return self.task.encode(records, self.tokenizer, self.max_length)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Put a global adapter into the model: trainable values, and residuals of an exact aggregation if there are."""
+        trainable = self.model.trainable()
+        with torch.no_grad():
+            for name, parameter in trainable.items():
+                parameter.copy_(state[name])
+        residuals = {n.removesuffix(RESIDUAL): t for n, t in state.items() if n.endswith(RESIDUAL)}
+        self.model.set_residuals(residuals)
+
+    def global_shapes(self, exact: bool) -> dict[str, torch.Size]:
+        """Return the shapes of a global adapter; with `exact` aggregation it also holds residuals [out, in]."""
+        shapes = {name: tensor.shape for name, tensor in self.initial.items()}
+        if exact:
+            for name, (factor_a, factor_b) in self.model.lora_factors().items():
+                shapes[name + RESIDUAL] = torch.Size([factor_b.shape[0], factor_a.shape[1]])
+        return shapes
+
+    def initial_global(self, exact: bool) -> dict[str, Tensor]:
+        """Return the global adapter before the first round: initial values, and zero residuals if `exact`."""
+        shapes = self.global_shapes(exact)
+        return {name: self.initial[name] if name in self.initial else torch.zeros(s) for name, s in shapes.items()}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context in which forward passes run."""
+        if self.autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast_dtype)
+
+    def batches(self, examples: Sequence[Example], indices: Sequence[int]) -> Iterator[Batch]:
+        """Yield the micro-batches of one logical batch on the model's device, with cached activations if there are."""
+        lengths = [example.length for example in examples]
+        for group in micro_batches(lengths, indices, self.compute.micro_batch_tokens):
+            chosen = [examples[index] for index in group]
+            cached = [self._cache.get(_key(example)) for example in chosen]
+            complete = [state for state in cached if state is not None]
+            yield collate(chosen, complete if len(complete) == len(chosen) else None).to(self.model.device)
+
+    def warm_cache(self, examples: Sequence[Example]) -> None:
+        """Compute the activations below the first adapted layer once, as far as the memory bound allows."""
+        if not self.compute.cache_frozen_layers or self.model.first_adapted == 0:
+            return
+        missing = {_key(example): example for example in examples if _key(example) not in self._cache}
+        todo = list(missing.values())
+        limit = self.compute.cache_megabytes * 2**20
+        for batch, group in self._groups(todo):
+            with self.autocast():
+                hidden = self.model.embed_frozen(batch.input_ids, batch.attention_mask).float()
+            for row, index in enumerate(group):
+                state = hidden[row, : todo[index].length].cpu().clone()
+                if self._cache_bytes + state.nbytes > limit:
+                    return
+                self._cache[_key(todo[index])] = state
+                self._cache_bytes += state.nbytes
+
+    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
+        """Return the task's metrics of the current model on public examples."""
+        return self.task.evaluate(self.outputs(examples))
+
+    def outputs(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Batch]]:
+        """Yield (outputs, batch) over `examples`, sorted by length, without gradients."""
+        for batch in self.batches(examples, range(len(examples))):
+            with torch.no_grad(), self.autocast():
+                yield self.model(batch), batch
+
+    def _groups(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, list[int]]]:
+        lengths = [example.length for example in examples]
+        for group in micro_batches(lengths, range(len(examples)), self.compute.micro_batch_tokens):
+            yield collate([examples[i] for i in group]).to(self.model.device), group
+
+
+def load_runtime(job: Job, compute: ComputeConfig) -> Runtime:
+    """Return the runtime of `job`, loading it at most once per process for the same model, adapters, task and seed."""
+    key = canonical_json(job.model_dump(mode="json", include={"model", "lora", "task", "seed"}))
+    return _load_runtime(key, compute.model_dump_json(), _Keyed(job, compute))
+
+
+class _Keyed:
+    """Carries the arguments past `lru_cache`, which compares only the two texts before it."""
+
+    def __init__(self, job: Job, compute: ComputeConfig) -> None:
+        self.job, self.compute = job, compute
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@lru_cache(maxsize=2)
+def _load_runtime(_job_key: str, _compute_key: str, arguments: _Keyed) -> Runtime:
+    from transformers import AutoTokenizer
+
+    job, compute = arguments.job, arguments.compute
+    device = choose_device(compute)
+    folder = backbone_folder(job.model)
+    backbone, architecture, config = load_backbone(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
+    limit = getattr(config, "max_position_embeddings", job.model.max_length)
+    if job.model.max_length > limit:
+        raise ConfigError(f"model.max_length is {job.model.max_length}, but the backbone has {limit} positions; use at most that.")
+    task = task_of(job)
+    head = task.build_head(backbone, config.hidden_size, seed=job.seed)
+    peft_model, first = attach_adapters(backbone, architecture, job.lora, seed=job.seed, causal_lm=task.causal_lm)
+    # To the device first: hooks that are registered before a move keep the old parameters and train nothing.
+    model = TunableModel(peft_model, architecture, job.lora, first, head).to(device)
+    model.train_mode()
+    initial = {name: parameter.detach().cpu().clone() for name, parameter in model.trainable().items()}
+    return Runtime(
+        model=model,
+        task=task,
+        tokenizer=tokenizer,
+        max_length=job.model.max_length,
+        compute=compute,
+        autocast_dtype=choose_dtype(compute, device),
+        initial=initial,
+    )
+
+
+def choose_device(compute: ComputeConfig) -> torch.device:
+    """Return the device that the settings ask for; "auto" takes CUDA where there is one."""
+    if compute.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("compute.device is 'cuda', but no CUDA device is visible; use 'auto' or mend the driver.")
+    if compute.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(compute.device)
+
+
+def choose_dtype(compute: ComputeConfig, device: torch.device) -> torch.dtype | None:
+    """Return bfloat16 where asked for, or where "auto" finds it in hardware; None means float32."""
+    if compute.precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        # Emulated bfloat16 is many times slower than float32.
+        return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
+    return torch.bfloat16 if compute.precision == "bfloat16" else None
+
+
+def _key(example: Example) -> bytes:
+    return example.input_ids.numpy().tobytes()

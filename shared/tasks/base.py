@@ -1,0 +1,67 @@
+"""The protocol behind which every kind of task stands; trainer and rounds know nothing else about a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from shared.batches import Batch, Example
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Result on public evaluation data.
+
+    Attributes:
+        metrics: every metric by name, finite floats; always holds "loss".
+        labels: class names, or None.
+        confusion: counts, rows are true classes and columns predicted ones, or None.
+    """
+
+    metrics: dict[str, float]
+    labels: tuple[str, ...] | None = None
+    confusion: list[list[int]] | None = None
+
+
+class Task(Protocol):
+    """One kind of task."""
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """Columns that a data source must declare."""
+
+    @property
+    def primary_metric(self) -> str:
+        """The metric that reports and plots show first."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Direction of the primary metric."""
+
+    @property
+    def causal_lm(self) -> bool:
+        """True if the task needs a left-to-right backbone with its own vocabulary output."""
+
+    def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
+        """Return the module from token vectors [B, T, H] and mask [B, T] to outputs."""
+
+    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
+        """Turn records into examples.
+
+        Raises:
+            DataError: naming the row, never the content, of a record that does not fit.
+        """
+
+    def check_site(self, examples: Sequence[Example]) -> None:
+        """Raise `DataError` if a site cannot train on these examples."""
+
+    def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return one loss per example, float [B]; an example's loss must not depend on its neighbours."""
+
+    def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
+        """Return metrics over (outputs, batch) pairs of public data."""

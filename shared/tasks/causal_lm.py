@@ -1,0 +1,86 @@
+"""Causal language modelling: predict the next token; one record is one text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.batches import Batch, Example
+from shared.config import ModelConfig, TaskConfig
+from shared.errors import DataError, ModelError
+from shared.models import ARCHITECTURES, TiedLanguageHead
+from shared.tasks.base import Evaluation, Record
+
+
+@dataclass(frozen=True)
+class CausalLanguageModelling:
+    """See `shared.tasks.base.Task`."""
+
+    roles = ("text",)
+    primary_metric = "perplexity"
+    higher_is_better = False
+    causal_lm = True
+
+    @classmethod
+    def from_config(cls, task: TaskConfig, model: ModelConfig) -> CausalLanguageModelling:
+        """Build from the job's sections."""
+        return cls()
+
+    def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
+        """Return the backbone's own tied output; it stays frozen, so the tie cannot corrupt per-example gradients."""
+        architecture = ARCHITECTURES[str(backbone.config.model_type)]  # type: ignore[union-attr]
+        if not architecture.causal:
+            raise ModelError(
+                "task.kind is 'causal_lm', but the backbone sees the whole text at once (a BERT-like encoder); use a "
+                "left-to-right backbone such as GPT-2."
+            )
+        return TiedLanguageHead(backbone.get_submodule(architecture.embedding))  # type: ignore[arg-type]
+
+    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
+        """Tokenise texts and end each with the end-of-text token, so that generation learns to stop."""
+        if not records:
+            return []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        texts = [str(record["text"]) for record in records]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length - len(end), add_special_tokens=False)["input_ids"]
+        examples = [Example(torch.tensor([*ids, *end], dtype=torch.int64)) for ids in encoded]
+        for row, example in enumerate(examples, start=1):
+            if example.length < 2:
+                raise DataError(f"record {row} has fewer than two tokens, so there is nothing to predict; remove it.")
+        return examples
+
+    def check_site(self, examples: Sequence[Example]) -> None:
+        """Refuse an empty site."""
+        if not examples:
+            raise DataError("the site has no records; it cannot take part.")
+
+    def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the mean negative log-likelihood over each example's own tokens, [B], from logits [B, T, V].
+
+        A mean over all tokens of the batch would let a long record shrink the gradient of a short one.
+        """
+        nll, real = _token_losses(outputs, batch)
+        return nll.sum(dim=1) / real.sum(dim=1)
+
+    def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
+        """Return the mean loss per token and the perplexity exp(loss)."""
+        total, tokens = 0.0, 0
+        for outputs, batch in parts:
+            nll, real = _token_losses(outputs, batch)
+            total += float(nll.double().sum())
+            tokens += int(real.sum())
+        loss = total / tokens
+        return Evaluation(metrics={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
+
+
+def _token_losses(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return (negative log-likelihood, mask of real targets), both [B, T-1]; padded places are zero."""
+    logits, targets = outputs[:, :-1].float(), batch.input_ids[:, 1:]
+    real = batch.attention_mask[:, 1:]
+    nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
+    return nll * real, real

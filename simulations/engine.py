@@ -1,0 +1,236 @@
+"""Run a scenario: make the sites, run the federated arm, then the baselines, all through production code."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+import torch
+
+from client.app import make_client_app, simulated_site
+from client.site import Site
+from server.app import Run, execute
+from server.checkpoint import Checkpoint
+from server.report import write_report
+from server.rounds import Observer
+from shared.atomic import write_text
+from shared.config import Job
+from shared.datasets import write_jsonl
+from shared.errors import DataError, RunError, SilotuneError
+from shared.privacy.plan import PrivacyPlan, default_delta
+from shared.tasks import Record, task_of
+from simulations.grid import DropoutGrid, InProcessGrid
+from simulations.partitions import partition
+from simulations.ray_backend import run_on_ray
+from simulations.scenario import Scenario, changed_job
+
+log = logging.getLogger("silotune.simulation")
+
+FEDERATED = "federated"
+
+
+@dataclass
+class Arm:
+    """One run of the scenario: the federated one or a baseline.
+
+    Attributes:
+        name: "federated" or the baseline's name.
+        job: what it executes.
+        folder: its run folder.
+        sites: records by site name.
+    """
+
+    name: str
+    job: Job
+    folder: Path
+    sites: dict[str, list[Record]] = field(default_factory=dict)
+
+
+MakeObserver = Callable[[Arm], Observer]
+
+
+def run_scenario(
+    scenario: Scenario,
+    folder: Path,
+    *,
+    observer: MakeObserver,
+    resume: bool = False,
+    stop_after: int | None = None,
+    injected_seed: str | None = None,
+) -> Checkpoint:
+    """Run `scenario` into `folder` and return the federated arm's last checkpoint.
+
+    Args:
+        observer: makes the observer of each arm.
+        resume: continue what is there.
+        stop_after: stop the federated arm after this round; baselines and report wait for the resume.
+        injected_seed: for tests only, see `client.app.simulated_site`.
+
+    Raises:
+        SilotuneError: bad data or configuration is found before anything is written.
+    """
+    if scenario.simulation.threads is not None:
+        torch.set_num_threads(scenario.simulation.threads)
+    train, test = scenario.load_data()
+    arms = plan_arms(scenario, folder, train)
+    for arm in arms:
+        check_arm(scenario, arm)
+    finished = _run_arm(scenario, arms[0], test, observer, resume, stop_after, injected_seed)
+    if finished.round_number < arms[0].job.training.rounds:
+        return finished
+    for arm in arms[1:]:
+        if not (resume and _is_complete(arm)):
+            _run_arm(scenario, arm, test, observer, resume, None, injected_seed)
+    write_report(folder)
+    return finished
+
+
+def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list[Arm]:
+    """Return the federated arm and the baselines, with every site's records."""
+    label_role = "label" if "label" in task_of(scenario.job).roles else "text"
+    parts = partition(train, scenario.partition, seed=scenario.seed, label_role=label_role)
+    sites = {name: [train[index] for index in indices] for name, indices in parts.items()}
+    arms = [Arm(FEDERATED, scenario.job, folder, sites)]
+    for name in scenario.baselines.arms:
+        changes: dict[str, Any] = {}
+        if name != "federated-non-private":
+            changes["federation"] = {"min_sites": 1, "sites_per_round": None}
+        if name != "central-dp":
+            changes["privacy"] = {"mechanism": "none"}
+        job = changed_job(scenario.job, changes, source=f"baseline {name}")
+        job = changed_job(job, scenario.baselines.changes(name), source=f"baselines.{name.replace('-', '_')}")
+        records = sites if name == "federated-non-private" else {"central": list(train)}
+        arms.append(Arm(name, job, folder / "baselines" / name, records))
+    return arms
+
+
+def check_arm(scenario: Scenario, arm: Arm) -> None:
+    """Find what would stop a site before anything is written.
+
+    Raises:
+        DataError, PrivacyError, ConfigError: naming the site.
+    """
+    task = task_of(arm.job)
+    plan = PrivacyPlan.from_job(arm.job)
+    if len(arm.sites) < arm.job.federation.min_sites:
+        raise DataError(
+            f"the partition has {len(arm.sites)} sites, federation.min_sites is {arm.job.federation.min_sites}; lower it or add sites."
+        )
+    for name, records in arm.sites.items():
+        missing = [role for role in task.roles if records and role not in records[0]]
+        if missing:
+            raise DataError(f"task {arm.job.task.kind!r} needs the column role {missing[0]!r}; declare it in data.train.columns.")
+        labels = {str(record["label"]) for record in records} if "label" in task.roles else set()
+        if unknown := sorted(labels - set(arm.job.task.labels)):
+            raise DataError(
+                f"the data has the label {unknown[0]!r}, which is not among task.labels ({', '.join(arm.job.task.labels)})."
+            )
+        if labels and len(labels) < 2:
+            raise DataError(
+                f"all records of {name} have one and the same label; raise partition.alpha or partition.min_records, or use "
+                "fewer sites."
+            )
+        try:
+            plan.check_records(len(records))
+        except SilotuneError as error:
+            raise type(error)(f"{name}: {error} (for this data set: {default_delta(len(records)):.1e})") from None
+
+
+def write_site_home(scenario: Scenario, arm: Arm, name: str) -> Path:
+    """Write the home of one simulated site - the same files that a real site has - and return it."""
+    home = arm.folder / "sites" / name / "home"
+    home.mkdir(parents=True, exist_ok=True)
+    if (home / "site.toml").exists():
+        return home
+    records = arm.sites[name]
+    roles = task_of(arm.job).roles
+    write_jsonl(home / "data.jsonl", [{role: record[role] for role in roles} for record in records])
+    private = arm.job.privacy.mechanism == "dp-sgd"
+    plan = PrivacyPlan.from_job(arm.job)
+    # A noise multiplier that was given, not calibrated, spends what it spends.
+    budget = max(arm.job.privacy.epsilon, plan.epsilon() if private else 0.0)
+    config = {
+        "name": name,
+        "dataset": f"{scenario.name}-{name}",
+        "allow_non_private": not private,
+        "data": {"path": "data.jsonl", "columns": {role: role for role in roles}},
+        "budget": {"epsilon": budget, "delta": arm.job.privacy.delta},
+        "compute": scenario.compute.model_dump(mode="json"),
+    }
+    write_text(home / "site.toml", tomli_w.dumps(config))
+    return home
+
+
+def _run_arm(
+    scenario: Scenario,
+    arm: Arm,
+    test: Sequence[Record],
+    observer: MakeObserver,
+    resume: bool,
+    stop_after: int | None,
+    injected_seed: str | None,
+) -> Checkpoint:
+    existed = arm.folder.exists()
+    run = Run(
+        job=arm.job,
+        folder=arm.folder,
+        public_records=test,
+        compute=scenario.compute,
+        details=_details(scenario, arm, test),
+        resume=resume,
+        evaluate_every=scenario.simulation.evaluate_every,
+        stop_after=stop_after,
+        report=False,
+        observer=observer(arm),
+    )
+    if existed and not resume and (arm.folder / "job.json").exists():
+        raise RunError(f"{arm.folder} holds a run already; resume it with --resume, or choose another folder.")
+    for name in arm.sites:
+        write_site_home(scenario, arm, name)
+    open_site = functools.partial(simulated_site, sites=arm.folder / "sites", injected_seed=injected_seed)
+    client_app = make_client_app(open_site)
+    if scenario.simulation.backend == "ray":
+        finished = run_on_ray(run, client_app, len(arm.sites), scenario.simulation, seed=scenario.seed)
+    else:
+        grid = InProcessGrid(client_app, len(arm.sites))
+        finished = execute(with_dropouts(grid, scenario), run)
+    if stop_after is None:
+        write_report(arm.folder)
+    return finished
+
+
+def with_dropouts(grid: Any, scenario: Scenario) -> Any:
+    """Return `grid`, with simulated drop-outs if the scenario has them."""
+    probability = scenario.simulation.dropout_probability
+    return DropoutGrid(grid, probability, scenario.seed) if probability else grid
+
+
+def _details(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> Mapping[str, Any]:
+    return {
+        "mode": f"simulation ({scenario.simulation.backend})",
+        "arm": arm.name,
+        "dataset": {
+            "name": scenario.data.builtin or (scenario.data.train.path if scenario.data.train else scenario.name),
+            "train_records": sum(len(records) for records in arm.sites.values()),
+            "test_records": len(test),
+            "partition": scenario.partition.model_dump(mode="json"),
+        },
+    }
+
+
+def _is_complete(arm: Arm) -> bool:
+    return (arm.folder / "evaluation.json").exists()
+
+
+def remove_run(folder: Path) -> None:
+    """Remove a run folder; used by `--force`."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+__all__ = ["Arm", "Site", "run_scenario"]

