@@ -1,0 +1,169 @@
+"""Composition root: one `silotune` command; heavy modules are imported only by the command that needs them."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    name="silotune",
+    help="Tune one language model together, privately: federated LoRA under differential privacy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the scenario, for example training.rounds=10."),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/NAME-DATE.")]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON line at the end, and nothing else on standard output.")
+]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
+
+
+@app.callback()
+def _root(verbose: Annotated[bool, typer.Option("--verbose", help="Show log messages.")] = False) -> None:
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if not verbose:
+        _quiet_libraries()
+
+
+@app.command()
+def demo(
+    out: OutOption = None,
+    overrides: Overrides = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Eight sites tune a real BERT on movie reviews under differential privacy, with baselines and a report."""
+    from simulations.commands import simulate_builtin
+
+    simulate_builtin("demo", out=out, overrides=overrides or [], as_json=as_json)
+
+
+@app.command()
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="Scenario file (TOML).")],
+    out: OutOption = None,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    stop_after: Annotated[
+        int | None, typer.Option("--stop-after", min=1, help="Stop after this round; continue with --resume.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a scenario: many sites on one machine, through the code that real sites run."""
+    from simulations.commands import simulate_file
+
+    simulate_file(scenario, out=out, overrides=overrides or [], resume=resume, stop_after=stop_after, as_json=as_json)
+
+
+@app.command()
+def predict(
+    run: RunArgument,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to label; standard input, one a line, if none is given.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per text.")] = False,
+) -> None:
+    """Label texts with the adapter of a run."""
+    from server.run_folder import load_job
+    from shared.config import ComputeConfig
+    from shared.errors import DataError
+    from shared.inference import load_tuned
+    from shared.inference import predict as label
+
+    job = load_job(run)
+    lines = texts or [line.strip() for line in sys.stdin if line.strip()]
+    if not lines:
+        raise DataError("there is no text to label; give texts as arguments or on standard input.")
+    for prediction in label(load_tuned(run, job, ComputeConfig()), job, lines):
+        if as_json:
+            typer.echo(json.dumps(prediction, ensure_ascii=False))
+        else:
+            typer.echo(f"{prediction['label']}  {prediction['probability']:.3f}  {prediction['text']}")
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    text: Annotated[str, typer.Argument(help="Text to continue.")],
+    num_sequences: Annotated[int, typer.Option("--num", help="Number of continuations.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 40,
+    temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is all.")] = 50,
+    seed: Annotated[int | None, typer.Option(help="Makes the choice repeatable.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per continuation.")] = False,
+) -> None:
+    """Continue a text with the GPT-2 adapter of a run."""
+    from server.run_folder import load_job
+    from shared.config import ComputeConfig
+    from shared.inference import Decoding, load_tuned
+    from shared.inference import generate as continue_text
+
+    job = load_job(run)
+    decoding = Decoding(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        num_sequences=num_sequences,
+        seed=seed,
+    )
+    for continuation in continue_text(load_tuned(run, job, ComputeConfig()), job, text, decoding):
+        typer.echo(json.dumps({"text": text, "continuation": continuation}) if as_json else text + continuation)
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write report.html of a run folder anew."""
+    from server.report import write_report
+
+    typer.echo(write_report(run))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    from client.site import silotune_version
+
+    typer.echo(silotune_version())
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; a user's mistake ends with a message and a status, never with a traceback."""
+    from shared.errors import SilotuneError
+
+    try:
+        app(args=arguments, standalone_mode=True)
+    except SilotuneError as error:
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        Console(stderr=True).print("stopped; continue with --resume.")
+        raise SystemExit(130) from None
+
+
+def _quiet_libraries() -> None:
+    """Silence progress bars and warnings of libraries that say nothing a user could act on."""
+    import os
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
+    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
+    warnings.simplefilter("ignore")
+
+
+if __name__ == "__main__":
+    main()

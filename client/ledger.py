@@ -269,9 +269,7 @@ class Ledger:
             # the folder afterwards; with FULL, a power cut could undo it. WAL would not stand in one file.
             (mode,) = self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()
             if mode != "delete":
-                raise LedgerError(
-                    f"the ledger {self._path} cannot leave journal mode {mode}; close other users."
-                )
+                raise LedgerError(f"the ledger {self._path} cannot leave journal mode {mode}; close other users.")
             self._connection.execute("PRAGMA synchronous = EXTRA")
         with self._transaction("IMMEDIATE"):
             self._check_or_create_schema()
@@ -328,9 +326,7 @@ class Ledger:
             for statement in _SCHEMA:
                 self._connection.execute(statement)
         elif application_id != _APPLICATION_ID:
-            raise LedgerError(
-                f"{self._path} is a database, but no ledger. Mend the path in the configuration."
-            )
+            raise LedgerError(f"{self._path} is a database, but no ledger. Mend the path in the configuration.")
         elif version != SCHEMA_VERSION:
             raise LedgerError(
                 f"the ledger {self._path} has schema version {version}; this program knows {SCHEMA_VERSION}. "

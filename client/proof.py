@@ -107,4 +107,6 @@ def _check_one_step(runtime: Runtime, gradients: list[torch.Tensor], frozen: str
         if torch.equal(parameter, before[name]):
             raise PrivacyError(f"proof 4 failed: one noiseless step left {name} unchanged.")
     if runtime.model.frozen_sha256() != frozen:
-        raise PrivacyError("proof 4 failed: a frozen weight changed while training; what leaves would not be accounted.")
+        raise PrivacyError(
+            "proof 4 failed: a frozen weight changed while training; what leaves would not be accounted."
+        )

@@ -14,6 +14,7 @@ Per-example gradients come from Opacus' hooks (Yousefpour et al. 2021). Clipping
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,9 +101,7 @@ def train_local_round(
     with per_example_hooks(model):
         for step in range(training.local_steps):
             # 2. Every record enters the step by its own coin.
-            sampled = plan.sample(
-                len(examples), randomness.stream("sampling", round_number=round_number, step=step)
-            )
+            sampled = plan.sample(len(examples), randomness.stream("sampling", round_number=round_number, step=step))
             # 3. Per-example gradients, each clipped over adapter and head together, summed over micro-batches.
             total = plan.new_sum([p.shape for p in parameters])
             loss_sum = 0.0
@@ -113,9 +112,7 @@ def train_local_round(
                 total.add(per_example_gradients(parameters, len(losses)))
                 loss_sum += float(losses.detach().sum())
             # 4. One noise event per logical step, also when the sample is empty.
-            noisy = plan.add_noise(
-                total.sums, randomness.stream("noise", round_number=round_number, step=step)
-            )
+            noisy = plan.add_noise(total.sums, randomness.stream("noise", round_number=round_number, step=step))
             # 5. Divide by the expected batch size, never by the drawn one. From here on all is post-processing.
             for parameter, value in zip(parameters, noisy, strict=True):
                 parameter.grad = (value / expected_batch_size).to(parameter)
@@ -144,7 +141,10 @@ def per_example_hooks(model: nn.Module) -> Iterator[None]:
     """
     hooks = GradSampleHooks(model, loss_reduction="sum")
     try:
-        yield
+        with warnings.catch_warnings():
+            # The lowest adapter's input needs no gradient: that is what the frozen layers below are for.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield
     finally:
         hooks.remove_hooks()
 
@@ -160,7 +160,10 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     if training.optimizer == "adamw":
         return torch.optim.AdamW(
-            groups, lr=training.learning_rate, betas=(training.momentum, 0.999), weight_decay=training.weight_decay
+            groups,
+            lr=training.learning_rate,
+            betas=(training.momentum, 0.999),
+            weight_decay=training.weight_decay,
         )
     return torch.optim.SGD(
         groups, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay

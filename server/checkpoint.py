@@ -89,7 +89,9 @@ def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
             header: dict[str, Any] = json.loads((file.metadata() or {})["checkpoint"])
         tensors = load(path.read_bytes())
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise RunError(f"the checkpoint {path} cannot be read ({type(error).__name__}); restore it from a backup or start a new run.") from None
+        raise RunError(
+            f"the checkpoint {path} cannot be read ({type(error).__name__}); restore it from a backup or start a new run."
+        ) from None
     if header["job_sha256"] != job_sha256:
         raise RunError(
             f"the run in {path.parent} was started with another configuration (job {header['job_sha256'][:12]}, now "

@@ -160,7 +160,8 @@ def _run_round(
     adapter = adapters.encode(checkpoint.adapter)
     content = TrainRequest(job=job, round_number=round_number, adapter=adapter)
     requests = [
-        Message(pack_request(content), dst_node_id=node, message_type=TRAIN, group_id=str(round_number)) for node in asked
+        Message(pack_request(content), dst_node_id=node, message_type=TRAIN, group_id=str(round_number))
+        for node in asked
     ]
     # 3. Collect until everyone answered or time is up.
     replies: dict[str, TrainReply] = {}

@@ -31,7 +31,17 @@ from shared.privacy.statement import privacy_record, run_statement
 from shared.runtime import Runtime
 from shared.tasks import Evaluation
 
-_PACKAGES = ("silotune", "torch", "transformers", "peft", "opacus", "flwr", "dp-accounting", "cryptography", "numpy")
+_PACKAGES = (
+    "silotune",
+    "torch",
+    "transformers",
+    "peft",
+    "opacus",
+    "flwr",
+    "dp-accounting",
+    "cryptography",
+    "numpy",
+)
 
 
 class RunFolder:
@@ -101,7 +111,9 @@ class RunFolder:
             "finished": None if status == "running" else now,
             "status": status,
             "seconds": round(seconds, 3),
-            "seconds_before": previous.get("seconds", 0.0) if status == "running" else previous.get("seconds_before", 0.0),
+            "seconds_before": previous.get("seconds", 0.0)
+            if status == "running"
+            else previous.get("seconds_before", 0.0),
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "versions": _versions(),
             "machine": {"system": platform.platform(), "cpu_count": os.cpu_count()},

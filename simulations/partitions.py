@@ -44,9 +44,7 @@ class PartitionConfig(BaseModel):
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
         if self.kind == "column" and self.column is None:
-            raise ValueError(
-                'kind "column" needs column, the role whose values name the sites, such as "hospital"'
-            )
+            raise ValueError('kind "column" needs column, the role whose values name the sites, such as "hospital"')
         if self.kind != "column" and self.column is not None:
             raise ValueError(f'column is for kind "column", but kind is "{self.kind}"; remove one of the two')
         if self.kind != "column" and self.num_sites is None:
@@ -115,9 +113,7 @@ def _by_label_skew(
 ) -> list[Indices]:
     counts = np.array([len(rows) for rows in classes.values()])
     sizes = _draw_label_skew(counts, num_sites, config, generator)
-    cuts = [
-        _cut(generator.permutation(rows), size) for rows, size in zip(classes.values(), sizes, strict=True)
-    ]
+    cuts = [_cut(generator.permutation(rows), size) for rows, size in zip(classes.values(), sizes, strict=True)]
     return [np.concatenate(parts) for parts in zip(*cuts, strict=True)]
 
 

@@ -13,9 +13,7 @@ from datetime import datetime
 NOT_RECORDED = "not recorded"
 
 # Metrics that are shares of one and read better in percent; the gap between two of them is in points.
-SHARES = frozenset(
-    {"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"}
-)
+SHARES = frozenset({"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"})
 LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
 
 _TRAILING_NUMBER = re.compile(r"^(.*?)(\d{1,9})$", re.DOTALL)
@@ -165,9 +163,7 @@ def shorten(name: str, length: int) -> str:
 
 def printable(text: str) -> str:
     """Replace control characters, which XML cannot carry and which can reorder text on screen."""
-    return "".join(
-        character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text
-    )
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def paragraphs(text: str) -> Sequence[str]:

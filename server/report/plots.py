@@ -95,9 +95,7 @@ def metric_by_round(
     lines = [
         Line(
             title=title,
-            points=_finite(
-                (r.round * planned / max(arm.rounds_planned, 1), r.metric(metric)) for r in arm.rounds
-            ),
+            points=_finite((r.round * planned / max(arm.rounds_planned, 1), r.metric(metric)) for r in arm.rounds),
             final=arm.final(metric),
         )
         for title, arm in zip(titles, (federated, *baselines), strict=True)
@@ -155,9 +153,7 @@ def site_spend(sites: Sequence[SiteRecord], *, prefix: str, alt: str) -> Markup:
     """Epsilon spent against the budget, one bar for each site, in up to three panels."""
     num_panels = min(math.ceil(len(sites) / SITES_PER_PANEL), PANELS_PER_FIGURE)
     rows = math.ceil(len(sites) / num_panels)
-    reach = max(
-        (v for s in sites for v in (s.epsilon_spent, s.epsilon_budget) if v and math.isfinite(v)), default=1
-    )
+    reach = max((v for s in sites for v in (s.epsilon_spent, s.epsilon_budget) if v and math.isfinite(v)), default=1)
     row_height = 0.27 if num_panels == 1 else 0.2
     height = rows * row_height + 0.5
     with _figure(height) as figure:
@@ -250,9 +246,7 @@ def _label_ends(axes: Any, metric: str, lines: Sequence[Line]) -> None:
     for index, line in enumerate(lines):
         level = line.points[-1][1] if len(line.points) > 1 else _level(line)
         if level is not None:
-            height = axes.transAxes.inverted().transform(
-                axes.transData.transform((axes.get_xlim()[0], level))
-            )[1]
+            height = axes.transAxes.inverted().transform(axes.transData.transform((axes.get_xlim()[0], level)))[1]
             labels.append((float(height), index, level))
     labels.sort()
     gap, position = 0.115, -math.inf
@@ -276,9 +270,7 @@ def _label_ends(axes: Any, metric: str, lines: Sequence[Line]) -> None:
         )
 
 
-def _draw_site_bars(
-    axes: Any, sites: Sequence[SiteRecord], *, rows: int, reach: float, compact: bool
-) -> None:
+def _draw_site_bars(axes: Any, sites: Sequence[SiteRecord], *, rows: int, reach: float, compact: bool) -> None:
     font = 8 if compact else 9
     for row, site in enumerate(sites):
         spent = site.epsilon_spent or 0.0

@@ -93,9 +93,7 @@ def _view(data: RunData) -> dict[str, Any]:
     rounds = federated.rounds
     job_name = federated.job.get("name")
     return {
-        "name": formats.printable(
-            run.name or (job_name if isinstance(job_name, str) else "") or "Run without a name"
-        ),
+        "name": formats.printable(run.name or (job_name if isinstance(job_name, str) else "") or "Run without a name"),
         "run": run,
         "complete": data.complete,
         "private": federated.private,
@@ -108,9 +106,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "higher_is_better": data.higher_is_better,
         "value": formats.format_metric(metric, federated.final(metric)),
         "interval": _interval(metric, federated, run.dataset.test_records),
-        "comparison": [
-            _comparison_row(data, title, arm) for title, arm in zip(titles, _arms(data), strict=True)
-        ],
+        "comparison": [_comparison_row(data, title, arm) for title, arm in zip(titles, _arms(data), strict=True)],
         "epsilon": federated.epsilon,
         "budget": _budget(federated),
         "delta": _delta(federated),
@@ -145,11 +141,7 @@ def _title(arm: Arm) -> str:
     if arm.name == "federated":
         return "Federated DP" if arm.private else "Federated, not private"
     known = _ARM_TITLES.get(arm.name)
-    return (
-        known
-        or formats.printable(arm.name).replace("-", " ").replace("_", " ").strip().capitalize()
-        or "Baseline"
-    )
+    return known or formats.printable(arm.name).replace("-", " ").replace("_", " ").strip().capitalize() or "Baseline"
 
 
 def _budget(arm: Arm) -> float | None:
@@ -220,9 +212,7 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
 
 def _composed(data: RunData) -> list[Any]:
     """Epsilon by the number of sites that hold the same person; a long list is thinned, ends kept."""
-    rows = (
-        sorted(data.statement.up_to_m_sites, key=lambda row: row.sites) if data.statement is not None else []
-    )
+    rows = sorted(data.statement.up_to_m_sites, key=lambda row: row.sites) if data.statement is not None else []
     if len(rows) <= MAX_COMPOSED_ROWS:
         return rows
     wanted = {1, 2, 3, 4, 5, 8, 10, 20, 50, 100, 200, 500, rows[0].sites, rows[-1].sites}
@@ -289,9 +279,7 @@ def _confusion(arm: Arm) -> dict[str, Any] | None:
     for index, (label, row) in enumerate(zip(labels, counts, strict=True)):
         total = sum(row)
         shares = [count / total if total else 0.0 for count in row]
-        others = sorted(
-            (-count, labels[other]) for other, count in enumerate(row) if other != index and count
-        )
+        others = sorted((-count, labels[other]) for other, count in enumerate(row) if other != index and count)
         rows.append(
             {
                 "label": label,
@@ -301,9 +289,7 @@ def _confusion(arm: Arm) -> dict[str, Any] | None:
                     for count, share in zip(row, shares, strict=True)
                 ],
                 "recall": f"{100 * shares[index]:.1f} %" if total else "no records",
-                "precision": f"{100 * row[index] / columns[index]:.1f} %"
-                if columns[index]
-                else "never predicted",
+                "precision": f"{100 * row[index] / columns[index]:.1f} %" if columns[index] else "never predicted",
                 "mistaken": f"{others[0][1]} ({-others[0][0]:,})" if others else "none",
             }
         )
@@ -322,9 +308,7 @@ def _round_row(record: RoundRecord, metric: str, all_sites: Sequence[str]) -> di
         "epsilon": record.epsilon_max,
         "num_replied": len(record.sites),
         "replied": "all" if everyone else formats.join_names(map(formats.printable, record.sites)),
-        "failed": [
-            {"sites": formats.join_names(sites), "reason": reason} for reason, sites in reasons.items()
-        ],
+        "failed": [{"sites": formats.join_names(sites), "reason": reason} for reason, sites in reasons.items()],
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,

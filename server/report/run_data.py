@@ -295,9 +295,7 @@ def _read_rounds(path: Path, *, complete: bool) -> tuple[RoundRecord, ...]:
             records.append(_parse(RoundRecord, line, path, where=f"line {number}: "))
     for earlier, later in pairwise(records):
         if later.round <= earlier.round:
-            raise _malformed(
-                path, f"round {later.round} follows round {earlier.round}, expected rising rounds"
-            )
+            raise _malformed(path, f"round {later.round} follows round {earlier.round}, expected rising rounds")
     if complete and not records:
         raise _malformed(path, "it has no round, expected one line for each")
     return tuple(records)
@@ -310,9 +308,7 @@ def _read_evaluation(path: Path) -> Evaluation:
     if evaluation.confusion is not None:
         size = len(evaluation.labels) if evaluation.labels is not None else len(evaluation.confusion)
         if len(evaluation.confusion) != size or any(len(row) != size for row in evaluation.confusion):
-            raise _malformed(
-                path, f"confusion is not a square of {size} rows and columns, one for each label"
-            )
+            raise _malformed(path, f"confusion is not a square of {size} rows and columns, one for each label")
     return evaluation
 
 
@@ -359,9 +355,7 @@ def _malformed(path: Path, what: str) -> RunError:
 def _folders(parent: Path) -> Sequence[Path]:
     if not parent.is_dir():
         return ()
-    return sorted(
-        (path for path in parent.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name)
-    )
+    return sorted((path for path in parent.iterdir() if path.is_dir()), key=lambda path: natural_key(path.name))
 
 
 def _adapter_files(folder: Path) -> Sequence[AdapterFile]:

@@ -19,7 +19,10 @@ _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
 def exact_lora_mean(
-    current: Mapping[str, Tensor], updates: Sequence[Mapping[str, Tensor]], weights: Sequence[float], scaling: float
+    current: Mapping[str, Tensor],
+    updates: Sequence[Mapping[str, Tensor]],
+    weights: Sequence[float],
+    scaling: float,
 ) -> dict[str, Tensor]:
     """Return the global adapter whose effective weights are the weighted mean of the sites' effective weights.
 

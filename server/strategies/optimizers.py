@@ -14,7 +14,10 @@ _EPSILON = 1e-8
 
 
 def apply_update(
-    current: Mapping[str, Tensor], mean: Mapping[str, Tensor], state: Mapping[str, Tensor], config: AggregationConfig
+    current: Mapping[str, Tensor],
+    mean: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    config: AggregationConfig,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return (next adapter, next state).
 

@@ -134,13 +134,20 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: flo
         if excess(low) <= 0:
             high = low
     sigma = math.exp(float(brentq(excess, low, high, xtol=SIGMA_TOLERANCE / 4)) + SIGMA_TOLERANCE / 4)
-    while compose_epsilon([GaussianSteps(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)], delta) > epsilon:
+    while (
+        compose_epsilon([GaussianSteps(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)], delta) > epsilon
+    ):
         sigma *= 1 + SIGMA_TOLERANCE / 4
     return sigma
 
 
 def affordable_steps(
-    spent: Iterable[GaussianSteps], *, noise_multiplier: float, sample_rate: float, budget: float, delta: float
+    spent: Iterable[GaussianSteps],
+    *,
+    noise_multiplier: float,
+    sample_rate: float,
+    budget: float,
+    delta: float,
 ) -> int:
     """Return how many more steps of one mechanism keep the composition with `spent` within `budget`.
 

@@ -46,7 +46,9 @@ def per_example_gradients(parameters: Sequence[torch.nn.Parameter], batch_size: 
         gradient = getattr(parameter, "grad_sample", None)
         expected = (batch_size, *parameter.shape)
         if not isinstance(gradient, Tensor) or tuple(gradient.shape) != expected:
-            found = "none" if gradient is None else str(tuple(getattr(gradient, "shape", ())) or type(gradient).__name__)
+            found = (
+                "none" if gradient is None else str(tuple(getattr(gradient, "shape", ())) or type(gradient).__name__)
+            )
             raise PrivacyError(
                 f"a trainable parameter has per-example gradient {found}, expected shape {expected}; it would not be "
                 "clipped. Train only linear layers whose input has the batch as its first dimension."

@@ -111,7 +111,9 @@ class Statement:
 def site_statement(release: SiteRelease, run: str) -> str:
     """Return the statement of one site in words."""
     if not release.private:
-        return f"Site {release.site} released updates of run {run} WITHOUT noise. Nothing about its records is protected."
+        return (
+            f"Site {release.site} released updates of run {run} WITHOUT noise. Nothing about its records is protected."
+        )
     if release.randomness != "os":
         return (
             f"NOT PRIVATE: the randomness of site {release.site} in run {run} was injected for a test. Whoever knows the "
@@ -155,7 +157,8 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
         "declared_records": release.declared_records,
         "rounds": list(release.rounds),
         "events": [
-            {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps} for e in release.events
+            {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps}
+            for e in release.events
         ],
         "statement": site_statement(release, run),
     }

@@ -47,7 +47,9 @@ class CausalLanguageModelling:
             return []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         texts = [str(record["text"]) for record in records]
-        encoded = tokenizer(texts, truncation=True, max_length=max_length - len(end), add_special_tokens=False)["input_ids"]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length - len(end), add_special_tokens=False)[
+            "input_ids"
+        ]
         examples = [Example(torch.tensor([*ids, *end], dtype=torch.int64)) for ids in encoded]
         for row, example in enumerate(examples, start=1):
             if example.length < 2:

@@ -90,5 +90,3 @@ class SequenceClassification:
             labels=self.labels,
             confusion=matrix.tolist(),
         )
-
-

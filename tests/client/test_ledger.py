@@ -42,9 +42,7 @@ def epsilon_of(num: int) -> float:
 
 
 @contextmanager
-def opened(
-    path: Path, *, epsilon: float = 8.0, dataset: str = "notes", unit: str = "record"
-) -> Iterator[Ledger]:
+def opened(path: Path, *, epsilon: float = 8.0, dataset: str = "notes", unit: str = "record") -> Iterator[Ledger]:
     budget = Budget(epsilon=epsilon, delta=DELTA)
     with closing(Ledger(path, dataset=dataset, unit=unit, budget=budget)) as ledger:
         yield ledger
@@ -101,9 +99,7 @@ def test_hard_stop_exactly_at_the_cap(path: Path) -> None:
     with opened(path, epsilon=epsilon_of(40)) as ledger:
         ledger.reserve(charge(33))
         before = ledger.entries()
-        with pytest.raises(
-            BudgetExceeded, match=r"asks for 8 steps.*Nothing was charged\. 7 such"
-        ) as refused:
+        with pytest.raises(BudgetExceeded, match=r"asks for 8 steps.*Nothing was charged\. 7 such") as refused:
             ledger.reserve(charge(8))
         assert refused.value.steps_affordable == 7
         assert ledger.entries() == before
@@ -461,9 +457,7 @@ def test_tampering_behind_an_open_ledger_stops_the_next_charge(path: Path) -> No
             ledger.commit(3, executed_steps=1, release_sha256=RELEASE)
 
 
-@pytest.mark.parametrize(
-    "statement", ["UPDATE entries SET kind = 'x'", "DELETE FROM entries WHERE sequence = 2"]
-)
+@pytest.mark.parametrize("statement", ["UPDATE entries SET kind = 'x'", "DELETE FROM entries WHERE sequence = 2"])
 def test_accidental_edit_is_refused_by_the_file_itself(path: Path, statement: str) -> None:
     with opened(path):
         pass

@@ -383,9 +383,7 @@ def test_injected_randomness_warns(tmp_path: Path) -> None:
     html = render(folder)
     text = Page(html).text
     assert 'class="callout callout-danger" role="alert"' in html
-    assert text.index("No privacy guarantee holds") < text.index("Accuracy"), (
-        "the warning stands above all figures"
-    )
+    assert text.index("No privacy guarantee holds") < text.index("Accuracy"), "the warning stands above all figures"
     assert "Test randomness: site-3 drew" in text
     assert "No guarantee 7.99 computed, void, delta 1e-5" in text
     assert "Void: test randomness. The statement below" in text
@@ -581,8 +579,5 @@ def test_delta_is_rounded_up(value: float, text: str) -> None:
 
 
 def test_names_are_joined() -> None:
-    assert (
-        formats.join_names(["b", "site-10", "site-2", "site-3", "site-1", "a"])
-        == "a, b, site-1 to site-3, site-10"
-    )
+    assert formats.join_names(["b", "site-10", "site-2", "site-3", "site-1", "a"]) == "a, b, site-1 to site-3, site-10"
     assert formats.join_names(["site-07", "site-08"]) == "site-07, site-08"

@@ -221,9 +221,7 @@ def test_blank_cells_are_named_by_row_and_line_only(tmp_path: Path) -> None:
 def test_blank_json_values(tmp_path: Path, cell: object) -> None:
     row = {"review": CELL} if cell == "absent" else {"review": CELL, "stars": cell}
     lines = [json.dumps({"review": CELL, "stars": 0}), json.dumps(row)]
-    assert "column 'stars' is blank at row 2 (line 2)" in refused(
-        tmp_path / "a.jsonl", "\n".join(lines).encode()
-    )
+    assert "column 'stars' is blank at row 2 (line 2)" in refused(tmp_path / "a.jsonl", "\n".join(lines).encode())
 
 
 def test_blank_parquet_cells(tmp_path: Path) -> None:
@@ -298,9 +296,7 @@ def test_source_refuses(fields: dict[str, Any]) -> None:
 
 # --- fingerprint and writing ---------------------------------------------------------------------------
 
-VALUES = st.one_of(
-    st.none(), st.text(), st.integers(), st.floats(allow_nan=False), st.lists(st.text(), max_size=3)
-)
+VALUES = st.one_of(st.none(), st.text(), st.integers(), st.floats(allow_nan=False), st.lists(st.text(), max_size=3))
 RECORDS = st.lists(st.dictionaries(st.text(min_size=1), VALUES, max_size=3), max_size=6)
 
 

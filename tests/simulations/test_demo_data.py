@@ -106,9 +106,7 @@ def test_download_of_another_archive_is_not_kept(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_index")
 def test_without_an_index_the_error_says_how_to_go_on_by_hand(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"pip could not fetch vaderSentiment==3\.3\.2: .*No matching"
-    ) as caught:
+    with pytest.raises(DataError, match=r"pip could not fetch vaderSentiment==3\.3\.2: .*No matching") as caught:
         load_movie_reviews(tmp_path)
     assert f"put it, unchanged, into {tmp_path}" in str(caught.value)
     assert list(tmp_path.iterdir()) == []

@@ -33,9 +33,7 @@ def label_shares(parts: dict[str, list[int]], records: list[dict[str, Any]]) -> 
 @settings(deadline=None)
 @given(
     kind=st.sampled_from(["iid", "dirichlet", "quantity", "column"]),
-    labels=st.lists(
-        st.sampled_from(["a", "B", "ü", "ü!", "重", "neg ative", "neg-ative"]), min_size=1, max_size=80
-    ),
+    labels=st.lists(st.sampled_from(["a", "B", "ü", "ü!", "重", "neg ative", "neg-ative"]), min_size=1, max_size=80),
     num_sites=st.integers(1, 8),
     alpha=st.floats(0.05, 100),
     min_records=st.integers(1, 4),
@@ -126,9 +124,7 @@ def test_label_skew_does_not_follow_the_order_of_the_records() -> None:
 
 
 def test_label_skew_of_many_sites_and_classes() -> None:
-    parts = partition(
-        labelled(10_003, 77), PartitionConfig(kind="dirichlet", num_sites=100, alpha=0.1), seed=0
-    )
+    parts = partition(labelled(10_003, 77), PartitionConfig(kind="dirichlet", num_sites=100, alpha=0.1), seed=0)
     assert len(parts) == 100
     assert sum(sizes(parts)) == 10_003
 
@@ -179,10 +175,7 @@ def test_slugs_never_collide_with_numbered_ones() -> None:
 
 def test_long_values_make_valid_names() -> None:
     records = [{"h": "x" * 500 + end} for end in "abc"]
-    assert all(
-        SITE_NAME.match(name)
-        for name in partition(records, PartitionConfig(kind="column", column="h"), seed=0)
-    )
+    assert all(SITE_NAME.match(name) for name in partition(records, PartitionConfig(kind="column", column="h"), seed=0))
 
 
 @pytest.mark.parametrize(

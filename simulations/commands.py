@@ -1,0 +1,88 @@
+"""What `silotune demo` and `silotune simulate` do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from server.run_folder import peak_rss_mb
+from shared.errors import RunError
+from shared.tasks import task_of
+from simulations.engine import run_scenario
+from simulations.live import LiveView
+from simulations.scenario import Scenario, builtin_scenario, load_scenario
+
+
+def simulate_builtin(name: str, *, out: Path | None, overrides: Sequence[str], as_json: bool) -> None:
+    """Run a scenario that ships with the package."""
+    scenario = builtin_scenario(name, overrides)
+    _simulate(scenario, out or _new_folder(scenario.name), resume=False, stop_after=None, as_json=as_json)
+
+
+def simulate_file(
+    path: Path,
+    *,
+    out: Path | None,
+    overrides: Sequence[str],
+    resume: bool,
+    stop_after: int | None,
+    as_json: bool,
+) -> None:
+    """Run a scenario file."""
+    scenario = load_scenario(path, overrides)
+    if resume and out is None:
+        raise RunError("--resume needs --out, the folder of the run to continue.")
+    _simulate(scenario, out or _new_folder(scenario.name), resume=resume, stop_after=stop_after, as_json=as_json)
+
+
+def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
+    """Return the figures of a finished run, read back from its folder."""
+    metric = task_of(scenario.job).primary_metric
+    arms = {"federated_dp" if scenario.job.privacy.mechanism == "dp-sgd" else "federated": folder}
+    arms |= {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
+    result: dict[str, Any] = {"run_dir": str(folder)}
+    for name, place in arms.items():
+        evaluation = place / "evaluation.json"
+        if evaluation.exists():
+            result[f"{metric}_{name}"] = round(json.loads(evaluation.read_text())["metrics"][metric], 4)
+    spent = [json.loads(path.read_text())["epsilon_spent"] for path in sorted(folder.glob("sites/*/privacy.json"))]
+    known = [epsilon for epsilon in spent if epsilon is not None]
+    result["epsilon_max_site"] = round(max(known), 4) if known else None
+    result["delta"] = scenario.job.privacy.delta
+    result["seconds"] = round(seconds, 1)
+    result["peak_rss_mb"] = round(peak_rss_mb())
+    return result
+
+
+def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
+    started = time.monotonic()
+    console = Console(stderr=as_json)
+    with LiveView(console) as view:
+        finished = run_scenario(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
+    figures = summary(folder, scenario, seconds=time.monotonic() - started)
+    if as_json:
+        typer.echo(json.dumps(figures))
+        return
+    for key, value in figures.items():
+        console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
+    if finished.round_number < scenario.job.training.rounds:
+        console.print(
+            f"stopped after round {finished.round_number}; continue with --resume --out {folder}",
+            soft_wrap=True,
+        )
+        return
+    console.print(f"\nreport: {folder / 'report.html'}", soft_wrap=True)
+    console.print(
+        (folder / "statement.json").exists() and json.loads((folder / "statement.json").read_text())["one_site"]
+    )
+
+
+def _new_folder(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,134 @@
+"""One live view of a simulation: rounds, loss on public data, epsilon of every site, time left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from server.checkpoint import Checkpoint
+from shared.messages import SiteDescription
+from shared.privacy.statement import SiteRelease
+from shared.tasks import task_of
+from simulations.engine import Arm
+
+_ROWS = 12
+
+
+class LiveView:
+    """A terminal view that is shared by all arms of a scenario; prints plain lines where there is no terminal."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+        )
+        self._tables: list[RenderableType] = []
+        self._releases: dict[str, SiteRelease] = {}
+        self._live = Live(self._render(), console=console, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> LiveView:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._live.update(self._render(), refresh=True)
+            self._live.stop()
+
+    def observer(self, arm: Arm) -> ArmObserver:
+        """Return the observer of one arm, with a progress bar of its own."""
+        return ArmObserver(self, arm)
+
+    def say(self, text: str) -> None:
+        """Print a line where there is no live display."""
+        if not self._console.is_terminal:
+            self._console.print(text, highlight=False)
+
+    def show(self, releases: dict[str, SiteRelease]) -> None:
+        """Replace the table of sites."""
+        self._releases = releases or self._releases
+        if self._console.is_terminal:
+            self._live.update(self._render())
+
+    def progress(self) -> Progress:
+        """Return the progress bars."""
+        return self._progress
+
+    def _render(self) -> RenderableType:
+        parts: list[RenderableType] = [self._progress]
+        if self._releases:
+            parts.append(_spend_table(self._releases))
+        return Panel(Group(*parts), title="silotune", border_style="cyan")
+
+
+class ArmObserver:
+    """Observer of one arm; see `server.rounds.Observer`."""
+
+    def __init__(self, view: LiveView, arm: Arm) -> None:
+        self._view, self._arm = view, arm
+        self._metric = task_of(arm.job).primary_metric
+        self._bar = view.progress().add_task(arm.name, total=arm.job.training.rounds * len(arm.sites))
+        self._started = time.monotonic()
+
+    def roster(self, sites: Sequence[SiteDescription]) -> None:
+        """Note how many sites a round can ask."""
+        per_round = self._arm.job.federation.sites_per_round or len(sites)
+        self._per_round = min(per_round, len(sites))
+        self._view.progress().update(self._bar, total=self._arm.job.training.rounds * self._per_round)
+
+    def site_done(self, round_number: int, site: str) -> None:
+        """Advance the bar by one site."""
+        self._view.progress().advance(self._bar)
+
+    def round_done(self, checkpoint: Checkpoint) -> None:
+        """Show metrics and spend after a round."""
+        record = checkpoint.history[-1]
+        done = checkpoint.round_number * getattr(self, "_per_round", len(self._arm.sites))
+        figures = [f"round {record.round}/{self._arm.job.training.rounds}"]
+        if record.metrics:
+            figures.append(f"loss {record.metrics['loss']:.3f}")
+            figures.append(f"{self._metric} {record.metrics[self._metric]:.3f}")
+        if record.epsilon_max is not None:
+            figures.append(f"epsilon {record.epsilon_max:.2f}")
+        if record.failed:
+            figures.append(f"{len(record.failed)} sites failed")
+        text = " · ".join(figures)
+        self._view.progress().update(self._bar, completed=done, description=f"{self._arm.name:<11} {text}")
+        self._view.say(f"{self._arm.name}: {text}")
+        self._view.show({name: r for name, r in checkpoint.releases.items() if r.protected})
+
+
+def _spend_table(releases: dict[str, SiteRelease]) -> Table:
+    table = Table(box=None, pad_edge=False, title="privacy spent", title_justify="left", title_style="bold")
+    for heading in ("site", "epsilon", "of budget", ""):
+        table.add_column(heading, justify="left" if heading in ("site", "") else "right")
+    ordered = sorted(releases.values(), key=lambda release: (-release.epsilon, release.site))
+    for release in ordered[:_ROWS]:
+        share = release.epsilon / release.epsilon_budget if release.epsilon_budget else 0.0
+        filled = min(round(20 * share), 20)
+        colour = "green" if share < 0.75 else "yellow" if share <= 1 else "red"
+        bar = Text("━" * filled, style=colour) + Text("━" * (20 - filled), style="bright_black")
+        table.add_row(release.site, f"{release.epsilon:.2f}", f"{release.epsilon_budget:g}", bar)
+    if len(ordered) > _ROWS:
+        table.add_row(f"… and {len(ordered) - _ROWS} more", "", "", "")
+    return table
