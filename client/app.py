@@ -6,6 +6,7 @@ Sites are opened once per process and kept, so a round pays no import, no model 
 from __future__ import annotations
 
 import functools
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +26,8 @@ from shared.messages import (
 )
 from shared.privacy.randomness import SiteRandomness
 
+log = logging.getLogger("silotune.site")
+
 OpenSite = Callable[[Context], Site]
 
 
@@ -37,6 +40,7 @@ def make_client_app(open_site: OpenSite) -> ClientApp:
         try:
             return Message(pack_description(open_site(context).describe()), reply_to=message)
         except SilotuneError as error:
+            log.error("the site cannot be opened: %s", error)
             refusal = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
             return Message(pack_refusal(refusal), reply_to=message)
 
@@ -46,6 +50,7 @@ def make_client_app(open_site: OpenSite) -> ClientApp:
             request = unpack_request(message.content)
             answer = open_site(context).answer(request)
         except SilotuneError as error:
+            log.error("the request cannot be answered: %s", error)
             answer = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
         content = pack_reply(answer) if isinstance(answer, TrainReply) else pack_refusal(answer)
         return Message(content, reply_to=message)

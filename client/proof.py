@@ -82,7 +82,7 @@ def _gradients(runtime: Runtime, examples: list[Example]) -> list[torch.Tensor]:
     with per_example_hooks(runtime.model):
         with runtime.autocast():
             losses = runtime.task.per_example_loss(runtime.model(batch), batch)
-        losses.sum().backward()
+        losses.sum().backward()  # type: ignore[no-untyped-call]
         gradients = per_example_gradients(list(runtime.model.trainable().values()), len(examples))
     return [gradient.detach().clone().float() for gradient in gradients]
 

@@ -79,7 +79,7 @@ class Site:
         self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))
         self._new_randomness = new_randomness
         self._records = read_records(self.config.data, base=home)
-        self._examples: dict[int, list[Example]] = {}
+        self._prepared: tuple[Runtime, list[Example]] | None = None
         self._ledger: Ledger | None = None
 
     @property
@@ -133,7 +133,7 @@ class Site:
             return stored
         # 3. Model, data and global adapter, all checked before anything is charged.
         runtime = self.prepare(job)
-        examples = self._examples[id(runtime)]
+        examples = self.examples(runtime)
         plan.check_records(len(examples))
         start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
         # 4. Charge first.
@@ -174,12 +174,17 @@ class Site:
         if not runtime.proven:
             prove_trainer(runtime)
             runtime.proven = True
-        if id(runtime) not in self._examples:
+        self.examples(runtime)
+        return runtime
+
+    def examples(self, runtime: Runtime) -> list[Example]:
+        """Return the site's records as `runtime` encodes them, checked; kept until another runtime asks."""
+        if self._prepared is None or self._prepared[0] is not runtime:
             examples = runtime.encode(self._records)
             runtime.task.check_site(examples)
             runtime.warm_cache(examples)
-            self._examples = {id(runtime): examples}
-        return runtime
+            self._prepared = (runtime, examples)
+        return self._prepared[1]
 
     def _check_policy(self, job: Job, round_number: int) -> None:
         if job.privacy.mechanism == "none" and not self.config.allow_non_private:
@@ -223,7 +228,9 @@ class Site:
         metadata = {"request_sha256": request_sha256, "reply": header}
         path = self._round_file(job, round_number)
         write_bytes(path, save({"update": update, **{f"optimizer/{n}": t for n, t in state.items()}}, metadata))
-        for old in sorted(path.parent.glob("round-*.safetensors"))[:-_KEPT_ROUNDS]:
+        # Only rounds before this one: a coordinator that went back to a backup may ask for it once more.
+        earlier = [old for old in sorted(path.parent.glob("round-*.safetensors")) if old <= path]
+        for old in earlier[:-_KEPT_ROUNDS]:
             old.unlink(missing_ok=True)
 
     def _stored_reply(self, job: Job, round_number: int, request_sha256: str) -> TrainReply | None:

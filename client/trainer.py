@@ -108,7 +108,7 @@ def train_local_round(
             for batch in runtime.batches(examples, sampled.tolist()):
                 with runtime.autocast():
                     losses = task.per_example_loss(model(batch), batch)
-                losses.sum().backward()
+                losses.sum().backward()  # type: ignore[no-untyped-call]
                 total.add(per_example_gradients(parameters, len(losses)))
                 loss_sum += float(losses.detach().sum())
             # 4. One noise event per logical step, also when the sample is empty.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,9 @@ class Run:
         stop_after: stop after this round; the run can be resumed.
         report: write `report.html` at the end.
         observer: is told about progress.
+        prepare: called once everything was checked and the folder is locked, before the first message; a simulation
+            makes its sites here.
+        finished: the last checkpoint, once the run has ended.
     """
 
     job: Job
@@ -63,26 +66,33 @@ class Run:
     stop_after: int | None = None
     report: bool = True
     observer: Observer = field(default_factory=SilentObserver)
+    prepare: Callable[[], None] = lambda: None
     finished: Checkpoint | None = None
 
 
-def make_server_app(run: Run) -> ServerApp:
-    """Return a ServerApp that executes `run`; when it returns, `run.finished` holds the last checkpoint."""
+def make_server_app(run: Run, *, wrap_grid: Callable[[Grid], Grid] = lambda grid: grid) -> ServerApp:
+    """Return a ServerApp that executes `run`; when it returns, `run.finished` holds the last checkpoint.
+
+    Args:
+        wrap_grid: puts something between the coordinator and Flower's Grid, such as simulated drop-outs.
+    """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        execute(grid, run)
+        execute(wrap_grid(grid), run)
 
     return app
 
 
 def execute(grid: Grid, run: Run) -> Checkpoint:
     """Run the job's remaining rounds over `grid` and write everything that a finished run folder holds."""
+    # Model and data first: what is wrong with them is found before anything is written.
+    runtime = load_runtime(run.job, run.compute)
+    examples = runtime.encode(run.public_records)
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
+        run.prepare()
         folder.write_run_info("running", run.details)
-        runtime = load_runtime(run.job, run.compute)
-        examples = runtime.encode(run.public_records)
         runtime.warm_cache(examples)
         checkpoint = folder.load_checkpoint()
         if checkpoint is not None:

@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from flwr.app import Message
 from flwr.serverapp.grid import Grid
+from torch import Tensor
 
 from server.checkpoint import Checkpoint, RoundRecord
 from server.strategies import aggregate
@@ -70,10 +71,10 @@ class Coordinator:
     """
 
     job: Job
-    initial_adapter: dict[str, adapters.Tensor]
+    initial_adapter: dict[str, Tensor]
     update_shapes: Shapes
     exact_scaling: float | None
-    evaluate: Callable[[dict[str, adapters.Tensor]], dict[str, float]]
+    evaluate: Callable[[dict[str, Tensor]], dict[str, float]]
     evaluate_every: int
     save: Callable[[Checkpoint], None]
     observer: Observer
@@ -115,7 +116,8 @@ def find_sites(grid: Grid, job: Job) -> dict[int, SiteDescription]:
     while len(nodes := sorted(grid.get_node_ids())) < job.federation.min_sites:
         if time.monotonic() > deadline:
             raise RunError(
-                f"{len(nodes)} nodes are connected, federation.min_sites is {job.federation.min_sites}; start more sites or lower it."
+                f"{len(nodes)} nodes are connected, federation.min_sites is {job.federation.min_sites}; start more sites "
+                "or lower it."
             )
         time.sleep(POLL_SECONDS)
     requests = [Message(describe_request(), dst_node_id=node, message_type=DESCRIBE, group_id="0") for node in nodes]
@@ -178,19 +180,23 @@ def _run_round(
         if (name := sites[node].site) not in replies and name not in failed:
             failed[name] = f"no answer within {job.federation.round_timeout_seconds:g} s"
     # 4. Check every reply before it may touch the adapter.
-    updates = {}
+    updates: dict[str, dict[str, Tensor]] = {}
+    made: dict[str, TrainReply] = {}
+    plan = PrivacyPlan.from_job(job)
     for name, reply in sorted(replies.items()):
         try:
-            _check_reply(reply, name, job, round_number)
+            _check_reply(reply, name, job, plan, round_number)
+            made[name] = reply
             updates[name] = adapters.decode(reply.update, coordinator.update_shapes)
         except (AdapterError, RunError) as error:
             failed[name] = str(error)
-    # A release is a release, aggregated or not: account for all of them.
-    releases = _account(checkpoint.releases, replies, job, round_number)
+    # A release is a release, aggregated or not: account for all that were made under this plan.
+    releases = _account(checkpoint.releases, made, job, round_number)
     if len(updates) < job.federation.min_sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "none was asked"
         raise RunError(
-            f"round {round_number}: {len(updates)} valid updates, federation.min_sites is {job.federation.min_sites} ({reasons}). "
+            f"round {round_number}: {len(updates)} valid updates, federation.min_sites is "
+            f"{job.federation.min_sites} ({reasons}). "
             "The run stands at the last checkpoint; mend the sites and resume."
         )
     # 5. Aggregate in the order of names, so that arrival order changes nothing.
@@ -252,14 +258,20 @@ def _before_training(coordinator: Coordinator) -> Checkpoint:
     return checkpoint
 
 
-def _check_reply(reply: TrainReply, name: str, job: Job, round_number: int) -> None:
-    """Raise `RunError` if a reply is for another job or round, or comes from another name than its node's."""
+def _check_reply(reply: TrainReply, name: str, job: Job, plan: PrivacyPlan, round_number: int) -> None:
+    """Raise `RunError` if a reply is for another job or round, bears another name, or executed another mechanism."""
     if reply.site != name:
         raise RunError(f"the node of site {name!r} answered as {reply.site!r}")
     if reply.job_sha256 != job.sha256:
         raise RunError(f"answered for job {reply.job_sha256[:12]}, expected {job.sha256[:12]}")
     if reply.round_number != round_number:
         raise RunError(f"stale update of round {reply.round_number}, expected round {round_number}")
+    executed = (reply.noise_multiplier, reply.sample_rate, reply.max_grad_norm, reply.delta, reply.steps)
+    asked = (plan.noise_multiplier, plan.sample_rate, plan.max_grad_norm, plan.delta, job.training.local_steps)
+    if not np.allclose(executed, asked, rtol=1e-6, atol=0.0):
+        raise RunError(f"executed the mechanism {executed}, but the job's plan is {asked} (sigma, q, C, delta, steps)")
+    if reply.declared_records < 1:
+        raise RunError(f"declares {reply.declared_records} records, expected at least 1")
 
 
 def _account(

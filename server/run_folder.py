@@ -60,25 +60,23 @@ class RunFolder:
         """
         self.path, self.job = path, job
         self._started = time.monotonic()
-        if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file; choose a folder for the run.")
-        known = _stored_job(path)
-        if known is not None and known.sha256 != job.sha256:
-            raise RunError(
-                f"{path} holds a run with another configuration (job {known.sha256[:12]}, now {job.sha256[:12]}). Choose another "
-                "folder, or resume with the configuration it was started with."
-            )
-        if known is not None and not resume:
-            raise RunError(f"{path} holds a run already; resume it with --resume, or choose another folder.")
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+        check_run_folder(path, job, resume=resume)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise RunError(
+                f"the run folder {path} cannot be created: {error.strerror}. Choose another, or mend the permissions."
+            ) from None
+        try:
+            _take_lock(self._lock, path)
+            # Once more: another process may have run here between the check and the lock.
+            check_run_folder(path, job, resume=resume)
+            if not (path / "job.json").exists():
+                write_text(path / "job.json", job.canonical_json())
+        except BaseException:
             os.close(self._lock)
-            raise RunError(f"another process is running in {path}; wait for it or choose another folder.") from None
-        if known is None:
-            write_text(path / "job.json", job.canonical_json())
+            raise
 
     def __enter__(self) -> RunFolder:
         return self
@@ -145,11 +143,31 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _stored_job(path: Path) -> Job | None:
-    file = path / "job.json"
-    if not file.exists():
-        return None
-    return load_job(path)
+def check_run_folder(path: Path, job: Job, *, resume: bool) -> None:
+    """Find what speaks against running `job` in `path`; writes nothing.
+
+    Raises:
+        RunError: if it is a file, holds a run already and `resume` is False, or belongs to another job.
+    """
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path} is a file; choose a folder for the run.")
+    if not (path / "job.json").exists():
+        return
+    known = load_job(path)
+    if known.sha256 != job.sha256:
+        raise RunError(
+            f"{path} holds a run with another configuration (job {known.sha256[:12]}, now {job.sha256[:12]}). Choose "
+            "another folder, or resume with the configuration it was started with."
+        )
+    if not resume:
+        raise RunError(f"{path} holds a run already; resume it with --resume, or choose another folder.")
+
+
+def _take_lock(handle: int, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError(f"another process is running in {path}; wait for it or choose another folder.") from None
 
 
 def load_job(run_dir: Path) -> Job:

@@ -41,7 +41,7 @@ def encode(tensors: Mapping[str, Tensor], *, salt: str = "") -> bytes:
     """
     plain = {name: tensor.detach().to("cpu", torch.float32).contiguous() for name, tensor in sorted(tensors.items())}
     payload = save(plain, metadata={"salt": salt})
-    return MAGIC + hashlib.sha256(payload).digest() + payload
+    return b"".join((MAGIC, hashlib.sha256(payload).digest(), payload))
 
 
 def decode(data: bytes, expected: Shapes) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ def decode(data: bytes, expected: Shapes) -> dict[str, Tensor]:
     if hashlib.sha256(payload).digest() != digest:
         raise AdapterError("the adapter's SHA-256 does not match its content; it was cut or changed on the way.")
     try:
-        tensors = load(payload)
+        tensors: dict[str, Tensor] = load(payload)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(f"the adapter is not a valid safetensors file: {error}") from None
     check(tensors, expected)

@@ -18,9 +18,9 @@ def write_bytes(path: Path, data: bytes) -> None:
     Raises:
         RunError: if the disk is full or the folder cannot be written; `path` keeps its old content.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = ""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
             file.write(data)

@@ -20,10 +20,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from shared.errors import ConfigError
 
-SCHEMA_VERSION = 1
-
 Probability = Annotated[float, Field(gt=0, le=1)]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Section(BaseModel):
@@ -115,7 +114,7 @@ class PrivacyConfig(Section):
     """q: probability with which each record enters a step (Poisson sampling)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """C: the largest L2 norm of one record's gradient over adapter and head together."""
-    noise_multiplier: float | None = Field(default=None, gt=0)
+    noise_multiplier: float | None = Field(default=None, ge=0.2, le=1e4)
     """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps."""
 
 
@@ -143,7 +142,7 @@ class FederationConfig(Section):
 class Job(Section):
     """A complete, declarative training job: what the coordinator asks and a site may refuse."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     name: Name
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Public seed of the model's initialisation and the fixed A; it never reaches sampling or noise."""

@@ -3,23 +3,32 @@
 Three exchanges: `describe` (who is there), `train` (one round), and a refusal that can answer either. An adapter
 travels as one byte buffer, which costs four objects on the wire instead of two per tensor. A refusal carries a code and
 a text that was written for the coordinator's eyes: it never holds data of the site.
+
+Guarantee: `unpack_*` never raises on what a site sent, allocates nothing that the message does not hold, and lets no
+name through that could leave a folder (test: tests/shared/test_messages.py).
 """
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
-from shared.config import Job, parse
+from shared.config import NAME_PATTERN, Job, parse
 from shared.errors import RunError
 from shared.privacy.randomness import Origin
 
 TRAIN = "train"
 DESCRIBE = "query.describe"
 _HEADER, _ADAPTER, _BUFFER = "silotune", "adapter", "bytes"
+# Flower's own serialisation would let the sender's header decide how much memory the receiver allocates.
+_RAW_BYTES = "silotune.bytes"
+_MOST_REASON_CHARACTERS = 600
+# What reading a malformed header may raise; int(inf) overflows.
+_MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +118,11 @@ def pack_description(description: SiteDescription) -> RecordDict:
 
 def pack_request(request: TrainRequest) -> RecordDict:
     """Return the content of a training request."""
-    header = {"kind": "train", "job": request.job.canonical_json(), "round_number": request.round_number}
+    header: dict[str, int | str] = {
+        "kind": "train",
+        "job": request.job.canonical_json(),
+        "round_number": request.round_number,
+    }
     return RecordDict({_HEADER: ConfigRecord(header), _ADAPTER: _pack_bytes(request.adapter)})
 
 
@@ -120,13 +133,11 @@ def unpack_request(content: RecordDict) -> TrainRequest:
         RunError: if it is not one.
         ConfigError: if its job is not valid.
     """
-    import json
-
     header = _header(content, "train")
     try:
         raw = json.loads(str(header["job"]))
         round_number = int(header["round_number"])
-    except (KeyError, ValueError, TypeError):
+    except (KeyError, ValueError, TypeError, OverflowError):
         raise RunError("the training request has no readable job or round number.") from None
     job = parse(Job, raw, source="the job in the training request")
     return TrainRequest(job=job, round_number=round_number, adapter=_unpack_bytes(content))
@@ -151,11 +162,11 @@ def unpack_description(message: Message) -> SiteDescription | Refusal:
     try:
         header = _header(message.content, "description")
         return SiteDescription(
-            site=str(header["site"]),
+            site=_site_name(header),
             declared_records=int(header["declared_records"]),
             version=str(header["version"]),
         )
-    except (KeyError, ValueError, TypeError, RunError):
+    except _MALFORMED:
         return Refusal(site="", code="Malformed", reason="the site's description could not be read")
 
 
@@ -168,7 +179,7 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
         header = _header(message.content, "update")
         randomness = str(header["randomness"])
         return TrainReply(
-            site=str(header["site"]),
+            site=_site_name(header),
             round_number=int(header["round_number"]),
             job_sha256=str(header["job_sha256"]),
             update=_unpack_bytes(message.content),
@@ -181,7 +192,7 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
             randomness="os" if randomness == "os" else "injected",
             epsilon_budget=float(header["epsilon_budget"]),
         )
-    except (KeyError, ValueError, TypeError, RunError):
+    except _MALFORMED:
         return Refusal(site="", code="Malformed", reason="the site's reply could not be read")
 
 
@@ -190,13 +201,26 @@ def _refusal(message: Message) -> Refusal | None:
         return Refusal(
             site="",
             code=f"Flower{message.error.code}",
-            reason=message.error.reason or "the site did not answer",
+            reason=_shortened(message.error.reason or "the site did not answer"),
         )
     try:
         header = _header(message.content, "refusal")
-        return Refusal(site=str(header["site"]), code=str(header["code"]), reason=str(header["reason"]))
-    except (RunError, KeyError):
+        site, code, reason = (_shortened(str(header[key])) for key in ("site", "code", "reason"))
+        return Refusal(site=site, code=code, reason=reason)
+    except _MALFORMED:
         return None
+
+
+def _site_name(header: dict[str, Any]) -> str:
+    """Return the site's name; it becomes part of a path, so only a plain name passes."""
+    name = str(header["site"])
+    if not re.fullmatch(NAME_PATTERN, name) or name.endswith("\n"):
+        raise RunError("the site's name is not a plain name.")
+    return name
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _MOST_REASON_CHARACTERS else text[:_MOST_REASON_CHARACTERS] + "…"
 
 
 def _header(content: RecordDict, kind: str) -> dict[str, Any]:
@@ -209,14 +233,14 @@ def _header(content: RecordDict, kind: str) -> dict[str, Any]:
 
 
 def _pack_bytes(data: bytes) -> ArrayRecord:
-    return ArrayRecord({_BUFFER: Array(np.frombuffer(data, dtype=np.uint8))})
+    return ArrayRecord({_BUFFER: Array(dtype="uint8", shape=(len(data),), stype=_RAW_BYTES, data=data)})
 
 
 def _unpack_bytes(content: RecordDict) -> bytes:
     record = content.array_records.get(_ADAPTER)
     if record is None or _BUFFER not in record:
         raise RunError("the message carries no adapter.")
-    array = record[_BUFFER].numpy()
-    if array.dtype != np.uint8 or array.ndim != 1:
-        raise RunError(f"the adapter is an array of {array.dtype} with {array.ndim} dimensions, expected bytes.")
-    return array.tobytes()
+    array = record[_BUFFER]
+    if array.stype != _RAW_BYTES:
+        raise RunError(f"the adapter is stored as {_shortened(array.stype)!r}, expected {_RAW_BYTES!r}.")
+    return array.data

@@ -462,4 +462,5 @@ def _orthonormal(shape: torch.Size, generator: torch.Generator) -> Tensor:
     """Return a [r, in] matrix with orthonormal rows, float32."""
     gaussian = torch.randn(shape[1], shape[0], generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gaussian)
-    return (q * r.diagonal().sign()).T.float()
+    rows: Tensor = (q * r.diagonal().sign()).T
+    return rows.float()

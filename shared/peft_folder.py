@@ -110,7 +110,7 @@ def load_state(folder: Path, runtime: Runtime, job: Job) -> dict[str, Tensor]:
     """
     path = folder / _STATE_FILE
     try:
-        state = load_file(path)
+        state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read ({type(error).__name__}); give the run's adapter folder.") from None
     adapters.check(state, runtime.global_shapes(job.lora.train == "both"))

@@ -120,7 +120,8 @@ def check_arm(scenario: Scenario, arm: Arm) -> None:
     plan = PrivacyPlan.from_job(arm.job)
     if len(arm.sites) < arm.job.federation.min_sites:
         raise DataError(
-            f"the partition has {len(arm.sites)} sites, federation.min_sites is {arm.job.federation.min_sites}; lower it or add sites."
+            f"the partition has {len(arm.sites)} sites, federation.min_sites is {arm.job.federation.min_sites}; "
+            "lower it or add sites."
         )
     for name, records in arm.sites.items():
         missing = [role for role in task.roles if records and role not in records[0]]

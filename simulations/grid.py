@@ -102,12 +102,12 @@ class InProcessGrid(Grid):
 class DropoutGrid(Grid):
     """Any Grid, with sites that now and then do not answer a training request.
 
-    The draw depends only on seed, round and site name, so every backend and every resumed run sees the same drop-outs.
+    The draw depends only on seed, round and the site's place in the order of names, so every backend and every resumed
+    run sees the same drop-outs.
     """
 
     def __init__(self, inner: Grid, probability: float, seed: int) -> None:
         self._inner, self._probability, self._seed = inner, probability, seed
-        self._rank: dict[int, int] = {}
         self._dropped: dict[str, Message] = {}
 
     def set_run(self, run: Run) -> None:

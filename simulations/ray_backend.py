@@ -6,25 +6,20 @@ Every Ray actor holds one backbone: `shared.runtime` keeps it at module level, s
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
 
 from flwr.clientapp import ClientApp
+from flwr.serverapp import ServerApp
 
-from server.app import Run, make_server_app
-from server.checkpoint import Checkpoint
-from shared.errors import ConfigError, RunError
+from shared.errors import ConfigError
 from simulations.scenario import SimulationConfig
 
-if TYPE_CHECKING:
-    from flwr.serverapp import ServerApp
 
-
-def run_on_ray(run: Run, client_app: ClientApp, num_sites: int, config: SimulationConfig, *, seed: int) -> Checkpoint:
-    """Execute `run` with `num_sites` simulated nodes and return the last checkpoint.
+def run_on_ray(server_app: ServerApp, client_app: ClientApp, num_sites: int, config: SimulationConfig) -> None:
+    """Execute `server_app` with `num_sites` simulated nodes that answer with `client_app`.
 
     Raises:
         ConfigError: if Ray is not installed.
-        RunError: if the runtime ended without a result.
+        SilotuneError: whatever the ServerApp raised.
     """
     # Set before Flower and Ray read them: nothing is reported home, nothing is installed.
     os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
@@ -38,7 +33,7 @@ def run_on_ray(run: Run, client_app: ClientApp, num_sites: int, config: Simulati
     from flwr.simulation import run_simulation
 
     run_simulation(
-        server_app=_server_app(run, config, seed),
+        server_app=server_app,
         client_app=client_app,
         num_supernodes=num_sites,
         backend_config={
@@ -46,24 +41,3 @@ def run_on_ray(run: Run, client_app: ClientApp, num_sites: int, config: Simulati
             "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
         },
     )
-    if run.finished is None:
-        raise RunError("Flower's simulation runtime ended without a result; its log above says why.")
-    return run.finished
-
-
-def _server_app(run: Run, config: SimulationConfig, seed: int) -> ServerApp:
-    if not config.dropout_probability:
-        return make_server_app(run)
-    from flwr.app import Context
-    from flwr.serverapp import Grid, ServerApp
-
-    from server.app import execute
-    from simulations.grid import DropoutGrid
-
-    app = ServerApp()
-
-    @app.main()
-    def main(grid: Grid, context: Context) -> None:
-        execute(DropoutGrid(grid, config.dropout_probability, seed), run)
-
-    return app

@@ -114,7 +114,8 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: flo
         raise PrivacyError(f"steps is {steps}; at least one step is needed to calibrate noise.")
 
     # Wide cells are quick and pessimistic, so their root lies on the private side of the true one.
-    cell = min(1e-2, epsilon / 500)
+    # (Not narrower than 1e-5: memory grows with the number of cells.)
+    cell = max(1e-5, min(1e-2, epsilon / 500))
 
     def excess(log_sigma: float) -> float:
         return _compose_epsilon(((math.exp(log_sigma), sample_rate, steps),), delta, cell) - epsilon

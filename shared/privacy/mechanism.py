@@ -22,7 +22,7 @@ from torch import Tensor
 from shared.errors import PrivacyError
 from shared.privacy.randomness import KeyStream
 
-# Norms are computed in float32: this margin keeps a clipped gradient inside the ball despite rounding.
+# This margin keeps a clipped gradient inside the ball, and a difference of two sums within it, despite rounding.
 CLIP_MARGIN = 1.0 - 1e-5
 
 
@@ -79,15 +79,17 @@ class ClippedSum:
         Args:
             gradients: one tensor [batch, *shape] per parameter; the batch dimension is the example.
         """
-        flat = [gradient.detach().flatten(1).float() for gradient in gradients]
+        # In float64: float32 understates the norm of millions of coordinates and rounds long sums by more than the margin.
+        flat = [gradient.detach().flatten(1).double() for gradient in gradients]
         norms = torch.stack([part.norm(dim=1) for part in flat]).norm(dim=0)  # [batch], one norm per example
         finite = norms.isfinite()
         scale = CLIP_MARGIN * self._max_grad_norm / norms.clamp(min=CLIP_MARGIN * self._max_grad_norm)
-        scale = torch.where(finite, scale, 0.0)
-        for total, part in zip(self._sums, flat, strict=True):
+        if not bool(finite.all()):
             # 0 * NaN is NaN: a non-finite example is removed before the product, not by it.
-            kept = torch.where(finite[:, None], part, 0.0)
-            total += (scale @ kept).reshape(total.shape).to("cpu", torch.float64)
+            flat = [torch.where(finite[:, None], part, 0.0) for part in flat]
+            scale = torch.where(finite, scale, 0.0)
+        for total, part in zip(self._sums, flat, strict=True):
+            total += (scale @ part).reshape(total.shape).cpu()
         self.num_examples += len(norms)
         self.num_clipped += int((norms > self._max_grad_norm)[finite].sum())
         self.num_non_finite += int((~finite).sum())
@@ -108,5 +110,5 @@ class PlainSum(ClippedSum):
 def add_gaussian_noise(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
     """Return `sums` plus independent N(0, std^2) noise per coordinate; float64 on the CPU, same shapes."""
     noise = torch.from_numpy(stream.normal(sum(total.numel() for total in sums)) * std)
-    parts = noise.split([total.numel() for total in sums])
+    parts = torch.split(noise, [total.numel() for total in sums])
     return [total + part.view_as(total) for total, part in zip(sums, parts, strict=True)]

@@ -27,6 +27,7 @@ NOT_COVERED = (
     "epsilon says.",
     "The declared size of each site, the job's settings, the backbone, the names of sites and the rounds in which they "
     "took part: all of these are public.",
+    "How long a site takes to answer, and whether it answers at all: timing and failures carry no noise.",
     "The finite precision of floating-point noise: it is drawn in float64 and rounded to float32 after it was added; "
     "the accountant assumes real numbers.",
     "Runs on the same data that are not in the same ledger, and anything that a site published by other means.",
