@@ -68,6 +68,14 @@ def simulate(
     simulate_file(scenario, out=out, overrides=overrides or [], resume=resume, stop_after=stop_after, as_json=as_json)
 
 
+@app.command("small-gpt2")
+def small_gpt2() -> None:
+    """Train the small GPT-2 of the built-in scenarios on public text, once, and print its folder."""
+    from simulations.small_gpt2 import small_gpt2 as train_once
+
+    typer.echo(train_once())
+
+
 @app.command()
 def predict(
     run: RunArgument,
@@ -120,7 +128,11 @@ def generate(
         seed=seed,
     )
     for continuation in continue_text(load_tuned(run, job, ComputeConfig()), job, text, decoding):
-        typer.echo(json.dumps({"text": text, "continuation": continuation}) if as_json else text + continuation)
+        typer.echo(
+            json.dumps({"text": text, "continuation": continuation}, ensure_ascii=False)
+            if as_json
+            else text + continuation
+        )
 
 
 @app.command()
@@ -129,6 +141,14 @@ def report(run: RunArgument) -> None:
     from server.report import write_report
 
     typer.echo(write_report(run))
+
+
+@app.command()
+def settings() -> None:
+    """Print every key of a scenario file with its default and meaning, as Markdown (docs/settings.md)."""
+    from simulations.settings import settings_table
+
+    typer.echo(settings_table())
 
 
 @app.command()

@@ -48,13 +48,16 @@ class BudgetConfig(Section):
     """The site's cap for one data set and unit."""
 
     epsilon: float = Field(gt=0)
+    """All releases from this data set together stay below this."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
+    """At this failure probability; a job with a weaker one is refused."""
 
 
 class SiteConfig(Section):
     """`site.toml`: everything a site decides for itself."""
 
     name: Name
+    """Name of the site, unique in the federation."""
     dataset: Name
     """Name under which the ledger keeps this data's budget. Adding records does not make a new data set."""
     data: DataSource

@@ -147,6 +147,15 @@ def per_example_hooks(model: nn.Module) -> Iterator[None]:
             yield
     finally:
         hooks.remove_hooks()
+        _forget_unfinished(model)
+
+
+def _forget_unfinished(model: nn.Module) -> None:
+    """Remove what the hooks keep between forward and backward: after an error there, the next round would trip over it."""
+    for owner in (*model.modules(), *model.parameters()):
+        for name in ("activations", "max_batch_len", "grad_sample", "_current_grad_sample"):
+            if name in vars(owner):
+                delattr(owner, name)
 
 
 def build_optimizer(

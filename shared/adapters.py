@@ -54,13 +54,7 @@ def decode(data: bytes, expected: Shapes) -> dict[str, Tensor]:
     Raises:
         AdapterError: saying what was found and what was expected.
     """
-    limit = (
-        len(MAGIC) + _DIGEST + _HEADER_BYTES + sum(4 * s.numel() + _HEADER_BYTES_PER_TENSOR for s in expected.values())
-    )
-    if len(data) > limit:
-        raise AdapterError(
-            f"the adapter has {len(data):,} bytes, more than the {limit:,} that this job's adapter can have."
-        )
+    check_length(len(data), expected)
     if not data.startswith(MAGIC):
         raise AdapterError("the bytes do not start like an adapter; was something else sent?")
     digest, payload = data[len(MAGIC) : len(MAGIC) + _DIGEST], data[len(MAGIC) + _DIGEST :]
@@ -72,6 +66,18 @@ def decode(data: bytes, expected: Shapes) -> dict[str, Tensor]:
         raise AdapterError(f"the adapter is not a valid safetensors file: {error}") from None
     check(tensors, expected)
     return tensors
+
+
+def check_length(num_bytes: int, expected: Shapes) -> None:
+    """Raise `AdapterError` if no adapter of these shapes can have so many bytes; read nothing before this passed."""
+    limit = (
+        len(MAGIC) + _DIGEST + _HEADER_BYTES + sum(4 * s.numel() + _HEADER_BYTES_PER_TENSOR for s in expected.values())
+    )
+    if num_bytes > limit:
+        raise AdapterError(
+            f"the adapter has {num_bytes:,} bytes, more than the {limit:,} that this job's adapter can have; was it made "
+            "for another job?"
+        )
 
 
 def check(tensors: Mapping[str, Tensor], expected: Shapes) -> None:

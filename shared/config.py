@@ -28,7 +28,7 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 class Section(BaseModel):
     """Base of all configuration sections: frozen, finite numbers only, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelConfig(Section):
@@ -63,6 +63,7 @@ class TaskConfig(Section):
     """What the model learns; `kind` names a row of `shared.tasks.TASKS`."""
 
     kind: Literal["sequence_classification", "causal_lm"]
+    """`sequence_classification` (a label for a text) or `causal_lm` (the next token; GPT-2)."""
     labels: tuple[str, ...] = ()
     """Class names in the order of the logits; only for classification."""
 
@@ -81,13 +82,17 @@ class TrainingConfig(Section):
     """Rounds and the local optimiser. The schedule is public: it reads only the step number."""
 
     rounds: int = Field(ge=1, le=100_000)
+    """Times that the adapter goes out to the sites and back."""
     local_steps: int = Field(default=4, ge=1, le=100_000)
     """Logical (noisy) optimiser steps that a site takes in one round."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Of the sites. Under noise `sgd` averages better over many sites; see docs/decisions/0004."""
     learning_rate: float = Field(default=3e-3, gt=0)
+    """About 1e-3 to 1e-2 for `adamw`, 0.1 to 3 for `sgd` (clipped gradients are short)."""
     head_learning_rate_factor: float = Field(default=1.0, gt=0)
     """The head's learning rate is `learning_rate` times this."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """Shrinks the trained weights in every step; reads no data, so it costs no privacy."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of `sgd`, beta1 of `adamw`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -126,7 +131,9 @@ class AggregationConfig(Section):
     server_optimizer: Literal["none", "momentum", "adam"] = "none"
     """Reddi et al. 2021 (FedAvgM, FedAdam); `none` is plain averaging."""
     server_learning_rate: float = Field(default=1.0, gt=0)
+    """Factor on the mean update."""
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Of `momentum`; beta1 of `adam`."""
 
 
 class FederationConfig(Section):
@@ -137,13 +144,16 @@ class FederationConfig(Section):
     sites_per_round: int | None = Field(default=None, ge=1)
     """Number of sites drawn for each round; None asks all of them."""
     round_timeout_seconds: float = Field(default=3600.0, gt=0)
+    """After this long a round goes on without the sites that have not answered."""
 
 
 class Job(Section):
     """A complete, declarative training job: what the coordinator asks and a site may refuse."""
 
     schema_version: Literal[1] = 1
+    """Version of this format."""
     name: Name
+    """Name of the run: letters, digits, dots, dashes."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Public seed of the model's initialisation and the fixed A; it never reaches sampling or noise."""
     model: ModelConfig = ModelConfig()
@@ -183,6 +193,7 @@ class ComputeConfig(Section):
     """Settings of the machine at hand; they change speed, never privacy."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` is bfloat16 autocast where the processor has it in hardware, else float32."""
     micro_batch_tokens: int = Field(default=2048, ge=1)

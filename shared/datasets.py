@@ -51,7 +51,7 @@ NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
 class DataSource(BaseModel):
     """A file and the columns that a task may see of it; every other column is dropped at once."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     path: NonBlank
     """CSV, TSV, JSONL (each also gzipped) or Parquet; relative to the file that declares it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,11 +39,25 @@ class Decoding:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or self.num_sequences < 1 or self.top_k < 0 or self.temperature < 0:
+        if self.max_new_tokens < 1 or self.num_sequences < 1 or self.top_k < 0:
             raise ConfigError(
                 f"max_new_tokens {self.max_new_tokens} and num_sequences {self.num_sequences} must be at least 1, top_k "
-                f"{self.top_k} and temperature {self.temperature:g} at least 0."
+                f"{self.top_k} at least 0."
             )
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature:g}; give a finite number from 0 (greedy) up.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; give a whole number from 0 to 2^63 - 1.")
+
+    def new_generator(self) -> torch.Generator:
+        """Return the source of the random choices; without a seed it starts from the operating system's entropy."""
+        generator = torch.Generator()
+        if self.seed is None:
+            # PyTorch's default generator starts from one and the same number in every process.
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
 
 
 def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
@@ -65,11 +80,11 @@ def predict(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction
     if job.task.kind != "sequence_classification":
         raise ConfigError(f"the run's task is {job.task.kind!r}, which does not label texts; use `silotune generate`.")
     examples = runtime.encode([{"text": text} for text in texts])
-    predictions: dict[int, Prediction] = {}
-    for index, example in enumerate(examples):
-        for outputs, _ in runtime.outputs([example]):
-            predictions[index] = _prediction(texts[index], outputs[0], job.task.labels)
-    return [predictions[index] for index in range(len(texts))]
+    # Sorted by length as micro-batches are, so that the outputs come in this order.
+    order = sorted(range(len(examples)), key=lambda index: examples[index].length)
+    outputs = (row for batch, _ in runtime.outputs([examples[index] for index in order]) for row in batch.cpu())
+    found = {index: _prediction(texts[index], row, job.task.labels) for index, row in zip(order, outputs, strict=True)}
+    return [found[index] for index in range(len(texts))]
 
 
 def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[str]:
@@ -82,44 +97,54 @@ def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[
         raise ConfigError(
             f"the run's task is {job.task.kind!r}, which does not continue texts; use `silotune predict`."
         )
-    tokenizer = runtime.tokenizer
-    start = tokenizer(text, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    generator = torch.Generator().manual_seed(decoding.seed) if decoding.seed is not None else None
-    sequences = [list(start) for _ in range(decoding.num_sequences)]
-    finished = [False] * decoding.num_sequences
+    tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
+    start = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
+    if not start:
+        raise ConfigError("there is no text to continue, and the tokenizer has no token to start from; give a text.")
+    generator = decoding.new_generator()
+    # All sequences grow together, so that one forward pass serves them; what follows a row's end is cut off below.
+    sequences = torch.tensor([start] * decoding.num_sequences)
+    ended = torch.zeros(decoding.num_sequences, dtype=torch.bool)
     for _ in range(decoding.max_new_tokens):
-        logits = _next_logits(runtime, sequences)
-        for row, token in enumerate(choose_tokens(logits, decoding, generator)):
-            if not finished[row]:
-                finished[row] = token == tokenizer.eos_token_id
-                sequences[row].append(token)
-        if all(finished):
+        tokens = choose_tokens(next_logits(runtime, sequences), decoding, generator)
+        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
+        if end is not None:
+            ended |= tokens == end
+        if bool(ended.all()):
             break
-    return [str(tokenizer.decode(s[len(start) :], skip_special_tokens=True)) for s in sequences]
+    added = [_before(row, end) for row in sequences[:, len(start) :].tolist()]
+    return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in added]
 
 
-def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator | None) -> list[int]:
-    """Return one token per row of `logits` [sequences, vocabulary] (top-k sampling, Fan et al. 2018)."""
+def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> Tensor:
+    """Return one token per row of `logits` [sequences, vocabulary], int64 [sequences].
+
+    Greedy at temperature 0, otherwise drawn among the `top_k` likeliest (Fan et al. 2018).
+    """
     if decoding.temperature == 0:
-        return [int(token) for token in logits.argmax(dim=-1)]
-    scaled = logits / decoding.temperature
+        return logits.argmax(dim=-1)
+    # The best logit becomes 0 first: a temperature close to 0 then ends in the greedy choice, not in infinity.
+    logits = logits.double()
+    scaled = (logits - logits.max(dim=-1, keepdim=True).values) / decoding.temperature
     if 0 < decoding.top_k < scaled.shape[-1]:
         threshold = scaled.topk(decoding.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
-    drawn = torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)
-    return [int(token) for token in drawn[:, 0]]
+    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def _next_logits(runtime: Runtime, sequences: list[list[int]]) -> Tensor:
-    """Return the logits after the last token of every sequence, float32 [sequences, vocabulary] on the CPU."""
-    window = runtime.max_length
-    examples = [Example(torch.tensor(sequence[-window:], dtype=torch.int64)) for sequence in sequences]
-    rows: list[Tensor] = []
-    # All sequences have the same length until one ends; ended ones are kept and ignored by the caller.
-    for example in examples:
-        for outputs, _ in runtime.outputs([example]):
-            rows.append(outputs[0, example.length - 1].float().cpu())
-    return torch.stack(rows)
+def next_logits(runtime: Runtime, sequences: Tensor) -> Tensor:
+    """Return the logits after the last token of every sequence, float32 [sequences, vocabulary] on the CPU.
+
+    Args:
+        sequences: token ids of equal length, int64 [sequences, T]; the model sees the last `max_length` of them.
+    """
+    examples = [Example(row) for row in sequences[:, -runtime.max_length :]]
+    # Equal lengths: micro-batches keep the order.
+    return torch.cat([outputs[:, -1].float().cpu() for outputs, _ in runtime.outputs(examples)])
+
+
+def _before(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
 def _prediction(text: str, logits: Tensor, labels: Sequence[str]) -> Prediction:

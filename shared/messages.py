@@ -118,7 +118,7 @@ def pack_description(description: SiteDescription) -> RecordDict:
 
 def pack_request(request: TrainRequest) -> RecordDict:
     """Return the content of a training request."""
-    header: dict[str, int | str] = {
+    header: dict[str, Any] = {
         "kind": "train",
         "job": request.job.canonical_json(),
         "round_number": request.round_number,

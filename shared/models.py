@@ -296,15 +296,22 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
             "row in shared.models.ARCHITECTURES."
         )
     try:
-        backbone = AutoModel.from_pretrained(
+        backbone, loading = AutoModel.from_pretrained(
             folder,
             dtype=torch.float32,
             attn_implementation="sdpa",
             use_safetensors=True,
             local_files_only=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # a damaged file can fail anywhere inside transformers
         raise ModelError(f"the backbone in {folder} cannot be loaded: {error}") from None
+    # transformers would draw missing weights at random, differently in every process.
+    if missing := sorted(name for name in loading["missing_keys"] if not name.startswith("pooler.")):
+        raise ModelError(
+            f"the weights in {folder} lack {len(missing)} tensors of the backbone, first {missing[0]!r}; they are cut short or "
+            "of another model. Fetch them again."
+        )
     refuse_batch_norm(backbone)
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
@@ -425,7 +432,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ModelError(
             f"{folder} holds no readable config.json ({type(error).__name__}); is it a transformers model?"
         ) from None
-    return dict(raw)
+    if not isinstance(raw, dict):
+        raise ModelError(f"{folder / 'config.json'} holds no JSON object; is it a transformers model?")
+    return raw
 
 
 def _check_targets(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, indices: list[int]) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from shared import adapters
 from shared.atomic import sync_folder
 from shared.config import Job
-from shared.errors import AdapterError
+from shared.errors import AdapterError, RunError
 from shared.models import RESIDUAL
 from shared.runtime import Runtime
 
@@ -73,12 +73,31 @@ def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[st
     """Write `folder` anew: PEFT's two files, the head, Silotune's exact state, and a README.
 
     Args:
-        folder: replaced as a whole; a kill leaves the old or the new one.
+        folder: replaced as a whole. A kill leaves the old or the new one, or for an instant none; a resumed run
+            writes it again.
         state: global adapter.
+
+    Raises:
+        RunError: if the disk is full or the folder cannot be written; `folder` keeps its old content.
     """
     runtime.load(state)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter."))
+    temporary: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for left_behind in folder.parent.glob(".adapter.*"):
+            shutil.rmtree(left_behind, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter."))
+        _write_files(temporary, runtime, job, state)
+        _swap(temporary, folder)
+    except (OSError, SafetensorError) as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"could not write {folder}: {error}. Free space or mend the permissions, then resume the run."
+        ) from error
+
+
+def _write_files(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
     factors, rank, alpha = _peft_factors(runtime, job, state)
     prefix = "base_model.model." if runtime.task.causal_lm else ""
     # PEFT names a language model's transformer one level deeper than a bare backbone.
@@ -93,6 +112,10 @@ def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[st
     save_file({n: t.contiguous() for n, t in state.items()}, temporary / _STATE_FILE)
     (temporary / "README.md").write_text(_readme(runtime, job))
     os.chmod(temporary, 0o755)  # noqa: S103 (mkdtemp makes it private; an adapter is not)
+
+
+def _swap(temporary: Path, folder: Path) -> None:
+    """Put `temporary` in the place of `folder`."""
     old = folder.with_name(f".{folder.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if folder.exists():
@@ -109,11 +132,13 @@ def load_state(folder: Path, runtime: Runtime, job: Job) -> dict[str, Tensor]:
         AdapterError: if it is missing, malformed, or belongs to another job.
     """
     path = folder / _STATE_FILE
+    expected = runtime.global_shapes(job.lora.train == "both")
     try:
+        adapters.check_length(path.stat().st_size, expected)
         state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read ({type(error).__name__}); give the run's adapter folder.") from None
-    adapters.check(state, runtime.global_shapes(job.lora.train == "both"))
+    adapters.check(state, expected)
     return state
 
 

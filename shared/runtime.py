@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import Tensor
 from shared.batches import Batch, Example, collate, micro_batches
 from shared.config import ComputeConfig, Job, canonical_json
 from shared.errors import ConfigError, ModelError
+from shared.frozen_cache import FrozenCache, shared_cache
 from shared.models import RESIDUAL, TunableModel, attach_adapters, backbone_folder, load_backbone
 from shared.tasks import Evaluation, Task, task_of
 
@@ -33,6 +34,7 @@ class Runtime:
         compute: speed settings.
         autocast_dtype: torch.bfloat16 or None for float32.
         initial: trainable values as drawn from the job's public seed, float32 on the CPU.
+        cache: activations below the first adapted layer, shared by all models on the same backbone.
         proven: set by the site once `client.proof` has passed.
     """
 
@@ -43,9 +45,8 @@ class Runtime:
     compute: ComputeConfig
     autocast_dtype: torch.dtype | None
     initial: dict[str, Tensor]
+    cache: FrozenCache
     proven: bool = False
-    _cache: dict[bytes, Tensor] = field(default_factory=dict, repr=False)
-    _cache_bytes: int = 0
 
     def encode(self, records: Sequence[Any]) -> list[Example]:
         """Encode records with the job's task and the backbone's tokenizer."""
@@ -84,26 +85,24 @@ class Runtime:
         lengths = [example.length for example in examples]
         for group in micro_batches(lengths, indices, self.compute.micro_batch_tokens):
             chosen = [examples[index] for index in group]
-            cached = [self._cache.get(_key(example)) for example in chosen]
-            complete = [state for state in cached if state is not None]
-            yield collate(chosen, complete if len(complete) == len(chosen) else None).to(self.model.device)
+            yield collate(chosen, self.cache.get(chosen)).to(self.model.device)
 
     def warm_cache(self, examples: Sequence[Example]) -> None:
         """Compute the activations below the first adapted layer once, as far as the memory bound allows."""
         if not self.compute.cache_frozen_layers or self.model.first_adapted == 0:
             return
-        missing = {_key(example): example for example in examples if _key(example) not in self._cache}
-        todo = list(missing.values())
-        limit = self.compute.cache_megabytes * 2**20
-        for batch, group in self._groups(todo):
+
+        def compute(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            device = self.model.device
             with self.autocast():
-                hidden = self.model.embed_frozen(batch.input_ids, batch.attention_mask).float()
-            for row, index in enumerate(group):
-                state = hidden[row, : todo[index].length].cpu().clone()
-                if self._cache_bytes + state.nbytes > limit:
-                    return
-                self._cache[_key(todo[index])] = state
-                self._cache_bytes += state.nbytes
+                return self.model.embed_frozen(input_ids.to(device), attention_mask.to(device))
+
+        self.cache.fill(
+            examples,
+            compute,
+            max_tokens=self.compute.micro_batch_tokens,
+            max_bytes=self.compute.cache_megabytes * 2**20,
+        )
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Return the task's metrics of the current model on public examples."""
@@ -114,11 +113,6 @@ class Runtime:
         for batch in self.batches(examples, range(len(examples))):
             with torch.no_grad(), self.autocast():
                 yield self.model(batch), batch
-
-    def _groups(self, examples: Sequence[Example]) -> Iterator[tuple[Batch, list[int]]]:
-        lengths = [example.length for example in examples]
-        for group in micro_batches(lengths, range(len(examples)), self.compute.micro_batch_tokens):
-            yield collate([examples[i] for i in group]).to(self.model.device), group
 
 
 def load_runtime(job: Job, compute: ComputeConfig) -> Runtime:
@@ -140,6 +134,9 @@ class _Keyed:
         return 0
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer.model")
+
+
 @lru_cache(maxsize=2)
 def _load_runtime(_job_key: str, _compute_key: str, arguments: _Keyed) -> Runtime:
     from transformers import AutoTokenizer
@@ -148,10 +145,20 @@ def _load_runtime(_job_key: str, _compute_key: str, arguments: _Keyed) -> Runtim
     device = choose_device(compute)
     folder = backbone_folder(job.model)
     backbone, architecture, config = load_backbone(folder)
+    # transformers would make do with an empty vocabulary, in which every word is unknown.
+    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
+        raise ModelError(
+            f"{folder} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); put the backbone's there."
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file can fail anywhere inside transformers
         raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer in {folder} knows {len(tokenizer):,} tokens, the backbone only {config.vocab_size:,}; they do not "
+            "belong together."
+        )
     limit = getattr(config, "max_position_embeddings", job.model.max_length)
     if job.model.max_length > limit:
         raise ConfigError(
@@ -172,6 +179,7 @@ def _load_runtime(_job_key: str, _compute_key: str, arguments: _Keyed) -> Runtim
         compute=compute,
         autocast_dtype=choose_dtype(compute, device),
         initial=initial,
+        cache=shared_cache(str(folder), first, device.type, str(choose_dtype(compute, device))),
     )
 
 
@@ -192,7 +200,3 @@ def choose_dtype(compute: ComputeConfig, device: torch.device) -> torch.dtype | 
         # Emulated bfloat16 is many times slower than float32.
         return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else None
     return torch.bfloat16 if compute.precision == "bfloat16" else None
-
-
-def _key(example: Example) -> bytes:
-    return example.input_ids.numpy().tobytes()

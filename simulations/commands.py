@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import time
 from collections.abc import Sequence
 from datetime import datetime
@@ -15,9 +16,10 @@ from rich.console import Console
 from server.run_folder import peak_rss_mb
 from shared.errors import RunError
 from shared.tasks import task_of
-from simulations.engine import run_scenario
 from simulations.live import LiveView
+from simulations.repeats import run_repeats
 from simulations.scenario import Scenario, builtin_scenario, load_scenario
+from simulations.small_gpt2 import prepare_backbone
 
 
 def simulate_builtin(name: str, *, out: Path | None, overrides: Sequence[str], as_json: bool) -> None:
@@ -52,6 +54,11 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
         evaluation = place / "evaluation.json"
         if evaluation.exists():
             result[f"{metric}_{name}"] = round(json.loads(evaluation.read_text())["metrics"][metric], 4)
+    if (folder / "repeats.json").exists():
+        for arm, values in json.loads((folder / "repeats.json").read_text())["arms"].items():
+            name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
+            result[f"{metric}_{name}_mean"] = round(statistics.mean(values), 4)
+            result[f"{metric}_{name}_std"] = round(statistics.stdev(values), 4)
     spent = [json.loads(path.read_text())["epsilon_spent"] for path in sorted(folder.glob("sites/*/privacy.json"))]
     known = [epsilon for epsilon in spent if epsilon is not None]
     result["epsilon_max_site"] = round(max(known), 4) if known else None
@@ -64,8 +71,9 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
 def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
     started = time.monotonic()
     console = Console(stderr=as_json)
+    prepare_backbone(scenario.job.model.backbone, console)
     with LiveView(console) as view:
-        finished = run_scenario(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
+        finished = run_repeats(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
     figures = summary(folder, scenario, seconds=time.monotonic() - started)
     if as_json:
         typer.echo(json.dumps(figures))

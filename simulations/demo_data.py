@@ -59,10 +59,16 @@ def load_movie_reviews(
     _make_folder(cache)
     path = cache / MOVIE_REVIEWS
     if not path.is_file() or _sha256(path.read_bytes()) != MOVIE_REVIEWS_SHA256:
-        archive = _verified_archive(cache, download or download_archive)
-        write_jsonl(path, parse_ratings(read_member(read_member(archive, INNER_ARCHIVE), RATINGS)))
+        write_jsonl(path, parse_ratings(read_recorded(RATINGS, cache, download=download)))
     columns = {role: role for role in ("text", "label", "rating")}
     return read_records(DataSource(path=str(path.resolve()), columns=columns))
+
+
+def read_recorded(member: str, cache: Path | None = None, *, download: Callable[[Path], None] | None = None) -> bytes:
+    """One file of the recorded archive's inner archive, read in memory; arguments and errors as above."""
+    cache = cache or cache_folder()
+    _make_folder(cache)
+    return read_member(read_member(_verified_archive(cache, download or download_archive), INNER_ARCHIVE), member)
 
 
 def split_public_test(

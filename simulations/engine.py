@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import json
 import logging
-import shutil
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,23 +13,26 @@ from typing import Any
 
 import tomli_w
 import torch
+from flwr.serverapp.grid import Grid
 
-from client.app import make_client_app, simulated_site
-from client.site import Site
-from server.app import Run, execute
+from client.app import make_client_app, simulated_site, site_homes
+from server.app import Run, make_server_app
 from server.checkpoint import Checkpoint
 from server.report import write_report
 from server.rounds import Observer
+from server.run_folder import check_run_folder
 from shared.atomic import write_text
-from shared.config import Job
-from shared.datasets import write_jsonl
+from shared.config import Job, canonical_json
+from shared.datasets import dataset_fingerprint, write_jsonl
 from shared.errors import DataError, RunError, SilotuneError
 from shared.privacy.plan import PrivacyPlan, default_delta
+from shared.runtime import load_runtime
 from shared.tasks import Record, task_of
 from simulations.grid import DropoutGrid, InProcessGrid
 from simulations.partitions import partition
 from simulations.ray_backend import run_on_ray
 from simulations.scenario import Scenario, changed_job
+from simulations.small_gpt2 import prepare_backbone
 
 log = logging.getLogger("silotune.simulation")
 
@@ -77,10 +81,12 @@ def run_scenario(
     """
     if scenario.simulation.threads is not None:
         torch.set_num_threads(scenario.simulation.threads)
+    prepare_backbone(scenario.job.model.backbone)
     train, test = scenario.load_data()
     arms = plan_arms(scenario, folder, train)
     for arm in arms:
-        check_arm(scenario, arm)
+        check_arm(scenario, arm, test)
+        check_run_folder(arm.folder, arm.job, resume=resume)
     finished = _run_arm(scenario, arms[0], test, observer, resume, stop_after, injected_seed)
     if finished.round_number < arms[0].job.training.rounds:
         return finished
@@ -110,11 +116,11 @@ def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list
     return arms
 
 
-def check_arm(scenario: Scenario, arm: Arm) -> None:
-    """Find what would stop a site before anything is written.
+def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
+    """Find what would stop the coordinator or a site before anything is written.
 
     Raises:
-        DataError, PrivacyError, ConfigError: naming the site.
+        DataError, PrivacyError, ConfigError, ModelError: naming the site where one is at fault.
     """
     task = task_of(arm.job)
     plan = PrivacyPlan.from_job(arm.job)
@@ -143,22 +149,71 @@ def check_arm(scenario: Scenario, arm: Arm) -> None:
             plan.check_records(len(records))
         except SilotuneError as error:
             raise type(error)(f"{name}: {error} (for this data set: {default_delta(len(records)):.1e})") from None
+    runtime = load_runtime(arm.job, scenario.compute)
+    for name, part in {**arm.sites, "the evaluation data": list(test)}.items():
+        try:
+            examples = runtime.encode(part)
+            if name in arm.sites:
+                task.check_site(examples)
+        except SilotuneError as error:
+            raise type(error)(f"{name}: {error}") from None
 
 
-def write_site_home(scenario: Scenario, arm: Arm, name: str) -> Path:
-    """Write the home of one simulated site - the same files that a real site has - and return it."""
+def write_site_homes(scenario: Scenario, arm: Arm) -> None:
+    """Write the home of every simulated site: the same files that a real site has.
+
+    Homes that are there, with their ledgers, are kept.
+
+    Raises:
+        RunError: if they were made for other data or other sites; nothing is written then.
+    """
+    sites = arm.folder / "sites"
+    found = {home.parent.name for home in site_homes(sites)}
+    if strangers := sorted(found - arm.sites.keys()):
+        raise RunError(
+            f"{sites} holds the site {strangers[0]!r}, which the scenario does not have; resume with the scenario that the run "
+            "was started with, or choose another folder."
+        )
+    for name in sorted(found):
+        _check_site_home(scenario, arm, name)
+    for name in sorted(arm.sites.keys() - found):
+        home = sites / name / "home"
+        write_jsonl(home / "data.jsonl", _columns(arm, name))
+        # Last, for it makes the home count as there.
+        write_text(home / "site.toml", tomli_w.dumps(site_config(scenario, arm, name)))
+
+
+def _check_site_home(scenario: Scenario, arm: Arm, name: str) -> None:
     home = arm.folder / "sites" / name / "home"
-    home.mkdir(parents=True, exist_ok=True)
-    if (home / "site.toml").exists():
-        return home
-    records = arm.sites[name]
+    try:
+        kept = tomllib.loads((home / "site.toml").read_text(encoding="utf-8"))
+        with (home / "data.jsonl").open(encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise RunError(f"{home} cannot be read ({type(error).__name__}); restore it or start a new run.") from None
+    # Settings that change speed may change on the way.
+    wanted = {**site_config(scenario, arm, name), "compute": kept.get("compute")}
+    same_data = dataset_fingerprint(records) == dataset_fingerprint(_columns(arm, name))
+    if canonical_json(kept) != canonical_json(wanted) or not same_data:
+        raise RunError(
+            f"{home} was made from other data or settings than the scenario has now; resume with the scenario that the run "
+            "was started with, or choose another folder."
+        )
+
+
+def _columns(arm: Arm, name: str) -> list[Record]:
     roles = task_of(arm.job).roles
-    write_jsonl(home / "data.jsonl", [{role: record[role] for role in roles} for record in records])
+    return [{role: record[role] for role in roles} for record in arm.sites[name]]
+
+
+def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
+    """Return the `site.toml` of one simulated site."""
+    roles = task_of(arm.job).roles
     private = arm.job.privacy.mechanism == "dp-sgd"
     plan = PrivacyPlan.from_job(arm.job)
     # A noise multiplier that was given, not calibrated, spends what it spends.
     budget = max(arm.job.privacy.epsilon, plan.epsilon() if private else 0.0)
-    config = {
+    return {
         "name": name,
         "dataset": f"{scenario.name}-{name}",
         "allow_non_private": not private,
@@ -166,8 +221,6 @@ def write_site_home(scenario: Scenario, arm: Arm, name: str) -> Path:
         "budget": {"epsilon": budget, "delta": arm.job.privacy.delta},
         "compute": scenario.compute.model_dump(mode="json"),
     }
-    write_text(home / "site.toml", tomli_w.dumps(config))
-    return home
 
 
 def _run_arm(
@@ -179,7 +232,6 @@ def _run_arm(
     stop_after: int | None,
     injected_seed: str | None,
 ) -> Checkpoint:
-    existed = arm.folder.exists()
     run = Run(
         job=arm.job,
         folder=arm.folder,
@@ -191,24 +243,24 @@ def _run_arm(
         stop_after=stop_after,
         report=False,
         observer=observer(arm),
+        prepare=functools.partial(write_site_homes, scenario, arm),
     )
-    if existed and not resume and (arm.folder / "job.json").exists():
-        raise RunError(f"{arm.folder} holds a run already; resume it with --resume, or choose another folder.")
-    for name in arm.sites:
-        write_site_home(scenario, arm, name)
     open_site = functools.partial(simulated_site, sites=arm.folder / "sites", injected_seed=injected_seed)
     client_app = make_client_app(open_site)
+    server_app = make_server_app(run, wrap_grid=functools.partial(with_dropouts, scenario=scenario))
     if scenario.simulation.backend == "ray":
-        finished = run_on_ray(run, client_app, len(arm.sites), scenario.simulation, seed=scenario.seed)
+        run_on_ray(server_app, client_app, len(arm.sites), scenario.simulation)
     else:
         grid = InProcessGrid(client_app, len(arm.sites))
-        finished = execute(with_dropouts(grid, scenario), run)
+        server_app(grid, grid.server_context)
+    if run.finished is None:
+        raise RunError(f"the {scenario.simulation.backend} backend ended without a result; its log says why.")
     if stop_after is None:
         write_report(arm.folder)
-    return finished
+    return run.finished
 
 
-def with_dropouts(grid: Any, scenario: Scenario) -> Any:
+def with_dropouts(grid: Grid, scenario: Scenario) -> Grid:
     """Return `grid`, with simulated drop-outs if the scenario has them."""
     probability = scenario.simulation.dropout_probability
     return DropoutGrid(grid, probability, scenario.seed) if probability else grid
@@ -231,9 +283,4 @@ def _is_complete(arm: Arm) -> bool:
     return (arm.folder / "evaluation.json").exists()
 
 
-def remove_run(folder: Path) -> None:
-    """Remove a run folder; used by `--force`."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-__all__ = ["Arm", "Site", "run_scenario"]
+__all__ = ["Arm", "run_scenario"]

@@ -26,6 +26,9 @@ class InProcessGrid(Grid):
     """A Grid whose nodes are calls of one ClientApp.
 
     A message runs when its reply is pulled, one message at a pull, so that the caller sees replies arrive one by one.
+
+    Attributes:
+        server_context: what a ServerApp is called with.
     """
 
     def __init__(self, client_app: ClientApp, num_nodes: int) -> None:
@@ -42,6 +45,9 @@ class InProcessGrid(Grid):
             )
             for node in range(1, num_nodes + 1)
         }
+        self.server_context = Context(
+            run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config={}
+        )
         self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
 

@@ -28,7 +28,7 @@ _MAX_SLUG = 48
 class PartitionConfig(BaseModel):
     """How records are spread over sites."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     kind: Literal["iid", "dirichlet", "quantity", "column"] = "iid"
     """`iid`: random parts; `dirichlet`: label skew; `quantity`: size skew; `column`: a site per value."""

@@ -15,6 +15,7 @@ from shared.errors import ConfigError
 from shared.tasks import Record
 from simulations.demo_data import load_movie_reviews, split_public_test
 from simulations.partitions import PartitionConfig
+from simulations.small_gpt2 import resolve_backbone
 
 _JOB_SECTIONS = ("model", "lora", "task", "training", "privacy", "aggregation", "federation")
 
@@ -30,6 +31,8 @@ class DataConfig(Section):
     """Public evaluation records; None holds `num_test` records out of `train`."""
     num_test: int = Field(default=2000, ge=1)
     """Records held out for public evaluation where there is no test file."""
+    split_seed: int = Field(default=0, ge=0)
+    """Public seed of that split; it does not change with `seed`, so that repeats share their test records."""
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -45,9 +48,11 @@ class BaselinesConfig(Section):
     """`central-dp`: all records at one trusted site; `non-private`: the same without clipping and noise;
     `federated-non-private`: the same sites without clipping and noise."""
     central_dp: dict[str, Any] = Field(default_factory=dict)
-    """Job keys to change in that arm, for example {"training": {"learning_rate": 0.003}}; likewise below."""
+    """Job keys to change in that arm, for example {"training": {"learning_rate": 0.003}}."""
     non_private: dict[str, Any] = Field(default_factory=dict)
+    """Likewise."""
     federated_non_private: dict[str, Any] = Field(default_factory=dict)
+    """Likewise."""
 
     def changes(self, arm: str) -> dict[str, Any]:
         """Return the job keys that `arm` changes."""
@@ -65,6 +70,8 @@ class SimulationConfig(Section):
     """Chance that a site that was asked does not answer in a round, drawn from the public seed."""
     evaluate_every: int = Field(default=1, ge=1)
     """Rounds between evaluations on public data."""
+    repeats: int = Field(default=1, ge=1, le=100)
+    """Run everything under this many seeds (seed, seed + 1, ...); the report states mean and spread."""
     threads: int | None = Field(default=None, ge=1)
     """Processor threads of the numerical library; None leaves its default."""
 
@@ -73,7 +80,9 @@ class Scenario(Section):
     """Everything that `silotune simulate` reads."""
 
     name: Name
+    """Name of the run."""
     seed: int = Field(default=0, ge=0, lt=2**63)
+    """Public seed of the partition, drop-outs and the model's initialisation."""
     job: Job
     data: DataConfig
     partition: PartitionConfig
@@ -96,7 +105,7 @@ class Scenario(Section):
             records = read_records(self.data.train, base=self.base)
         if self.data.test is not None:
             return list(records), list(read_records(self.data.test, base=self.base))
-        return split_public_test(records, num_test=self.data.num_test, seed=self.seed)
+        return split_public_test(records, num_test=self.data.num_test, seed=self.data.split_seed)
 
 
 def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:
@@ -139,5 +148,8 @@ def _build(raw: dict[str, Any], *, source: str, base: Path) -> Scenario:
             raise ConfigError(f"{source} is not valid:\n  - unknown key {key!r}; {nearest(key, sorted(known))}")
     job = {key: raw[key] for key in ("name", "seed", *_JOB_SECTIONS) if key in raw}
     rest = {key: value for key, value in raw.items() if key not in _JOB_SECTIONS}
+    model = job.get("model")
+    if isinstance(model, dict) and isinstance(model.get("backbone"), str):
+        job["model"] = {**model, "backbone": resolve_backbone(model["backbone"])}
     parsed = parse(Job, job, source=source)
     return parse(Scenario, {**rest, "job": parsed, "base": base}, source=source)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +28,8 @@ LINES = [
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads() -> Iterator[None]:
+def _threads() -> None:
     torch.set_num_threads(1)
-    yield
 
 
 @pytest.fixture(scope="session")
@@ -66,9 +67,8 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     trained.train_from_iterator(
         LINES, vocab_size=300, min_frequency=1, special_tokens=["<|endoftext|>"], show_progress=False
     )
-    PreTrainedTokenizerFast(
-        tokenizer_object=trained._tokenizer, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
-    ).save_pretrained(folder)
+    end = "<|endoftext|>"
+    PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=end, bos_token=end).save_pretrained(folder)
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=300, n_embd=32, n_layer=3, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder, safe_serialization=True)
@@ -113,3 +113,62 @@ def records() -> list[dict[str, Any]]:
         {"text": " ".join(LINES[(i + k) % 6] for k in range(1 + i % 3)), "label": ["good", "bad"][i % 2]}
         for i in range(60)
     ]
+
+
+@pytest.fixture
+def scenario_file(tmp_path: Path, tiny_bert: Path) -> Callable[..., Path]:
+    """Return a writer of small scenario files with their data; keyword arguments are sections that replace keys.
+
+    `rows` replaces the (text, label) rows of train.csv, `name` the file's name.
+    """
+    import tomli_w
+
+    def write(*, rows: list[tuple[str, str]] | None = None, name: str = "scenario.toml", **sections: Any) -> Path:
+        if rows is None:
+            rows = [(f"{LINES[i % 6]} {LINES[(i // 6) % 6]}", ["good", "bad"][i % 2]) for i in range(60)]
+        with (tmp_path / "train.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("review", "verdict"), *rows])
+        raw: dict[str, Any] = {
+            "name": "small",
+            "model": {"backbone": str(tiny_bert), "max_length": 24},
+            "lora": {"rank": 4, "alpha": 8.0, "target_modules": ["query", "value"], "last_layers": 2},
+            "task": {"kind": "sequence_classification", "labels": ["bad", "good"]},
+            "training": {"rounds": 3, "local_steps": 2, "learning_rate": 0.05},
+            "privacy": {"delta": 1e-5, "sample_rate": 0.25, "noise_multiplier": 1.0},
+            "data": {"train": {"path": "train.csv", "columns": {"text": "review", "label": "verdict"}}, "num_test": 12},
+            "partition": {"num_sites": 3},
+            "simulation": {"threads": 1},
+        }
+        for key, value in sections.items():
+            raw[key] = {**raw[key], **value} if isinstance(value, dict) and key in raw else value
+        (tmp_path / name).write_text(tomli_w.dumps(raw), encoding="utf-8")
+        return tmp_path / name
+
+    return write
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command line ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def silotune(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """Return a function that runs one `silotune` command line in this process."""
+    import cli
+
+    def run(*arguments: object) -> Outcome:
+        capsys.readouterr()
+        try:
+            cli.main([str(argument) for argument in arguments])
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return Outcome(status, out, err)
+
+    return run

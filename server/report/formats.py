@@ -112,6 +112,11 @@ def format_metric(name: str, value: float | None) -> str:
     return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
+def format_spread(name: str, deviation: float) -> str:
+    """A standard deviation: percentage points for shares, the metric's own unit otherwise."""
+    return f"{100 * deviation:.2f} points" if name in SHARES else f"{deviation:.3f}"
+
+
 def format_gap(name: str, value: float | None, reference: float | None) -> str:
     """`value` minus `reference`: percentage points for shares, the metric's own unit otherwise."""
     if value is None or reference is None or not math.isfinite(value - reference):

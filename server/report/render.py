@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,6 +108,8 @@ def _view(data: RunData) -> dict[str, Any]:
         "value": formats.format_metric(metric, federated.final(metric)),
         "interval": _interval(metric, federated, run.dataset.test_records),
         "comparison": [_comparison_row(data, title, arm) for title, arm in zip(titles, _arms(data), strict=True)],
+        "repeats": _repeat_rows(data),
+        "seeds": data.repeats.seeds if data.repeats else (),
         "epsilon": federated.epsilon,
         "budget": _budget(federated),
         "delta": _delta(federated),
@@ -208,6 +211,25 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
         "rounds_done": arm.rounds_done,
         "rounds_planned": arm.rounds_planned,
     }
+
+
+def _repeat_rows(data: RunData) -> list[dict[str, Any]]:
+    """Mean and spread of every arm over the seeds."""
+    if data.repeats is None:
+        return []
+    titles = {"federated": _title(data.federated), **{arm.name: _title(arm) for arm in data.baselines}}
+    metric = data.primary_metric
+    return [
+        {
+            "title": titles.get(name, formats.printable(name)),
+            "mean": formats.format_metric(metric, statistics.mean(values)),
+            "deviation": formats.format_spread(metric, statistics.stdev(values) if len(values) > 1 else 0.0),
+            "lowest": formats.format_metric(metric, min(values)),
+            "highest": formats.format_metric(metric, max(values)),
+        }
+        for name, values in data.repeats.arms.items()
+        if values
+    ]
 
 
 def _composed(data: RunData) -> list[Any]:

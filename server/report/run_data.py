@@ -124,6 +124,13 @@ class Statement(_Record):
     text: str
 
 
+class Repeats(_Record):
+    """`repeats.json`: the same scenario under several seeds; final value of the primary metric by arm."""
+
+    seeds: tuple[int, ...]
+    arms: dict[str, tuple[float, ...]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
     name: str
@@ -178,6 +185,7 @@ class RunData:
     baselines: tuple[Arm, ...]
     statement: Statement | None
     adapter: tuple[AdapterFile, ...]
+    repeats: Repeats | None
     job_sha256_matches: bool | None
     """Whether job.json is the job that run.json names; None if run.json names none."""
 
@@ -240,6 +248,7 @@ def read_run(run_dir: Path) -> RunData:
         ),
         statement=statement,
         adapter=tuple(_adapter_files(run_dir / "adapter")),
+        repeats=_read_repeats(run_dir / "repeats.json"),
         job_sha256_matches=_job_matches(run_dir / "job.json", run.job_sha256),
     )
 
@@ -257,10 +266,12 @@ def _read_arm(folder: Path, *, name: str, complete: bool) -> Arm:
     rounds = _read_rounds(folder / "metrics.jsonl", complete=complete)
     path = folder / "evaluation.json"
     evaluation = _read_evaluation(path) if complete or path.exists() else None
+    # A site that never answered released nothing and has no record.
+    released = {name for record in rounds for name in record.sites} if complete else set()
     sites = tuple(
         _read_site(site / "privacy.json", private=private)
         for site in _folders(folder / "sites")
-        if complete or (site / "privacy.json").exists()
+        if site.name in released or (site / "privacy.json").exists()
     )
     names = [site.site for site in sites]
     for twice in {site for site in names if names.count(site) > 1}:
@@ -310,6 +321,10 @@ def _read_evaluation(path: Path) -> Evaluation:
         if len(evaluation.confusion) != size or any(len(row) != size for row in evaluation.confusion):
             raise _malformed(path, f"confusion is not a square of {size} rows and columns, one for each label")
     return evaluation
+
+
+def _read_repeats(path: Path) -> Repeats | None:
+    return _parse(Repeats, _read(path), path) if path.exists() else None
 
 
 def _read_site(path: Path, *, private: bool) -> SiteRecord:

@@ -42,15 +42,16 @@ class CausalLanguageModelling:
         return TiedLanguageHead(backbone.get_submodule(architecture.embedding))  # type: ignore[arg-type]
 
     def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
-        """Tokenise texts and end each with the end-of-text token, so that generation learns to stop."""
+        """Tokenise texts and end each with the end-of-text token, so that generation learns where to stop.
+
+        A text that fills `max_length` is cut and gets no end: it does not end there.
+        """
         if not records:
             return []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         texts = [str(record["text"]) for record in records]
-        encoded = tokenizer(texts, truncation=True, max_length=max_length - len(end), add_special_tokens=False)[
-            "input_ids"
-        ]
-        examples = [Example(torch.tensor([*ids, *end], dtype=torch.int64)) for ids in encoded]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length, add_special_tokens=False)["input_ids"]
+        examples = [Example(torch.tensor([*ids, *end][:max_length], dtype=torch.int64)) for ids in encoded]
         for row, example in enumerate(examples, start=1):
             if example.length < 2:
                 raise DataError(f"record {row} has fewer than two tokens, so there is nothing to predict; remove it.")

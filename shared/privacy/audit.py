@@ -1,0 +1,259 @@
+"""Mechanism audit: does the code that runs add the noise, clip and sample as the plan says?
+
+A white-box test of tier 1: the trainer is run on canary records whose gradients are known, and the noisy sums that it
+hands to its optimiser are compared with what the plan promises. It is cheap and knows nothing of how the mechanism is
+written, so it also judges a changed one.
+
+Formal guarantees (tests: tests/client/test_faults.py)
+    * A mechanism that executes its plan exactly is called "violated" with probability at most `alpha`: all tests share
+      `alpha` by Bonferroni. It passes at least 99 of 100 repeats.
+    * Every planted fault of that file is called "violated".
+    * The verdict is never "verified": an audit can refute a claim, not prove it. It says nothing about the data, about
+      losses that couple records (see `client.proof`), or about what happens outside of the audited function.
+
+What is tested, with canary gradients along random orthonormal directions c (so that adapter and head mix):
+    steps        one noisy sum for each logical step of the plan.
+    noise        <noisy sum, c> / (sigma C) of a direction that no record has is N(0, 1): chi-square for every step of
+                 an empty, a small and a full data set. A whole step, or a part of one, without noise fails.
+    independence these scores are uncorrelated over steps and over releases: exact test of the largest correlation.
+    signal       scores of canaries with gradient norm C are N(1/sigma, 1). With the noise above this bounds the effective
+                 noise multiplier from above, hence epsilon from below.
+    sensitivity  adding one record, with a dominating or an ordinary gradient, moves the sum by at most C; adding one
+                 that is not finite does so too.
+    inclusion    with next to no noise, who was sampled can be read off: sample sizes and each record's count are
+                 binomial (two-sided: sizes that never vary are a shuffle), and two releases do not share a sample.
+    accounting   the claimed epsilon is not below that of the steps observed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import stats
+
+from shared.errors import PrivacyError
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.plan import PrivacyPlan
+
+Array = NDArray[np.float64]
+Release = Callable[[PrivacyPlan, Array], Array]
+"""Train one round with this plan on records with these gradients, float64 [records, dimension]. Returns the noisy sums
+[steps, dimension] that the optimiser received, before the division by the expected batch size."""
+
+Verdict = Literal["consistent", "violated", "inconclusive"]
+
+_SHARP = 0.01  # noise multiplier at which single records can be seen in the sum
+_LEAST_NOISE = 0.05  # below, epsilon is without meaning and slow to compute
+
+
+@dataclass(frozen=True, kw_only=True)
+class MechanismAudit:
+    """Result of one audit.
+
+    Attributes:
+        claim: epsilon that is claimed for the observed plan, at `delta`.
+        sample_rate, steps: the plan's, for the lower bound.
+        noise_multiplier: the claimed one.
+        noise_multiplier_interval: (lower, upper) confidence limits of the one in effect, confidence 1 - alpha.
+        p_values: the smallest p-value of every kind of test, corrected for the tests of its kind; 0.0 if a hard
+            requirement failed. A claim falls at alpha / number of kinds.
+        alpha: probability of calling a correct mechanism "violated".
+        verdict: "violated" if a test failed; "inconclusive" if the noise is above the claimed one, or if too little was
+            seen to tell half the noise from all of it; else "consistent".
+    """
+
+    claim: float
+    delta: float
+    sample_rate: float
+    steps: int
+    noise_multiplier: float
+    noise_multiplier_interval: tuple[float, float]
+    p_values: Mapping[str, float]
+    alpha: float
+    verdict: Verdict
+
+    @property
+    def failed(self) -> tuple[str, ...]:
+        """Names of the tests that refute the claim."""
+        return tuple(name for name, p in self.p_values.items() if p < self.alpha / len(self.p_values))
+
+    @property
+    def epsilon_lower_bound(self) -> float:
+        """Epsilon of the best-protecting mechanism that the observations allow, with confidence 1 - alpha."""
+        most_noise = max(self.noise_multiplier_interval[1], _LEAST_NOISE)
+        return _epsilon(most_noise, self.sample_rate, self.steps, self.delta)
+
+    def text(self) -> str:
+        """Return the result in one line."""
+        low, high = self.noise_multiplier_interval
+        found = f" ({', '.join(self.failed)})" if self.failed else ""
+        return (
+            f"CLAIM epsilon {self.claim:.3f} at delta {self.delta:g} / LOWER BOUND {self.epsilon_lower_bound:.3f} / "
+            f"noise multiplier {self.noise_multiplier:.4f}, in effect {low:.4f} to {high:.4f} / "
+            f"{self.verdict}{found} at alpha {self.alpha:g}"
+        )
+
+
+def audit_mechanism(
+    release: Release,
+    plan: PrivacyPlan,
+    *,
+    dimension: int,
+    claim: float | None = None,
+    alpha: float = 1e-3,
+    seed: int = 0,
+) -> MechanismAudit:
+    """Audit the mechanism behind `release`.
+
+    Args:
+        release: see `Release`; it runs the production trainer. Randomness is its own, fresh for every call.
+        plan: what is claimed; `planned_steps` is the number of logical steps of one call.
+        dimension: number of trainable parameters that `release` gives gradients for, at least 16.
+        claim: epsilon that is printed for the plan; by default the plan's own.
+        alpha: significance of the whole audit, at most 1e-3.
+        seed: public seed of the canary directions.
+
+    Raises:
+        PrivacyError: if the plan is not private or the arguments leave nothing to test.
+    """
+    if not plan.private:
+        raise PrivacyError("this plan adds no noise, so there is no claim to audit.")
+    if not 0 < alpha <= 1e-3 or dimension < 16:
+        raise PrivacyError(
+            f"an audit needs alpha in (0, 1e-3] and a dimension of 16 or more; got {alpha}, {dimension}."
+        )
+    claim = plan.epsilon() if claim is None else claim
+    directions = np.linalg.qr(np.random.default_rng(seed).normal(size=(dimension, dimension)))[0]
+    present, absent = directions[: dimension // 2], directions[dimension // 2 :]
+    observer = _Observer(release, plan.planned_steps)
+
+    unit, certain = plan.max_grad_norm, replace(plan, sample_rate=1.0)
+    data_sets = [present[:size] * 2 * unit for size in (0, 1, len(present))]
+    noise = np.concatenate([observer.scores(plan, data, absent) for data in data_sets for _ in range(2)])
+    signal = observer.scores(certain, present * unit, present)
+    interval = _noise_interval(noise, signal, alpha)
+    sensitivity = _corrected(*_sensitivity_p_values(observer, certain, present))
+    inclusion = _corrected(*_inclusion_p_values(observer, plan, directions))
+    spent = _epsilon(plan.noise_multiplier, plan.sample_rate, observer.most_steps, plan.delta)
+    p_values = {
+        "noise": _corrected(*stats.chi2.cdf((noise**2).sum(axis=1), noise.shape[1])),
+        "noise overall": float(stats.chi2.cdf((noise**2).sum(), noise.size)),
+        "independence": _correlation_p_value(noise),
+        "signal": float(stats.norm.sf((signal.mean() - 1 / plan.noise_multiplier) * np.sqrt(signal.size))),
+        "sensitivity": sensitivity,
+        "inclusion": inclusion,
+        "steps": 1.0 if observer.steps_as_planned else 0.0,
+        "accounting": 1.0 if claim >= spent - 1e-6 else 0.0,
+    }
+    enough = stats.chi2.cdf(4 * stats.chi2.ppf(alpha / 10, noise.size), noise.size) > 1 - alpha
+    if any(p < alpha / len(p_values) for p in p_values.values()):
+        verdict: Verdict = "violated"
+    else:
+        verdict = "consistent" if enough and interval[0] <= plan.noise_multiplier else "inconclusive"
+    return MechanismAudit(
+        claim=claim,
+        delta=plan.delta,
+        sample_rate=plan.sample_rate,
+        steps=plan.planned_steps,
+        noise_multiplier=plan.noise_multiplier,
+        noise_multiplier_interval=interval,
+        p_values=p_values,
+        alpha=alpha,
+        verdict=verdict,
+    )
+
+
+class _Observer:
+    """Calls the audited function and keeps account of the steps it took."""
+
+    def __init__(self, release: Release, planned_steps: int) -> None:
+        self._release = release
+        self._planned_steps = planned_steps
+        self.most_steps = 0
+        self.steps_as_planned = True
+
+    def sums(self, plan: PrivacyPlan, gradients: Array) -> Array:
+        """Return the noisy sums [steps, dimension]."""
+        sums = np.asarray(self._release(plan, gradients), dtype=np.float64)
+        self.most_steps = max(self.most_steps, len(sums))
+        self.steps_as_planned &= len(sums) == self._planned_steps
+        return sums
+
+    def scores(self, plan: PrivacyPlan, gradients: Array, directions: Array) -> Array:
+        """Return <noisy sum, c> / (sigma C), [steps, directions]: N(0, 1), or N(1 / sigma, 1) where c was in the data."""
+        return self.sums(plan, gradients) @ directions.T / (plan.noise_multiplier * plan.max_grad_norm)
+
+
+def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+    """Return epsilon from the numbers alone, past whatever the plan says of itself."""
+    event = GaussianSteps(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
+    return compose_epsilon([event], delta)
+
+
+def _corrected(*p_values: float) -> float:
+    """Return the smallest p-value times their number; one that is not a number counts as failed."""
+    smallest = min((0.0 if np.isnan(p) else float(p)) for p in p_values)
+    return min(1.0, smallest * len(p_values))
+
+
+def _noise_interval(noise: Array, signal: Array, alpha: float) -> tuple[float, float]:
+    """Return confidence limits of the noise multiplier in effect: standard deviation over signal, each at alpha / 4."""
+    total, tail = float((noise**2).sum()), alpha / 4
+    below, above = (np.sqrt(total / stats.chi2.ppf(q, noise.size)) for q in (1 - tail, tail))
+    error = float(stats.norm.isf(tail)) * above / np.sqrt(signal.size)
+    weak, strong = max(float(signal.mean()) - error, 1e-9), max(float(signal.mean()) + error, 1e-9)
+    return float(below / strong), float(max(above, 1e-12) / weak)
+
+
+def _correlation_p_value(noise: Array) -> float:
+    """Return the p-value of the largest correlation between two rows (mean known to be 0; Student's t, exact)."""
+    length = np.linalg.norm(noise, axis=1, keepdims=True)
+    rows = noise / np.where(length > 0, length, 1.0)
+    first, second = np.triu_indices(len(rows), k=1)
+    correlation = np.clip((rows @ rows.T)[first, second], -1.0, 1.0)
+    freedom = noise.shape[1] - 1
+    t = np.abs(correlation) * np.sqrt(freedom / np.maximum(1 - correlation**2, 1e-15))
+    return _corrected(*(2 * stats.t.sf(t, freedom)))
+
+
+def _sensitivity_p_values(observer: _Observer, certain: PrivacyPlan, present: Array) -> Iterator[float]:
+    """Yield p-values for "adding record 0 moves every step's sum by at most C", with every record in every step."""
+    bound, sharp = certain.max_grad_norm, replace(certain, noise_multiplier=_SHARP)
+    ordinary = present * 2 * bound
+    without = observer.sums(sharp, ordinary[1:])
+    for size in (1.0, 1000.0, np.inf):
+        added = ordinary.copy()
+        added[0] *= size
+        with np.errstate(invalid="ignore"):
+            moved = (observer.sums(sharp, added) - without) / bound
+        # |moved|^2 / (2 sigma^2) is non-central chi-square with non-centrality of at most 1 / (2 sigma^2).
+        spread = 2 * _SHARP**2
+        yield from stats.ncx2.sf((moved**2).sum(axis=1) / spread, moved.shape[1], 1 / spread)
+
+
+def _inclusion_p_values(observer: _Observer, plan: PrivacyPlan, directions: Array) -> Iterator[float]:
+    """Yield two-sided p-values for independent coins with probability `sample_rate`."""
+    rate, sharp = plan.sample_rate, replace(plan, noise_multiplier=_SHARP)
+    records = directions * 2 * plan.max_grad_norm
+    sums = [observer.sums(sharp, records) @ directions.T / plan.max_grad_norm for _ in range(2)]
+    included = np.concatenate(sums) > 0.5  # [2 steps, records]
+    if rate == 1:
+        yield 1.0 if included.all() else 0.0
+        return
+    yield stats.binomtest(int(included.sum()), included.size, rate).pvalue
+    for axis in (1, 0):  # sizes of the samples, then how often each record was in one
+        trials, counts = included.shape[axis], included.sum(axis=axis)
+        variance = trials * rate * (1 - rate)
+        if variance >= 4:  # below, chi-square is no approximation
+            far = np.abs(counts - trials * rate)
+            wider, narrower = (far + 0.5) ** 2 / variance, np.maximum(far - 0.5, 0) ** 2 / variance  # continuity
+            yield min(1.0, 2 * float(stats.chi2.cdf(wider.sum(), len(counts))))
+            yield min(1.0, 2 * float(stats.chi2.sf(narrower.sum(), len(counts))))
+    agreement = rate**2 + (1 - rate) ** 2
+    for first, second in zip(*np.triu_indices(len(included), k=1), strict=True):
+        same = int((included[first] == included[second]).sum())
+        yield stats.binomtest(same, included.shape[1], agreement).pvalue

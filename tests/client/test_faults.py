@@ -1,0 +1,502 @@
+"""Planted faults: each breaks the real mechanism, trainer, ledger, accounting or task, and must be caught.
+
+The audit runs the production trainer on a linear model whose per-example gradient is the record itself, and reads the
+noisy sums where they are used: in the gradients with which the optimiser steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+import client.ledger as ledger_module
+import client.trainer as trainer_module
+import shared.privacy.plan as plan_module
+from client.ledger import Budget, Charge, Ledger
+from client.proof import prove_trainer
+from client.trainer import train_local_round
+from shared.batches import Batch, Example
+from shared.config import ComputeConfig, TrainingConfig
+from shared.errors import BudgetExceeded, LedgerError, PrivacyError
+from shared.frozen_cache import FrozenCache
+from shared.privacy.accounting import GaussianSteps
+from shared.privacy.audit import MechanismAudit, audit_mechanism
+from shared.privacy.mechanism import CLIP_MARGIN, ClippedSum, add_gaussian_noise
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import KeyStream, SiteRandomness
+from shared.runtime import Runtime, load_runtime
+from shared.tasks.causal_lm import CausalLanguageModelling, _token_losses
+
+DIMENSION = 128
+STEPS = 3
+LEARNING_RATE = 0.5
+PLAN = PrivacyPlan(
+    private=True,
+    unit="record",
+    sample_rate=0.25,
+    noise_multiplier=1.1,
+    max_grad_norm=0.5,
+    delta=1e-5,
+    planned_steps=STEPS,
+)
+
+
+# --- the production trainer on records that are their own gradients ---
+
+
+class CanaryModel(nn.Module):
+    """Loss of a record = <adapter and head weights, record>, so its gradient is the record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.adapter = nn.Linear(DIMENSION // 2, 1, bias=False)
+        self.head = nn.Linear(DIMENSION // 2, 1, bias=False)
+        self.records = torch.zeros(0, DIMENSION)
+        self.device = torch.device("cpu")
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {"adapter.weight": self.adapter.weight, "head.weight": self.head.weight}
+
+    def head_parameters(self) -> set[str]:
+        return {"head.weight"}
+
+    def set_residuals(self, residuals: dict[str, Tensor]) -> None:
+        assert not residuals
+
+    def forward(self, batch: Batch) -> Tensor:
+        rows = self.records[batch.input_ids[:, 0]]
+        adapter, head = rows.split(DIMENSION // 2, dim=1)
+        return self.adapter(adapter)[:, 0] + self.head(head)[:, 0]
+
+
+class CanaryTask:
+    def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        return outputs
+
+
+def canary_runtime(micro_batch: int) -> Runtime:
+    model = CanaryModel()
+    return Runtime(
+        model=model,
+        task=CanaryTask(),
+        tokenizer=None,
+        max_length=1,
+        compute=ComputeConfig(micro_batch_tokens=micro_batch),
+        autocast_dtype=None,
+        initial={name: torch.zeros_like(p) for name, p in model.trainable().items()},
+        cache=FrozenCache(),
+    )
+
+
+class TrainerRelease:
+    """A `Release` through `train_local_round`; checks that nothing but what the optimiser saw reaches the delta."""
+
+    def __init__(self, new_randomness: Callable[[], SiteRandomness], micro_batch: int = 24) -> None:
+        self.runtime = canary_runtime(micro_batch)
+        self.new_randomness = new_randomness
+        self.training = TrainingConfig(
+            rounds=1, local_steps=STEPS, optimizer="sgd", momentum=0.0, learning_rate=LEARNING_RATE
+        )
+
+    def __call__(self, plan: PrivacyPlan, gradients: np.ndarray) -> np.ndarray:
+        self.runtime.model.records = torch.from_numpy(gradients).float()
+        declared, seen = 64, []
+        handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(_flat_gradient(optimizer)))
+        try:
+            result = train_local_round(
+                self.runtime,
+                [Example(torch.tensor([row])) for row in range(len(gradients))],
+                self.runtime.initial,
+                training=self.training,
+                plan=plan,
+                declared_records=declared,
+                randomness=self.new_randomness(),
+                round_number=1,
+            )
+        finally:
+            handle.remove()
+        used = np.stack(seen)
+        delta = torch.cat([result.delta[n].flatten() for n in ("adapter.weight", "head.weight")]).numpy()
+        np.testing.assert_allclose(delta, -LEARNING_RATE * used.sum(axis=0), rtol=1e-3, atol=1e-4)
+        return used * plan.sample_rate * declared
+
+
+def _flat_gradient(optimizer: torch.optim.Optimizer) -> np.ndarray:
+    parts = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+    return torch.cat(parts).double().numpy()
+
+
+def injected(name: str) -> Callable[[], SiteRandomness]:
+    counter = itertools.count()
+    return lambda: SiteRandomness.injected(f"{name}/{next(counter)}")
+
+
+def audit(name: str = "audit", plan: PrivacyPlan = PLAN, micro_batch: int = 24, **options: Any) -> MechanismAudit:
+    return audit_mechanism(TrainerRelease(injected(name), micro_batch), plan, dimension=DIMENSION, **options)
+
+
+def assert_violated(result: MechanismAudit, *tests: str) -> None:
+    assert result.verdict == "violated", result.text()
+    assert set(tests) <= set(result.failed), result.text()
+
+
+# --- negative control ---
+
+
+def test_correct_mechanism_passes_99_of_100_repeats() -> None:
+    results = [audit(f"control {repeat}", seed=repeat, micro_batch=(24, 1000)[repeat % 2]) for repeat in range(100)]
+    assert sum(result.verdict == "consistent" for result in results) >= 99
+    # The p-values are not merely large: about as many are below one half as above.
+    overall = [result.p_values["noise overall"] for result in results]
+    assert 30 <= sum(p < 0.5 for p in overall) <= 70
+    inside = sum(r.noise_multiplier_interval[0] <= 1.1 <= r.noise_multiplier_interval[1] for r in results)
+    assert inside >= 99
+
+
+def test_correct_mechanism_passes_with_randomness_of_the_operating_system() -> None:
+    result = audit_mechanism(TrainerRelease(SiteRandomness.from_os), PLAN, dimension=DIMENSION)
+    assert result.verdict == "consistent", result.text()
+
+
+@pytest.mark.parametrize("change", [{"sample_rate": 1.0}, {"noise_multiplier": 0.4}, {"noise_multiplier": 5.0}])
+def test_correct_mechanism_passes_under_other_plans(change: dict[str, float]) -> None:
+    assert audit(plan=replace(PLAN, **change)).verdict == "consistent"
+
+
+def test_the_result_names_claim_bound_and_verdict_and_never_verified() -> None:
+    result = audit()
+    low, high = result.noise_multiplier_interval
+    assert low < 1.1 < high < 1.1 * 1.5
+    assert 0 < result.epsilon_lower_bound < result.claim == PLAN.epsilon()
+    text = result.text()
+    assert "CLAIM" in text
+    assert "LOWER BOUND" in text
+    assert "consistent" in text
+    assert "verified" not in text
+
+
+def test_more_noise_than_claimed_is_inconclusive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        plan_module, "add_gaussian_noise", lambda s, std, stream: add_gaussian_noise(s, 2 * std, stream)
+    )
+    assert audit().verdict == "inconclusive"
+
+
+def test_an_audit_of_nothing_is_refused() -> None:
+    with pytest.raises(PrivacyError, match="adds no noise"):
+        audit(plan=replace(PLAN, private=False))
+    with pytest.raises(PrivacyError, match="alpha"):
+        audit(alpha=0.05)
+
+
+# --- noise ---
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.9, 0.0])
+def test_fault_sigma_halved(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    monkeypatch.setattr(
+        plan_module, "add_gaussian_noise", lambda s, std, stream: add_gaussian_noise(s, factor * std, stream)
+    )
+    result = audit()
+    assert_violated(result, "noise overall")
+    if factor == 0.5:
+        assert result.noise_multiplier_interval[1] < 0.7
+        assert result.epsilon_lower_bound > result.claim
+
+
+def test_fault_noise_divided_by_batch_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected_batch = PLAN.expected_batch_size(64)
+    monkeypatch.setattr(
+        plan_module, "add_gaussian_noise", lambda s, std, stream: add_gaussian_noise(s, std / expected_batch, stream)
+    )
+    assert_violated(audit(), "noise", "noise overall")
+
+
+def test_fault_noise_divided_by_the_drawn_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step is divided by the size of the sample, so the sum is not the plan's whenever the sample is not average."""
+    drawn = {}
+    sample, noise = PrivacyPlan.sample, PrivacyPlan.add_noise
+
+    def sampled(self: PrivacyPlan, num_records: int, stream: KeyStream) -> np.ndarray:
+        indices = sample(self, num_records, stream)
+        drawn["size"] = max(len(indices), 1)
+        return indices
+
+    def divided(self: PrivacyPlan, sums: Sequence[Tensor], stream: KeyStream) -> list[Tensor]:
+        return [value * 16 / drawn["size"] for value in noise(self, sums, stream)]
+
+    monkeypatch.setattr(PrivacyPlan, "sample", sampled)
+    monkeypatch.setattr(PrivacyPlan, "add_noise", divided)
+    assert audit().verdict != "consistent"
+
+
+@pytest.mark.parametrize("last", [STEPS - 1, 0])
+def test_fault_no_noise_on_the_last_virtual_step(monkeypatch: pytest.MonkeyPatch, last: int) -> None:
+    call = itertools.count()
+
+    def forgetful(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
+        return add_gaussian_noise(sums, 0.0 if next(call) % STEPS == last else std, stream)
+
+    monkeypatch.setattr(plan_module, "add_gaussian_noise", forgetful)
+    assert_violated(audit(), "noise")
+
+
+@pytest.mark.parametrize("noised", ["several micro-batches", "one micro-batch", "not empty"])
+def test_fault_noise_only_on_some_structure_of_micro_batches(monkeypatch: pytest.MonkeyPatch, noised: str) -> None:
+    counts: list[int] = []
+    new_sum, add = PrivacyPlan.new_sum, ClippedSum.add
+    wanted = {"several micro-batches": lambda n: n > 1, "one micro-batch": lambda n: n <= 1, "not empty": bool}[noised]
+
+    def counted_sum(self: PrivacyPlan, shapes: Sequence[torch.Size]) -> ClippedSum:
+        counts.append(0)
+        return new_sum(self, shapes)
+
+    def counted_add(self: ClippedSum, gradients: Sequence[Tensor]) -> None:
+        counts[-1] += 1
+        add(self, gradients)
+
+    def noise(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
+        return add_gaussian_noise(sums, std if wanted(counts[-1]) else 0.0, stream)
+
+    monkeypatch.setattr(PrivacyPlan, "new_sum", counted_sum)
+    monkeypatch.setattr(ClippedSum, "add", counted_add)
+    monkeypatch.setattr(plan_module, "add_gaussian_noise", noise)
+    assert_violated(audit(micro_batch=8), "noise")
+
+
+def test_fault_no_noise_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    def adapter_only(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
+        return [add_gaussian_noise(sums[:1], std, stream)[0], *sums[1:]]
+
+    monkeypatch.setattr(plan_module, "add_gaussian_noise", adapter_only)
+    assert_violated(audit(), "noise")
+
+
+def test_fault_fixed_noise_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(SiteRandomness, "from_os", classmethod(lambda cls: cls(bytes(32), "os")))
+    result = audit_mechanism(TrainerRelease(lambda: SiteRandomness.from_os()), PLAN, dimension=DIMENSION)
+    assert_violated(result, "independence", "inclusion")
+
+
+def test_fault_same_noise_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SiteRandomness.stream
+    monkeypatch.setattr(
+        SiteRandomness,
+        "stream",
+        lambda self, purpose, *, round_number, step: stream(self, purpose, round_number=1, step=0),
+    )
+    assert_violated(audit(), "independence", "inclusion")
+
+
+def test_fault_a_step_more_than_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    release = TrainerRelease(injected("more"))
+    release.training = release.training.model_copy(update={"local_steps": STEPS + 1})
+    assert_violated(audit_mechanism(release, PLAN, dimension=DIMENSION), "steps", "accounting")
+
+
+# --- clipping ---
+
+
+class ClippedAfterAveraging(ClippedSum):
+    """Averages first; then clips the average (times the number of examples: a sum again)."""
+
+    times_count = True
+
+    def add(self, gradients: Sequence[Tensor]) -> None:
+        for total, part in zip(self._sums, gradients, strict=True):
+            total += part.double().sum(dim=0)
+        self.num_examples += len(gradients[0])
+
+    @property
+    def sums(self) -> list[Tensor]:
+        count = max(self.num_examples, 1)
+        norm = float(torch.cat([total.flatten() for total in self._sums]).norm()) / count
+        factor = min(1.0, CLIP_MARGIN * self._max_grad_norm / max(norm, 1e-30)) / count
+        return [total * factor * (count if self.times_count else 1) for total in self._sums]
+
+
+@pytest.mark.parametrize("times_count", [True, False])
+def test_fault_clip_after_averaging(monkeypatch: pytest.MonkeyPatch, times_count: bool) -> None:
+    monkeypatch.setattr(ClippedAfterAveraging, "times_count", times_count)
+    monkeypatch.setattr(plan_module, "ClippedSum", ClippedAfterAveraging)
+    assert_violated(audit(), "sensitivity")
+
+
+@pytest.mark.parametrize("micro_batch", [24, 1000])
+def test_fault_clip_per_micro_batch(monkeypatch: pytest.MonkeyPatch, micro_batch: int) -> None:
+    add = ClippedSum.add
+    monkeypatch.setattr(
+        ClippedSum, "add", lambda self, parts: add(self, [part.sum(dim=0, keepdim=True) for part in parts])
+    )
+    assert_violated(audit(micro_batch=micro_batch), "sensitivity")
+
+
+def _add_without_head(self: ClippedSum, gradients: Sequence[Tensor]) -> None:
+    """Clip all but the last parameter; add that as it is."""
+    *adapter, head = gradients
+    inner = ClippedSum([part.shape[1:] for part in adapter], self._max_grad_norm)
+    CLIPPED_ADD(inner, adapter)
+    for total, part in zip(self._sums, [*inner._sums, head.double().sum(dim=0)], strict=True):
+        total += part
+    self.num_examples += len(head)
+
+
+CLIPPED_ADD = ClippedSum.add
+
+
+def test_fault_head_left_unclipped(monkeypatch: pytest.MonkeyPatch, classification_job: Callable[..., Any]) -> None:
+    monkeypatch.setattr(ClippedSum, "add", _add_without_head)
+    assert_violated(audit(), "signal", "sensitivity")
+    with pytest.raises(PrivacyError, match="proof 2 failed"):
+        prove_trainer(load_runtime(classification_job(), ComputeConfig(device="cpu", precision="float32")))
+
+
+def test_fault_head_clipped_by_itself(monkeypatch: pytest.MonkeyPatch, classification_job: Callable[..., Any]) -> None:
+    """Adapter and head each within C: together up to sqrt(2) C."""
+
+    def apart(self: ClippedSum, gradients: Sequence[Tensor]) -> None:
+        for total, part in zip(self._sums, gradients, strict=True):
+            inner = ClippedSum([total.shape], self._max_grad_norm)
+            CLIPPED_ADD(inner, [part])
+            total += inner.sums[0]
+
+    monkeypatch.setattr(ClippedSum, "add", apart)
+    assert_violated(audit(), "sensitivity")
+    with pytest.raises(PrivacyError, match="proof 2 failed"):
+        prove_trainer(load_runtime(classification_job(), ComputeConfig(device="cpu", precision="float32")))
+
+
+def test_fault_no_clipping_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "ClippedSum", lambda shapes, norm: plan_module.PlainSum(shapes))
+    assert_violated(audit(), "sensitivity")
+
+
+def test_fault_a_record_that_is_not_finite_poisons_the_sum(monkeypatch: pytest.MonkeyPatch) -> None:
+    def naive(self: ClippedSum, gradients: Sequence[Tensor]) -> None:
+        norms = torch.stack([part.flatten(1).double().norm(dim=1) for part in gradients]).norm(dim=0)
+        scale = CLIP_MARGIN * self._max_grad_norm / norms.clamp(min=CLIP_MARGIN * self._max_grad_norm)
+        for total, part in zip(self._sums, gradients, strict=True):
+            total += torch.einsum("i,i...->...", scale, part.double())
+
+    monkeypatch.setattr(ClippedSum, "add", naive)
+    assert_violated(audit(), "sensitivity")
+
+
+def test_fault_gradients_of_earlier_micro_batches_are_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A record that is counted in two rows is clipped twice to C: its influence is 2 C."""
+    take = trainer_module.per_example_gradients
+    monkeypatch.setattr(trainer_module, "per_example_gradients", lambda p, n: [torch.cat([g, g]) for g in take(p, n)])
+    assert_violated(audit(), "signal", "sensitivity")
+
+
+# --- sampling and accounting ---
+
+
+def test_fault_shuffle_accounted_as_poisson(monkeypatch: pytest.MonkeyPatch) -> None:
+    epoch: list[int] = []
+
+    def shuffled(num_records: int, sample_rate: float, stream: KeyStream) -> np.ndarray:
+        size = round(num_records * sample_rate)
+        if len(epoch) < size:
+            epoch[:] = np.argsort(stream.uint64(num_records)).tolist()
+        taken = [epoch.pop() for _ in range(size)]
+        return np.array([i for i in taken if i < num_records], dtype=np.intp)
+
+    monkeypatch.setattr(plan_module, "poisson_sample", shuffled)
+    assert_violated(audit(), "inclusion")
+
+
+def test_fault_fixed_size_sample_accounted_as_poisson(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        plan_module,
+        "poisson_sample",
+        lambda n, q, stream: np.sort(np.argsort(stream.uint64(n))[: round(n * q)]),
+    )
+    assert_violated(audit(), "inclusion")
+
+
+def test_fault_every_record_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "poisson_sample", lambda n, q, stream: np.arange(n))
+    assert_violated(audit(), "inclusion")
+
+
+def test_fault_epsilon_claimed_too_low(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_violated(audit(claim=PLAN.epsilon() * 0.9), "accounting")
+    monkeypatch.setattr(PrivacyPlan, "epsilon", lambda self, steps=None: 0.1)
+    assert_violated(audit(), "accounting")
+
+
+# --- ledger ---
+
+
+def spend_and_restart(path: Path) -> float:
+    """Charge most of a cap, restart, and charge as much again; return epsilon after the restart."""
+    budget = Budget(epsilon=3.0, delta=1e-5)
+    event = GaussianSteps(noise_multiplier=1.0, sample_rate=0.05, steps=60)
+    charge = Charge(job_id="job", round=1, request_sha256="a" * 64, mechanism=event)
+    for _ in range(2):
+        ledger = Ledger(path, dataset="notes", unit="record", budget=budget)
+        try:
+            ledger.reserve(charge)
+            spent = ledger.spent_epsilon()
+        finally:
+            ledger.close()
+    return spent
+
+
+def test_restart_keeps_the_charges(tmp_path: Path) -> None:
+    with pytest.raises(BudgetExceeded):
+        spend_and_restart(tmp_path / "ledger.db")
+
+
+def test_fault_ledger_reset_on_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With a file made anew at every start the second charge passes: the check of the test above sees it."""
+    create = ledger_module._create_private_file
+
+    def anew(path: Path) -> None:
+        path.unlink(missing_ok=True)
+        create(path)
+
+    monkeypatch.setattr(ledger_module, "_create_private_file", anew)
+    assert spend_and_restart(tmp_path / "ledger.db") < 3.0
+
+
+def test_fault_ledger_emptied_on_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """With the entries dropped at every start, the chain's head no longer fits: the ledger refuses to open."""
+    check = Ledger._check_or_create_schema
+
+    def emptied(self: Ledger) -> None:
+        check(self)
+        self._connection.execute("DROP TRIGGER no_delete")
+        self._connection.execute("DELETE FROM entries")
+
+    monkeypatch.setattr(Ledger, "_check_or_create_schema", emptied)
+    with pytest.raises(LedgerError, match="cannot be trusted"):
+        spend_and_restart(tmp_path / "ledger.db")
+
+
+# --- task ---
+
+
+@pytest.mark.parametrize("train", ["b", "both"])
+def test_fault_token_mean_loss_across_the_batch(
+    monkeypatch: pytest.MonkeyPatch, language_job: Callable[..., Any], train: str
+) -> None:
+    def coupled(self: CausalLanguageModelling, outputs: Tensor, batch: Batch) -> Tensor:
+        nll, real = _token_losses(outputs, batch)
+        return nll.sum(dim=1) * len(nll) / real.sum()
+
+    runtime = load_runtime(language_job(lora={"train": train}), ComputeConfig(device="cpu", precision="float32"))
+    prove_trainer(runtime)
+    monkeypatch.setattr(CausalLanguageModelling, "per_example_loss", coupled)
+    with pytest.raises(PrivacyError, match="proof 3 failed"):
+        prove_trainer(runtime)

@@ -1,0 +1,358 @@
+"""The site: charge before release, one release per request, and refusals that tell nothing about the data."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import client.site as site_module
+from client.ledger import Ledger
+from client.site import Site
+from client.trainer import LocalRound, train_local_round
+from shared.adapters import decode, encode, shapes_of
+from shared.config import Job
+from shared.errors import BudgetExceeded, ConfigError, DataError, LedgerError, PolicyError
+from shared.messages import Refusal, TrainReply, TrainRequest
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.randomness import SiteRandomness
+
+MakeHome = Callable[..., Path]
+MakeJob = Callable[..., Job]
+MakeRequest = Callable[..., TrainRequest]
+
+SECRET = "zyxomma"
+
+
+def injected() -> SiteRandomness:
+    return SiteRandomness.injected("seed")
+
+
+def steps_charged(site: Site) -> int:
+    return sum(event.steps for event in site.ledger().events())
+
+
+def epsilon_of(steps: int) -> float:
+    return compose_epsilon([GaussianSteps(noise_multiplier=1.0, sample_rate=0.25, steps=steps)], 1e-5)
+
+
+# --- charging ---
+
+
+def test_a_round_is_charged_before_it_is_trained(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = Site(site_home())
+    order: list[str] = []
+
+    def traced(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            order.append(name)
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(Ledger, "reserve", traced("reserve", Ledger.reserve))
+    monkeypatch.setattr(Ledger, "commit", traced("commit", Ledger.commit))
+    monkeypatch.setattr(site_module, "train_local_round", traced("train", train_local_round))
+    monkeypatch.setattr(site_module, "write_bytes", traced("store", site_module.write_bytes))
+    reply = site.train(request_for(private_job()))
+    assert order == ["reserve", "train", "store", "commit"]
+    assert reply.steps == 2
+    assert steps_charged(site) == 2
+    commit = site.ledger().entries()[-1]
+    assert commit.kind == "commit"
+    assert commit.payload["release_sha256"] == site_module._sha256(reply.update)
+
+
+def test_the_same_request_gets_the_same_bytes_and_one_charge(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    home, request = site_home(), request_for(private_job())
+    first = Site(home).train(request)
+    again = Site(home).train(request)  # another process: nothing but the folder is remembered
+    assert again == first
+    assert steps_charged(Site(home)) == 2
+    assert first.randomness == "os"
+
+
+@pytest.mark.parametrize("difference", ["adapter", "round", "job"])
+def test_another_request_is_another_release_and_another_charge(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, difference: str
+) -> None:
+    site, job = Site(site_home()), private_job()
+    first = site.train(request_for(job))
+    other = {
+        "adapter": lambda: request_for(job, shift=1e-6),
+        "round": lambda: request_for(job, 2),
+        "job": lambda: request_for(private_job(name="other")),
+    }[difference]()
+    second = site.train(other)
+    assert second.update != first.update
+    assert steps_charged(site) == 4
+
+
+def test_a_new_release_has_new_noise(site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest) -> None:
+    site, job = Site(site_home()), private_job()
+    one, two, three = (site.train(request_for(job, shift=shift)) for shift in (0.0, 1e-6, 0.0))
+    shapes = shapes_of(decode_any(one))
+    difference = decode(one.update, shapes)["head.linear.weight"] - decode(two.update, shapes)["head.linear.weight"]
+    assert float(difference.abs().max()) > 1e-3
+    # The first file was replaced by the second, so the third is a release of its own again.
+    assert three.update != one.update
+    assert steps_charged(site) == 6
+
+
+def decode_any(reply: TrainReply) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load
+
+    return load(reply.update[40:])
+
+
+def test_the_budget_stops_and_says_how_many_steps_fit(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    job = private_job(training={"rounds": 9})
+    site = Site(site_home(budget={"epsilon": epsilon_of(5) + 1e-6, "delta": 1e-5}))
+    assert isinstance(site.answer(request_for(job, 1)), TrainReply)
+    assert isinstance(site.answer(request_for(job, 2)), TrainReply)
+    refusal = site.answer(request_for(job, 3))
+    assert isinstance(refusal, Refusal)
+    assert refusal.code == "BudgetExceeded"
+    assert "asks for 2 steps" in refusal.reason
+    assert "1 such steps still fit" in refusal.reason
+    assert steps_charged(site) == 4
+    with pytest.raises(BudgetExceeded) as stop:
+        site.train(request_for(job, 3))
+    assert stop.value.steps_affordable == 1
+    # What was released before is still sent again, at no charge.
+    assert isinstance(site.answer(request_for(job, 2)), TrainReply)
+    assert steps_charged(site) == 4
+    # Another job and another run draw on the same budget.
+    assert isinstance(site.answer(request_for(private_job(name="other", training={"local_steps": 2}))), Refusal)
+    one_step = private_job(name="other", training={"local_steps": 1})
+    assert isinstance(site.answer(request_for(one_step)), TrainReply)
+    assert steps_charged(site) == 5
+
+
+@pytest.mark.parametrize("where", ["train_local_round", "write_bytes"])
+def test_a_crash_before_the_release_is_stored_keeps_the_charge(
+    site_home: MakeHome,
+    private_job: MakeJob,
+    request_for: MakeRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+) -> None:
+    class Crash(BaseException):
+        """Nothing in the product may catch this."""
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise Crash
+
+    home, request = site_home(), request_for(private_job())
+    with monkeypatch.context() as patch:
+        patch.setattr(site_module, where, crash)
+        with pytest.raises(Crash):
+            Site(home).answer(request)
+    site = Site(home)
+    assert steps_charged(site) == 2
+    assert [entry.kind for entry in site.ledger().entries()] == ["open", "budget", "reserve"]
+    assert isinstance(site.answer(request), TrainReply)
+    assert steps_charged(site) == 4, "the lost noise may have been seen, so the second attempt costs again"
+
+
+def test_a_crash_after_the_release_is_stored_costs_nothing_more(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Crash(BaseException):
+        pass
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise Crash
+
+    home, request = site_home(), request_for(private_job())
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "commit", crash)
+        with pytest.raises(Crash):
+            Site(home).answer(request)
+    assert isinstance(Site(home).answer(request), TrainReply)
+    assert steps_charged(Site(home)) == 2
+
+
+def test_nothing_is_charged_for_what_is_refused(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    job = private_job()
+    site = Site(site_home())
+    good = request_for(job)
+    refused = [
+        replace(good, adapter=good.adapter[:-1]),
+        replace(good, adapter=encode({"x": torch.zeros(2)})),
+        replace(good, round_number=0),
+        replace(good, round_number=4),
+        request_for(private_job(privacy={"delta": 1e-3})),
+        request_for(private_job(privacy={"mechanism": "none"})),
+    ]
+    codes = [answer.code for answer in map(site.answer, refused) if isinstance(answer, Refusal)]
+    assert codes == ["AdapterError", "AdapterError", "PolicyError", "PolicyError", "PolicyError", "PolicyError"]
+    assert not (site.home / "ledger.db").exists() or steps_charged(site) == 0
+    assert not (site.home / "rounds").exists()
+
+
+# --- policy ---
+
+
+def test_a_job_without_noise_needs_the_sites_own_consent(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    request = request_for(private_job(privacy={"mechanism": "none"}))
+    with pytest.raises(PolicyError, match="accepts only private jobs, but privacy.mechanism is 'none'"):
+        Site(site_home()).train(request)
+    reply = Site(site_home("open", allow_non_private=True)).train(request)
+    assert reply.noise_multiplier == 0
+    assert reply.epsilon_budget == 0
+
+
+def test_a_weaker_delta_than_the_sites_is_refused(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    site = Site(site_home(budget={"epsilon": 50.0, "delta": 1e-6}))
+    with pytest.raises(PolicyError, match="delta 1e-05 is weaker than this site's 1e-06"):
+        site.train(request_for(private_job()))
+    assert isinstance(site.answer(request_for(private_job(privacy={"delta": 1e-6}))), TrainReply)
+
+
+# --- refusals tell nothing ---
+
+
+def secret_rows(**change: Any) -> list[dict[str, Any]]:
+    rows = [{"text": f"{SECRET} film {i}", "label": ["good", "bad"][i % 2]} for i in range(20)]
+    rows[7] = rows[7] | change
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("rows", "code"),
+    [
+        (secret_rows(label=SECRET), "DataError"),
+        ([row | {"label": "good"} for row in secret_rows()], "DataError"),
+    ],
+)
+def test_refusals_over_data_tell_nothing(
+    site_home: MakeHome,
+    private_job: MakeJob,
+    request_for: MakeRequest,
+    caplog: pytest.LogCaptureFixture,
+    rows: list[dict[str, Any]],
+    code: str,
+) -> None:
+    site = Site(site_home(rows=rows))
+    with caplog.at_level(logging.ERROR, logger="silotune.site"):
+        refusal = site.answer(request_for(private_job()))
+    assert refusal == Refusal(site="north", code=code, reason="see the site's own log")
+    assert caplog.records, "the site's own log must say what is wrong"
+    assert SECRET not in caplog.text
+    assert not (site.home / "ledger.db").exists()
+
+
+def test_refusals_do_not_tell_the_number_of_records(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    loose = private_job(privacy={"delta": 0.05})
+    site = Site(site_home(rows=secret_rows(), budget={"epsilon": 50.0, "delta": 0.06}))
+    refusal = site.answer(request_for(loose))
+    assert refusal == Refusal(site="north", code="PrivacyError", reason="see the site's own log")
+
+
+def test_unexpected_errors_tell_nothing(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> LocalRound:
+        raise RuntimeError(f"CUDA error near {SECRET}")
+
+    monkeypatch.setattr(site_module, "train_local_round", fail)
+    refusal = Site(site_home()).answer(request_for(private_job()))
+    assert refusal == Refusal(site="north", code="RuntimeError", reason="see the site's own log")
+
+
+# --- the folder ---
+
+
+def test_a_bad_site_file_or_data_file_is_named(site_home: MakeHome, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"site\.toml does not exist"):
+        Site(tmp_path)
+    with pytest.raises(ConfigError, match="unknown key 'bugdet'; did you mean 'budget'"):
+        Site(site_home(bugdet={}))
+    with pytest.raises(DataError, match="does not exist"):
+        Site(site_home(data={"path": "none.jsonl", "columns": {"text": "text", "label": "label"}}))
+
+
+def test_the_declared_size_is_a_bucket_or_the_sites_own_word(site_home: MakeHome) -> None:
+    assert Site(site_home()).describe().declared_records == 32  # of 60
+    assert Site(site_home(declared_records=50)).describe().declared_records == 50
+
+
+def test_a_damaged_stored_release_is_not_replaced_silently(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    home, request = site_home(), request_for(private_job())
+    Site(home).train(request)
+    (stored,) = (home / "rounds").glob("*/*.safetensors")
+    stored.write_bytes(stored.read_bytes()[:-10])
+    with pytest.raises(LedgerError, match="already charged"):
+        Site(home).train(request)
+
+
+def test_only_the_last_rounds_are_kept_and_an_older_one_can_be_asked_again(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    site, job = Site(site_home()), private_job(training={"rounds": 6, "local_steps": 1})
+    for number in range(1, 6):
+        site.train(request_for(job, number))
+    names = sorted(path.name for path in (site.home / "rounds").glob("*/*"))
+    assert [re.findall(r"\d+", name)[0] for name in names] == ["00003", "00004", "00005"]
+    # A coordinator that went back to a backup asks for round 1 anew: charged once, then repeatable.
+    first = site.train(request_for(job, 1))
+    assert site.train(request_for(job, 1)) == first
+    assert steps_charged(site) == 6
+
+
+def test_the_next_round_continues_from_the_sites_own_moments(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    job = private_job()
+    request = request_for(job, 2)
+    cold = Site(site_home("cold"), new_randomness=injected).train(request)
+    warm_site = Site(site_home("warm"), new_randomness=injected)
+    warm_site.train(request_for(job, 1))
+    warm = warm_site.train(request)
+    shapes = shapes_of(decode_any(cold))
+    assert not torch.equal(
+        decode(cold.update, shapes)["head.linear.weight"], decode(warm.update, shapes)["head.linear.weight"]
+    )
+
+
+def test_injected_randomness_is_marked_and_repeatable(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    request = request_for(private_job())
+    one = Site(site_home("one"), new_randomness=injected).train(request)
+    two = Site(site_home("two"), new_randomness=injected).train(request)
+    assert one.randomness == "injected"
+    assert one.update == two.update
+
+
+def test_examples_follow_the_runtime_that_asks(site_home: MakeHome, private_job: MakeJob) -> None:
+    """Labels are encoded for the job at hand, also when models come and go from the cache."""
+    site = Site(site_home())
+    for turn in range(6):
+        labels = ["bad", "good"] if turn % 2 else ["good", "bad"]
+        job = private_job(seed=turn, task={"labels": labels})
+        examples = site.examples(site.prepare(job))
+        assert examples[0].target == labels.index("good")

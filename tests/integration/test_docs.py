@@ -1,0 +1,112 @@
+"""What the documents promise is there: commands, settings, the example scenario, the accountant snippet."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+import cli
+from shared.privacy.accounting import GaussianSteps
+from shared.privacy.statement import SiteRelease, privacy_record
+from simulations.scenario import Scenario, load_scenario
+from simulations.settings import settings_table
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Return the fenced code blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    """Return every silotune command line in a code block of a document."""
+    found = []
+    for path in DOCUMENTS:
+        fences = path.read_text().split("```")[1::2]
+        lines = [line for fence in fences if fence.startswith("\n") for line in fence.splitlines()]
+        found += [line for line in lines if re.match(r"(\.venv/bin/)?silotune ", line)]
+    return [shlex.split(line.split("  #")[0])[1:] for line in found]
+
+
+def test_settings_table_is_what_the_command_prints() -> None:
+    assert (ROOT / "docs" / "settings.md").read_text().rstrip() == settings_table().rstrip()
+
+
+def test_every_setting_is_explained() -> None:
+    unexplained = [line for line in settings_table().splitlines() if re.search(r"\|\s*\|$", line)]
+    assert unexplained == []
+
+
+def test_there_are_commands_in_the_documents() -> None:
+    assert len(commands()) >= 5
+
+
+@pytest.mark.parametrize("arguments", commands(), ids=" ".join)
+def test_documented_commands_parse(arguments: list[str]) -> None:
+    group = get_command(cli.app)
+    name, *rest = arguments
+    command = group.commands[name]  # type: ignore[attr-defined]
+    with command.make_context(name, rest, resilient_parsing=False) as context:
+        for item in context.params.get("overrides") or []:
+            assert "=" in item
+
+
+def test_documented_overrides_are_valid() -> None:
+    for arguments in commands():
+        overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
+        if overrides:
+            load_scenario(ROOT / "simulations" / "demo.toml", overrides)
+
+
+def test_example_scenario_is_valid(tmp_path: Path) -> None:
+    (example,) = blocks(ROOT / "docs" / "simulation.md", "toml")
+    path = tmp_path / "wards.toml"
+    path.write_text(example)
+    scenario = load_scenario(path)
+    assert isinstance(scenario, Scenario)
+    assert scenario.partition.kind == "column"
+    assert tomllib.loads(example)["name"] == scenario.name
+
+
+def test_accountant_snippet_gives_the_recorded_epsilon(tmp_path: Path) -> None:
+    (snippet,) = blocks(ROOT / "docs" / "privacy.md", "python")
+    release = SiteRelease(
+        site="site-1",
+        delta=1e-5,
+        max_grad_norm=1.0,
+        declared_records=1024,
+        randomness="os",
+        epsilon_budget=8.0,
+        steps_planned=24,
+        events=(GaussianSteps(noise_multiplier=0.9, sample_rate=0.1, steps=24),),
+    )
+    record = tmp_path / "sites" / "site-1" / "privacy.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps(privacy_record(release, "docs")))
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300
+    )
+    independent, recorded = map(float, done.stdout.split())
+    assert independent == pytest.approx(recorded, abs=2e-3)
+
+
+def test_links_between_documents_lead_somewhere() -> None:
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text()):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_makefile_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert set(re.findall(r"make ([a-z]+)", (ROOT / "README.md").read_text())) <= targets

@@ -1,0 +1,185 @@
+"""Accounting against published numbers, against dp-accounting used directly, and against the PRV accountant."""
+
+from __future__ import annotations
+
+import math
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import pld_privacy_accountant
+from scipy.optimize import brentq
+
+from shared.errors import PrivacyError
+from shared.privacy.accounting import (
+    GaussianSteps,
+    affordable_steps,
+    calibrate_noise_multiplier,
+    check_delta,
+    compose_epsilon,
+    prv_epsilon,
+)
+
+# n, B, E; noise multipliers for epsilon 1, 3, 8 at delta = 1 / n^1.1, sample rate B / n, round(E n / B) steps (PLD).
+TABLE = [
+    (2_000, 256, 3, (2.149, 1.088, 0.668)),
+    (2_000, 1024, 10, (6.959, 2.822, 1.366)),
+    (10_000, 256, 10, (1.934, 0.984, 0.660)),
+    (10_000, 512, 10, (2.636, 1.224, 0.758)),
+    (50_000, 512, 10, (1.456, 0.827, 0.594)),
+    (50_000, 1024, 3, (1.300, 0.811, 0.569)),
+]
+CASES = [
+    (n, batch, epochs, epsilon, sigma)
+    for n, batch, epochs, sigmas in TABLE
+    for epsilon, sigma in zip((1.0, 3.0, 8.0), sigmas, strict=True)
+]
+
+
+def setting(n: int, batch: int, epochs: int) -> tuple[float, int, float]:
+    return batch / n, round(epochs * n / batch), n**-1.1
+
+
+def steps(sigma: float, rate: float, num: int) -> GaussianSteps:
+    return GaussianSteps(noise_multiplier=sigma, sample_rate=rate, steps=num)
+
+
+@pytest.mark.parametrize(("n", "batch", "epochs", "epsilon", "sigma"), CASES)
+def test_noise_multipliers_are_the_published_ones(
+    n: int, batch: int, epochs: int, epsilon: float, sigma: float
+) -> None:
+    rate, num, delta = setting(n, batch, epochs)
+    found = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=num)
+    assert found == pytest.approx(sigma, rel=0.005)
+    spent = compose_epsilon([steps(found, rate, num)], delta)
+    assert spent <= epsilon
+    # The least noise that does it: half a percent less is too little.
+    assert compose_epsilon([steps(found * 0.995, rate, num)], delta) > epsilon
+
+
+@pytest.mark.parametrize("row", [TABLE[0], TABLE[3]])
+@pytest.mark.parametrize("cell", [1e-4, 1e-3])
+def test_epsilon_agrees_with_dp_accounting_directly(
+    row: tuple[int, int, int, tuple[float, ...]], cell: float
+) -> None:
+    n, batch, epochs, sigmas = row
+    rate, num, delta = setting(n, batch, epochs)
+    accountant = pld_privacy_accountant.PLDAccountant(value_discretization_interval=cell)
+    event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigmas[1]))
+    accountant.compose(dp_accounting.SelfComposedDpEvent(event, num))
+    ours = compose_epsilon([steps(sigmas[1], rate, num)], delta)
+    assert ours == pytest.approx(accountant.get_epsilon(delta), abs=2e-3)
+
+
+def test_without_sampling_epsilon_is_that_of_one_gaussian() -> None:
+    """T full-batch steps are one Gaussian with sigma / sqrt(T), whose delta is known in closed form."""
+    sigma, num, delta = 5.0, 3, 1e-5
+    mu = math.sqrt(num) / sigma
+
+    def excess(epsilon: float) -> float:
+        def phi(x: float) -> float:
+            return math.erfc(-x / math.sqrt(2)) / 2
+
+        return phi(-epsilon / mu + mu / 2) - math.exp(epsilon) * phi(-epsilon / mu - mu / 2) - delta
+
+    exact = brentq(excess, 0.01, 10)
+    found = compose_epsilon([steps(sigma, 1.0, num)], delta)
+    assert exact - 1e-9 <= found <= exact + 2e-3
+
+
+@pytest.mark.parametrize(("row", "index"), [(TABLE[0], 0), (TABLE[3], 1)])
+def test_prv_accountant_agrees_within_one_percent_of_sigma(
+    row: tuple[int, int, int, tuple[float, ...]], index: int
+) -> None:
+    n, batch, epochs, _ = row
+    rate, num, delta = setting(n, batch, epochs)
+    epsilon = (1.0, 3.0, 8.0)[index]
+    pld = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=num)
+
+    def excess(sigma: float) -> float:
+        return prv_epsilon([steps(sigma, rate, num)], delta) - epsilon
+
+    # Epsilon falls with sigma: the root lies within one percent of ours, on either side.
+    assert excess(pld * 0.99) > 0 > excess(pld * 1.01)
+
+
+def test_runs_compose_as_published() -> None:
+    """k runs of n = 10,000, B = 512, 10 epochs at epsilon 3, delta = 4e-5: the ledger's 4.3 / 5.4 / 7.2 / 10.8."""
+    rate, num, _ = setting(10_000, 512, 10)
+    delta = 4e-5
+    sigma = calibrate_noise_multiplier(epsilon=3.0, delta=delta, sample_rate=rate, steps=num)
+    composed = [compose_epsilon([steps(sigma, rate, num)] * k, delta) for k in (1, 2, 3, 5, 10)]
+    assert composed == pytest.approx([3.0, 4.3, 5.4, 7.2, 10.8], abs=0.06)
+    eight = calibrate_noise_multiplier(epsilon=8.0, delta=delta, sample_rate=rate, steps=num)
+    both = compose_epsilon([steps(sigma, rate, num), steps(eight, rate, num)], delta)
+    assert both == pytest.approx(8.64, abs=0.03)
+
+
+def test_composition_ignores_order_and_grouping() -> None:
+    a, b = steps(1.0, 0.1, 20), steps(2.0, 0.05, 10)
+    split = [steps(1.0, 0.1, 5), b, steps(1.0, 0.1, 15)]
+    assert compose_epsilon([a, b], 1e-5) == compose_epsilon([b, a], 1e-5) == compose_epsilon(split, 1e-5)
+    assert compose_epsilon([a, b], 1e-5) > compose_epsilon([a], 1e-5) > 0
+    assert compose_epsilon([], 1e-5) == compose_epsilon([steps(1.0, 0.1, 0)], 1e-5) == 0.0
+    assert prv_epsilon([], 1e-5) == prv_epsilon([steps(1.0, 0.1, 0)], 1e-5) == 0.0
+
+
+@pytest.mark.parametrize("spent", [[], [steps(1.5, 0.1, 30)]])
+def test_affordable_steps_is_exact(spent: list[GaussianSteps]) -> None:
+    budget, delta = 2.5, 1e-5
+    found = affordable_steps(spent, noise_multiplier=1.0, sample_rate=0.05, budget=budget, delta=delta)
+    assert found > 1
+    assert compose_epsilon([*spent, steps(1.0, 0.05, found)], delta) <= budget
+    assert compose_epsilon([*spent, steps(1.0, 0.05, found + 1)], delta) > budget
+
+
+@pytest.mark.parametrize("num", [1, 2, 3])
+def test_affordable_steps_at_the_edges(num: int) -> None:
+    budget = compose_epsilon([steps(1.0, 0.05, num)], 1e-5)
+    found = affordable_steps([], noise_multiplier=1.0, sample_rate=0.05, budget=budget, delta=1e-5)
+    assert found == num
+    nothing = affordable_steps([], noise_multiplier=1.0, sample_rate=0.05, budget=0.01, delta=1e-5)
+    assert nothing == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"noise_multiplier": 0.0},
+        {"noise_multiplier": -1.0},
+        {"noise_multiplier": math.nan},
+        {"noise_multiplier": math.inf},
+        {"sample_rate": 0.0},
+        {"sample_rate": 1.1},
+        {"sample_rate": math.nan},
+        {"steps": -1},
+    ],
+)
+def test_steps_that_cannot_be_accounted_are_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(PrivacyError, match=next(iter(wrong))):
+        GaussianSteps(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 1, **wrong})
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+def test_a_bad_delta_is_refused(delta: float) -> None:
+    with pytest.raises(PrivacyError, match="delta"):
+        check_delta(delta)
+    with pytest.raises(PrivacyError, match="delta"):
+        compose_epsilon([steps(1.0, 0.1, 1)], delta)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"epsilon": 0.0},
+        {"epsilon": math.inf},
+        {"epsilon": math.nan},
+        {"delta": 0.0},
+        {"sample_rate": 0.0},
+        {"sample_rate": 2.0},
+        {"steps": 0},
+    ],
+)
+def test_a_calibration_without_meaning_is_refused(wrong: dict[str, float]) -> None:
+    right = {"epsilon": 3.0, "delta": 1e-5, "sample_rate": 0.1, "steps": 10}
+    with pytest.raises(PrivacyError, match=next(iter(wrong))):
+        calibrate_noise_multiplier(**{**right, **wrong})

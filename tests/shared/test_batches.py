@@ -1,0 +1,55 @@
+"""Padding and micro-batches: nothing is lost, doubled or mixed."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.batches import Batch, Example, collate, micro_batches
+
+
+def example(*ids: int, target: int = 0) -> Example:
+    return Example(torch.tensor(ids), target)
+
+
+def test_collate_pads_on_the_right_and_marks_real_tokens() -> None:
+    batch = collate([example(5, 6, 7, target=1), example(8)])
+    assert batch.input_ids.tolist() == [[5, 6, 7], [8, 0, 0]]
+    assert batch.attention_mask.tolist() == [[True, True, True], [True, False, False]]
+    assert batch.targets.tolist() == [1, 0]
+    assert batch.hidden is None
+
+
+def test_collate_pads_cached_activations_with_zeros() -> None:
+    first, second = torch.ones(3, 4), torch.full((1, 4), 2.0)
+    batch = collate([example(5, 6, 7), example(8)], [first, second])
+    assert batch.hidden is not None
+    assert torch.equal(batch.hidden[0], first)
+    assert torch.equal(batch.hidden[1], torch.cat([second, torch.zeros(2, 4)]))
+
+
+def test_a_batch_moves_as_a_whole() -> None:
+    batch: Batch = collate([example(1, 2)], [torch.ones(2, 4)]).to(torch.device("meta"))
+    assert batch.hidden is not None
+    assert {t.device.type for t in (batch.input_ids, batch.attention_mask, batch.targets, batch.hidden)} == {"meta"}
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    max_tokens=st.integers(1, 200),
+    data=st.data(),
+)
+def test_micro_batches_cut_without_loss_and_within_the_bound(
+    lengths: list[int], max_tokens: int, data: st.DataObject
+) -> None:
+    chosen = data.draw(st.lists(st.integers(0, len(lengths) - 1), unique=True))
+    groups = list(micro_batches(lengths, chosen, max_tokens))
+    assert sorted(index for group in groups for index in group) == sorted(chosen)
+    for group in groups:
+        assert group
+        assert len(group) == 1 or max(lengths[i] for i in group) * len(group) <= max_tokens
+
+
+def test_no_records_make_no_batches() -> None:
+    assert list(micro_batches([3, 4], [], 100)) == []

@@ -1,0 +1,132 @@
+"""Configuration: unknown keys, ranges, canonical form, overrides."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import Job, ModelConfig, apply_overrides, finite_or_none, load_toml, nearest, parse
+from shared.errors import ConfigError
+
+RAW: dict[str, Any] = {
+    "name": "a",
+    "task": {"kind": "sequence_classification", "labels": ["x", "y"]},
+    "training": {"rounds": 2},
+}
+
+
+def job(**changes: Any) -> Job:
+    return parse(Job, {**RAW, **changes}, source="job.toml")
+
+
+@pytest.mark.parametrize(
+    ("changes", "found", "hint"),
+    [
+        ({"lorra": {}}, "unknown key 'lorra'", "did you mean 'lora'?"),
+        ({"privacy": {"epsilonn": 1}}, "unknown key 'privacy.epsilonn'", "did you mean 'epsilon'?"),
+        ({"training": {"rounds": 1, "zzz": 1}}, "unknown key 'training.zzz'", "known: "),
+        ({"name": "../evil"}, "name", "found '../evil'"),
+        ({"training": {}}, "training.rounds is missing", ""),
+        ({"privacy": {"epsilon": 0}}, "privacy.epsilon", "found 0"),
+        ({"privacy": {"epsilon": -1.5}}, "privacy.epsilon", "found -1.5"),
+        ({"privacy": {"epsilon": math.nan}}, "privacy.epsilon", "finite"),
+        ({"privacy": {"epsilon": math.inf}}, "privacy.epsilon", "finite"),
+        ({"privacy": {"delta": 1.0}}, "privacy.delta", "found 1.0"),
+        ({"privacy": {"sample_rate": 0.0}}, "privacy.sample_rate", "found 0.0"),
+        ({"privacy": {"sample_rate": 1.1}}, "privacy.sample_rate", "found 1.1"),
+        ({"privacy": {"noise_multiplier": 0.0}}, "privacy.noise_multiplier", "found 0.0"),
+        ({"privacy": {"unit": "person"}}, "privacy.unit", "record"),
+        ({"seed": -1}, "seed", "found -1"),
+        ({"schema_version": 2}, "schema_version", "found 2"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules", ""),
+        ({"task": {"kind": "sequence_classification", "labels": ["x"]}}, "1 labels", "at least two"),
+        ({"task": {"kind": "sequence_classification", "labels": ["x", "x"]}}, "twice", "unique"),
+        ({"task": {"kind": "causal_lm", "labels": ["x", "y"]}}, "takes no labels", "remove task.labels"),
+        ({"federation": {"min_sites": 3, "sites_per_round": 2}}, "sites_per_round is 2", "min_sites 3"),
+        ({"lora": {"train": "both"}, "aggregation": {"server_optimizer": "adam"}}, "server_optimizer", "'none'"),
+    ],
+)
+def test_a_bad_job_is_refused_by_key_value_and_advice(changes: dict[str, Any], found: str, hint: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        job(**changes)
+    assert str(refused.value).startswith("job.toml is not valid:")
+    assert found in str(refused.value)
+    assert hint in str(refused.value)
+
+
+def test_all_faults_are_named_at_once() -> None:
+    with pytest.raises(ConfigError) as refused:
+        job(privacy={"epsilon": 0, "delta": 2}, training={"rounds": 0})
+    assert [key in str(refused.value) for key in ("privacy.epsilon", "privacy.delta", "training.rounds")] == [True] * 3
+
+
+def test_a_job_cannot_be_changed_after_construction() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        job().training.rounds = 5
+
+
+def test_canonical_json_does_not_depend_on_the_order_or_on_written_defaults() -> None:
+    shuffled = dict(reversed(list(RAW.items())))
+    written = parse(Job, {**shuffled, "seed": 0, "model": ModelConfig().model_dump()}, source="x")
+    assert written.canonical_json() == job().canonical_json()
+    assert written.sha256 == job().sha256
+    assert json.loads(job().canonical_json())["privacy"]["sample_rate"] == 0.05  # defaults are written out
+
+
+def test_the_hash_sees_every_change() -> None:
+    hashes = {
+        job().sha256,
+        job(seed=1).sha256,
+        job(training={"rounds": 3}).sha256,
+        job(privacy={"epsilon": 7.999}).sha256,
+        job(task={"kind": "sequence_classification", "labels": ["y", "x"]}).sha256,
+    }
+    assert len(hashes) == 5
+
+
+def test_canonical_json_survives_a_round_trip(classification_job: Callable[..., Job]) -> None:
+    original = classification_job(aggregation={"weights": "declared"})
+    again = parse(Job, json.loads(original.canonical_json()), source="x")
+    assert again == original
+
+
+def test_overrides_are_read_as_toml_and_else_as_text() -> None:
+    changed = apply_overrides(
+        RAW,
+        ["training.rounds=10", "privacy.sample_rate = 0.5", "lora.train=both", 'name="b"', "task.labels=['p','q','r']"],
+    )
+    assert changed["training"]["rounds"] == 10
+    assert changed["privacy"]["sample_rate"] == 0.5
+    assert changed["lora"]["train"] == "both"
+    assert changed["name"] == "b"
+    assert changed["task"]["labels"] == ["p", "q", "r"]
+    assert RAW["training"] == {"rounds": 2}, "the original must stay as it was"
+
+
+@pytest.mark.parametrize("item", ["training.rounds", "=3", "name.first=3"])
+def test_a_malformed_override_is_refused(item: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        apply_overrides(RAW, [item])
+
+
+def test_toml_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_toml(tmp_path / "none.toml")
+    bad = tmp_path / "bad.toml"
+    bad.write_text("name = \n")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        load_toml(bad)
+    bad.write_bytes(b"name = '\xff'")
+    with pytest.raises(ConfigError, match="cannot be read as TOML"):
+        load_toml(bad)
+
+
+def test_nearest_and_finite() -> None:
+    assert nearest("quary", ["query", "value"]) == "did you mean 'query'?"
+    assert nearest("zzz", ["query", "value"]) == "known: query, value"
+    assert [finite_or_none(x) for x in (1.5, math.inf, math.nan)] == [1.5, None, None]

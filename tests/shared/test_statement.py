@@ -1,0 +1,156 @@
+"""The statement: recomputed from executed steps, silent where nothing can be promised."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+
+import dp_accounting
+import pytest
+from dp_accounting.pld import pld_privacy_accountant
+
+from shared.errors import PrivacyError
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.statement import (
+    NOT_COVERED,
+    SiteRelease,
+    Statement,
+    privacy_record,
+    run_statement,
+    site_statement,
+)
+
+
+def steps(num: int, sigma: float = 1.0) -> GaussianSteps:
+    return GaussianSteps(noise_multiplier=sigma, sample_rate=0.05, steps=num)
+
+
+RELEASE = SiteRelease(
+    site="north",
+    delta=1e-5,
+    max_grad_norm=0.5,
+    declared_records=1024,
+    randomness="os",
+    epsilon_budget=8.0,
+    steps_planned=40,
+    events=(steps(10), steps(20)),
+    rounds=(1, 2),
+)
+UNPROTECTED = [replace(RELEASE, randomness="injected"), replace(RELEASE, private=False, events=())]
+
+
+def numbers_after_epsilon(text: str) -> list[str]:
+    return re.findall(r"epsilon\D{0,20}\d", text) + re.findall(r"\(\d+\.\d+, ", text)
+
+
+def test_epsilon_follows_executed_steps() -> None:
+    """What was executed counts, not what was planned, and not how it was cut into rounds."""
+    assert RELEASE.steps == 30
+    assert RELEASE.epsilon == compose_epsilon([steps(30)], 1e-5)
+    fewer = replace(RELEASE, events=(steps(10),))
+    more = replace(RELEASE, events=(steps(10), steps(20), steps(20)))
+    assert 0 < fewer.epsilon < RELEASE.epsilon < more.epsilon
+    assert replace(RELEASE, steps_planned=1).epsilon == RELEASE.epsilon
+    for release in (fewer, RELEASE, more):
+        epsilon = compose_epsilon(release.events, 1e-5)
+        assert f"({epsilon:.3f}, 1e-05)" in site_statement(release, "run")
+        assert f"({epsilon:.3f}, 1e-05)" in run_statement([release], "run").one_site
+        record = privacy_record(release, "run")
+        assert record["epsilon_spent"] == epsilon
+        assert record["steps_executed"] == release.steps
+
+
+def test_the_statement_says_everything_it_must() -> None:
+    text = site_statement(RELEASE, "run-7")
+    for part in (
+        "site north", "run run-7", "differentially private", "add or remove one record", "sampling rate 0.05",
+        "noise multiplier 1.0000", "10 executed steps", "20 executed steps", "clipping norm 0.5", "PLD",
+        "observer of every update", "several records of one person", "pre-training",
+    ):  # fmt: skip
+        assert part in text
+    full = run_statement([RELEASE], "run-7").as_dict()
+    assert all(item in full["text"] for item in NOT_COVERED)
+    assert full["not_covered"] == list(NOT_COVERED)
+
+
+@pytest.mark.parametrize("release", UNPROTECTED)
+def test_injected_randomness_prints_no_epsilon(release: SiteRelease) -> None:
+    """Neither for injected randomness nor for a release without noise, in no text, table or file, alone or among others."""
+    assert release.epsilon == math.inf
+    assert not release.protected
+    word = "injected" if release.private else "WITHOUT noise"
+    texts = [site_statement(release, "run")]
+    for releases in ([release], [RELEASE, release], [release, RELEASE, RELEASE]):
+        statement = run_statement(releases, "run")
+        assert statement.up_to_m_sites == []
+        assert word in statement.one_site
+        texts += [statement.one_site, statement.as_dict()["text"]]
+    record = privacy_record(release, "run")
+    assert record["epsilon_spent"] is None
+    assert record["epsilon_spent_prv"] is None
+    texts.append(record["statement"])
+    spent = f"{compose_epsilon(RELEASE.events, 1e-5):.3f}"
+    for text in texts:
+        assert not numbers_after_epsilon(text)
+        assert spent not in text
+    json.dumps(record, allow_nan=False)
+    assert numbers_after_epsilon(site_statement(RELEASE, "run"))  # the search itself finds one where there is one
+
+
+def test_an_event_without_noise_cannot_be_stated() -> None:
+    with pytest.raises(PrivacyError, match="noise_multiplier"):
+        replace(RELEASE, events=(steps(10, sigma=0.0),))
+
+
+def test_nothing_released() -> None:
+    empty = replace(RELEASE, events=(), rounds=())
+    assert "released nothing" in site_statement(empty, "run")
+    assert empty.epsilon == 0.0
+    assert "released nothing" in run_statement([], "run").one_site
+    record = privacy_record(empty, "run")
+    assert (record["epsilon_spent"], record["noise_multiplier"], record["steps_executed"]) == (0.0, None, 0)
+
+
+def test_sites_compose_for_a_person_at_several() -> None:
+    """Disjoint people: the largest epsilon. One person at m sites: the composition over the worst m."""
+    weak, strong = replace(RELEASE, site="weak", events=(steps(40),)), replace(RELEASE, events=(steps(10),))
+    statement = run_statement([strong, weak, RELEASE], "run")
+    assert f"({weak.epsilon:.3f}, " in statement.one_site
+    assert "weak" in statement.one_site
+    table = {row["sites"]: row["epsilon"] for row in statement.up_to_m_sites}
+    assert table == {
+        1: compose_epsilon([steps(40)], 1e-5),
+        2: compose_epsilon([steps(70)], 1e-5),
+        3: compose_epsilon([steps(80)], 1e-5),
+    }
+    assert f"1: {table[1]:.3f}, 2: {table[2]:.3f}, 3: {table[3]:.3f}" in statement.as_dict()["text"]
+
+
+@pytest.mark.parametrize(("sites", "rows"), [(1, [1]), (5, [1, 2, 3, 4, 5]), (6, [*range(1, 7)]), (23, [*range(1, 6), 10, 20, 23])])
+def test_the_table_starts_at_one_site_and_ends_at_all(sites: int, rows: list[int]) -> None:
+    table = run_statement([replace(RELEASE, events=(steps(1, sigma=5.0),))] * sites, "run").up_to_m_sites
+    assert [row["sites"] for row in table] == rows
+    epsilons = [row["epsilon"] for row in table]
+    assert epsilons == sorted(epsilons)
+
+
+def test_privacy_record_can_be_recomputed_with_dp_accounting_alone() -> None:
+    """Read back as JSON, with another library, another cell width and none of our code."""
+    mixed = replace(RELEASE, events=(steps(10), steps(20, sigma=1.4)))
+    record = json.loads(json.dumps(privacy_record(mixed, "run"), allow_nan=False))
+    assert record["relation"] == "add or remove one record"
+    accountant = pld_privacy_accountant.PLDAccountant(
+        dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-4
+    )
+    for event in record["events"]:
+        gaussian = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(event["sample_rate"], gaussian), event["steps"])
+    assert record["epsilon_spent"] == pytest.approx(accountant.get_epsilon(record["delta"]), abs=2e-3)
+    assert record["epsilon_spent_prv"] == pytest.approx(record["epsilon_spent"], rel=0.03)
+    assert record["steps_executed"] == sum(event["steps"] for event in record["events"])
+
+
+def test_an_empty_statement_has_a_text() -> None:
+    assert Statement(one_site="x").as_dict()["text"].startswith("x\n\nNot covered: ")
