@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -115,18 +116,18 @@ def records() -> list[dict[str, Any]]:
     ]
 
 
-@pytest.fixture
-def scenario_file(tmp_path: Path, tiny_bert: Path) -> Callable[..., Path]:
-    """Return a writer of small scenario files with their data; keyword arguments are sections that replace keys.
+@pytest.fixture(scope="session")
+def write_scenario(tiny_bert: Path) -> Callable[..., Path]:
+    """Return a writer of a small scenario file with its data into a folder; keyword arguments replace keys of sections.
 
-    `rows` replaces the (text, label) rows of train.csv, `name` the file's name.
+    `rows` replaces the (text, label) rows of train.csv.
     """
     import tomli_w
 
-    def write(*, rows: list[tuple[str, str]] | None = None, name: str = "scenario.toml", **sections: Any) -> Path:
+    def write(folder: Path, *, rows: list[tuple[str, str]] | None = None, **sections: Any) -> Path:
         if rows is None:
             rows = [(f"{LINES[i % 6]} {LINES[(i // 6) % 6]}", ["good", "bad"][i % 2]) for i in range(60)]
-        with (tmp_path / "train.csv").open("w", newline="", encoding="utf-8") as file:
+        with (folder / "train.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("review", "verdict"), *rows])
         raw: dict[str, Any] = {
             "name": "small",
@@ -141,10 +142,16 @@ def scenario_file(tmp_path: Path, tiny_bert: Path) -> Callable[..., Path]:
         }
         for key, value in sections.items():
             raw[key] = {**raw[key], **value} if isinstance(value, dict) and key in raw else value
-        (tmp_path / name).write_text(tomli_w.dumps(raw), encoding="utf-8")
-        return tmp_path / name
+        (folder / "scenario.toml").write_text(tomli_w.dumps(raw), encoding="utf-8")
+        return folder / "scenario.toml"
 
     return write
+
+
+@pytest.fixture
+def scenario_file(write_scenario: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return `write_scenario` for this test's own folder."""
+    return functools.partial(write_scenario, tmp_path)
 
 
 @dataclass(frozen=True)

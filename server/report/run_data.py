@@ -330,7 +330,9 @@ def _read_repeats(path: Path) -> Repeats | None:
 def _read_site(path: Path, *, private: bool) -> SiteRecord:
     site = _parse(SiteRecord, _read(path), path)
     if private:
-        for key in ("epsilon_spent", "delta", "randomness"):
+        # With injected randomness there is no epsilon to state; the report says so.
+        spent = () if site.randomness == "injected" else ("epsilon_spent",)
+        for key in (*spent, "delta", "randomness"):
             if getattr(site, key) is None:
                 raise _malformed(path, f"{key} is missing, without which no privacy can be claimed")
     return site

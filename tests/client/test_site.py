@@ -27,7 +27,7 @@ MakeHome = Callable[..., Path]
 MakeJob = Callable[..., Job]
 MakeRequest = Callable[..., TrainRequest]
 
-SECRET = "zyxomma"
+MARKER = "zyxomma"
 
 
 def injected() -> SiteRandomness:
@@ -212,7 +212,7 @@ def test_a_job_without_noise_needs_the_sites_own_consent(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
 ) -> None:
     request = request_for(private_job(privacy={"mechanism": "none"}))
-    with pytest.raises(PolicyError, match="accepts only private jobs, but privacy.mechanism is 'none'"):
+    with pytest.raises(PolicyError, match=r"accepts only private jobs, but privacy\.mechanism is 'none'"):
         Site(site_home()).train(request)
     reply = Site(site_home("open", allow_non_private=True)).train(request)
     assert reply.noise_multiplier == 0
@@ -232,7 +232,7 @@ def test_a_weaker_delta_than_the_sites_is_refused(
 
 
 def secret_rows(**change: Any) -> list[dict[str, Any]]:
-    rows = [{"text": f"{SECRET} film {i}", "label": ["good", "bad"][i % 2]} for i in range(20)]
+    rows = [{"text": f"{MARKER} film {i}", "label": ["good", "bad"][i % 2]} for i in range(20)]
     rows[7] = rows[7] | change
     return rows
 
@@ -240,7 +240,7 @@ def secret_rows(**change: Any) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("rows", "code"),
     [
-        (secret_rows(label=SECRET), "DataError"),
+        (secret_rows(label=MARKER), "DataError"),
         ([row | {"label": "good"} for row in secret_rows()], "DataError"),
     ],
 )
@@ -257,7 +257,7 @@ def test_refusals_over_data_tell_nothing(
         refusal = site.answer(request_for(private_job()))
     assert refusal == Refusal(site="north", code=code, reason="see the site's own log")
     assert caplog.records, "the site's own log must say what is wrong"
-    assert SECRET not in caplog.text
+    assert MARKER not in caplog.text
     assert not (site.home / "ledger.db").exists()
 
 
@@ -274,7 +274,7 @@ def test_unexpected_errors_tell_nothing(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any, **__: Any) -> LocalRound:
-        raise RuntimeError(f"CUDA error near {SECRET}")
+        raise RuntimeError(f"CUDA error near {MARKER}")
 
     monkeypatch.setattr(site_module, "train_local_round", fail)
     refusal = Site(site_home()).answer(request_for(private_job()))

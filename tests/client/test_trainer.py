@@ -27,6 +27,7 @@ from client.trainer import (
 from shared.batches import Example, collate
 from shared.config import ComputeConfig, Job
 from shared.errors import PrivacyError
+from shared.frozen_cache import FrozenCache
 from shared.privacy.mechanism import CLIP_MARGIN, per_example_gradients
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -186,10 +187,12 @@ def reference_round(
         noise = source.stream("noise", round_number=1, step=step).normal(total.size)
         step_vector = (total + plan.noise_multiplier * plan.max_grad_norm * noise) / (plan.sample_rate * 32)
         offset = 0
-        for name, value in values.items():
+        for value in values.values():
             value -= job.training.learning_rate * step_vector[offset : offset + value.size].reshape(value.shape)
             offset += value.size
-    return torch.cat([torch.from_numpy(value - start[name].double().numpy()).flatten() for name, value in values.items()])
+    return torch.cat(
+        [torch.from_numpy(value - start[name].double().numpy()).flatten() for name, value in values.items()]
+    )
 
 
 @pytest.mark.parametrize(("task", "train"), COMBINATIONS)
@@ -198,13 +201,17 @@ def test_a_round_is_dp_sgd_as_written_in_the_paper(
 ) -> None:
     job = job_of(task, train, training={"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.05})
     runtime = load_runtime(job, CPU)
-    examples, plan = runtime.encode(records[:30]), plan_of(job, noise_multiplier=0.3, max_grad_norm=0.2)
-    start = away_from_zero(runtime)
+    examples, start = runtime.encode(records[:30]), away_from_zero(runtime)
+    runtime.load(start)
+    gradients = plain_gradients(runtime, examples).values()
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
+    # A bound at which some records are clipped and some are not.
+    plan = plan_of(job, noise_multiplier=0.3, max_grad_norm=float(norms.median()))
     expected = reference_round(runtime, job, examples, plan, start, "paper")
     result = run(runtime, job, examples, plan=plan, start=start, randomness=SiteRandomness.injected("paper"))
     torch.testing.assert_close(flat(result).double(), expected, rtol=1e-3, atol=2e-6)
     assert result.executed_steps == job.training.local_steps
-    assert result.observations.num_clipped > 0
+    assert 0 < result.observations.num_clipped < result.observations.num_examples
 
 
 def test_micro_batching_does_not_change_the_sum(job_of: Callable[..., Job], records: Records) -> None:
@@ -223,17 +230,15 @@ def test_micro_batching_does_not_change_the_sum(job_of: Callable[..., Job], reco
 
 
 @pytest.mark.parametrize(("task", "train"), COMBINATIONS)
-def test_cached_activations_change_nothing(
-    job_of: Callable[..., Job], records: Records, task: str, train: str
-) -> None:
+def test_cached_activations_change_nothing(job_of: Callable[..., Job], records: Records, task: str, train: str) -> None:
     job = job_of(task, train, training={"optimizer": "sgd", "momentum": 0.0})
-    runtime = load_runtime(job, CPU)
+    runtime = replace(load_runtime(job, CPU), cache=FrozenCache())
     examples, start = runtime.encode(records), away_from_zero(runtime)
     assert runtime.model.first_adapted == 1
     options = {"start": start, "plan": plan_of(job, noise_multiplier=1e-3)}
     assert all(batch.hidden is None for batch in runtime.batches(examples, range(5)))
     without = flat(run(runtime, job, examples, **options))
-    cached = load_runtime(job, CPU.model_copy(update={"cache_frozen_layers": True}))
+    cached = replace(runtime, compute=CPU.model_copy(update={"cache_frozen_layers": True}))
     cached.warm_cache(examples)
     assert all(batch.hidden is not None for batch in cached.batches(examples, range(5)))
     torch.testing.assert_close(flat(run(cached, job, examples, **options)), without, rtol=1e-3, atol=1e-6)
@@ -308,7 +313,8 @@ def test_one_record_that_is_not_finite_leaves_the_update_finite(
     def poisoned(self: Any, outputs: Tensor, batch: Any) -> Tensor:
         losses = loss(self, outputs, batch)
         same = (batch.input_ids[:, : examples[0].length] == examples[0].input_ids).all(dim=1)
-        return torch.where(same & (batch.attention_mask.sum(dim=1) == examples[0].length), losses * math.nan, losses)
+        alone = same & (batch.attention_mask.sum(dim=1) == examples[0].length)
+        return losses * torch.where(alone, math.nan, 1.0)
 
     monkeypatch.setattr(type(runtime.task), "per_example_loss", poisoned)
     result = run(runtime, job, examples, plan=plan)

@@ -58,9 +58,7 @@ def test_noise_multipliers_are_the_published_ones(
 
 @pytest.mark.parametrize("row", [TABLE[0], TABLE[3]])
 @pytest.mark.parametrize("cell", [1e-4, 1e-3])
-def test_epsilon_agrees_with_dp_accounting_directly(
-    row: tuple[int, int, int, tuple[float, ...]], cell: float
-) -> None:
+def test_epsilon_agrees_with_dp_accounting_directly(row: tuple[int, int, int, tuple[float, ...]], cell: float) -> None:
     n, batch, epochs, sigmas = row
     rate, num, delta = setting(n, batch, epochs)
     accountant = pld_privacy_accountant.PLDAccountant(value_discretization_interval=cell)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -43,7 +44,7 @@ def parts_of(rows: Tensor) -> list[Tensor]:
 def clipped_sum(rows: Tensor, bound: float, cuts: list[int] | None = None) -> tuple[Tensor, ClippedSum]:
     total = ClippedSum(SHAPES, bound)
     edges = sorted({0, len(rows), *[cut % (len(rows) + 1) for cut in cuts or []]})
-    for start, stop in zip(edges, edges[1:], strict=False):
+    for start, stop in pairwise(edges):
         total.add(parts_of(rows[start:stop]))
     return torch.cat([part.flatten() for part in total.sums]), total
 

@@ -82,7 +82,7 @@ def test_noise_is_calibrated_to_the_clipping_norm(plan: PrivacyPlan) -> None:
         for factor, right in ((1.0, True), (0.95, False), (1.05, False), (1 / 0.3, False), (0.3, False)):
             std = plan.noise_multiplier * plan.max_grad_norm * factor
             p = stats.chi2.cdf(float((noise**2).sum()) / std**2, noise.size)
-            assert (1e-4 < p < 1 - 1e-4) is right
+            assert bool(1e-4 < p < 1 - 1e-4) is right
 
 
 def test_sample_rate_does_not_depend_on_the_data(plan: PrivacyPlan) -> None:
@@ -122,7 +122,9 @@ def test_without_privacy_there_is_no_epsilon(classification_job: JobBuilder) -> 
             ask()
 
 
-@pytest.mark.parametrize(("records", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 2), (1023, 512), (1024, 1024), (1025, 1024)])
+@pytest.mark.parametrize(
+    ("records", "bucket"), [(0, 0), (1, 1), (2, 2), (3, 2), (1023, 512), (1024, 1024), (1025, 1024)]
+)
 def test_declared_size_is_a_power_of_two_not_above(records: int, bucket: int) -> None:
     assert declared_size(records) == bucket
 

@@ -128,7 +128,9 @@ def test_sites_compose_for_a_person_at_several() -> None:
     assert f"1: {table[1]:.3f}, 2: {table[2]:.3f}, 3: {table[3]:.3f}" in statement.as_dict()["text"]
 
 
-@pytest.mark.parametrize(("sites", "rows"), [(1, [1]), (5, [1, 2, 3, 4, 5]), (6, [*range(1, 7)]), (23, [*range(1, 6), 10, 20, 23])])
+@pytest.mark.parametrize(
+    ("sites", "rows"), [(1, [1]), (5, [1, 2, 3, 4, 5]), (6, [*range(1, 7)]), (23, [*range(1, 6), 10, 20, 23])]
+)
 def test_the_table_starts_at_one_site_and_ends_at_all(sites: int, rows: list[int]) -> None:
     table = run_statement([replace(RELEASE, events=(steps(1, sigma=5.0),))] * sites, "run").up_to_m_sites
     assert [row["sites"] for row in table] == rows

@@ -161,9 +161,9 @@ def test_the_public_text_is_sizeable_and_not_the_private_one(archive: Path) -> N
     assert 1_100_000 < sum(map(len, documents)) < 1_300_000
     joined = "\n".join(documents).casefold()
     reviews = {record["text"].casefold() for record in demo_data.load_movie_reviews(archive.parent)}
-    long = [text for text in reviews if len(text) > 25]
+    long = sorted(text for text in reviews if len(text) > 25)
     assert len(long) > 9000
-    assert not [text for text in long if text in joined]
+    assert not [text for text in long[::20] if text in joined]
 
 
 def test_the_name_is_resolved_without_training(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

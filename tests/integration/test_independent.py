@@ -1,0 +1,146 @@
+"""Others can check us: the adapter works without Silotune, and epsilon follows from the record with an accountant alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from server.app import SilentObserver
+from server.run_folder import load_job
+from shared.config import ComputeConfig
+from shared.inference import load_tuned, predict
+from simulations.engine import run_scenario
+from simulations.scenario import load_scenario
+
+TEXTS = [
+    "a quiet joy",
+    "it bores, it drags and ends far too late for a film of this length, which nobody should have to sit through at all",
+    "warm",
+]
+CPU = ComputeConfig(device="cpu", precision="float32")
+ALONE = """
+import sys
+foreign = {"shared", "server", "client", "simulations", "cli", "flwr", "opacus"} & set(sys.modules)
+assert not foreign, foreign
+"""
+
+
+def run_alone(program: str, folder: Path) -> Any:
+    """Run `program` in a Python process that starts elsewhere; it prints one JSON line."""
+    script = folder / "alone.py"
+    script.write_text(program + ALONE)
+    done = subprocess.run(
+        [sys.executable, "-I", str(script)], cwd=folder, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def snippet(adapter: Path, backbone: str) -> str:
+    """The code block of the adapter's README with its three placeholders filled in, and nothing else changed."""
+    text = (adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    for placeholder, value in (("BACKBONE", backbone), ("ADAPTER", str(adapter)), ("TEXTS", TEXTS)):
+        if placeholder != "TEXTS" or "TEXTS" in text:
+            assert placeholder in text
+        text = text.replace(placeholder, repr(value))
+    return text
+
+
+@pytest.mark.parametrize(
+    "sections", [{}, {"lora": {"train": "both", "last_layers": 3}, "model": {"pooling": "first"}}]
+)
+def test_the_readme_of_the_adapter_gives_our_predictions(
+    scenario_file: Callable[..., Path], tmp_path: Path, sections: dict[str, Any]
+) -> None:
+    scenario = load_scenario(scenario_file(training={"rounds": 2, "local_steps": 4}, **sections))
+    folder = tmp_path / "run"
+    finished = run_scenario(scenario, folder, observer=lambda arm: SilentObserver())
+    if "lora" in sections:
+        assert any(n.endswith(".residual") and bool(t.any()) for n, t in finished.adapter.items())
+    job = load_job(folder)
+    ours = predict(load_tuned(folder, job, CPU), job, TEXTS)
+    program = snippet(folder / "adapter", job.model.backbone) + (
+        "\nimport json\nprint(json.dumps({'p': logits.softmax(-1).tolist(), 'labels': list(labels)}))\n"
+    )
+    theirs = run_alone(program, tmp_path)
+    assert theirs["labels"] == list(job.task.labels)
+    for mine, probabilities in zip(ours, theirs["p"], strict=True):
+        assert probabilities == pytest.approx(list(mine["probabilities"].values()), abs=2e-5)
+    # The comparison must be able to fail: the untrained model says something else.
+    runtime = load_tuned(folder, job, CPU)
+    runtime.load(runtime.initial_global(job.lora.train == "both"))
+    before = predict(runtime, job, TEXTS)
+    assert max(abs(b["probability"] - m["probability"]) for b, m in zip(before, ours, strict=True)) > 1e-3
+
+
+@pytest.mark.parametrize("train", ["b", "both"])
+def test_peft_alone_gives_our_gpt2_logits(
+    scenario_file: Callable[..., Path], tmp_path: Path, tiny_gpt2: Path, train: str
+) -> None:
+    path = scenario_file(
+        model={"backbone": str(tiny_gpt2)},
+        lora={"target_modules": ["c_attn"], "train": train},
+        task={"kind": "causal_lm", "labels": []},
+        training={"rounds": 2},
+        data={"train": {"path": "train.csv", "columns": {"text": "review"}}},
+    )
+    folder = tmp_path / "run"
+    run_scenario(load_scenario(path), folder, observer=lambda arm: SilentObserver())
+    job = load_job(folder)
+    runtime = load_tuned(folder, job, CPU)
+    tokens = [runtime.tokenizer(text)["input_ids"][:20] for text in TEXTS]
+    from shared.batches import Example
+
+    ours = []
+    for ids in tokens:
+        for outputs, _ in runtime.outputs([Example(torch.tensor(ids))]):
+            ours.append(outputs[0])
+    program = snippet(folder / "adapter", job.model.backbone) + (
+        f"\nimport json, torch\nwith torch.no_grad():\n    logits = [model(torch.tensor([ids])).logits[0].tolist() "
+        f"for ids in {tokens!r}]\nprint(json.dumps(logits))\n"
+    )
+    theirs = run_alone(program, tmp_path)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, torch.tensor(other), rtol=1e-4, atol=1e-4)
+    runtime.load(runtime.initial_global(train == "both"))
+    (untrained,) = (outputs[0] for outputs, _ in runtime.outputs([Example(torch.tensor(tokens[0]))]))
+    assert not torch.allclose(untrained, ours[0], atol=1e-3)
+
+
+ACCOUNTANT = """
+import json, sys
+import dp_accounting
+from dp_accounting.pld import PLDAccountant
+
+results = {}
+for path in PATHS:
+    record = json.load(open(path))
+    assert record["relation"] == "add or remove one record" and record["unit"] == "record"
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for event in record["events"]:
+        gaussian = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
+        sampled = dp_accounting.PoissonSampledDpEvent(event["sample_rate"], gaussian)
+        accountant.compose(sampled, event["steps"])
+    results[record["site"]] = accountant.get_epsilon(record["delta"])
+print(json.dumps(results))
+"""
+
+
+def test_epsilon_follows_from_the_record_with_dp_accounting_alone(finished_run: Path, tmp_path: Path) -> None:
+    paths = sorted(finished_run.glob("sites/*/privacy.json"))
+    assert len(paths) == 3
+    theirs = run_alone(ACCOUNTANT.replace("PATHS", repr(list(map(str, paths)))), tmp_path)
+    statement = json.loads((finished_run / "statement.json").read_text())
+    for path in paths:
+        record = json.loads(path.read_text())
+        assert record["epsilon_spent"] == pytest.approx(theirs[record["site"]], rel=2e-3)
+        assert record["epsilon_spent"] >= theirs[record["site"]] * (1 - 1e-6), "ours may err on the safe side only"
+        assert f"({record['epsilon_spent']:.3f}, 1e-05)" in record["statement"]
+    assert f"({max(theirs.values()):.2f}"[:-1] in statement["one_site"]

@@ -1,0 +1,80 @@
+"""One job, one ServerApp and one ClientApp: in one process and in Flower's simulation on Ray, the same adapter."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from client import app as client_app
+from server.app import SilentObserver
+from server.checkpoint import Checkpoint
+from shared.errors import RunError
+from simulations import engine
+from simulations.engine import run_scenario
+from simulations.scenario import load_scenario
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        importlib.util.find_spec("ray") is None, reason="Ray is not installed: pip install silotune[ray]"
+    ),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _stop_ray() -> Iterator[None]:
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+def run(path: Path, folder: Path, backend: str) -> Checkpoint:
+    client_app._open.cache_clear()
+    scenario = load_scenario(path, [f"simulation.backend={backend}", "simulation.num_actors=2"])
+    return run_scenario(scenario, folder, observer=lambda arm: SilentObserver(), injected_seed="transport")
+
+
+def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(
+    scenario_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    for factory in ("make_server_app", "make_client_app"):
+        real = getattr(engine, factory)
+
+        def counted(
+            *args: object, _real: Callable[..., object] = real, _name: str = factory, **kwargs: object
+        ) -> object:
+            made.append(_name)
+            return _real(*args, **kwargs)
+
+        monkeypatch.setattr(engine, factory, counted)
+    path = scenario_file(
+        seed=5, simulation={"dropout_probability": 0.3}, training={"rounds": 4}, partition={"num_sites": 5}
+    )
+    in_process = run(path, tmp_path / "in-process", "in-process")
+    on_ray = run(path, tmp_path / "ray", "ray")
+    assert sorted(made) == ["make_client_app"] * 2 + ["make_server_app"] * 2
+
+    failed = [record.failed for record in in_process.history]
+    assert any(failed), "the test must drop some sites"
+    assert [record.failed for record in on_ray.history] == failed
+    assert [record.sites for record in on_ray.history] == [record.sites for record in in_process.history]
+    assert on_ray.releases == in_process.releases
+    assert on_ray.adapter.keys() == in_process.adapter.keys()
+    for name, tensor in in_process.adapter.items():
+        torch.testing.assert_close(on_ray.adapter[name], tensor, rtol=1e-4, atol=1e-5)
+    assert any(bool(tensor.abs().max() > 1e-2) for tensor in in_process.adapter.values()), "nothing was learned"
+
+
+def test_an_error_of_the_run_arrives_as_it_is(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Not as Flower's own: a user sees what was found and what to do."""
+    folder = tmp_path / "run"
+    path = scenario_file(federation={"min_sites": 3}, simulation={"dropout_probability": 0.9})
+    with pytest.raises(RunError, match=r"round 1: \d valid updates, federation.min_sites is 3"):
+        run(path, folder, "ray")
+    assert (folder / "checkpoint.safetensors").exists()
