@@ -122,10 +122,10 @@ def find_sites(grid: Grid, job: Job) -> dict[int, SiteDescription]:
         time.sleep(POLL_SECONDS)
     requests = [Message(describe_request(), dst_node_id=node, message_type=DESCRIBE, group_id="0") for node in nodes]
     found: dict[int, SiteDescription] = {}
-    for message in _exchange(grid, requests, DESCRIBE_TIMEOUT_SECONDS, len(nodes)):
+    for node, message in _exchange(grid, requests, DESCRIBE_TIMEOUT_SECONDS, len(nodes)):
         answer = unpack_description(message)
         if isinstance(answer, SiteDescription):
-            found[message.metadata.src_node_id] = answer
+            found[node] = answer
     names = [description.site for description in found.values()]
     if doubles := sorted({name for name in names if names.count(name) > 1}):
         raise RunError(f"two nodes call themselves {doubles[0]!r}; every site needs a name of its own in site.toml.")
@@ -168,8 +168,8 @@ def _run_round(
     # 3. Collect until everyone answered or time is up.
     replies: dict[str, TrainReply] = {}
     failed: dict[str, str] = {}
-    for message in _exchange(grid, requests, job.federation.round_timeout_seconds, len(asked)):
-        name = sites[message.metadata.src_node_id].site
+    for node, message in _exchange(grid, requests, job.federation.round_timeout_seconds, len(asked)):
+        name = sites[node].site
         answer = unpack_reply(message)
         if isinstance(answer, Refusal):
             failed[name] = f"{answer.code}: {answer.reason}"
@@ -318,18 +318,23 @@ def _merged(events: Sequence[GaussianSteps]) -> tuple[GaussianSteps, ...]:
     return tuple(GaussianSteps(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in steps.items())
 
 
-def _exchange(grid: Grid, requests: Sequence[Message], timeout: float, quorum: int) -> list[Message]:
-    """Send and collect replies until `quorum` came or `timeout` seconds passed.
+def _exchange(grid: Grid, requests: Sequence[Message], timeout: float, quorum: int) -> list[tuple[int, Message]]:
+    """Send and collect (node that was asked, reply) until `quorum` came or `timeout` seconds passed.
 
-    Flower's own `send_and_receive` polls every three seconds; this polls every tenth of one.
+    Flower's own `send_and_receive` polls every three seconds; this polls every tenth of one. A reply is matched by the
+    request that it answers: an error about a lost message comes from the SuperLink, not from the node.
     """
-    waiting = set(grid.push_messages(requests))
+    waiting = {identifier for identifier in grid.push_messages(requests) if identifier}
+    node_of = {request.metadata.message_id: request.metadata.dst_node_id for request in requests}
     deadline = time.monotonic() + timeout
-    collected: list[Message] = []
+    collected: list[tuple[int, Message]] = []
     while waiting and len(collected) < quorum:
         arrived = list(grid.pull_messages(waiting))
-        collected.extend(arrived)
-        waiting -= {message.metadata.reply_to_message_id for message in arrived}
+        for message in arrived:
+            answered = message.metadata.reply_to_message_id
+            if answered in waiting:
+                waiting.discard(answered)
+                collected.append((node_of[answered], message))
         if not waiting or time.monotonic() > deadline:
             break
         if not arrived:

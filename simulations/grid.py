@@ -164,7 +164,10 @@ class DropoutGrid(Grid):
             for identifier in wanted
             if identifier in self._dropped
         ]
-        return [*errors, *self._inner.pull_messages(wanted)]
+        # Flower answers an identifier that it does not know with an error of its own.
+        dropped = {error.metadata.reply_to_message_id for error in errors}
+        passed = [identifier for identifier in wanted if identifier not in dropped]
+        return [*errors, *(self._inner.pull_messages(passed) if passed else [])]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See `Grid`."""

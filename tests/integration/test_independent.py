@@ -53,9 +53,7 @@ def snippet(adapter: Path, backbone: str) -> str:
     return text
 
 
-@pytest.mark.parametrize(
-    "sections", [{}, {"lora": {"train": "both", "last_layers": 3}, "model": {"pooling": "first"}}]
-)
+@pytest.mark.parametrize("sections", [{}, {"lora": {"train": "both", "last_layers": 3}, "model": {"pooling": "first"}}])
 def test_the_readme_of_the_adapter_gives_our_predictions(
     scenario_file: Callable[..., Path], tmp_path: Path, sections: dict[str, Any]
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 
 import server.rounds as rounds_module
 from server.app import SilentObserver
@@ -262,6 +263,29 @@ def test_sites_that_never_answer_cost_the_timeout_and_no_more(mute: frozenset[in
         assert last.history[-1].failed == {"b": "no answer within 0.4 s"}
         assert last.history[-1].sites == ["a", "c"]
     assert 0.4 <= time.monotonic() - started < 10
+
+
+class LosingGrid(InProcessGrid):
+    """Answers for node 2 as a SuperLink does that lost the message: in its own name."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = []
+        for reply in super().pull_messages(message_ids):
+            if reply.metadata.src_node_id == 2 and reply.metadata.message_type == "train":
+                lost = create_message_error_unavailable_ins_message(reply.metadata.reply_to_message_id, run_id=1)
+                replies.append(lost)
+            else:
+                replies.append(reply)
+        # And an answer to nothing that was asked.
+        return [*replies, create_message_error_unavailable_ins_message("never sent", run_id=1)]
+
+
+def test_a_lost_message_is_booked_to_the_site_that_was_asked() -> None:
+    last = run_rounds(LosingGrid(grid_of()._client_app, 3), coordinator(make_job()), None)
+    for record in last.history[1:]:
+        assert list(record.failed) == ["b"]
+        assert record.failed["b"].startswith("Flower")
+        assert record.sites == ["a", "c"]
 
 
 # --- order and selection ---

@@ -1,0 +1,128 @@
+"""The command line: what people and scripts rely on."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.site import silotune_version
+from server.run_folder import load_job
+from shared.config import ComputeConfig
+from shared.inference import load_tuned, predict
+
+Silotune = Callable[..., Any]
+
+
+def test_help_names_every_command(silotune: Silotune) -> None:
+    outcome = silotune("--help")
+    assert outcome.status == 0
+    for command in ("demo", "simulate", "predict", "generate", "report", "version"):
+        assert command in outcome.out
+        assert "Usage" in silotune(command, "--help").out
+    text = " ".join(silotune("simulate", "--help").out.split())
+    for option in ("--set", "--out", "--resume", "--stop-after", "--json"):
+        assert option in text
+
+
+def test_version(silotune: Silotune) -> None:
+    assert silotune("version").out == silotune_version() + "\n"
+
+
+def test_predict_answers_arguments_in_order(silotune: Silotune, finished_run: Path) -> None:
+    texts = ["a quiet joy", "it bores", "a quiet joy from start to end and then some more"]
+    outcome = silotune("predict", finished_run, *texts)
+    assert outcome.status == 0
+    lines = [line.split("  ") for line in outcome.out.splitlines()]
+    assert [line[2] for line in lines] == texts
+    job = load_job(finished_run)
+    expected = predict(load_tuned(finished_run, job, ComputeConfig()), job, texts)
+    assert [line[0] for line in lines] == [p["label"] for p in expected]
+    assert [line[1] for line in lines] == [f"{p['probability']:.3f}" for p in expected]
+
+
+def test_predict_reads_standard_input_and_writes_json_lines(
+    silotune: Silotune, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a quiet joy\n\n  it bores \nschön\n"))
+    outcome = silotune("predict", finished_run, "--json")
+    assert outcome.status == 0
+    answers = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [answer["text"] for answer in answers] == ["a quiet joy", "it bores", "schön"]
+    for answer in answers:
+        assert set(answer["probabilities"]) == {"bad", "good"}
+        assert sum(answer["probabilities"].values()) == pytest.approx(1)
+        assert answer["probability"] == max(answer["probabilities"].values())
+        assert answer["probabilities"][answer["label"]] == answer["probability"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    empty = silotune("predict", finished_run)
+    assert empty.status == 1
+    assert "there is no text to label" in empty.err
+
+
+def test_simulate_stops_resumes_and_prints_one_json_line(
+    silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path, folder = scenario_file(), tmp_path / "run"
+    common = ("simulate", path, "--out", folder, "--set", "training.rounds=2", "--set", "partition.num_sites=2")
+    stopped = silotune(*common, "--stop-after", "1")
+    assert stopped.status == 0, stopped.err
+    assert "stopped after round 1; continue with --resume --out" in stopped.out
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
+    assert not (folder / "report.html").exists()
+    done = silotune(*common, "--resume", "--json")
+    assert done.status == 0, done.err
+    (line,) = done.out.splitlines()
+    figures = json.loads(line)
+    assert figures["run_dir"] == str(folder)
+    assert 0 <= figures["accuracy_federated_dp"] <= 1
+    assert figures["delta"] == 1e-5
+    spent = [json.loads(p.read_text())["epsilon_spent"] for p in folder.glob("sites/*/privacy.json")]
+    assert len(spent) == 2, "--set must reach the partition"
+    assert figures["epsilon_max_site"] == pytest.approx(max(spent), abs=1e-4)
+    assert load_job(folder).training.rounds == 2, "--set must reach the job"
+    assert "round 2/2" in done.err, "progress goes to the other stream"
+    again = silotune(*common, "--resume", "--json")  # finished already: nothing to do, same figures
+    assert json.loads(again.out)["epsilon_max_site"] == figures["epsilon_max_site"]
+
+
+def test_a_human_sees_figures_statement_and_report(
+    silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    done = silotune("simulate", scenario_file(training={"rounds": 1}), "--out", folder)
+    assert done.status == 0, done.err
+    assert f"report: {folder / 'report.html'}" in done.out
+    assert json.loads((folder / "statement.json").read_text())["one_site"] in " ".join(done.out.split())
+    assert "accuracy_federated_dp" in done.out
+
+
+def test_report_is_written_anew(silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    silotune("simulate", scenario_file(training={"rounds": 1}), "--out", folder)
+    (folder / "report.html").unlink()
+    outcome = silotune("report", folder)
+    assert outcome.status == 0
+    assert outcome.out.strip() == str(folder / "report.html")
+    assert (folder / "report.html").read_text().startswith("<!")
+    missing = silotune("report", tmp_path)
+    assert missing.status == 1
+    assert missing.err.startswith("error: ")
+
+
+def test_a_process_keeps_standard_output_clean(
+    scenario_file: Callable[..., Path], tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """In a process of its own, where libraries write to the real streams."""
+    with start("simulate", scenario_file(training={"rounds": 1}), "--out", tmp_path / "run", "--json") as process:
+        out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert len(out.splitlines()) == 1
+    assert json.loads(out)["run_dir"] == str(tmp_path / "run")
+    assert "Warning" not in err
+    assert "Loading weights" not in err, "bars of libraries do not belong between ours"
