@@ -69,7 +69,8 @@ def test_private_tuning_lowers_the_perplexity_of_unseen_reviews(finished: tuple[
     tuned = load_tuned(run_dir, scenario.job, ComputeConfig()).evaluate(examples).metrics["perplexity"]
     recorded = json.loads((run_dir / "evaluation.json").read_text())["metrics"]["perplexity"]
     assert tuned == pytest.approx(recorded, rel=1e-4)
-    assert tuned < 0.95 * start
+    # The noise is real: far from the measured fall of 8 %, and far from none.
+    assert tuned < 0.98 * start
     # The model knew something before: a uniform guess has the perplexity of the vocabulary.
     assert start < 0.8 * RECIPE.vocab_size
 

@@ -14,6 +14,7 @@ import torch
 
 from server.app import SilentObserver
 from server.run_folder import load_job
+from shared.batches import Example
 from shared.config import ComputeConfig
 from shared.inference import load_tuned, predict
 from simulations.engine import run_scenario
@@ -53,63 +54,61 @@ def snippet(adapter: Path, backbone: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("sections", [{}, {"lora": {"train": "both", "last_layers": 3}, "model": {"pooling": "first"}}])
-def test_the_readme_of_the_adapter_gives_our_predictions(
-    scenario_file: Callable[..., Path], tmp_path: Path, sections: dict[str, Any]
-) -> None:
-    scenario = load_scenario(scenario_file(training={"rounds": 2, "local_steps": 4}, **sections))
-    folder = tmp_path / "run"
-    finished = run_scenario(scenario, folder, observer=lambda arm: SilentObserver())
-    if "lora" in sections:
-        assert any(n.endswith(".residual") and bool(t.any()) for n, t in finished.adapter.items())
-    job = load_job(folder)
-    ours = predict(load_tuned(folder, job, CPU), job, TEXTS)
-    program = snippet(folder / "adapter", job.model.backbone) + (
-        "\nimport json\nprint(json.dumps({'p': logits.softmax(-1).tolist(), 'labels': list(labels)}))\n"
-    )
-    theirs = run_alone(program, tmp_path)
-    assert theirs["labels"] == list(job.task.labels)
-    for mine, probabilities in zip(ours, theirs["p"], strict=True):
-        assert probabilities == pytest.approx(list(mine["probabilities"].values()), abs=2e-5)
-    # The comparison must be able to fail: the untrained model says something else.
-    runtime = load_tuned(folder, job, CPU)
-    runtime.load(runtime.initial_global(job.lora.train == "both"))
-    before = predict(runtime, job, TEXTS)
-    assert max(abs(b["probability"] - m["probability"]) for b, m in zip(before, ours, strict=True)) > 1e-3
+VARIANTS: list[dict[str, Any]] = [
+    {"lora": {"train": "b"}},
+    {"lora": {"train": "both", "last_layers": 3}, "model": {"pooling": "first"}},
+]
 
 
-@pytest.mark.parametrize("train", ["b", "both"])
-def test_peft_alone_gives_our_gpt2_logits(
-    scenario_file: Callable[..., Path], tmp_path: Path, tiny_gpt2: Path, train: str
-) -> None:
-    path = scenario_file(
-        model={"backbone": str(tiny_gpt2)},
-        lora={"target_modules": ["c_attn"], "train": train},
-        task={"kind": "causal_lm", "labels": []},
-        training={"rounds": 2},
-        data={"train": {"path": "train.csv", "columns": {"text": "review"}}},
-    )
-    folder = tmp_path / "run"
-    run_scenario(load_scenario(path), folder, observer=lambda arm: SilentObserver())
-    job = load_job(folder)
-    runtime = load_tuned(folder, job, CPU)
-    tokens = [runtime.tokenizer(text)["input_ids"][:20] for text in TEXTS]
-    from shared.batches import Example
+def test_the_readme_of_the_adapter_gives_our_predictions(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
+    program, ours = "import json\nanswers = []\n", []
+    for number, sections in enumerate(VARIANTS):
+        folder = tmp_path / f"run-{number}"
+        scenario = load_scenario(scenario_file(training={"rounds": 2, "local_steps": 4}, **sections))
+        finished = run_scenario(scenario, folder, observer=lambda arm: SilentObserver())
+        if sections["lora"]["train"] == "both":
+            assert any(n.endswith(".residual") and bool(t.any()) for n, t in finished.adapter.items())
+        job = load_job(folder)
+        runtime = load_tuned(folder, job, CPU)
+        ours.append(predict(runtime, job, TEXTS))
+        program += snippet(folder / "adapter", job.model.backbone)
+        program += "\nanswers.append({'p': logits.softmax(-1).tolist(), 'labels': list(labels)})\n"
+        # The comparison must be able to fail: the untrained model says something else.
+        runtime.load(runtime.initial_global(job.lora.train == "both"))
+        before = predict(runtime, job, TEXTS)
+        assert max(abs(b["probability"] - m["probability"]) for b, m in zip(before, ours[-1], strict=True)) > 1e-3
+    for mine, theirs in zip(ours, run_alone(program + "print(json.dumps(answers))\n", tmp_path), strict=True):
+        assert theirs["labels"] == ["bad", "good"]
+        for prediction, probabilities in zip(mine, theirs["p"], strict=True):
+            assert probabilities == pytest.approx(list(prediction["probabilities"].values()), abs=2e-5)
 
-    ours = []
-    for ids in tokens:
-        for outputs, _ in runtime.outputs([Example(torch.tensor(ids))]):
-            ours.append(outputs[0])
-    program = snippet(folder / "adapter", job.model.backbone) + (
-        f"\nimport json, torch\nwith torch.no_grad():\n    logits = [model(torch.tensor([ids])).logits[0].tolist() "
-        f"for ids in {tokens!r}]\nprint(json.dumps(logits))\n"
-    )
-    theirs = run_alone(program, tmp_path)
-    for mine, other in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, torch.tensor(other), rtol=1e-4, atol=1e-4)
-    runtime.load(runtime.initial_global(train == "both"))
-    (untrained,) = (outputs[0] for outputs, _ in runtime.outputs([Example(torch.tensor(tokens[0]))]))
-    assert not torch.allclose(untrained, ours[0], atol=1e-3)
+
+def test_peft_alone_gives_our_gpt2_logits(scenario_file: Callable[..., Path], tmp_path: Path, tiny_gpt2: Path) -> None:
+    program, ours = "import json, torch\nanswers = []\n", []
+    for train in ("b", "both"):
+        path = scenario_file(
+            model={"backbone": str(tiny_gpt2)},
+            lora={"target_modules": ["c_attn"], "train": train},
+            task={"kind": "causal_lm", "labels": []},
+            training={"rounds": 2},
+            data={"train": {"path": "train.csv", "columns": {"text": "review"}}},
+        )
+        folder = tmp_path / train
+        run_scenario(load_scenario(path), folder, observer=lambda arm: SilentObserver())
+        job = load_job(folder)
+        runtime = load_tuned(folder, job, CPU)
+        tokens = [runtime.tokenizer(text)["input_ids"][:20] for text in TEXTS]
+        examples = [Example(torch.tensor(ids)) for ids in tokens]
+        ours.append([outputs[0] for example in examples for outputs, _ in runtime.outputs([example])])
+        program += snippet(folder / "adapter", job.model.backbone)
+        program += "\nwith torch.no_grad():\n"
+        program += f"    answers.append([model(torch.tensor([ids])).logits[0].tolist() for ids in {tokens!r}])\n"
+        runtime.load(runtime.initial_global(train == "both"))
+        (untrained,) = (outputs[0] for outputs, _ in runtime.outputs(examples[:1]))
+        assert not torch.allclose(untrained, ours[-1][0], atol=1e-3)
+    for mine, theirs in zip(ours, run_alone(program + "print(json.dumps(answers))\n", tmp_path), strict=True):
+        for logits, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(logits, torch.tensor(other), rtol=1e-4, atol=1e-4)
 
 
 ACCOUNTANT = """

@@ -33,10 +33,12 @@ def _stop_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def run(path: Path, folder: Path, backend: str) -> Checkpoint:
+def run(path: Path, folder: Path, backend: str, *, resume: bool = False) -> Checkpoint:
     client_app._open.cache_clear()
     scenario = load_scenario(path, [f"simulation.backend={backend}", "simulation.num_actors=2"])
-    return run_scenario(scenario, folder, observer=lambda arm: SilentObserver(), injected_seed="transport")
+    return run_scenario(
+        scenario, folder, observer=lambda arm: SilentObserver(), injected_seed="transport", resume=resume
+    )
 
 
 def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(
@@ -74,7 +76,6 @@ def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(
 def test_an_error_of_the_run_arrives_as_it_is(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
     """Not as Flower's own: a user sees what was found and what to do."""
     folder = tmp_path / "run"
-    path = scenario_file(federation={"min_sites": 3}, simulation={"dropout_probability": 0.9})
-    with pytest.raises(RunError, match=r"round 1: \d valid updates, federation.min_sites is 3"):
-        run(path, folder, "ray")
-    assert (folder / "checkpoint.safetensors").exists()
+    run(scenario_file(training={"rounds": 1}), folder, "in-process")
+    with pytest.raises(RunError, match="resume with the scenario that the run was started with"):
+        run(scenario_file(training={"rounds": 1}, partition={"num_sites": 4}), folder, "ray", resume=True)
