@@ -3,7 +3,7 @@
 Guarantees (tests: tests/client/test_site.py)
     * The ledger is charged, durably, before the first noisy step; a crash keeps the charge.
     * A finished release is stored before it leaves. The same request again returns the same bytes and is not charged
-      again; a request that differs in any byte is a new release and is charged.
+      again; a request that differs in any byte is a new release, is charged, and takes the stored one's place.
     * No exception text that could hold data leaves the site: see `Site.answer`.
 """
 

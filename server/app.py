@@ -20,7 +20,7 @@ from shared.batches import Example
 from shared.config import ComputeConfig, Job
 from shared.messages import SiteDescription
 from shared.runtime import Runtime, load_runtime
-from shared.tasks import Record
+from shared.tasks import Evaluation, Record
 
 
 class SilentObserver:
@@ -97,11 +97,15 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         checkpoint = folder.load_checkpoint()
         if checkpoint is not None:
             folder.save_checkpoint(checkpoint)
-        coordinator = _coordinator(run, folder, runtime, examples)
-        checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
+        evaluator = _Evaluator(runtime, examples)
+        coordinator = _coordinator(run, folder, runtime, evaluator)
+        try:
+            checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
+        except BaseException:
+            _write_unfinished(run, folder)
+            raise
         folder.write_privacy(checkpoint)
-        runtime.load(checkpoint.adapter)
-        folder.write_result(checkpoint, runtime, runtime.evaluate(examples))
+        folder.write_result(checkpoint, runtime, evaluator(checkpoint.adapter))
         complete = checkpoint.round_number == run.job.training.rounds
         folder.write_run_info("completed" if complete else "stopped", run.details)
         if run.report:
@@ -110,19 +114,36 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         return checkpoint
 
 
-def _coordinator(run: Run, folder: RunFolder, runtime: Runtime, examples: Sequence[Example]) -> Coordinator:
+class _Evaluator:
+    """Evaluates adapters on public data; the last answer is kept, for the end asks for it again."""
+
+    def __init__(self, runtime: Runtime, examples: Sequence[Example]) -> None:
+        self._runtime, self._examples = runtime, examples
+        self._last: tuple[Mapping[str, Tensor], Evaluation] | None = None
+
+    def __call__(self, adapter: Mapping[str, Tensor]) -> Evaluation:
+        if self._last is None or self._last[0] is not adapter:
+            self._runtime.load(adapter)
+            self._last = (adapter, self._runtime.evaluate(self._examples))
+        return self._last[1]
+
+
+def _write_unfinished(run: Run, folder: RunFolder) -> None:
+    """Write what the sites have released so far: a run that never goes on has spent it all the same."""
+    checkpoint = folder.load_checkpoint()
+    if checkpoint is not None:
+        folder.write_privacy(checkpoint)
+    folder.write_run_info("stopped", run.details)
+
+
+def _coordinator(run: Run, folder: RunFolder, runtime: Runtime, evaluator: _Evaluator) -> Coordinator:
     exact = run.job.lora.train == "both"
-
-    def evaluate(adapter: dict[str, Tensor]) -> dict[str, float]:
-        runtime.load(adapter)
-        return runtime.evaluate(examples).metrics
-
     return Coordinator(
         job=run.job,
         initial_adapter=runtime.initial_global(exact),
         update_shapes={name: tensor.shape for name, tensor in runtime.initial.items()},
         exact_scaling=runtime.model.scaling if exact else None,
-        evaluate=evaluate,
+        evaluate=lambda adapter: evaluator(adapter).metrics,
         evaluate_every=run.evaluate_every,
         save=folder.save_checkpoint,
         observer=run.observer,
