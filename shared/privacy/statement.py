@@ -98,7 +98,7 @@ class Statement:
         """Return the content of `statement.json`."""
         parts = [self.one_site]
         if self.up_to_m_sites:
-            rows = ", ".join(f"{row['sites']}: {row['epsilon']:.3f}" for row in self.up_to_m_sites)
+            rows = ", ".join(f"{row['sites']}: {rounded_up(row['epsilon'])}" for row in self.up_to_m_sites)
             parts.append(f"A person with one record at each of m sites is protected with epsilon (m: epsilon) {rows}.")
         parts.append("Not covered: " + " ".join(self.not_covered))
         return {
@@ -127,7 +127,7 @@ def site_statement(release: SiteRelease, run: str) -> str:
         for e in release.events
     )
     return (
-        f"Everything site {release.site} released in run {run} is ({release.epsilon:.3f}, {release.delta:g})-differentially "
+        f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon)}, {release.delta:g})-differentially "
         f"private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD accounting, against an "
         "observer of every update. It does not cover: metrics released without a private mechanism, the pre-training "
         "corpus of the backbone, several records of one person."
@@ -183,10 +183,15 @@ def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
     ]
     sentence = (
         f"Run {run}, {len(releases)} sites. A person with one record at one site: everything released about it is "
-        f"({worst.epsilon:.3f}, {worst.delta:g})-differentially private under {RELATION}, by PLD accounting, against an "
+        f"({rounded_up(worst.epsilon)}, {worst.delta:g})-differentially private under {RELATION}, by PLD accounting, against an "
         f"observer of every update of every site; the largest epsilon of a site, {worst.site}."
     )
     return Statement(one_site=sentence, up_to_m_sites=table)
+
+
+def rounded_up(epsilon: float) -> str:
+    """Return epsilon with three decimals, never below its value: a rounded-down guarantee would be false."""
+    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
 
 
 def _counts(sites: int) -> list[int]:
