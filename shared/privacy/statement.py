@@ -127,8 +127,8 @@ def site_statement(release: SiteRelease, run: str) -> str:
         for e in release.events
     )
     return (
-        f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon)}, {release.delta:g})-differentially "
-        f"private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD accounting, against an "
+        f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon)}, {release.delta:g})-"
+        f"differentially private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD accounting, against an "
         "observer of every update. It does not cover: metrics released without a private mechanism, the pre-training "
         "corpus of the backbone, several records of one person."
     )
