@@ -128,9 +128,9 @@ def site_statement(release: SiteRelease, run: str) -> str:
     )
     return (
         f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon)}, {release.delta:g})-"
-        f"differentially private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD accounting, against an "
-        "observer of every update. It does not cover: metrics released without a private mechanism, the pre-training "
-        "corpus of the backbone, several records of one person."
+        f"differentially private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
+        "accounting, against an observer of every update. It does not cover: metrics released without a private "
+        "mechanism, the pre-training corpus of the backbone, several records of one person."
     )
 
 
