@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.backbones import backbone_folder, load_backbone
 from shared.batches import Batch, Example, collate, micro_batches
 from shared.config import ComputeConfig, Job, canonical_json
 from shared.errors import ConfigError, ModelError
 from shared.frozen_cache import FrozenCache, shared_cache
-from shared.models import RESIDUAL, TunableModel, attach_adapters, backbone_folder, load_backbone
+from shared.models import RESIDUAL, TunableModel, attach_adapters
 from shared.tasks import Evaluation, Task, task_of
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared.backbones import ARCHITECTURES
 from shared.batches import Batch, Example
 from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError, ModelError
-from shared.models import ARCHITECTURES, TiedLanguageHead
+from shared.heads import TiedLanguageHead
 from shared.tasks.base import Evaluation, Record
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from shared.batches import Batch, Example
 from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
-from shared.models import PooledClassifier, init_linear
+from shared.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Record
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from server.checkpoint import load_checkpoint
 from server.run_folder import load_job
-from shared import models
+from shared import backbones
 
 MakeScenario = Callable[..., Path]
 Silotune = Callable[..., Any]
@@ -120,8 +120,8 @@ def test_a_backbone_with_batch_norm_writes_nothing(
 
     small = PatchTSTConfig(num_input_channels=1, d_model=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8)
     PatchTSTModel(small).save_pretrained(tmp_path / "bn")
-    table = {**models.ARCHITECTURES, "patchtst": models.ARCHITECTURES["bert"]}
-    monkeypatch.setattr(models, "ARCHITECTURES", table)
+    table = {**backbones.ARCHITECTURES, "patchtst": backbones.ARCHITECTURES["bert"]}
+    monkeypatch.setattr(backbones, "ARCHITECTURES", table)
     path = scenario_file(model={"backbone": str(tmp_path / "bn")})
     outcome = silotune("simulate", path, "--out", tmp_path / "run")
     check_refused(outcome, "BatchNorm1d: it mixes the records of a batch", "Use GroupNorm or LayerNorm")

@@ -11,19 +11,13 @@ import pytest
 import torch
 from torch import nn
 
-from shared import models
-from shared.batches import Example, collate
+from shared import backbones, models
+from shared.backbones import ARCHITECTURES, backbone_folder, backbone_sha256, load_backbone, refuse_batch_norm
+from shared.batches import Batch, Example, collate
 from shared.config import ComputeConfig, Job, LoraConfig, ModelConfig
 from shared.errors import ConfigError, ModelError
-from shared.models import (
-    ARCHITECTURES,
-    attach_adapters,
-    backbone_folder,
-    backbone_sha256,
-    init_linear,
-    load_backbone,
-    refuse_batch_norm,
-)
+from shared.heads import init_linear
+from shared.models import attach_adapters
 from shared.runtime import Runtime, load_runtime
 
 CPU = ComputeConfig(device="cpu", precision="float32")
@@ -39,7 +33,7 @@ def edit_config(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def padded_batch() -> models.Batch:
+def padded_batch() -> Batch:
     generator = torch.Generator().manual_seed(1)
     return collate([Example(torch.randint(5, 150, (n,), generator=generator)) for n in (9, 4, 1, 6)])
 
@@ -88,7 +82,7 @@ def test_a_backbone_with_batch_norm_is_refused_on_loading(tmp_path: Path, monkey
     PatchTSTModel(small).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="model_type is 'patchtst'; supported: bert"):
         load_backbone(tmp_path)
-    monkeypatch.setattr(models, "ARCHITECTURES", {**ARCHITECTURES, "patchtst": ARCHITECTURES["bert"]})
+    monkeypatch.setattr(backbones, "ARCHITECTURES", {**ARCHITECTURES, "patchtst": ARCHITECTURES["bert"]})
     with pytest.raises(ModelError, match="BatchNorm1d: it mixes the records"):
         load_backbone(tmp_path)
 
@@ -209,7 +203,7 @@ def test_a_path_that_is_no_folder_is_not_taken_for_a_hub_id(tmp_path: Path) -> N
 def test_embedded_backbones(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="no embedded backbone 'all-minilm'; did you mean 'all-minilm-l6-v2'"):
         backbone_folder(ModelConfig(backbone="embedded:all-minilm"))
-    monkeypatch.setattr(models, "EMBEDDED", {"gone": ("no_such_module_here", "MODEL_DIR", "no-such-package")})
+    monkeypatch.setattr(backbones, "EMBEDDED", {"gone": ("no_such_module_here", "MODEL_DIR", "no-such-package")})
     with pytest.raises(ModelError, match="pip install no-such-package"):
         backbone_folder(ModelConfig(backbone="embedded:gone"))
 

@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 
 import cli
+from shared.backbones import backbone_sha256, load_backbone
 from shared.config import ComputeConfig
 from shared.errors import ConfigError, DataError, ModelError
-from shared.models import backbone_sha256, load_backbone
 from simulations import demo_data, small_gpt2
 from simulations.scenario import builtin_scenario, load_scenario
 from simulations.small_gpt2 import Recipe, prepare_backbone, public_documents, resolve_backbone, train_tokenizer

@@ -1,0 +1,51 @@
+"""Heads: from token vectors to a task's outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from shared.seeds import derived_seed
+
+
+class PooledClassifier(nn.Module):
+    """Token vectors -> one vector -> logits.
+
+    The pooled vector is normalised per example to mean 0 and variance 1 without trained weights: a linear head under
+    clipping learns several times faster from it, and no other record takes part in the normalisation.
+    """
+
+    def __init__(self, hidden_size: int, num_labels: int, pooling: str) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, num_labels)
+        self.pooling = pooling
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits [B, labels] from hidden [B, T, H]."""
+        if self.pooling == "first":
+            pooled = hidden[:, 0]
+        else:
+            weights = attention_mask.to(hidden.dtype).unsqueeze(-1)
+            pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+        pooled = nn.functional.layer_norm(pooled.float(), pooled.shape[-1:])
+        return self.linear(pooled)  # type: ignore[no-any-return]
+
+
+class TiedLanguageHead(nn.Module):
+    """Token vectors -> logits over the vocabulary through the frozen token embedding; nothing here is trained."""
+
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self._embedding = [embedding]  # in a list: not a sub-module, so its weight is counted once
+
+    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits [B, T, vocabulary] from hidden [B, T, H]."""
+        return nn.functional.linear(hidden, self._embedding[0].weight)
+
+
+def init_linear(linear: nn.Linear, *, seed: int, name: str) -> None:
+    """Draw the weights of a head from the public seed: N(0, 0.02^2), bias 0."""
+    generator = torch.Generator().manual_seed(derived_seed(seed, name))
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(linear.weight.shape, generator=generator) * 0.02)
+        linear.bias.zero_()
