@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo test check install lock clean
 help:
-	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (about 4 minutes)"
+	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (3 to 4 minutes after installation)"
 	@echo "make test   install, then all checks and tests"
 	@echo "make check  formatter, linter, types, import rule, without tests"
 	@echo "make clean  remove the virtual environment"
