@@ -11,6 +11,7 @@ import tomli_w
 from rich.console import Console
 
 import simulations.engine
+from client.site import Site
 from shared.config import ComputeConfig, load_toml
 from shared.datasets import write_jsonl
 from shared.errors import DataError
@@ -57,7 +58,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scenario, Path, 
     (folder / "scenario.toml").write_text(tomli_w.dumps(raw))
     scenario = load_scenario(folder / "scenario.toml")
     with LiveView(QUIET) as view:
-        run_scenario(scenario, folder / "run", observer=view.observer)
+        # Injected: over draws from the operating system the ratio varies by two points around 0.94.
+        run_scenario(scenario, folder / "run", observer=view.observer, injected_seed="gpt2")
     return scenario, folder / "run", load_runtime(scenario.job, ComputeConfig())
 
 
@@ -69,7 +71,6 @@ def test_private_tuning_lowers_the_perplexity_of_unseen_reviews(finished: tuple[
     tuned = load_tuned(run_dir, scenario.job, ComputeConfig()).evaluate(examples).metrics["perplexity"]
     recorded = json.loads((run_dir / "evaluation.json").read_text())["metrics"]["perplexity"]
     assert tuned == pytest.approx(recorded, rel=1e-4)
-    # The noise is real: far from the measured fall of 8 %, and far from none.
     assert tuned < 0.98 * start
     # The model knew something before: a uniform guess has the perplexity of the vocabulary.
     assert start < 0.8 * RECIPE.vocab_size
@@ -77,7 +78,7 @@ def test_private_tuning_lowers_the_perplexity_of_unseen_reviews(finished: tuple[
 
 def test_every_site_spent_its_budget_and_no_more(finished: tuple[Scenario, Path, Runtime]) -> None:
     scenario, run_dir, _ = finished
-    spent = [json.loads(path.read_text())["epsilon_spent"] for path in run_dir.glob("sites/*/privacy.json")]
+    spent = [Site(path.parent).ledger().spent_epsilon() for path in run_dir.glob("sites/*/home/site.toml")]
     assert len(spent) == 2
     assert all(0.9 * scenario.job.privacy.epsilon < epsilon <= scenario.job.privacy.epsilon for epsilon in spent)
 
