@@ -16,6 +16,7 @@ from server.checkpoint import Checkpoint
 from server.report import write_report
 from server.rounds import Coordinator, Observer, run_rounds
 from server.run_folder import RunFolder
+from shared import adapters
 from shared.batches import Example
 from shared.config import ComputeConfig, Job
 from shared.messages import SiteDescription
@@ -141,7 +142,7 @@ def _coordinator(run: Run, folder: RunFolder, runtime: Runtime, evaluator: _Eval
     return Coordinator(
         job=run.job,
         initial_adapter=runtime.initial_global(exact),
-        update_shapes={name: tensor.shape for name, tensor in runtime.initial.items()},
+        update_shapes=adapters.shapes_of(runtime.initial),
         exact_scaling=runtime.model.scaling if exact else None,
         evaluate=lambda adapter: evaluator(adapter).metrics,
         evaluate_every=run.evaluate_every,

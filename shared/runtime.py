@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared import adapters
 from shared.backbones import backbone_folder, load_backbone
 from shared.batches import Batch, Example, collate, micro_batches
 from shared.config import ComputeConfig, Job, canonical_json
@@ -64,7 +65,7 @@ class Runtime:
 
     def global_shapes(self, exact: bool) -> dict[str, torch.Size]:
         """Return the shapes of a global adapter; with `exact` aggregation it also holds residuals [out, in]."""
-        shapes = {name: tensor.shape for name, tensor in self.initial.items()}
+        shapes = adapters.shapes_of(self.initial)
         if exact:
             for name, (factor_a, factor_b) in self.model.lora_factors().items():
                 shapes[name + RESIDUAL] = torch.Size([factor_b.shape[0], factor_a.shape[1]])

@@ -22,7 +22,22 @@ from shared.messages import TRAIN
 _ERROR_DROPPED = 100
 
 
-class InProcessGrid(Grid):
+class SimulationGrid(Grid):
+    """What the Grids of the simulation have in common."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `Grid`."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+
+class InProcessGrid(SimulationGrid):
     """A Grid whose nodes are calls of one ClientApp.
 
     A message runs when its reply is pulled, one message at a pull, so that the caller sees replies arrive one by one.
@@ -60,17 +75,6 @@ class InProcessGrid(Grid):
         """See `Grid`."""
         return self._run
 
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `Grid`."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
-
     def get_node_ids(self) -> Iterable[int]:
         """See `Grid`."""
         return list(self._contexts)
@@ -105,7 +109,7 @@ class InProcessGrid(Grid):
         return replies
 
 
-class DropoutGrid(Grid):
+class DropoutGrid(SimulationGrid):
     """Any Grid, with sites that now and then do not answer a training request.
 
     The draw depends only on seed, round and the site's place in the order of names, so every backend and every resumed
@@ -124,17 +128,6 @@ class DropoutGrid(Grid):
     def run(self) -> Run:
         """See `Grid`."""
         return self._inner.run
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `Grid`."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """See `Grid`."""

@@ -41,7 +41,6 @@ class LiveView:
             TimeRemainingColumn(),
             console=console,
         )
-        self._tables: list[RenderableType] = []
         self._releases: dict[str, SiteRelease] = {}
         self._live = Live(self._render(), console=console, refresh_per_second=4, transient=False)
 
