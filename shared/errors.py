@@ -35,6 +35,10 @@ class PrivacyError(SilotuneError):
     """A privacy parameter or an executed mechanism cannot be accounted for."""
 
 
+class TrustError(SilotuneError):
+    """A key, certificate, signature or chained log cannot be trusted. The text holds no secret and no record."""
+
+
 class PolicyError(SilotuneError):
     """A site's own rules refuse a job. The text speaks of the job only, so it may be sent to the coordinator."""
 
