@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import logging
 import sys
@@ -66,6 +68,19 @@ def simulate(
     from simulations.commands import simulate_file
 
     simulate_file(scenario, out=out, overrides=overrides or [], resume=resume, stop_after=stop_after, as_json=as_json)
+
+
+@app.command()
+def federation(
+    scenario: Annotated[Path | None, typer.Argument(help="Scenario file; the demo by default.")] = None,
+    out: OutOption = None,
+    overrides: Overrides = None,
+    as_json: JsonOption = False,
+) -> None:
+    """A coordinator and three sites as separate processes on this machine, over gRPC and TLS with authentication."""
+    from simulations.federation_command import run_federation
+
+    run_federation(scenario, out=out, overrides=overrides or [], as_json=as_json)
 
 
 @app.command("small-gpt2")
@@ -157,6 +172,19 @@ def version() -> None:
     from client.site import silotune_version
 
     typer.echo(silotune_version())
+
+
+def _mount(module: str, name: str) -> None:
+    """Mount a side's commands if this installation has that side: a site's image holds no `server`."""
+    if importlib.util.find_spec(module.partition(".")[0]) is not None:
+        app.add_typer(getattr(importlib.import_module(module), name))
+
+
+# These modules are light; what needs PyTorch is imported by the command that needs it.
+_mount("client.commands", "site_app")
+_mount("server.commands", "coordinator_app")
+_mount("shared.pki_commands", "pki_app")
+_mount("shared.audit_log_commands", "audit_log_app")
 
 
 def main(arguments: list[str] | None = None) -> Any:

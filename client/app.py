@@ -14,14 +14,18 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from client.home import SiteHome, open_site
 from client.site import Site
 from shared.errors import ConfigError, SilotuneError
+from shared.keystore import passphrase_from_environment
 from shared.messages import (
     Refusal,
+    SiteDescription,
     TrainReply,
     pack_description,
     pack_refusal,
     pack_reply,
+    unpack_describe,
     unpack_request,
 )
 from shared.privacy.randomness import SiteRandomness
@@ -38,32 +42,52 @@ def make_client_app(open_site: OpenSite) -> ClientApp:
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
         try:
-            return Message(pack_description(open_site(context).describe()), reply_to=message)
+            site = open_site(context)
         except SilotuneError as error:
-            log.error("the site cannot be opened: %s", error)
-            refusal = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
-            return Message(pack_refusal(refusal), reply_to=message)
+            return _closed(error, message)
+        try:
+            answer = site.accept(unpack_describe(message.content))
+        except SilotuneError as error:
+            answer = site.refuse_unreadable(error)
+        content = pack_description(answer) if isinstance(answer, SiteDescription) else pack_refusal(answer)
+        return Message(content, reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         try:
-            request = unpack_request(message.content)
-            answer = open_site(context).answer(request)
+            site = open_site(context)
         except SilotuneError as error:
-            log.error("the request cannot be answered: %s", error)
-            answer = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
+            return _closed(error, message)
+        try:
+            answer = site.answer(unpack_request(message.content))
+        except SilotuneError as error:
+            answer = site.refuse_unreadable(error)
         content = pack_reply(answer) if isinstance(answer, TrainReply) else pack_refusal(answer)
         return Message(content, reply_to=message)
 
     return app
 
 
+def _closed(error: SilotuneError, message: Message) -> Message:
+    log.error("the site cannot be opened: %s", error)
+    refusal = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
+    return Message(pack_refusal(refusal), reply_to=message)
+
+
 def this_site(context: Context) -> Site:
-    """Return the site that this process stands for: the folder named by SILOTUNE_SITE_HOME."""
+    """Return the real site that this process stands for: the folder named by SILOTUNE_SITE_HOME, with all its guards.
+
+    For Flower's own SuperNode, which is a fallback: it executes the code of a bundle, which `client.node` never does.
+    """
     home = os.environ.get("SILOTUNE_SITE_HOME")
     if not home:
         raise ConfigError("set SILOTUNE_SITE_HOME to the site's folder (the one with site.toml).")
-    return _open(Path(home), None)
+    return _open_real(Path(home))
+
+
+@functools.lru_cache(maxsize=1)
+def _open_real(home: Path) -> Site:
+    return open_site(SiteHome(home), passphrase=passphrase_from_environment())
 
 
 def simulated_site(context: Context, *, sites: Path, injected_seed: str | None = None) -> Site:

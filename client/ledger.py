@@ -15,10 +15,16 @@ Formal guarantees (tests in tests/client/test_ledger.py)
     * A restart forgets nothing (test_reopening_keeps_every_charge).
     * An entry that was edited, deleted or moved is found when the ledger is opened and before each charge
       (test_tampering_is_detected, test_tampering_behind_an_open_ledger_stops_the_next_charge).
+    * With a cipher, the file shows only when entries were made and how many: no name, kind or number
+      (test_sealed_ledger_shows_nothing), and nobody without the key can write an entry that opens
+      (test_forged_entry_of_a_sealed_ledger_is_refused).
+    * With a mirror (client/audit_mirror.py), a file that was deleted or replaced by an older copy is refused at
+      the next opening (tests/client/test_audit_mirror.py).
 
 Not guaranteed by this version
-    * Deleting the file, or restoring a whole older copy of it, is not detected. Nor is somebody who may write
-      the file and computes all later hashes anew: the chain holds no secret.
+    * Without a mirror, deleting the file, or restoring a whole older copy of it, is not detected.
+    * Without a cipher, nor is somebody who may write the file and computes all later hashes anew: the chain
+      holds no secret. With a cipher this is left to them for cutting off the last entries, which a mirror shows.
     * The composition is PLD over all declared events of the account, valid for plans that are fixed before
       they start. Runs that are chosen after looking at the results of earlier ones need a filter for adaptive
       composition across runs; that is a later step.
@@ -27,6 +33,7 @@ Not guaranteed by this version
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
@@ -39,17 +46,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Protocol
 
 from shared.atomic import sync_folder
-from shared.errors import BudgetExceeded, LedgerError
+from shared.errors import BudgetExceeded, LedgerError, TrustError
 from shared.privacy.accounting import GaussianSteps, affordable_steps, check_delta, compose_epsilon
 
 SCHEMA_VERSION = 1
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process that is writing
+MAX_NAME = 500  # characters of a data set, unit or job: longer ones would be cut in the audit log
 
 _APPLICATION_ID = 0x53494C4F  # "SILO" in the file's header: this database is a ledger
 _NO_ENTRY = "0" * 64  # what the first entry names as its predecessor
+_SEALED = "sealed"  # what stands in the place of the kind of a sealed entry
+_SEALED_BLOCK = 512  # sealed contents are filled up to a multiple, so that their length does not tell the kind
 _SCHEMA = (
     "CREATE TABLE entries (sequence INTEGER PRIMARY KEY,"
     " kind TEXT, time TEXT, payload TEXT, previous_sha256 TEXT, entry_sha256 TEXT)",
@@ -70,6 +80,16 @@ _DIAGNOSES = {
     sqlite3.SQLITE_NOTADB: "this is no ledger, or it is damaged; mend the path or restore the latest backup",
     sqlite3.SQLITE_READONLY: "it cannot be written, or was moved while open; mend that, then open it again",
 }
+
+
+class Cipher(Protocol):
+    """Encrypts under the site's key, such as `shared.keystore.Seal`."""
+
+    def seal(self, plaintext: bytes, *, context: str) -> bytes:
+        """Return `plaintext` encrypted and authenticated together with `context`."""
+
+    def open(self, sealed: bytes, *, context: str) -> bytes:
+        """Return what was sealed, or raise `TrustError`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,6 +160,11 @@ class Ledger:
     The cap is the site's own configuration: it may differ at each opening, and each change is recorded.
     Any number of processes may open one file; within a process, use one `Ledger` for each thread.
     Every method raises `LedgerError` if the file cannot be used or its chain of entries is broken.
+
+    Args:
+        cipher: stores every entry sealed. A ledger is sealed from its first entry on or never.
+        mirror: repeats the entries elsewhere: called before the first write of an opening, after it, and after
+            each charge and commit. What it raises is passed on; the charge stands, and the next call catches up.
     """
 
     def __init__(
@@ -149,6 +174,8 @@ class Ledger:
         dataset: str,
         unit: str,
         budget: Budget,
+        cipher: Cipher | None = None,
+        mirror: Callable[[Ledger], None] | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         _check_name("dataset", dataset)
@@ -156,6 +183,8 @@ class Ledger:
         self.budget = budget
         self._path = path
         self._account = {"dataset": dataset, "unit": unit}
+        self._cipher = cipher
+        self._mirror = mirror
         self._clock = clock
         _create_private_file(path)
         uri = f"{path.absolute().as_uri()}?mode=rw"  # a file that SQLite creates by itself would be public
@@ -166,6 +195,11 @@ class Ledger:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def path(self) -> Path:
+        """The ledger file."""
+        return self._path
 
     def reserve(self, charge: Charge) -> int:
         """Charge the declared steps of one round, durably, and return the id of the reservation.
@@ -178,6 +212,7 @@ class Ledger:
         compose_epsilon([*self.events(), charge.mechanism], self.budget.delta)
 
         # 2. Check and charge under one lock. An epsilon that is not a number is refused too.
+        reservation = None
         with self._transaction("IMMEDIATE"):
             entries = self._read_chain()
             epsilon = compose_epsilon([*self._charged(entries), charge.mechanism], self.budget.delta)
@@ -188,7 +223,10 @@ class Ledger:
                     "request_sha256": charge.request_sha256,
                     "mechanism": asdict(charge.mechanism),
                 }
-                return self._append(entries, "reserve", payload).sequence
+                reservation = self._append(entries, "reserve", payload).sequence
+        if reservation is not None:
+            self._call_mirror()
+            return reservation
 
         # 3. Refuse. Finding out what would fit is slow, so the lock is free again.
         raise self._refusal(charge, epsilon)
@@ -228,6 +266,7 @@ class Ledger:
                 "release_sha256": release_sha256,
             }
             self._append(entries, "commit", payload)
+        self._call_mirror()
 
     def events(self, job_id: str | None = None) -> list[GaussianSteps]:
         """Return the charges of the account, or of one job: executed steps; reserved until committed."""
@@ -271,8 +310,11 @@ class Ledger:
             if mode != "delete":
                 raise LedgerError(f"the ledger {self._path} cannot leave journal mode {mode}; close other users.")
             self._connection.execute("PRAGMA synchronous = EXTRA")
+        # An older copy must be refused before it is written to, so the mirror is asked first.
         with self._transaction("IMMEDIATE"):
             self._check_or_create_schema()
+        self._call_mirror()
+        with self._transaction("IMMEDIATE"):
             entries = self._read_chain()
             caps = [entry.payload for entry in self._of_account(entries) if entry.kind == "budget"]
             cap = {"epsilon": float(self.budget.epsilon), "delta": float(self.budget.delta)}
@@ -280,6 +322,11 @@ class Ledger:
                 entries.append(self._append(entries, "open", {"schema_version": SCHEMA_VERSION}))
             if not caps or caps[-1] != self._account | cap:
                 self._append(entries, "budget", cap)
+        self._call_mirror()
+
+    def _call_mirror(self) -> None:
+        if self._mirror is not None:
+            self._mirror(self)
 
     def _of_account(self, entries: Sequence[Entry]) -> Iterator[Entry]:
         return (entry for entry in entries if self._account.items() <= entry.payload.items())
@@ -346,7 +393,8 @@ class Ledger:
                 self._broken(expected, "does not follow from the entry before it")
             if digest != _entry_sha256(previous, sequence, kind, time, payload):
                 self._broken(expected, "was changed after it was written")
-            entries.append(Entry(sequence, kind, time, json.loads(payload), link, digest))
+            kind, content = self._unpack(sequence, kind, payload)
+            entries.append(Entry(sequence, kind, time, content, link, digest))
             previous = digest
         heads = self._connection.execute("SELECT num_entries, sha256 FROM head").fetchall()
         if heads != [(len(entries), previous)]:
@@ -364,15 +412,46 @@ class Ledger:
     def _append(self, entries: Sequence[Entry], kind: str, details: dict[str, Any]) -> Entry:
         """Write the entry that follows `entries`, and the new head; the caller holds the write lock."""
         payload = self._account | details
-        text = json.dumps(payload, sort_keys=True, separators=(",", ":"), allow_nan=False)
         previous = entries[-1].entry_sha256 if entries else _NO_ENTRY
         sequence = len(entries) + 1
         time = self._clock().astimezone(UTC).isoformat(timespec="milliseconds")
-        digest = _entry_sha256(previous, sequence, kind, time, text)
-        row = (sequence, kind, time, text, previous, digest)
+        stored_kind, text = self._pack(sequence, kind, payload)
+        digest = _entry_sha256(previous, sequence, stored_kind, time, text)
+        row = (sequence, stored_kind, time, text, previous, digest)
         self._connection.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?)", row)
         self._connection.execute("UPDATE head SET num_entries = ?, sha256 = ?", (sequence, digest))
         return Entry(sequence, kind, time, payload, previous, digest)
+
+    def _pack(self, sequence: int, kind: str, payload: dict[str, Any]) -> tuple[str, str]:
+        """Return kind and payload as they are stored."""
+        if self._cipher is None:
+            return kind, _compact_json(payload)
+        content = _compact_json({"kind": kind, "payload": payload}).encode()
+        content = content.ljust(-(-len(content) // _SEALED_BLOCK) * _SEALED_BLOCK)
+        return _SEALED, base64.b64encode(self._cipher.seal(content, context=f"ledger/{sequence}")).decode()
+
+    def _unpack(self, sequence: int, kind: str, stored: str) -> tuple[str, dict[str, Any]]:
+        """Return kind and payload of a stored entry whose hash was checked."""
+        if self._cipher is None and kind == _SEALED:
+            raise LedgerError(
+                f"the ledger {self._path} is sealed, and no key was given. Open it with the key that sealed it."
+            )
+        if self._cipher is None:
+            return kind, json.loads(stored)
+        if kind != _SEALED:
+            raise LedgerError(
+                f"the ledger {self._path} is not sealed (entry {sequence} stands in plain text), but a key was given. "
+                "Restore the sealed one, or open this one without a key; a new ledger would forget what was spent."
+            )
+        try:
+            sealed = base64.b64decode(stored, validate=True)
+            content = json.loads(self._cipher.open(sealed, context=f"ledger/{sequence}"))
+        except (TrustError, ValueError) as error:
+            raise LedgerError(
+                f"entry {sequence} of the ledger {self._path} does not open with the key that was given ({error}). Give "
+                "the key that sealed it; if that is this one, restore the latest backup of the ledger."
+            ) from None
+        return content["kind"], content["payload"]
 
     @contextmanager
     def _transaction(self, mode: Literal["DEFERRED", "IMMEDIATE"]) -> Iterator[None]:
@@ -416,9 +495,15 @@ def _entry_sha256(previous: str, sequence: int, kind: str, time: str, payload: s
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def _compact_json(value: dict[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
 def _check_name(name: str, value: str) -> None:
     if not value.strip():
         raise LedgerError(f"{name} is empty; expected a name, because charges are kept under it.")
+    if len(value) > MAX_NAME:
+        raise LedgerError(f"{name} has {len(value)} characters; expected at most {MAX_NAME}.")
 
 
 def _check_sha256(name: str, value: str) -> None:

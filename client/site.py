@@ -5,6 +5,8 @@ Guarantees (tests: tests/client/test_site.py)
     * A finished release is stored before it leaves. The same request again returns the same bytes and is not charged
       again; a request that differs in any byte is a new release, is charged, and takes the stored one's place.
     * No exception text that could hold data leaves the site: see `Site.answer`.
+    * With a guard, nothing is trained that is not signed and within the policy, and nothing that the site keeps can be read
+      without its storage key (tests/client/test_guard.py).
 """
 
 from __future__ import annotations
@@ -12,30 +14,35 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
-from pydantic import Field
 from safetensors.torch import load, save
 from torch import Tensor
 
+from client.audit_mirror import AuditMirror
+from client.config import SiteConfig
+from client.guard import Guard
 from client.ledger import Budget, Charge, Ledger
 from client.proof import prove_trainer
 from client.trainer import LocalRound, train_local_round
 from shared import adapters
 from shared.atomic import write_bytes
 from shared.batches import Example
-from shared.config import ComputeConfig, Job, Name, Section, load_toml, parse
-from shared.datasets import DataSource, read_records
-from shared.errors import AdapterError, BudgetExceeded, LedgerError, PolicyError, SilotuneError
+from shared.config import Job, load_toml, parse
+from shared.datasets import read_records
+from shared.errors import AdapterError, BudgetExceeded, LedgerError, PolicyError, SilotuneError, TrustError
 from shared.messages import Refusal, SiteDescription, TrainReply, TrainRequest
 from shared.privacy.plan import PrivacyPlan, declared_size
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
+from shared.signing import SignedJob
 
 log = logging.getLogger("silotune.site")
 
@@ -43,30 +50,7 @@ log = logging.getLogger("silotune.site")
 _PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError)
 _KEPT_ROUNDS = 3
 
-
-class BudgetConfig(Section):
-    """The site's cap for one data set and unit."""
-
-    epsilon: float = Field(gt=0)
-    """All releases from this data set together stay below this."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
-    """At this failure probability; a job with a weaker one is refused."""
-
-
-class SiteConfig(Section):
-    """`site.toml`: everything a site decides for itself."""
-
-    name: Name
-    """Name of the site, unique in the federation."""
-    dataset: Name
-    """Name under which the ledger keeps this data's budget. Adding records does not make a new data set."""
-    data: DataSource
-    budget: BudgetConfig
-    declared_records: int | None = Field(default=None, ge=1)
-    """The public size of the data set; None declares the largest power of two below the number of records."""
-    allow_non_private: bool = False
-    """Accept jobs that release unprotected updates. Only for public or synthetic data."""
-    compute: ComputeConfig = ComputeConfig()
+AnswerT = TypeVar("AnswerT")
 
 
 class Site:
@@ -75,10 +59,17 @@ class Site:
     Attributes:
         home: folder with `site.toml`, `ledger.db` and `rounds/`.
         config: the parsed `site.toml`.
+        guard: of a real site; None in a simulation.
     """
 
-    def __init__(self, home: Path, *, new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os) -> None:
-        self.home = home
+    def __init__(
+        self,
+        home: Path,
+        *,
+        new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os,
+        guard: Guard | None = None,
+    ) -> None:
+        self.home, self.guard = home, guard
         self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))
         self._new_randomness = new_randomness
         self._records = read_records(self.config.data, base=home)
@@ -94,7 +85,14 @@ class Site:
         """Return the site's ledger, opened and verified."""
         if self._ledger is None:
             budget = Budget(epsilon=self.config.budget.epsilon, delta=self.config.budget.delta)
-            self._ledger = Ledger(self.home / "ledger.db", dataset=self.config.dataset, unit=unit, budget=budget)
+            self._ledger = Ledger(
+                self.home / "ledger.db",
+                dataset=self.config.dataset,
+                unit=unit,
+                budget=budget,
+                cipher=self.guard.seal if self.guard else None,
+                mirror=AuditMirror(self.guard.log) if self.guard else None,
+            )
         return self._ledger
 
     def describe(self) -> SiteDescription:
@@ -103,18 +101,50 @@ class Site:
             site=self.config.name, declared_records=self.declared_records, version=silotune_version()
         )
 
+    def accept(self, signed_job: SignedJob | None) -> SiteDescription | Refusal:
+        """Describe this site; given a job, first check it and load its model, so that no round has to."""
+        if signed_job is None:
+            return self.describe()
+
+        def prepare() -> SiteDescription:
+            if self.guard:
+                self.guard.admit_job(signed_job)
+            self._check_terms(signed_job.job)
+            self.prepare(signed_job.job)
+            if self.guard:
+                self.ledger(signed_job.job.privacy.unit)
+                self.guard.prepared(signed_job)
+            return self.describe()
+
+        return self._guarded(prepare, job=signed_job.job, round_number=None)
+
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""
+        return self._guarded(lambda: self.train(request), job=request.job, round_number=request.round_number)
+
+    def refuse_unreadable(self, error: SilotuneError) -> Refusal:
+        """Answer a request that could not be read, or whose job is not signed by whom it says."""
+        log.error("refused an unreadable request: %s", error)
+        # A signature that does not hold concerns only what the coordinator sent itself.
+        public = isinstance(error, TrustError)
+        if self.guard:
+            self.guard.refused(None, None, error, sent=public)
+        reason = f"the job's signature does not hold: {error}" if public else "see the site's own log"
+        return Refusal(site=self.config.name, code=type(error).__name__, reason=reason)
+
+    def _guarded(self, act: Callable[[], AnswerT], *, job: Job, round_number: int | None) -> AnswerT | Refusal:
+        what = f"job {job.name}" + (f", round {round_number}" if round_number is not None else "")
         try:
-            return self.train(request)
-        except _PUBLIC_ERRORS as error:
-            log.warning("refused round %d: %s", request.round_number, error)
-            return Refusal(site=self.config.name, code=type(error).__name__, reason=str(error))
+            return act()
         except SilotuneError as error:
-            log.error("round %d failed: %s", request.round_number, error)
-            return Refusal(site=self.config.name, code=type(error).__name__, reason="see the site's own log")
+            public = isinstance(error, _PUBLIC_ERRORS)
+            log.log(logging.WARNING if public else logging.ERROR, "refused %s: %s", what, error)
+            if self.guard:
+                self.guard.refused(job, round_number, error, sent=public)
+            reason = str(error) if public else "see the site's own log"
+            return Refusal(site=self.config.name, code=type(error).__name__, reason=reason)
         except Exception as error:  # its text may quote data
-            log.exception("round %d failed", request.round_number)
+            log.exception("failed: %s", what)
             return Refusal(site=self.config.name, code=type(error).__name__, reason="see the site's own log")
 
     def train(self, request: TrainRequest) -> TrainReply:
@@ -127,7 +157,12 @@ class Site:
         """
         job, round_number = request.job, request.round_number
         # 1. What the site accepts at all.
-        self._check_policy(job, round_number)
+        if self.guard:
+            self.guard.received(request)
+            self.guard.admit_round(request)
+        self._check_terms(job)
+        if not 1 <= round_number <= job.training.rounds:
+            raise PolicyError(f"round {round_number} is outside the job's {job.training.rounds} rounds.")
         plan = PrivacyPlan.from_job(job)
         # 2. A release that was already made is sent again as it is.
         request_sha256 = _sha256(job.sha256.encode(), str(round_number).encode(), request.adapter)
@@ -141,15 +176,15 @@ class Site:
         start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
         # 4. Charge first.
         reservation = None
-        if plan.private:
-            charge = Charge(
-                job_id=job.sha256,
-                round=round_number,
-                request_sha256=request_sha256,
-                mechanism=plan.mechanism(job.training.local_steps),
-            )
-            reservation = self.ledger(plan.unit).reserve(charge)
+        ledger = self.ledger(plan.unit) if plan.private else None
+        if ledger is not None:
+            mechanism = plan.mechanism(job.training.local_steps)
+            if self.guard:
+                self.guard.admit_spend(ledger, job, mechanism)
+            charge = Charge(job_id=job.sha256, round=round_number, request_sha256=request_sha256, mechanism=mechanism)
+            reservation = ledger.reserve(charge)
         # 5. Train.
+        started = time.monotonic()
         randomness = self._new_randomness()
         result = train_local_round(
             runtime,
@@ -162,13 +197,15 @@ class Site:
             round_number=round_number,
             optimizer_state=self._optimizer_state(job, round_number),
         )
+        seconds = time.monotonic() - started
         # 6. Store the release before it leaves, then close the charge.
         reply = self._reply(job, plan, round_number, result, randomness)
         self._store(job, round_number, request_sha256, reply, result.optimizer_state)
-        if reservation is not None:
-            self.ledger(plan.unit).commit(
-                reservation, executed_steps=result.executed_steps, release_sha256=_sha256(reply.update)
-            )
+        if ledger is not None and reservation is not None:
+            release_sha256 = hashlib.sha256(reply.update).hexdigest()
+            ledger.commit(reservation, executed_steps=result.executed_steps, release_sha256=release_sha256)
+        if self.guard:
+            self.guard.stored(job, reply, ledger, seconds=seconds)
         return reply
 
     def prepare(self, job: Job) -> Runtime:
@@ -189,7 +226,7 @@ class Site:
             self._prepared = (runtime, examples)
         return self._prepared[1]
 
-    def _check_policy(self, job: Job, round_number: int) -> None:
+    def _check_terms(self, job: Job) -> None:
         if job.privacy.mechanism == "none" and not self.config.allow_non_private:
             raise PolicyError(
                 f"site {self.config.name} accepts only private jobs, but privacy.mechanism is 'none'. Use 'dp-sgd'."
@@ -198,8 +235,6 @@ class Site:
             raise PolicyError(
                 f"the job's delta {job.privacy.delta:g} is weaker than this site's {self.config.budget.delta:g}; lower it."
             )
-        if not 1 <= round_number <= job.training.rounds:
-            raise PolicyError(f"round {round_number} is outside the job's {job.training.rounds} rounds.")
 
     def _reply(
         self, job: Job, plan: PrivacyPlan, round_number: int, result: LocalRound, randomness: SiteRandomness
@@ -230,7 +265,8 @@ class Site:
         header = json.dumps(asdict(replace(reply, update=b"")) | {"update": None})
         metadata = {"request_sha256": request_sha256, "reply": header}
         path = self._round_file(job, round_number)
-        write_bytes(path, save({"update": update, **{f"optimizer/{n}": t for n, t in state.items()}}, metadata))
+        data = save({"update": update, **{f"optimizer/{n}": t for n, t in state.items()}}, metadata)
+        write_bytes(path, self.guard.seal.seal(data, context=_context(path)) if self.guard else data)
         # Only rounds before this one: a coordinator that went back to a backup may ask for it once more.
         earlier = [old for old in sorted(path.parent.glob("round-*.safetensors")) if old <= path]
         for old in earlier[:-_KEPT_ROUNDS]:
@@ -240,7 +276,7 @@ class Site:
         path = self._round_file(job, round_number)
         if not path.exists():
             return None
-        metadata, tensors = _read_round(path)
+        metadata, tensors = self._read_round(path)
         if metadata.get("request_sha256") != request_sha256:
             return None
         fields = json.loads(metadata["reply"])
@@ -252,8 +288,20 @@ class Site:
         earlier = [p for p in sorted(folder.glob("round-*.safetensors")) if p < self._round_file(job, round_number)]
         if not earlier:
             return {}
-        _, tensors = _read_round(earlier[-1])
+        _, tensors = self._read_round(earlier[-1])
         return {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
+
+    def _read_round(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        try:
+            data = path.read_bytes()
+            if self.guard:
+                data = self.guard.seal.open(data, context=_context(path))
+            return _metadata(data), load(data)
+        except Exception as error:
+            raise LedgerError(
+                f"{path} cannot be read ({type(error).__name__}); it holds a release that was already charged. Restore it from "
+                "a backup, or remove it and accept a second charge for that round."
+            ) from None
 
 
 def silotune_version() -> str:
@@ -264,18 +312,15 @@ def silotune_version() -> str:
         return "unknown"
 
 
-def _read_round(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-    from safetensors import safe_open
+def _metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of safetensors bytes: an 8-byte length, then a JSON header."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
 
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-        return metadata, load(path.read_bytes())
-    except Exception as error:
-        raise LedgerError(
-            f"{path} cannot be read ({type(error).__name__}); it holds a release that was already charged. Restore it from "
-            "a backup, or remove it and accept a second charge for that round."
-        ) from None
+
+def _context(path: Path) -> str:
+    """Return what a sealed round is bound to, so that files cannot be exchanged: job and round."""
+    return f"round/{path.parent.name}/{path.name}"
 
 
 def _sha256(*parts: bytes) -> str:

@@ -13,28 +13,16 @@ from flwr.serverapp.grid import Grid
 from torch import Tensor
 
 from server.checkpoint import Checkpoint
+from server.observer import Observer
 from server.report import write_report
-from server.rounds import Coordinator, Observer, run_rounds
+from server.roster import Authority
+from server.rounds import Coordinator, run_rounds
 from server.run_folder import RunFolder
 from shared import adapters
 from shared.batches import Example
 from shared.config import ComputeConfig, Job
-from shared.messages import SiteDescription
 from shared.runtime import Runtime, load_runtime
 from shared.tasks import Evaluation, Record
-
-
-class SilentObserver:
-    """An observer that says nothing."""
-
-    def roster(self, sites: Sequence[SiteDescription]) -> None:
-        """See `server.rounds.Observer`."""
-
-    def site_done(self, round_number: int, site: str) -> None:
-        """See `server.rounds.Observer`."""
-
-    def round_done(self, checkpoint: Checkpoint) -> None:
-        """See `server.rounds.Observer`."""
 
 
 @dataclass
@@ -52,6 +40,7 @@ class Run:
         stop_after: stop after this round; the run can be resumed.
         report: write `report.html` at the end.
         observer: is told about progress.
+        authority: signs requests to real sites; None in a simulation.
         prepare: called once everything was checked and the folder is locked, before the first message; a simulation
             makes its sites here.
         finished: the last checkpoint, once the run has ended.
@@ -66,7 +55,8 @@ class Run:
     evaluate_every: int = 1
     stop_after: int | None = None
     report: bool = True
-    observer: Observer = field(default_factory=SilentObserver)
+    observer: Observer = field(default_factory=Observer)
+    authority: Authority | None = None
     prepare: Callable[[], None] = lambda: None
     finished: Checkpoint | None = None
 
@@ -148,4 +138,5 @@ def _coordinator(run: Run, folder: RunFolder, runtime: Runtime, evaluator: _Eval
         evaluate_every=run.evaluate_every,
         save=folder.save_checkpoint,
         observer=run.observer,
+        authority=run.authority,
     )

@@ -108,5 +108,7 @@ def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
 
 
 def _release(raw: dict[str, Any]) -> SiteRelease:
+    tuples = {name: tuple(raw[name]) for name in ("rounds", "updates", "unanswered")}
     events = tuple(GaussianSteps(**event) for event in raw["events"])
-    return SiteRelease(**raw | {"events": events, "rounds": tuple(raw["rounds"])})
+    per_round = GaussianSteps(**raw["per_round"]) if raw["per_round"] else None
+    return SiteRelease(**raw | tuples | {"events": events, "per_round": per_round})

@@ -9,7 +9,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from flwr.app import Message
@@ -17,42 +16,39 @@ from flwr.serverapp.grid import Grid
 from torch import Tensor
 
 from server.checkpoint import Checkpoint, RoundRecord
+from server.observer import Observer
+from server.roster import POLL_SECONDS, Authority, Roster
 from server.strategies import aggregate
 from shared import adapters
 from shared.adapters import Shapes
 from shared.config import Job
 from shared.errors import AdapterError, RunError
 from shared.messages import (
-    DESCRIBE,
     TRAIN,
     Refusal,
     SiteDescription,
     TrainReply,
     TrainRequest,
-    describe_request,
     pack_request,
-    unpack_description,
     unpack_reply,
 )
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 
-POLL_SECONDS = 0.1
-DESCRIBE_TIMEOUT_SECONDS = 120.0
+RETRY_SECONDS = 2.0
 
 
-class Observer(Protocol):
-    """Told what happens; a live view, a log, or nothing."""
+class TooFewSites(RunError):
+    """A round brought fewer valid updates than `federation.min_sites`; the last checkpoint stands.
 
-    def roster(self, sites: Sequence[SiteDescription]) -> None:
-        """The sites that answered."""
+    Attributes:
+        releases: everything that sites released so far, this round included.
+    """
 
-    def site_done(self, round_number: int, site: str) -> None:
-        """A site's reply arrived."""
-
-    def round_done(self, checkpoint: Checkpoint) -> None:
-        """A round is complete and durable."""
+    def __init__(self, message: str, releases: dict[str, SiteRelease]) -> None:
+        super().__init__(message)
+        self.releases = releases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +64,7 @@ class Coordinator:
         evaluate_every: evaluate after every so many rounds, and always after the last.
         save: makes a checkpoint durable.
         observer: is told about progress.
+        authority: signs requests to real sites; with it, too few sites are waited for.
     """
 
     job: Job
@@ -78,6 +75,7 @@ class Coordinator:
     evaluate_every: int
     save: Callable[[Checkpoint], None]
     observer: Observer
+    authority: Authority | None = None
 
 
 def run_rounds(
@@ -92,49 +90,34 @@ def run_rounds(
         stop_after: stop after this round although the job has more; the run can be resumed.
 
     Raises:
-        RunError: if fewer than `federation.min_sites` valid replies came.
+        RunError: if fewer than `federation.min_sites` valid replies came and there is no authority to wait for more.
     """
-    job = coordinator.job
-    sites = find_sites(grid, job)
-    coordinator.observer.roster(list(sites.values()))
-    checkpoint = resume_from or _before_training(coordinator)
+    job, authority, observer = coordinator.job, coordinator.authority, coordinator.observer
+    roster = Roster(grid, job, authority=authority, observer=observer)
     last = min(job.training.rounds, stop_after or job.training.rounds)
+    if resume_from and resume_from.round_number >= last:
+        return resume_from
+    sites = roster.wait()
+    checkpoint = resume_from or _before_training(coordinator)
     while checkpoint.round_number < last:
-        checkpoint = _run_round(grid, coordinator, sites, checkpoint)
-        coordinator.save(checkpoint)
-        coordinator.observer.round_done(checkpoint)
+        try:
+            checkpoint = _run_round(grid, coordinator, sites, checkpoint)
+        except TooFewSites as error:
+            # Updates that came are releases, aggregated or not.
+            checkpoint = replace(checkpoint, releases=error.releases)
+            coordinator.save(checkpoint)
+            if authority is None:
+                raise
+            observer.waiting(str(error))
+            time.sleep(RETRY_SECONDS)
+        else:
+            coordinator.save(checkpoint)
+            observer.round_done(checkpoint)
+        roster.update()
+        sites = roster.present()
+        if len(sites) < job.federation.min_sites:
+            sites = roster.wait()
     return checkpoint
-
-
-def find_sites(grid: Grid, job: Job) -> dict[int, SiteDescription]:
-    """Ask every connected node who it is; return node id -> description, ordered by site name.
-
-    Raises:
-        RunError: if fewer sites than `federation.min_sites` answer, or two nodes bear one name.
-    """
-    deadline = time.monotonic() + DESCRIBE_TIMEOUT_SECONDS
-    while len(nodes := sorted(grid.get_node_ids())) < job.federation.min_sites:
-        if time.monotonic() > deadline:
-            raise RunError(
-                f"{len(nodes)} nodes are connected, federation.min_sites is {job.federation.min_sites}; start more sites "
-                "or lower it."
-            )
-        time.sleep(POLL_SECONDS)
-    requests = [Message(describe_request(), dst_node_id=node, message_type=DESCRIBE, group_id="0") for node in nodes]
-    found: dict[int, SiteDescription] = {}
-    for node, message in _exchange(grid, requests, DESCRIBE_TIMEOUT_SECONDS, len(nodes)):
-        answer = unpack_description(message)
-        if isinstance(answer, SiteDescription):
-            found[node] = answer
-    names = [description.site for description in found.values()]
-    if doubles := sorted({name for name in names if names.count(name) > 1}):
-        raise RunError(f"two nodes call themselves {doubles[0]!r}; every site needs a name of its own in site.toml.")
-    if len(found) < job.federation.min_sites:
-        raise RunError(
-            f"{len(found)} of {len(nodes)} nodes described themselves, federation.min_sites is {job.federation.min_sites}; look "
-            "into the sites' logs."
-        )
-    return dict(sorted(found.items(), key=lambda item: item[1].site))
 
 
 def select_sites(sites: dict[int, SiteDescription], job: Job, round_number: int) -> list[int]:
@@ -154,20 +137,23 @@ def select_sites(sites: dict[int, SiteDescription], job: Job, round_number: int)
 def _run_round(
     grid: Grid, coordinator: Coordinator, sites: dict[int, SiteDescription], checkpoint: Checkpoint
 ) -> Checkpoint:
-    job, round_number = coordinator.job, checkpoint.round_number + 1
+    job, observer, round_number = coordinator.job, coordinator.observer, checkpoint.round_number + 1
     started = time.monotonic()
     # 1. Select.
     asked = select_sites(sites, job, round_number)
     # 2. Send the same bytes to everyone.
     adapter = adapters.encode(checkpoint.adapter)
-    content = TrainRequest(job=job, round_number=round_number, adapter=adapter)
+    order = coordinator.authority.order(round_number, adapter) if coordinator.authority else None
+    content = TrainRequest(job=job, round_number=round_number, adapter=adapter, order=order)
     requests = [
         Message(pack_request(content), dst_node_id=node, message_type=TRAIN, group_id=str(round_number))
         for node in asked
     ]
+    observer.round_started(round_number, [sites[node].site for node in asked], adapter)
     # 3. Collect until everyone answered or time is up.
     replies: dict[str, TrainReply] = {}
     failed: dict[str, str] = {}
+    unanswered = {sites[node].site for node in asked}
     for node, message in _exchange(grid, requests, job.federation.round_timeout_seconds, len(asked)):
         name = sites[node].site
         answer = unpack_reply(message)
@@ -175,10 +161,11 @@ def _run_round(
             failed[name] = f"{answer.code}: {answer.reason}"
         else:
             replies[name] = answer
-        coordinator.observer.site_done(round_number, name)
-    for node in asked:
-        if (name := sites[node].site) not in replies and name not in failed:
-            failed[name] = f"no answer within {job.federation.round_timeout_seconds:g} s"
+        if not message.has_error():
+            unanswered.discard(name)
+        observer.site_done(round_number, name)
+    for name in unanswered - failed.keys():
+        failed[name] = f"no answer within {job.federation.round_timeout_seconds:g} s"
     # 4. Check every reply before it may touch the adapter.
     updates: dict[str, dict[str, Tensor]] = {}
     made: dict[str, TrainReply] = {}
@@ -190,14 +177,19 @@ def _run_round(
             updates[name] = adapters.decode(reply.update, coordinator.update_shapes)
         except (AdapterError, RunError) as error:
             failed[name] = str(error)
+    for name in sorted({*replies, *failed}):
+        observer.update_judged(round_number, name, replies.get(name), failed.get(name))
     # A release is a release, aggregated or not: account for all that were made under this plan.
+    described = {description.site: description for description in sites.values()}
     releases = _account(checkpoint.releases, made, job, round_number)
+    releases = _account_unanswered(releases, [described[name] for name in sorted(unanswered)], job, round_number)
     if len(updates) < job.federation.min_sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "none was asked"
-        raise RunError(
+        raise TooFewSites(
             f"round {round_number}: {len(updates)} valid updates, federation.min_sites is "
             f"{job.federation.min_sites} ({reasons}). "
-            "The run stands at the last checkpoint; mend the sites and resume."
+            "The run stands at the last checkpoint; mend the sites and resume.",
+            releases,
         )
     # 5. Aggregate in the order of names, so that arrival order changes nothing.
     names = sorted(updates)
@@ -277,8 +269,7 @@ def _check_reply(reply: TrainReply, name: str, job: Job, plan: PrivacyPlan, roun
 def _account(
     releases: dict[str, SiteRelease], replies: dict[str, TrainReply], job: Job, round_number: int
 ) -> dict[str, SiteRelease]:
-    """Return the releases with this round's executed mechanisms added."""
-    planned = PrivacyPlan.from_job(job).planned_steps
+    """Return the releases with this round's executed mechanisms added; an update that came before counts once."""
     result = dict(releases)
     for name, reply in sorted(replies.items()):
         private = reply.noise_multiplier > 0
@@ -290,9 +281,14 @@ def _account(
             declared_records=reply.declared_records,
             randomness=reply.randomness,
             epsilon_budget=reply.epsilon_budget,
-            steps_planned=planned,
+            steps_planned=PrivacyPlan.from_job(job).planned_steps,
             private=private,
         )
+        unanswered = tuple(number for number in release.unanswered if number != round_number)
+        update_sha256 = hashlib.sha256(reply.update).hexdigest()
+        if (round_number, update_sha256) in zip(release.rounds, release.updates, strict=True):
+            result[name] = replace(release, unanswered=unanswered)
+            continue
         events = release.events
         if private:
             executed = GaussianSteps(
@@ -303,9 +299,37 @@ def _account(
             release,
             events=events,
             rounds=(*release.rounds, round_number),
+            updates=(*release.updates, update_sha256),
+            unanswered=unanswered,
+            epsilon_budget=reply.epsilon_budget,
             private=release.private and private,
             randomness=reply.randomness if release.randomness == "os" else release.randomness,
         )
+    return result
+
+
+def _account_unanswered(
+    releases: dict[str, SiteRelease], sites: Sequence[SiteDescription], job: Job, round_number: int
+) -> dict[str, SiteRelease]:
+    """Return the releases with the requests noted whose outcome nobody here knows: the site may have answered them."""
+    plan = PrivacyPlan.from_job(job)
+    result = dict(releases)
+    for site in sites:
+        release = result.get(site.site) or SiteRelease(
+            site=site.site,
+            unit=plan.unit,
+            delta=plan.delta,
+            max_grad_norm=plan.max_grad_norm,
+            declared_records=site.declared_records,
+            randomness="os",
+            epsilon_budget=0.0,
+            steps_planned=plan.planned_steps,
+            private=plan.private,
+        )
+        if round_number not in release.unanswered:
+            per_round = plan.mechanism(job.training.local_steps) if plan.private else None
+            unanswered = (*release.unanswered, round_number)
+            result[site.site] = replace(release, unanswered=unanswered, per_round=per_round)
     return result
 
 

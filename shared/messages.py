@@ -1,8 +1,8 @@
 """Typed messages <-> Flower records: the only place that knows record keys.
 
-Three exchanges: `describe` (who is there), `train` (one round), and a refusal that can answer either. An adapter
-travels as one byte buffer, which costs four objects on the wire instead of two per tensor. A refusal carries a code and
-a text that was written for the coordinator's eyes: it never holds data of the site.
+Two exchanges: `describe` (who is there, and do you accept this job) and `train` (one round); a refusal can answer
+either. An adapter travels as one byte buffer, which costs four objects on the wire instead of two per tensor. A refusal
+carries a code and a text that was written for the coordinator's eyes: it never holds data of the site.
 
 Guarantee: `unpack_*` never raises on what a site sent, allocates nothing that the message does not hold, and lets no
 name through that could leave a folder (test: tests/shared/test_messages.py).
@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from shared.config import NAME_PATTERN, Job, parse
 from shared.errors import RunError
 from shared.privacy.randomness import Origin
+from shared.signing import SignedJob
 
 TRAIN = "train"
 DESCRIBE = "query.describe"
@@ -29,6 +30,21 @@ _RAW_BYTES = "silotune.bytes"
 _MOST_REASON_CHARACTERS = 600
 # What reading a malformed header may raise; int(inf) overflows.
 _MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What makes a request binding: who ordered the job, and that this round was sent by whom the job names.
+
+    Attributes:
+        signed_job: the job with its signer's signature, checked.
+        sent_at: ISO time at which the coordinator sent the round.
+        signature: of the coordinator over the job's hash, round, adapter and time; see `shared.signing.sign_round`.
+    """
+
+    signed_job: SignedJob
+    sent_at: str
+    signature: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +70,13 @@ class TrainRequest:
         job: the whole declarative job.
         round_number: 1-based.
         adapter: the global adapter, encoded by `shared.adapters`.
+        order: signatures; None in a simulation, which real sites refuse.
     """
 
     job: Job
     round_number: int
     adapter: bytes
+    order: Order | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +124,23 @@ class Refusal:
     reason: str
 
 
-def describe_request() -> RecordDict:
-    """Return the content that asks a site to describe itself."""
-    return RecordDict({_HEADER: ConfigRecord({"kind": "describe"})})
+def describe_request(signed_job: SignedJob | None = None) -> RecordDict:
+    """Return the content that asks a site to describe itself and, given a job, to check and prepare it."""
+    header: dict[str, Any] = {"kind": "describe"}
+    if signed_job is not None:
+        header["signed_job"] = signed_job.to_json()
+    return RecordDict({_HEADER: ConfigRecord(header)})
+
+
+def unpack_describe(content: RecordDict) -> SignedJob | None:
+    """Return the job that a site is asked to prepare, or None.
+
+    Raises:
+        RunError: if this is no such request.
+        TrustError, ConfigError: if the job's signature or the job is not valid.
+    """
+    text = _header(content, "describe").get("signed_job")
+    return None if text is None else SignedJob.from_json(str(text), source="the job in the request")
 
 
 def pack_description(description: SiteDescription) -> RecordDict:
@@ -118,29 +150,37 @@ def pack_description(description: SiteDescription) -> RecordDict:
 
 def pack_request(request: TrainRequest) -> RecordDict:
     """Return the content of a training request."""
-    header: dict[str, Any] = {
-        "kind": "train",
-        "job": request.job.canonical_json(),
-        "round_number": request.round_number,
-    }
+    header: dict[str, Any] = {"kind": "train", "round_number": request.round_number}
+    if request.order is None:
+        header["job"] = request.job.canonical_json()
+    else:
+        header["signed_job"] = request.order.signed_job.to_json()
+        header["sent_at"] = request.order.sent_at
+        header["signature"] = request.order.signature
     return RecordDict({_HEADER: ConfigRecord(header), _ADAPTER: _pack_bytes(request.adapter)})
 
 
 def unpack_request(content: RecordDict) -> TrainRequest:
-    """Return the request in `content`.
+    """Return the request in `content`; of a signed job the signature holds, that of the round is not checked here.
 
     Raises:
         RunError: if it is not one.
+        TrustError: if it names a job whose signature does not hold.
         ConfigError: if its job is not valid.
     """
     header = _header(content, "train")
+    order = None
     try:
-        raw = json.loads(str(header["job"]))
         round_number = int(header["round_number"])
+        if "signed_job" in header:
+            signed = SignedJob.from_json(str(header["signed_job"]), source="the job in the training request")
+            order = Order(signed_job=signed, sent_at=str(header["sent_at"]), signature=bytes(header["signature"]))
+            job = signed.job
+        else:
+            job = parse(Job, json.loads(str(header["job"])), source="the job in the training request")
     except (KeyError, ValueError, TypeError, OverflowError):
         raise RunError("the training request has no readable job or round number.") from None
-    job = parse(Job, raw, source="the job in the training request")
-    return TrainRequest(job=job, round_number=round_number, adapter=_unpack_bytes(content))
+    return TrainRequest(job=job, round_number=round_number, adapter=_unpack_bytes(content), order=order)
 
 
 def pack_reply(reply: TrainReply) -> RecordDict:

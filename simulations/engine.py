@@ -18,8 +18,8 @@ from flwr.serverapp.grid import Grid
 from client.app import make_client_app, simulated_site, site_homes
 from server.app import Run, make_server_app
 from server.checkpoint import Checkpoint
+from server.observer import Observer
 from server.report import write_report
-from server.rounds import Observer
 from server.run_folder import check_run_folder
 from shared.atomic import write_text
 from shared.config import Job, canonical_json

@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from server.checkpoint import Checkpoint
+from server.observer import Observer
 from shared.messages import SiteDescription
 from shared.privacy.statement import SiteRelease
 from shared.tasks import task_of
@@ -80,8 +81,8 @@ class LiveView:
         return Panel(Group(*parts), title="silotune", border_style="cyan")
 
 
-class ArmObserver:
-    """Observer of one arm; see `server.rounds.Observer`."""
+class ArmObserver(Observer):
+    """Observer of one arm; see `server.observer.Observer`."""
 
     def __init__(self, view: LiveView, arm: Arm) -> None:
         self._view, self._arm = view, arm

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from client.site import SiteConfig
+from client.config import SiteConfig
 from shared.config import Job
 from simulations.scenario import Scenario
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from shared.config import finite_or_none
@@ -49,6 +49,9 @@ class SiteRelease:
         steps_planned: steps of a site that takes part in every round.
         events: executed mechanisms; a noise multiplier of 0 cannot stand here.
         rounds: rounds in which the site released an update.
+        updates: SHA-256 of the update of each of these rounds.
+        unanswered: rounds that the site was asked for and whose outcome the coordinator does not know.
+        per_round: what the site executes in one such round, if it does; None if unknown or not private.
         private: False if updates were released without noise.
     """
 
@@ -62,6 +65,9 @@ class SiteRelease:
     steps_planned: int
     events: tuple[GaussianSteps, ...] = ()
     rounds: tuple[int, ...] = ()
+    updates: tuple[str, ...] = ()
+    unanswered: tuple[int, ...] = ()
+    per_round: GaussianSteps | None = None
     private: bool = True
 
     @property
@@ -76,8 +82,21 @@ class SiteRelease:
 
     @property
     def epsilon(self) -> float:
-        """Epsilon of everything released; infinite without protection."""
+        """Epsilon of everything that arrived; infinite without protection."""
         return compose_epsilon(self.events, self.delta) if self.protected else math.inf
+
+    @property
+    def possible_events(self) -> tuple[GaussianSteps, ...]:
+        """Everything that arrived and, as if executed, every request whose outcome is unknown."""
+        if not self.unanswered or self.per_round is None:
+            return self.events
+        unknown = replace(self.per_round, steps=self.per_round.steps * len(self.unanswered))
+        return (*self.events, unknown)
+
+    @property
+    def epsilon_bound(self) -> float:
+        """Epsilon if every request of unknown outcome was executed; never below `epsilon`."""
+        return compose_epsilon(self.possible_events, self.delta) if self.protected else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,14 +139,21 @@ def site_statement(release: SiteRelease, run: str) -> str:
             f"NOT PRIVATE: the randomness of site {release.site} in run {run} was injected for a test. Whoever knows the "
             "seed can remove the noise, so no epsilon is stated."
         )
-    if not release.steps:
+    if not release.steps and not release.unanswered:
         return f"Site {release.site} released nothing in run {run}."
     parts = "; ".join(
         f"Poisson sampling rate {e.sample_rate:g}, noise multiplier {e.noise_multiplier:.4f}, {e.steps} executed steps"
         for e in release.events
     )
+    if release.unanswered:
+        parts = parts or "no update that arrived"
+        rounds = ", ".join(str(number) for number in release.unanswered)
+        parts += (
+            f" (and, counted as executed, the requests of round {rounds}, which were never answered here; the site's own ledger "
+            "knows)"
+        )
     return (
-        f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon)}, {release.delta:g})-"
+        f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon_bound)}, {release.delta:g})-"
         f"differentially private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
         "accounting, against an observer of every update. It does not cover: metrics released without a private "
         "mechanism, the pre-training corpus of the backbone, several records of one person."
@@ -152,6 +178,9 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
         "epsilon_budget": release.epsilon_budget or None,
         "epsilon_spent": finite_or_none(release.epsilon) if protected else None,
         "epsilon_spent_prv": finite_or_none(prv_epsilon(release.events, release.delta)) if protected else None,
+        "epsilon_bound": finite_or_none(release.epsilon_bound) if protected else None,
+        "rounds_unanswered": list(release.unanswered),
+        "update_sha256": list(release.updates),
         "accountant": "PLD (dp-accounting), cross-checked with PRV (Opacus)",
         "randomness": release.randomness,
         "private": release.private,
@@ -172,20 +201,22 @@ def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
     if any(not release.protected for release in releases):
         worst = next(release for release in releases if not release.protected)
         return Statement(one_site=site_statement(worst, run))
-    by_epsilon = sorted(releases, key=lambda release: release.epsilon, reverse=True)
+    by_epsilon = sorted(releases, key=lambda release: release.epsilon_bound, reverse=True)
     worst = by_epsilon[0]
     table: list[dict[str, float | int]] = [
         {
             "sites": count,
-            "epsilon": compose_epsilon([e for r in by_epsilon[:count] for e in r.events], worst.delta),
+            "epsilon": compose_epsilon([e for r in by_epsilon[:count] for e in r.possible_events], worst.delta),
         }
         for count in _counts(len(by_epsilon))
     ]
     sentence = (
         f"Run {run}, {len(releases)} sites. A person with one record at one site: everything released about it is "
-        f"({rounded_up(worst.epsilon)}, {worst.delta:g})-differentially private under {RELATION}, by PLD accounting, against an "
-        f"observer of every update of every site; the largest epsilon of a site, {worst.site}."
+        f"({rounded_up(worst.epsilon_bound)}, {worst.delta:g})-differentially private under {RELATION}, by PLD accounting, "
+        f"against an observer of every update of every site; the largest epsilon of a site, {worst.site}."
     )
+    if any(release.unanswered for release in releases):
+        sentence += " Requests that were never answered here are counted as executed."
     return Statement(one_site=sentence, up_to_m_sites=table)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from server.app import SilentObserver
+from server.observer import Observer
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
 
@@ -24,7 +24,7 @@ def finished_run(write_scenario: Callable[..., Path], tmp_path_factory: pytest.T
     """A completed run of three sites, with randomness of the operating system; tests must not change it."""
     folder = tmp_path_factory.mktemp("finished")
     scenario = load_scenario(write_scenario(folder, training={"rounds": 2}))
-    run_scenario(scenario, folder / "run", observer=lambda arm: SilentObserver())
+    run_scenario(scenario, folder / "run", observer=lambda arm: Observer())
     return folder / "run"
 
 

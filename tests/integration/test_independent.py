@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from server.app import SilentObserver
+from server.observer import Observer
 from server.run_folder import load_job
 from shared.batches import Example
 from shared.config import ComputeConfig
@@ -65,7 +65,7 @@ def test_the_readme_of_the_adapter_gives_our_predictions(scenario_file: Callable
     for number, sections in enumerate(VARIANTS):
         folder = tmp_path / f"run-{number}"
         scenario = load_scenario(scenario_file(training={"rounds": 2, "local_steps": 4}, **sections))
-        finished = run_scenario(scenario, folder, observer=lambda arm: SilentObserver())
+        finished = run_scenario(scenario, folder, observer=lambda arm: Observer())
         if sections["lora"]["train"] == "both":
             assert any(n.endswith(".residual") and bool(t.any()) for n, t in finished.adapter.items())
         job = load_job(folder)
@@ -94,7 +94,7 @@ def test_peft_alone_gives_our_gpt2_logits(scenario_file: Callable[..., Path], tm
             data={"train": {"path": "train.csv", "columns": {"text": "review"}}},
         )
         folder = tmp_path / train
-        run_scenario(load_scenario(path), folder, observer=lambda arm: SilentObserver())
+        run_scenario(load_scenario(path), folder, observer=lambda arm: Observer())
         job = load_job(folder)
         runtime = load_tuned(folder, job, CPU)
         tokens = [runtime.tokenizer(text)["input_ids"][:20] for text in TEXTS]

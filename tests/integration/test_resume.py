@@ -15,8 +15,8 @@ import torch
 
 from client import app as client_app
 from client.ledger import Budget, Ledger
-from server.app import SilentObserver
 from server.checkpoint import Checkpoint
+from server.observer import Observer
 from shared.errors import RunError
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
@@ -24,9 +24,7 @@ from simulations.scenario import load_scenario
 
 def run(path: Path, folder: Path, **options: Any) -> Checkpoint:
     client_app._open.cache_clear()  # a resumed run is another process: sites are read from their folders anew
-    return run_scenario(
-        load_scenario(path), folder, observer=lambda arm: SilentObserver(), injected_seed="resume", **options
-    )
+    return run_scenario(load_scenario(path), folder, observer=lambda arm: Observer(), injected_seed="resume", **options)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from client import app as client_app
-from server.app import SilentObserver
 from server.checkpoint import Checkpoint
+from server.observer import Observer
 from shared.errors import RunError
 from simulations import engine
 from simulations.engine import run_scenario
@@ -36,9 +36,7 @@ def _stop_ray() -> Iterator[None]:
 def run(path: Path, folder: Path, backend: str, *, resume: bool = False) -> Checkpoint:
     client_app._open.cache_clear()
     scenario = load_scenario(path, [f"simulation.backend={backend}", "simulation.num_actors=2"])
-    return run_scenario(
-        scenario, folder, observer=lambda arm: SilentObserver(), injected_seed="transport", resume=resume
-    )
+    return run_scenario(scenario, folder, observer=lambda arm: Observer(), injected_seed="transport", resume=resume)
 
 
 def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(

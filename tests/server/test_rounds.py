@@ -14,10 +14,11 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 
-import server.rounds as rounds_module
-from server.app import SilentObserver
+import server.roster as roster_module
 from server.checkpoint import Checkpoint
-from server.rounds import Coordinator, find_sites, run_rounds, select_sites
+from server.observer import Observer
+from server.roster import Roster
+from server.rounds import Coordinator, run_rounds, select_sites
 from shared.adapters import encode
 from shared.config import Job, parse
 from shared.errors import RunError
@@ -124,7 +125,7 @@ def coordinator(job: Job, saved: list[Checkpoint] | None = None) -> Coordinator:
         evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
         evaluate_every=1,
         save=(saved if saved is not None else []).append,
-        observer=SilentObserver(),
+        observer=Observer(),
     )
 
 
@@ -210,7 +211,7 @@ def test_too_few_valid_updates_stop_the_run_and_keep_the_checkpoint() -> None:
         run_rounds(grid_of({"b": fails_in_round_2}), coordinator(job, saved), None)
     assert "round 2: 2 valid updates, federation.min_sites is 3 (b: Malformed" in str(stop.value)
     assert "resume" in str(stop.value)
-    assert [checkpoint.round_number for checkpoint in saved] == [0, 1]
+    assert [checkpoint.round_number for checkpoint in saved] == [0, 1, 1]  # the last one notes what was released
     # Mended, it goes on from there to the result of an undisturbed run.
     resumed = run_rounds(grid_of(), coordinator(job), saved[-1])
     through = run_rounds(grid_of(), coordinator(job), None)
@@ -218,19 +219,23 @@ def test_too_few_valid_updates_stop_the_run_and_keep_the_checkpoint() -> None:
     assert [record.round for record in resumed.history] == [0, 1, 2]
 
 
+def wait_for(grid: InProcessGrid, job: Job) -> dict[int, SiteDescription]:
+    return Roster(grid, job, observer=Observer()).wait()
+
+
 def test_too_few_nodes_are_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds_module, "DESCRIBE_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(roster_module, "DESCRIBE_TIMEOUT_SECONDS", 0.2)
     with pytest.raises(RunError, match=r"3 nodes are connected, federation\.min_sites is 5"):
-        find_sites(grid_of(), make_job(federation={"min_sites": 5}))
+        wait_for(grid_of(), make_job(federation={"min_sites": 5}))
 
 
 def test_two_nodes_of_one_name_are_refused() -> None:
     with pytest.raises(RunError, match="two nodes call themselves 'a'"):
-        find_sites(grid_of(names=["a", "b", "a"]), make_job())
+        wait_for(grid_of(names=["a", "b", "a"]), make_job())
 
 
 def test_a_name_that_could_leave_the_folder_is_no_site() -> None:
-    assert [s.site for s in find_sites(grid_of(names=["a", "../b", "c"]), make_job()).values()] == ["a", "c"]
+    assert [s.site for s in wait_for(grid_of(names=["a", "../b", "c"]), make_job()).values()] == ["a", "c"]
 
 
 # --- time ---

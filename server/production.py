@@ -1,0 +1,151 @@
+"""The ServerApp of real runs: Flower starts it, the coordinator's folder tells it everything.
+
+It resumes by itself from the last durable checkpoint, so killing it at any moment costs at most the round at hand, and the
+sites answer a repeated request with the release that they stored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+from flwr.serverapp.grid import Grid
+
+from server.app import Run, execute
+from server.checkpoint import Checkpoint
+from server.home import CoordinatorHome
+from server.observer import Observer
+from server.roster import Authority
+from server.run_file import evaluation_records, settings_of
+from server.submission import Submission
+from server.superlink import pull_promptly, registered_names
+from shared.audit_log import AuditLog, Event
+from shared.errors import ConfigError, DataError, ModelError, PrivacyError, SilotuneError, TrustError
+from shared.keystore import passphrase_from_environment
+from shared.messages import SiteDescription, TrainReply
+from shared.signed_folder import sign_folder
+
+log = logging.getLogger("silotune.coordinator")
+
+# Trying again would meet the same error.
+_LASTING = (ConfigError, DataError, ModelError, PrivacyError, TrustError)
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the job that the run's configuration names; called by Flower."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    home = CoordinatorHome(Path(str(context.run_config["home"])))
+    submission = Submission(home.jobs / str(context.run_config["job"]))
+    pull_promptly()
+    try:
+        run_submission(grid, home, submission)
+    except _LASTING as error:
+        submission.note("failed", problem=str(error))
+        raise
+    except SilotuneError as error:
+        submission.note(problem=str(error))
+        raise
+    except Exception as error:
+        submission.note(problem=f"{type(error).__name__}; see the log", defect=True)
+        raise
+
+
+def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) -> Checkpoint:
+    """Run or resume a submitted job over `grid` until it is complete."""
+    signed, settings = submission.signed_job(), settings_of(submission)
+    key = home.load_round_key(passphrase_from_environment())
+    authority = Authority(signed_job=signed, key=key, registered=lambda: registered_names(grid))
+    observer = _Recorder(submission, home.open_log(key))
+    submission.note("running", problem=None, defect=False)
+    run = Run(
+        job=signed.job,
+        folder=submission.run_folder,
+        public_records=evaluation_records(submission, signed.job),
+        compute=settings.compute,
+        details={"mode": "federation", "signer": signed.signer.text, "coordinator_key": key.verify_key.text},
+        resume=(submission.run_folder / "job.json").exists(),
+        evaluate_every=settings.evaluate_every,
+        observer=observer,
+        authority=authority,
+    )
+    checkpoint = execute(grid, run)
+    sign_folder(submission.run_folder / "adapter", key)
+    submission.note("completed", problem=None, waiting=None)
+    return checkpoint
+
+
+class _Recorder(Observer):
+    """Writes what happens to the job's state and to the audit log."""
+
+    def __init__(self, submission: Submission, log: AuditLog) -> None:
+        self._submission, self._log = submission, log
+        self._refused: dict[str, str] = {}
+        self._job = submission.state()["job_sha256"]
+        self._started = time.monotonic()
+
+    def roster(self, sites: Sequence[SiteDescription]) -> None:
+        """See `Observer`."""
+        for site in sites:
+            self._refused.pop(site.site, None)
+        self._submission.note(sites=sorted(site.site for site in sites), refused=self._refused, waiting=None)
+
+    def site_refused(self, site: str, reason: str) -> None:
+        """See `Observer`."""
+        log.warning("site %s refused: %s", site, reason)
+        if self._refused.get(site) != reason:
+            self._log.append(Event.SITE_REFUSED, job=self._job, site=site, reason=reason)
+        self._refused[site] = reason
+        self._submission.note(refused=self._refused)
+
+    def waiting(self, reason: str) -> None:
+        """See `Observer`."""
+        log.warning("waiting: %s", reason)
+        self._submission.note(waiting=reason)
+
+    def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """See `Observer`."""
+        sha256 = hashlib.sha256(adapter).hexdigest()
+        self._log.append(
+            Event.ROUND_ASKED,
+            job=self._job,
+            round=round_number,
+            sites=list(sites),
+            adapter_sha256=sha256,
+            bytes=len(adapter),
+        )
+
+    def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
+        """See `Observer`."""
+        facts = {"job": self._job, "round": round_number, "site": site}
+        if reply is not None:
+            facts |= {"sha256": hashlib.sha256(reply.update).hexdigest(), "bytes": len(reply.update)}
+        if problem is None:
+            self._log.append(Event.UPDATE_ACCEPTED, **facts)
+        else:
+            log.warning("round %d, site %s: %s", round_number, site, problem)
+            self._log.append(Event.UPDATE_REFUSED, reason=problem, **facts)
+
+    def round_done(self, checkpoint: Checkpoint) -> None:
+        """See `Observer`."""
+        record = checkpoint.history[-1]
+        log.info(
+            "round %d: %s, sites %s, %.2f s",
+            record.round,
+            record.metrics,
+            ", ".join(record.sites) or "none",
+            record.seconds,
+        )
+        if record.round:
+            epsilon = record.epsilon_max
+            self._log.append(
+                Event.ROUND_COMPLETED, job=self._job, round=record.round, sites=record.sites, epsilon_max=epsilon
+            )
+        self._submission.note(round=record.round, metrics=record.metrics, waiting=None)

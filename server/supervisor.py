@@ -1,0 +1,281 @@
+"""The coordinator's long-lived process: keeps the SuperLink up, lets in whom the trust store names, drives the jobs.
+
+It holds no state of its own: what it does follows from the folder, so it may be killed at any moment and started again
+(tests/integration/test_federation_failures.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from server.home import CoordinatorHome
+from server.submission import Submission, submissions
+from server.superlink import Control, SuperLink, public_key_bytes, server_bundle
+from shared.atomic import write_json
+from shared.audit_log import Event
+from shared.errors import RunError, SilotuneError, TrustError
+from shared.keystore import passphrase_from_environment
+from shared.pki import TrustStore, load_certificate, verify_certificate
+
+log = logging.getLogger("silotune.coordinator")
+
+POLL_SECONDS = 0.5
+SERVER_APP, CLIENT_APP = "server.production:app", "client.app:app"
+# A defect that shows this often without a new round in between will not go away by itself; a full disk or a lost network may.
+_MOST_DEFECTS = 8
+_LONGEST_WAIT_SECONDS = 30.0
+_TRUST_GRACE_SECONDS = 5.0
+
+
+class Supervisor:
+    """One coordinator at work.
+
+    Args:
+        home: its folder; locked while `run` runs.
+    """
+
+    def __init__(self, home: CoordinatorHome) -> None:
+        self.home = home
+        self._config = home.load_config()
+        self._log = home.open_log(home.load_round_key(passphrase_from_environment()))
+        self._stop = threading.Event()
+        self._trust = TrustStore(home.trust)
+        address = f"{self._config.fleet_host}:{self._config.fleet_port}"
+        self._superlink = SuperLink(
+            home.superlink_files(), fleet_address=address, control_port=self._config.control_port
+        )
+        self._certificate = b""
+        self._nodes: dict[str, Any] = {}
+        self._trust_problem: str | None = None
+        self._trusted_until = 0.0
+        self._attempts: dict[str, _Attempts] = {}
+        self._active: tuple[Submission, int] | None = None
+
+    def stop(self) -> None:
+        """Ask `run` to return; safe in a signal handler and in any thread."""
+        self._stop.set()
+
+    def run(self) -> None:
+        """Work until `stop` is called.
+
+        Raises:
+            SilotuneError: the folder is not complete, or the SuperLink does not start.
+        """
+        with self.home.locked():
+            check_server_certificate(self.home)
+            self._log.append(Event.COORDINATOR_STARTED, pid=os.getpid())
+            try:
+                self._start_superlink()
+                while not self._stop.is_set():
+                    self._turn()
+                    self._stop.wait(POLL_SECONDS)
+            finally:
+                self._superlink.stop()
+                self._say("stopped")
+                self._log.append(Event.COORDINATOR_STOPPED, pid=os.getpid())
+
+    def _start_superlink(self) -> None:
+        self._say("starting")
+        self._certificate = self.home.server_certificate.read_bytes()
+        self._superlink.start()
+        log.info("SuperLink listens on %s:%d (TLS)", self._config.fleet_host, self._config.fleet_port)
+        # Whatever ran in an earlier SuperLink is over.
+        self._active = None
+
+    def _turn(self) -> None:
+        try:
+            if not self._superlink.alive():
+                log.error("the SuperLink ended; starting it again")
+                self._log.append(Event.SUPERLINK_RESTARTED, reason="it ended")
+                self._start_superlink()
+            elif self._superlink_must_restart():
+                log.info("another server certificate was installed; starting the SuperLink again")
+                self._log.append(Event.SUPERLINK_RESTARTED, reason="another server certificate was installed")
+                self._superlink.stop()
+                self._start_superlink()
+            with self._superlink.control() as control:
+                self._admit(control)
+                self._drive(control)
+            self._say("running")
+        except SilotuneError as error:
+            log.error("%s", error)
+            self._say("troubled", problem=str(error))
+
+    def _superlink_must_restart(self) -> bool:
+        if self.home.server_certificate.read_bytes() == self._certificate:
+            return False
+        check_server_certificate(self.home)
+        return True
+
+    # --- who may connect ---
+
+    def _admit(self, control: Control) -> None:
+        """Make the SuperLink's list of keys equal to the valid certificates of the trust store."""
+        try:
+            identities, problem = self._trust.sites(datetime.now(UTC)), None
+        except TrustError as error:
+            if self._trusted_until > time.monotonic():
+                return  # a file may be on its way
+            # A trust store that cannot be trusted lets nobody in.
+            identities, problem = [], str(error)
+        else:
+            self._trusted_until = time.monotonic() + _TRUST_GRACE_SECONDS
+        if problem != self._trust_problem:
+            self._trust_problem = problem
+            if problem:
+                log.error("%s", problem)
+                self._log.append(Event.TRUST_BROKEN, reason=problem)
+        valid = {
+            public_key_bytes(site.public_key): site
+            for site in identities
+            if site.state == "valid" and site.public_key is not None
+        }
+        reasons = {
+            public_key_bytes(site.public_key): f"{site.state}: {site.reason}"
+            for site in identities
+            if site.state != "valid" and site.public_key is not None
+        }
+        registered = {node.public_key: node for node in control.nodes()}
+        for key, node in registered.items():
+            if key not in valid or valid[key].name != node.name:
+                control.unregister(node.node_id)
+                reason = problem or reasons.get(key, "its certificate is no longer in the trust store")
+                log.warning("site %s may not connect any more: %s", node.name, reason)
+                self._log.append(Event.SITE_REMOVED, site=node.name, reason=reason)
+        for key, site in valid.items():
+            if key not in registered:
+                assert site.public_key is not None  # noqa: S101 (selected above)
+                control.register(site.name, site.public_key)
+                until = site.not_after.isoformat() if site.not_after else None
+                log.info("site %s may connect until %s", site.name, until)
+                self._log.append(Event.SITE_REGISTERED, site=site.name, until=until)
+        self._nodes = {
+            site.name: {"online": key in registered and registered[key].online, "until": str(site.not_after)}
+            for key, site in valid.items()
+        }
+
+    # --- jobs ---
+
+    def _drive(self, control: Control) -> None:
+        """Run the oldest open job; start it again if it ended without being complete."""
+        if self._active is not None:
+            submission, run_id = self._active
+            run = control.run(run_id)
+            if submission.stop_requested and submission.is_open:
+                if run is not None and not run.status.startswith("finished"):
+                    control.stop_run(run_id)
+                self._finish(submission, "stopped")
+            elif run is not None and not run.status.startswith("finished"):
+                return
+            elif submission.is_open:
+                self._failed(submission, run.details if run else "the SuperLink does not know it")
+            else:
+                self._finish(submission, submission.state()["state"])
+            self._active = None
+        for submission in submissions(self.home.jobs):
+            if not submission.is_open:
+                continue
+            if submission.stop_requested:
+                self._finish(submission, "stopped")
+                continue
+            attempts = self._attempts.setdefault(submission.name, _Attempts())
+            if time.monotonic() < attempts.not_before:
+                return
+            if submission.state()["state"] == "submitted":
+                state = submission.state()
+                self._log.append(
+                    Event.JOB_SUBMITTED, job=state["job_sha256"], name=submission.name, signer=state["signer"]
+                )
+            config = {"home": str(self.home.path.resolve()), "job": submission.name}
+            run_id = control.start_run(server_bundle(SERVER_APP, CLIENT_APP), config)
+            log.info("job %s runs (Flower's run %d)", submission.name, run_id)
+            submission.note("running", flower_run=run_id)
+            self._active = (submission, run_id)
+            return
+
+    def _failed(self, submission: Submission, details: str) -> None:
+        """Plan another attempt, later each time; give up only on what cannot go away."""
+        attempts, progress, state = self._attempts[submission.name], submission.progress(), submission.state()
+        attempts.count = 1 if progress > attempts.progress else attempts.count + 1
+        attempts.progress = progress
+        problem = state.get("problem") or details
+        if state.get("defect") and attempts.count >= _MOST_DEFECTS:
+            submission.note(problem=f"{attempts.count} attempts without a new round; the last one: {problem}")
+            self._finish(submission, "failed")
+            return
+        wait = min(2.0 ** (attempts.count - 1) - 1, _LONGEST_WAIT_SECONDS)
+        attempts.not_before = time.monotonic() + wait
+        log.warning("job %s ended early (%s); it resumes in %.0f s", submission.name, problem, wait)
+
+    def _finish(self, submission: Submission, state: Any) -> None:
+        submission.note(state)
+        known = submission.state()
+        log.info("job %s: %s", submission.name, state)
+        self._log.append(
+            Event.JOB_FINISHED, job=known["job_sha256"], name=submission.name, state=state, problem=known.get("problem")
+        )
+
+    def _say(self, state: str, **facts: object) -> None:
+        write_json(
+            self.home.status,
+            {
+                "state": state,
+                "pid": os.getpid(),
+                "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+                "fleet_address": f"{self._config.fleet_host}:{self._config.fleet_port}",
+                "sites": self._nodes,
+                "trust_problem": self._trust_problem,
+                "job": self._active[0].name if self._active else None,
+                "certificate_until": load_certificate(self.home.server_certificate).not_valid_after_utc.isoformat(),
+                **facts,
+            },
+        )
+
+
+class _Attempts:
+    """How often a job was started without a new round, and when it may be started again."""
+
+    def __init__(self) -> None:
+        self.count, self.progress, self.not_before = 0, -1, 0.0
+
+
+def check_server_certificate(home: CoordinatorHome) -> None:
+    """Check that the coordinator can be trusted by its sites.
+
+    Raises:
+        TrustError: a file is missing, the certificate has expired, or is not for the key that lies here.
+    """
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    ca = home.trust / "ca.crt"
+    for path in (ca, home.server_certificate, home.server_key):
+        if not path.exists():
+            raise TrustError(
+                f"{path} is missing. Send {home.path}/server.csr to whoever runs the CA, then: silotune coordinator install "
+                f"{home.path} --certificate FILE --ca FILE"
+            )
+    certificate = load_certificate(home.server_certificate)
+    verify_certificate(certificate, load_certificate(ca), datetime.now(UTC))
+    if home.server_key.stat().st_mode & 0o077:
+        raise TrustError(f"{home.server_key} can be read by others; run: chmod 600 {home.server_key}")
+    key = load_pem_private_key(home.server_key.read_bytes(), password=None)
+    if key.public_key() != certificate.public_key():
+        raise TrustError(f"{home.server_certificate} was made for another key than {home.server_key}.")
+
+
+def read_job_state(submission: Submission) -> Mapping[str, Any]:
+    """Return the state of a job with its progress in rounds.
+
+    Raises:
+        RunError: if its folder is damaged.
+    """
+    try:
+        return submission.state() | {"name": submission.name, "rounds_durable": max(submission.progress(), 0)}
+    except (OSError, ValueError) as error:
+        raise RunError(f"{submission.path} is damaged ({type(error).__name__}).") from None
