@@ -32,6 +32,7 @@ from server.home import CoordinatorHome
 from server.run_file import RunSettings, submit
 from server.submission import Submission
 from shared import audit_log
+from shared.atomic import write_text
 from shared.audit_log import Event
 from shared.config import ComputeConfig, Job, load_toml
 from shared.datasets import DataSource, write_jsonl
@@ -95,9 +96,21 @@ class Federation:
             coordinator_commands.install(home.path, certificate=certificate, ca=self.ca / "ca.crt")
 
     def join(
-        self, name: str, records: Sequence[Record], *, epsilon: float, compute: ComputeConfig | None = None
+        self,
+        name: str,
+        records: Sequence[Record],
+        *,
+        epsilon: float,
+        compute: ComputeConfig | None = None,
+        policy: Mapping[str, Any] | None = None,
     ) -> SiteHome:
-        """Make a site from `records`, get it approved and admit it."""
+        """Make a site from `records`, get it approved and admit it.
+
+        Args:
+            epsilon: the site's budget, for one job and in total.
+            compute: its speed settings.
+            policy: keys of its policy.toml to replace.
+        """
         home = self.site(name)
         data = self.folder / f"{name}.jsonl"
         write_jsonl(data, list(records))
@@ -113,8 +126,9 @@ class Federation:
                 signer=[f"consortium={self.signer.verify_key.text}"],
             )
         if compute is not None:
-            raw = load_toml(home.config) | {"compute": compute.model_dump(mode="json")}
-            home.config.write_text(tomli_w.dumps(raw), encoding="utf-8")
+            change_toml(home.config, compute=compute.model_dump(mode="json"))
+        if policy is not None:
+            change_toml(home.policy, **policy)
         certificate = self._approve(home.path / f"{name}.csr", f"{name}.crt")
         with _quietly():
             site_commands.install(home.path, certificate=certificate, ca=self.ca / "ca.crt")
@@ -257,6 +271,11 @@ def summary(
         "tls_version": facts.tls_version,
         "alpn": facts.alpn,
     }
+
+
+def change_toml(path: Path, **keys: Any) -> None:
+    """Replace top-level keys of a TOML file."""
+    write_text(path, tomli_w.dumps(load_toml(path) | keys))
 
 
 def free_port() -> int:

@@ -1,0 +1,121 @@
+"""A real federation: separate processes, gRPC over TLS, authentication, signed jobs, audit logs on both sides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from client.audit_mirror import recount
+from client.home import open_site
+from server.submission import Submission
+from shared import audit_log
+from shared.audit_log import Event
+from shared.config import Job
+from shared.signed_folder import verify_folder
+from shared.signing import load_verify_key
+from simulations.federation import Federation, round_overheads
+
+
+@dataclass
+class Finished:
+    """A federation whose one job is complete and whose processes have ended."""
+
+    federation: Federation
+    submission: Submission
+    job: Job
+    alpn: str | None
+    tls_version: str
+
+
+@pytest.fixture(scope="module")
+def finished(
+    found_federation: Callable[..., Federation],
+    federation_job: Callable[..., Job],
+    evaluation_records: list[dict[str, Any]],
+) -> Finished:
+    federation = found_federation(["a", "b", "c"])
+    federation.start_coordinator()
+    facts = federation.tls()
+    for name in "abc":
+        federation.start_site(name)
+    job = federation_job(federation={"min_sites": 3})
+    submission = federation.submit(job, evaluation_records)
+    state = federation.wait(submission, timeout=180)
+    federation.stop()
+    assert state["state"] == "completed", state
+    return Finished(federation, submission, job, facts.alpn, facts.tls_version)
+
+
+def test_the_run_is_complete_over_tls_1_3(finished: Finished) -> None:
+    records = [json.loads(line) for line in (finished.submission.run_folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in records] == [0, 1, 2]
+    assert all(record["sites"] == ["a", "b", "c"] for record in records[1:])
+    assert (finished.tls_version, finished.alpn) == ("TLSv1.3", "h2")
+    for name in "abc":
+        assert "over TLSv1.3, ALPN h2" in finished.federation.log_of(name)
+
+
+def test_both_sides_logged_the_same_updates(finished: Finished) -> None:
+    federation = finished.federation
+    taken = {
+        (entry.details["site"], entry.details["round"]): entry.details["sha256"]
+        for entry in audit_log.read(federation.coordinator.audit)
+        if entry.event == Event.UPDATE_ACCEPTED
+    }
+    given = {
+        (name, entry.details["round"]): entry.details["sha256"]
+        for name in "abc"
+        for entry in audit_log.read(federation.site(name).audit)
+        if entry.event == Event.RELEASE_STORED
+    }
+    assert taken == given
+    assert len(taken) == 6
+
+
+def test_the_audit_logs_hold_and_are_signed(finished: Finished) -> None:
+    federation = finished.federation
+    for name in "abc":
+        home = federation.site(name)
+        assert audit_log.verify(home.audit, verify_head=load_verify_key(home.path / "log.pub")).signature_checked
+    key = load_verify_key(federation.coordinator.path / "round.pub")
+    assert audit_log.verify(federation.coordinator.audit, verify_head=key).signature_checked
+
+
+def test_the_ledger_equals_a_recount_and_what_the_coordinator_states(finished: Finished) -> None:
+    for name in "abc":
+        home = finished.federation.site(name)
+        ledger = open_site(home, passphrase=None).ledger()
+        spent = ledger.spent_epsilon()
+        config = home.load_config()
+        counted = recount(home.audit, delta=config.budget.delta, dataset=config.dataset, unit="record")
+        stated = json.loads((finished.submission.run_folder / "sites" / name / "privacy.json").read_text())
+        assert spent == pytest.approx(counted, rel=1e-9)
+        assert spent == pytest.approx(stated["epsilon_spent"], rel=1e-9)
+
+
+def test_the_adapter_is_signed_by_the_coordinator(finished: Finished) -> None:
+    key = load_verify_key(finished.federation.coordinator.path / "round.pub")
+    assert verify_folder(finished.submission.run_folder / "adapter", key) == key
+
+
+def test_nothing_that_a_site_keeps_shows_its_content(finished: Finished) -> None:
+    home = finished.federation.site("a")
+    ledger = (home.path / "ledger.db").read_bytes()
+    assert finished.job.sha256.encode() not in ledger
+    assert b"noise_multiplier" not in ledger
+    stored = list(home.path.glob("rounds/*/round-*.safetensors"))
+    assert len(stored) == 2
+    for path in stored:
+        data = path.read_bytes()
+        assert b"optimizer/" not in data
+        assert b"request_sha256" not in data
+
+
+def test_every_round_pays_little_beyond_training(finished: Finished) -> None:
+    overheads = round_overheads(finished.federation, finished.submission, "abc")
+    assert len(overheads) == 2
+    assert all(seconds > 0 for seconds in overheads)
