@@ -6,9 +6,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo test check install lock clean
+.PHONY: help demo federation bench-rounds test check install lock clean
 help:
 	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (3 to 4 minutes after installation)"
+	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
+	@echo "make bench-rounds  what a round costs beyond training, beside Flower's own SuperNode"
 	@echo "make test   install, then all checks and tests"
 	@echo "make check  formatter, linter, types, import rule, without tests"
 	@echo "make clean  remove the virtual environment"
@@ -24,6 +26,12 @@ install: $(BIN)/.installed
 
 demo: $(BIN)/.installed
 	$(BIN)/silotune demo
+
+federation: $(BIN)/.installed
+	$(BIN)/silotune federation
+
+bench-rounds: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.round_overhead
 
 check: $(BIN)/.installed
 	$(BIN)/ruff format --check .

@@ -169,7 +169,7 @@ def settings() -> None:
 @app.command()
 def version() -> None:
     """Print the version."""
-    from client.site import silotune_version
+    from shared.version import silotune_version
 
     typer.echo(silotune_version())
 
@@ -196,6 +196,14 @@ def main(arguments: list[str] | None = None) -> Any:
     except SilotuneError as error:
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
         raise SystemExit(error.exit_code) from None
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in ("client", "server", "simulations"):
+            raise
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+            f"error: this command needs the part {error.name.partition('.')[0]!r} of Silotune, which this installation does not "
+            "have: images of sites and coordinators hold only what they need. Run it from a full installation."
+        )
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         Console(stderr=True).print("stopped; continue with --resume.")
         raise SystemExit(130) from None

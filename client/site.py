@@ -17,7 +17,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,6 +42,7 @@ from shared.privacy.plan import PrivacyPlan, declared_size
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 from shared.signing import SignedJob
+from shared.version import silotune_version
 
 log = logging.getLogger("silotune.site")
 
@@ -302,14 +302,6 @@ class Site:
                 f"{path} cannot be read ({type(error).__name__}); it holds a release that was already charged. Restore it from "
                 "a backup, or remove it and accept a second charge for that round."
             ) from None
-
-
-def silotune_version() -> str:
-    """Return the installed version of Silotune."""
-    try:
-        return version("silotune")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 def _metadata(data: bytes) -> dict[str, str]:

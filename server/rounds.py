@@ -37,6 +37,7 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 
 RETRY_SECONDS = 2.0
+_LONGEST_POLL_SECONDS = 1.0
 
 
 class TooFewSites(RunError):
@@ -345,12 +346,12 @@ def _merged(events: Sequence[GaussianSteps]) -> tuple[GaussianSteps, ...]:
 def _exchange(grid: Grid, requests: Sequence[Message], timeout: float, quorum: int) -> list[tuple[int, Message]]:
     """Send and collect (node that was asked, reply) until `quorum` came or `timeout` seconds passed.
 
-    Flower's own `send_and_receive` polls every three seconds; this polls every tenth of one. A reply is matched by the
+    Flower's own `send_and_receive` polls every three seconds; this begins with every tenth of one. A reply is matched by the
     request that it answers: an error about a lost message comes from the SuperLink, not from the node.
     """
     waiting = {identifier for identifier in grid.push_messages(requests) if identifier}
     node_of = {request.metadata.message_id: request.metadata.dst_node_id for request in requests}
-    deadline = time.monotonic() + timeout
+    started = time.monotonic()
     collected: list[tuple[int, Message]] = []
     while waiting and len(collected) < quorum:
         arrived = list(grid.pull_messages(waiting))
@@ -359,8 +360,10 @@ def _exchange(grid: Grid, requests: Sequence[Message], timeout: float, quorum: i
             if answered in waiting:
                 waiting.discard(answered)
                 collected.append((node_of[answered], message))
-        if not waiting or time.monotonic() > deadline:
+        elapsed = time.monotonic() - started
+        if not waiting or elapsed > timeout:
             break
         if not arrived:
-            time.sleep(POLL_SECONDS)
+            # A long round is asked about less often: the delay stays within two percent of it.
+            time.sleep(min(max(POLL_SECONDS, elapsed / 50), _LONGEST_POLL_SECONDS))
     return collected

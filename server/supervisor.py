@@ -6,6 +6,7 @@ It holds no state of its own: what it does follows from the folder, so it may be
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -25,7 +26,7 @@ from shared.pki import TrustStore, load_certificate, verify_certificate
 
 log = logging.getLogger("silotune.coordinator")
 
-POLL_SECONDS = 0.5
+POLL_SECONDS = 1.0
 SERVER_APP, CLIENT_APP = "server.production:app", "client.app:app"
 # A defect that shows this often without a new round in between will not go away by itself; a full disk or a lost network may.
 _MOST_DEFECTS = 8
@@ -56,6 +57,8 @@ class Supervisor:
         self._trusted_until = 0.0
         self._attempts: dict[str, _Attempts] = {}
         self._active: tuple[Submission, int] | None = None
+        self._closing = contextlib.ExitStack()
+        self._open_control: Control | None = None
 
     def stop(self) -> None:
         """Ask `run` to return; safe in a signal handler and in any thread."""
@@ -76,6 +79,7 @@ class Supervisor:
                     self._turn()
                     self._stop.wait(POLL_SECONDS)
             finally:
+                self._closing.close()
                 self._superlink.stop()
                 self._say("stopped")
                 self._log.append(Event.COORDINATOR_STOPPED, pid=os.getpid())
@@ -87,6 +91,8 @@ class Supervisor:
         log.info("SuperLink listens on %s:%d (TLS)", self._config.fleet_host, self._config.fleet_port)
         # Whatever ran in an earlier SuperLink is over.
         self._active = None
+        self._closing.close()
+        self._open_control = None
 
     def _turn(self) -> None:
         try:
@@ -99,13 +105,18 @@ class Supervisor:
                 self._log.append(Event.SUPERLINK_RESTARTED, reason="another server certificate was installed")
                 self._superlink.stop()
                 self._start_superlink()
-            with self._superlink.control() as control:
-                self._admit(control)
-                self._drive(control)
+            self._admit(self._control())
+            self._drive(self._control())
             self._say("running")
         except SilotuneError as error:
             log.error("%s", error)
             self._say("troubled", problem=str(error))
+
+    def _control(self) -> Control:
+        """Return the one client of the running SuperLink; a TLS handshake for every question would cost more."""
+        if self._open_control is None:
+            self._open_control = self._closing.enter_context(self._superlink.control())
+        return self._open_control
 
     def _superlink_must_restart(self) -> bool:
         if self.home.server_certificate.read_bytes() == self._certificate:

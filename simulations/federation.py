@@ -234,9 +234,10 @@ class Federation:
 
 
 def round_overheads(federation: Federation, submission: Submission, sites: Sequence[str]) -> list[float]:
-    """Return, for each round, the seconds that were not training or evaluation: send, wait, store, aggregate.
+    """Return, for each round, the seconds that were not training or evaluation: send, wait, store, aggregate, make durable.
 
-    The slowest site's training time is taken from the sites' own audit logs.
+    Measured from one completed round to the next (the first from its request) in the audit logs; the slowest site's training
+    time is taken from the sites' own.
     """
     job = submission.state()["job_sha256"]
     training: dict[int, float] = {}
@@ -245,11 +246,23 @@ def round_overheads(federation: Federation, submission: Submission, sites: Seque
             if entry.event == Event.RELEASE_STORED and entry.details["job"] == job:
                 number = int(entry.details["round"])
                 training[number] = max(training.get(number, 0.0), float(entry.details["seconds_training"]))
-    overheads = []
-    for line in (submission.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        if record["round"] in training:
-            overheads.append(record["seconds"] - record["seconds_evaluation"] - training[record["round"]])
+    evaluation = {
+        record["round"]: record["seconds_evaluation"]
+        for record in map(
+            json.loads, (submission.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        )
+    }
+    overheads, before = [], None
+    for entry in audit_log.read(federation.coordinator.audit):
+        if entry.details.get("job") != job or entry.event not in (Event.ROUND_ASKED, Event.ROUND_COMPLETED):
+            continue
+        time_now, number = datetime.fromisoformat(entry.time), int(entry.details["round"])
+        if before is None:
+            before = time_now
+        elif entry.event == Event.ROUND_COMPLETED:
+            seconds = (time_now - before).total_seconds()
+            overheads.append(seconds - evaluation[number] - training[number])
+            before = time_now
     return overheads
 
 

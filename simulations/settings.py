@@ -11,6 +11,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from client.config import SiteConfig
+from client.policy import Policy
+from server.home import CoordinatorConfig
+from server.run_file import RunSettings
 from shared.config import Job
 from simulations.scenario import Scenario
 
@@ -22,11 +25,18 @@ def settings_table() -> str:
     job = "\n".join(_rows(Job, ""))
     scenario = "\n".join(row for row in _rows(Scenario, "") if not row.startswith(("| `job", "| `base`")))
     site = "\n".join(_rows(SiteConfig, ""))
+    run = "\n".join(_rows(RunSettings, ""))
+    policy = "\n".join(_rows(Policy, ""))
+    coordinator = "\n".join(_rows(CoordinatorConfig, ""))
     return (
         "# Settings\n\nMade by `silotune settings`; a test compares the two.\n\n"
         "## Job: what a coordinator asks of the sites\n\nIn a scenario file these sections stand at the top level.\n\n"
         f"{_HEAD}\n{job}\n\n## Scenario: what only a simulation needs\n\n{_HEAD}\n{scenario}\n\n"
-        f"## Site: `site.toml`, what a site decides for itself\n\n{_HEAD}\n{site}\n"
+        f"## Site: `site.toml`, what a site decides for itself\n\n{_HEAD}\n{site}\n\n"
+        f"## Policy: `policy.toml`, what a real site accepts\n\n{_HEAD}\n{policy}\n\n"
+        "## Run file: what `silotune coordinator submit` reads\n\nThe sections of a job stand at the top level, with these "
+        f"beside them.\n\n{_HEAD}\n{run}\n\n"
+        f"## Coordinator: `coordinator.toml`\n\n{_HEAD}\n{coordinator}\n"
     )
 
 

@@ -6,6 +6,7 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -13,8 +14,10 @@ from flwr.clientapp import ClientApp
 
 from client import app as app_module
 from client.app import make_client_app, simulated_site, site_homes, this_site
+from client.commands import init
 from client.site import Site
 from shared.config import Job
+from shared.datasets import write_jsonl
 from shared.errors import ConfigError, DataError
 from shared.messages import (
     DESCRIBE,
@@ -28,6 +31,7 @@ from shared.messages import (
     unpack_description,
     unpack_reply,
 )
+from shared.signing import SigningKey
 from simulations.grid import InProcessGrid
 
 
@@ -107,15 +111,19 @@ def test_a_site_that_cannot_be_opened_says_why_in_its_own_log_only(caplog: pytes
 
 
 def test_a_real_site_is_the_folder_in_the_environment(
-    site_home: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
     monkeypatch.delenv("SILOTUNE_SITE_HOME", raising=False)
     with pytest.raises(ConfigError, match="SILOTUNE_SITE_HOME"):
         this_site(context)
-    home = site_home("real")
+    home, data = tmp_path / "home", tmp_path / "data.jsonl"
+    write_jsonl(data, records)
+    signer = f"consortium={SigningKey.generate().verify_key.text}"
+    init(home, name="real", coordinator="localhost:1", data=data, columns=["text=text", "label=label"], signer=[signer])
     monkeypatch.setenv("SILOTUNE_SITE_HOME", str(home))
     site = this_site(context)
     assert site.config.name == "real"
+    assert site.guard is not None, "there is no way to a real site around its policy"
     assert site._new_randomness().origin == "os"
     assert isinstance(app_module.app, ClientApp)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import random
 import signal
@@ -15,12 +17,14 @@ from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import client.ledger as ledger_module
 from client.ledger import Budget, Charge, Ledger
 from shared.errors import BudgetExceeded, LedgerError, PrivacyError
+from shared.keystore import Seal
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,9 +46,11 @@ def epsilon_of(num: int) -> float:
 
 
 @contextmanager
-def opened(path: Path, *, epsilon: float = 8.0, dataset: str = "notes", unit: str = "record") -> Iterator[Ledger]:
+def opened(
+    path: Path, *, epsilon: float = 8.0, dataset: str = "notes", unit: str = "record", **options: Any
+) -> Iterator[Ledger]:
     budget = Budget(epsilon=epsilon, delta=DELTA)
-    with closing(Ledger(path, dataset=dataset, unit=unit, budget=budget)) as ledger:
+    with closing(Ledger(path, dataset=dataset, unit=unit, budget=budget, **options)) as ledger:
         yield ledger
 
 
@@ -203,7 +209,7 @@ def test_bad_arguments_are_refused(path: Path) -> None:
         arguments = {"job_id": "job", "round": 0, "request_sha256": REQUEST, "mechanism": steps(1)} | changes
         with pytest.raises(LedgerError):
             Charge(**arguments)
-    for account in ({"dataset": ""}, {"unit": ""}):
+    for account in ({"dataset": ""}, {"unit": ""}, {"dataset": "x" * 501}):
         with pytest.raises(LedgerError), opened(path, **account):
             pass
     assert not path.exists()
@@ -466,6 +472,178 @@ def test_accidental_edit_is_refused_by_the_file_itself(path: Path, statement: st
         pytest.raises(sqlite3.IntegrityError, match="append-only"),
     ):
         connection.execute(statement)
+
+
+# --- sealed ---
+
+SEAL = Seal(bytes(range(32)))
+PLANTED = ("cardiology-letters", "patient", "job-of-the-northern-union", REQUEST, RELEASE, "0.0523", "1.7654321")
+
+
+def fill_sealed(ledger: Ledger) -> int:
+    """Entries: 1 open, 2 budget, 3 a reservation, 4 its commit, 5 a reservation."""
+    mechanism = GaussianSteps(noise_multiplier=1.7654321, sample_rate=0.0523, steps=31)
+    planted = Charge(job_id=PLANTED[2], round=7, request_sha256=REQUEST, mechanism=mechanism)
+    with free_accounting():
+        first = ledger.reserve(planted)
+        ledger.commit(first, executed_steps=30, release_sha256=RELEASE)
+        return ledger.reserve(planted)
+
+
+def opened_sealed(path: Path, **options: Any) -> Any:
+    return opened(path, **{"dataset": PLANTED[0], "unit": PLANTED[1], "cipher": SEAL} | options)
+
+
+def test_sealed_ledger_charges_like_any_other(path: Path, tmp_path: Path) -> None:
+    with opened_sealed(path) as sealed, opened_sealed(tmp_path / "plain.sqlite", cipher=None) as plain:
+        assert fill_sealed(sealed) == fill_sealed(plain) == 5
+        shown = [
+            [(entry.sequence, entry.kind, entry.payload) for entry in ledger.entries()] for ledger in (sealed, plain)
+        ]
+        assert shown[0] == shown[1]
+        assert sealed.spent_epsilon() == plain.spent_epsilon() > 0
+    with opened_sealed(path) as sealed:
+        assert [(entry.sequence, entry.kind, entry.payload) for entry in sealed.entries()] == shown[0]
+        with pytest.raises(LedgerError, match="committed already"):
+            sealed.commit(3, executed_steps=1, release_sha256=RELEASE)
+
+
+def test_sealed_ledger_shows_nothing(path: Path, tmp_path: Path) -> None:
+    def traces(file: Path, cipher: Seal | None) -> tuple[set[str], set[int]]:
+        """Return which planted texts stand in the file or in its journal, and the lengths of the payloads."""
+        with opened_sealed(file, cipher=cipher) as ledger:
+            fill_sealed(ledger)
+            with ledger._transaction("IMMEDIATE"):
+                ledger._append(ledger._read_chain(), "commit", {"reservation": 5, "executed_steps": 1})
+                journal = file.with_name(f"{file.name}-journal").read_bytes()
+            payloads = [str(row[0]) for row in ledger._connection.execute("SELECT payload FROM entries")]
+        assert len(journal) > 1000
+        content = file.read_bytes() + journal
+        if cipher is not None:
+            content += b"".join(map(base64.b64decode, payloads))
+        return {text for text in texts if text.encode() in content}, set(map(len, payloads))
+
+    texts = {*PLANTED, '"steps"', "budget", "reserve", "epsilon"}
+    found, lengths = traces(tmp_path / "plain.sqlite", None)
+    assert found == texts, "the test would see nothing"
+    assert len(lengths) > 3
+    found, lengths = traces(path, SEAL)
+    assert found == set()
+    assert len(lengths) == 1, "the length tells the kind"
+
+
+def test_wrong_key_no_key_and_needless_key_are_explained(path: Path, tmp_path: Path) -> None:
+    with opened_sealed(path) as ledger:
+        fill_sealed(ledger)
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match=r"is sealed, and no key was given\. Open it with the key"), opened(path):
+        pass
+    other = Seal(bytes(32))
+    with pytest.raises(LedgerError, match=r"entry 1 .* does not open with the key"), opened(path, cipher=other):
+        pass
+    assert path.read_bytes() == before
+    plain = tmp_path / "plain.sqlite"
+    with opened(plain) as ledger:
+        fill(ledger)
+    before = plain.read_bytes()
+    with pytest.raises(LedgerError, match=r"is not sealed .* but a key was given"), opened(plain, cipher=SEAL):
+        pass
+    assert plain.read_bytes() == before
+
+
+def forge(connection: sqlite3.Connection, sequence: int, kind: str, payload: str) -> None:
+    """Replace an entry and compute every hash anew, as one can who has no key."""
+    rows = [list(row) for row in connection.execute("SELECT * FROM entries ORDER BY sequence")]
+    rows[sequence - 1][1], rows[sequence - 1][3] = kind, payload
+    previous = "0" * 64
+    for row in rows:
+        row[4], row[5] = previous, ledger_module._entry_sha256(previous, *row[:4])
+        previous = row[5]
+        connection.execute(
+            "UPDATE entries SET kind=?2, payload=?4, previous_sha256=?5, entry_sha256=?6 WHERE sequence=?1", row
+        )
+    connection.execute("UPDATE head SET sha256 = ?", (previous,))
+
+
+def payload_of(connection: sqlite3.Connection, sequence: int) -> str:
+    return str(connection.execute("SELECT payload FROM entries WHERE sequence = ?", (sequence,)).fetchone()[0])
+
+
+def test_forged_entry_of_a_sealed_ledger_is_refused(path: Path) -> None:
+    with opened_sealed(path) as ledger:
+        fill_sealed(ledger)
+    good = path.read_bytes()
+    smaller = json.dumps({"kind": "commit", "payload": {"reservation": 5, "executed_steps": 0}})
+    own = base64.b64encode(Seal(bytes(32)).seal(smaller.encode(), context="ledger/4")).decode()
+    forgeries: list[tuple[Callable[[sqlite3.Connection], None], str]] = [
+        (lambda c: forge(c, 4, "sealed", own), "entry 4 .* does not open"),
+        (lambda c: forge(c, 5, "sealed", payload_of(c, 3)), "entry 5 .* does not open"),  # another entry's content
+        (lambda c: forge(c, 4, "commit", smaller), r"is not sealed \(entry 4"),
+        (lambda c: forge(c, 4, "sealed", "no base64!"), "entry 4 .* does not open"),
+    ]
+    for forgery, problem in forgeries:
+        path.write_bytes(good)
+        tamper(path, forgery)
+        with pytest.raises(LedgerError, match=problem), opened_sealed(path):
+            pass
+    path.write_bytes(good)
+    with opened_sealed(path) as ledger:
+        ledger.verify()
+
+
+# The others need the plain text: see test_forged_entry_of_a_sealed_ledger_is_refused.
+NEEDING_TEXT = (edit_payload, edit_with_its_own_hash, edit_last_with_its_own_hash)
+BLIND_TAMPERINGS = [pair for pair in TAMPERINGS if pair[0] not in NEEDING_TEXT]
+
+
+@pytest.mark.parametrize(("how", "diagnosis"), BLIND_TAMPERINGS, ids=[how.__name__ for how, _ in BLIND_TAMPERINGS])
+def test_tampering_with_a_sealed_ledger_is_detected(
+    path: Path, how: Callable[[sqlite3.Connection], None], diagnosis: str
+) -> None:
+    with opened(path, cipher=SEAL) as ledger:
+        fill(ledger)
+    tamper(path, how)
+    with pytest.raises(LedgerError, match=diagnosis), opened(path, cipher=SEAL):
+        pass
+
+
+# --- a mirror ---
+
+
+def test_mirror_is_called_before_the_first_write_and_after_each(path: Path) -> None:
+    seen: list[int] = []
+
+    def mirror(ledger: Ledger) -> None:
+        seen.append(len(ledger.entries()))
+
+    with opened(path, mirror=mirror) as ledger:
+        assert seen == [0, 2]
+        reservation = ledger.reserve(charge(5))
+        ledger.commit(reservation, executed_steps=5, release_sha256=RELEASE)
+        assert seen == [0, 2, 3, 4]
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(charge(100_000))
+        assert seen == [0, 2, 3, 4]
+
+
+def test_what_the_mirror_raises_is_passed_on_and_the_charge_stands(path: Path) -> None:
+    broken = False
+
+    def mirror(ledger: Ledger) -> None:
+        if broken:
+            raise LedgerError("the mirror is broken")
+
+    with opened(path, mirror=mirror) as ledger:
+        broken = True
+        with pytest.raises(LedgerError, match="the mirror is broken"):
+            ledger.reserve(charge(10))
+        broken = False
+        assert ledger.events() == [steps(10)]
+    broken = True
+    before = path.read_bytes()
+    with pytest.raises(LedgerError, match="the mirror is broken"), opened(path, epsilon=1.0, mirror=mirror):
+        pass
+    assert path.read_bytes() == before, "the new cap was written before the mirror was asked"
 
 
 # --- several processes, and death at any moment ---

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from client.site import silotune_version
 from server.run_folder import load_job
 from shared.config import ComputeConfig
 from shared.inference import load_tuned, predict
+from shared.version import silotune_version
 
 Silotune = Callable[..., Any]
 

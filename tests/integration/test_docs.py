@@ -11,6 +11,7 @@ import tomllib
 from itertools import pairwise
 from pathlib import Path
 
+import click
 import pytest
 from typer.main import get_command
 
@@ -34,7 +35,8 @@ def commands() -> list[list[str]]:
     found = []
     for path in DOCUMENTS:
         fences = path.read_text().split("```")[1::2]
-        lines = [line for fence in fences if fence.startswith("\n") for line in fence.splitlines()]
+        joined = [re.sub(r"\\\n\s*", " ", fence) for fence in fences]
+        lines = [line for fence in joined if fence.startswith("\n") for line in fence.splitlines()]
         found += [line for line in lines if re.match(r"(\.venv/bin/)?silotune ", line)]
     return [shlex.split(line.split("  #")[0])[1:] for line in found]
 
@@ -54,9 +56,10 @@ def test_there_are_commands_in_the_documents() -> None:
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_documented_commands_parse(arguments: list[str]) -> None:
-    group = get_command(cli.app)
-    name, *rest = arguments
-    command = group.commands[name]  # type: ignore[attr-defined]
+    command, name, rest = get_command(cli.app), "", arguments
+    while isinstance(command, click.Group):
+        name, *rest = rest
+        command = command.commands[name]
     with command.make_context(name, rest, resilient_parsing=False) as context:
         for item in context.params.get("overrides") or []:
             assert "=" in item
@@ -64,6 +67,8 @@ def test_documented_commands_parse(arguments: list[str]) -> None:
 
 def test_documented_overrides_are_valid() -> None:
     for arguments in commands():
+        if arguments[0] == "coordinator":
+            continue  # its run file has no scenario
         overrides = [value for flag, value in pairwise(arguments) if flag == "--set"]
         if overrides:
             load_scenario(ROOT / "simulations" / "demo.toml", overrides)

@@ -126,7 +126,7 @@ def test_nobody_can_flood_the_log(folder: Path) -> None:
 def test_the_largest_entry_fits_and_the_next_larger_does_not(folder: Path) -> None:
     log = opened(folder, max_bytes=1)
     kept = set()
-    for last in range(1800, 1950):
+    for last in range(1850, 2000):
         entry = log.append(Event.NODE_STARTED, texts=["x" * 2000] * 31 + ["x" * 1200, "x" * last])
         assert len(entry.line()) + 1 <= audit_chain.MAX_LINE
         kept.add("texts" in entry.details)
