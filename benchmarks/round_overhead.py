@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from rich.console import Console
 from rich.table import Table
 
@@ -102,20 +102,17 @@ def start_stock(federation: Federation, name: str) -> None:
     """Start Flower's own SuperNode with a site's key and folder."""
     home = federation.site(name)
     key = load_private_key(home.key, None)
-    private, public = federation.folder / f"{name}.pem", federation.folder / f"{name}.pub"
+    private = federation.folder / f"{name}.pem"
     private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     private.chmod(0o600)
-    public.write_bytes(key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH))
     index = SITES.index(name)
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
         "--superlink", f"{HOST}:{federation.fleet_port}",
         "--root-certificates", str(federation.ca / "ca.crt"),
         "--auth-supernode-private-key", str(private),
-        "--auth-supernode-public-key", str(public),
         "--isolation", "subprocess",
         "--port", str(federation.fleet_port + 100 + index),
-        "--disable-runtime-dependency-installation",
     ]  # fmt: skip
     settings = {
         "SILOTUNE_SITE_HOME": str(home.path),

@@ -15,9 +15,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.home import SiteHome
+from client.config import SiteConfig
+from client.home import SiteHome, check_holder
 from client.status import read_status
 from shared.atomic import write_bytes, write_text
+from shared.config import parse
 from shared.errors import RunError, TrustError
 from shared.keystore import new_key, passphrase_from_environment, save_secret
 from shared.pki import (
@@ -28,7 +30,7 @@ from shared.pki import (
     save_private_key,
     verify_certificate,
 )
-from shared.signing import SigningKey, load_verify_key, save_signing_key
+from shared.signing import SigningKey, VerifyKey, load_verify_key, save_signing_key
 
 site_app = typer.Typer(
     name="site", help="Run a site: a node that trains on records that stay here.", no_args_is_help=True
@@ -61,6 +63,15 @@ def init(
         raise RunError(f"{home} is a site's folder already; choose another, or remove it first.")
     pairs = dict(_pair(item, "--column") for item in columns)
     signers = {who: _key_text(key) for who, key in (_pair(item, "--signer") for item in signer or [])}
+    config = {
+        "name": name,
+        "dataset": f"{name}-records",
+        "coordinator": coordinator,
+        "data": {"path": str(data.resolve()), "columns": pairs},
+        "budget": {"epsilon": epsilon},
+    }
+    parse(SiteConfig, config, source="what was asked for")
+    policy_text = policy_template(signers=signers or None, max_epsilon_per_job=epsilon)
     passphrase = passphrase_from_environment()
     for folder in (home, home / "keys"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -71,14 +82,7 @@ def init(
     save_signing_key(place.log_key, log_key, passphrase)
     write_text(home / "log.pub", log_key.verify_key.text + "\n")
     write_bytes(home / f"{name}.csr", request)
-    write_text(place.policy, policy_template(signers=signers or None, max_epsilon_per_job=epsilon))
-    config = {
-        "name": name,
-        "dataset": f"{name}-records",
-        "coordinator": coordinator,
-        "data": {"path": str(data.resolve()), "columns": pairs},
-        "budget": {"epsilon": epsilon},
-    }
+    write_text(place.policy, policy_text)
     write_text(place.config, tomli_w.dumps(config))  # last: it makes the folder count
     typer.echo(f"made {home}; its keys are {'encrypted' if passphrase else 'protected by file permissions'}.")
     typer.echo(f"1. send {home / f'{name}.csr'} to whoever runs the CA; read them the key's fingerprint by telephone:")
@@ -96,13 +100,11 @@ def install(
     """Install the certificate that the CA made; a running node takes it up after the message at hand."""
     place = SiteHome(home)
     config = place.load_config()
-    if ca is not None:
-        load_certificate(ca)
-        write_bytes(place.ca_certificate, ca.read_bytes())
-    if not place.ca_certificate.exists():
+    if ca is None and not place.ca_certificate.exists():
         raise TrustError(f"{place.ca_certificate} is missing; give it with --ca the first time.")
-    loaded = load_certificate(certificate)
-    verify_certificate(loaded, load_certificate(place.ca_certificate), datetime.now(UTC))
+    authority, loaded = load_certificate(ca or place.ca_certificate), load_certificate(certificate)
+    verify_certificate(loaded, authority, datetime.now(UTC))
+    check_holder(loaded, config.name)
     passphrase = passphrase_from_environment()
     rotated = place.next_key.exists() and _belongs(place.next_key, loaded, passphrase)
     if not rotated and not _belongs(place.key, loaded, passphrase):
@@ -111,6 +113,9 @@ def install(
         )
     if rotated:
         os.replace(place.next_key, place.key)
+    # Everything was checked: a node that runs takes up what is written from here on.
+    if ca is not None:
+        write_bytes(place.ca_certificate, ca.read_bytes())
     write_bytes(place.certificate, certificate.read_bytes())
     typer.echo(f"installed, valid until {loaded.not_valid_after_utc:%Y-%m-%d}. Next: silotune site check {home}")
 
@@ -232,7 +237,7 @@ def _pair(item: str, option: str) -> tuple[str, str]:
 
 
 def _key_text(text: str) -> str:
-    return text if text.startswith("ed25519:") else load_verify_key(Path(text)).text
+    return (VerifyKey.parse(text) if text.startswith("ed25519:") else load_verify_key(Path(text))).text
 
 
 def _belongs(key_file: Path, certificate: Any, passphrase: str | None) -> bool:

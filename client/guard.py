@@ -79,7 +79,9 @@ class Guard:
                 sent_at=order.sent_at,
                 signature=order.signature,
             )
-            sent_at = datetime.fromisoformat(order.sent_at)
+            sent_at = _parse_time(order.sent_at)
+            if request.job != order.signed_job.job:
+                raise ValueError("the job is not the signed one")
         except (TrustError, ValueError):
             raise PolicyError(
                 f"round {request.round_number} is not signed by the coordinator that the job names; the job, the round number "
@@ -141,6 +143,13 @@ def _version(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return status.st_mtime_ns, status.st_size
+
+
+def _parse_time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError("a time without a time zone")
+    return time
 
 
 @functools.lru_cache(maxsize=8)

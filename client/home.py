@@ -32,7 +32,7 @@ from shared.audit_log import AuditLog
 from shared.config import load_toml, parse
 from shared.errors import ConfigError, RunError, TrustError
 from shared.keystore import Seal, load_secret
-from shared.pki import load_certificate, load_private_key, verify_certificate
+from shared.pki import identity, load_certificate, load_private_key, verify_certificate
 from shared.signing import load_signing_key
 
 if TYPE_CHECKING:
@@ -108,9 +108,12 @@ class SiteHome:
         """Let one node at a time work in this folder.
 
         Raises:
-            RunError: if another one does.
+            RunError: if another one does, or the folder is not there.
         """
-        handle = os.open(self.path / ".node.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        try:
+            handle = os.open(self.path / ".node.lock", os.O_CREAT | os.O_RDWR, 0o600)
+        except OSError as error:
+            raise RunError(f"no node can work in {self.path}: {error.strerror}; check the path.") from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -156,6 +159,7 @@ def load_identity(home: SiteHome, *, passphrase: str | None, now: datetime | Non
             )
     certificate = load_certificate(home.certificate)
     verify_certificate(certificate, load_certificate(home.ca_certificate), now or datetime.now(UTC))
+    check_holder(certificate, config.name)
     private_key = load_private_key(home.key, passphrase)
     if certificate.public_key() != private_key.public_key():
         raise TrustError(f"{home.certificate} was made for another key than {home.key}; install the one for this key.")
@@ -165,6 +169,20 @@ def load_identity(home: SiteHome, *, passphrase: str | None, now: datetime | Non
         certificate=certificate,
         private_key=private_key,
     )
+
+
+def check_holder(certificate: x509.Certificate, name: str) -> None:
+    """Check that a certificate was made for the site of this name; the coordinator refuses any other name.
+
+    Raises:
+        TrustError: it is another site's, or a server's.
+    """
+    holder, role = identity(certificate)
+    if (holder, role) != (name, "site"):
+        raise TrustError(
+            f"the certificate was made for the {role} {holder!r}, but this is the site {name!r} (name in site.toml). Install "
+            "the right one, or mend the name."
+        )
 
 
 def open_log(home: SiteHome, *, passphrase: str | None) -> AuditLog:

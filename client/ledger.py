@@ -268,6 +268,10 @@ class Ledger:
             self._append(entries, "commit", payload)
         self._call_mirror()
 
+    def anticipate(self, mechanism: GaussianSteps) -> None:
+        """Do now, while nobody waits, the accounting that the next charge of `mechanism` will ask for; charges nothing."""
+        compose_epsilon([*self.events(), mechanism], self.budget.delta)
+
     def events(self, job_id: str | None = None) -> list[GaussianSteps]:
         """Return the charges of the account, or of one job: executed steps; reserved until committed."""
         return self._charged(self.entries(), job_id)

@@ -127,6 +127,8 @@ class Node:
             except RunOver as error:
                 log.warning("a reply was not taken: %s", error)
             self._status.say("connected")
+            with contextlib.suppress(SilotuneError):  # the next round would find out, and say so
+                site.anticipate()
             busy_until = time.monotonic() + _BUSY_FOR_SECONDS
 
     def _persistently(self, call: Callable[[], AnswerT]) -> AnswerT:

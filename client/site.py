@@ -38,6 +38,7 @@ from shared.config import Job, load_toml, parse
 from shared.datasets import read_records
 from shared.errors import AdapterError, BudgetExceeded, LedgerError, PolicyError, SilotuneError, TrustError
 from shared.messages import Refusal, SiteDescription, TrainReply, TrainRequest
+from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan, declared_size
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
@@ -75,6 +76,7 @@ class Site:
         self._records = read_records(self.config.data, base=home)
         self._prepared: tuple[Runtime, list[Example]] | None = None
         self._ledger: Ledger | None = None
+        self._last: tuple[str, GaussianSteps] | None = None  # unit and mechanism of the latest charge
 
     @property
     def declared_records(self) -> int:
@@ -121,6 +123,12 @@ class Site:
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""
         return self._guarded(lambda: self.train(request), job=request.job, round_number=request.round_number)
+
+    def anticipate(self) -> None:
+        """Prepare for another round like the last one; a tenth of a second that the round then does not pay."""
+        if self._last is not None:
+            unit, mechanism = self._last
+            self.ledger(unit).anticipate(mechanism)
 
     def refuse_unreadable(self, error: SilotuneError) -> Refusal:
         """Answer a request that could not be read, or whose job is not signed by whom it says."""
@@ -183,6 +191,7 @@ class Site:
                 self.guard.admit_spend(ledger, job, mechanism)
             charge = Charge(job_id=job.sha256, round=round_number, request_sha256=request_sha256, mechanism=mechanism)
             reservation = ledger.reserve(charge)
+            self._last = (plan.unit, mechanism)
         # 5. Train.
         started = time.monotonic()
         randomness = self._new_randomness()

@@ -40,9 +40,10 @@ def read_status(home: SiteHome) -> dict[str, Any]:
     try:
         said = dict(json.loads(home.status.read_text(encoding="utf-8")))
         age = (datetime.now(UTC) - datetime.fromisoformat(said["updated"])).total_seconds()
-        os.kill(int(said["pid"]), 0)
-        alive = age < STALE_AFTER_SECONDS and said.get("state") != "stopped"
-    except (OSError, ValueError, KeyError, TypeError):
+        with contextlib.suppress(PermissionError):  # it lives, and is another user's
+            os.kill(int(said["pid"]), 0)
+        alive = age < STALE_AFTER_SECONDS and said["state"] != "stopped"
+    except (OSError, OverflowError, ValueError, KeyError, TypeError):
         return {"state": "not running", "healthy": False}
     if not alive:
         said["state"] = "not running"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,7 @@ from server.run_folder import RunFolder
 from shared import adapters
 from shared.batches import Example
 from shared.config import ComputeConfig, Job
+from shared.errors import SilotuneError
 from shared.runtime import Runtime, load_runtime
 from shared.tasks import Evaluation, Record
 
@@ -93,7 +95,9 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         try:
             checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
         except BaseException:
-            _write_unfinished(run, folder)
+            # What went wrong first is what matters, for example a full disk.
+            with contextlib.suppress(SilotuneError):
+                _write_unfinished(run, folder)
             raise
         folder.write_privacy(checkpoint)
         folder.write_result(checkpoint, runtime, evaluator(checkpoint.adapter))

@@ -11,6 +11,9 @@ from shared.messages import SiteDescription, TrainReply
 class Observer:
     """Told what happens; this one is silent. A live view or an audit log overrides what it wants to hear."""
 
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """The run goes on from a checkpoint that an earlier process made durable."""
+
     def roster(self, sites: Sequence[SiteDescription]) -> None:
         """The sites that take part, at the start and whenever they change."""
 

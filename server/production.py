@@ -6,33 +6,35 @@ sites answer a repeated request with the release that they stored.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import httpx
 from flwr.app import Context
 from flwr.serverapp import ServerApp
 from flwr.serverapp.grid import Grid
 
 from server.app import Run, execute
-from server.checkpoint import Checkpoint
+from server.checkpoint import Checkpoint, RoundRecord
 from server.home import CoordinatorHome
 from server.observer import Observer
 from server.roster import Authority
 from server.run_file import evaluation_records, settings_of
 from server.submission import Submission
 from server.superlink import pull_promptly, registered_names
-from shared.audit_log import AuditLog, Event
-from shared.errors import ConfigError, DataError, ModelError, PrivacyError, SilotuneError, TrustError
+from shared.audit_log import AuditLog, Event, read
+from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
 from shared.keystore import passphrase_from_environment
 from shared.messages import SiteDescription, TrainReply
 from shared.signed_folder import sign_folder
 
 log = logging.getLogger("silotune.coordinator")
 
-# Trying again would meet the same error.
 _LASTING = (ConfigError, DataError, ModelError, PrivacyError, TrustError)
 
 app = ServerApp()
@@ -47,23 +49,31 @@ def main(grid: Grid, context: Context) -> None:
     pull_promptly()
     try:
         run_submission(grid, home, submission)
-    except _LASTING as error:
-        submission.note("failed", problem=str(error))
-        raise
     except SilotuneError as error:
-        submission.note(problem=str(error))
+        with contextlib.suppress(SilotuneError):
+            submission.note("failed" if _lasts(error) else None, problem=str(error))
         raise
     except Exception as error:
-        submission.note(problem=f"{type(error).__name__}; see the log", defect=True)
+        # A disk or a SuperLink in trouble is no defect of the job.
+        defect = not isinstance(error, OSError | httpx.HTTPError)
+        with contextlib.suppress(SilotuneError):
+            submission.note(problem=f"{type(error).__name__}; see the log", defect=defect)
         raise
+
+
+def _lasts(error: SilotuneError) -> bool:
+    """Return whether trying again would meet the same error; a log that a full disk refuses can be written again later."""
+    return isinstance(error, _LASTING) and not isinstance(error.__cause__, OSError | RunError)
 
 
 def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) -> Checkpoint:
     """Run or resume a submitted job over `grid` until it is complete."""
     signed, settings = submission.signed_job(), settings_of(submission)
     key = home.load_round_key(passphrase_from_environment())
-    authority = Authority(signed_job=signed, key=key, registered=lambda: registered_names(grid))
     observer = _Recorder(submission, home.open_log(key))
+    authority = Authority(
+        signed_job=signed, key=key, registered=lambda: registered_names(grid), asked_before=observer.asked_before
+    )
     submission.note("running", problem=None, defect=False)
     run = Run(
         job=signed.job,
@@ -83,18 +93,43 @@ def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) ->
 
 
 class _Recorder(Observer):
-    """Writes what happens to the job's state and to the audit log."""
+    """Writes what happens to the job's state and to the audit log, and reads there what an earlier process was at."""
 
     def __init__(self, submission: Submission, log: AuditLog) -> None:
         self._submission, self._log = submission, log
         self._refused: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
         self._job = submission.state()["job_sha256"]
         self._started = time.monotonic()
+
+    def asked_before(self, round_number: int) -> list[SiteDescription]:
+        """Return the sites that an earlier process asked for a round, from the audit log."""
+        found: dict[str, SiteDescription] = {}
+        for details in self._earlier(Event.ROUND_ASKED, round_number):
+            for name, size in zip(details["sites"], details["declared_records"], strict=True):
+                found[name] = SiteDescription(site=name, declared_records=size, version="")
+        return list(found.values())
+
+    def _earlier(self, event: Event, round_number: int) -> list[dict[str, Any]]:
+        """Return what the audit log holds of this job and round."""
+        return [
+            entry.details
+            for entry in read(self._log.folder)
+            if entry.event == event
+            and (entry.details.get("job"), entry.details.get("round")) == (self._job, round_number)
+        ]
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """See `Observer`; a round that became durable just before the process died gets its entry now."""
+        record = checkpoint.history[-1]
+        if record.round and not self._earlier(Event.ROUND_COMPLETED, record.round):
+            self._round_completed(record)
 
     def roster(self, sites: Sequence[SiteDescription]) -> None:
         """See `Observer`."""
         for site in sites:
             self._refused.pop(site.site, None)
+            self._sizes[site.site] = site.declared_records
         self._submission.note(sites=sorted(site.site for site in sites), refused=self._refused, waiting=None)
 
     def site_refused(self, site: str, reason: str) -> None:
@@ -118,6 +153,7 @@ class _Recorder(Observer):
             job=self._job,
             round=round_number,
             sites=list(sites),
+            declared_records=[self._sizes[site] for site in sites],
             adapter_sha256=sha256,
             bytes=len(adapter),
         )
@@ -144,8 +180,11 @@ class _Recorder(Observer):
             record.seconds,
         )
         if record.round:
-            epsilon = record.epsilon_max
-            self._log.append(
-                Event.ROUND_COMPLETED, job=self._job, round=record.round, sites=record.sites, epsilon_max=epsilon
-            )
+            self._round_completed(record)
         self._submission.note(round=record.round, metrics=record.metrics, waiting=None)
+
+    def _round_completed(self, record: RoundRecord) -> None:
+        epsilon = record.epsilon_max
+        self._log.append(
+            Event.ROUND_COMPLETED, job=self._job, round=record.round, sites=record.sites, epsilon_max=epsilon
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -29,11 +29,13 @@ class Authority:
         signed_job: the job as its signer signed it.
         key: the coordinator's key, which the signed job names.
         registered: returns node id -> name under which the node's key was admitted.
+        asked_before: returns the sites that an earlier process of this run asked for a round.
     """
 
     signed_job: SignedJob
     key: SigningKey
     registered: Callable[[], Mapping[int, str]]
+    asked_before: Callable[[int], Sequence[SiteDescription]] = lambda round_number: ()
 
     def order(self, round_number: int, adapter: bytes) -> Order:
         """Return the signatures that go with one round's request."""

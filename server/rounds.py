@@ -38,6 +38,9 @@ from shared.privacy.statement import SiteRelease
 
 RETRY_SECONDS = 2.0
 _LONGEST_POLL_SECONDS = 1.0
+# A request may be lost with the process that pulled it, while its node stays online. Sites answer a repeated one with what
+# they stored, so asking again costs no budget; each time after twice as long.
+ASK_AGAIN_SECONDS = 30.0
 
 
 class TooFewSites(RunError):
@@ -98,6 +101,10 @@ def run_rounds(
     last = min(job.training.rounds, stop_after or job.training.rounds)
     if resume_from and resume_from.round_number >= last:
         return resume_from
+    if resume_from:
+        observer.resumed(resume_from)
+    if resume_from and authority:
+        resume_from = _with_interrupted_round(resume_from, authority, job)
     sites = roster.wait()
     checkpoint = resume_from or _before_training(coordinator)
     while checkpoint.round_number < last:
@@ -144,18 +151,22 @@ def _run_round(
     asked = select_sites(sites, job, round_number)
     # 2. Send the same bytes to everyone.
     adapter = adapters.encode(checkpoint.adapter)
-    order = coordinator.authority.order(round_number, adapter) if coordinator.authority else None
-    content = TrainRequest(job=job, round_number=round_number, adapter=adapter, order=order)
-    requests = [
-        Message(pack_request(content), dst_node_id=node, message_type=TRAIN, group_id=str(round_number))
-        for node in asked
-    ]
+
+    def requests(nodes: Sequence[int]) -> list[Message]:
+        order = coordinator.authority.order(round_number, adapter) if coordinator.authority else None
+        content = TrainRequest(job=job, round_number=round_number, adapter=adapter, order=order)
+        return [
+            Message(pack_request(content), dst_node_id=node, message_type=TRAIN, group_id=str(round_number))
+            for node in nodes
+        ]
+
     observer.round_started(round_number, [sites[node].site for node in asked], adapter)
     # 3. Collect until everyone answered or time is up.
     replies: dict[str, TrainReply] = {}
     failed: dict[str, str] = {}
     unanswered = {sites[node].site for node in asked}
-    for node, message in _exchange(grid, requests, job.federation.round_timeout_seconds, len(asked)):
+    timeout = job.federation.round_timeout_seconds
+    for node, message in _exchange(grid, requests, asked, timeout=timeout, repeat=coordinator.authority is not None):
         name = sites[node].site
         answer = unpack_reply(message)
         if isinstance(answer, Refusal):
@@ -166,7 +177,7 @@ def _run_round(
             unanswered.discard(name)
         observer.site_done(round_number, name)
     for name in unanswered - failed.keys():
-        failed[name] = f"no answer within {job.federation.round_timeout_seconds:g} s"
+        failed[name] = f"no answer within {timeout:g} s"
     # 4. Check every reply before it may touch the adapter.
     updates: dict[str, dict[str, Tensor]] = {}
     made: dict[str, TrainReply] = {}
@@ -327,7 +338,7 @@ def _account_unanswered(
             steps_planned=plan.planned_steps,
             private=plan.private,
         )
-        if round_number not in release.unanswered:
+        if round_number not in (*release.unanswered, *release.rounds):
             per_round = plan.mechanism(job.training.local_steps) if plan.private else None
             unanswered = (*release.unanswered, round_number)
             result[site.site] = replace(release, unanswered=unanswered, per_round=per_round)
@@ -343,27 +354,57 @@ def _merged(events: Sequence[GaussianSteps]) -> tuple[GaussianSteps, ...]:
     return tuple(GaussianSteps(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in steps.items())
 
 
-def _exchange(grid: Grid, requests: Sequence[Message], timeout: float, quorum: int) -> list[tuple[int, Message]]:
-    """Send and collect (node that was asked, reply) until `quorum` came or `timeout` seconds passed.
+def _with_interrupted_round(checkpoint: Checkpoint, authority: Authority, job: Job) -> Checkpoint:
+    """Return the checkpoint with those noted whom an earlier process asked for the next round before it died.
+
+    They may have executed it, and may not be there any more when it is asked for again.
+    """
+    following = checkpoint.round_number + 1
+    releases = _account_unanswered(checkpoint.releases, authority.asked_before(following), job, following)
+    return replace(checkpoint, releases=releases)
+
+
+def _exchange(
+    grid: Grid,
+    requests: Callable[[Sequence[int]], list[Message]],
+    nodes: Sequence[int],
+    *,
+    timeout: float,
+    repeat: bool,
+) -> list[tuple[int, Message]]:
+    """Ask `nodes` and collect (node that was asked, reply) until all answered or `timeout` seconds passed.
 
     Flower's own `send_and_receive` polls every three seconds; this begins with every tenth of one. A reply is matched by the
     request that it answers: an error about a lost message comes from the SuperLink, not from the node.
+
+    Args:
+        requests: makes the messages for some nodes, signed now.
+        repeat: ask those again who are silent; only for sites that answer a repeated request as the first.
     """
-    waiting = {identifier for identifier in grid.push_messages(requests) if identifier}
-    node_of = {request.metadata.message_id: request.metadata.dst_node_id for request in requests}
-    started = time.monotonic()
-    collected: list[tuple[int, Message]] = []
-    while waiting and len(collected) < quorum:
+    node_of: dict[str, int] = {}
+
+    def ask(some: Sequence[int]) -> None:
+        messages = requests(some)
+        pushed = set(grid.push_messages(messages))
+        metadata = [message.metadata for message in messages]
+        node_of.update({facts.message_id: facts.dst_node_id for facts in metadata if facts.message_id in pushed})
+
+    ask(nodes)
+    started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
+    collected: dict[int, Message] = {}
+    while waiting := {identifier for identifier, node in node_of.items() if node not in collected}:
         arrived = list(grid.pull_messages(waiting))
         for message in arrived:
-            answered = message.metadata.reply_to_message_id
-            if answered in waiting:
-                waiting.discard(answered)
-                collected.append((node_of[answered], message))
+            node = node_of.get(message.metadata.reply_to_message_id)
+            if node is not None:
+                collected.setdefault(node, message)
         elapsed = time.monotonic() - started
-        if not waiting or elapsed > timeout:
+        if elapsed > timeout:
             break
+        if repeat and elapsed > ask_again:
+            ask([node for node in nodes if node not in collected])
+            ask_again += 2 * ask_again
         if not arrived:
             # A long round is asked about less often: the delay stays within two percent of it.
             time.sleep(min(max(POLL_SECONDS, elapsed / 50), _LONGEST_POLL_SECONDS))
-    return collected
+    return list(collected.items())

@@ -14,6 +14,7 @@ import logging.handlers
 import os
 import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -131,7 +132,7 @@ class SuperLink:
     @contextlib.contextmanager
     def control(self) -> Iterator[Control]:
         """Return a client of the Control API."""
-        client = Control(self._control_port, self._files.ca_certificate)
+        client = Control(self._control_port, self._files)
         try:
             yield client
         finally:
@@ -158,11 +159,12 @@ class SuperLink:
 class Control:
     """The Control API on loopback: who may connect, which runs there are."""
 
-    def __init__(self, port: int, ca_certificate: Path) -> None:
+    def __init__(self, port: int, files: SuperLinkFiles) -> None:
+        self._database = files.database
         self._client = ControlHttpClient.from_server_address(
             server_address=f"{CONTROL_HOST}:{port}",
             insecure=False,
-            root_certificates=ca_certificate.read_bytes(),
+            root_certificates=files.ca_certificate.read_bytes(),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
 
@@ -187,10 +189,24 @@ class Control:
         ]
 
     def register(self, name: str, public_key: ec.EllipticCurvePublicKey) -> int:
-        """Let a key connect and return its node id."""
+        """Let a key connect and return its node id; also one that was unregistered before."""
+        self._forget(public_key_to_bytes(public_key))
         request = RegisterNodeRequest(public_key=public_key_to_bytes(public_key), name=name)
         with _explained():
             return int(self._client.RegisterNode(request).node_id)
+
+    def _forget(self, public_key: bytes) -> None:
+        """Remove what Flower remembers of an unregistered key.
+
+        It would refuse that key for ever, so a certificate that is renewed after it expired could not be admitted.
+        """
+        try:
+            with contextlib.closing(sqlite3.connect(self._database, timeout=30)) as database, database:
+                database.execute("DELETE FROM node WHERE public_key = ? AND status = 'unregistered'", (public_key,))
+        except sqlite3.Error as error:
+            raise RunError(
+                f"{self._database} cannot be written: {error}; free space or mend the permissions."
+            ) from None
 
     def unregister(self, node_id: int) -> None:
         """Let a key connect no more; its very next call is refused."""

@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import httpx
+
 from server.home import CoordinatorHome
 from server.submission import Submission, submissions
 from server.superlink import Control, SuperLink, public_key_bytes, server_bundle
@@ -108,9 +110,10 @@ class Supervisor:
             self._admit(self._control())
             self._drive(self._control())
             self._say("running")
-        except SilotuneError as error:
-            log.error("%s", error)
-            self._say("troubled", problem=str(error))
+        except (SilotuneError, OSError, httpx.HTTPError) as error:
+            problem = str(error) or type(error).__name__
+            log.error("%s", problem)
+            self._say("troubled", problem=problem)
 
     def _control(self) -> Control:
         """Return the one client of the running SuperLink; a TLS handshake for every question would cost more."""
@@ -166,10 +169,16 @@ class Supervisor:
                 until = site.not_after.isoformat() if site.not_after else None
                 log.info("site %s may connect until %s", site.name, until)
                 self._log.append(Event.SITE_REGISTERED, site=site.name, until=until)
-        self._nodes = {
-            site.name: {"online": key in registered and registered[key].online, "until": str(site.not_after)}
-            for key, site in valid.items()
-        }
+        nodes: dict[str, Any] = {}
+        for key, site in valid.items():
+            # While a key is exchanged, a site has two.
+            online = key in registered and registered[key].online
+            before = nodes.get(site.name, {"online": False, "until": ""})
+            nodes[site.name] = {
+                "online": online or before["online"],
+                "until": max(str(site.not_after), before["until"]),
+            }
+        self._nodes = nodes
 
     # --- jobs ---
 
@@ -233,6 +242,11 @@ class Supervisor:
         )
 
     def _say(self, state: str, **facts: object) -> None:
+        # A full disk, or a certificate that is just being exchanged, must not end a coordinator that only wants to say so.
+        with contextlib.suppress(SilotuneError):
+            self._write_status(state, facts)
+
+    def _write_status(self, state: str, facts: Mapping[str, object]) -> None:
         write_json(
             self.home.status,
             {

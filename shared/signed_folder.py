@@ -37,6 +37,7 @@ def verify_folder(folder: Path, key: VerifyKey | None = None) -> VerifyKey:
         content = json.loads(path.read_text(encoding="utf-8"))
         files, text = dict(content["files"]), str(content["signer"])
         signature = base64.b64decode(content["signature"], validate=True)
+        signed = canonical_json(files).encode()
     except (OSError, ValueError, KeyError, TypeError):
         raise TrustError(
             f"{folder} carries no readable {SIGNATURE_FILE}; it was not signed by a coordinator."
@@ -44,7 +45,7 @@ def verify_folder(folder: Path, key: VerifyKey | None = None) -> VerifyKey:
     signer = VerifyKey.parse(text)
     if key is not None and signer != key:
         raise TrustError(f"{folder} was signed by {signer.text}, expected {key.text}.")
-    signer.verify(_PURPOSE, canonical_json(files).encode(), signature)
+    signer.verify(_PURPOSE, signed, signature)
     found = _hashes(folder)
     for name in sorted({*files, *found}):
         if files.get(name) != found.get(name):

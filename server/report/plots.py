@@ -153,7 +153,7 @@ def site_spend(sites: Sequence[SiteRecord], *, prefix: str, alt: str) -> Markup:
     """Epsilon spent against the budget, one bar for each site, in up to three panels."""
     num_panels = min(math.ceil(len(sites) / SITES_PER_PANEL), PANELS_PER_FIGURE)
     rows = math.ceil(len(sites) / num_panels)
-    reach = max((v for s in sites for v in (s.epsilon_spent, s.epsilon_budget) if v and math.isfinite(v)), default=1)
+    reach = max((v for s in sites for v in (s.epsilon_stated, s.epsilon_budget) if v and math.isfinite(v)), default=1)
     row_height = 0.27 if num_panels == 1 else 0.2
     height = rows * row_height + 0.5
     with _figure(height) as figure:
@@ -273,7 +273,7 @@ def _label_ends(axes: Any, metric: str, lines: Sequence[Line]) -> None:
 def _draw_site_bars(axes: Any, sites: Sequence[SiteRecord], *, rows: int, reach: float, compact: bool) -> None:
     font = 8 if compact else 9
     for row, site in enumerate(sites):
-        spent = site.epsilon_spent or 0.0
+        spent = site.epsilon_stated or 0.0
         if site.epsilon_budget is not None:
             axes.barh(row, min(site.epsilon_budget, reach), height=0.62, color=TRACK)
         void = site.randomness == "injected"
@@ -299,7 +299,7 @@ def _draw_site_bars(axes: Any, sites: Sequence[SiteRecord], *, rows: int, reach:
         )
         budget = "" if site.epsilon_budget is None else f" of {format_budget(site.epsilon_budget)}"
         axes.annotate(
-            f"{format_epsilon(site.epsilon_spent)}{budget}",
+            f"{format_epsilon(site.epsilon_stated)}{budget}",
             (1, row),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),

@@ -98,16 +98,23 @@ class SiteRecord(_Record):
     epsilon_budget: Positive | None = None
     epsilon_spent: Positive | None = None
     epsilon_spent_prv: Positive | None = None
+    epsilon_bound: Positive | None = None
+    rounds_unanswered: tuple[int, ...] = ()
     accountant: str | None = None
     randomness: Literal["os", "injected"] | None = None
     declared_records: Count | None = None
     statement: str | None = None
 
     @property
+    def epsilon_stated(self) -> float | None:
+        """What the site has spent at most: requests that were never answered count as executed."""
+        return self.epsilon_spent if self.epsilon_bound is None else self.epsilon_bound
+
+    @property
     def over_budget(self) -> bool:
-        if self.epsilon_spent is None or self.epsilon_budget is None:
+        if self.epsilon_stated is None or self.epsilon_budget is None:
             return False
-        return self.epsilon_spent > self.epsilon_budget * (1 + 1e-6)
+        return self.epsilon_stated > self.epsilon_budget * (1 + 1e-6)
 
 
 class ComposedEpsilon(_Record):
@@ -164,7 +171,7 @@ class Arm:
         """The largest epsilon that any site spent, or the last one of the round records."""
         if not self.private:
             return None
-        spent = [site.epsilon_spent for site in self.sites if site.epsilon_spent is not None]
+        spent = [site.epsilon_stated for site in self.sites if site.epsilon_stated is not None]
         recorded = [record.epsilon_max for record in self.rounds if record.epsilon_max is not None]
         return max(spent or recorded[-1:], default=None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -349,8 +350,13 @@ for _ in sys.stdin:
 
 @pytest.mark.usefixtures("free_accounting")
 def test_kill_at_any_moment_leaves_a_log_that_heals(home: Home, tmp_path: Path) -> None:
+    def head_sequence() -> int:
+        return int(json.loads((home.log_folder / "head.json").read_text())["sequence"])
+
     seed = random.randrange(1 << 32)
     delays = random.Random(seed)
+    with home.opened():
+        pass
     nursery = subprocess.Popen(
         [sys.executable, "-c", WORKER, str(tmp_path)],
         cwd=ROOT,
@@ -363,13 +369,18 @@ def test_kill_at_any_moment_leaves_a_log_that_heals(home: Home, tmp_path: Path) 
     gaps = 0
     try:
         for _ in range(25):
+            goal = head_sequence() + delays.randrange(6)
             nursery.stdin.write("start\n")
             nursery.stdin.flush()
             worker = int(nursery.stdout.readline())
-            time.sleep(delays.uniform(0.0, 0.12))
+            # However busy the machine is, the worker gets to charge something; then it dies at any moment.
+            deadline = time.monotonic() + 60
+            while head_sequence() < goal and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            time.sleep(delays.uniform(0.0, 0.006))
             os.kill(worker, signal.SIGKILL)
             assert nursery.stdout.readline().strip() == str(int(signal.SIGKILL)), f"it ended by itself, seed {seed}"
-            before = len(home.events()) if (home.log_folder / "head.json").exists() else 0
+            before = len(home.events())
             with home.opened() as ledger:
                 gaps += len(ledger.entries()) > before
             home.check()

@@ -748,23 +748,33 @@ def test_threads_may_share_a_log(folder: Path) -> None:
     assert sorted(numbers(folder)) == sorted([*range(15)] * 4)
 
 
+def head_sequence(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / "head.json").read_text())["sequence"])
+    except FileNotFoundError:
+        return 0
+
+
 def test_kill_at_any_moment_loses_no_acknowledged_entry(folder: Path, tmp_path: Path) -> None:
     acknowledgements = tmp_path / "acknowledged"
     acknowledgements.touch()
     seed = random.randrange(1 << 32)
     delays = random.Random(seed)
+    opened(folder)
     nursery = python(WORKER, str(folder), str(acknowledgements))  # forks one worker for each line, the imports done
-    num_notes = 0
     try:
         for attempt in range(40):
+            # However busy the machine is, the worker gets to write some entries; then it dies at any moment.
+            goal = head_sequence(folder) + delays.randrange(6)
             say(nursery, "start")
             worker = int(hear(nursery))
-            time.sleep(delays.uniform(0.0, 0.06))
+            deadline = time.monotonic() + 60
+            while head_sequence(folder) < goal and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            time.sleep(delays.uniform(0.0, 0.004))
             os.kill(worker, signal.SIGKILL)
             assert hear(nursery) == str(int(signal.SIGKILL)), "the worker ended by itself"
-            if not (folder / "head.json").exists():
-                continue  # killed before it began
-            num_notes += any("while" in note for note in check(folder).notes)
+            check(folder)
             acknowledged = [int(line) for line in acknowledgements.read_text().splitlines()]
             opened(folder)  # repairs
             assert not any("while" in note for note in check(folder).notes), f"seed {seed}"

@@ -162,3 +162,43 @@ def test_privacy_record_can_be_recomputed_with_dp_accounting_alone() -> None:
 
 def test_an_empty_statement_has_a_text() -> None:
     assert Statement(one_site="x").as_dict()["text"].startswith("x\n\nNot covered: ")
+
+
+# --- requests that were never answered ---
+
+UNSURE = replace(RELEASE, unanswered=(3, 5), per_round=steps(4))
+
+
+def test_a_request_that_was_never_answered_is_counted_as_executed() -> None:
+    assert UNSURE.epsilon == RELEASE.epsilon
+    assert pytest.approx(compose_epsilon([steps(38)], 1e-5), rel=1e-12) == UNSURE.epsilon_bound
+    assert UNSURE.epsilon_bound > UNSURE.epsilon
+    text = site_statement(UNSURE, "run")
+    assert f"({at_least(UNSURE.epsilon_bound)}," in text
+    assert "the requests of round 3, 5, which were never answered here" in text
+    record = privacy_record(UNSURE, "run")
+    assert record["rounds_unanswered"] == [3, 5]
+    assert record["epsilon_spent"] == UNSURE.epsilon
+    assert record["epsilon_bound"] == UNSURE.epsilon_bound
+
+
+def test_a_site_that_never_answered_is_not_said_to_have_released_nothing() -> None:
+    silent = replace(RELEASE, events=(), rounds=(), unanswered=(1,), per_round=steps(4))
+    assert "released nothing" not in site_statement(silent, "run")
+    assert f"({at_least(compose_epsilon([steps(4)], 1e-5))}," in site_statement(silent, "run")
+
+
+def test_the_run_states_the_site_that_may_have_spent_most() -> None:
+    sure = replace(RELEASE, site="sure", events=(steps(31),))
+    assert UNSURE.epsilon < sure.epsilon < UNSURE.epsilon_bound
+    statement = run_statement([sure, UNSURE], "run")
+    assert at_least(UNSURE.epsilon_bound) in statement.one_site
+    assert "counted as executed" in statement.one_site
+    assert statement.up_to_m_sites[0]["epsilon"] == UNSURE.epsilon_bound
+    both = compose_epsilon([steps(31), steps(38)], 1e-5)
+    assert statement.up_to_m_sites[1]["epsilon"] == pytest.approx(both, rel=1e-12)
+
+
+def test_without_protection_there_is_no_bound_either() -> None:
+    assert math.isinf(replace(UNSURE, randomness="injected").epsilon_bound)
+    assert privacy_record(replace(UNSURE, private=False, events=()), "run")["epsilon_bound"] is None

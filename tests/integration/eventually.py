@@ -1,0 +1,16 @@
+"""Waiting for what other processes do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def eventually(condition: Callable[[], Any], *, timeout: float = 90.0) -> Any:
+    """Return the first true value of `condition`; the limit is generous, for machines that are busy."""
+    deadline = time.monotonic() + timeout
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"it did not happen within {timeout:g} s"
+        time.sleep(0.1)
+    return found
