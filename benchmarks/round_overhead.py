@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from shared.config import Job, parse
-from shared.pki import load_private_key
+from shared.node_keys import load_private_key
 from shared.version import silotune_version
 from simulations.federation import HOST, Federation, round_overheads
 

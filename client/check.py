@@ -13,10 +13,10 @@ from client.home import SiteHome, load_identity, open_log, open_site
 from client.ledger import Ledger
 from client.policy import load_policy
 from shared.audit_log import verify
+from shared.certificates import expiry_warning
 from shared.datasets import read_records
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
-from shared.pki import expiry_warning
 from shared.signing import load_verify_key
 
 Outcome = Literal["ok", "warning", "failed"]
@@ -65,6 +65,8 @@ def check_site(home: SiteHome, *, passphrase: str | None, connect: bool = True) 
             outcome, text = test()
         except SilotuneError as error:
             outcome, text = "failed", str(error)
+        except OSError as error:
+            outcome, text = "failed", f"{error.filename or home.path}: {error.strerror}"
         yield Finding(name=name, outcome=outcome, text=text)
 
 

@@ -19,18 +19,14 @@ from client.config import SiteConfig
 from client.home import SiteHome, check_holder
 from client.status import read_status
 from shared.atomic import write_bytes, write_text
+from shared.certificates import fingerprint, load_certificate
 from shared.config import parse
 from shared.errors import RunError, TrustError
 from shared.keystore import new_key, passphrase_from_environment, save_secret
-from shared.pki import (
-    fingerprint,
-    load_certificate,
-    load_private_key,
-    make_request,
-    save_private_key,
-    verify_certificate,
-)
+from shared.node_keys import load_private_key, save_private_key
+from shared.pki import make_request
 from shared.signing import SigningKey, VerifyKey, load_verify_key, save_signing_key
+from shared.trust_store import verify_certificate
 
 site_app = typer.Typer(
     name="site", help="Run a site: a node that trains on records that stay here.", no_args_is_help=True

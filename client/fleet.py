@@ -181,12 +181,10 @@ class FleetConnection:
         message.metadata.__dict__["_message_id"] = tree.object_id
         return message
 
-    def push(self, reply: Message, *, seconds: float) -> int:
-        """Send a reply and return the bytes that left.
+    def push(self, reply: Message) -> int:
+        """Send a reply, made with `reply_to`, and return the bytes that left.
 
-        Args:
-            reply: made with `reply_to`.
-            seconds: time that its making took, for the coordinator's statistics.
+        How long its making took is not told, though Flower has a field for it: it depends on the records.
 
         Raises:
             RunOver: the coordinator no longer waits for this reply.
@@ -200,7 +198,7 @@ class FleetConnection:
             node=self._node,
             messages_list=[message_to_proto(remove_content_from_message(reply))],
             message_object_trees=[tree],
-            clientapp_runtime_list=[seconds],
+            clientapp_runtime_list=[0.0],
         )
         with self._explained():
             response = self._stub.PushMessages(request)
@@ -271,6 +269,7 @@ def tls_facts(address: str, ca_certificate: bytes, *, timeout: float = 10.0) -> 
     """
     host, port = split_address(address)
     context = ssl.create_default_context(cadata=ca_certificate.decode("ascii"))
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     try:
         with (

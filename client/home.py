@@ -29,11 +29,13 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.config import SiteConfig
 from shared.audit_log import AuditLog
+from shared.certificates import identity, load_certificate
 from shared.config import load_toml, parse
 from shared.errors import ConfigError, RunError, TrustError
 from shared.keystore import Seal, load_secret
-from shared.pki import identity, load_certificate, load_private_key, verify_certificate
+from shared.node_keys import load_private_key
 from shared.signing import load_signing_key
+from shared.trust_store import verify_certificate
 
 if TYPE_CHECKING:
     from client.site import Site

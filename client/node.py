@@ -118,11 +118,9 @@ class Node:
                 self._stop.wait(BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS)
                 continue
             self._status.say("working", message_type=message.metadata.message_type)
-            started = time.monotonic()
             reply = answer(client_app, message, connection.node_id)
-            seconds = time.monotonic() - started
             try:
-                sent = self._persistently(partial(connection.push, reply, seconds=seconds))
+                sent = self._persistently(partial(connection.push, reply))
                 self._note_sent(site, message, reply, sent)
             except RunOver as error:
                 log.warning("a reply was not taken: %s", error)

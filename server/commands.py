@@ -19,17 +19,13 @@ from rich.table import Table
 from server.home import CoordinatorConfig, CoordinatorHome
 from server.submission import Submission, find, submissions
 from shared.atomic import write_bytes, write_text
+from shared.certificates import expiry_warning, load_certificate
 from shared.errors import RunError
 from shared.keystore import passphrase_from_environment
-from shared.pki import (
-    TrustStore,
-    expiry_warning,
-    load_certificate,
-    make_request,
-    verify_certificate,
-    write_plain_pem_key,
-)
+from shared.node_keys import write_plain_pem_key
+from shared.pki import make_request
 from shared.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
+from shared.trust_store import TrustStore, verify_certificate
 
 coordinator_app = typer.Typer(
     name="coordinator", help="Run the coordinator: admit sites, submit jobs, watch them.", no_args_is_help=True

@@ -24,6 +24,7 @@ from shared.adapters import Shapes
 from shared.config import Job
 from shared.errors import AdapterError, RunError
 from shared.messages import (
+    MALFORMED,
     TRAIN,
     Refusal,
     SiteDescription,
@@ -173,7 +174,8 @@ def _run_round(
             failed[name] = f"{answer.code}: {answer.reason}"
         else:
             replies[name] = answer
-        if not message.has_error():
+        # What came and cannot be trusted may hide an executed round as well.
+        if not message.has_error() and not (isinstance(answer, Refusal) and answer.code == MALFORMED):
             unanswered.discard(name)
         observer.site_done(round_number, name)
     for name in unanswered - failed.keys():
@@ -189,6 +191,8 @@ def _run_round(
             updates[name] = adapters.decode(reply.update, coordinator.update_shapes)
         except (AdapterError, RunError) as error:
             failed[name] = str(error)
+            if name not in made:
+                unanswered.add(name)
     for name in sorted({*replies, *failed}):
         observer.update_judged(round_number, name, replies.get(name), failed.get(name))
     # A release is a release, aggregated or not: account for all that were made under this plan.

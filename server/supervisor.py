@@ -22,9 +22,10 @@ from server.submission import Submission, submissions
 from server.superlink import Control, SuperLink, public_key_bytes, server_bundle
 from shared.atomic import write_json
 from shared.audit_log import Event
+from shared.certificates import load_certificate
 from shared.errors import RunError, SilotuneError, TrustError
 from shared.keystore import passphrase_from_environment
-from shared.pki import TrustStore, load_certificate, verify_certificate
+from shared.trust_store import TrustStore, verify_certificate
 
 log = logging.getLogger("silotune.coordinator")
 

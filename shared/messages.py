@@ -24,6 +24,7 @@ from shared.signing import SignedJob
 
 TRAIN = "train"
 DESCRIBE = "query.describe"
+MALFORMED = "Malformed"
 _HEADER, _ADAPTER, _BUFFER = "silotune", "adapter", "bytes"
 # Flower's own serialisation would let the sender's header decide how much memory the receiver allocates.
 _RAW_BYTES = "silotune.bytes"
@@ -207,7 +208,7 @@ def unpack_description(message: Message) -> SiteDescription | Refusal:
             version=str(header["version"]),
         )
     except _MALFORMED:
-        return Refusal(site="", code="Malformed", reason="the site's description could not be read")
+        return Refusal(site="", code=MALFORMED, reason="the site's description could not be read")
 
 
 def unpack_reply(message: Message) -> TrainReply | Refusal:
@@ -233,7 +234,7 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
             epsilon_budget=float(header["epsilon_budget"]),
         )
     except _MALFORMED:
-        return Refusal(site="", code="Malformed", reason="the site's reply could not be read")
+        return Refusal(site="", code=MALFORMED, reason="the site's reply could not be read")
 
 
 def _refusal(message: Message) -> Refusal | None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:  # cryptography is imported by the command that needs it
-    from shared.pki import SiteIdentity
+    from shared.certificates import SiteIdentity
 
 pki_app = typer.Typer(
     name="pki",
@@ -69,16 +69,16 @@ def request(
     passphrase_file: PassphraseOption = None,
 ) -> None:
     """Make a private key, which stays here, and a request for its certificate, which goes to the CA."""
-    from shared import pki
+    from shared import certificates, node_keys, pki
 
     passphrase = _passphrase(passphrase_file)
     key, csr = pki.make_request(name=name, role=role.value, hosts=hosts or ())
     key_path, csr_path = out_dir / f"{name}.key", out_dir / f"{name}.csr"
-    pki.save_private_key(key_path, key, passphrase)
-    pki.write_public(csr_path, csr)
+    node_keys.save_private_key(key_path, key, passphrase)
+    certificates.write_public(csr_path, csr)
     _say_protection(key_path, passphrase)
     typer.echo(f"request: {csr_path}; send it to the CA.")
-    typer.echo(f"fingerprint of the key: {pki.fingerprint(key.public_key())}")
+    typer.echo(f"fingerprint of the key: {certificates.fingerprint(key.public_key())}")
     typer.echo("Read the fingerprint to the CA by telephone: it must be the same there.")
 
 
@@ -98,19 +98,19 @@ def approve(
     """Issue the certificate that a request asks for. Compare the fingerprint with its sender before you hand it out."""
     from cryptography.hazmat.primitives.serialization import Encoding
 
-    from shared import pki
+    from shared import certificates, pki
 
     csr = _read(request_file)
     asked = pki.read_request(csr)
     certificate = pki.approve(ca_dir, csr, days=days, passphrase=_passphrase(passphrase_file), rotate=rotate)
     path = out or request_file.with_suffix(".crt")
-    pki.write_public(path, certificate.public_bytes(Encoding.PEM))
+    certificates.write_public(path, certificate.public_bytes(Encoding.PEM))
     typer.echo(f"certificate: {path}")
     typer.echo(f"{asked.role} {asked.name}, serial {certificate.serial_number:x}")
     if asked.hosts:
         typer.echo(f"hosts: {', '.join(asked.hosts)}")
     typer.echo(f"valid until {_date(certificate.not_valid_after_utc)}")
-    typer.echo(f"fingerprint of the key: {pki.fingerprint(asked.public_key)}")
+    typer.echo(f"fingerprint of the key: {certificates.fingerprint(asked.public_key)}")
     typer.echo("Compare the fingerprint with the sender by telephone before you hand the certificate out.")
 
 
@@ -121,7 +121,7 @@ def install(
 ) -> None:
     """Let sites connect: put their certificates into the coordinator's trust store."""
     from shared.errors import TrustError
-    from shared.pki import TrustStore
+    from shared.trust_store import TrustStore
 
     store = TrustStore(trust_dir)
     for path in certificates:
@@ -169,16 +169,16 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
 ) -> None:
     """List certificates: who may connect, until when, and why not."""
-    from shared import pki
+    from shared import certificates, pki, trust_store
 
     now = datetime.now(UTC)
     is_ca = (folder / "issued").is_dir() or (folder / "ca.key").exists()
-    identities = pki.issued(folder, now) if is_ca else pki.TrustStore(folder).sites(now)
+    identities = pki.issued(folder, now) if is_ca else trust_store.TrustStore(folder).sites(now)
     if as_json:
         typer.echo(json.dumps([_as_json(found) for found in identities], ensure_ascii=False))
     else:
         _print_table(f"Issued by the CA in {folder}" if is_ca else f"Sites in the trust store {folder}", identities)
-    authority = pki.expiry_warning(pki.load_certificate(folder / "ca.crt"), now)
+    authority = certificates.expiry_warning(certificates.load_certificate(folder / "ca.crt"), now)
     for warning in [authority, *(_warning(found, now) for found in identities)]:
         if warning:
             typer.echo(f"warning: {warning}", err=True)
@@ -190,14 +190,14 @@ def signer(
     passphrase_file: PassphraseOption = None,
 ) -> None:
     """Make a key pair for signing jobs, and print the public key for the sites' policies."""
-    from shared import pki, signing
+    from shared import certificates, signing
 
-    pki.check_name(out.name)
+    certificates.check_name(out.name)
     passphrase = _passphrase(passphrase_file)
     key = signing.SigningKey.generate()
     key_path, pub_path = out.with_name(f"{out.name}.key"), out.with_name(f"{out.name}.pub")
     signing.save_signing_key(key_path, key, passphrase)
-    pki.write_public(pub_path, f"{key.verify_key.text}\n".encode())
+    certificates.write_public(pub_path, f"{key.verify_key.text}\n".encode())
     _say_protection(key_path, passphrase)
     typer.echo(f"public key: {pub_path}")
     typer.echo("A site that accepts jobs from this key has this line in its policy.toml, below [signers]:")
@@ -265,15 +265,17 @@ def _as_json(found: SiteIdentity) -> dict[str, Any]:
 
 
 def _warning(found: SiteIdentity, now: datetime) -> str | None:
-    from shared import pki
+    from shared import certificates
 
-    return pki.expiry_warning(pki.load_certificate(found.path), now) if found.state == "valid" else None
+    return (
+        certificates.expiry_warning(certificates.load_certificate(found.path), now) if found.state == "valid" else None
+    )
 
 
 def _fingerprint(found: SiteIdentity) -> str:
-    from shared import pki
+    from shared import certificates
 
-    return "" if found.public_key is None else pki.fingerprint(found.public_key)
+    return "" if found.public_key is None else certificates.fingerprint(found.public_key)
 
 
 def _serial(found: SiteIdentity) -> str:

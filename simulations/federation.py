@@ -42,6 +42,7 @@ from shared.signing import SigningKey, load_verify_key
 from shared.tasks import Record, task_of
 
 HOST = "127.0.0.1"
+COMMAND = ("-m", "cli")
 
 
 @dataclass
@@ -140,9 +141,25 @@ class Federation:
         with _quietly():
             coordinator_commands.install(self.coordinator.path, site=[certificate])
 
-    def revoke(self, name: str) -> None:
-        """Revoke a site's certificates and publish the list to the coordinator."""
-        revoke(self.ca, name, passphrase=None)
+    def rotate(self, name: str) -> None:
+        """Exchange a site's key; the running node takes it up, and the old certificate stays valid."""
+        home = self.site(name)
+        with _quietly():
+            site_commands.rotate(home.path)
+        certificate = self._approve(home.path / f"{name}.csr", f"{name}-next.crt")
+        self.admit(certificate)
+        with _quietly():
+            site_commands.install(home.path, certificate=certificate)
+
+    def renew_server_certificate(self) -> None:
+        """Install a new certificate for the coordinator; it takes it up by itself."""
+        certificate = self._approve(self.coordinator.path / "server.csr", "server-next.crt")
+        with _quietly():
+            coordinator_commands.install(self.coordinator.path, certificate=certificate)
+
+    def revoke(self, target: str) -> None:
+        """Revoke a site's certificates, or the one with a serial number, and publish the list to the coordinator."""
+        revoke(self.ca, target, passphrase=None)
         publish(self.ca, self.coordinator.trust)
 
     def start_coordinator(self) -> None:
@@ -150,9 +167,13 @@ class Federation:
         self._spawn("coordinator", ["coordinator", "start", str(self.coordinator.path)])
         self._await("the coordinator", lambda: self.coordinator.read_status().get("state") == "running")
 
-    def start_site(self, name: str) -> None:
-        """Start a site's node; it connects by itself."""
-        self._spawn(name, ["site", "start", str(self.site(name).path)])
+    def start_site(self, name: str, *, program: Sequence[str] = COMMAND) -> None:
+        """Start a site's node; it connects by itself.
+
+        Args:
+            program: arguments of Python that start `silotune`; a test gives one that misbehaves.
+        """
+        self._spawn(name, ["site", "start", str(self.site(name).path)], program=program)
 
     def submit(self, job: Job, evaluation: Sequence[Record], *, compute: ComputeConfig | None = None) -> Submission:
         """Sign a job and hand it to the coordinator."""
@@ -209,10 +230,10 @@ class Federation:
         path.write_bytes(certificate.public_bytes(Encoding.PEM))
         return path
 
-    def _spawn(self, name: str, arguments: list[str]) -> None:
+    def _spawn(self, name: str, arguments: Sequence[str], *, program: Sequence[str] = COMMAND) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(  # noqa: S603 (our own command)
-                [sys.executable, "-m", "cli", *arguments],
+                [sys.executable, *program, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -350,8 +349,12 @@ for _ in sys.stdin:
 
 @pytest.mark.usefixtures("free_accounting")
 def test_kill_at_any_moment_leaves_a_log_that_heals(home: Home, tmp_path: Path) -> None:
-    def head_sequence() -> int:
-        return int(json.loads((home.log_folder / "head.json").read_text())["sequence"])
+    def wait_for_writes(file: Path, num: int) -> None:
+        deadline, last = time.monotonic() + 60, file.stat().st_mtime_ns
+        while num and time.monotonic() < deadline:
+            if file.stat().st_mtime_ns != last:
+                num, last = num - 1, file.stat().st_mtime_ns
+            time.sleep(0.0002)
 
     seed = random.randrange(1 << 32)
     delays = random.Random(seed)
@@ -369,15 +372,12 @@ def test_kill_at_any_moment_leaves_a_log_that_heals(home: Home, tmp_path: Path) 
     gaps = 0
     try:
         for _ in range(25):
-            goal = head_sequence() + delays.randrange(6)
             nursery.stdin.write("start\n")
             nursery.stdin.flush()
             worker = int(nursery.stdout.readline())
             # However busy the machine is, the worker gets to charge something; then it dies at any moment.
-            deadline = time.monotonic() + 60
-            while head_sequence() < goal and time.monotonic() < deadline:
-                time.sleep(0.0005)
-            time.sleep(delays.uniform(0.0, 0.006))
+            wait_for_writes(delays.choice([home.path, home.log_folder / "head.json"]), delays.randrange(6))
+            time.sleep(delays.uniform(0.0, 0.003))
             os.kill(worker, signal.SIGKILL)
             assert nursery.stdout.readline().strip() == str(int(signal.SIGKILL)), f"it ended by itself, seed {seed}"
             before = len(home.events())
@@ -387,5 +387,5 @@ def test_kill_at_any_moment_leaves_a_log_that_heals(home: Home, tmp_path: Path) 
     finally:
         nursery.kill()
         nursery.communicate()
-    assert len(home.events()) > 50, "too little was charged: the test saw nothing"
+    assert len(home.events()) > 20, "too little was charged: the test saw nothing"
     assert gaps, "no worker was killed between ledger and log: the test saw nothing"

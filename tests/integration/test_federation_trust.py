@@ -37,7 +37,7 @@ from shared.audit_log import Entry, Event
 from shared.config import Job, load_toml
 from shared.errors import ConfigError, TrustError
 from shared.messages import DESCRIBE, SiteDescription, pack_description, unpack_describe
-from shared.pki import approve, create_ca, make_request
+from shared.pki import approve, create_ca, make_request, write_public
 from shared.signing import SigningKey
 from simulations.federation import HOST, Federation, change_toml, free_port
 from tests.conftest import Outcome
@@ -117,7 +117,7 @@ def running(
     submission = federation.submit(job, evaluation_records)
     eventually(lambda: submission.state().get("round", 0) >= 1)
     yield submission
-    if submission.is_open:
+    if submission.is_open and "coordinator" in federation.processes:
         submission.request_stop()
         federation.wait(submission, timeout=60)
 
@@ -145,17 +145,15 @@ def rounds_of(submission: Submission) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("}")]
 
 
-def site_key(federation: Federation, name: str) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
+def site_key(name: str) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
     """Return a site's key and its request; the site has no folder."""
     return make_request(name=name, role="site")
 
 
-def admit(federation: Federation, name: str, request: bytes, *, until: datetime | None = None) -> Path:
-    """Have the CA approve a request and the coordinator admit it; `until` is at most a day from now."""
-    now = None if until is None else until - timedelta(days=1)
-    certificate = approve(federation.ca, request, days=365 if until is None else 1, passphrase=None, now=now)
+def admit(federation: Federation, name: str, request: bytes) -> Path:
+    """Have the CA approve a request and the coordinator admit it."""
     path = federation.folder / f"{name}.crt"
-    path.write_bytes(certificate.public_bytes(Encoding.PEM))
+    path.write_bytes(approve(federation.ca, request, passphrase=None).public_bytes(Encoding.PEM))
     federation.admit(path)
     return path
 
@@ -223,12 +221,18 @@ def test_a_coordinator_of_another_ca_is_not_talked_to(federation: Federation, tm
 
 
 def test_an_expired_certificate_ends_the_connection_and_its_renewal_mends_it(federation: Federation) -> None:
-    key, request = site_key(federation, "short")
-    admit(federation, "short", request, until=datetime.now(UTC) + timedelta(seconds=12))
+    key, request = site_key("short")
+    admit(federation, "short", request)
     connection = connection_of(federation, key)
     try:
         eventually(lambda: activated(connection))
         assert connection.pull() is None
+        # Its certificate is exchanged for one that ends in three seconds.
+        begin = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=3)
+        ending = approve(federation.ca, request, days=1, passphrase=None, now=begin)
+        (admitted,) = federation.coordinator.trust.glob("sites/short-*.crt")
+        write_public(admitted.with_name("short-ending.crt"), ending.public_bytes(Encoding.PEM))
+        admitted.unlink()
 
         def refusal() -> str:
             try:
@@ -331,7 +335,9 @@ def test_a_job_that_was_changed_after_it_was_signed_is_not_even_sent(
     shown = silotune("coordinator", "status", federation.coordinator.path).out
     assert "0900-tampered: failed" in shown
     assert "what was signed has changed" in shown
-    assert state["problem"] in [e.details["problem"] for e in coordinator_log(federation, Event.JOB_FINISHED)]
+    eventually(
+        lambda: state["problem"] in [e.details["problem"] for e in coordinator_log(federation, Event.JOB_FINISHED)]
+    )
 
 
 # --- code that travels ---
@@ -342,10 +348,10 @@ def test_code_in_a_bundle_runs_at_a_stock_node_and_never_at_ours(federation: Fed
     log = federation.coordinator.superlink_log
     assert "[Fleet.GetFab]" not in log.read_text()
     # 2. Flower's own node joins under a key of its own.
-    key, request = site_key(federation, "stock")
+    key, request = site_key("stock")
     admit(federation, "stock", request)
     pem = tmp_path / "stock.key"
-    pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
     pem.chmod(0o600)
     command = [
         str(Path(sys.executable).parent / "flower-supernode"),
@@ -474,7 +480,7 @@ def test_no_option_turns_tls_or_authentication_off(
 def test_a_site_that_calls_itself_otherwise_than_it_was_admitted_is_refused(
     federation: Federation, running: Submission
 ) -> None:
-    key, request = site_key(federation, "impostor")
+    key, request = site_key("impostor")
     admit(federation, "impostor", request)
     connection = connection_of(federation, key)
     try:
@@ -483,7 +489,7 @@ def test_a_site_that_calls_itself_otherwise_than_it_was_admitted_is_refused(
         assert message.metadata.message_type == DESCRIBE
         assert unpack_describe(message.content) is not None
         description = SiteDescription(site="a", declared_records=32, version="1")
-        connection.push(Message(pack_description(description), reply_to=message), seconds=0.0)
+        connection.push(Message(pack_description(description), reply_to=message))
         reason = eventually(lambda: running.state().get("refused", {}).get("impostor"))
     finally:
         connection.close()

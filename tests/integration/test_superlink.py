@@ -25,7 +25,8 @@ from client.fleet import FleetConnection, NotAdmitted, RunOver, Unreachable, tls
 from server.home import SuperLinkFiles
 from server.superlink import Control, SuperLink, public_key_bytes, pull_promptly
 from shared.errors import RunError, TrustError
-from shared.pki import approve, create_ca, make_request, write_plain_pem_key
+from shared.node_keys import write_plain_pem_key
+from shared.pki import approve, create_ca, make_request
 from simulations.federation import free_port
 from tests.integration.bundles import bundle_with_code
 from tests.integration.eventually import eventually
@@ -349,7 +350,7 @@ def test_a_message_travels_both_ways_whole(
         content = RecordDict({"answer": ConfigRecord({"text": "good day"}), "large": large})
         return Message(content, reply_to=message)
 
-    assert connection.push(reply(), seconds=0.1) > len(BUFFER)
+    assert connection.push(reply()) > len(BUFFER)
     eventually(out.exists)
     assert json.loads(out.read_text()) == {
         "names": {str(node_id): "worker"},
@@ -365,7 +366,7 @@ def test_a_message_travels_both_ways_whole(
     out.with_suffix(".end").touch()
     eventually(lambda: (found := control.run(run_id)) and found.status == "finished:completed")
     with pytest.raises(RunOver):
-        connection.push(reply(), seconds=0.1)
+        connection.push(reply())
 
 
 def test_a_run_that_nobody_started_is_not_known(control: Control) -> None:

@@ -19,10 +19,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from shared import keystore, pki
+from shared import certificates, keystore, node_keys, pki, trust_store
 from shared.errors import RunError, TrustError
 from shared.keystore import save_secret
-from shared.pki import TrustStore, approve, create_ca, make_request, publish, revoke
+from shared.pki import approve, create_ca, make_request, publish, revoke
+from shared.trust_store import TrustStore
 
 NOW = datetime.now(UTC).replace(microsecond=0)
 DAY = timedelta(days=1)
@@ -42,7 +43,7 @@ class Consortium:
         certificate = approve(self.ca, csr, passphrase=None, now=now, **options)
         return key, certificate
 
-    def install(self, certificate: x509.Certificate, now: datetime = NOW) -> pki.SiteIdentity:
+    def install(self, certificate: x509.Certificate, now: datetime = NOW) -> certificates.SiteIdentity:
         return self.store.install(certificate.public_bytes(PEM), now)
 
     def states(self, now: datetime = NOW) -> list[tuple[str, str]]:
@@ -165,7 +166,7 @@ def test_a_folder_without_a_ca_or_with_parts_missing(tmp_path: Path, consortium:
 
 def test_an_issued_site_certificate(consortium: Consortium) -> None:
     key, certificate = consortium.site("north", days=30)
-    assert pki.identity(certificate) == ("north", "site")
+    assert certificates.identity(certificate) == ("north", "site")
     assert certificate.public_key() == key.public_key()
     assert certificate.not_valid_before_utc == NOW - timedelta(minutes=5)
     assert certificate.not_valid_after_utc == NOW + 30 * DAY
@@ -178,12 +179,12 @@ def test_an_issued_site_certificate(consortium: Consortium) -> None:
     assert list(extensions[x509.ExtendedKeyUsage].value) == [ExtendedKeyUsageOID.CLIENT_AUTH]
     names = extensions[x509.SubjectAlternativeName].value
     assert names.get_values_for_type(x509.UniformResourceIdentifier) == ["silotune:site:north"]
-    ca = pki.load_certificate(consortium.ca / "ca.crt")
+    ca = certificates.load_certificate(consortium.ca / "ca.crt")
     authority = ca.extensions.get_extension_for_class(x509.SubjectKeyIdentifier).value
     assert extensions[x509.AuthorityKeyIdentifier].value.key_identifier == authority.digest
     path = consortium.ca / "issued" / f"north-{certificate.serial_number:x}.crt"
-    assert pki.load_certificate(path) == certificate
-    pki.verify_certificate(certificate, ca, NOW)
+    assert certificates.load_certificate(path) == certificate
+    trust_store.verify_certificate(certificate, ca, NOW)
 
 
 def test_an_issued_server_certificate_has_its_hosts(consortium: Consortium) -> None:
@@ -458,14 +459,14 @@ def test_a_crl_number_that_cannot_be_written_is_an_error(
     def fail(path: Path, data: bytes) -> None:
         raise RunError("could not write crl.number: Read-only file system")
 
-    monkeypatch.setattr(pki, "write_public", fail)
+    monkeypatch.setattr(trust_store, "write_public", fail)
     with pytest.raises(TrustError, match=r"newest revocation list cannot be remembered: .*Read-only"):
         consortium.store.sites(NOW)
 
 
 def test_a_crl_without_a_number_is_refused(consortium: Consortium) -> None:
-    ca = pki.load_certificate(consortium.ca / "ca.crt")
-    key = pki.load_private_key(consortium.ca / "ca.key", None)
+    ca = certificates.load_certificate(consortium.ca / "ca.crt")
+    key = node_keys.load_private_key(consortium.ca / "ca.key", None)
     builder = x509.CertificateRevocationListBuilder().issuer_name(ca.subject).last_update(NOW).next_update(NOW + DAY)
     crl = builder.sign(key, hashes.SHA256())
     (consortium.store.folder / "crl.pem").write_bytes(crl.public_bytes(PEM))
@@ -573,8 +574,8 @@ def test_what_is_not_valid_is_not_installed(consortium: Consortium) -> None:
 
 
 def test_a_certificate_by_this_ca_of_another_kind_is_unreadable(consortium: Consortium) -> None:
-    ca = pki.load_certificate(consortium.ca / "ca.crt")
-    ca_key = pki.load_private_key(consortium.ca / "ca.key", None)
+    ca = certificates.load_certificate(consortium.ca / "ca.crt")
+    ca_key = node_keys.load_private_key(consortium.ca / "ca.key", None)
     for key, name, text in [
         (ec.generate_private_key(ec.SECP384R1()), pki._subject("north", "site"), "not ECDSA P-256"),
         (ec.generate_private_key(ec.SECP256R1()), pki._subject("north", "boss"), "the role is 'boss'"),
@@ -584,45 +585,47 @@ def test_a_certificate_by_this_ca_of_another_kind_is_unreadable(consortium: Cons
         with pytest.raises(TrustError, match=text):
             consortium.install(certificate)
         with pytest.raises(TrustError, match=text):
-            pki.identity(certificate)
+            certificates.identity(certificate)
 
 
 def test_verify_certificate_says_what_is_wrong(consortium: Consortium, other_ca: Path) -> None:
-    ca, stranger = (pki.load_certificate(folder / "ca.crt") for folder in (consortium.ca, other_ca))
+    ca, stranger = (certificates.load_certificate(folder / "ca.crt") for folder in (consortium.ca, other_ca))
     _, certificate = consortium.site("north", days=10)
-    pki.verify_certificate(certificate, ca, NOW, x509.load_pem_x509_crl((consortium.ca / "crl.pem").read_bytes()))
+    trust_store.verify_certificate(
+        certificate, ca, NOW, x509.load_pem_x509_crl((consortium.ca / "crl.pem").read_bytes())
+    )
     with pytest.raises(TrustError, match="north was not signed by this CA"):
-        pki.verify_certificate(certificate, stranger, NOW)
+        trust_store.verify_certificate(certificate, stranger, NOW)
     with pytest.raises(TrustError, match=r"north expired on \d{4}-\d\d-\d\d \d\d:\d\d UTC"):
-        pki.verify_certificate(certificate, ca, NOW + 11 * DAY)
+        trust_store.verify_certificate(certificate, ca, NOW + 11 * DAY)
     with pytest.raises(TrustError, match="check the clock"):
-        pki.verify_certificate(certificate, ca, NOW - DAY)
+        trust_store.verify_certificate(certificate, ca, NOW - DAY)
     consortium.revoke("north", NOW + DAY)
     crl = x509.load_pem_x509_crl((consortium.ca / "crl.pem").read_bytes())
     with pytest.raises(TrustError, match=rf"north was revoked on {NOW + DAY:%Y-%m-%d}"):
-        pki.verify_certificate(certificate, ca, NOW, crl)
+        trust_store.verify_certificate(certificate, ca, NOW, crl)
     foreign = x509.load_pem_x509_crl((other_ca / "crl.pem").read_bytes())
     with pytest.raises(TrustError, match="the revocation list was not signed by this CA"):
-        pki.verify_certificate(certificate, ca, NOW, foreign)
+        trust_store.verify_certificate(certificate, ca, NOW, foreign)
 
 
 def test_an_expired_ca_vouches_for_nobody(tmp_path: Path) -> None:
     ca = create_ca(tmp_path, name="x", days=10, **NO_WORD)
     certificate = approve(tmp_path, make_request(name="north", role="site")[1], days=10, **NO_WORD)
     long_lived = pki._builder(certificate.subject, ca.subject, certificate.public_key(), NOW, 20 * DAY).sign(
-        pki.load_private_key(tmp_path / "ca.key", None), hashes.SHA256()
+        node_keys.load_private_key(tmp_path / "ca.key", None), hashes.SHA256()
     )
     with pytest.raises(TrustError, match="the certificate of the CA expired"):
-        pki.verify_certificate(long_lived, ca, NOW + 11 * DAY)
+        trust_store.verify_certificate(long_lived, ca, NOW + 11 * DAY)
 
 
 def test_expiry_warning(consortium: Consortium) -> None:
     _, certificate = consortium.site("north", days=60)
-    assert pki.expiry_warning(certificate, NOW) is None
-    assert pki.expiry_warning(certificate, NOW, days=60) is not None
-    assert "expires in 29 days, on" in str(pki.expiry_warning(certificate, NOW + timedelta(days=30, hours=1)))
-    assert "expires in 1 day, on" in str(pki.expiry_warning(certificate, NOW + 59 * DAY))
-    assert "north expired on" in str(pki.expiry_warning(certificate, NOW + 61 * DAY))
+    assert certificates.expiry_warning(certificate, NOW) is None
+    assert certificates.expiry_warning(certificate, NOW, days=60) is not None
+    assert "expires in 29 days, on" in str(certificates.expiry_warning(certificate, NOW + timedelta(days=30, hours=1)))
+    assert "expires in 1 day, on" in str(certificates.expiry_warning(certificate, NOW + 59 * DAY))
+    assert "north expired on" in str(certificates.expiry_warning(certificate, NOW + 61 * DAY))
 
 
 # --- keys ---------------------------------------------------------------------------------------------------------
@@ -633,29 +636,26 @@ def test_private_key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     key, _ = make_request(name="north", role="site")
     for passphrase in (None, "word"):
         path = tmp_path / f"{passphrase}.key"
-        pki.save_private_key(path, key, passphrase)
-        assert pki.load_private_key(path, passphrase).private_numbers() == key.private_numbers()
+        node_keys.save_private_key(path, key, passphrase)
+        assert node_keys.load_private_key(path, passphrase).private_numbers() == key.private_numbers()
     with pytest.raises(TrustError, match="exists already"):
-        pki.save_private_key(tmp_path / "None.key", key, None)
+        node_keys.save_private_key(tmp_path / "None.key", key, None)
     p384 = ec.generate_private_key(ec.SECP384R1())
-    pki.save_private_key(tmp_path / "p384.key", p384, None)
+    node_keys.save_private_key(tmp_path / "p384.key", p384, None)
     save_secret(tmp_path / "signer.key", bytes(32), passphrase=None)
     for name in ("p384.key", "signer.key"):
         with pytest.raises(TrustError, match="holds a key of another kind; expected an ECDSA P-256 key"):
-            pki.load_private_key(tmp_path / name, None)
-    pki.write_plain_pem_key(tmp_path / "server.pem", key)
+            node_keys.load_private_key(tmp_path / name, None)
+    node_keys.write_plain_pem_key(tmp_path / "server.pem", key)
     assert mode(tmp_path / "server.pem") == 0o600
     loaded = serialization.load_pem_private_key((tmp_path / "server.pem").read_bytes(), None)
     assert isinstance(loaded, ec.EllipticCurvePrivateKey)
     assert loaded.private_numbers() == key.private_numbers()
 
 
-def test_public_key_forms() -> None:
+def test_a_fingerprint_is_the_hash_of_the_public_key() -> None:
     key = make_request(name="north", role="site")[0].public_key()
-    line = pki.openssh_public_key(key)
-    assert line.startswith(b"ecdsa-sha2-nistp256 ")
-    assert serialization.load_ssh_public_key(line) == key
-    groups = pki.fingerprint(key).split(" ")
+    groups = certificates.fingerprint(key).split(" ")
     spki = key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
     digest = hashes.Hash(hashes.SHA256())
     digest.update(spki)
@@ -671,7 +671,7 @@ def server_files(ca: Path, folder: Path, hosts: list[str], now: datetime = NOW, 
     certificate = approve(ca, request, days=days, passphrase=None, now=now, rotate=True)
     folder.mkdir(exist_ok=True)
     (folder / "server.pem").write_bytes(certificate.public_bytes(PEM))
-    pki.write_plain_pem_key(folder / "server.key", key)
+    node_keys.write_plain_pem_key(folder / "server.key", key)
     return folder / "server.pem", folder / "server.key"
 
 
@@ -731,7 +731,7 @@ def test_openssl_refuses(tmp_path: Path, other_ca: Path, hosts: list[str], chang
     if change == "site":
         key, request = make_request(name="north", role="site")
         server[0].write_bytes(approve(tmp_path / "ca", request, **NO_WORD).public_bytes(PEM))
-        pki.write_plain_pem_key(server[1], key)
+        node_keys.write_plain_pem_key(server[1], key)
     trusted = (other_ca if change == "wrong CA" else tmp_path / "ca") / "ca.crt"
     with pytest.raises(ssl.SSLCertVerificationError, match=text):
         shake_hands(server, trusted, "localhost")

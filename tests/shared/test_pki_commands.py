@@ -14,7 +14,7 @@ import pytest
 from cryptography import x509
 from typer.testing import CliRunner
 
-from shared import keystore, pki, signing
+from shared import certificates, keystore, node_keys, pki, signing, trust_store
 from shared.errors import TrustError
 from shared.pki_commands import pki_app
 
@@ -57,7 +57,7 @@ def test_from_the_ca_to_a_connected_site() -> None:
     assert stat.S_IMODE(Path("site/north.key").stat().st_mode) == 0o600
     issued = run("approve ca site/north.csr --days 90")
     assert fingerprint(asked) == fingerprint(issued)
-    certificate = pki.load_certificate(Path("site/north.crt"))
+    certificate = certificates.load_certificate(Path("site/north.crt"))
     assert f"site north, serial {certificate.serial_number:x}" in issued
     pem = Path("site/north.crt").read_text()
     assert pem.startswith("-----BEGIN CERTIFICATE-----\n")
@@ -65,9 +65,9 @@ def test_from_the_ca_to_a_connected_site() -> None:
     assert pem.count("BEGIN") == 1
     assert "revocation list 1 published to trust" in run("publish ca trust")
     assert "north may connect until" in run("install trust site/north.crt")
-    [site] = pki.TrustStore(Path("trust")).sites(datetime.now(UTC))
+    [site] = trust_store.TrustStore(Path("trust")).sites(datetime.now(UTC))
     assert site.state == "valid"
-    assert site.public_key == pki.load_private_key(Path("site/north.key"), None).public_key()
+    assert site.public_key == node_keys.load_private_key(Path("site/north.key"), None).public_key()
 
 
 def test_a_server_and_its_hosts() -> None:
@@ -75,7 +75,7 @@ def test_a_server_and_its_hosts() -> None:
     run("request coordinator --name main --role server --host localhost --host 127.0.0.1")
     output = run("approve ca coordinator/main.csr --out tls/server.pem")
     assert "hosts: localhost, 127.0.0.1" in output
-    assert pki.identity(pki.load_certificate(Path("tls/server.pem"))) == ("main", "server")
+    assert certificates.identity(certificates.load_certificate(Path("tls/server.pem"))) == ("main", "server")
     assert not Path("coordinator/main.crt").exists()
     with pytest.raises(TrustError, match=r"tls/server\.pem: the certificate is not installed: .*one for a server"):
         run("install trust tls/server.pem")
@@ -103,7 +103,7 @@ def test_rotation() -> None:
         run("approve ca new/north.csr")
     run("approve ca new/north.csr --rotate")
     run("install trust site/north.crt new/north.crt")
-    old = pki.load_certificate(Path("site/north.crt"))
+    old = certificates.load_certificate(Path("site/north.crt"))
     assert [found["state"] for found in json.loads(run("show trust --json"))] == ["valid", "valid"]
     run(f"revoke ca {old.serial_number:x} --publish trust")
     states = {found["serial"]: found["state"] for found in json.loads(run("show trust --json"))}
@@ -113,8 +113,8 @@ def test_rotation() -> None:
 
 def test_show() -> None:
     consortium()
-    certificate = pki.load_certificate(Path("site/north.crt"))
-    text = pki.fingerprint(pki.load_private_key(Path("site/north.key"), None).public_key())
+    certificate = certificates.load_certificate(Path("site/north.crt"))
+    text = certificates.fingerprint(node_keys.load_private_key(Path("site/north.key"), None).public_key())
     assert json.loads(run("show ca --json")) == [
         {
             "file": f"north-{certificate.serial_number:x}.crt",
@@ -173,7 +173,7 @@ def test_a_passphrase_from_a_file_or_the_environment(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SILOTUNE_PASSPHRASE_FILE", "word")
     run("approve ca site/north.csr")
     run("revoke ca north")
-    assert pki.load_private_key(Path("site/north.key"), WORD)
+    assert node_keys.load_private_key(Path("site/north.key"), WORD)
     Path("word").chmod(0o644)
     with pytest.raises(TrustError, match="run: chmod 600 word"):
         run("signer ops")
