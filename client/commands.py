@@ -141,13 +141,14 @@ def check(
     """Test certificate, clock, connection, device, data, disk and ledger, and say what to mend."""
     from client.check import check_site
 
-    marks = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "failed": "[red]failed[/]"}
+    styles = {"ok": "green", "warning": "yellow", "failed": "red"}
     console = Console()
     findings = []
     for finding in check_site(SiteHome(home), passphrase=passphrase_from_environment(), connect=not offline):
         findings.append(finding)
         if not as_json:
-            console.print(f"{marks[finding.outcome]:<20} [bold]{finding.name}[/]: ", end="", highlight=False)
+            mark = f"[{styles[finding.outcome]}]{finding.outcome:<8}[/]"
+            console.print(f"{mark} [bold]{finding.name}[/]: ", end="", highlight=False)
             console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
     if as_json:
         typer.echo(json.dumps([vars(finding) for finding in findings]))
@@ -184,7 +185,7 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
 
 @site_app.command()
 def ledger(home: HomeArgument, as_json: JsonOption = False) -> None:
-    """Show the privacy budget: what was charged, for which job, and what is left."""
+    """Show the privacy budget: what was charged, for which job, and the cap."""
     from client.check import open_ledger
     from shared.privacy.accounting import compose_epsilon
 

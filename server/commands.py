@@ -13,17 +13,20 @@ from typing import Annotated, Any
 
 import tomli_w
 import typer
+from cryptography import x509
+from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from rich.console import Console
 from rich.table import Table
 
 from server.home import CoordinatorConfig, CoordinatorHome
 from server.submission import Submission, find, submissions
 from shared.atomic import write_bytes, write_text
-from shared.certificates import expiry_warning, load_certificate
-from shared.errors import RunError
+from shared.certificates import expiry_warning, fingerprint, load_certificate
+from shared.errors import RunError, TrustError
 from shared.keystore import passphrase_from_environment
 from shared.node_keys import write_plain_pem_key
 from shared.pki import make_request
+from shared.revocation import load_crl
 from shared.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
 from shared.trust_store import TrustStore, verify_certificate
 
@@ -62,8 +65,11 @@ def init(
     write_text(home / "round.pub", round_key.verify_key.text + "\n")
     write_bytes(home / "server.csr", request)
     write_text(place.config, tomli_w.dumps(config.model_dump(mode="json")))  # last: it makes the folder count
-    typer.echo(f"made {home}. Send {home / 'server.csr'} to whoever runs the CA; with the answer:")
-    typer.echo(f"  silotune coordinator install {home} --certificate server.crt --ca ca.crt")
+    typer.echo(f"made {home}; keys/server.key is protected by file permissions, for Flower reads it as it is.")
+    typer.echo(f"1. send {home / 'server.csr'} to whoever runs the CA; read them the key's fingerprint by telephone:")
+    typer.echo(f"   {fingerprint(key.public_key())}")
+    typer.echo(f"2. silotune coordinator install {home} --certificate server.crt --ca ca.crt --crl crl.pem")
+    typer.echo(f"Adapters are signed with {round_key.verify_key.text} ({home / 'round.pub'}); publish that key.")
 
 
 @coordinator_app.command()
@@ -77,13 +83,19 @@ def install(
     """Install certificates and the revocation list; a running coordinator takes them up within a second."""
     place = CoordinatorHome(home)
     place.load_config()
-    now = datetime.now(UTC)
+    if not (certificate or ca or crl or site):
+        raise RunError("nothing to install; give --certificate, --ca, --crl or --site.")
+    now, authority = datetime.now(UTC), ca or place.trust / "ca.crt"
+    if not authority.exists():
+        raise TrustError(f"{authority} does not exist; give the CA's certificate with --ca the first time.")
+    # Everything is checked first: a coordinator that runs takes up what is written from here on.
+    root = load_certificate(authority)
+    loaded = _own_certificate(place, certificate, root, now) if certificate is not None else None
+    if crl is not None:
+        load_crl(crl, root)
     if ca is not None:
-        load_certificate(ca)
         write_bytes(place.trust / "ca.crt", ca.read_bytes())
-    if certificate is not None:
-        loaded = load_certificate(certificate)
-        verify_certificate(loaded, load_certificate(place.trust / "ca.crt"), now)
+    if certificate is not None and loaded is not None:
         write_bytes(place.server_certificate, certificate.read_bytes())
         typer.echo(f"installed the server certificate, valid until {loaded.not_valid_after_utc:%Y-%m-%d}")
     if crl is not None:
@@ -142,6 +154,8 @@ def submit_job(
             typer.echo(f"the coordinator does not run; start it with: silotune coordinator start {home}")
     while wait and submission.is_open:
         time.sleep(0.5)
+    if wait and not as_json:
+        typer.echo(f"{submission.name}: {submission.state()['state']}; its run folder is {submission.run_folder}")
     if as_json:
         typer.echo(json.dumps(_job_state(submission)))
     if wait and (state := submission.state())["state"] != "completed":
@@ -170,7 +184,7 @@ def logs(
     lines: Annotated[int, typer.Option("--last", help="Number of lines.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", help="Go on printing.")] = False,
 ) -> None:
-    """Print what Flower and the running job wrote."""
+    """Print the log of Flower's processes; what became of a job is told by `coordinator status`."""
     path = CoordinatorHome(home).superlink_log
     if not path.exists():
         raise RunError(f"{path} does not exist; the coordinator never ran.")
@@ -225,6 +239,16 @@ def verify(
         typer.echo("whose key that is was not checked; give --key")
 
 
+def _own_certificate(place: CoordinatorHome, path: Path, root: x509.Certificate, now: datetime) -> x509.Certificate:
+    """Return the certificate in `path`, checked to be this coordinator's."""
+    loaded = load_certificate(path)
+    verify_certificate(loaded, root, now)
+    key = load_pem_private_key(place.server_key.read_bytes(), password=None)
+    if loaded.public_key() != key.public_key():
+        raise TrustError(f"{path} was not made for {place.server_key}; send {place.path / 'server.csr'} to the CA.")
+    return loaded
+
+
 def _alive(said: dict[str, Any]) -> bool:
     try:
         os.kill(int(said["pid"]), 0)
@@ -239,11 +263,11 @@ def _job_state(submission: Submission) -> dict[str, Any]:
 
 
 def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]]) -> None:
-    console = Console()
-    console.print(f"coordinator: {said.get('state', 'never started') if alive else 'not running'}", highlight=False)
+    console = Console(highlight=False, markup=False)  # a site's text is shown as it is
+    console.print(f"coordinator: {said.get('state', 'never started') if alive else 'not running'}")
     for key in ("fleet_address", "certificate_until", "trust_problem", "problem"):
         if said.get(key):
-            console.print(f"  {key}: {said[key]}", highlight=False, soft_wrap=True)
+            console.print(f"  {key}: {said[key]}", soft_wrap=True)
     table = Table("site", "connected", "admitted until", box=None)
     for name, site in sorted(said.get("sites", {}).items()):
         table.add_row(name, "yes" if site["online"] and alive else "no", site["until"])
@@ -252,9 +276,9 @@ def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]])
         line = f"{state['name']}: {state['state']}, {state['rounds_durable']} rounds durable"
         if state.get("metrics"):
             line += ", " + ", ".join(f"{name} {value:.4g}" for name, value in state["metrics"].items())
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
         for key in ("waiting", "problem"):
-            if state.get(key):
-                console.print(f"  {key}: {state[key]}", highlight=False, soft_wrap=True, style="yellow")
+            if state.get(key) and (key == "problem" or state["state"] == "running"):
+                console.print(f"  {key}: {state[key]}", soft_wrap=True, style="yellow")
         for site, reason in (state.get("refused") or {}).items():
-            console.print(f"  {site} refused: {reason}", highlight=False, soft_wrap=True, style="yellow")
+            console.print(f"  {site} refused: {reason}", soft_wrap=True, style="yellow")

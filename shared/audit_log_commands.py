@@ -68,11 +68,14 @@ def show(
             for entry in shown:
                 typer.echo(entry.line())
         else:
-            Console().print(_table(shown))
+            console = Console()
+            # In a file or a pipe there is room for more than the 80 columns that rich assumes.
+            (console if console.is_terminal else Console(width=160)).print(_table(shown))
 
 
 def _table(entries: deque[audit_log.Entry]) -> Table:
-    table = Table("#", "time", "event", "details")
+    table = Table("#", "time", "event")
+    table.add_column("details", overflow="fold")  # hashes are one long word, and none of it may be lost
     for entry in entries:
         details = canonical_json(entry.details)
         table.add_row(str(entry.sequence), entry.time, Text(_printable(entry.event)), Text(_printable(details)))

@@ -54,7 +54,9 @@ def init(
     certificate = pki.create_ca(ca_dir, name=name, days=days, passphrase=passphrase)
     typer.echo(f"CA {name}: {ca_dir / 'ca.crt'}, valid until {_date(certificate.not_valid_after_utc)}")
     _say_protection(ca_dir / "ca.key", passphrase)
-    typer.echo(f"Give ca.crt to every site and to the coordinator, and keep a backup of {ca_dir}.")
+    typer.echo(
+        f"Give ca.crt to every site and to the coordinator, crl.pem to the coordinator too; keep a backup of {ca_dir}."
+    )
 
 
 @pki_app.command()
@@ -149,7 +151,11 @@ def revoke(
     number = pki.revoke(ca_dir, target, passphrase=_passphrase(passphrase_file))
     typer.echo(f"{number} certificate{'' if number == 1 else 's'} of {target} revoked" + ("" if number else " before"))
     if publish_to is None:
-        typer.echo(f"It takes effect when the list is published: silotune pki publish {ca_dir} TRUST_DIR")
+        typer.echo(
+            f"It takes effect when the coordinator has the new list. Send it {ca_dir / 'crl.pem'}, to be installed by:"
+        )
+        typer.echo("  silotune coordinator install HOME --crl crl.pem")
+        typer.echo(f"or, where both folders are on one machine: silotune pki publish {ca_dir} TRUST_DIR")
     else:
         publish(ca_dir, publish_to)
 

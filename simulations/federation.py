@@ -164,8 +164,12 @@ class Federation:
 
     def start_coordinator(self) -> None:
         """Start the coordinator and wait until sites can connect."""
-        self._spawn("coordinator", ["coordinator", "start", str(self.coordinator.path)])
+        self.spawn_coordinator()
         self._await("the coordinator", lambda: self.coordinator.read_status().get("state") == "running")
+
+    def spawn_coordinator(self) -> None:
+        """Start the coordinator without waiting for it."""
+        self._spawn("coordinator", ["coordinator", "start", str(self.coordinator.path)])
 
     def start_site(self, name: str, *, program: Sequence[str] = COMMAND) -> None:
         """Start a site's node; it connects by itself.

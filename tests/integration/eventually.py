@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-def eventually(condition: Callable[[], Any], *, timeout: float = 90.0) -> Any:
+def eventually(condition: Callable[[], Any], *, timeout: float = 150.0) -> Any:
     """Return the first true value of `condition`; the limit is generous, for machines that are busy."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):

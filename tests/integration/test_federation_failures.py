@@ -383,7 +383,7 @@ def reply(self, job, plan, round_number, result, randomness):
     if round_number == 4:
         return replace(honest, update=b"no adapter at all")
     if round_number == 5:
-        return replace(honest, update=sent[0], round_number=1)
+        return replace(honest, round_number=1)
     return honest
 
 def pack(reply):

@@ -115,7 +115,7 @@ def running(
         privacy={"noise_multiplier": 10.0, "sample_rate": 0.1},
     )
     submission = federation.submit(job, evaluation_records)
-    eventually(lambda: submission.state().get("round", 0) >= 1)
+    eventually(lambda: submission.state().get("round", 0) >= 1, timeout=240)
     yield submission
     if submission.is_open and "coordinator" in federation.processes:
         submission.request_stop()
@@ -126,8 +126,21 @@ def coordinator_log(federation: Federation, event: Event) -> list[Entry]:
     return [entry for entry in audit_log.read(federation.coordinator.audit) if entry.event == event]
 
 
+def removals(federation: Federation, name: str) -> list[Entry]:
+    return [entry for entry in coordinator_log(federation, Event.SITE_REMOVED) if entry.details["site"] == name]
+
+
 def site_log(federation: Federation, name: str, event: Event) -> list[Entry]:
     return [entry for entry in audit_log.read(federation.site(name).audit) if entry.event == event]
+
+
+def copied(federation: Federation, folder: Path) -> Federation:
+    """Return a copy of the coordinator's folder without its jobs, for what the running one must not see."""
+    made = copy.copy(federation)
+    made.folder = folder
+    ignored = shutil.ignore_patterns("jobs", "*.db*", "flower")
+    shutil.copytree(federation.coordinator.path, made.coordinator.path, ignore=ignored)
+    return made
 
 
 def charges(federation: Federation, name: str) -> int:
@@ -242,9 +255,9 @@ def test_an_expired_certificate_ends_the_connection_and_its_renewal_mends_it(fed
             return ""
 
         assert "does not admit this site's key any more" in eventually(refusal)
-        (removed,) = [e for e in coordinator_log(federation, Event.SITE_REMOVED) if e.details["site"] == "short"]
+        (removed,) = eventually(lambda: removals(federation, "short"))
         assert removed.details["reason"].startswith("expired: the certificate of short expired on ")
-        assert "short" not in federation.coordinator.read_status()["sites"]
+        eventually(lambda: "short" not in federation.coordinator.read_status()["sites"])
         # The same key, certified anew.
         admit(federation, "short", request)
         eventually(lambda: activated(connection))
@@ -316,11 +329,7 @@ def test_a_job_that_was_changed_after_it_was_signed_is_not_even_sent(
     tmp_path: Path,
     silotune: Callable[..., Outcome],
 ) -> None:
-    elsewhere = copy.copy(federation)
-    elsewhere.folder = tmp_path
-    shutil.copytree(
-        federation.coordinator.path, elsewhere.coordinator.path, ignore=shutil.ignore_patterns("jobs", "*.db*")
-    )
+    elsewhere = copied(federation, tmp_path)
     draft = elsewhere.submit(federation_job(name="tampered"), evaluation_records)
     file = draft.path / "signed_job.json"
     changed = file.read_text().replace(r"\"noise_multiplier\":1.0", r"\"noise_multiplier\":0.0001")
@@ -338,6 +347,21 @@ def test_a_job_that_was_changed_after_it_was_signed_is_not_even_sent(
     eventually(
         lambda: state["problem"] in [e.details["problem"] for e in coordinator_log(federation, Event.JOB_FINISHED)]
     )
+
+
+def test_what_a_site_says_is_shown_as_it_is(
+    federation: Federation,
+    federation_job: Callable[..., Job],
+    evaluation_records: list[dict[str, Any]],
+    tmp_path: Path,
+    silotune: Callable[..., Outcome],
+) -> None:
+    elsewhere = copied(federation, tmp_path)
+    submission = elsewhere.submit(federation_job(name="shown"), evaluation_records)
+    submission.note("running", refused={"a": "no [/bold] [red]such[/red] thing"}, waiting="for [/a]")
+    shown = silotune("coordinator", "status", elsewhere.coordinator.path).out
+    assert "a refused: no [/bold] [red]such[/red] thing" in shown
+    assert "waiting: for [/a]" in shown
 
 
 # --- code that travels ---
@@ -513,7 +537,7 @@ def test_a_site_that_is_admitted_late_joins_and_once_revoked_is_out_at_once_for_
     eventually(lambda: "does not admit this site's key" in problem_of(federation, "c"))
     seconds = time.monotonic() - started
     assert seconds < 20  # two or three on a machine that is not busy
-    (removed,) = [e for e in coordinator_log(federation, Event.SITE_REMOVED) if e.details["site"] == "c"]
+    (removed,) = eventually(lambda: removals(federation, "c"))
     assert removed.details["reason"].startswith("revoked: the certificate of c was revoked on ")
     assert "does not admit this site's key any more" in federation.log_of("c")
     assert silotune("site", "status", federation.site("c").path).status == 1

@@ -194,7 +194,7 @@ def test_append_does_not_read_the_log_again(folder: Path, monkeypatch: pytest.Mo
 
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     peaks = []
-    for num in (100, 6000):
+    for num in (100, 3000):
         folder = tmp_path / str(num)
         write_quickly(folder, num)
         tracemalloc.start()
@@ -203,8 +203,8 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     assert peaks[1] < peaks[0] + 50_000
-    AuditLog(tmp_path / "6000").append(Event.NODE_STARTED)
-    assert verify(tmp_path / "6000").entries == 6001
+    AuditLog(tmp_path / "3000").append(Event.NODE_STARTED)
+    assert verify(tmp_path / "3000").entries == 3001
 
 
 def write_quickly(folder: Path, num: int) -> None:
@@ -377,6 +377,41 @@ def test_any_change_of_the_lines_is_detected(good: dict[str, bytes], data: st.Da
         lines[part][row] = line[:-1]
     with copy_of(join(good, lines)) as folder, pytest.raises(TrustError, match=r"audit-\d{5}\.jsonl|head\.json"):
         check(folder)
+
+
+def test_an_edited_entry_with_a_hash_of_its_own_is_detected(good: dict[str, bytes]) -> None:
+    lines = split(good)
+    for part, row in ((0, 0), (1, 1), (len(lines) - 1, len(lines[-1]) - 1)):
+        fields = json.loads(lines[part][row])
+        before = audit_log.Position(sequence=fields["sequence"] - 1, sha256=fields["previous"])
+        forged = audit_chain.new_entry(before, fields["time"], fields["event"], {"round": 99})
+        edited = [list(rows) for rows in lines]
+        edited[part][row] = f"{forged.line()}\n".encode()
+        # `previous` of the next entry shows it; behind the last one, the head does.
+        with copy_of(join(good, edited)) as folder, pytest.raises(TrustError, match=r"does not (follow|fit the log)"):
+            check(folder)
+
+
+def test_another_writing_of_the_same_values_is_detected(good: dict[str, bytes]) -> None:
+    name = log_names(good)[1]
+    line = good[name].splitlines(keepends=True)[1]
+    others = [
+        line.replace(b":", b": ", 1),
+        json.dumps(json.loads(line)).encode() + b"\n",
+        line.replace(b'"round":', b'"round":77,"round":'),
+        line.replace(b"coordinator", b"coordin\\u0061tor"),
+        line.replace(b"\n", b"\r\n"),
+    ]
+    for other in others:
+        assert other != line
+        changed = good | {name: good[name].replace(line, other)}
+        with copy_of(changed) as folder, pytest.raises(TrustError, match=rf"{name}, line 2,"):
+            check(folder)
+    head = json.loads(good["head.json"])
+    for signature in (head["signature"].upper(), f" {head['signature']}", head["signature"] + "00"):
+        content = f"{json.dumps(head | {'signature': signature}, sort_keys=True, separators=(',', ':'))}\n".encode()
+        with copy_of(good | {"head.json": content}) as folder, pytest.raises(TrustError, match=r"head\.json"):
+            check(folder)
 
 
 @given(data=st.data())
@@ -555,12 +590,15 @@ def test_every_partial_state_is_repaired(folder: Path, rotates: bool) -> None:
     after = files(folder)
     name = "audit-00004.jsonl" if rotates else "audit-00001.jsonl"
     start = 0 if rotates else len(before[name])
-    for length in range(start, len(after[name]) + 1):
+    full = len(after[name])
+    for length in {*range(start, full, 5), start + 1, full - 2, full - 1, full}:
         restore(folder, before | {name: after[name][:length]})
         notes = check(folder).notes
         assert len(notes) == (length > start)
         assert_healed(folder, [0, 1, 2], 3)
-    assert numbers(folder)[:4] == [0, 1, 2, 3], "the complete line was not adopted"
+    restore(folder, before | {name: after[name]})
+    opened(folder)
+    assert numbers(folder) == [0, 1, 2, 3], "the complete line was not adopted"
     for zeros in (after[name][:-20] + b"\0" * 20, after[name][: start + 50] + b"\0" * 30 + b"\n"):  # a power cut
         restore(folder, before | {name: zeros})
         assert "unfinished entry" in check(folder).notes[0]
@@ -579,41 +617,69 @@ def test_the_very_first_entry_can_be_torn_too(folder: Path) -> None:
         assert_healed(folder, [], 0)
 
 
+def dies_at(fatal: int, half: bool, action: Callable[[], object]) -> bool:
+    """Run `action` and end it at system call number `fatal`, after it or (not `half`) before; say whether it ended."""
+    names = ("open", "write", "fsync", "replace", "unlink", "close")
+    calls = 0
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            real = getattr(os, name)
+
+            def counted(*args: Any, name: str = name, real: Callable[..., Any] = real, **kwargs: Any) -> Any:
+                nonlocal calls
+                calls += 1
+                if calls - 1 != fatal:
+                    return real(*args, **kwargs)
+                if half and name == "write":
+                    real(args[0], bytes(args[1])[: len(args[1]) // 2])
+                elif half or name == "close":  # the system closes what a dead process held, and frees its lock
+                    real(*args, **kwargs)
+                raise Died
+
+            patch.setattr(os, name, counted)
+        try:
+            action()
+        except Died:
+            return True
+    return False
+
+
 @pytest.mark.parametrize("max_bytes", [1, 1 << 20])
-def test_death_at_every_system_call(folder: Path, max_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_death_at_every_system_call(folder: Path, max_bytes: int) -> None:
     log = opened(folder, max_bytes=max_bytes)
     fill(log, 3)
     before = files(folder)
-    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "replace", "close")}
-    survived = 0
     for fatal in range(100):
         for half in (False, True):
             restore(folder, before)
             log = opened(folder, max_bytes=max_bytes)
-            calls = 0
+            died = dies_at(fatal, half, lambda log=log: log.append(Event.REQUEST_RECEIVED, round=3))
+            assert_healed(folder, [0, 1, 2] if died else [0, 1, 2, 3], 3 if died else 4)
+        if not died:
+            break
+    assert fatal > 8, "the test did not reach the calls"
 
-            def counted(*args: Any, name: str, fatal: int = fatal, half: bool = half, **kwargs: Any) -> Any:
-                nonlocal calls
-                calls += 1
-                if calls - 1 == fatal:
-                    if half and name == "write":
-                        real["write"](args[0], bytes(args[1])[: len(args[1]) // 2])
-                    elif half or name == "close":  # the system closes what a dead process held, and frees its lock
-                        real[name](*args, **kwargs)
-                    raise Died
-                return real[name](*args, **kwargs)
 
-            for name in real:
-                monkeypatch.setattr(os, name, lambda *a, name=name, **k: counted(*a, name=name, **k))
-            try:
-                log.append(Event.REQUEST_RECEIVED, round=3)
-                survived += 1
-            except Died:
-                pass
-            monkeypatch.undo()
-            del log
-            assert_healed(folder, [0, 1, 2] + [3] * bool(survived), 3 + bool(survived))
-        if survived:
+@pytest.mark.parametrize("is_torn", [False, True])
+@pytest.mark.parametrize("max_bytes", [1, 1 << 20])
+def test_death_at_every_system_call_of_a_repair(folder: Path, max_bytes: int, is_torn: bool) -> None:
+    log = opened(folder, max_bytes=max_bytes)
+    fill(log, 3)
+    head = (folder / "head.json").read_bytes()
+    fill(log, 1)
+    (folder / "head.json").write_bytes(head)
+    if is_torn:
+        last = max(folder.glob("audit-*.jsonl"))
+        last.write_bytes(last.read_bytes()[:-9])
+    before = files(folder)
+    for fatal in range(100):
+        for half in (False, True):
+            restore(folder, before)
+            died = dies_at(fatal, half, lambda: opened(folder, max_bytes=max_bytes))
+            opened(folder)
+            assert numbers(folder) == [0, 1, 2] + [0] * (not is_torn)
+            assert check(folder).entries <= 6
+        if not died:
             break
     assert fatal > 8, "the test did not reach the calls"
 

@@ -1,0 +1,150 @@
+"""Requests whose outcome nobody knows: lost on the way, or sent by a coordinator that died."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+import server.rounds as rounds_module
+from server.checkpoint import Checkpoint, RoundRecord
+from server.observer import Observer
+from server.roster import Authority
+from server.rounds import Coordinator, run_rounds
+from shared.adapters import encode
+from shared.config import Job, parse
+from shared.messages import TRAIN, SiteDescription, TrainReply, pack_description, pack_reply, unpack_request
+from shared.signing import SigningKey, sign_job
+from simulations.grid import InProcessGrid
+
+INITIAL = {"w": torch.zeros(2)}
+NAMES = {1: "a", 2: "b"}
+
+
+def make_job() -> Job:
+    raw = {
+        "name": "interrupted",
+        "task": {"kind": "sequence_classification", "labels": ["x", "y"]},
+        "training": {"rounds": 2, "local_steps": 2},
+        "privacy": {"noise_multiplier": 1.0},
+        "federation": {"min_sites": 1, "round_timeout_seconds": 30.0},
+    }
+    return parse(Job, raw, source="test")
+
+
+def make_app() -> ClientApp:
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        name = NAMES[context.node_id]
+        return Message(pack_description(SiteDescription(site=name, declared_records=8, version="1")), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        request = unpack_request(message.content)
+        reply = TrainReply(
+            site=NAMES[context.node_id],
+            round_number=request.round_number,
+            job_sha256=request.job.sha256,
+            update=encode({"w": torch.ones(2)}),
+            declared_records=8,
+            noise_multiplier=1.0,
+            sample_rate=request.job.privacy.sample_rate,
+            max_grad_norm=request.job.privacy.max_grad_norm,
+            delta=request.job.privacy.delta,
+            steps=2,
+            randomness="os",
+            epsilon_budget=8.0,
+        )
+        return Message(pack_reply(reply), reply_to=message)
+
+    return app
+
+
+class ForgetfulGrid(InProcessGrid):
+    """Loses the first training request to node 2, as a site's process that died with it; the node stays online."""
+
+    lost = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        identifiers = list(super().push_messages(messages))
+        for identifier, message in list(self._waiting.items()):
+            if message.metadata.message_type == TRAIN and message.metadata.dst_node_id == 2 and not self.lost:
+                del self._waiting[identifier]
+                self.lost += 1
+        return identifiers
+
+
+def coordinator(job: Job, authority: Authority | None) -> Coordinator:
+    return Coordinator(
+        job=job,
+        initial_adapter=INITIAL,
+        update_shapes={"w": torch.Size([2])},
+        exact_scaling=None,
+        evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
+        evaluate_every=1,
+        save=lambda checkpoint: None,
+        observer=Observer(),
+        authority=authority,
+    )
+
+
+def make_authority(job: Job) -> Authority:
+    key, now = SigningKey.generate(), datetime.now(UTC)
+    signed = sign_job(
+        job, signer=SigningKey.generate(), coordinator=key.verify_key, issued=now, not_after=now + timedelta(days=1)
+    )
+    return Authority(signed_job=signed, key=key, registered=lambda: NAMES)
+
+
+def test_a_lost_request_is_repeated_and_its_answer_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rounds_module, "ASK_AGAIN_SECONDS", 0.2)
+    job = make_job()
+    grid = ForgetfulGrid(make_app(), 2)
+    last = run_rounds(grid, coordinator(job, make_authority(job)), None)
+    assert grid.lost == 1
+    assert [record.sites for record in last.history[1:]] == [["a", "b"], ["a", "b"]]
+    assert last.releases["b"].rounds == (1, 2)
+    assert last.releases["b"].unanswered == ()
+
+
+def interrupted(job: Job) -> Checkpoint:
+    return Checkpoint(
+        job_sha256=job.sha256, round_number=0, adapter=INITIAL, history=[RoundRecord(round=0, metrics={"loss": 0.0})]
+    )
+
+
+def test_what_an_earlier_process_asked_counts_until_it_is_answered() -> None:
+    job = make_job()
+    gone = SiteDescription(site="gone", declared_records=64, version="")
+    here = SiteDescription(site="a", declared_records=8, version="")
+    authority = replace(
+        make_authority(job), asked_before=lambda round_number: [gone, here] if round_number == 1 else []
+    )
+    last = run_rounds(InProcessGrid(make_app(), 2), coordinator(job, authority), interrupted(job))
+    assert last.releases["gone"].unanswered == (1,)
+    assert last.releases["gone"].declared_records == 64
+    assert last.releases["gone"].epsilon_bound > last.releases["gone"].epsilon == 0.0
+    assert last.releases["a"].unanswered == ()
+    assert last.releases["a"].rounds == (1, 2)
+
+
+def test_a_resumed_run_is_told() -> None:
+    told: list[int] = []
+
+    class Notes(Observer):
+        def resumed(self, checkpoint: Checkpoint) -> None:
+            told.append(checkpoint.round_number)
+
+    job = make_job()
+    setup = replace(coordinator(job, make_authority(job)), observer=Notes())
+    run_rounds(InProcessGrid(make_app(), 2), setup, None)
+    assert told == []
+    run_rounds(InProcessGrid(make_app(), 2), setup, interrupted(job))
+    assert told == [0]
