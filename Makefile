@@ -39,8 +39,9 @@ check: $(BIN)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two processes: many of the tests wait for networks, clocks and other processes.
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 lock: $(BIN)/.installed
 	@{ echo "# Versions that were tested together (Python 3.11). Regenerate: make lock"; \

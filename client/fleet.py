@@ -2,7 +2,7 @@
 
 The stock SuperNode downloads and executes whatever Python a run's bundle holds and starts a process for each message.
 This connection pulls messages and pushes replies, and has no way to fetch a bundle at all (contract test against a
-real SuperLink: tests/integration/test_fleet.py).
+real SuperLink: tests/integration/test_superlink.py).
 """
 
 from __future__ import annotations

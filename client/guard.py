@@ -118,6 +118,17 @@ class Guard:
             reason_sent=sent,
         )
 
+    def failed(self, job: Job, round_number: int | None, error: Exception) -> None:
+        """Note a defect; its text may quote data, so only its type goes into the log."""
+        self.log.append(
+            Event.REQUEST_REFUSED,
+            job=job.sha256,
+            round=round_number,
+            code=type(error).__name__,
+            reason="a defect; see the node's own log",
+            reason_sent=False,
+        )
+
     def prepared(self, signed: SignedJob) -> None:
         """Note that a job was accepted and its model loaded."""
         job = signed.job

@@ -153,6 +153,8 @@ class Site:
             return Refusal(site=self.config.name, code=type(error).__name__, reason=reason)
         except Exception as error:  # its text may quote data
             log.exception("failed: %s", what)
+            if self.guard:
+                self.guard.failed(job, round_number, error)
             return Refusal(site=self.config.name, code=type(error).__name__, reason="see the site's own log")
 
     def train(self, request: TrainRequest) -> TrainReply:

@@ -60,6 +60,7 @@ class Roster:
         self._sites: dict[int, SiteDescription] = {}
         self._refused: dict[int, tuple[float, Refusal]] = {}
         self._online: list[int] = []
+        self._names: dict[int, str] = {}  # under which keys were admitted
 
     def present(self) -> dict[int, SiteDescription]:
         """Return node id -> description of the sites that are connected and take part, ordered by name.
@@ -125,7 +126,10 @@ class Roster:
             self._observer.roster(list(self.present().values()))
 
     def _note(self, node: int, answer: SiteDescription | Refusal) -> None:
-        registered = self._authority.registered().get(node) if self._authority else None
+        if self._authority:
+            self._names |= self._authority.registered()
+        # Flower names nodes only while they are online.
+        registered = self._names.get(node)
         if isinstance(answer, SiteDescription) and registered is not None and answer.site != registered:
             answer = Refusal(
                 site=registered,

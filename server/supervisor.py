@@ -166,7 +166,11 @@ class Supervisor:
         for key, site in valid.items():
             if key not in registered:
                 assert site.public_key is not None  # noqa: S101 (selected above)
-                control.register(site.name, site.public_key)
+                try:
+                    control.register(site.name, site.public_key)
+                except RunError as error:  # of one site; the others must not wait for it
+                    log.error("site %s cannot be admitted: %s", site.name, error)
+                    continue
                 until = site.not_after.isoformat() if site.not_after else None
                 log.info("site %s may connect until %s", site.name, until)
                 self._log.append(Event.SITE_REGISTERED, site=site.name, until=until)

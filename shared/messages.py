@@ -261,7 +261,9 @@ def _site_name(header: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    return text if len(text) <= _MOST_REASON_CHARACTERS else text[:_MOST_REASON_CHARACTERS] + "…"
+    """Return `text` bounded, and without what a terminal would act on."""
+    plain = "".join(c if c.isprintable() or c == "\n" else "?" for c in text[: _MOST_REASON_CHARACTERS + 1])
+    return plain if len(plain) <= _MOST_REASON_CHARACTERS else plain[:_MOST_REASON_CHARACTERS] + "…"
 
 
 def _header(content: RecordDict, kind: str) -> dict[str, Any]:

@@ -105,7 +105,8 @@ def _kill(federation: Federation) -> None:
     process = psutil.Process(federation.processes["coordinator"].pid)
     started = process.children(recursive=True)
     federation.kill("coordinator")
-    eventually(lambda: not any(_alive(child) for child in started), timeout=20)
+    # Flower's processes look for their parent five times a second, once they have been imported.
+    eventually(lambda: not any(_alive(child) for child in started), timeout=60)
 
 
 def _alive(process: psutil.Process) -> bool:

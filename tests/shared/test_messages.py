@@ -164,3 +164,10 @@ def test_a_malformed_request_is_refused_at_the_site(classification_job: Callable
     bare = RecordDict({"silotune": messages.pack_request(request).config_records["silotune"]})
     with pytest.raises(RunError, match="carries no adapter"):
         messages.unpack_request(bare)
+
+
+def test_a_refusal_cannot_act_on_a_terminal() -> None:
+    said = Refusal(site="a", code="PolicyError", reason="no\x1b[2J\x07 way\nsecond line")
+    answer = messages.unpack_reply(answered(messages.pack_refusal(said)))
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "no?[2J? way\nsecond line"
