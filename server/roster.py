@@ -60,6 +60,7 @@ class Roster:
         self._sites: dict[int, SiteDescription] = {}
         self._refused: dict[int, tuple[float, Refusal]] = {}
         self._online: list[int] = []
+        self._told: list[SiteDescription] = []
         self._names: dict[int, str] = {}  # under which keys were admitted
 
     def present(self) -> dict[int, SiteDescription]:
@@ -115,15 +116,14 @@ class Roster:
             requests = [Message(content, dst_node_id=n, message_type=DESCRIBE, group_id="0") for n in new]
             identifiers = self._grid.push_messages(requests)
             self._asked |= {identifier: node for identifier, node in zip(identifiers, new, strict=True) if identifier}
-        if not self._asked:
-            return
-        before = len(self._sites)
-        for message in list(self._grid.pull_messages(list(self._asked))):
+        for message in list(self._grid.pull_messages(list(self._asked))) if self._asked else ():
             node = self._asked.pop(message.metadata.reply_to_message_id or "", -1)
             if node >= 0:
                 self._note(node, unpack_description(message))
-        if len(self._sites) > before:
-            self._observer.roster(list(self.present().values()))
+        present = list(self.present().values())
+        if present != self._told:
+            self._told = present
+            self._observer.roster(present)
 
     def _note(self, node: int, answer: SiteDescription | Refusal) -> None:
         if self._authority:

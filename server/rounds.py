@@ -33,7 +33,7 @@ from shared.messages import (
     pack_request,
     unpack_reply,
 )
-from shared.privacy.accounting import GaussianSteps
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 
@@ -167,7 +167,15 @@ def _run_round(
     failed: dict[str, str] = {}
     unanswered = {sites[node].site for node in asked}
     timeout = job.federation.round_timeout_seconds
-    for node, message in _exchange(grid, requests, asked, timeout=timeout, repeat=coordinator.authority is not None):
+    plan = PrivacyPlan.from_job(job)
+    for node, message in _exchange(
+        grid,
+        requests,
+        asked,
+        timeout=timeout,
+        repeat=coordinator.authority is not None,
+        meanwhile=lambda: _account_ahead(checkpoint.releases, plan, job.training.local_steps),
+    ):
         name = sites[node].site
         answer = unpack_reply(message)
         if isinstance(answer, Refusal):
@@ -183,7 +191,6 @@ def _run_round(
     # 4. Check every reply before it may touch the adapter.
     updates: dict[str, dict[str, Tensor]] = {}
     made: dict[str, TrainReply] = {}
-    plan = PrivacyPlan.from_job(job)
     for name, reply in sorted(replies.items()):
         try:
             _check_reply(reply, name, job, plan, round_number)
@@ -324,6 +331,13 @@ def _account(
     return result
 
 
+def _account_ahead(releases: dict[str, SiteRelease], plan: PrivacyPlan, steps: int) -> None:
+    """Compose what each site will have spent after this round, while the sites train: the accountant remembers it."""
+    if plan.private:
+        for events in {release.events for release in releases.values()} or {()}:
+            compose_epsilon([*events, plan.mechanism(steps)], plan.delta)
+
+
 def _account_unanswered(
     releases: dict[str, SiteRelease], sites: Sequence[SiteDescription], job: Job, round_number: int
 ) -> dict[str, SiteRelease]:
@@ -375,6 +389,7 @@ def _exchange(
     *,
     timeout: float,
     repeat: bool,
+    meanwhile: Callable[[], None],
 ) -> list[tuple[int, Message]]:
     """Ask `nodes` and collect (node that was asked, reply) until all answered or `timeout` seconds passed.
 
@@ -384,6 +399,7 @@ def _exchange(
     Args:
         requests: makes the messages for some nodes, signed now.
         repeat: ask those again who are silent; only for sites that answer a repeated request as the first.
+        meanwhile: what can be done once the requests are out.
     """
     node_of: dict[str, int] = {}
 
@@ -394,6 +410,7 @@ def _exchange(
         node_of.update({facts.message_id: facts.dst_node_id for facts in metadata if facts.message_id in pushed})
 
     ask(nodes)
+    meanwhile()
     started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
     collected: dict[int, Message] = {}
     while waiting := {identifier for identifier, node in node_of.items() if node not in collected}:
