@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import json
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -36,6 +37,8 @@ RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
 
 @app.callback()
 def _root(verbose: Annotated[bool, typer.Option("--verbose", help="Show log messages.")] = False) -> None:
+    # No part of Silotune calls home, whatever else the environment says.
+    os.environ["FLWR_TELEMETRY_ENABLED"], os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "0", "1"
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     if not verbose:
         _quiet_libraries()
@@ -211,13 +214,9 @@ def main(arguments: list[str] | None = None) -> Any:
 
 def _quiet_libraries() -> None:
     """Silence progress bars and warnings of libraries that say nothing a user could act on."""
-    import os
-
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     warnings.simplefilter("ignore")
 
 

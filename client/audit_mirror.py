@@ -97,6 +97,7 @@ def recount(log_folder: Path, *, delta: float, dataset: str, unit: str, job_id: 
     """Return epsilon at `delta` of one account, or of one of its jobs, from the audit log alone.
 
     Reserved steps count until they are committed, then the executed ones do: what `Ledger.spent_epsilon` says.
+    The chain is checked on the way; whether the owner signed the head is for `shared.audit_log.verify` to say.
 
     Raises:
         TrustError: if the log is broken, or an entry of it is not one that `AuditMirror` writes.

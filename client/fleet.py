@@ -104,6 +104,8 @@ class FleetConnection:
                 address,
                 grpc.ssl_channel_credentials(ca_certificate),
                 options=[
+                    # A proxy of the environment would be a second destination that nobody named.
+                    ("grpc.enable_http_proxy", 0),
                     ("grpc.max_send_message_length", _LARGEST_RPC_BYTES),
                     ("grpc.max_receive_message_length", _LARGEST_RPC_BYTES),
                     # After a network cut, gRPC's own waiting would grow to two minutes.

@@ -26,7 +26,7 @@ from client.site import Site
 from client.status import StatusFile
 from shared.audit_log import Event
 from shared.errors import SilotuneError
-from shared.messages import TRAIN
+from shared.messages import carries_update
 
 log = logging.getLogger("silotune.node")
 
@@ -131,11 +131,16 @@ class Node:
 
     def _persistently(self, call: Callable[[], AnswerT]) -> AnswerT:
         """Call until the network carries it: a reply that is not delivered would be trained for nothing."""
-        wait = _FIRST_WAIT_SECONDS
+        wait, cut = _FIRST_WAIT_SECONDS, False
         while True:
             try:
-                return call()
+                result = call()
+                if cut:
+                    log.info("the coordinator answers again")
+                    self._status.say("connected", problem=None)
+                return result
             except Unreachable as error:
+                cut = True
                 if self._stop.is_set():
                     raise
                 log.warning("%s", error)
@@ -187,10 +192,8 @@ class Node:
 
     def _note_sent(self, site: Site, message: Message, reply: Message, num_bytes: int) -> None:
         assert site.guard is not None  # noqa: S101
-        kind = message.metadata.message_type
-        site.guard.log.append(
-            Event.RELEASE_SENT if kind == TRAIN else Event.REPLY_SENT, message_type=kind, bytes=num_bytes
-        )
+        event = Event.RELEASE_SENT if carries_update(reply) else Event.REPLY_SENT
+        site.guard.log.append(event, message_type=message.metadata.message_type, bytes=num_bytes)
 
 
 def answer(client_app: ClientApp, message: Message, node_id: int) -> Message:

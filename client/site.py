@@ -150,6 +150,11 @@ class Site:
             if self.guard:
                 self.guard.refused(job, round_number, error, sent=public)
             reason = str(error) if public else "see the site's own log"
+            if self.guard and isinstance(error, BudgetExceeded):
+                # What a real site spent on other jobs is its own business.
+                reason = (
+                    f"the round does not fit into the site's budget; {error.steps_affordable} such steps still fit."
+                )
             return Refusal(site=self.config.name, code=type(error).__name__, reason=reason)
         except Exception as error:  # its text may quote data
             log.exception("failed: %s", what)

@@ -181,13 +181,16 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
 @coordinator_app.command()
 def logs(
     home: HomeArgument,
+    job: JobOption = None,
+    superlink: Annotated[bool, typer.Option("--superlink", help="Print the log of Flower's SuperLink instead.")] = False,
     lines: Annotated[int, typer.Option("--last", help="Number of lines.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", help="Go on printing.")] = False,
 ) -> None:
-    """Print the log of Flower's processes; what became of a job is told by `coordinator status`."""
-    path = CoordinatorHome(home).superlink_log
+    """Print the log of a job, or of Flower's SuperLink."""
+    place = CoordinatorHome(home)
+    path = place.superlink_log if superlink else find(place.jobs, job).log
     if not path.exists():
-        raise RunError(f"{path} does not exist; the coordinator never ran.")
+        raise RunError(f"{path} does not exist yet; it never ran.")
     text = path.read_text(encoding="utf-8", errors="replace").splitlines()
     for line in text[-lines:]:
         typer.echo(line)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import logging.handlers
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,9 +44,9 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the job that the run's configuration names; called by Flower."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     home = CoordinatorHome(Path(str(context.run_config["home"])))
     submission = Submission(home.jobs / str(context.run_config["job"]))
+    _log_to(submission.log)
     pull_promptly()
     try:
         run_submission(grid, home, submission)
@@ -58,7 +59,18 @@ def main(grid: Grid, context: Context) -> None:
         defect = not isinstance(error, OSError | httpx.HTTPError)
         with contextlib.suppress(SilotuneError):
             submission.note(problem=f"{type(error).__name__}; see the log", defect=defect)
+        log.exception("the job ended early")
         raise
+
+
+def _log_to(path: Path) -> None:
+    """Keep the job's log in its folder: Flower throws away what a ServerApp prints."""
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=2, encoding="utf-8")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler], force=True
+    )
+    for noisy in ("httpx", "flwr", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _lasts(error: SilotuneError) -> bool:

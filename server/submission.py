@@ -4,6 +4,7 @@ signed_job.json   the job with the signature of who submitted it
 settings.json     what only the coordinator needs: compute, evaluation, intervals
 evaluation.jsonl  public evaluation records
 state.json        "submitted", "running", "completed", "failed" or "stopped", with reasons
+log.txt           what the run wrote about itself
 stop              appears when somebody asks to stop it
 run/              the run folder
 """
@@ -39,6 +40,11 @@ class Submission:
     def run_folder(self) -> Path:
         """Where the run writes."""
         return self.path / "run"
+
+    @property
+    def log(self) -> Path:
+        """What the coordinator's part of the run wrote about it."""
+        return self.path / "log.txt"
 
     def signed_job(self) -> SignedJob:
         """Return the job, its signature checked."""

@@ -217,11 +217,13 @@ class Supervisor:
                 self._log.append(
                     Event.JOB_SUBMITTED, job=state["job_sha256"], name=submission.name, signer=state["signer"]
                 )
+            # Before the run is there: on a full disk this fails, and one run after the other would be started.
+            submission.note("running")
             config = {"home": str(self.home.path.resolve()), "job": submission.name}
             run_id = control.start_run(server_bundle(SERVER_APP, CLIENT_APP), config)
-            log.info("job %s runs (Flower's run %d)", submission.name, run_id)
-            submission.note("running", flower_run=run_id)
             self._active = (submission, run_id)
+            log.info("job %s runs (Flower's run %d)", submission.name, run_id)
+            submission.note(flower_run=run_id)
             return
 
     def _failed(self, submission: Submission, details: str) -> None:

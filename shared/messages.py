@@ -237,6 +237,14 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
         return Refusal(site="", code=MALFORMED, reason="the site's reply could not be read")
 
 
+def carries_update(message: Message) -> bool:
+    """Return whether a reply holds an update, not a description, a refusal or an error."""
+    if not message.has_content():
+        return False
+    record = message.content.config_records.get(_HEADER)
+    return record is not None and record.get("kind") == "update"
+
+
 def _refusal(message: Message) -> Refusal | None:
     if message.has_error():
         return Refusal(
