@@ -182,7 +182,9 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
 def logs(
     home: HomeArgument,
     job: JobOption = None,
-    superlink: Annotated[bool, typer.Option("--superlink", help="Print the log of Flower's SuperLink instead.")] = False,
+    superlink: Annotated[
+        bool, typer.Option("--superlink", help="Print the log of Flower's SuperLink instead.")
+    ] = False,
     lines: Annotated[int, typer.Option("--last", help="Number of lines.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", help="Go on printing.")] = False,
 ) -> None:
