@@ -30,9 +30,8 @@ from shared.messages import carries_update
 
 log = logging.getLogger("silotune.node")
 
-BUSY_POLL_SECONDS = 0.1
-IDLE_POLL_SECONDS = 0.5
-_BUSY_FOR_SECONDS = 60.0
+FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 0.5
+_LASTED_SECONDS = 60.0
 _FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 5.0
 _ERROR_IN_CLIENT_APP = 100
 
@@ -79,7 +78,7 @@ class Node:
                     except SilotuneError as error:
                         log.warning("%s", error)
                         self._status.say("waiting", problem=str(error))
-                    wait = _FIRST_WAIT_SECONDS if time.monotonic() - started > _BUSY_FOR_SECONDS else wait
+                    wait = _FIRST_WAIT_SECONDS if time.monotonic() - started > _LASTED_SECONDS else wait
                     self._stop.wait(wait)
                     wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
             finally:
@@ -103,7 +102,7 @@ class Node:
 
     def _serve(self, site: Site, client_app: ClientApp, connection: FleetConnection, identity: Identity) -> None:
         installed = self._installed()
-        busy_until = time.monotonic() + _BUSY_FOR_SECONDS
+        answered = time.monotonic()
         while not self._stop.is_set():
             if self._installed() != installed:
                 self._note_rotation(site)
@@ -114,8 +113,9 @@ class Node:
                 log.warning("%s", error)
                 continue
             if message is None:
-                busy = time.monotonic() < busy_until
-                self._stop.wait(BUSY_POLL_SECONDS if busy else IDLE_POLL_SECONDS)
+                # Within a twentieth of the silence so far: prompt between rounds, and light on the coordinator otherwise.
+                silence = time.monotonic() - answered
+                self._stop.wait(min(max(FIRST_POLL_SECONDS, silence / 20), LONGEST_POLL_SECONDS))
                 continue
             self._status.say("working", message_type=message.metadata.message_type)
             reply = answer(client_app, message, connection.node_id)
@@ -127,7 +127,7 @@ class Node:
             self._status.say("connected")
             with contextlib.suppress(SilotuneError):  # the next round would find out, and say so
                 site.anticipate()
-            busy_until = time.monotonic() + _BUSY_FOR_SECONDS
+            answered = time.monotonic()
 
     def _persistently(self, call: Callable[[], AnswerT]) -> AnswerT:
         """Call until the network carries it: a reply that is not delivered would be trained for nothing."""

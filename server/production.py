@@ -10,6 +10,10 @@ import contextlib
 import hashlib
 import logging
 import logging.handlers
+import os
+import signal
+import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +42,8 @@ log = logging.getLogger("silotune.coordinator")
 
 _LASTING = (ConfigError, DataError, ModelError, PrivacyError, TrustError)
 
+_PARENT_POLL_SECONDS, _FAREWELL_SECONDS = 0.5, 2.0
+
 app = ServerApp()
 
 
@@ -48,6 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     submission = Submission(home.jobs / str(context.run_config["job"]))
     _log_to(submission.log)
     pull_promptly()
+    _end_with_parent()
     try:
         run_submission(grid, home, submission)
     except SilotuneError as error:
@@ -71,6 +78,24 @@ def _log_to(path: Path) -> None:
     )
     for noisy in ("httpx", "flwr", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _end_with_parent() -> None:
+    """End this process soon after the one that started it.
+
+    Flower asks it to end by a signal whose handler takes locks, and now and then waits for one for ever. What is left would
+    keep the run folder locked, and no other attempt could resume the run.
+    """
+    words = sys.argv
+    parent = int(words[words.index("--parent-pid") + 1]) if "--parent-pid" in words[:-1] else os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_SECONDS)
+        time.sleep(_FAREWELL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
 
 
 def _lasts(error: SilotuneError) -> bool:
