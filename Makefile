@@ -6,12 +6,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo federation bench-rounds test check install lock clean
+.PHONY: help demo federation bench-rounds test test-endurance check install lock clean
 help:
 	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (3 to 4 minutes after installation)"
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
 	@echo "make bench-rounds  what a round costs beyond training, beside Flower's own SuperNode"
 	@echo "make test   install, then all checks and tests"
+	@echo "make test-endurance  sites and coordinators killed, cut off and out of disk space, for a quarter of an hour"
 	@echo "make check  formatter, linter, types, import rule, without tests"
 	@echo "make clean  remove the virtual environment"
 
@@ -41,7 +42,10 @@ check: $(BIN)/.installed
 
 # Two processes: many of the tests wait for networks, clocks and other processes.
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not endurance"
+
+test-endurance: $(BIN)/.installed
+	$(BIN)/python -m pytest -v -m endurance tests/integration
 
 lock: $(BIN)/.installed
 	@{ echo "# Versions that were tested together (Python 3.11). Regenerate: make lock"; \

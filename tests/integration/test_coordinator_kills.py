@@ -32,7 +32,7 @@ PHASES: dict[str, tuple[Event | None, tuple[float, float]]] = {
 BEFORE_ROUNDS = ("start-up", "submission")
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(2400)
 def test_twenty_kills_of_the_coordinator_lose_nothing_and_charge_nothing_twice(
     found_federation: Callable[..., Federation],
