@@ -41,37 +41,40 @@ def make_client_app(open_site: OpenSite) -> ClientApp:
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        try:
-            site = open_site(context)
-        except SilotuneError as error:
-            return _closed(error, message)
-        try:
-            answer = site.accept(unpack_describe(message.content))
-        except SilotuneError as error:
-            answer = site.refuse_unreadable(error)
-        content = pack_description(answer) if isinstance(answer, SiteDescription) else pack_refusal(answer)
-        return Message(content, reply_to=message)
+        return _answered(message, context, open_site, lambda site: site.accept(unpack_describe(message.content)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        try:
-            site = open_site(context)
-        except SilotuneError as error:
-            return _closed(error, message)
-        try:
-            answer = site.answer(unpack_request(message.content))
-        except SilotuneError as error:
-            answer = site.refuse_unreadable(error)
-        content = pack_reply(answer) if isinstance(answer, TrainReply) else pack_refusal(answer)
-        return Message(content, reply_to=message)
+        return _answered(message, context, open_site, lambda site: site.answer(unpack_request(message.content)))
 
     return app
 
 
-def _closed(error: SilotuneError, message: Message) -> Message:
-    log.error("the site cannot be opened: %s", error)
-    refusal = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
-    return Message(pack_refusal(refusal), reply_to=message)
+def _answered(
+    message: Message,
+    context: Context,
+    open_site: OpenSite,
+    act: Callable[[Site], SiteDescription | TrainReply | Refusal],
+) -> Message:
+    """Return the site's answer as a Flower message; whatever is wrong becomes a refusal."""
+    answer: SiteDescription | TrainReply | Refusal
+    try:
+        site = open_site(context)
+    except SilotuneError as error:
+        log.error("the site cannot be opened: %s", error)
+        answer = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
+        return Message(pack_refusal(answer), reply_to=message)
+    try:
+        answer = act(site)
+    except SilotuneError as error:
+        answer = site.refuse_unreadable(error)
+    if isinstance(answer, TrainReply):
+        content = pack_reply(answer)
+    elif isinstance(answer, SiteDescription):
+        content = pack_description(answer)
+    else:
+        content = pack_refusal(answer)
+    return Message(content, reply_to=message)
 
 
 def this_site(context: Context) -> Site:

@@ -15,8 +15,6 @@ node.json      what the running node says of itself
 
 from __future__ import annotations
 
-import fcntl
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,10 +26,11 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from client.config import SiteConfig
+from shared.atomic import exclusive_lock
 from shared.audit_log import AuditLog
 from shared.certificates import identity, load_certificate
 from shared.config import load_toml, parse
-from shared.errors import ConfigError, RunError, TrustError
+from shared.errors import ConfigError, TrustError
 from shared.keystore import Seal, load_secret
 from shared.node_keys import load_private_key
 from shared.signing import load_signing_key
@@ -112,18 +111,8 @@ class SiteHome:
         Raises:
             RunError: if another one does, or the folder is not there.
         """
-        try:
-            handle = os.open(self.path / ".node.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        except OSError as error:
-            raise RunError(f"no node can work in {self.path}: {error.strerror}; check the path.") from None
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"another node works in {self.path}; stop it first.") from None
+        with exclusive_lock(self.path / ".node.lock", f"another node works in {self.path}; stop it first."):
             yield
-        finally:
-            os.close(handle)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,7 @@ coordinator.json   what the running coordinator says of itself
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +21,9 @@ from typing import Any
 
 from pydantic import Field
 
+from shared.atomic import exclusive_lock
 from shared.audit_log import AuditLog
 from shared.config import Name, Section, load_toml, parse
-from shared.errors import RunError
 from shared.signing import SigningKey, load_signing_key
 
 
@@ -155,12 +153,6 @@ class CoordinatorHome:
         Raises:
             RunError: if another one does.
         """
-        handle = os.open(self.path / ".coordinator.lock", os.O_CREAT | os.O_RDWR, 0o600)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunError(f"another coordinator works in {self.path}; stop it first.") from None
+        busy = f"another coordinator works in {self.path}; stop it first."
+        with exclusive_lock(self.path / ".coordinator.lock", busy):
             yield
-        finally:
-            os.close(handle)
