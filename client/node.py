@@ -113,9 +113,9 @@ class Node:
                 log.warning("%s", error)
                 continue
             if message is None:
-                # Within a twentieth of the silence so far: prompt between rounds, and light on the coordinator otherwise.
+                # Within a fiftieth of the silence so far: prompt between rounds, and light on the coordinator otherwise.
                 silence = time.monotonic() - answered
-                self._stop.wait(min(max(FIRST_POLL_SECONDS, silence / 20), LONGEST_POLL_SECONDS))
+                self._stop.wait(min(max(FIRST_POLL_SECONDS, silence / 50), LONGEST_POLL_SECONDS))
                 continue
             self._status.say("working", message_type=message.metadata.message_type)
             reply = answer(client_app, message, connection.node_id)
