@@ -41,6 +41,8 @@ from tests.integration.books import (
     site_entries,
 )
 
+pytestmark = pytest.mark.endurance
+
 eventually = functools.partial(waiting.eventually, timeout=240.0)
 SITES = ("a", "b", "c", "d")
 
@@ -290,7 +292,6 @@ def took_part(submission: Submission, name: str, *, after: int) -> bool:
 # --- sites die, are cut off, are slow ---
 
 
-@pytest.mark.endurance
 def test_a_dead_and_a_cut_off_site_are_left_out_and_take_part_again_when_they_return(consortium: Consortium) -> None:
     federation = consortium.federation
     submission = consortium.submit(rounds=14, local_steps=150)
@@ -330,7 +331,6 @@ def test_a_site_that_dies_and_is_back_at_once_is_asked_again(consortium: Consort
     assert charges_of(federation, "a", submission) == {1: 1}
 
 
-@pytest.mark.endurance
 def test_a_minute_without_network_in_the_middle_of_a_round(consortium: Consortium) -> None:
     federation = consortium.federation
     before = {name: len(site_entries(federation, name, Event.NODE_STARTED)) for name in SITES}
@@ -445,7 +445,6 @@ def test_a_site_without_disk_space_refuses_and_takes_part_again(consortium: Cons
     assert took_part(submission, "d", after=lost["round"]), records
 
 
-@pytest.mark.endurance
 @pytest.mark.parametrize("how", ["full disk", "used-up quota"])
 def test_a_coordinator_without_disk_space_waits_and_goes_on(consortium: Consortium, how: str) -> None:
     federation, folder = consortium.federation, consortium.federation.coordinator.path
@@ -517,7 +516,6 @@ def test_a_wrong_clock_is_named_on_both_sides(consortium: Consortium) -> None:
 # --- keys ---
 
 
-@pytest.mark.endurance
 def test_a_copy_of_a_site_waits_outside_and_its_spending_shows_in_the_statement(consortium: Consortium) -> None:
     """A copied folder copies key and ledger. What is detected of it, and what is not:
 
@@ -572,7 +570,6 @@ def test_a_key_is_exchanged_while_the_run_goes_on(consortium: Consortium) -> Non
 # --- Flower's processes ---
 
 
-@pytest.mark.endurance
 def test_the_superlink_dies_and_its_certificate_is_exchanged(consortium: Consortium) -> None:
     federation = consortium.federation
     before = len(_coordinator_log(federation, Event.SUPERLINK_RESTARTED))
@@ -593,7 +590,6 @@ def test_the_superlink_dies_and_its_certificate_is_exchanged(consortium: Consort
         assert set(charges_of(federation, name, submission).values()) == {1}
 
 
-@pytest.mark.endurance
 def test_a_server_app_that_dies_is_started_again(consortium: Consortium) -> None:
     federation = consortium.federation
     submission = consortium.submit(rounds=3, local_steps=60, min_sites=4)
@@ -607,7 +603,6 @@ def test_a_server_app_that_dies_is_started_again(consortium: Consortium) -> None
         assert set(charges_of(federation, name, submission).values()) == {1}
 
 
-@pytest.mark.endurance
 def test_what_was_asked_is_not_forgotten_when_coordinator_and_site_die_in_one_round(consortium: Consortium) -> None:
     federation = consortium.federation
     submission = consortium.submit(rounds=2, local_steps=150, min_sites=3)
