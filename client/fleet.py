@@ -206,9 +206,14 @@ class FleetConnection:
             response = self._stub.PushMessages(request)
             wanted = set(response.objects_to_push)
             push_object = make_push_object_fn_protobuf(self._stub.PushObject, self._node, run_id, response.session_id)
-            sizes = {identifier: len(objects[identifier].deflate()) for identifier in wanted}
+            sizes: dict[str, int] = {}
+
+            def counted_push(object_id: str, data: bytes) -> None:
+                push_object(object_id, data)
+                sizes[object_id] = len(data)
+
             try:
-                push_objects(objects, push_object, object_ids_to_push=wanted)
+                push_objects(objects, counted_push, object_ids_to_push=wanted)
             except ObjectPushError as error:
                 raise RunOver(f"the coordinator refused a part of the reply ({type(error).__name__}).") from None
         return sum(sizes.values())

@@ -107,26 +107,17 @@ class Guard:
             bytes=len(request.adapter),
         )
 
-    def refused(self, job: Job | None, round_number: int | None, error: SilotuneError, *, sent: bool) -> None:
+    def refused(self, job: Job | None, round_number: int | None, error: Exception, *, sent: bool) -> None:
         """Note a refusal; `sent` tells whether its text left the site or only the error's name."""
+        # The text of a defect may quote data, so only its type goes into the log.
+        reason = str(error) if isinstance(error, SilotuneError) else "a defect; see the node's own log"
         self.log.append(
             Event.REQUEST_REFUSED,
             job=job.sha256 if job else None,
             round=round_number,
             code=type(error).__name__,
-            reason=str(error),
+            reason=reason,
             reason_sent=sent,
-        )
-
-    def failed(self, job: Job, round_number: int | None, error: Exception) -> None:
-        """Note a defect; its text may quote data, so only its type goes into the log."""
-        self.log.append(
-            Event.REQUEST_REFUSED,
-            job=job.sha256,
-            round=round_number,
-            code=type(error).__name__,
-            reason="a defect; see the node's own log",
-            reason_sent=False,
         )
 
     def prepared(self, signed: SignedJob) -> None:

@@ -159,7 +159,7 @@ class Site:
         except Exception as error:  # its text may quote data
             log.exception("failed: %s", what)
             if self.guard:
-                self.guard.failed(job, round_number, error)
+                self.guard.refused(job, round_number, error, sent=False)
             return Refusal(site=self.config.name, code=type(error).__name__, reason="see the site's own log")
 
     def train(self, request: TrainRequest) -> TrainReply:

@@ -137,7 +137,6 @@ class _Recorder(Observer):
         self._refused: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
         self._job = submission.state()["job_sha256"]
-        self._started = time.monotonic()
 
     def asked_before(self, round_number: int) -> list[SiteDescription]:
         """Return the sites that an earlier process asked for a round, from the audit log."""

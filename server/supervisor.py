@@ -299,15 +299,3 @@ def check_server_certificate(home: CoordinatorHome) -> None:
     key = load_pem_private_key(home.server_key.read_bytes(), password=None)
     if key.public_key() != certificate.public_key():
         raise TrustError(f"{home.server_certificate} was made for another key than {home.server_key}.")
-
-
-def read_job_state(submission: Submission) -> Mapping[str, Any]:
-    """Return the state of a job with its progress in rounds.
-
-    Raises:
-        RunError: if its folder is damaged.
-    """
-    try:
-        return submission.state() | {"name": submission.name, "rounds_durable": max(submission.progress(), 0)}
-    except (OSError, ValueError) as error:
-        raise RunError(f"{submission.path} is damaged ({type(error).__name__}).") from None
