@@ -41,12 +41,10 @@ from tests.integration.books import (
     site_entries,
 )
 
-pytestmark = pytest.mark.endurance
-
 eventually = functools.partial(waiting.eventually, timeout=240.0)
 SITES = ("a", "b", "c", "d")
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.endurance, pytest.mark.timeout(900)]
 
 
 class Line:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from shared.statement import SiteRelease
 
 from client import app as client_app
 from server.checkpoint import Checkpoint
@@ -39,6 +41,11 @@ def run(path: Path, folder: Path, backend: str, *, resume: bool = False) -> Chec
     return run_scenario(scenario, folder, observer=lambda arm: Observer(), injected_seed="transport", resume=resume)
 
 
+def without_hashes(checkpoint: Checkpoint) -> dict[str, SiteRelease]:
+    """What each site released, but for the hashes: an update's last bits depend on the threads that summed it."""
+    return {site: replace(release, updates=()) for site, release in checkpoint.releases.items()}
+
+
 def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(
     scenario_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,7 +71,7 @@ def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(
     assert any(failed), "the test must drop some sites"
     assert [record.failed for record in on_ray.history] == failed
     assert [record.sites for record in on_ray.history] == [record.sites for record in in_process.history]
-    assert on_ray.releases == in_process.releases
+    assert without_hashes(on_ray) == without_hashes(in_process)
     assert on_ray.adapter.keys() == in_process.adapter.keys()
     for name, tensor in in_process.adapter.items():
         torch.testing.assert_close(on_ray.adapter[name], tensor, rtol=1e-4, atol=1e-5)
