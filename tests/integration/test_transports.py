@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from shared.statement import SiteRelease
 
 from client import app as client_app
 from server.checkpoint import Checkpoint
 from server.observer import Observer
 from shared.errors import RunError
+from shared.privacy.statement import SiteRelease
 from simulations import engine
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
