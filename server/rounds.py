@@ -39,6 +39,7 @@ from shared.privacy.statement import SiteRelease
 
 RETRY_SECONDS = 2.0
 _LONGEST_POLL_SECONDS = 1.0
+_PATIENT_SHARE = 0.75  # of the time that the answers took last time passes before the first look
 # A request may be lost with the process that pulled it, while its node stays online. Sites answer a repeated one with what
 # they stored, so asking again costs no budget; each time after twice as long.
 ASK_AGAIN_SECONDS = 30.0
@@ -173,6 +174,7 @@ def _run_round(
         requests,
         asked,
         timeout=timeout,
+        expected=_exchange_seconds(checkpoint.history[-1]) if coordinator.authority else 0.0,
         repeat=coordinator.authority is not None,
         meanwhile=lambda: _account_ahead(checkpoint.releases, plan, job.training.local_steps),
     ):
@@ -249,6 +251,11 @@ def _run_round(
         releases=releases,
         history=[*checkpoint.history, record],
     )
+
+
+def _exchange_seconds(last: RoundRecord) -> float:
+    """Return how long the answers took in the round before; 0 if there was none."""
+    return last.seconds - last.seconds_evaluation if last.round else 0.0
 
 
 def epsilon_max(releases: dict[str, SiteRelease]) -> float | None:
@@ -388,6 +395,7 @@ def _exchange(
     nodes: Sequence[int],
     *,
     timeout: float,
+    expected: float,
     repeat: bool,
     meanwhile: Callable[[], None],
 ) -> list[tuple[int, Message]]:
@@ -398,6 +406,7 @@ def _exchange(
 
     Args:
         requests: makes the messages for some nodes, signed now.
+        expected: seconds that the answers will take, as far as one knows; asking before costs the sites' calls their time.
         repeat: ask those again who are silent; only for sites that answer a repeated request as the first.
         meanwhile: what can be done once the requests are out.
     """
@@ -409,10 +418,11 @@ def _exchange(
         metadata = [message.metadata for message in messages]
         node_of.update({facts.message_id: facts.dst_node_id for facts in metadata if facts.message_id in pushed})
 
+    started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
     ask(nodes)
     meanwhile()
-    started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
     collected: dict[int, Message] = {}
+    time.sleep(max(0.0, min(_PATIENT_SHARE * expected, _LONGEST_POLL_SECONDS) - (time.monotonic() - started)))
     while waiting := {identifier for identifier, node in node_of.items() if node not in collected}:
         arrived = list(grid.pull_messages(waiting))
         for message in arrived:

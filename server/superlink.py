@@ -13,7 +13,6 @@ import logging
 import logging.handlers
 import os
 import re
-import signal
 import sqlite3
 import subprocess
 import sys
@@ -45,6 +44,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
 from server.home import SuperLinkFiles
 from shared.errors import RunError
+from shared.processes import die_with_parent
 
 CONTROL_HOST = "127.0.0.1"
 _START_TIMEOUT_SECONDS = 60.0
@@ -118,7 +118,7 @@ class SuperLink:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env={**os.environ, **settings},
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         threading.Thread(target=_keep_output, args=(self.process, self._files.log), daemon=True).start()
         deadline = time.monotonic() + _START_TIMEOUT_SECONDS
@@ -287,15 +287,6 @@ def pull_promptly() -> None:
     module: Any = http_grid
     if not isinstance(module.pull_objects, functools.partial):
         module.pull_objects = functools.partial(module.pull_objects, initial_backoff=_PULL_BACKOFF_SECONDS)
-
-
-def _die_with_parent() -> None:
-    """Ask Linux to end this child when its parent dies, so that no SuperLink outlives its coordinator."""
-    import ctypes
-
-    with contextlib.suppress(OSError, AttributeError):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
 
 
 def _keep_output(process: subprocess.Popen[bytes], path: Path) -> None:

@@ -38,6 +38,7 @@ from shared.config import ComputeConfig, Job, load_toml
 from shared.datasets import DataSource, write_jsonl
 from shared.errors import RunError
 from shared.pki import approve, create_ca, publish, revoke
+from shared.processes import die_with_parent
 from shared.signing import SigningKey, load_verify_key
 from shared.tasks import Record, task_of
 
@@ -243,6 +244,7 @@ class Federation:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
                 start_new_session=True,
+                preexec_fn=die_with_parent,
             )
 
     def _await(self, what: str, condition: Any, *, timeout: float = 90.0) -> None:

@@ -19,10 +19,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 import dp_accounting
-from dp_accounting.pld import pld_privacy_accountant
+from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
 from scipy.optimize import brentq
 
 from shared.errors import PrivacyError
@@ -87,13 +87,24 @@ def compose_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:
 
 @lru_cache(maxsize=4096)
 def _compose_epsilon(events: tuple[tuple[float, float, int], ...], delta: float, cell: float) -> float:
-    accountant = pld_privacy_accountant.PLDAccountant(
-        neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
+    composed = reduce(lambda one, other: one.compose(other), (_steps_pld(*event, cell) for event in events))
+    return float(composed.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=4)
+def _steps_pld(sigma: float, q: float, steps: int, cell: float) -> PrivacyLossDistribution:
+    return _step_pld(sigma, q, cell).self_compose(steps)
+
+
+# Discretising one step takes longer than composing it many times, and every round asks for the same step.
+@lru_cache(maxsize=4)
+def _step_pld(sigma: float, q: float, cell: float) -> PrivacyLossDistribution:
+    return from_gaussian_mechanism(
+        standard_deviation=sigma,
+        sampling_prob=q,
         value_discretization_interval=cell,
+        neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
     )
-    for sigma, q, steps in events:
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(sigma)), steps)
-    return float(accountant.get_epsilon(delta))
 
 
 @lru_cache(maxsize=256)
