@@ -162,6 +162,38 @@ def report(run: RunArgument) -> None:
 
 
 @app.command()
+def audit(
+    run: RunArgument,
+    tier: Annotated[
+        int, typer.Option(help="1: mechanism, in seconds; 2: one run with canaries; 3: shadow models.")
+    ] = 1,
+    canaries: Annotated[
+        str, typer.Option(help="Of tier 2: gradient (sees every step) or text (final adapter).")
+    ] = "gradient",
+    num_canaries: Annotated[int, typer.Option(help="Of tier 2, in each training.")] = 1000,
+    trainings: Annotated[int, typer.Option(help="Independent trainings of tier 2, attacked models of tier 3.")] = 5,
+    shadows: Annotated[int, typer.Option(help="Shadow models of tier 3, at least 64.")] = 64,
+    alpha: Annotated[float, typer.Option(help="Chance of accusing a correct run, at most 0.001.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Public seed of canaries and coins.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Put the claimed epsilon of a run to the test; the verdict is consistent, violated or inconclusive."""
+    from simulations.audit_command import audit_run
+
+    audit_run(
+        run,
+        tier=tier,
+        canaries=canaries,
+        num_canaries=num_canaries,
+        trainings=trainings,
+        shadows=shadows,
+        alpha=alpha,
+        seed=seed,
+        as_json=as_json,
+    )
+
+
+@app.command()
 def settings() -> None:
     """Print every key of a scenario file with its default and meaning, as Markdown (docs/settings.md)."""
     from simulations.settings import settings_table
@@ -188,6 +220,7 @@ _mount("client.commands", "site_app")
 _mount("server.commands", "coordinator_app")
 _mount("shared.pki_commands", "pki_app")
 _mount("shared.audit_log_commands", "audit_log_app")
+app.command("plan")(importlib.import_module("shared.plan_commands").plan)
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -48,7 +48,7 @@ def main() -> None:
     try:
         federation.found()
         for index, name in enumerate(SITES):
-            federation.join(name, records(index), epsilon=50.0)
+            federation.join(name, records(index), epsilon=50.0, composition="adaptive")
         federation.start_coordinator()
         for block in range(options.blocks):
             for kind, start in (("silotune node", Federation.start_site), ("stock supernode", start_stock)):

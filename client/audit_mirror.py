@@ -8,7 +8,8 @@ Formal guarantees (tests: tests/client/test_audit_mirror.py)
     * A crash between the two is healed at the next opening (test_entries_lost_in_a_crash_are_added_in_order,
       test_kill_at_any_moment_leaves_a_log_that_heals).
     * A ledger that lacks an entry of the log, or has another in its place, is not opened
-      (test_an_older_copy_of_the_ledger_is_refused, test_a_deleted_ledger_is_refused).
+      (test_an_older_copy_of_the_ledger_is_refused, test_a_deleted_ledger_is_refused); this holds for a copy from before an
+      import or a migration too (test_a_copy_from_before_an_import_is_refused, test_an_older_version_is_mirrored_and_guarded).
     * `recount` agrees with the ledger without reading it (test_recount_agrees_with_the_ledger).
 
 Not guaranteed: an older copy of the log, beside a newer ledger, is filled up as after a crash. The entry
@@ -17,15 +18,15 @@ Not guaranteed: an older copy of the log, beside a newer ledger, is filled up as
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
+from client.account import Account
 from client.ledger import Entry, Ledger
 from shared import audit_log
 from shared.audit_log import AuditLog, Event
-from shared.errors import LedgerError, TrustError
-from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.errors import LedgerError, PrivacyError, TrustError
+from shared.privacy.accounting import compose_epsilon
 
 
 class AuditMirror:
@@ -94,30 +95,29 @@ class AuditMirror:
 
 
 def recount(log_folder: Path, *, delta: float, dataset: str, unit: str, job_id: str | None = None) -> float:
-    """Return epsilon at `delta` of one account, or of one of its jobs, from the audit log alone.
+    """Return the spend of one account at `delta`, or epsilon of one of its jobs by PLD, from the audit log alone.
 
-    Reserved steps count until they are committed, then the executed ones do: what `Ledger.spent_epsilon` says.
+    Reserved steps count until they are committed, then the executed ones do, and imported charges do: what
+    `Ledger.spent_epsilon` says, by the composition that the account recorded last.
     The chain is checked on the way; whether the owner signed the head is for `shared.audit_log.verify` to say.
 
     Raises:
         TrustError: if the log is broken, or an entry of it is not one that `AuditMirror` writes.
+        LedgerError: if a newer version wrote an entry that this one does not know.
     """
-    charged: dict[int, tuple[str, GaussianSteps]] = {}
+    account = Account(dataset=dataset, unit=unit)
     for entry in audit_log.read(log_folder):
         if entry.event != Event.LEDGER_ENTRY:
             continue
         try:
-            payload = entry.details["payload"]
-            if (payload["dataset"], payload["unit"]) != (dataset, unit):
-                continue
-            if entry.details["kind"] == "reserve":
-                charged[entry.details["sequence"]] = (payload["job_id"], GaussianSteps(**payload["mechanism"]))
-            elif entry.details["kind"] == "commit":
-                job, reserved = charged[payload["reservation"]]
-                charged[payload["reservation"]] = (job, replace(reserved, steps=payload["executed_steps"]))
-        except (KeyError, TypeError):
+            details = entry.details
+            account.take(details["sequence"], details["kind"], entry.time, details["payload"])
+        except (KeyError, TypeError, PrivacyError):
             _misplaced(log_folder, entry, "it is not a complete ledger entry")
-    return compose_epsilon([steps for job, steps in charged.values() if job_id in (None, job)], delta)
+    events = account.events(job_id)
+    if job_id is not None or not account.caps:
+        return compose_epsilon(events, delta)
+    return account.rule(delta=delta).epsilon(events)
 
 
 def _misplaced(folder: Path, entry: audit_log.Entry, what: str) -> NoReturn:

@@ -10,7 +10,6 @@ from typing import Literal
 
 from client.fleet import FleetConnection, NotAdmitted, tls_facts
 from client.home import SiteHome, load_identity, open_log, open_site
-from client.ledger import Ledger
 from client.policy import load_policy
 from shared.audit_log import verify
 from shared.certificates import expiry_warning
@@ -72,7 +71,13 @@ def check_site(home: SiteHome, *, passphrase: str | None, connect: bool = True) 
 
 def _settings(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
-    return "ok", f"site {config.name}, budget epsilon {config.budget.epsilon:g} at delta {config.budget.delta:g}"
+    budget = config.budget
+    text = f"site {config.name}, budget epsilon {budget.epsilon:g} at delta {budget.delta:g}, composition {budget.composition}"
+    if budget.composition == "fixed":
+        return "warning", (
+            f'{text}: the cap holds only if the plans of all runs are made before the first one starts; set "adaptive" if not'
+        )
+    return "ok", text
 
 
 def _policy(home: SiteHome) -> tuple[Outcome, str]:
@@ -125,7 +130,7 @@ def _disk(home: SiteHome) -> tuple[Outcome, str]:
 def _ledger(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
     if not (home.path / "ledger.db").exists():
         return "ok", "not begun; the first accepted job begins it"
-    ledger = open_ledger(home, passphrase=passphrase)
+    ledger = open_site(home, passphrase=passphrase).ledger()
     spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon
     outcome: Outcome = "ok" if spent < cap else "warning"
     return outcome, f"chain unbroken, {len(ledger.entries())} entries, epsilon {spent:.4g} of {cap:g} spent"
@@ -156,8 +161,3 @@ def _admission(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
     finally:
         connection.close()
     return "ok", "the coordinator admits this site's key, and the clocks agree"
-
-
-def open_ledger(home: SiteHome, *, passphrase: str | None) -> Ledger:
-    """Open the site's ledger for reading, checked against the audit log."""
-    return open_site(home, passphrase=passphrase).ledger()

@@ -6,9 +6,10 @@ import json
 import logging
 import os
 import signal
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tomli_w
 import typer
@@ -27,6 +28,10 @@ from shared.node_keys import load_private_key, save_private_key
 from shared.pki import make_request
 from shared.signing import SigningKey, VerifyKey, load_verify_key, save_signing_key
 from shared.trust_store import verify_certificate
+
+if TYPE_CHECKING:
+    from shared.ledger_export import LedgerExport
+    from shared.privacy.accounting import GaussianSteps
 
 site_app = typer.Typer(
     name="site", help="Run a site: a node that trains on records that stay here.", no_args_is_help=True
@@ -50,6 +55,10 @@ def init(
         list[str] | None,
         typer.Option("--signer", metavar="NAME=KEY", help="Who may sign jobs: NAME=ed25519:... or a file."),
     ] = None,
+    composition: Annotated[
+        Literal["adaptive", "fixed"],
+        typer.Option(help="adaptive: later runs may be planned on earlier results. fixed: all plans are fixed before."),
+    ] = "adaptive",
 ) -> None:
     """Make the folder, the keys, the certificate request and first versions of site.toml and policy.toml."""
     from client.policy import policy_template
@@ -64,7 +73,7 @@ def init(
         "dataset": f"{name}-records",
         "coordinator": coordinator,
         "data": {"path": str(data.resolve()), "columns": pairs},
-        "budget": {"epsilon": epsilon},
+        "budget": {"epsilon": epsilon, "composition": composition},
     }
     parse(SiteConfig, config, source="what was asked for")
     policy_text = policy_template(signers=signers or None, max_epsilon_per_job=epsilon)
@@ -184,37 +193,42 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
 
 
 @site_app.command()
-def ledger(home: HomeArgument, as_json: JsonOption = False) -> None:
-    """Show the privacy budget: what was charged, for which job, and the cap."""
-    from client.check import open_ledger
-    from shared.privacy.accounting import compose_epsilon
+def ledger(
+    home: HomeArgument,
+    as_json: JsonOption = False,
+    export: Annotated[
+        Path | None,
+        typer.Option(help="Write the account to this file, for a planner or another machine; charges nothing."),
+    ] = None,
+    import_from: Annotated[
+        Path | None, typer.Option("--import", help="Take over the charges in this export; the account must have none.")
+    ] = None,
+    from_dataset: Annotated[
+        str | None, typer.Option(help="With --import: the export's data set, if it has another name here.")
+    ] = None,
+) -> None:
+    """Show the privacy budget: what was charged, for which job, and the cap; export it, or import it from another machine."""
+    from client.home import open_site
+    from shared.ledger_export import load_export, save_export
 
-    opened = open_ledger(SiteHome(home), passphrase=passphrase_from_environment())
-    cap, spent = opened.budget.epsilon, opened.spent_epsilon()
-    names = {e.payload["job_id"] for e in opened.entries() if e.kind == "reserve"}
-    jobs = {job: opened.events(job) for job in sorted(names)}
-    if as_json:
+    if from_dataset is not None and import_from is None:
+        raise RunError("--from-dataset says what an export is called; give the export with --import.")
+    site = open_site(SiteHome(home), passphrase=passphrase_from_environment())
+    opened = site.ledger()
+    if import_from is not None:
+        taken = load_export(import_from)
+        opened.import_account(taken, from_dataset=from_dataset)
         typer.echo(
-            json.dumps(
-                {
-                    "epsilon_spent": spent,
-                    "epsilon_budget": cap,
-                    "delta": opened.budget.delta,
-                    "entries": len(opened.entries()),
-                    "jobs": {job: compose_epsilon(events, opened.budget.delta) for job, events in jobs.items()},
-                }
-            )
+            f"took over {len(taken.charges)} charges of site {taken.site}, {taken.dataset}, as of {taken.exported_at} (its cap: "
+            f"epsilon {taken.epsilon:g}). The cap here is that of {home / 'site.toml'}. Stop the other machine for good: "
+            "what it charges from now on is not counted here.",
+            err=as_json,
         )
-        return
-    console = Console(highlight=False)
-    console.print(
-        f"epsilon {spent:.4f} of {cap:g} spent at delta {opened.budget.delta:g}; the chain is unbroken", soft_wrap=True
-    )
-    table = Table("job", "rounds", "steps", "epsilon alone", box=None)
-    for job, events in jobs.items():
-        steps = sum(event.steps for event in events)
-        table.add_row(job[:12], str(len(events)), str(steps), f"{compose_epsilon(events, opened.budget.delta):.4f}")
-    console.print(table)
+    account = opened.export(site=site.config.name, declared_records=site.declared_records)
+    if export is not None:
+        save_export(export, account)
+        typer.echo(f"wrote {len(account.charges)} charges to {export}; this ledger stays in use.", err=as_json)
+    _show_account(account, as_json=as_json)
 
 
 @site_app.command()
@@ -231,6 +245,50 @@ def _pair(item: str, option: str) -> tuple[str, str]:
     if not separator or not left or not right:
         raise RunError(f"{option} {item!r} is not of the form NAME=VALUE.")
     return left, right
+
+
+def _show_account(account: LedgerExport, *, as_json: bool) -> None:
+    from shared.privacy.accounting import compose_epsilon
+
+    spent = account.rule.epsilon(account.mechanisms)
+    jobs: dict[str, list[GaussianSteps]] = {}
+    for charged in sorted(account.charges, key=lambda charged: charged.job_id):
+        jobs.setdefault(charged.job_id, []).append(charged.mechanism)
+    if as_json:
+        typer.echo(
+            json.dumps(
+                {
+                    "epsilon_spent": spent,
+                    "epsilon_budget": account.epsilon,
+                    "delta": account.delta,
+                    "composition": account.composition,
+                    "orders": account.orders,
+                    "entries": account.num_entries,
+                    "jobs": {job: compose_epsilon(events, account.delta) for job, events in jobs.items()},
+                }
+            )
+        )
+        return
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"epsilon {spent:.4f} of {account.epsilon:g} spent at delta {account.delta:g}; the chain is unbroken")
+    console.print(_explain_composition(account.composition, account.orders))
+    table = Table("job", "rounds", "steps", "epsilon alone", box=None)
+    for job, events in jobs.items():
+        steps = sum(event.steps for event in events)
+        table.add_row(job[:12], str(len(events)), str(steps), f"{compose_epsilon(events, account.delta):.4f}")
+    console.print(table)
+
+
+def _explain_composition(composition: str, orders: Sequence[int]) -> str:
+    if composition == "fixed":
+        return (
+            "composition fixed: this holds only if the plans of all runs were fixed before the first one started; if not, set "
+            'budget.composition = "adaptive" in site.toml'
+        )
+    return (
+        f"composition adaptive: a Rényi filter of orders {', '.join(map(str, orders))}; the cap holds also if runs are planned "
+        "on the results of earlier ones. The first step counts for much, later ones for less"
+    )
 
 
 def _key_text(text: str) -> str:

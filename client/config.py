@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from shared.config import ComputeConfig, Name, Section
@@ -15,6 +17,9 @@ class BudgetConfig(Section):
     """All releases from this data set together stay below this."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
     """At this failure probability; a job with a weaker one is refused."""
+    composition: Literal["adaptive", "fixed"] = "fixed"
+    """`adaptive`: holds also if a run is planned after seeing the results of earlier ones, and allows fewer steps.
+    `fixed`: holds only if the plans of all runs were fixed before the first one. `silotune site init` writes `adaptive`."""
 
 
 class SiteConfig(Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from shared.errors import PolicyError, SilotuneError, TrustError
 from shared.keystore import Seal
 from shared.messages import TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.plan import PrivacyPlan
 from shared.signing import SignedJob, verify_round
 
 
@@ -93,7 +95,15 @@ class Guard:
 
     def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None:
         """Raise `PolicyError` if this job, repeated rounds included, would spend more than the policy allows a job."""
-        check_spend(self.policy, compose_epsilon([*ledger.events(job.sha256), mechanism], job.privacy.delta))
+        events = [*ledger.events(job.sha256), mechanism]
+        planned = PrivacyPlan.from_job(job)
+        whole = planned.mechanism(planned.planned_steps)
+        # Within its plan a job spends what `admit_job` checked, and the accountant remembers that sum.
+        if all(replace(event, steps=0) == replace(whole, steps=0) for event in events) and (
+            sum(event.steps for event in events) <= whole.steps
+        ):
+            events = [whole]
+        check_spend(self.policy, compose_epsilon(events, job.privacy.delta))
 
     def received(self, request: TrainRequest) -> None:
         """Note who asked for what."""

@@ -86,7 +86,8 @@ class Site:
     def ledger(self, unit: str = "record") -> Ledger:
         """Return the site's ledger, opened and verified."""
         if self._ledger is None:
-            budget = Budget(epsilon=self.config.budget.epsilon, delta=self.config.budget.delta)
+            cap = self.config.budget
+            budget = Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition)
             self._ledger = Ledger(
                 self.home / "ledger.db",
                 dataset=self.config.dataset,

@@ -4,7 +4,6 @@ coordinator.toml   name, hosts and ports
 keys/              server.key (TLS; plain PEM, for Flower reads it) and round.key (signs rounds and adapters); made here
 trust/             ca.crt, crl.pem, server.crt and sites/*.crt: who may connect
 jobs/NUMBER-NAME/  the signed job, its public evaluation data, its state and its run folder
-superlink.db       Flower's state
 audit/             the audit log
 logs/, flower/     Flower's output and own files
 coordinator.json   what the running coordinator says of itself
@@ -48,7 +47,6 @@ class SuperLinkFiles:
 
     Attributes:
         ca_certificate, server_certificate, server_key: PEM files.
-        database: SQLite file with Flower's state.
         log: file that its output is appended to.
         flower_home: Flower's own folder.
     """
@@ -56,7 +54,6 @@ class SuperLinkFiles:
     ca_certificate: Path
     server_certificate: Path
     server_key: Path
-    database: Path
     log: Path
     flower_home: Path
 
@@ -126,7 +123,6 @@ class CoordinatorHome:
             ca_certificate=self.trust / "ca.crt",
             server_certificate=self.server_certificate,
             server_key=self.server_key,
-            database=self.path / "superlink.db",
             log=self.superlink_log,
             flower_home=self.path / "flower",
         )

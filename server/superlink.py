@@ -2,6 +2,8 @@
 
 TLS and authentication of nodes are always on. The Control API, which Flower leaves open to whoever reaches it, is bound
 to loopback and cannot be configured otherwise (tests/integration/test_superlink.py).
+
+Its state is kept in memory: what must outlive it stands in the coordinator's own folder (docs/decisions/0009).
 """
 
 from __future__ import annotations
@@ -13,12 +15,11 @@ import logging
 import logging.handlers
 import os
 import re
-import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,9 @@ from flwr.proto.control_pb2 import (
     StopRunRequest,
     UnregisterNodeRequest,
 )
+from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp.grid import Grid
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.supercore.control import ControlHttpClient
 from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
@@ -48,9 +51,14 @@ from shared.processes import die_with_parent
 
 CONTROL_HOST = "127.0.0.1"
 _START_TIMEOUT_SECONDS = 60.0
+_UNREGISTERED = "unregistered"
 _PULL_BACKOFF_SECONDS = 0.02
 _NOISE = re.compile(r"uvicorn\.access|ControlServicer\.List|\[Fleet\.PushMessages\]|GetRun\]")
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class KeyRemembered(RunError):
+    """The SuperLink refuses a key for as long as it runs, because it was unregistered before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,7 @@ class SuperLink:
             "--ssl-certfile", str(self._files.server_certificate),
             "--ssl-keyfile", str(self._files.server_key),
             "--enable-supernode-auth",
-            "--database", str(self._files.database),
+            "--database", FLWR_IN_MEMORY_DB_NAME,
             "--host", CONTROL_HOST,
             "--port", str(self._control_port),
             "--fleet-api-address", self._fleet_address,
@@ -160,7 +168,6 @@ class Control:
     """The Control API on loopback: who may connect, which runs there are."""
 
     def __init__(self, port: int, files: SuperLinkFiles) -> None:
-        self._database = files.database
         self._client = ControlHttpClient.from_server_address(
             server_address=f"{CONTROL_HOST}:{port}",
             insecure=False,
@@ -178,40 +185,39 @@ class Control:
 
     def nodes(self) -> list[RegisteredNode]:
         """Return the nodes that may connect."""
-        with _explained():
-            found = self._client.ListNodes(ListNodesRequest()).nodes_info
         return [
             RegisteredNode(
                 node_id=node.node_id, name=node.name, public_key=node.public_key, online=node.status == "online"
             )
-            for node in found
-            if node.status != "unregistered"
+            for node in self._list()
+            if node.status != _UNREGISTERED
         ]
 
-    def register(self, name: str, public_key: ec.EllipticCurvePublicKey) -> int:
-        """Let a key connect and return its node id; also one that was unregistered before."""
-        self._forget(public_key_to_bytes(public_key))
-        request = RegisterNodeRequest(public_key=public_key_to_bytes(public_key), name=name)
+    def _list(self) -> Sequence[NodeInfo]:
         with _explained():
-            return int(self._client.RegisterNode(request).node_id)
+            return list(self._client.ListNodes(ListNodesRequest()).nodes_info)
 
-    def _forget(self, public_key: bytes) -> None:
-        """Remove what Flower remembers of an unregistered key.
+    def register(self, name: str, public_key: ec.EllipticCurvePublicKey) -> int:
+        """Let a key connect and return its node id.
 
-        It would refuse that key for ever, so a certificate that is renewed after it expired could not be admitted.
+        Raises:
+            KeyRemembered: this key was unregistered before; only a SuperLink that is started anew takes it again.
         """
-        try:
-            with contextlib.closing(sqlite3.connect(self._database, timeout=30)) as database, database:
-                database.execute("DELETE FROM node WHERE public_key = ? AND status = 'unregistered'", (public_key,))
-        except sqlite3.Error as error:
-            raise RunError(
-                f"{self._database} cannot be written: {error}; free space or mend the permissions."
-            ) from None
+        key = public_key_to_bytes(public_key)
+        if any(node.public_key == key and node.status == _UNREGISTERED for node in self._list()):
+            raise KeyRemembered(f"the key of site {name} was removed before and is valid again.")
+        with _explained():
+            return int(self._client.RegisterNode(RegisterNodeRequest(public_key=key, name=name)).node_id)
 
     def unregister(self, node_id: int) -> None:
         """Let a key connect no more; its very next call is refused."""
-        with _explained():
-            self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+        try:
+            with _explained():
+                self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
+        except RunError:
+            # Of a node that never connected, Flower removes the key and then stumbles.
+            if any(node.node_id == node_id for node in self.nodes()):
+                raise
 
     def start_run(self, bundle: bytes, config: Mapping[str, Any]) -> int:
         """Start a run of `bundle` and return its number."""

@@ -19,7 +19,7 @@ import httpx
 
 from server.home import CoordinatorHome
 from server.submission import Submission, submissions
-from server.superlink import Control, SuperLink, public_key_bytes, server_bundle
+from server.superlink import Control, KeyRemembered, SuperLink, public_key_bytes, server_bundle
 from shared.atomic import write_json
 from shared.audit_log import Event
 from shared.certificates import load_certificate
@@ -97,17 +97,19 @@ class Supervisor:
         self._closing.close()
         self._open_control = None
 
+    def _restart_superlink(self, reason: str) -> None:
+        """Start the SuperLink anew: sites connect again by themselves, and a run resumes from its folder."""
+        log.warning("starting the SuperLink again: %s", reason)
+        self._log.append(Event.SUPERLINK_RESTARTED, reason=reason)
+        self._superlink.stop()
+        self._start_superlink()
+
     def _turn(self) -> None:
         try:
             if not self._superlink.alive():
-                log.error("the SuperLink ended; starting it again")
-                self._log.append(Event.SUPERLINK_RESTARTED, reason="it ended")
-                self._start_superlink()
+                self._restart_superlink("it ended")
             elif self._superlink_must_restart():
-                log.info("another server certificate was installed; starting the SuperLink again")
-                self._log.append(Event.SUPERLINK_RESTARTED, reason="another server certificate was installed")
-                self._superlink.stop()
-                self._start_superlink()
+                self._restart_superlink("another server certificate was installed")
             self._admit(self._control())
             self._drive(self._control())
             self._say("running")
@@ -168,6 +170,9 @@ class Supervisor:
                 assert site.public_key is not None  # noqa: S101 (selected above)
                 try:
                     control.register(site.name, site.public_key)
+                except KeyRemembered as error:
+                    self._restart_superlink(str(error))
+                    return
                 except RunError as error:  # of one site; the others must not wait for it
                     log.error("site %s cannot be admitted: %s", site.name, error)
                     continue

@@ -38,6 +38,7 @@ from shared.config import ComputeConfig, Job, load_toml
 from shared.datasets import DataSource, write_jsonl
 from shared.errors import RunError
 from shared.pki import approve, create_ca, publish, revoke
+from shared.privacy.filter import Composition
 from shared.processes import die_with_parent
 from shared.signing import SigningKey, load_verify_key
 from shared.tasks import Record, task_of
@@ -103,6 +104,7 @@ class Federation:
         records: Sequence[Record],
         *,
         epsilon: float,
+        composition: Composition = "fixed",
         compute: ComputeConfig | None = None,
         policy: Mapping[str, Any] | None = None,
     ) -> SiteHome:
@@ -110,6 +112,7 @@ class Federation:
 
         Args:
             epsilon: the site's budget, for one job and in total.
+            composition: how the site measures its spending; "fixed" for runs whose plans are all made before they start.
             compute: its speed settings.
             policy: keys of its policy.toml to replace.
         """
@@ -126,6 +129,7 @@ class Federation:
                 columns=[f"{role}={role}" for role in records[0]],
                 epsilon=epsilon,
                 signer=[f"consortium={self.signer.verify_key.text}"],
+                composition=composition,
             )
         if compute is not None:
             change_toml(home.config, compute=compute.model_dump(mode="json"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.console import Console
 from client.status import read_status
 from server.submission import Submission
 from shared.errors import RunError
+from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from simulations.engine import FEDERATED, plan_arms
 from simulations.federation import Federation, now, summary
@@ -31,13 +33,13 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
     folder.mkdir(parents=True, exist_ok=True)
     train, test = scenario.load_data()
     arm = next(arm for arm in plan_arms(scenario, folder, train) if arm.name == FEDERATED)
-    budget = max(arm.job.privacy.epsilon, PrivacyPlan.from_job(arm.job).epsilon())
+    budget = _budget_for(PrivacyPlan.from_job(arm.job))
     # All processes share this machine's cores.
     federation = Federation(folder, environment={"OMP_NUM_THREADS": "1"})
     try:
         federation.found()
         for name, records in arm.sites.items():
-            federation.join(name, records, epsilon=budget, compute=scenario.compute)
+            federation.join(name, records, epsilon=budget, composition="adaptive", compute=scenario.compute)
         console.print(
             f"CA, coordinator and {len(arm.sites)} sites made in {folder}; every key was made where it is used"
         )
@@ -61,6 +63,18 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
     figures = summary(federation, submission, arm.job, list(arm.sites), facts)
     console.print(f"{time.monotonic() - started:.0f} s; report: {submission.run_folder / 'report.html'}")
     typer.echo(json.dumps(figures))
+
+
+def _budget_for(plan: PrivacyPlan) -> float:
+    """Return a cap that the run fits into, measured as real sites do: so that its results may decide what is run next."""
+    spent, budget = plan.mechanism(plan.planned_steps), math.ceil(plan.epsilon())
+    while True:
+        rule = SpendingRule(
+            composition="adaptive", delta=plan.delta, orders=filter_orders(epsilon=budget, delta=plan.delta)
+        )
+        if rule.epsilon([spent]) <= budget:
+            return float(budget)
+        budget += 1
 
 
 def _watch(federation: Federation, submission: Submission, sites: Sequence[str], console: Console) -> None:

@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import client.ledger as ledger_module
+from client.account import Account
 from client.audit_mirror import AuditMirror, recount
 from client.ledger import Budget, Charge, Ledger
 from shared import audit_log
@@ -28,6 +30,7 @@ from shared.audit_log import AuditLog, Event
 from shared.errors import LedgerError, TrustError
 from shared.keystore import Seal
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.filter import Composition, SpendingRule
 from shared.signing import SigningKey
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,9 +55,16 @@ class Home:
         return AuditLog(self.log_folder, seal_head=KEY, max_bytes=4000)
 
     @contextmanager
-    def opened(self, *, mirrored: bool = True, dataset: str = "notes", epsilon: float = 1000.0) -> Iterator[Ledger]:
+    def opened(
+        self,
+        *,
+        mirrored: bool = True,
+        dataset: str = "notes",
+        epsilon: float = 1000.0,
+        composition: Composition = "fixed",
+    ) -> Iterator[Ledger]:
         mirror = AuditMirror(self.log()) if mirrored else None
-        budget = Budget(epsilon=epsilon, delta=DELTA)
+        budget = Budget(epsilon=epsilon, delta=DELTA, composition=composition)
         options: dict[str, Any] = {"unit": "record", "budget": budget, "cipher": SEAL, "mirror": mirror}
         with closing(Ledger(self.path, dataset=dataset, **options)) as ledger:
             yield ledger
@@ -81,7 +91,7 @@ def home(tmp_path: Path) -> Home:
 @pytest.fixture
 def free_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the accountant where only the files are under test."""
-    monkeypatch.setattr(ledger_module, "compose_epsilon", lambda events, delta: 0.0)
+    monkeypatch.setattr(SpendingRule, "epsilon", lambda self, events: 0.0)
 
 
 def work(ledger: Ledger, num: int = 3) -> None:
@@ -189,6 +199,62 @@ def test_a_deleted_ledger_is_refused(home: Home) -> None:
 
 
 @pytest.mark.usefixtures("free_accounting")
+def test_a_copy_from_before_an_import_is_refused(home: Home, tmp_path: Path) -> None:
+    elsewhere = Home(tmp_path / "elsewhere")
+    elsewhere.path.parent.mkdir()
+    with elsewhere.opened() as ledger:
+        work(ledger, 2)
+        export = ledger.export(site="north", declared_records=1024)
+    with home.opened():
+        shutil.copy(home.path, tmp_path / "copy")
+    with home.opened() as ledger:
+        ledger.import_account(export)
+    home.check()
+    assert [details["kind"] for details in home.events()] == [
+        "open",
+        "budget",
+        "import",
+        "imported",
+        "imported",
+        "budget",
+    ]
+    shutil.copy(tmp_path / "copy", home.path)
+    with pytest.raises(LedgerError, match=r"ledger entry 3 of 6 .* does not hold it"), home.opened():
+        pass
+    assert home.path.read_bytes() == (tmp_path / "copy").read_bytes()
+
+
+@pytest.mark.usefixtures("free_accounting")
+def test_an_older_version_is_mirrored_and_guarded(home: Home, tmp_path: Path) -> None:
+    old = Path(__file__).parent / "ledger_v1" / "sealed.db"
+    shutil.copy(old, home.path)
+    home.path.chmod(0o600)
+    with home.opened() as ledger:
+        assert [event.steps for event in ledger.events()] == [20, 19, 30]
+        work(ledger, 1)
+    home.check()
+    assert [details["kind"] for details in home.events()][10:] == ["migrate", "budget", "reserve", "commit"]
+    shutil.copy(old, home.path)  # the backup from before the migration
+    with pytest.raises(LedgerError, match=r"ledger entry 11 of 14 .* does not hold it"), home.opened():
+        pass
+    assert home.path.read_bytes() == old.read_bytes(), "the old copy was migrated before the mirror was asked"
+
+
+def test_recount_follows_the_recorded_composition(home: Home) -> None:
+    account = {"delta": DELTA, "dataset": "notes", "unit": "record"}
+    with home.opened(epsilon=8.0, composition="adaptive") as ledger:
+        work(ledger, 2)
+        adaptive = ledger.spent_epsilon()
+        assert recount(home.log_folder, **account) == adaptive
+    with home.opened(epsilon=8.0, composition="fixed") as ledger:
+        assert recount(home.log_folder, **account) == ledger.spent_epsilon() < adaptive
+        with pytest.raises(LedgerError, match="unknown kind 'gift'"):
+            Account.read(
+                [*ledger.entries(), replace(ledger.entries()[-1], kind="gift")], dataset="notes", unit="record"
+            )
+
+
+@pytest.mark.usefixtures("free_accounting")
 def test_an_older_copy_of_the_log_shows_in_it(home: Home, tmp_path: Path) -> None:
     with home.opened() as ledger:
         work(ledger, 1)
@@ -210,7 +276,7 @@ def test_an_older_ledger_is_refused_while_running_too(home: Home, tmp_path: Path
         shutil.copy(home.path, tmp_path / "copy")
         work(ledger, 1)
     with home.opened() as ledger:
-        with closing(ledger_module.sqlite3.connect(home.path)) as connection:
+        with closing(sqlite3.connect(home.path)) as connection:
             connection.execute("DROP TRIGGER no_delete")
             connection.execute("DELETE FROM entries WHERE sequence > 4")
             digest = connection.execute("SELECT entry_sha256 FROM entries WHERE sequence = 4").fetchone()[0]
@@ -289,7 +355,7 @@ def test_recount_agrees_with_the_ledger(rounds: list[tuple[str, str, int, float,
         with home.opened() as notes, home.opened(dataset="letters") as letters:
             ledgers = {"notes": notes, "letters": letters}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(ledger_module, "compose_epsilon", lambda events, delta: 0.0)
+                patch.setattr(SpendingRule, "epsilon", lambda self, events: 0.0)
                 for dataset, job, steps, sigma, share in rounds:
                     id_ = ledgers[dataset].reserve(charge(steps, job_id=job, sigma=sigma))
                     if share is not None:
@@ -316,15 +382,15 @@ def test_recount_of_a_broken_log_is_refused(home: Home) -> None:
 WORKER = """
 import os, sys
 from pathlib import Path
-import client.ledger
 from client.audit_mirror import AuditMirror
 from client.ledger import Budget, Charge, Ledger
 from shared.audit_log import AuditLog
 from shared.keystore import Seal
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.filter import SpendingRule
 from shared.signing import SigningKey
 
-client.ledger.compose_epsilon = lambda events, delta: 0.0
+SpendingRule.epsilon = lambda self, events: 0.0
 home = Path(sys.argv[1])
 
 def work():

@@ -15,30 +15,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor
 
-import client.ledger as ledger_module
+import client.ledger_file as ledger_file
 import client.trainer as trainer_module
 import shared.privacy.plan as plan_module
 from client.ledger import Budget, Charge, Ledger
+from client.ledger_file import LedgerFile
+from client.mechanism_release import TrainerRelease
 from client.proof import prove_trainer
-from client.trainer import train_local_round
-from shared.batches import Batch, Example
-from shared.config import ComputeConfig, TrainingConfig
+from shared.batches import Batch
+from shared.config import ComputeConfig
 from shared.errors import BudgetExceeded, LedgerError, PrivacyError
-from shared.frozen_cache import FrozenCache
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.audit import MechanismAudit, audit_mechanism
 from shared.privacy.mechanism import CLIP_MARGIN, ClippedSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import KeyStream, SiteRandomness
-from shared.runtime import Runtime, load_runtime
+from shared.runtime import load_runtime
 from shared.tasks.causal_lm import CausalLanguageModelling, _token_losses
 
 DIMENSION = 64
 STEPS = 3
-LEARNING_RATE = 0.5
 PLAN = PrivacyPlan(
     private=True,
     unit="record",
@@ -53,86 +51,8 @@ PLAN = PrivacyPlan(
 # --- the production trainer on records that are their own gradients ---
 
 
-class CanaryModel(nn.Module):
-    """Loss of a record = <adapter and head weights, record>, so its gradient is the record."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.adapter = nn.Linear(DIMENSION // 2, 1, bias=False)
-        self.head = nn.Linear(DIMENSION // 2, 1, bias=False)
-        self.records = torch.zeros(0, DIMENSION)
-        self.device = torch.device("cpu")
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        return {"adapter.weight": self.adapter.weight, "head.weight": self.head.weight}
-
-    def head_parameters(self) -> set[str]:
-        return {"head.weight"}
-
-    def set_residuals(self, residuals: dict[str, Tensor]) -> None:
-        assert not residuals
-
-    def forward(self, batch: Batch) -> Tensor:
-        rows = self.records[batch.input_ids[:, 0]]
-        adapter, head = rows.split(DIMENSION // 2, dim=1)
-        return self.adapter(adapter)[:, 0] + self.head(head)[:, 0]
-
-
-class CanaryTask:
-    def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        return outputs
-
-
-def canary_runtime(micro_batch: int) -> Runtime:
-    model = CanaryModel()
-    return Runtime(
-        model=model,
-        task=CanaryTask(),
-        tokenizer=None,
-        max_length=1,
-        compute=ComputeConfig(micro_batch_tokens=micro_batch),
-        autocast_dtype=None,
-        initial={name: torch.zeros_like(p) for name, p in model.trainable().items()},
-        cache=FrozenCache(),
-    )
-
-
-class TrainerRelease:
-    """A `Release` through `train_local_round`; checks that nothing but what the optimiser saw reaches the delta."""
-
-    def __init__(self, new_randomness: Callable[[], SiteRandomness], micro_batch: int = 24) -> None:
-        self.runtime = canary_runtime(micro_batch)
-        self.new_randomness = new_randomness
-        self.training = TrainingConfig(
-            rounds=1, local_steps=STEPS, optimizer="sgd", momentum=0.0, learning_rate=LEARNING_RATE
-        )
-
-    def __call__(self, plan: PrivacyPlan, gradients: np.ndarray) -> np.ndarray:
-        self.runtime.model.records = torch.from_numpy(gradients).float()
-        declared, seen = 64, []
-        handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(_flat_gradient(optimizer)))
-        try:
-            result = train_local_round(
-                self.runtime,
-                [Example(torch.tensor([row])) for row in range(len(gradients))],
-                self.runtime.initial,
-                training=self.training,
-                plan=plan,
-                declared_records=declared,
-                randomness=self.new_randomness(),
-                round_number=1,
-            )
-        finally:
-            handle.remove()
-        used = np.stack(seen)
-        delta = torch.cat([result.delta[n].flatten() for n in ("adapter.weight", "head.weight")]).numpy()
-        np.testing.assert_allclose(delta, -LEARNING_RATE * used.sum(axis=0), rtol=1e-3, atol=1e-4)
-        return used * plan.sample_rate * declared
-
-
-def _flat_gradient(optimizer: torch.optim.Optimizer) -> np.ndarray:
-    parts = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
-    return torch.cat(parts).double().numpy()
+def trainer_release(new_randomness: Callable[[], SiteRandomness], micro_batch: int = 24) -> TrainerRelease:
+    return TrainerRelease(new_randomness, dimension=DIMENSION, steps=STEPS, micro_batch=micro_batch)
 
 
 def injected(name: str) -> Callable[[], SiteRandomness]:
@@ -141,7 +61,7 @@ def injected(name: str) -> Callable[[], SiteRandomness]:
 
 
 def audit(name: str = "audit", plan: PrivacyPlan = PLAN, micro_batch: int = 24, **options: Any) -> MechanismAudit:
-    return audit_mechanism(TrainerRelease(injected(name), micro_batch), plan, dimension=DIMENSION, **options)
+    return audit_mechanism(trainer_release(injected(name), micro_batch), plan, dimension=DIMENSION, **options)
 
 
 def assert_violated(result: MechanismAudit, *tests: str) -> None:
@@ -163,7 +83,7 @@ def test_correct_mechanism_passes_99_of_100_repeats() -> None:
 
 
 def test_correct_mechanism_passes_with_randomness_of_the_operating_system() -> None:
-    result = audit_mechanism(TrainerRelease(SiteRandomness.from_os), PLAN, dimension=DIMENSION)
+    result = audit_mechanism(trainer_release(SiteRandomness.from_os), PLAN, dimension=DIMENSION)
     assert result.verdict == "consistent", result.text()
 
 
@@ -283,7 +203,7 @@ def test_fault_no_noise_on_the_head(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_fault_fixed_noise_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SiteRandomness, "from_os", classmethod(lambda cls: cls(bytes(32), "os")))
-    result = audit_mechanism(TrainerRelease(lambda: SiteRandomness.from_os()), PLAN, dimension=DIMENSION)
+    result = audit_mechanism(trainer_release(lambda: SiteRandomness.from_os()), PLAN, dimension=DIMENSION)
     assert_violated(result, "independence", "inclusion")
 
 
@@ -298,7 +218,7 @@ def test_fault_same_noise_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_fault_a_step_more_than_accounted(monkeypatch: pytest.MonkeyPatch) -> None:
-    release = TrainerRelease(injected("more"))
+    release = trainer_release(injected("more"))
     release.training = release.training.model_copy(update={"local_steps": STEPS + 1})
     assert_violated(audit_mechanism(release, PLAN, dimension=DIMENSION), "steps", "accounting")
 
@@ -460,26 +380,26 @@ def test_restart_keeps_the_charges(tmp_path: Path) -> None:
 
 def test_fault_ledger_reset_on_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With a file made anew at every start the second charge passes: the check of the test above sees it."""
-    create = ledger_module._create_private_file
+    create = ledger_file._create_private_file
 
     def anew(path: Path) -> None:
         path.unlink(missing_ok=True)
         create(path)
 
-    monkeypatch.setattr(ledger_module, "_create_private_file", anew)
+    monkeypatch.setattr(ledger_file, "_create_private_file", anew)
     assert spend_and_restart(tmp_path / "ledger.db") < 3.0
 
 
 def test_fault_ledger_emptied_on_restart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """With the entries dropped at every start, the chain's head no longer fits: the ledger refuses to open."""
-    check = Ledger._check_or_create_schema
+    check = LedgerFile._check_or_create_schema
 
-    def emptied(self: Ledger) -> None:
+    def emptied(self: LedgerFile) -> None:
         check(self)
         self._connection.execute("DROP TRIGGER IF EXISTS no_delete")
         self._connection.execute("DELETE FROM entries")
 
-    monkeypatch.setattr(Ledger, "_check_or_create_schema", emptied)
+    monkeypatch.setattr(LedgerFile, "_check_or_create_schema", emptied)
     with pytest.raises(LedgerError, match="cannot be trusted"):
         spend_and_restart(tmp_path / "ledger.db")
 

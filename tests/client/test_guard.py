@@ -313,7 +313,7 @@ def test_repeated_rounds_count_towards_the_limit_of_the_job(
     assert answers[-1].reason.startswith(
         "with this round, repeated ones included, the job would exceed this site's limit"
     )
-    assert world.site.ledger().spent_epsilon() <= 6.0
+    assert world.site.ledger().spent_epsilon(job.sha256) <= 6.0
 
 
 def test_a_signer_that_is_struck_out_signs_nothing_any_more(world: World, asked: TrainRequest) -> None:

@@ -323,7 +323,7 @@ def test_check_finds_nothing_wrong_with_a_good_site(installed: SiteHome, silotun
     assert checked.status == 0, checked.out
     found = findings(checked)
     assert {name for name, (outcome, _) in found.items() if outcome == "failed"} == set()
-    assert found["settings"][1] == "site north, budget epsilon 8 at delta 1e-05"
+    assert found["settings"][1] == "site north, budget epsilon 8 at delta 1e-05, composition adaptive"
     assert found["data"][1] == "60 records, columns text as text, label as label"
     assert found["certificate"][0] == "ok"
     assert "not begun" in found["ledger"][1]
@@ -488,7 +488,7 @@ def test_the_ledger_shows_what_was_spent_and_for_which_job(
     assert job.sha256[:12] in shown.out
     said = json.loads(silotune("site", "ledger", home.path, "--json").out)
     assert said["epsilon_spent"] == pytest.approx(spent)
-    assert said["jobs"] == {job.sha256: pytest.approx(spent)}
+    assert said["jobs"] == {job.sha256: pytest.approx(site.ledger().spent_epsilon(job.sha256))}
 
 
 def ordered(request: TrainRequest) -> TrainRequest:

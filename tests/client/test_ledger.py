@@ -21,11 +21,12 @@ from typing import Any
 
 import pytest
 
-import client.ledger as ledger_module
+import client.ledger_file as file_module
 from client.ledger import Budget, Charge, Ledger
 from shared.errors import BudgetExceeded, LedgerError, PrivacyError
 from shared.keystore import Seal
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.filter import Composition, SpendingRule, filter_epsilon, filter_orders
 
 ROOT = Path(__file__).resolve().parents[2]
 DELTA = 1e-5
@@ -47,9 +48,15 @@ def epsilon_of(num: int) -> float:
 
 @contextmanager
 def opened(
-    path: Path, *, epsilon: float = 8.0, dataset: str = "notes", unit: str = "record", **options: Any
+    path: Path,
+    *,
+    epsilon: float = 8.0,
+    composition: Composition = "fixed",
+    dataset: str = "notes",
+    unit: str = "record",
+    **options: Any,
 ) -> Iterator[Ledger]:
-    budget = Budget(epsilon=epsilon, delta=DELTA)
+    budget = Budget(epsilon=epsilon, delta=DELTA, composition=composition)
     with closing(Ledger(path, dataset=dataset, unit=unit, budget=budget, **options)) as ledger:
         yield ledger
 
@@ -58,7 +65,7 @@ def opened(
 def free_accounting() -> Iterator[None]:
     """Leave out the accountant where only the file is under test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ledger_module, "compose_epsilon", lambda events, delta: 0.0)
+        patch.setattr(SpendingRule, "epsilon", lambda self, events: 0.0)
         yield
 
 
@@ -117,10 +124,51 @@ def test_hard_stop_exactly_at_the_cap(path: Path) -> None:
         assert ledger.spent_epsilon() == epsilon_of(40)
 
 
+def test_hard_stop_of_the_filter(path: Path) -> None:
+    orders = filter_orders(epsilon=8.0, delta=DELTA)
+    with opened(path, composition="adaptive") as ledger:
+        assert (ledger.rule.composition, ledger.rule.orders, ledger.spent_epsilon()) == ("adaptive", orders, 0.0)
+        ledger.reserve(charge(100))
+        assert ledger.spent_epsilon() == filter_epsilon([steps(100)], delta=DELTA, orders=orders) > epsilon_of(100)
+        assert ledger.spent_epsilon("job") == epsilon_of(100), "a job is a plan that was fixed in advance"
+        fits = ledger.affordable_steps(noise_multiplier=1.0, sample_rate=0.05)
+        before = ledger.entries()
+        with pytest.raises(
+            BudgetExceeded, match=rf"\(adaptive composition\).*Nothing was charged\. {fits} such"
+        ) as refused:
+            ledger.reserve(charge(fits + 1))
+        assert (refused.value.steps_affordable, ledger.entries()) == (fits, before)
+        ledger.reserve(charge(fits))
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(charge(1))
+        assert 7.9 < ledger.spent_epsilon() <= 8.0
+    with opened(path, composition="fixed") as ledger:  # the owner's word that all plans had been fixed
+        assert ledger.spent_epsilon() == epsilon_of(100 + fits) < 8.0
+        ledger.reserve(charge(1))
+
+
+def test_orders_stay_when_the_cap_changes_after_a_charge(path: Path) -> None:
+    def recorded(epsilon: float, composition: Composition = "adaptive") -> list[Any]:
+        with opened(path, epsilon=epsilon, composition=composition) as ledger:
+            return [entry.payload["orders"] for entry in ledger.entries() if entry.kind == "budget"]
+
+    three, eight = (list(filter_orders(epsilon=epsilon, delta=DELTA)) for epsilon in (3.0, 8.0))
+    assert recorded(3.0) == [three]
+    assert recorded(8.0) == [three, eight], "nothing was released yet"
+    with opened(path, composition="adaptive") as ledger:
+        ledger.reserve(charge(10))
+    assert recorded(3.0) == [three, eight, eight]
+    assert recorded(3.0, "fixed") == recorded(3.0, "fixed") == [three, eight, eight, eight]
+    with opened(path, epsilon=3.0, composition="adaptive") as ledger:
+        assert ledger.rule.orders == tuple(eight)
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(charge(1))
+
+
 def test_unaccountable_epsilon_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(path) as ledger:
-        monkeypatch.setattr(ledger_module, "compose_epsilon", lambda events, delta: float("nan"))
-        monkeypatch.setattr(ledger_module, "affordable_steps", lambda *_, **__: 0)
+        monkeypatch.setattr(SpendingRule, "epsilon", lambda self, events: float("nan"))
+        monkeypatch.setattr(SpendingRule, "affordable_steps", lambda *_, **__: 0)
         with pytest.raises(BudgetExceeded):
             ledger.reserve(charge(1))
         assert ledger.events() == []
@@ -203,6 +251,8 @@ def test_bad_arguments_are_refused(path: Path) -> None:
     for epsilon in (0.0, -1.0, float("nan"), float("inf")):
         with pytest.raises(LedgerError, match="epsilon"):
             Budget(epsilon=epsilon, delta=DELTA)
+    with pytest.raises(LedgerError, match="composition is 'none'; expected 'adaptive' or 'fixed'"):
+        Budget(epsilon=1.0, delta=DELTA, composition="none")  # type: ignore[arg-type]
     with pytest.raises(PrivacyError, match="delta"):
         Budget(epsilon=1.0, delta=0.0)
     for changes in ({"job_id": " "}, {"round": -1}, {"request_sha256": "A" * 64}, {"mechanism": steps(0)}):
@@ -235,8 +285,8 @@ def test_new_file_is_private_and_stands_alone(path: Path) -> None:
 
 def test_every_write_is_synchronised_with_the_disk(path: Path) -> None:
     with opened(path) as ledger:
-        assert ledger._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
-        assert ledger._connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
+        assert ledger._file._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+        assert ledger._file._connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
 
 
 def test_unusable_files_are_explained(path: Path, tmp_path: Path) -> None:
@@ -272,15 +322,15 @@ def test_newer_schema_is_refused_untouched(path: Path) -> None:
     with opened(path):
         pass
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("PRAGMA user_version = 2")
+        connection.execute("PRAGMA user_version = 3")
     before = path.read_bytes()
-    with pytest.raises(LedgerError, match="schema version 2; this program knows 1"), opened(path):
+    with pytest.raises(LedgerError, match="schema version 3; this program knows versions up to 2"), opened(path):
         pass
     assert path.read_bytes() == before
 
 
 def test_locked_file_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ledger_module, "LOCK_TIMEOUT", 0.1)
+    monkeypatch.setattr(file_module, "LOCK_TIMEOUT", 0.1)
     with opened(path) as ledger, closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(LedgerError, match="another process kept it locked"):
@@ -291,8 +341,8 @@ def test_locked_file_is_explained(path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_full_disk_charges_nothing_and_recovers(path: Path) -> None:
     with free_accounting(), opened(path) as ledger:
-        (pages,) = ledger._connection.execute("PRAGMA page_count").fetchone()
-        ledger._connection.execute(f"PRAGMA max_page_count = {pages}")
+        (pages,) = ledger._file._connection.execute("PRAGMA page_count").fetchone()
+        ledger._file._connection.execute(f"PRAGMA max_page_count = {pages}")
         num_charged = 0
         with pytest.raises(LedgerError, match="disk is full and nothing was written"):  # noqa: PT012
             for _ in range(100):
@@ -300,7 +350,7 @@ def test_full_disk_charges_nothing_and_recovers(path: Path) -> None:
                 num_charged += 1
         ledger.verify()
         assert len(ledger.events()) == num_charged
-        ledger._connection.execute("PRAGMA max_page_count = 1000000")
+        ledger._file._connection.execute("PRAGMA max_page_count = 1000000")
         ledger.reserve(charge(1))
         assert len(ledger.events()) == num_charged + 1
 
@@ -357,14 +407,14 @@ def edit_undecodable(connection: sqlite3.Connection) -> None:
 def edit_with_its_own_hash(connection: sqlite3.Connection) -> None:
     edit_payload(connection)
     (row,) = connection.execute("SELECT * FROM entries WHERE sequence = 5")
-    digest = ledger_module._entry_sha256(row[4], *row[:4])
+    digest = file_module._entry_sha256(row[4], *row[:4])
     connection.execute("UPDATE entries SET entry_sha256 = ? WHERE sequence = 5", (digest,))
 
 
 def edit_last_with_its_own_hash(connection: sqlite3.Connection) -> None:
     connection.execute("""UPDATE entries SET payload = replace(payload, ':40', ':4') WHERE sequence = 6""")
     (row,) = connection.execute("SELECT * FROM entries WHERE sequence = 6")
-    digest = ledger_module._entry_sha256(row[4], *row[:4])
+    digest = file_module._entry_sha256(row[4], *row[:4])
     connection.execute("UPDATE entries SET entry_sha256 = ? WHERE sequence = 6", (digest,))
 
 
@@ -513,10 +563,10 @@ def test_sealed_ledger_shows_nothing(path: Path, tmp_path: Path) -> None:
         """Return which planted texts stand in the file or in its journal, and the lengths of the payloads."""
         with opened_sealed(file, cipher=cipher) as ledger:
             fill_sealed(ledger)
-            with ledger._transaction("IMMEDIATE"):
-                ledger._append(ledger._read_chain(), "commit", {"reservation": 5, "executed_steps": 1})
+            with ledger._file.transaction("IMMEDIATE"):
+                ledger._append(ledger._file.read_chain(), "commit", {"reservation": 5, "executed_steps": 1})
                 journal = file.with_name(f"{file.name}-journal").read_bytes()
-            payloads = [str(row[0]) for row in ledger._connection.execute("SELECT payload FROM entries")]
+            payloads = [str(row[0]) for row in ledger._file._connection.execute("SELECT payload FROM entries")]
         assert len(journal) > 1000
         content = file.read_bytes() + journal
         if cipher is not None:
@@ -557,7 +607,7 @@ def forge(connection: sqlite3.Connection, sequence: int, kind: str, payload: str
     rows[sequence - 1][1], rows[sequence - 1][3] = kind, payload
     previous = "0" * 64
     for row in rows:
-        row[4], row[5] = previous, ledger_module._entry_sha256(previous, *row[:4])
+        row[4], row[5] = previous, file_module._entry_sha256(previous, *row[:4])
         previous = row[5]
         connection.execute(
             "UPDATE entries SET kind=?2, payload=?4, previous_sha256=?5, entry_sha256=?6 WHERE sequence=?1", row
@@ -651,23 +701,23 @@ def test_what_the_mirror_raises_is_passed_on_and_the_charge_stands(path: Path) -
 RACER = """
 import sys, time
 from pathlib import Path
-import client.ledger
 from client.ledger import Budget, Charge, Ledger
 from shared.errors import BudgetExceeded, LedgerError
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.filter import SpendingRule
 
-def slow_compose(events, delta):
-    epsilon = compose_epsilon(events, delta)
+def slow_epsilon(self, events):
+    epsilon = real_epsilon(self, events)
     time.sleep(0.05)  # widen the gap between check and charge
     return epsilon
 
-compose_epsilon, client.ledger.compose_epsilon = client.ledger.compose_epsilon, slow_compose
-folder, cap = Path(sys.argv[1]), float(sys.argv[2])
-mechanism = GaussianSteps(noise_multiplier=1.0, sample_rate=0.05, steps=10)
+real_epsilon, SpendingRule.epsilon = SpendingRule.epsilon, slow_epsilon
+folder, cap, composition = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
+mechanism = GaussianSteps(noise_multiplier=1.0, sample_rate=0.05, steps=int(sys.argv[4]))
 charge = Charge(job_id="job", round=0, request_sha256="a" * 64, mechanism=mechanism)
 print("ready", flush=True)
 while line := sys.stdin.readline():
-    budget = Budget(epsilon=cap, delta=1e-5)
+    budget = Budget(epsilon=cap, delta=1e-5, composition=composition)
     ledger = Ledger(folder / line.strip(), dataset="notes", unit="record", budget=budget)
     print("opened", flush=True)
     sys.stdin.readline()
@@ -683,11 +733,11 @@ while line := sys.stdin.readline():
 WORKER = """
 import os, sys
 from pathlib import Path
-import client.ledger
 from client.ledger import Budget, Charge, Ledger
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.filter import SpendingRule
 
-client.ledger.compose_epsilon = lambda events, delta: 0.0  # spend the time where death could hurt
+SpendingRule.epsilon = lambda self, events: 0.0  # spend the time where death could hurt
 
 def work():
     budget = Budget(epsilon=8.0, delta=1e-5)
@@ -732,8 +782,15 @@ def hear(process: subprocess.Popen[str]) -> str:
     return process.stdout.readline().strip()
 
 
-def test_two_processes_race_for_the_last_affordable_charge(tmp_path: Path) -> None:
-    racers = [python(RACER, str(tmp_path), repr(epsilon_of(10))) for _ in range(2)]
+@pytest.mark.parametrize("composition", ["fixed", "adaptive"])
+def test_two_processes_race_for_the_last_affordable_charge(tmp_path: Path, composition: Composition) -> None:
+    if composition == "fixed":
+        cap, num = epsilon_of(10), 10
+    else:
+        cap = 4.0
+        rule = SpendingRule(composition="adaptive", delta=DELTA, orders=filter_orders(epsilon=cap, delta=DELTA))
+        num = rule.affordable_steps([], noise_multiplier=1.0, sample_rate=0.05, cap=cap)
+    racers = [python(RACER, str(tmp_path), repr(cap), composition, str(num)) for _ in range(2)]
     try:
         assert [hear(racer) for racer in racers] == ["ready", "ready"]
         for number in range(8):
@@ -744,8 +801,9 @@ def test_two_processes_race_for_the_last_affordable_charge(tmp_path: Path) -> No
             for racer in racers:
                 say(racer, "go")
             assert sorted(hear(racer) for racer in racers) == ["refused", "won"]
-            with opened(tmp_path / name, epsilon=epsilon_of(10)) as ledger:
-                assert ledger.events() == [steps(10)]
+            with opened(tmp_path / name, epsilon=cap, composition=composition) as ledger:
+                assert ledger.events() == [steps(num)]
+                assert ledger.spent_epsilon() <= cap
     finally:
         for racer in racers:
             racer.kill()

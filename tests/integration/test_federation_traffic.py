@@ -175,7 +175,7 @@ def test_nothing_of_a_record_is_written_down_outside_of_the_data(run: Run) -> No
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [federation.folder / f"{name}.log" for name in ("a", "b", "coordinator")]
     assert any(path.name == "audit-00001.jsonl" for path in files)
-    assert any(path.name == "superlink.db" for path in files)
+    assert any(path.name == "superlink.log" for path in files)
     for path in files:
         data = path.read_bytes()
         for sentence in SENTENCES.values():

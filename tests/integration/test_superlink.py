@@ -23,7 +23,7 @@ from flwr.proto.node_pb2 import Node
 from client import fleet
 from client.fleet import FleetConnection, NotAdmitted, RunOver, Unreachable, tls_facts
 from server.home import SuperLinkFiles
-from server.superlink import Control, SuperLink, public_key_bytes, pull_promptly
+from server.superlink import Control, KeyRemembered, SuperLink, public_key_bytes, pull_promptly
 from shared.errors import RunError, TrustError
 from shared.node_keys import write_plain_pem_key
 from shared.pki import approve, create_ca, make_request
@@ -88,7 +88,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> SuperLinkFiles:
         ca_certificate=folder / "ca" / "ca.crt",
         server_certificate=folder / "server.crt",
         server_key=folder / "server.key",
-        database=folder / "superlink.db",
         log=folder / "logs" / "superlink.log",
         flower_home=folder / "flower",
     )
@@ -227,16 +226,21 @@ def test_a_revoked_key_is_refused_from_its_next_call_on(
     assert neighbour.pull() is None
 
 
-def test_a_key_that_was_unregistered_can_be_registered_again(
+def test_a_key_that_never_connected_can_be_unregistered(
     control: Control, connect: Callable[..., FleetConnection]
 ) -> None:
     key = new_key()
-    before = control.register("renewed", key.public_key())
-    control.unregister(before)
-    after = control.register("renewed", key.public_key())
-    assert after != before
-    assert connect(key).activate() == after
-    assert [node.node_id for node in control.nodes() if node.name == "renewed"] == [after]
+    control.unregister(control.register("absent", key.public_key()))
+    assert "absent" not in [node.name for node in control.nodes()]
+    with pytest.raises(NotAdmitted):
+        connect(key).activate()
+
+
+def test_a_node_that_nobody_knows_cannot_be_unregistered_twice(control: Control) -> None:
+    node_id = control.register("gone", new_key().public_key())
+    control.unregister(node_id)
+    control.unregister(node_id)
+    assert "gone" not in [node.name for node in control.nodes()]
 
 
 def test_a_site_cannot_act_as_another(control: Control, connect: Callable[..., FleetConnection]) -> None:
@@ -415,17 +419,23 @@ def test_replies_that_are_still_on_their_way_are_asked_for_again_soon() -> None:
 # --- the process; these come last, for they end it ---
 
 
-def test_after_a_restart_the_same_keys_connect(
+def test_a_key_that_was_unregistered_needs_a_superlink_that_is_started_anew(
     superlink: SuperLink, control: Control, connect: Callable[..., FleetConnection]
 ) -> None:
-    key = new_key()
-    node_id = control.register("lasting", key.public_key())
+    key, other = new_key(), new_key()
+    control.register("other", other.public_key())
+    control.unregister(control.register("renewed", key.public_key()))
+    with pytest.raises(KeyRemembered, match="the key of site renewed was removed before"):
+        control.register("renewed", key.public_key())
     superlink.stop()
     assert not superlink.alive()
     superlink.start()
     with superlink.control() as again:
-        assert node_id in [node.node_id for node in again.nodes()]
-    assert connect(key).activate() == node_id
+        assert again.nodes() == []
+        node_id = again.register("renewed", key.public_key())
+        assert connect(key).activate() == node_id
+        with pytest.raises(NotAdmitted):  # until it is registered, too
+            connect(other).activate()
 
 
 def test_a_superlink_that_cannot_start_says_why(files: SuperLinkFiles, superlink: SuperLink, address: str) -> None:

@@ -28,9 +28,9 @@ What is tested, with canary gradients along random orthonormal directions c (so 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,6 +38,7 @@ from scipy import stats
 
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.audit.result import AuditResult, Verdict, check_alpha
 from shared.privacy.plan import PrivacyPlan
 
 Array = NDArray[np.float64]
@@ -45,11 +46,10 @@ Release = Callable[[PrivacyPlan, Array], Array]
 """Train one round with this plan on records with these gradients, float64 [records, dimension]. Returns the noisy sums
 [steps, dimension] that the optimiser received, before the division by the expected batch size."""
 
-Verdict = Literal["consistent", "violated", "inconclusive"]
-
 _SHARP = 1e-3  # noise multiplier at which single records can be seen in the sum
 _TOLERANCE = 0.01
-_LEAST_NOISE = 0.05  # below, epsilon is without meaning and slow to compute
+_ACCOUNTANTS = 1e-3  # relative: versions of an accountant differ by their discretisation
+_LEAST_NOISE, _MOST_NOISE = 0.1, 1e6  # outside, epsilon is without meaning and slow to compute
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +57,9 @@ class MechanismAudit:
     """Result of one audit.
 
     Attributes:
-        claim: epsilon that is claimed for the observed plan, at `delta`.
-        sample_rate, steps: the plan's, for the lower bound.
+        claim: epsilon that is claimed for `steps` steps, at `delta`.
+        sample_rate, steps: of what the claim speaks of, for the lower bound.
+        observed_steps: noisy steps that the audited trainings took together.
         noise_multiplier: the claimed one.
         noise_multiplier_interval: (lower, upper) confidence limits of the one in effect, confidence 1 - alpha.
         p_values: the smallest p-value of every kind of test, corrected for the tests of its kind; 0.0 if a hard
@@ -72,6 +73,7 @@ class MechanismAudit:
     delta: float
     sample_rate: float
     steps: int
+    observed_steps: int
     noise_multiplier: float
     noise_multiplier_interval: tuple[float, float]
     p_values: Mapping[str, float]
@@ -86,8 +88,16 @@ class MechanismAudit:
     @property
     def epsilon_lower_bound(self) -> float:
         """Epsilon of the best-protecting mechanism that the observations allow, with confidence 1 - alpha."""
-        most_noise = max(self.noise_multiplier_interval[1], _LEAST_NOISE)
-        return _epsilon(most_noise, self.sample_rate, self.steps, self.delta)
+        return self._epsilon_of(self.noise_multiplier_interval[1])
+
+    @property
+    def ceiling(self) -> float:
+        """The largest lower bound that this audit gives: that of a noise multiplier below which it does not tell apart."""
+        return self._epsilon_of(_LEAST_NOISE)
+
+    def _epsilon_of(self, noise_multiplier: float) -> float:
+        sigma = min(max(noise_multiplier, _LEAST_NOISE), _MOST_NOISE)
+        return _epsilon(sigma, self.sample_rate, self.steps, self.delta)
 
     def text(self) -> str:
         """Return the result in one line."""
@@ -95,8 +105,34 @@ class MechanismAudit:
         found = f" ({', '.join(self.failed)})" if self.failed else ""
         return (
             f"CLAIM epsilon {self.claim:.3f} at delta {self.delta:g} / LOWER BOUND {self.epsilon_lower_bound:.3f} / "
-            f"noise multiplier {self.noise_multiplier:.4f}, in effect {low:.4f} to {high:.4f} / "
+            f"CEILING {self.ceiling:.3f} / noise multiplier {self.noise_multiplier:.4f}, in effect {low:.4f} to {high:.4f} / "
             f"{self.verdict}{found} at alpha {self.alpha:g}"
+        )
+
+    def result(self, audited: str) -> AuditResult:
+        """Return the same in the form that all tiers share; `audited` says what was run."""
+        reasons = tuple(f"the test of {name} failed (p = {self.p_values[name]:.2g})." for name in self.failed)
+        if not reasons and self.verdict == "inconclusive":
+            reasons = ("the noise is above the claimed one, or too little of it was seen to tell.",)
+        return AuditResult(
+            tier=1,
+            audited=audited,
+            claim=self.claim,
+            delta=self.delta,
+            alpha=self.alpha,
+            lower_bound=self.epsilon_lower_bound,
+            ceiling=self.ceiling,
+            verdict=self.verdict,
+            reasons=reasons or ("no test contradicts the plan; that proves nothing.",),
+            details={
+                "noise_multiplier": self.noise_multiplier,
+                "noise_multiplier_in_effect": list(self.noise_multiplier_interval),
+                "sample_rate": self.sample_rate,
+                "steps": self.steps,
+                "observed_steps": self.observed_steps,
+                "p_values": dict(self.p_values),
+                "failed": list(self.failed),
+            },
         )
 
 
@@ -106,6 +142,7 @@ def audit_mechanism(
     *,
     dimension: int,
     claim: float | None = None,
+    claimed_steps: int | None = None,
     alpha: float = 1e-3,
     seed: int = 0,
 ) -> MechanismAudit:
@@ -115,7 +152,8 @@ def audit_mechanism(
         release: see `Release`; it runs the production trainer. Randomness is its own, fresh for every call.
         plan: what is claimed; `planned_steps` is the number of logical steps of one call.
         dimension: number of trainable parameters that `release` gives gradients for, at least 16.
-        claim: epsilon that is printed for the plan; by default the plan's own.
+        claim: epsilon that is printed for `claimed_steps`; by default the plan's own.
+        claimed_steps: steps that the claim speaks of, if one call of `release` takes fewer; by default those of a call.
         alpha: significance of the whole audit, at most 1e-3.
         seed: public seed of the canary directions.
 
@@ -124,11 +162,11 @@ def audit_mechanism(
     """
     if not plan.private:
         raise PrivacyError("this plan adds no noise, so there is no claim to audit.")
-    if not 0 < alpha <= 1e-3 or dimension < 16:
-        raise PrivacyError(
-            f"an audit needs alpha in (0, 1e-3] and a dimension of 16 or more; got {alpha}, {dimension}."
-        )
-    claim = plan.epsilon() if claim is None else claim
+    check_alpha(alpha)
+    if dimension < 16:
+        raise PrivacyError(f"an audit needs a dimension of 16 or more; got {dimension}.")
+    claimed_steps = claimed_steps or plan.planned_steps
+    claim = plan.epsilon(claimed_steps) if claim is None else claim
     directions = np.linalg.qr(np.random.default_rng(seed).normal(size=(dimension, dimension)))[0]
     present, absent = directions[: dimension // 2], directions[dimension // 2 :]
     observer = _Observer(release, plan.planned_steps)
@@ -136,11 +174,13 @@ def audit_mechanism(
     unit, certain = plan.max_grad_norm, replace(plan, sample_rate=1.0)
     data_sets = [present[:size] * 2 * unit for size in (0, 1, len(present))]
     noise = np.concatenate([observer.scores(plan, data, absent) for data in data_sets for _ in range(2)])
-    signal = np.concatenate([observer.scores(certain, present * unit, present) for _ in range(3)])
+    repeats = _signal_repeats(plan, len(present))
+    signal = np.concatenate([observer.scores(certain, present * unit, present) for _ in range(repeats)])
     interval = _noise_interval(noise, signal, alpha)
     sensitivity = _corrected(*_sensitivity_p_values(observer, certain, present))
     inclusion = _corrected(*_inclusion_p_values(observer, plan, directions))
-    spent = _epsilon(plan.noise_multiplier, plan.sample_rate, observer.most_steps, plan.delta)
+    spent_steps = math.ceil(claimed_steps * observer.most_steps / plan.planned_steps)
+    spent = _epsilon(plan.noise_multiplier, plan.sample_rate, spent_steps, plan.delta)
     p_values = {
         "noise": _corrected(*stats.chi2.cdf((noise**2).sum(axis=1), noise.shape[1])),
         "noise overall": float(stats.chi2.cdf((noise**2).sum(), noise.size)),
@@ -149,7 +189,7 @@ def audit_mechanism(
         "sensitivity": sensitivity,
         "inclusion": inclusion,
         "steps": 1.0 if observer.steps_as_planned else 0.0,
-        "accounting": 1.0 if claim >= spent - 1e-6 else 0.0,
+        "accounting": 1.0 if claim * (1 + _ACCOUNTANTS) >= spent else 0.0,
     }
     threshold = alpha / len(p_values)
     enough = stats.chi2.cdf(4 * stats.chi2.ppf(threshold, noise.size), noise.size) > 1 - alpha
@@ -161,7 +201,8 @@ def audit_mechanism(
         claim=claim,
         delta=plan.delta,
         sample_rate=plan.sample_rate,
-        steps=plan.planned_steps,
+        steps=claimed_steps,
+        observed_steps=observer.observed_steps,
         noise_multiplier=plan.noise_multiplier,
         noise_multiplier_interval=interval,
         p_values=p_values,
@@ -176,19 +217,25 @@ class _Observer:
     def __init__(self, release: Release, planned_steps: int) -> None:
         self._release = release
         self._planned_steps = planned_steps
-        self.most_steps = 0
+        self.most_steps = self.observed_steps = 0
         self.steps_as_planned = True
 
     def sums(self, plan: PrivacyPlan, gradients: Array) -> Array:
         """Return the noisy sums [steps, dimension]."""
         sums = np.asarray(self._release(plan, gradients), dtype=np.float64)
         self.most_steps = max(self.most_steps, len(sums))
+        self.observed_steps += len(sums)
         self.steps_as_planned &= len(sums) == self._planned_steps
         return sums
 
     def scores(self, plan: PrivacyPlan, gradients: Array, directions: Array) -> Array:
         """Return <noisy sum, c> / (sigma C), [steps, directions]: N(0, 1), or N(1 / sigma, 1) where c was in the data."""
         return self.sums(plan, gradients) @ directions.T / (plan.noise_multiplier * plan.max_grad_norm)
+
+
+def _signal_repeats(plan: PrivacyPlan, canaries: int) -> int:
+    """Return how many calls bring the error of the mean signal to an eighth of it, 3 to 40: 1 / sigma is hard to see."""
+    return min(max(math.ceil(64 * plan.noise_multiplier**2 / (canaries * plan.planned_steps)), 3), 40)
 
 
 def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:

@@ -1,0 +1,545 @@
+"""The planner's arithmetic: what is missing from a plan, what to mind about it, and whether a site can afford it.
+
+The mechanism is the Poisson-subsampled Gaussian of `shared.privacy.accounting`: `steps` T releases, each with
+noise_multiplier sigma and sample_rate q. Its four quantities are the rate (q, or batch_size B = q n), the length (T, or
+epochs E with T = round(E n / B)), the noise and epsilon; any one of them follows from the three others and delta.
+
+Formal guarantees
+    * The epsilon of a `Setting` is `compose_epsilon` of its own noise_multiplier, sample_rate and steps: an upper bound
+      for exactly the numbers beside it, also after they were rounded
+      (tests/shared/test_planning.py::test_epsilon_agrees_with_dp_accounting).
+    * What was solved for keeps to the epsilon that was asked for: it is never above
+      (tests/shared/test_planning.py::test_what_was_solved_for_keeps_to_epsilon).
+    * A run counts as affordable only if everything charged and the whole run are within the cap, by `spent`
+      (tests/shared/test_planning.py::test_affordable_is_what_the_cap_allows).
+
+Sources: Abadi et al. 2016 (DP-SGD, Algorithm 1); the sources of `shared.privacy.accounting`. Batch size against noise as
+the measure of a step's usefulness: Sander, Stock, Sablayrolles 2023 ("TAN without a burn") and McKenna et al. 2025
+("Scaling laws for differentially private language models"; its noise-batch ratio is the inverse of ours).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from shared.errors import ConfigError
+from shared.ledger_export import LedgerExport
+from shared.privacy.accounting import (
+    MIN_NOISE_MULTIPLIER,
+    GaussianSteps,
+    affordable_steps,
+    calibrate_noise_multiplier,
+    compose_epsilon,
+)
+from shared.privacy.statement import rounded_up
+
+Quantity = Literal["noise", "epsilon", "steps", "rate"]
+NUM_RUNS = 3
+"""This run and the next two like it."""
+
+WEAK_EPSILON = 10.0
+"""Above it the odds of a guess about one record may grow more than e^10 = 22,000-fold."""
+LITTLE_AMPLIFICATION = 0.5
+"""Above this sample_rate a record is in most steps, so that sampling hides it no more."""
+MIN_SIGNAL_TO_NOISE = 1.0
+"""Below it the noise of a step is longer than the longest sum of gradients that there can be."""
+FEWEST_PARAMETERS = 1000
+"""Trainable parameters that are assumed where none are named: fewer than any useful adapter has."""
+
+MAX_NOISE_MULTIPLIER = 1e4
+_MAX_STEPS = 1 << 24
+_MAX_LOSS = 1000.0  # mean privacy loss above which the accountant would need gigabytes for a number without meaning
+_RATE_LATTICE = 1_000_000  # without `records` a solved sample_rate is a multiple of a millionth
+_BATCH_SLACK = 1e-4  # a solved batch above 10,000 records is the largest up to this share
+_SIGMA_LATTICE = 10_000  # a solved noise_multiplier has four decimals, so that what is printed is what was accounted
+_CALIBRATION_SLACK = 0.01  # by which the calibrated noise may be too much: it is found on wide cells
+_CURVE_POINTS = 14
+_ADVISED_LATTICE = 100  # of the noise multiplier that a site is advised to ask for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What is known of a plan. Exactly one of rate, length, noise_multiplier and epsilon is left None.
+
+    Attributes:
+        records: number n of records, public; needed for `batch_size` and for the default of delta.
+        batch_size: expected batch size B, records per step; the rate is B / n.
+        sample_rate: q, in (0, 1]; instead of `batch_size`.
+        steps: noisy steps T.
+        epochs: expected passes E over the records; T = round(E n / B); instead of `steps`.
+        noise_multiplier: sigma, in units of max_grad_norm.
+        epsilon: the most that may be spent.
+        delta: failure probability; None is `default_delta(records)`.
+        parameters: trainable parameters, adapter and head together.
+    """
+
+    records: int | None = None
+    batch_size: int | None = None
+    sample_rate: float | None = None
+    steps: int | None = None
+    epochs: float | None = None
+    noise_multiplier: float | None = None
+    epsilon: float | None = None
+    delta: float | None = None
+    parameters: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A complete plan; see `Question`. `epsilon` is what these very numbers cost, `solved_for` what was found."""
+
+    noise_multiplier: float
+    sample_rate: float
+    steps: int
+    epsilon: float
+    delta: float
+    records: int | None = None
+    parameters: int | None = None
+    solved_for: Quantity | None = None
+
+    @property
+    def mechanism(self) -> GaussianSteps:
+        """The plan as the accountant takes it."""
+        return GaussianSteps(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps)
+
+    @property
+    def epochs(self) -> float:
+        """Expected passes over the records: T q."""
+        return self.steps * self.sample_rate
+
+    @property
+    def batch_size(self) -> float | None:
+        """Expected records per step: q n."""
+        return None if self.records is None else self.sample_rate * self.records
+
+    @property
+    def signal_to_noise(self) -> float | None:
+        """B / sigma: norm B C of the sum of B clipped gradients that all point one way, over the noise sigma C of one
+        coordinate. The inverse of the noise-batch ratio (McKenna et al. 2025)."""
+        return None if self.batch_size is None else self.batch_size / self.noise_multiplier
+
+    @property
+    def signal_to_noise_vector(self) -> float | None:
+        """B / (sigma sqrt(d)): the same sum over the length sigma C sqrt(d) of the noise in all d parameters."""
+        if self.signal_to_noise is None or self.parameters is None:
+            return None
+        return self.signal_to_noise / math.sqrt(self.parameters)
+
+    def warnings(self) -> dict[str, str]:
+        """Return what is to be minded about this plan, by its subject, each with what to change."""
+        found = {"delta": self._delta(), "epsilon": self._epsilon(), "sampling": self._rate(), "noise": self._noise()}
+        return {subject: text for subject, text in found.items() if text}
+
+    def _delta(self) -> str | None:
+        if self.records is None or self.delta <= 1 / (10 * self.records):
+            return None
+        return (
+            f"delta {self.delta:g} is weak for {self.records:,} records: it is above 1/(10 n) = "
+            f"{1 / (10 * self.records):.1e}. Use --delta {_default_delta(self.records):.1e} or less."
+        )
+
+    def _epsilon(self) -> str | None:
+        if self.epsilon <= WEAK_EPSILON:
+            return None
+        return (
+            f"epsilon {rounded_up(self.epsilon)} is a weak claim (above {WEAK_EPSILON:g}): the odds of a guess about one "
+            "record may grow more than 22,000-fold. Use more noise, fewer steps or a smaller batch."
+        )
+
+    def _rate(self) -> str | None:
+        if self.sample_rate <= LITTLE_AMPLIFICATION:
+            return None
+        return (
+            f"sample_rate {self.sample_rate:.3g} leaves no amplification by sampling: every record is in most of the steps "
+            f"(above {LITTLE_AMPLIFICATION:g}). Use a smaller batch with more steps, or count on its price."
+        )
+
+    def _noise(self) -> str | None:
+        if self.signal_to_noise is None:
+            return None
+        parameters = self.parameters or FEWEST_PARAMETERS
+        ratio = self.signal_to_noise / math.sqrt(parameters)
+        if ratio >= MIN_SIGNAL_TO_NOISE:
+            return None
+        assumed = "" if self.parameters else " (assumed; name yours with --parameters)"
+        return (
+            f"noise dominates: with {parameters:,} parameters{assumed} the noise of one step is {1 / ratio:.1f} times as long "
+            "as the longest possible sum of gradients. Use a larger batch, fewer steps, a larger epsilon, or fewer "
+            "parameters (lora.rank, lora.last_layers)."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteAnswer:
+    """Whether one site can afford a run and the next two like it.
+
+    Attributes:
+        run: all steps of one run, by a site that is in every round.
+        epsilon_now, epsilon_after: spent so far; after one, two and three such runs; by the account's own rule.
+        cap, delta: of the account.
+        steps_affordable: steps of the run's mechanism that still fit.
+        num_runs: whole runs that fit, at most `NUM_RUNS`.
+        rounds: rounds per run that would fit, where not all runs do: in one run, or in each of the three if one fits.
+        noise_multiplier: the least that would make as many fit, to 0.01; None if no noise would.
+        refusal: why the site refuses the job whatever its budget, or "".
+    """
+
+    site: str
+    dataset: str
+    composition: str
+    run: GaussianSteps
+    epsilon_now: float
+    epsilon_after: tuple[float, ...]
+    cap: float
+    delta: float
+    steps_affordable: int
+    num_runs: int
+    rounds: int | None = None
+    noise_multiplier: float | None = None
+    refusal: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """The answer in a few words."""
+        if self.refusal:
+            return "no"
+        return ("no", "this run only", "this run and one more", "yes, all three")[self.num_runs]
+
+    @property
+    def advice(self) -> str:
+        """What to change; "" if nothing."""
+        return " ".join(part for part in (self.refusal, self._to_make_it_fit()) if part)
+
+    def _to_make_it_fit(self) -> str:
+        if self.num_runs == NUM_RUNS:
+            return ""
+        if self.noise_multiplier is None:
+            return (
+                "The budget is spent: no noise makes room. Only a higher cap would, and that is the site's to decide."
+            )
+        ways = [f"with privacy.noise_multiplier = {self.noise_multiplier:.2f} or more"]
+        if self.rounds:
+            # With epsilon in place of the noise multiplier, fewer rounds would be calibrated to less noise.
+            sigma = math.ceil(self.run.noise_multiplier * _SIGMA_LATTICE - 1e-7) / _SIGMA_LATTICE
+            ways.append(f"with training.rounds = {self.rounds} or less and privacy.noise_multiplier = {sigma:g}")
+        which = "All three would fit" if self.num_runs else "It would fit"
+        return f"{which} {', or '.join(ways)}."
+
+
+def solve(question: Question) -> Setting:
+    """Return the plan with the one missing quantity found.
+
+    Raises:
+        ConfigError: if a number is out of range, too few or too many are given, or nothing fits.
+    """
+    _check_ranges(question)
+    missing = _missing(question)
+    delta = _delta_of(question)
+    epsilon, sigma = question.epsilon, question.noise_multiplier
+    batch, population = _rate_of(question)
+    if missing == "rate":
+        population = question.records or _RATE_LATTICE
+        batch = _largest_batch(question, population, delta)
+    rate = batch / population
+    steps = 0 if missing == "steps" else _steps_of(question, batch, population)
+    if missing == "noise":
+        assert epsilon is not None  # noqa: S101 (checked by _missing)
+        sigma = _least_noise(epsilon, rate, steps, delta)
+    assert sigma is not None  # noqa: S101 (likewise)
+    if missing == "steps":
+        assert epsilon is not None  # noqa: S101 (likewise)
+        steps = affordable_steps([], noise_multiplier=sigma, sample_rate=rate, budget=epsilon, delta=delta)
+        if not steps:
+            raise ConfigError(
+                f"not even one step fits in epsilon {epsilon:g} with noise multiplier {sigma:g} and sample rate {rate:.4g}. "
+                "Give more epsilon, more noise or a smaller batch."
+            )
+    return Setting(
+        noise_multiplier=sigma,
+        sample_rate=rate,
+        steps=steps,
+        epsilon=_bounded_epsilon(sigma, rate, steps, delta),
+        delta=delta,
+        records=question.records,
+        parameters=question.parameters,
+        solved_for=missing,
+    )
+
+
+def spent(export: LedgerExport, extra: Sequence[GaussianSteps]) -> float:
+    """Return the spend of an account, by its own rule (`SpendingRule`), if `extra` were charged too."""
+    return export.rule.epsilon([*export.mechanisms, *extra])
+
+
+def can_afford(export: LedgerExport, run: GaussianSteps, *, local_steps: int, delta: float) -> SiteAnswer:
+    """Return whether the account of `export` has room for `run`, once, twice and three times.
+
+    Args:
+        export: the site's account.
+        run: the whole run: all steps that a site takes which is in every round.
+        local_steps: steps of one round, to speak of rounds.
+        delta: that of the job; a site refuses one that is weaker than its own.
+    """
+
+    def cost(steps: int, sigma: float = run.noise_multiplier) -> float:
+        event = GaussianSteps(noise_multiplier=sigma, sample_rate=run.sample_rate, steps=steps)
+        return spent(export, [event] if steps else [])
+
+    after = tuple(cost(run.steps * count) for count in range(1, NUM_RUNS + 1))
+    num_runs = sum(epsilon <= export.epsilon for epsilon in after)
+    steps = _largest(lambda steps: cost(steps) <= export.epsilon, 0, _MAX_STEPS)
+    rounds = sigma = None
+    if num_runs < NUM_RUNS:
+        wanted = NUM_RUNS if num_runs else 1
+        rounds = steps // (local_steps * wanted)
+        too_little = _largest(
+            lambda n: cost(run.steps * wanted, n / _ADVISED_LATTICE) > export.epsilon,
+            math.floor(run.noise_multiplier * _ADVISED_LATTICE),
+            round(MAX_NOISE_MULTIPLIER) * _ADVISED_LATTICE,
+        )
+        found = (too_little + 1) / _ADVISED_LATTICE
+        sigma = found if found <= MAX_NOISE_MULTIPLIER else None
+    refusal = ""
+    if delta > export.delta:
+        refusal = (
+            f"The job's delta {delta:g} is weaker than the site's {export.delta:g}, so the site refuses it. Lower it."
+        )
+    return SiteAnswer(
+        site=export.site,
+        dataset=export.dataset,
+        composition=export.composition,
+        run=run,
+        epsilon_now=spent(export, []),
+        epsilon_after=after,
+        cap=export.epsilon,
+        delta=export.delta,
+        steps_affordable=steps,
+        num_runs=num_runs,
+        rounds=rounds,
+        noise_multiplier=sigma,
+        refusal=refusal,
+    )
+
+
+def epsilon_by_steps(sigma: float, rate: float, *, most: int, delta: float) -> list[tuple[int, float]]:
+    """Return (steps, epsilon) from 1 to `most` steps of one mechanism, dense at first, where the curve is steep."""
+    lengths = sorted({1 + round((most - 1) * (part / _CURVE_POINTS) ** 2) for part in range(_CURVE_POINTS + 1)})
+    return [(length, _bounded_epsilon(sigma, rate, length, delta)) for length in lengths]
+
+
+def epsilon_by_noise(rate: float, steps: int, *, least: float, most: float, delta: float) -> list[tuple[float, float]]:
+    """Return (epsilon, noise multiplier) for noise multipliers from `least` to `most`, for a curve."""
+    least = max(least, MIN_NOISE_MULTIPLIER)
+    sigmas = [least * (most / least) ** (part / _CURVE_POINTS) for part in range(_CURVE_POINTS + 1)]
+    statable = [sigma for sigma in sigmas if _mean_loss(sigma, rate, steps) <= _MAX_LOSS]
+    return [(_bounded_epsilon(sigma, rate, steps, delta), sigma) for sigma in statable]
+
+
+def check_delta_for(delta: float, records: int) -> None:
+    """Raise `ConfigError` if `delta` would allow to publish a whole record of this many."""
+    if delta >= 1 / records:
+        raise ConfigError(
+            f"delta is {delta:g}, which would allow to publish a whole record: with {records:,} records it must be below "
+            f"1/n = {1 / records:.1e}; use at most {_default_delta(records):.1e}."
+        )
+
+
+def check_statable(event: GaussianSteps) -> None:
+    """Raise `ConfigError` where epsilon is without meaning and the accountant would need gigabytes to find it."""
+    if _mean_loss(event.noise_multiplier, event.sample_rate, event.steps) > _MAX_LOSS:
+        raise ConfigError(
+            f"no useful epsilon can be stated for noise multiplier {event.noise_multiplier:g}, sample rate "
+            f"{event.sample_rate:.4g} and {event.steps:,} steps: it would be about a thousand or more. Use more noise, fewer "
+            "steps or a smaller batch."
+        )
+
+
+# name, least, most, whether the least itself is out of range
+_RANGES: tuple[tuple[str, float, float, bool], ...] = (
+    ("records", 1, 1e12, False),
+    ("batch_size", 1, 1e12, False),
+    ("sample_rate", 0, 1, True),
+    ("steps", 1, _MAX_STEPS, False),
+    ("epochs", 0, 1e6, True),
+    ("noise_multiplier", MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER, False),
+    ("epsilon", 0, 1000, True),
+    ("parameters", 1, 1e12, False),
+)
+
+
+def _check_ranges(question: Question) -> None:
+    for name, least, most, open_below in _RANGES:
+        value = getattr(question, name)
+        if value is not None and not (least < value <= most or (value == least and not open_below)):
+            below = "above" if open_below else "from"
+            raise ConfigError(f"{_option(name)} is {value:g}; expected a number {below} {least:g} to {most:,.12g}.")
+    if question.delta is not None and not 0 < question.delta < 1:
+        raise ConfigError(
+            f"--delta is {question.delta:g}; expected a number strictly between 0 and 1, for example 1e-5."
+        )
+
+
+def _missing(question: Question) -> Quantity:
+    for one, other in (("batch_size", "sample_rate"), ("steps", "epochs")):
+        if getattr(question, one) is not None and getattr(question, other) is not None:
+            raise ConfigError(f"{_option(one)} and {_option(other)} say the same; leave out one of the two.")
+    if question.batch_size is not None:
+        if question.records is None:
+            raise ConfigError("--batch-size alone is no rate; add --records, or give --sample-rate instead.")
+        if question.batch_size > question.records:
+            raise ConfigError(
+                f"--batch-size is {question.batch_size:,}, but there are {question.records:,} records; give at most that many."
+            )
+    given: dict[Quantity, bool] = {
+        "rate": question.batch_size is not None or question.sample_rate is not None,
+        "steps": question.steps is not None or question.epochs is not None,
+        "noise": question.noise_multiplier is not None,
+        "epsilon": question.epsilon is not None,
+    }
+    names: dict[Quantity, str] = {
+        "rate": "--batch-size (or --sample-rate)",
+        "steps": "--epochs (or --steps)",
+        "noise": "--noise-multiplier",
+        "epsilon": "--epsilon",
+    }
+    missing = [quantity for quantity, known in given.items() if not known]
+    if not missing:
+        raise ConfigError(
+            "all four quantities are given, so nothing is left to find; leave out " + _any_of(names.values())
+        )
+    if len(missing) > 1:
+        left = _any_of(names[quantity] for quantity in missing)
+        raise ConfigError(f"{len(missing)} quantities are missing, and one can be found; give all but one of {left}")
+    return missing[0]
+
+
+def _any_of(names: Iterable[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} or {last}."
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _default_delta(num_records: int) -> float:
+    # Imported late: the module brings PyTorch, which this one has no other use for.
+    from shared.privacy.plan import default_delta
+
+    return default_delta(num_records)
+
+
+def _delta_of(question: Question) -> float:
+    if question.delta is None:
+        if question.records is None:
+            raise ConfigError("delta is not known; give --records, from which it follows, or --delta.")
+        return _default_delta(question.records)
+    if question.records is not None:
+        check_delta_for(question.delta, question.records)
+    return question.delta
+
+
+def _rate_of(question: Question) -> tuple[float, float]:
+    """Return (B, n), or (q, 1) where the rate is given as such; (0, 1) if it is what is asked for."""
+    if question.batch_size is not None and question.records is not None:
+        return question.batch_size, question.records
+    return question.sample_rate or 0.0, 1.0
+
+
+def _steps_of(question: Question, batch: float, population: float) -> int:
+    if question.steps is not None:
+        return question.steps
+    assert question.epochs is not None  # noqa: S101 (checked by _missing)
+    steps = round(question.epochs * population / batch)
+    if not 1 <= steps <= _MAX_STEPS:
+        raise ConfigError(
+            f"--epochs {question.epochs:g} at sample rate {batch / population:.4g} is {steps:,} steps; expected 1 to "
+            f"{_MAX_STEPS:,}. Change one of the two."
+        )
+    return steps
+
+
+def _bounded_epsilon(sigma: float, rate: float, steps: int, delta: float) -> float:
+    """Return epsilon, or raise `ConfigError` where no useful one can be stated."""
+    event = GaussianSteps(noise_multiplier=sigma, sample_rate=rate, steps=steps)
+    check_statable(event)
+    epsilon = compose_epsilon([event], delta)
+    if not math.isfinite(epsilon):
+        raise ConfigError(f"the accountant cannot bound epsilon at delta {delta:g}; use a larger delta or more noise.")
+    return epsilon
+
+
+def _mean_loss(sigma: float, rate: float, steps: int) -> float:
+    """Return an upper bound on the mean privacy loss: KL is convex in the mixture, and at most chi-square."""
+    return steps * min(rate / (2 * sigma**2), rate**2 * math.expm1(min(1 / sigma**2, 700)))
+
+
+def _least_noise(epsilon: float, rate: float, steps: int, delta: float) -> float:
+    """Return the least noise multiplier of four decimals that keeps to epsilon (to five digits, if it is above 10)."""
+    exact = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps)
+    high = math.ceil(exact * _SIGMA_LATTICE)
+    low = max(math.floor(high * (1 - _CALIBRATION_SLACK)), math.ceil(MIN_NOISE_MULTIPLIER * _SIGMA_LATTICE) - 1)
+    while high - low > max(1, high // 100_000):  # invariant: `high` keeps to epsilon
+        middle = (low + high) // 2
+        event = GaussianSteps(noise_multiplier=middle / _SIGMA_LATTICE, sample_rate=rate, steps=steps)
+        low, high = (low, middle) if compose_epsilon([event], delta) <= epsilon else (middle, high)
+    return high / _SIGMA_LATTICE
+
+
+def _largest_batch(question: Question, population: int, delta: float) -> int:
+    """Return the largest B whose plan keeps to epsilon, up to `_BATCH_SLACK`.
+
+    Epsilon rises with B while T stays; where `epochs` are given it falls a little whenever T does. So the search first
+    finds some B that fits and whose successor does not, then looks whether a larger B with fewer steps fits as well.
+    """
+    epsilon, sigma = question.epsilon, question.noise_multiplier
+    assert epsilon is not None  # noqa: S101 (checked by _missing)
+    assert sigma is not None  # noqa: S101 (likewise)
+
+    def steps(batch: int) -> int:
+        return question.steps or round((question.epochs or 0) * population / batch)
+
+    def fits(batch: int) -> bool:
+        length, rate = steps(batch), batch / population
+        if length > _MAX_STEPS or _mean_loss(sigma, rate, length) > _MAX_LOSS:
+            return False
+        event = GaussianSteps(noise_multiplier=sigma, sample_rate=rate, steps=length)
+        return compose_epsilon([event], delta) <= epsilon
+
+    def next_with_fewer_steps(batch: int) -> int:
+        return _largest(lambda b: steps(b) >= steps(batch), batch, population) + 1
+
+    first = 1 if steps(1) <= _MAX_STEPS else _largest(lambda b: steps(b) > _MAX_STEPS, 1, population) + 1
+    longest = _largest(lambda b: steps(b) >= 1, first, population)
+    if not (steps(first) >= 1 and fits(first)):
+        raise ConfigError(
+            f"no batch is small enough for epsilon {epsilon:g} with noise multiplier {sigma:g} over that many steps. Give "
+            "more epsilon, more noise or fewer steps."
+        )
+    batch = _largest(fits, first, longest, slack=_BATCH_SLACK)
+    while (larger := next_with_fewer_steps(batch)) <= longest and fits(larger):
+        batch = _largest(fits, larger, longest, slack=_BATCH_SLACK)
+    return batch
+
+
+def _largest(holds: Callable[[int], bool], least: int, most: int, *, slack: float = 0.0) -> int:
+    """Return an n in [least, most] where `holds` and beyond which it does not, or `most`; taken to hold at `least`.
+
+    It goes up in doubling strides, so that nothing far beyond the answer is ever computed. The answer may be
+    too small by the share `slack` of it, which saves evaluations where they are slow.
+    """
+    low, stride = least, 1
+    while low < most:
+        high = min(low + stride, most)
+        if not holds(high):
+            break
+        low, stride = high, stride * 2
+    else:
+        return most
+    while high - low > max(1, int(low * slack)):
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
