@@ -13,9 +13,11 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from server.report import write_report
 from server.run_folder import peak_rss_mb
 from shared.errors import RunError
 from shared.tasks import task_of
+from simulations.audit import audit_run_mechanism
 from simulations.live import LiveView
 from simulations.repeats import run_repeats
 from simulations.scenario import Scenario, builtin_scenario, load_scenario
@@ -63,6 +65,8 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     known = [epsilon for epsilon in spent if epsilon is not None]
     result["epsilon_max_site"] = round(max(known), 4) if known else None
     result["delta"] = scenario.job.privacy.delta
+    audited = folder / "audit" / "tier1.json"
+    result["audit"] = json.loads(audited.read_text())["verdict"] if audited.exists() else None
     result["seconds"] = round(seconds, 1)
     result["peak_rss_mb"] = round(peak_rss_mb())
     return result
@@ -74,13 +78,18 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     prepare_backbone(scenario.job.model.backbone, console)
     with LiveView(console) as view:
         finished = run_repeats(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
+    complete = finished.round_number == scenario.job.training.rounds
+    if complete and scenario.job.privacy.mechanism == "dp-sgd":
+        with console.status("auditing the mechanism on canaries"):
+            audit_run_mechanism(folder)
+        write_report(folder)
     figures = summary(folder, scenario, seconds=time.monotonic() - started)
     if as_json:
         typer.echo(json.dumps(figures))
         return
     for key, value in figures.items():
         console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
-    if finished.round_number < scenario.job.training.rounds:
+    if not complete:
         console.print(
             f"stopped after round {finished.round_number}; continue with --resume --out {folder}",
             soft_wrap=True,

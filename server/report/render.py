@@ -123,6 +123,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "bytes_down": _total(rounds, "bytes_down"),
         "statement": data.statement,
         "composed": _composed(data),
+        "audits": data.audits,
         "figures": _figures(data, titles),
         "evaluation": federated.evaluation,
         "confusion": _confusion(federated),

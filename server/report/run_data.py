@@ -131,6 +131,19 @@ class Statement(_Record):
     text: str
 
 
+class AuditRecord(_Record):
+    """`audit/tierN.json`: what an audit of the mechanism found."""
+
+    tier: Annotated[int, Field(ge=1, le=3)]
+    audited: str
+    claim: Positive | None = None
+    lower_bound: Positive | None = None
+    ceiling: Positive | None = None
+    alpha: Positive
+    verdict: Literal["consistent", "violated", "inconclusive"]
+    reasons: tuple[str, ...] = ()
+
+
 class Repeats(_Record):
     """`repeats.json`: the same scenario under several seeds; final value of the primary metric by arm."""
 
@@ -193,6 +206,7 @@ class RunData:
     statement: Statement | None
     adapter: tuple[AdapterFile, ...]
     repeats: Repeats | None
+    audits: tuple[AuditRecord, ...]
     job_sha256_matches: bool | None
     """Whether job.json is the job that run.json names; None if run.json names none."""
 
@@ -256,6 +270,9 @@ def read_run(run_dir: Path) -> RunData:
         statement=statement,
         adapter=tuple(_adapter_files(run_dir / "adapter")),
         repeats=_read_repeats(run_dir / "repeats.json"),
+        audits=tuple(
+            _parse(AuditRecord, _read(path), path) for path in sorted((run_dir / "audit").glob("tier[123].json"))
+        ),
         job_sha256_matches=_job_matches(run_dir / "job.json", run.job_sha256),
     )
 
