@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field
 
 from shared.config import finite_or_none, parse
 from shared.errors import ConfigError
+from shared.plan_figure import UtilityFile, UtilityPoint, draw
+from shared.plan_tables import print_answers, site_warnings
 
 if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
     from shared.config import Job
     from shared.ledger_export import LedgerExport
-    from shared.privacy.planning import Question, Setting, SiteAnswer
+    from shared.privacy.affordability import SiteAnswer
+    from shared.privacy.planning import Question, Setting
 
 FORMAT = "silotune-plan/1"
 # What stands in a scenario or a run file beside the job's own sections; a test compares it with both.
@@ -36,46 +35,6 @@ BESIDE_A_JOB = frozenset(
 )
 MAX_POINTS = 100
 _INTEGERS = frozenset({"records", "batch_size", "steps", "parameters"})
-_NO_UTILITY = "Expected utility: not known. No measured points were given (--utility FILE), and none are made up."
-_FILTER = (
-    "Adaptive accounts are measured by a filter that also holds for runs chosen after seeing the last one; it counts more "
-    "than PLD does."
-)
-_CLAIM = (
-    "Epsilon is an upper bound by PLD accounting, at delta {delta:g}, for one record added or removed, by a site that takes "
-    "every step with Poisson sampling. A person with several records is protected less."
-)
-
-INK, MUTED, GRID = "#1b2733", "#52606d", "#e3e8ee"
-# Colour, dash and marker differ together, so that print in grey and colour-blind eyes tell the lines apart.
-LINE_STYLES = (
-    ("#0b4f8a", "solid", "o"),
-    ("#a8500a", (0, (5, 2)), "s"),
-    ("#0f7062", (0, (7, 2, 1.5, 2)), "^"),
-)
-
-
-class UtilityPoint(BaseModel):
-    """One measured point; other keys of the file are left alone."""
-
-    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
-
-    epsilon: float = Field(gt=0)
-    name: str
-    metric: str | None = None
-    mean: float
-    sd: float = Field(default=0.0, ge=0)
-
-    @property
-    def title(self) -> str:
-        """What was measured, and in which series."""
-        return self.name if self.metric in (None, self.name) else f"{self.metric}, {self.name}"
-
-
-class UtilityFile(BaseModel):
-    """What `--utility` reads."""
-
-    points: tuple[UtilityPoint, ...] = Field(min_length=1)
 
 
 def plan(
@@ -141,7 +100,7 @@ def plan(
     console = Console(highlight=False, markup=False)
     console = console if console.is_terminal else Console(width=120, highlight=False, markup=False)
     if not as_json:
-        _print(console, settings, sites, points, swept=sweep.partition("=")[0] if sweep else None)
+        print_answers(console, settings, sites, points, swept=sweep.partition("=")[0] if sweep else None)
     if out is not None:
         _write(out, document, settings, points)
         if not as_json:
@@ -191,8 +150,9 @@ def _plan_job(
 ) -> tuple[list[Setting], list[tuple[LedgerExport, SiteAnswer]]]:
     """Return the one setting of `job`, and every site's answer."""
     from shared.ledger_export import load_export
+    from shared.privacy.affordability import can_afford
     from shared.privacy.plan import PrivacyPlan
-    from shared.privacy.planning import Setting, can_afford, check_delta_for, check_statable
+    from shared.privacy.planning import Setting, check_delta_for, check_statable
 
     for name, value in asdict(question).items():
         if value is not None and name not in ("records", "parameters"):
@@ -346,7 +306,7 @@ def _document(
                 "epsilon_after": [finite_or_none(epsilon) for epsilon in answer.epsilon_after],
                 "verdict": answer.verdict,
                 "advice": answer.advice,
-                "warnings": list(_site_warnings(settings[0], export).values()),
+                "warnings": list(site_warnings(settings[0], export).values()),
             }
             for export, answer in sites
         ],
@@ -364,12 +324,6 @@ def _point(setting: Setting) -> dict[str, Any]:
     }
 
 
-def _site_warnings(setting: Setting, export: LedgerExport) -> dict[str, str]:
-    """Return what depends on the size of the site, as it is declared in its export."""
-    of_site = replace(setting, records=export.declared_records).warnings()
-    return {subject: text for subject, text in of_site.items() if subject not in setting.warnings()}
-
-
 def _write(
     out: Path, document: dict[str, Any], settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None
 ) -> None:
@@ -377,297 +331,3 @@ def _write(
 
     write_json(out / "plan.json", document)
     write_bytes(out / "plan.png", draw(settings, utility))
-
-
-def _print(
-    console: Console,
-    settings: Sequence[Setting],
-    sites: Sequence[tuple[LedgerExport, SiteAnswer]],
-    utility: Sequence[UtilityPoint] | None,
-    *,
-    swept: str | None,
-) -> None:
-    console.print(_setting_table(settings[0]) if swept is None else _sweep_table(settings))
-    told: set[str] = set()
-    for setting in settings:
-        for subject, text in setting.warnings().items():
-            if subject not in told:
-                told.add(subject)
-                console.print(f"warning: {text}", style="yellow")
-    if sites:
-        console.print(_site_table([answer for _, answer in sites]))
-    for export, answer in sites:
-        name = f"{answer.site}, {answer.dataset}"
-        if answer.advice:
-            console.print(f"{name}: {answer.advice}", style="yellow")
-        for text in _site_warnings(settings[0], export).values():
-            console.print(f"{name}: warning: {text}", style="yellow")
-    if any(answer.composition == "adaptive" for _, answer in sites):
-        console.print(_FILTER)
-    if utility is None:
-        console.print(_NO_UTILITY)
-    else:
-        console.print(_utility_table(utility))
-    console.print(_CLAIM.format(delta=max(setting.delta for setting in settings)))
-
-
-def _setting_table(setting: Setting) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    from shared.privacy.statement import rounded_up
-
-    rows = [
-        ("records", "" if setting.records is None else f"{setting.records:,}", ""),
-        ("expected batch size", _number(setting.batch_size), "rate"),
-        ("sample rate", f"{setting.sample_rate:.6g}", "rate"),
-        ("steps", f"{setting.steps:,}", "steps"),
-        ("epochs", _number(setting.epochs), "steps"),
-        ("noise multiplier", _noise(setting.noise_multiplier), "noise"),
-        ("epsilon", rounded_up(setting.epsilon), "epsilon"),
-        ("delta", f"{setting.delta:.3g}", ""),
-        ("trainable parameters", "" if setting.parameters is None else f"{setting.parameters:,}", ""),
-        ("signal to noise, one coordinate", _number(setting.signal_to_noise), ""),
-        ("signal to noise, all parameters", _number(setting.signal_to_noise_vector), ""),
-    ]
-    table = Table("quantity", box=box.SIMPLE_HEAD)
-    table.add_column("value", justify="right")
-    table.add_column("")
-    for name, value, quantity in rows:
-        if value:
-            found = quantity != "" and quantity == setting.solved_for
-            table.add_row(name, value, "found" if found else "", style="bold" if found else None)
-    return table
-
-
-def _sweep_table(settings: Sequence[Setting]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    from shared.privacy.statement import rounded_up
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    found = settings[0].solved_for
-    for title, quantity in (
-        ("epochs", "steps"),
-        ("steps", "steps"),
-        ("batch", "rate"),
-        ("rate", "rate"),
-        ("noise", "noise"),
-        ("epsilon", "epsilon"),
-        ("delta", ""),
-        ("signal", ""),
-    ):
-        table.add_column(title, justify="right", style="bold" if quantity == found else None)
-    table.add_column("mind")
-    for setting in settings:
-        table.add_row(
-            _number(setting.epochs),
-            f"{setting.steps:,}",
-            _number(setting.batch_size),
-            f"{setting.sample_rate:.6g}",
-            _noise(setting.noise_multiplier),
-            rounded_up(setting.epsilon),
-            f"{setting.delta:.3g}",
-            _number(setting.signal_to_noise),
-            ", ".join(setting.warnings()),
-        )
-    return table
-
-
-def _site_table(answers: Sequence[SiteAnswer]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(
-        title="Epsilon of each site: now, after this run, and after more like it",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("site", overflow="fold")
-    for title in ("spent", "after it", "+1 more", "+2 more", "cap", "steps left"):
-        table.add_column(title, justify="right")
-    table.add_column("fits?", overflow="fold", min_width=8)
-    for answer in answers:
-        table.add_row(
-            f"{answer.site}, {answer.dataset} ({answer.composition})",
-            *(_spend(epsilon) for epsilon in (answer.epsilon_now, *answer.epsilon_after)),
-            f"{answer.cap:g}",
-            f"{answer.steps_affordable:,}",
-            answer.verdict,
-            style=None if answer.num_runs and not answer.refusal else "bold",
-        )
-    return table
-
-
-def _utility_table(utility: Sequence[UtilityPoint]) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title="Measured utility, as given", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    for title in ("epsilon", "mean", "sd"):
-        table.add_column(title, justify="right")
-    table.add_column("name", overflow="fold")
-    for point in utility:
-        table.add_row(f"{point.epsilon:g}", f"{point.mean:.4g}", f"{point.sd:.2g}", point.title)
-    return table
-
-
-def _number(value: float | None) -> str:
-    """Return four digits, more for large whole numbers."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def _spend(epsilon: float) -> str:
-    import math
-
-    from shared.privacy.statement import rounded_up
-
-    return rounded_up(epsilon) if math.isfinite(epsilon) else "unbounded"
-
-
-def _noise(value: float) -> str:
-    """Return four decimals, rounded up, so that the epsilon beside it is an upper bound for the printed noise too."""
-    import math
-
-    return f"{math.ceil(value * 10_000 - 1e-7) / 10_000:.4f}"
-
-
-# --- the figure ---
-
-
-def draw(settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None) -> bytes:
-    """Return a PNG: epsilon against epochs, noise multiplier against epsilon, and the measured utility if there is any."""
-    import io
-
-    import matplotlib
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = 2 if utility is None else 3
-    style = {
-        "font.size": 10,
-        "axes.edgecolor": "#9aa5b1",
-        "axes.labelcolor": MUTED,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.axisbelow": True,
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11,
-        "axes.titleweight": "bold",
-        "axes.titlepad": 10,
-        "grid.color": GRID,
-        "text.color": INK,
-        "xtick.color": MUTED,
-        "ytick.color": MUTED,
-        "legend.frameon": False,
-        "legend.fontsize": 9,
-        "legend.handlelength": 3.2,
-        "lines.linewidth": 1.8,
-        "figure.constrained_layout.w_pad": 0.12,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(5.0 * panels, 4.4), dpi=160, layout="constrained", facecolor="white")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots(1, panels)
-        for place in axes:
-            place.grid(visible=True)
-        _draw_epochs(axes[0], settings)
-        _draw_noise(axes[1], settings)
-        if utility is not None:
-            _draw_utility(axes[2], utility)
-        delta = max(setting.delta for setting in settings)
-        note = f"Epsilon: upper bound by PLD, one record added or removed, delta {delta:g}."
-        note += " No measured utility was given." if utility is None else " Utility: as measured elsewhere."
-        figure.supxlabel(note, x=0.01, ha="left", fontsize=9, color=MUTED)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="png", metadata={"Software": "silotune"})
-    return buffer.getvalue()
-
-
-def _draw_epochs(axes: Any, settings: Sequence[Setting]) -> None:
-    from shared.privacy.planning import epsilon_by_steps
-
-    longest = max(setting.epochs for setting in settings)
-    kinds = list(dict.fromkeys((s.noise_multiplier, s.sample_rate) for s in settings))
-    rates = len({rate for _, rate in kinds})
-    for (sigma, rate), (colour, dash, _) in zip(_spread(kinds), LINE_STYLES, strict=False):
-        curve = epsilon_by_steps(sigma, rate, most=max(1, round(longest / rate)), delta=settings[0].delta)
-        label = f"noise {_noise(sigma)}" + (f", rate {rate:.4g}" if rates > 1 else "")
-        axes.plot(
-            [steps * rate for steps, _ in curve], [e for _, e in curve], color=colour, linestyle=dash, label=label
-        )
-    _draw_settings(axes, [(s.epochs, s.epsilon) for s in settings])
-    axes.set(title="Epsilon against epochs", xlabel="Epochs", ylabel="Epsilon")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-
-
-def _draw_noise(axes: Any, settings: Sequence[Setting]) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-    from shared.privacy.planning import epsilon_by_noise
-
-    least, most = (pick(setting.noise_multiplier for setting in settings) for pick in (min, max))
-    kinds = list(dict.fromkeys((s.sample_rate, s.steps) for s in settings))
-    rates = len({rate for rate, _ in kinds})
-    for (rate, steps), (colour, dash, _) in zip(_spread(kinds), LINE_STYLES, strict=False):
-        curve = epsilon_by_noise(rate, steps, least=least / 1.4, most=most * 1.6, delta=settings[0].delta)
-        label = f"{_number(steps * rate)} epochs, {steps:,} steps" + (f", rate {rate:.4g}" if rates > 1 else "")
-        axes.plot([e for e, _ in curve], [sigma for _, sigma in curve], color=colour, linestyle=dash, label=label)
-    _draw_settings(axes, [(s.epsilon, s.noise_multiplier) for s in settings])
-    axes.set(title="Noise multiplier against epsilon", xlabel="Epsilon (logarithmic)", ylabel="Noise multiplier")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_ylim(bottom=0)
-    axes.legend()
-
-
-def _draw_utility(axes: Any, utility: Sequence[UtilityPoint]) -> None:
-    series = dict.fromkeys(point.title for point in utility)
-    for index, title in enumerate(series):
-        colour, dash, marker = LINE_STYLES[index % len(LINE_STYLES)]
-        points = sorted((p for p in utility if p.title == title), key=lambda p: p.epsilon)
-        axes.errorbar(
-            [p.epsilon for p in points],
-            [p.mean for p in points],
-            yerr=[p.sd for p in points],
-            color=colour,
-            linestyle=dash,
-            marker=marker,
-            capsize=3,
-            label=title,
-        )
-    metrics = {point.metric or point.name for point in utility}
-    what = metrics.pop() if len(metrics) == 1 else "Mean"
-    axes.set(title="Measured utility against epsilon", xlabel="Epsilon", ylabel=f"{what}, mean and one sd")
-    axes.set_xlim(left=0)
-    axes.legend()
-
-
-def _draw_settings(axes: Any, points: Sequence[tuple[float, float]]) -> None:
-    axes.plot(
-        [x for x, _ in points],
-        [y for _, y in points],
-        linestyle="none",
-        marker="o",
-        markersize=5.5,
-        markerfacecolor="white",
-        markeredgecolor=INK,
-        label="this plan" if len(points) == 1 else "points of the sweep",
-        zorder=5,
-    )
-
-
-def _spread(kinds: list[Any]) -> list[Any]:
-    """Return the first, the middle and the last, or all if there are no more."""
-    if len(kinds) <= len(LINE_STYLES):
-        return kinds
-    return [kinds[0], kinds[len(kinds) // 2], kinds[-1]]

@@ -1,4 +1,4 @@
-"""The planner's arithmetic: what is missing from a plan, what to mind about it, and whether a site can afford it.
+"""The planner's arithmetic: what is missing from a plan, and what to mind about it.
 
 The mechanism is the Poisson-subsampled Gaussian of `shared.privacy.accounting`: `steps` T releases, each with
 noise_multiplier sigma and sample_rate q. Its four quantities are the rate (q, or batch_size B = q n), the length (T, or
@@ -10,8 +10,6 @@ Formal guarantees
       (tests/shared/test_planning.py::test_epsilon_agrees_with_dp_accounting).
     * What was solved for keeps to the epsilon that was asked for: it is never above
       (tests/shared/test_planning.py::test_what_was_solved_for_keeps_to_epsilon).
-    * A run counts as affordable only if everything charged and the whole run are within the cap, by `spent`
-      (tests/shared/test_planning.py::test_affordable_is_what_the_cap_allows).
 
 Sources: Abadi et al. 2016 (DP-SGD, Algorithm 1); the sources of `shared.privacy.accounting`. Batch size against noise as
 the measure of a step's usefulness: Sander, Stock, Sablayrolles 2023 ("TAN without a burn") and McKenna et al. 2025
@@ -21,12 +19,11 @@ the measure of a step's usefulness: Sander, Stock, Sablayrolles 2023 ("TAN witho
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
 from shared.errors import ConfigError
-from shared.ledger_export import LedgerExport
 from shared.privacy.accounting import (
     MIN_NOISE_MULTIPLIER,
     GaussianSteps,
@@ -37,9 +34,6 @@ from shared.privacy.accounting import (
 from shared.privacy.statement import rounded_up
 
 Quantity = Literal["noise", "epsilon", "steps", "rate"]
-NUM_RUNS = 3
-"""This run and the next two like it."""
-
 WEAK_EPSILON = 10.0
 """Above it the odds of a guess about one record may grow more than e^10 = 22,000-fold."""
 LITTLE_AMPLIFICATION = 0.5
@@ -50,14 +44,13 @@ FEWEST_PARAMETERS = 1000
 """Trainable parameters that are assumed where none are named: fewer than any useful adapter has."""
 
 MAX_NOISE_MULTIPLIER = 1e4
-_MAX_STEPS = 1 << 24
+MAX_STEPS = 1 << 24
 _MAX_LOSS = 1000.0  # mean privacy loss above which the accountant would need gigabytes for a number without meaning
 _RATE_LATTICE = 1_000_000  # without `records` a solved sample_rate is a multiple of a millionth
 _BATCH_SLACK = 1e-4  # a solved batch above 10,000 records is the largest up to this share
-_SIGMA_LATTICE = 10_000  # a solved noise_multiplier has four decimals, so that what is printed is what was accounted
+SIGMA_LATTICE = 10_000  # a solved noise_multiplier has four decimals, so that what is printed is what was accounted
 _CALIBRATION_SLACK = 0.01  # by which the calibrated noise may be too much: it is found on wide cells
 _CURVE_POINTS = 14
-_ADVISED_LATTICE = 100  # of the noise multiplier that a site is advised to ask for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,63 +165,6 @@ class Setting:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class SiteAnswer:
-    """Whether one site can afford a run and the next two like it.
-
-    Attributes:
-        run: all steps of one run, by a site that is in every round.
-        epsilon_now, epsilon_after: spent so far; after one, two and three such runs; by the account's own rule.
-        cap, delta: of the account.
-        steps_affordable: steps of the run's mechanism that still fit.
-        num_runs: whole runs that fit, at most `NUM_RUNS`.
-        rounds: rounds per run that would fit, where not all runs do: in one run, or in each of the three if one fits.
-        noise_multiplier: the least that would make as many fit, to 0.01; None if no noise would.
-        refusal: why the site refuses the job whatever its budget, or "".
-    """
-
-    site: str
-    dataset: str
-    composition: str
-    run: GaussianSteps
-    epsilon_now: float
-    epsilon_after: tuple[float, ...]
-    cap: float
-    delta: float
-    steps_affordable: int
-    num_runs: int
-    rounds: int | None = None
-    noise_multiplier: float | None = None
-    refusal: str = ""
-
-    @property
-    def verdict(self) -> str:
-        """The answer in a few words."""
-        if self.refusal:
-            return "no"
-        return ("no", "this run only", "this run and one more", "yes, all three")[self.num_runs]
-
-    @property
-    def advice(self) -> str:
-        """What to change; "" if nothing."""
-        return " ".join(part for part in (self.refusal, self._to_make_it_fit()) if part)
-
-    def _to_make_it_fit(self) -> str:
-        if self.num_runs == NUM_RUNS:
-            return ""
-        if self.noise_multiplier is None:
-            return (
-                "The budget is spent: no noise makes room. Only a higher cap would, and that is the site's to decide."
-            )
-        ways = [f"with privacy.noise_multiplier = {self.noise_multiplier:.2f} or more"]
-        if self.rounds:
-            # With epsilon in place of the noise multiplier, fewer rounds would be calibrated to less noise.
-            sigma = math.ceil(self.run.noise_multiplier * _SIGMA_LATTICE - 1e-7) / _SIGMA_LATTICE
-            ways.append(f"with training.rounds = {self.rounds} or less and privacy.noise_multiplier = {sigma:g}")
-        which = "All three would fit" if self.num_runs else "It would fit"
-        return f"{which} {', or '.join(ways)}."
-
-
 def solve(question: Question) -> Setting:
     """Return the plan with the one missing quantity found.
 
@@ -266,61 +202,6 @@ def solve(question: Question) -> Setting:
         records=question.records,
         parameters=question.parameters,
         solved_for=missing,
-    )
-
-
-def spent(export: LedgerExport, extra: Sequence[GaussianSteps]) -> float:
-    """Return the spend of an account, by its own rule (`SpendingRule`), if `extra` were charged too."""
-    return export.rule.epsilon([*export.mechanisms, *extra])
-
-
-def can_afford(export: LedgerExport, run: GaussianSteps, *, local_steps: int, delta: float) -> SiteAnswer:
-    """Return whether the account of `export` has room for `run`, once, twice and three times.
-
-    Args:
-        export: the site's account.
-        run: the whole run: all steps that a site takes which is in every round.
-        local_steps: steps of one round, to speak of rounds.
-        delta: that of the job; a site refuses one that is weaker than its own.
-    """
-
-    def cost(steps: int, sigma: float = run.noise_multiplier) -> float:
-        event = GaussianSteps(noise_multiplier=sigma, sample_rate=run.sample_rate, steps=steps)
-        return spent(export, [event] if steps else [])
-
-    after = tuple(cost(run.steps * count) for count in range(1, NUM_RUNS + 1))
-    num_runs = sum(epsilon <= export.epsilon for epsilon in after)
-    steps = _largest(lambda steps: cost(steps) <= export.epsilon, 0, _MAX_STEPS)
-    rounds = sigma = None
-    if num_runs < NUM_RUNS:
-        wanted = NUM_RUNS if num_runs else 1
-        rounds = steps // (local_steps * wanted)
-        too_little = _largest(
-            lambda n: cost(run.steps * wanted, n / _ADVISED_LATTICE) > export.epsilon,
-            math.floor(run.noise_multiplier * _ADVISED_LATTICE),
-            round(MAX_NOISE_MULTIPLIER) * _ADVISED_LATTICE,
-        )
-        found = (too_little + 1) / _ADVISED_LATTICE
-        sigma = found if found <= MAX_NOISE_MULTIPLIER else None
-    refusal = ""
-    if delta > export.delta:
-        refusal = (
-            f"The job's delta {delta:g} is weaker than the site's {export.delta:g}, so the site refuses it. Lower it."
-        )
-    return SiteAnswer(
-        site=export.site,
-        dataset=export.dataset,
-        composition=export.composition,
-        run=run,
-        epsilon_now=spent(export, []),
-        epsilon_after=after,
-        cap=export.epsilon,
-        delta=export.delta,
-        steps_affordable=steps,
-        num_runs=num_runs,
-        rounds=rounds,
-        noise_multiplier=sigma,
-        refusal=refusal,
     )
 
 
@@ -362,7 +243,7 @@ _RANGES: tuple[tuple[str, float, float, bool], ...] = (
     ("records", 1, 1e12, False),
     ("batch_size", 1, 1e12, False),
     ("sample_rate", 0, 1, True),
-    ("steps", 1, _MAX_STEPS, False),
+    ("steps", 1, MAX_STEPS, False),
     ("epochs", 0, 1e6, True),
     ("noise_multiplier", MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER, False),
     ("epsilon", 0, 1000, True),
@@ -454,10 +335,10 @@ def _steps_of(question: Question, batch: float, population: float) -> int:
         return question.steps
     assert question.epochs is not None  # noqa: S101 (checked by _missing)
     steps = round(question.epochs * population / batch)
-    if not 1 <= steps <= _MAX_STEPS:
+    if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(
             f"--epochs {question.epochs:g} at sample rate {batch / population:.4g} is {steps:,} steps; expected 1 to "
-            f"{_MAX_STEPS:,}. Change one of the two."
+            f"{MAX_STEPS:,}. Change one of the two."
         )
     return steps
 
@@ -480,13 +361,13 @@ def _mean_loss(sigma: float, rate: float, steps: int) -> float:
 def _least_noise(epsilon: float, rate: float, steps: int, delta: float) -> float:
     """Return the least noise multiplier of four decimals that keeps to epsilon (to five digits, if it is above 10)."""
     exact = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps)
-    high = math.ceil(exact * _SIGMA_LATTICE)
-    low = max(math.floor(high * (1 - _CALIBRATION_SLACK)), math.ceil(MIN_NOISE_MULTIPLIER * _SIGMA_LATTICE) - 1)
+    high = math.ceil(exact * SIGMA_LATTICE)
+    low = max(math.floor(high * (1 - _CALIBRATION_SLACK)), math.ceil(MIN_NOISE_MULTIPLIER * SIGMA_LATTICE) - 1)
     while high - low > max(1, high // 100_000):  # invariant: `high` keeps to epsilon
         middle = (low + high) // 2
-        event = GaussianSteps(noise_multiplier=middle / _SIGMA_LATTICE, sample_rate=rate, steps=steps)
+        event = GaussianSteps(noise_multiplier=middle / SIGMA_LATTICE, sample_rate=rate, steps=steps)
         low, high = (low, middle) if compose_epsilon([event], delta) <= epsilon else (middle, high)
-    return high / _SIGMA_LATTICE
+    return high / SIGMA_LATTICE
 
 
 def _largest_batch(question: Question, population: int, delta: float) -> int:
@@ -504,28 +385,28 @@ def _largest_batch(question: Question, population: int, delta: float) -> int:
 
     def fits(batch: int) -> bool:
         length, rate = steps(batch), batch / population
-        if length > _MAX_STEPS or _mean_loss(sigma, rate, length) > _MAX_LOSS:
+        if length > MAX_STEPS or _mean_loss(sigma, rate, length) > _MAX_LOSS:
             return False
         event = GaussianSteps(noise_multiplier=sigma, sample_rate=rate, steps=length)
         return compose_epsilon([event], delta) <= epsilon
 
     def next_with_fewer_steps(batch: int) -> int:
-        return _largest(lambda b: steps(b) >= steps(batch), batch, population) + 1
+        return largest(lambda b: steps(b) >= steps(batch), batch, population) + 1
 
-    first = 1 if steps(1) <= _MAX_STEPS else _largest(lambda b: steps(b) > _MAX_STEPS, 1, population) + 1
-    longest = _largest(lambda b: steps(b) >= 1, first, population)
+    first = 1 if steps(1) <= MAX_STEPS else largest(lambda b: steps(b) > MAX_STEPS, 1, population) + 1
+    longest = largest(lambda b: steps(b) >= 1, first, population)
     if not (steps(first) >= 1 and fits(first)):
         raise ConfigError(
             f"no batch is small enough for epsilon {epsilon:g} with noise multiplier {sigma:g} over that many steps. Give "
             "more epsilon, more noise or fewer steps."
         )
-    batch = _largest(fits, first, longest, slack=_BATCH_SLACK)
+    batch = largest(fits, first, longest, slack=_BATCH_SLACK)
     while (larger := next_with_fewer_steps(batch)) <= longest and fits(larger):
-        batch = _largest(fits, larger, longest, slack=_BATCH_SLACK)
+        batch = largest(fits, larger, longest, slack=_BATCH_SLACK)
     return batch
 
 
-def _largest(holds: Callable[[int], bool], least: int, most: int, *, slack: float = 0.0) -> int:
+def largest(holds: Callable[[int], bool], least: int, most: int, *, slack: float = 0.0) -> int:
     """Return an n in [least, most] where `holds` and beyond which it does not, or `most`; taken to hold at `least`.
 
     It goes up in doubling strides, so that nothing far beyond the answer is ever computed. The answer may be

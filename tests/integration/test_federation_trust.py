@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import Message
 
-from client.fleet import FleetConnection, NotAdmitted
+from client.fleet import FleetConnection, NotAdmitted, Unreachable
 from client.home import open_site
 from client.node import Node
 from client.status import read_status
@@ -179,7 +179,7 @@ def connection_of(federation: Federation, key: ec.EllipticCurvePrivateKey) -> Fl
 def activated(connection: FleetConnection) -> bool:
     try:
         connection.activate()
-    except NotAdmitted:
+    except (NotAdmitted, Unreachable):  # the latter while the SuperLink starts anew, to take a removed key again
         return False
     return True
 

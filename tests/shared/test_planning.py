@@ -16,11 +16,12 @@ from dp_accounting.pld import pld_privacy_accountant
 
 from shared.errors import ConfigError
 from shared.ledger_export import ChargedSteps, LedgerExport
-from shared.privacy import planning
+from shared.privacy import affordability
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.affordability import can_afford, spent
 from shared.privacy.filter import filter_epsilon, filter_orders
 from shared.privacy.plan import PrivacyPlan
-from shared.privacy.planning import Question, Setting, can_afford, solve, spent
+from shared.privacy.planning import Question, Setting, solve
 from simulations.scenario import load_scenario
 
 # n, B, E; noise multipliers for epsilon 1, 3, 8 at delta = 1 / n^1.1 (PLD).
@@ -323,6 +324,6 @@ def test_a_weaker_delta_is_refused_whatever_the_budget() -> None:
 
 
 def test_the_accountant_is_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(planning, "spent", lambda export, extra: 1.0 + sum(event.steps for event in extra))
+    monkeypatch.setattr(affordability, "spent", lambda export, extra: 1.0 + sum(event.steps for event in extra))
     answer = can_afford(export(cap=50), RUN, local_steps=4, delta=1e-5)
     assert (answer.epsilon_now, answer.epsilon_after, answer.steps_affordable) == (1.0, (21.0, 41.0, 61.0), 49)
