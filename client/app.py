@@ -19,10 +19,12 @@ from client.site import Site
 from shared.errors import ConfigError, SilotuneError
 from shared.keystore import passphrase_from_environment
 from shared.messages import (
+    MetricsReply,
     Refusal,
     SiteDescription,
     TrainReply,
     pack_description,
+    pack_metrics,
     pack_refusal,
     pack_reply,
     unpack_describe,
@@ -33,6 +35,7 @@ from shared.privacy.randomness import SiteRandomness
 log = logging.getLogger("silotune.site")
 
 OpenSite = Callable[[Context], Site]
+Answer = SiteDescription | TrainReply | MetricsReply | Refusal
 
 
 def make_client_app(open_site: OpenSite) -> ClientApp:
@@ -47,6 +50,13 @@ def make_client_app(open_site: OpenSite) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         return _answered(message, context, open_site, lambda site: site.answer(unpack_request(message.content)))
 
+    @app.query("metrics")
+    def metrics(message: Message, context: Context) -> Message:
+        def act(site: Site) -> MetricsReply | Refusal:
+            return site.answer_metrics(unpack_request(message.content, "metrics"))
+
+        return _answered(message, context, open_site, act)
+
     return app
 
 
@@ -54,10 +64,10 @@ def _answered(
     message: Message,
     context: Context,
     open_site: OpenSite,
-    act: Callable[[Site], SiteDescription | TrainReply | Refusal],
+    act: Callable[[Site], Answer],
 ) -> Message:
     """Return the site's answer as a Flower message; whatever is wrong becomes a refusal."""
-    answer: SiteDescription | TrainReply | Refusal
+    answer: Answer
     try:
         site = open_site(context)
     except SilotuneError as error:
@@ -70,6 +80,8 @@ def _answered(
         answer = site.refuse_unreadable(error)
     if isinstance(answer, TrainReply):
         content = pack_reply(answer)
+    elif isinstance(answer, MetricsReply):
+        content = pack_metrics(answer)
     elif isinstance(answer, SiteDescription):
         content = pack_description(answer)
     else:

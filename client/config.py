@@ -33,6 +33,8 @@ class SiteConfig(Section):
     budget: BudgetConfig
     declared_records: int | None = Field(default=None, ge=1)
     """The public size of the data set; None declares the largest power of two below the number of records."""
+    evaluation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the records that no job trains on, for `site_metrics`: 0.1 holds about a tenth out. Once set, keep it."""
     allow_non_private: bool = False
     """Accept jobs that release unprotected updates. Only for public or synthetic data."""
     compute: ComputeConfig = ComputeConfig()

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
 from client.ledger import Ledger
-from client.policy import Policy, check_backbone, check_clock, check_hours, check_job, check_spend, load_policy
+from client.policy import (
+    Policy,
+    check_backbone,
+    check_clock,
+    check_hours,
+    check_job,
+    check_metrics,
+    check_spend,
+    load_policy,
+)
 from shared.audit_log import AuditLog, Event
 from shared.backbones import backbone_folder, backbone_sha256
 from shared.config import Job
 from shared.errors import PolicyError, SilotuneError, TrustError
 from shared.keystore import Seal
-from shared.messages import TrainReply, TrainRequest
+from shared.messages import TrainRequest
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.signing import SignedJob, verify_round
@@ -96,14 +106,15 @@ class Guard:
     def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None:
         """Raise `PolicyError` if this job, repeated rounds included, would spend more than the policy allows a job."""
         events = [*ledger.events(job.sha256), mechanism]
-        planned = PrivacyPlan.from_job(job)
-        whole = planned.mechanism(planned.planned_steps)
+        planned = PrivacyPlan.from_job(job).events
         # Within its plan a job spends what `admit_job` checked, and the accountant remembers that sum.
-        if all(replace(event, steps=0) == replace(whole, steps=0) for event in events) and (
-            sum(event.steps for event in events) <= whole.steps
-        ):
-            events = [whole]
+        if _steps(events) <= _steps(planned):
+            events = list(planned)
         check_spend(self.policy, compose_epsilon(events, job.privacy.delta))
+
+    def admit_metrics(self, job: Job) -> None:
+        """Raise `PolicyError` unless the policy lets every one of the job's site metrics out."""
+        check_metrics(self.policy, job)
 
     def received(self, request: TrainRequest) -> None:
         """Note who asked for what."""
@@ -136,17 +147,25 @@ class Guard:
         backbone = job.model.backbone
         self.log.append(Event.JOB_PREPARED, job=job.sha256, name=job.name, signer=signed.signer.text, backbone=backbone)
 
-    def stored(self, job: Job, reply: TrainReply, ledger: Ledger | None, *, seconds: float) -> None:
-        """Note a release that is about to leave."""
+    def stored(self, request: TrainRequest, release: bytes, ledger: Ledger | None, *, seconds: float) -> None:
+        """Note a release that is about to leave: an update, or after the last round the metrics."""
         self.log.append(
             Event.RELEASE_STORED,
-            job=job.sha256,
-            round=reply.round_number,
-            sha256=hashlib.sha256(reply.update).hexdigest(),
-            bytes=len(reply.update),
+            job=request.job.sha256,
+            round=request.round_number,
+            sha256=hashlib.sha256(release).hexdigest(),
+            bytes=len(release),
             epsilon_spent=ledger.spent_epsilon() if ledger else None,
             seconds_training=round(seconds, 3),
         )
+
+
+def _steps(events: Iterable[GaussianSteps]) -> Counter[GaussianSteps]:
+    """Return the number of steps of each mechanism."""
+    total: Counter[GaussianSteps] = Counter()
+    for event in events:
+        total[replace(event, steps=0)] += event.steps
+    return total
 
 
 def _version(path: Path) -> tuple[int, int] | None:

@@ -26,7 +26,7 @@ from client.site import Site
 from client.status import StatusFile
 from shared.audit_log import Event
 from shared.errors import SilotuneError
-from shared.messages import carries_update
+from shared.messages import carries_release
 
 log = logging.getLogger("silotune.node")
 
@@ -192,7 +192,7 @@ class Node:
 
     def _note_sent(self, site: Site, message: Message, reply: Message, num_bytes: int) -> None:
         assert site.guard is not None  # noqa: S101
-        event = Event.RELEASE_SENT if carries_update(reply) else Event.REPLY_SENT
+        event = Event.RELEASE_SENT if carries_release(reply) else Event.REPLY_SENT
         site.guard.log.append(event, message_type=message.metadata.message_type, bytes=num_bytes)
 
 

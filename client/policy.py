@@ -23,10 +23,9 @@ from shared.config import Job, ModelConfig, Name, Probability, Section, TaskConf
 from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
 from shared.privacy.plan import PrivacyPlan
 from shared.signing import SignedJob, VerifyKey
+from shared.site_metrics import METRICS
 
 TASK_KINDS: tuple[str, ...] = get_args(TaskConfig.model_fields["kind"].annotation)
-# Names of metrics that a DP mechanism releases under the ledger, with what they mean. None yet.
-RELEASABLE_METRICS: Mapping[str, str] = {}
 SIGNER_PLACEHOLDER = "ed25519:PUT-THE-KEY-HERE"
 
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
@@ -54,7 +53,7 @@ class Policy(Section):
     hours: str | None = None
     """`HH:MM-HH:MM`, the site's local time in which rounds may run, past midnight if it ends earlier; none: always."""
     metrics: tuple[str, ...] = ()
-    """Metrics that may be released. This version releases none, so it stays empty."""
+    """Metrics that may be released, with noise and charged to the ledger: `accuracy`, `confusion`, `loss`; none: none."""
     min_sites: int = Field(default=2, ge=1)
     """A job whose `federation.min_sites` is lower is refused: alone, a site's update would be the result."""
     max_clock_skew_seconds: float = Field(default=300.0, gt=0)
@@ -91,10 +90,8 @@ class Policy(Section):
     @classmethod
     def _check_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
         for name in metrics:
-            if name not in RELEASABLE_METRICS:
-                known = nearest(name, list(RELEASABLE_METRICS)) if RELEASABLE_METRICS else "leave it empty"
-                released = "does not release that one" if RELEASABLE_METRICS else "releases no metric"
-                raise ValueError(f"{name!r} cannot be allowed: this version {released}; {known}")
+            if name not in METRICS:
+                raise ValueError(f"no metric is called {name!r}; {nearest(name, list(METRICS))}")
         return metrics
 
     @model_validator(mode="after")
@@ -193,6 +190,25 @@ def check_backbone(policy: Policy, job: Job, sha256: str) -> None:
         raise PolicyError(
             f"the files of backbone {job.model.backbone!r} at this site have SHA-256 {sha256}, but its policy expects "
             f"{expected}. Restore the files, or have the site engineer review them and change the policy."
+        )
+
+
+def check_metrics(policy: Policy, job: Job) -> None:
+    """Refuse to release metrics that the policy does not name, or with less noise than it wants.
+
+    Raises:
+        PolicyError: the job itself may go on; nothing but its updates leaves.
+    """
+    asked = job.site_metrics
+    if forbidden := [name for name in asked.names if name not in policy.metrics]:
+        allowed = ", ".join(policy.metrics) or "none"
+        raise PolicyError(
+            f"this site does not release the metrics {', '.join(forbidden)}; its policy allows {allowed}."
+        )
+    if asked.noise_multiplier < policy.min_noise_multiplier:
+        raise PolicyError(
+            f"site_metrics.noise_multiplier is {asked.noise_multiplier:g}; this site accepts no less than "
+            f"{policy.min_noise_multiplier:g}."
         )
 
 
@@ -342,7 +358,8 @@ max_sample_rate = {max_sample_rate}
 min_sites = {min_sites}
 # Largest accepted difference between the coordinator's clock and this one, in seconds.
 max_clock_skew_seconds = {max_clock_skew_seconds}
-# Metrics that may be released: this version releases none.
+# Metrics of held-out records that may be released, once a job, with noise and charged to the ledger:
+# "accuracy", "confusion", "loss". Needs evaluation_share in site.toml. Empty: nothing but noisy updates leaves.
 metrics = []
 
 # Who may sign jobs: a name of your choice and the public key. Ask for the key by telephone or in person, not

@@ -12,44 +12,38 @@ Guarantees (tests: tests/client/test_site.py)
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
-
-import numpy as np
-import torch
-from safetensors.torch import load, save
-from torch import Tensor
 
 from client.audit_mirror import AuditMirror
 from client.config import SiteConfig
 from client.guard import Guard
+from client.held_out import split_held_out
 from client.ledger import Budget, Charge, Ledger
+from client.outbox import Outbox
 from client.proof import prove_trainer
 from client.trainer import LocalRound, train_local_round
 from shared import adapters
-from shared.atomic import write_bytes
 from shared.batches import Example
 from shared.config import Job, load_toml, parse
 from shared.datasets import read_records
-from shared.errors import AdapterError, BudgetExceeded, LedgerError, PolicyError, SilotuneError, TrustError
-from shared.messages import Refusal, SiteDescription, TrainReply, TrainRequest
+from shared.errors import AdapterError, BudgetExceeded, PolicyError, SilotuneError, TrustError
+from shared.messages import MetricsReply, Refusal, SiteDescription, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan, declared_size
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 from shared.signing import SignedJob
+from shared.site_metrics import cast_votes, count_votes, noisy_counts
 from shared.version import silotune_version
 
 log = logging.getLogger("silotune.site")
 
 # Texts of these errors speak of the job or of public quantities only; all others stay at the site.
 _PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError)
-_KEPT_ROUNDS = 3
 
 AnswerT = TypeVar("AnswerT")
 
@@ -73,14 +67,18 @@ class Site:
         self.home, self.guard = home, guard
         self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))
         self._new_randomness = new_randomness
-        self._records = read_records(self.config.data, base=home)
+        records = read_records(self.config.data, base=home)
+        self._records, self._held_out = split_held_out(
+            records, self.config.evaluation_share, dataset=self.config.dataset
+        )
+        self._outbox = Outbox(home / "rounds", seal=guard.seal if guard else None)
         self._prepared: tuple[Runtime, list[Example]] | None = None
         self._ledger: Ledger | None = None
         self._last: tuple[str, GaussianSteps] | None = None  # unit and mechanism of the latest charge
 
     @property
     def declared_records(self) -> int:
-        """The public size of the data set."""
+        """The public size of the data set that is trained on."""
         return self.config.declared_records or max(declared_size(len(self._records)), 1)
 
     def ledger(self, unit: str = "record") -> Ledger:
@@ -124,6 +122,10 @@ class Site:
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""
         return self._guarded(lambda: self.train(request), job=request.job, round_number=request.round_number)
+
+    def answer_metrics(self, request: TrainRequest) -> MetricsReply | Refusal:
+        """Release the job's site metrics, or refuse with a text that reveals nothing about the data."""
+        return self._guarded(lambda: self.measure(request), job=request.job, round_number=request.round_number)
 
     def anticipate(self) -> None:
         """Prepare for another round like the last one; a tenth of a second that the round then does not pay."""
@@ -173,16 +175,13 @@ class Site:
         """
         job, round_number = request.job, request.round_number
         # 1. What the site accepts at all.
-        if self.guard:
-            self.guard.received(request)
-            self.guard.admit_round(request)
-        self._check_terms(job)
+        self._admit(request)
         if not 1 <= round_number <= job.training.rounds:
             raise PolicyError(f"round {round_number} is outside the job's {job.training.rounds} rounds.")
         plan = PrivacyPlan.from_job(job)
         # 2. A release that was already made is sent again as it is.
         request_sha256 = _sha256(job.sha256.encode(), str(round_number).encode(), request.adapter)
-        stored = self._stored_reply(job, round_number, request_sha256)
+        stored = self._outbox.stored_round(job.sha256, round_number, request_sha256=request_sha256)
         if stored is not None:
             return stored
         # 3. Model, data and global adapter, all checked before anything is charged.
@@ -191,15 +190,9 @@ class Site:
         plan.check_records(len(examples))
         start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
         # 4. Charge first.
-        reservation = None
-        ledger = self.ledger(plan.unit) if plan.private else None
-        if ledger is not None:
-            mechanism = plan.mechanism(job.training.local_steps)
-            if self.guard:
-                self.guard.admit_spend(ledger, job, mechanism)
-            charge = Charge(job_id=job.sha256, round=round_number, request_sha256=request_sha256, mechanism=mechanism)
-            reservation = ledger.reserve(charge)
-            self._last = (plan.unit, mechanism)
+        charge = (
+            self._charge(request, request_sha256, plan.mechanism(job.training.local_steps)) if plan.private else None
+        )
         # 5. Train.
         started = time.monotonic()
         randomness = self._new_randomness()
@@ -212,18 +205,110 @@ class Site:
             declared_records=self.declared_records,
             randomness=randomness,
             round_number=round_number,
-            optimizer_state=self._optimizer_state(job, round_number),
+            optimizer_state=self._outbox.optimizer_state(job.sha256, round_number),
         )
         seconds = time.monotonic() - started
         # 6. Store the release before it leaves, then close the charge.
         reply = self._reply(job, plan, round_number, result, randomness)
-        self._store(job, round_number, request_sha256, reply, result.optimizer_state)
-        if ledger is not None and reservation is not None:
-            release_sha256 = hashlib.sha256(reply.update).hexdigest()
-            ledger.commit(reservation, executed_steps=result.executed_steps, release_sha256=release_sha256)
-        if self.guard:
-            self.guard.stored(job, reply, ledger, seconds=seconds)
+        self._outbox.store_round(reply, request_sha256=request_sha256, optimizer_state=result.optimizer_state)
+        self._close(request, charge, reply.update, executed_steps=result.executed_steps, seconds=seconds)
         return reply
+
+    def measure(self, request: TrainRequest) -> MetricsReply:
+        """Release the site metrics of a job: noisy counts over the held-out records, charged like a round.
+
+        The request is that of a round after the last one, so an order for the one cannot be used for the other.
+
+        Raises:
+            PolicyError: the site does not release these metrics, or holds no records for them.
+            BudgetExceeded: they do not fit into the site's budget; nothing was charged.
+            DataError, ModelError, AdapterError, PrivacyError, LedgerError: as their texts say.
+        """
+        job, names = request.job, request.job.site_metrics.names
+        # 1. What the site accepts at all.
+        self._admit(request)
+        if self.guard:
+            self.guard.admit_metrics(job)
+        plan = PrivacyPlan.from_job(job)
+        if plan.metrics is None or request.round_number != job.training.rounds + 1:
+            raise PolicyError("the job plans no site metrics, or they were asked for before its last round ended.")
+        if not self._held_out:
+            raise PolicyError(
+                f"site {self.config.name} holds no records out of training, so it has no metrics to release."
+            )
+        # 2. A release that was already made is sent again as it is.
+        request_sha256 = _sha256(job.sha256.encode(), b"metrics", request.adapter)
+        stored = self._outbox.stored_metrics(job.sha256, request_sha256=request_sha256)
+        if stored is not None:
+            return stored
+        # 3. Model, data and global adapter, all checked before anything is charged.
+        runtime = self.prepare(job)
+        examples = runtime.encode(self._held_out)
+        adapter = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+        # 4. Charge first.
+        charge = self._charge(request, request_sha256, plan.metrics)
+        # 5. Evaluate; one noise event for each metric.
+        started = time.monotonic()
+        randomness = self._new_randomness()
+        runtime.load(adapter)
+        counts = {
+            name: noisy_counts(
+                count_votes(cast),
+                noise_multiplier=plan.metrics.noise_multiplier,
+                stream=randomness.stream("noise", round_number=request.round_number, step=step),
+            )
+            for step, (name, cast) in enumerate(cast_votes(runtime, examples, job).items())
+        }
+        seconds = time.monotonic() - started
+        # 6. Store the release before it leaves, then close the charge.
+        reply = MetricsReply(
+            site=self.config.name,
+            job_sha256=job.sha256,
+            adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
+            counts=counts,
+            noise_multiplier=plan.metrics.noise_multiplier,
+            randomness=randomness.origin,
+        )
+        self._outbox.store_metrics(reply, request_sha256=request_sha256)
+        self._close(request, charge, reply.canonical(), executed_steps=len(names), seconds=seconds)
+        return reply
+
+    def _admit(self, request: TrainRequest) -> None:
+        """Raise `PolicyError` for whatever no job may ask of this site."""
+        if self.guard:
+            self.guard.received(request)
+            self.guard.admit_round(request)
+        self._check_terms(request.job)
+
+    def _charge(self, request: TrainRequest, request_sha256: str, mechanism: GaussianSteps) -> tuple[Ledger, int]:
+        """Charge a release, durably, and return the ledger with the reservation."""
+        job, ledger = request.job, self.ledger(request.job.privacy.unit)
+        if self.guard:
+            self.guard.admit_spend(ledger, job, mechanism)
+        reservation = ledger.reserve(
+            Charge(job_id=job.sha256, round=request.round_number, request_sha256=request_sha256, mechanism=mechanism)
+        )
+        self._last = (job.privacy.unit, mechanism)
+        return ledger, reservation
+
+    def _close(
+        self,
+        request: TrainRequest,
+        charge: tuple[Ledger, int] | None,
+        release: bytes,
+        *,
+        executed_steps: int,
+        seconds: float,
+    ) -> None:
+        """Close the charge of a release that was stored, and note it."""
+        ledger = None
+        if charge is not None:
+            ledger, reservation = charge
+            ledger.commit(
+                reservation, executed_steps=executed_steps, release_sha256=hashlib.sha256(release).hexdigest()
+            )
+        if self.guard:
+            self.guard.stored(request, release, ledger, seconds=seconds)
 
     def prepare(self, job: Job) -> Runtime:
         """Load and prove the model, encode and check the data, warm the cache; idempotent, releases nothing."""
@@ -271,65 +356,6 @@ class Site:
             randomness=randomness.origin,
             epsilon_budget=self.config.budget.epsilon if plan.private else 0.0,
         )
-
-    def _round_file(self, job: Job, round_number: int) -> Path:
-        return self.home / "rounds" / job.sha256[:16] / f"round-{round_number:05d}.safetensors"
-
-    def _store(
-        self, job: Job, round_number: int, request_sha256: str, reply: TrainReply, state: Mapping[str, Tensor]
-    ) -> None:
-        update = torch.from_numpy(np.frombuffer(reply.update, dtype=np.uint8).copy())
-        header = json.dumps(asdict(replace(reply, update=b"")) | {"update": None})
-        metadata = {"request_sha256": request_sha256, "reply": header}
-        path = self._round_file(job, round_number)
-        data = save({"update": update, **{f"optimizer/{n}": t for n, t in state.items()}}, metadata)
-        write_bytes(path, self.guard.seal.seal(data, context=_context(path)) if self.guard else data)
-        # Only rounds before this one: a coordinator that went back to a backup may ask for it once more.
-        earlier = [old for old in sorted(path.parent.glob("round-*.safetensors")) if old <= path]
-        for old in earlier[:-_KEPT_ROUNDS]:
-            old.unlink(missing_ok=True)
-
-    def _stored_reply(self, job: Job, round_number: int, request_sha256: str) -> TrainReply | None:
-        path = self._round_file(job, round_number)
-        if not path.exists():
-            return None
-        metadata, tensors = self._read_round(path)
-        if metadata.get("request_sha256") != request_sha256:
-            return None
-        fields = json.loads(metadata["reply"])
-        return TrainReply(**fields | {"update": tensors["update"].numpy().tobytes()})
-
-    def _optimizer_state(self, job: Job, round_number: int) -> dict[str, Tensor]:
-        """Return the moments after the latest earlier round of this job; post-processing of what was released."""
-        folder = self._round_file(job, round_number).parent
-        earlier = [p for p in sorted(folder.glob("round-*.safetensors")) if p < self._round_file(job, round_number)]
-        if not earlier:
-            return {}
-        _, tensors = self._read_round(earlier[-1])
-        return {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
-
-    def _read_round(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
-        try:
-            data = path.read_bytes()
-            if self.guard:
-                data = self.guard.seal.open(data, context=_context(path))
-            return _metadata(data), load(data)
-        except Exception as error:
-            raise LedgerError(
-                f"{path} cannot be read ({type(error).__name__}); it holds a release that was already charged. Restore it from "
-                "a backup, or remove it and accept a second charge for that round."
-            ) from None
-
-
-def _metadata(data: bytes) -> dict[str, str]:
-    """Return the metadata of safetensors bytes: an 8-byte length, then a JSON header."""
-    length = int.from_bytes(data[:8], "little")
-    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
-
-
-def _context(path: Path) -> str:
-    """Return what a sealed round is bound to, so that files cannot be exchanged: job and round."""
-    return f"round/{path.parent.name}/{path.name}"
 
 
 def _sha256(*parts: bytes) -> str:

@@ -100,6 +100,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
                 _write_unfinished(run, folder)
             raise
         folder.write_privacy(checkpoint)
+        folder.write_site_metrics(checkpoint)
         folder.write_result(checkpoint, runtime, evaluator(checkpoint.adapter))
         complete = checkpoint.round_number == run.job.training.rounds
         folder.write_run_info("completed" if complete else "stopped", run.details)

@@ -49,7 +49,11 @@ class RoundRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """State after `round_number` completed rounds of the job with hash `job_sha256`."""
+    """State after `round_number` completed rounds of the job with hash `job_sha256`.
+
+    Attributes:
+        site_metrics: noisy counts by site and metric, once they were asked for; None before.
+    """
 
     job_sha256: str
     round_number: int
@@ -57,6 +61,7 @@ class Checkpoint:
     server_state: dict[str, Tensor] = field(default_factory=dict)
     releases: dict[str, SiteRelease] = field(default_factory=dict)
     history: list[RoundRecord] = field(default_factory=list)
+    site_metrics: dict[str, dict[str, list[float]]] | None = None
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -70,6 +75,7 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "round_number": checkpoint.round_number,
         "releases": {name: asdict(release) for name, release in checkpoint.releases.items()},
         "history": [asdict(record) for record in checkpoint.history],
+        "site_metrics": checkpoint.site_metrics,
     }
     tensors = {f"adapter/{name}": tensor.contiguous() for name, tensor in checkpoint.adapter.items()}
     tensors |= {f"server/{name}": tensor.contiguous() for name, tensor in checkpoint.server_state.items()}
@@ -104,11 +110,14 @@ def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
         server_state={n.removeprefix("server/"): t for n, t in tensors.items() if n.startswith("server/")},
         releases={name: _release(raw) for name, raw in header["releases"].items()},
         history=[RoundRecord(**raw) for raw in header["history"]],
+        site_metrics=header.get("site_metrics"),
     )
 
 
 def _release(raw: dict[str, Any]) -> SiteRelease:
-    tuples = {name: tuple(raw[name]) for name in ("rounds", "updates", "unanswered")}
+    tuples = {name: tuple(raw.get(name, ())) for name in ("rounds", "updates", "unanswered", "metrics")}
     events = tuple(GaussianSteps(**event) for event in raw["events"])
-    per_round = GaussianSteps(**raw["per_round"]) if raw["per_round"] else None
-    return SiteRelease(**raw | tuples | {"events": events, "per_round": per_round})
+    single = {
+        name: GaussianSteps(**raw[name]) if raw.get(name) else None for name in ("per_round", "metrics_mechanism")
+    }
+    return SiteRelease(**raw | tuples | {"events": events} | single)

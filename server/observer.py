@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.checkpoint import Checkpoint
-from shared.messages import SiteDescription, TrainReply
+from shared.messages import MetricsReply, SiteDescription, TrainReply
 
 
 class Observer:
@@ -31,6 +31,12 @@ class Observer:
 
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """A site's update was taken (`problem` is None) or not; `reply` is None if there was none to read."""
+
+    def metrics_asked(self, number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """After the last round `sites` are asked for their metrics; `number` is that of a round after the last one."""
+
+    def metrics_judged(self, site: str, reply: MetricsReply | None, problem: str | None) -> None:
+        """A site's metrics were taken (`problem` is None) or not."""
 
     def round_done(self, checkpoint: Checkpoint) -> None:
         """A round is complete and durable."""

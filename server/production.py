@@ -35,7 +35,7 @@ from server.superlink import pull_promptly, registered_names
 from shared.audit_log import AuditLog, Event, read
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
 from shared.keystore import passphrase_from_environment
-from shared.messages import SiteDescription, TrainReply
+from shared.messages import MetricsReply, SiteDescription, TrainReply
 from shared.signed_folder import sign_folder
 
 log = logging.getLogger("silotune.coordinator")
@@ -183,16 +183,29 @@ class _Recorder(Observer):
 
     def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`."""
-        sha256 = hashlib.sha256(adapter).hexdigest()
         self._log.append(
             Event.ROUND_ASKED,
             job=self._job,
             round=round_number,
             sites=list(sites),
             declared_records=[self._sizes[site] for site in sites],
-            adapter_sha256=sha256,
+            adapter_sha256=hashlib.sha256(adapter).hexdigest(),
             bytes=len(adapter),
         )
+
+    def metrics_asked(self, number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """See `Observer`; the log names it like a round after the last one."""
+        self.round_started(number, sites, adapter)
+
+    def metrics_judged(self, site: str, reply: MetricsReply | None, problem: str | None) -> None:
+        """See `Observer`."""
+        if reply is not None:
+            release = reply.canonical()
+            facts = {"sha256": hashlib.sha256(release).hexdigest(), "bytes": len(release)}
+            self._log.append(Event.METRICS_ACCEPTED, job=self._job, site=site, **facts)
+        else:
+            log.warning("metrics of site %s: %s", site, problem)
+            self._log.append(Event.METRICS_REFUSED, job=self._job, site=site, reason=problem)
 
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """See `Observer`."""

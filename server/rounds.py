@@ -16,8 +16,10 @@ from flwr.serverapp.grid import Grid
 from torch import Tensor
 
 from server.checkpoint import Checkpoint, RoundRecord
+from server.exchange import exchange
 from server.observer import Observer
-from server.roster import POLL_SECONDS, Authority, Roster
+from server.roster import Authority, Roster
+from server.site_metrics import asked_metrics_before, collect_site_metrics
 from server.strategies import aggregate
 from shared import adapters
 from shared.adapters import Shapes
@@ -38,11 +40,6 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 
 RETRY_SECONDS = 2.0
-_LONGEST_POLL_SECONDS = 1.0
-_PATIENT_SHARE = 0.75  # of the time that the answers took last time passes before the first look
-# A request may be lost with the process that pulled it, while its node stays online. Sites answer a repeated one with what
-# they stored, so asking again costs no budget; each time after twice as long.
-ASK_AGAIN_SECONDS = 30.0
 
 
 class TooFewSites(RunError):
@@ -101,7 +98,7 @@ def run_rounds(
     job, authority, observer = coordinator.job, coordinator.authority, coordinator.observer
     roster = Roster(grid, job, authority=authority, observer=observer)
     last = min(job.training.rounds, stop_after or job.training.rounds)
-    if resume_from and resume_from.round_number >= last:
+    if resume_from and resume_from.round_number >= last and not _metrics_due(resume_from, job):
         return resume_from
     if resume_from:
         observer.resumed(resume_from)
@@ -127,7 +124,16 @@ def run_rounds(
         sites = roster.present()
         if len(sites) < job.federation.min_sites:
             sites = roster.wait()
+    if _metrics_due(checkpoint, job):
+        checkpoint = collect_site_metrics(grid, job, sites, checkpoint, authority=authority, observer=observer)
+        coordinator.save(checkpoint)
     return checkpoint
+
+
+def _metrics_due(checkpoint: Checkpoint, job: Job) -> bool:
+    """Return whether the last round is over and the sites were not asked for their metrics yet."""
+    over = checkpoint.round_number == job.training.rounds
+    return over and bool(job.site_metrics.names) and checkpoint.site_metrics is None
 
 
 def select_sites(sites: dict[int, SiteDescription], job: Job, round_number: int) -> list[int]:
@@ -169,7 +175,7 @@ def _run_round(
     unanswered = {sites[node].site for node in asked}
     timeout = job.federation.round_timeout_seconds
     plan = PrivacyPlan.from_job(job)
-    for node, message in _exchange(
+    for node, message in exchange(
         grid,
         requests,
         asked,
@@ -385,57 +391,7 @@ def _with_interrupted_round(checkpoint: Checkpoint, authority: Authority, job: J
     They may have executed it, and may not be there any more when it is asked for again.
     """
     following = checkpoint.round_number + 1
+    if following > job.training.rounds:
+        return asked_metrics_before(checkpoint, authority, job)
     releases = _account_unanswered(checkpoint.releases, authority.asked_before(following), job, following)
     return replace(checkpoint, releases=releases)
-
-
-def _exchange(
-    grid: Grid,
-    requests: Callable[[Sequence[int]], list[Message]],
-    nodes: Sequence[int],
-    *,
-    timeout: float,
-    expected: float,
-    repeat: bool,
-    meanwhile: Callable[[], None],
-) -> list[tuple[int, Message]]:
-    """Ask `nodes` and collect (node that was asked, reply) until all answered or `timeout` seconds passed.
-
-    Flower's own `send_and_receive` polls every three seconds; this begins with every tenth of one. A reply is matched by the
-    request that it answers: an error about a lost message comes from the SuperLink, not from the node.
-
-    Args:
-        requests: makes the messages for some nodes, signed now.
-        expected: seconds that the answers will take, as far as one knows; asking before costs the sites' calls their time.
-        repeat: ask those again who are silent; only for sites that answer a repeated request as the first.
-        meanwhile: what can be done once the requests are out.
-    """
-    node_of: dict[str, int] = {}
-
-    def ask(some: Sequence[int]) -> None:
-        messages = requests(some)
-        pushed = set(grid.push_messages(messages))
-        metadata = [message.metadata for message in messages]
-        node_of.update({facts.message_id: facts.dst_node_id for facts in metadata if facts.message_id in pushed})
-
-    started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
-    ask(nodes)
-    meanwhile()
-    collected: dict[int, Message] = {}
-    time.sleep(max(0.0, min(_PATIENT_SHARE * expected, _LONGEST_POLL_SECONDS) - (time.monotonic() - started)))
-    while waiting := {identifier for identifier, node in node_of.items() if node not in collected}:
-        arrived = list(grid.pull_messages(waiting))
-        for message in arrived:
-            node = node_of.get(message.metadata.reply_to_message_id)
-            if node is not None:
-                collected.setdefault(node, message)
-        elapsed = time.monotonic() - started
-        if elapsed > timeout:
-            break
-        if repeat and elapsed > ask_again:
-            ask([node for node in nodes if node not in collected])
-            ask_again += 2 * ask_again
-        if not arrived:
-            # A long round is asked about less often: the delay stays within two percent of it.
-            time.sleep(min(max(POLL_SECONDS, elapsed / 50), _LONGEST_POLL_SECONDS))
-    return list(collected.items())

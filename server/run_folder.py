@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.site_metrics import site_metrics_record
 from shared.atomic import write_json, write_text
 from shared.config import Job, canonical_json, parse
 from shared.errors import RunError
@@ -124,6 +125,11 @@ class RunFolder:
             write_json(self.path / "sites" / name / "privacy.json", privacy_record(release, self.job.name))
         statement = run_statement(list(checkpoint.releases.values()), self.job.name)
         write_json(self.path / "statement.json", statement.as_dict())
+
+    def write_site_metrics(self, checkpoint: Checkpoint) -> None:
+        """Write `site_metrics.json` if the job asked for some and the run is over."""
+        if checkpoint.site_metrics is not None:
+            write_json(self.path / "site_metrics.json", site_metrics_record(checkpoint, self.job))
 
     def write_result(self, checkpoint: Checkpoint, runtime: Runtime, evaluation: Evaluation) -> None:
         """Write the adapter in PEFT's own format and `evaluation.json`."""

@@ -105,6 +105,8 @@ class Event(StrEnum):
     ROUND_ASKED = "round.asked"  # the adapter went out to the sites of a round
     UPDATE_ACCEPTED = "update.accepted"  # a site's update passed all checks
     UPDATE_REFUSED = "update.refused"  # a site's update, or its refusal, does not count
+    METRICS_ACCEPTED = "metrics.accepted"  # a site's metrics passed all checks
+    METRICS_REFUSED = "metrics.refused"  # a site releases none, or what came does not count
     ROUND_COMPLETED = "round.completed"  # the updates were aggregated and the result is on the disk
     SUPERLINK_RESTARTED = "superlink.restarted"  # Flower's process was started again, and why
     TRUST_BROKEN = "trust.broken"  # the trust store cannot be trusted, so no site may connect

@@ -112,7 +112,7 @@ class PrivacyConfig(Section):
     unit: Literal["record"] = "record"
     """The neighbouring data sets differ in one record, added or removed."""
     epsilon: float = Field(default=8.0, gt=0)
-    """Target for a site that executes every planned step."""
+    """Target for a site that executes every planned step and releases all of `site_metrics`."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
     """Failure probability; must be far below 1 / number of records."""
     sample_rate: Probability = 0.05
@@ -121,6 +121,23 @@ class PrivacyConfig(Section):
     """C: the largest L2 norm of one record's gradient over adapter and head together."""
     noise_multiplier: float | None = Field(default=None, ge=0.2, le=1e4)
     """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps."""
+
+
+class SiteMetricsConfig(Section):
+    """Metrics of the sites' own held-out records, released once, after the last round; see `shared.site_metrics`."""
+
+    names: tuple[Literal["accuracy", "confusion", "loss"], ...] = ()
+    """What is asked for; none: nothing but updates leaves a site. A site's policy may forbid any of them."""
+    noise_multiplier: float = Field(default=10.0, ge=0.2, le=1e4)
+    """Standard deviation of the noise on every count, where one record is one vote. Part of the job's epsilon."""
+    largest_loss: float = Field(default=5.0, gt=0)
+    """Of `loss`: a record's loss is cut here, so that one record cannot move the mean by more."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("site_metrics.names holds a name twice; every release costs budget, so name each once")
+        return self
 
 
 class AggregationConfig(Section):
@@ -163,9 +180,22 @@ class Job(Section):
     privacy: PrivacyConfig = PrivacyConfig()
     aggregation: AggregationConfig = AggregationConfig()
     federation: FederationConfig = FederationConfig()
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    site_metrics: SiteMetricsConfig = Field(
+        default=SiteMetricsConfig(), exclude_if=lambda value: value == SiteMetricsConfig()
+    )
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
+        if self.site_metrics.names and self.privacy.mechanism != "dp-sgd":
+            raise ValueError(
+                f"site_metrics are charged to the sites' ledgers, but privacy.mechanism is {self.privacy.mechanism!r}, which "
+                "charges nothing; remove site_metrics.names"
+            )
+        if {"accuracy", "confusion"} & {*self.site_metrics.names} and not self.task.labels:
+            raise ValueError(
+                f"task.kind {self.task.kind!r} has no classes; of site_metrics.names it can release 'loss'"
+            )
         limit = self.federation.sites_per_round
         if limit is not None and limit < self.federation.min_sites:
             raise ValueError(

@@ -1,9 +1,10 @@
 """Typed messages <-> Flower records: the only place that knows record keys.
 
-Two exchanges: `describe` (who is there, and do you accept this job) and `train` (one round); a refusal can answer
-either. A message is one record, its adapter one value in it: Flower sends every object with a call of its own, and
-this makes three of them where an array of the adapter makes six and one of every tensor a hundred. A refusal carries a
-code and a text that was written for the coordinator's eyes: it never holds data of the site.
+Three exchanges: `describe` (who is there, and do you accept this job), `train` (one round) and `metrics` (what the sites
+measure on their own held-out records, once, after the last round); a refusal can answer any. A message is one record, its
+adapter one value in it: Flower sends every object with a call of its own, and this makes three of them where an array of
+the adapter makes six and one of every tensor a hundred. A refusal carries a code and a text that was written for the
+coordinator's eyes: it never holds data of the site.
 
 Guarantee: `unpack_*` never raises on what a site sent, allocates nothing that the message does not hold, and lets no
 name through that could leave a folder (test: tests/shared/test_messages.py).
@@ -14,20 +15,22 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from shared.config import NAME_PATTERN, Job, parse
+from shared.config import NAME_PATTERN, Job, canonical_json, parse
 from shared.errors import RunError
 from shared.privacy.randomness import Origin
 from shared.signing import SignedJob
 
 TRAIN = "train"
 DESCRIBE = "query.describe"
+METRICS = "query.metrics"
 MALFORMED = "Malformed"
 _CONTENT = "silotune"
 _MOST_REASON_CHARACTERS = 600
+_MOST_METRICS_CHARACTERS = 1 << 22
 # What reading a malformed header may raise; int(inf) overflows.
 _MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
 
@@ -110,6 +113,31 @@ class TrainReply:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MetricsReply:
+    """A site's release of metrics.
+
+    Attributes:
+        site: name of the site.
+        job_sha256: hash of the job.
+        adapter_sha256: hash of the encoded global adapter that was measured.
+        counts: noisy counts by metric, see `shared.site_metrics`.
+        noise_multiplier: of every count, as executed.
+        randomness: where the noise came from.
+    """
+
+    site: str
+    job_sha256: str
+    adapter_sha256: str
+    counts: dict[str, list[float]]
+    noise_multiplier: float
+    randomness: Origin
+
+    def canonical(self) -> bytes:
+        """Return the bytes that ledger and logs name by their hash."""
+        return canonical_json(asdict(self)).encode()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refusal:
     """A site's "no".
 
@@ -148,9 +176,9 @@ def pack_description(description: SiteDescription) -> RecordDict:
     return RecordDict({_CONTENT: ConfigRecord({"kind": "description", **asdict(description)})})
 
 
-def pack_request(request: TrainRequest) -> RecordDict:
-    """Return the content of a training request."""
-    header: dict[str, Any] = {"kind": "train", "round_number": request.round_number, "adapter": request.adapter}
+def pack_request(request: TrainRequest, kind: Literal["train", "metrics"] = "train") -> RecordDict:
+    """Return the content of a request to train one round, or for the site metrics of the adapter."""
+    header: dict[str, Any] = {"kind": kind, "round_number": request.round_number, "adapter": request.adapter}
     if request.order is None:
         header["job"] = request.job.canonical_json()
     else:
@@ -160,7 +188,7 @@ def pack_request(request: TrainRequest) -> RecordDict:
     return RecordDict({_CONTENT: ConfigRecord(header)})
 
 
-def unpack_request(content: RecordDict) -> TrainRequest:
+def unpack_request(content: RecordDict, kind: Literal["train", "metrics"] = "train") -> TrainRequest:
     """Return the request in `content`; of a signed job the signature holds, that of the round is not checked here.
 
     Raises:
@@ -168,24 +196,29 @@ def unpack_request(content: RecordDict) -> TrainRequest:
         TrustError: if it names a job whose signature does not hold.
         ConfigError: if its job is not valid.
     """
-    header = _header(content, "train")
+    header = _header(content, kind)
     order = None
     try:
         round_number = int(header["round_number"])
         if "signed_job" in header:
-            signed = SignedJob.from_json(str(header["signed_job"]), source="the job in the training request")
+            signed = SignedJob.from_json(str(header["signed_job"]), source="the job in the request")
             order = Order(signed_job=signed, sent_at=str(header["sent_at"]), signature=bytes(header["signature"]))
             job = signed.job
         else:
-            job = parse(Job, json.loads(str(header["job"])), source="the job in the training request")
+            job = parse(Job, json.loads(str(header["job"])), source="the job in the request")
     except (KeyError, ValueError, TypeError, OverflowError):
-        raise RunError("the training request has no readable job or round number.") from None
+        raise RunError("the request has no readable job or round number.") from None
     return TrainRequest(job=job, round_number=round_number, adapter=_bytes(header, "adapter"), order=order)
 
 
 def pack_reply(reply: TrainReply) -> RecordDict:
     """Return the content of a training reply."""
     return RecordDict({_CONTENT: ConfigRecord({"kind": "update", **asdict(reply)})})
+
+
+def pack_metrics(reply: MetricsReply) -> RecordDict:
+    """Return the content of a release of site metrics."""
+    return RecordDict({_CONTENT: ConfigRecord({"kind": "metrics", "release": reply.canonical().decode()})})
 
 
 def pack_refusal(refusal: Refusal) -> RecordDict:
@@ -235,12 +268,34 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
         return Refusal(site="", code=MALFORMED, reason="the site's reply could not be read")
 
 
-def carries_update(message: Message) -> bool:
-    """Return whether a reply holds an update, not a description, a refusal or an error."""
+def unpack_metrics(message: Message) -> MetricsReply | Refusal:
+    """Return what a site answered to a request for its metrics; anything malformed becomes a refusal."""
+    answer = _refusal(message)
+    if answer is not None:
+        return answer
+    try:
+        text = str(_header(message.content, "metrics")["release"])
+        if len(text) > _MOST_METRICS_CHARACTERS:
+            raise ValueError("too long")
+        fields: dict[str, Any] = json.loads(text)
+        return MetricsReply(
+            site=_site_name(fields),
+            job_sha256=str(fields["job_sha256"]),
+            adapter_sha256=str(fields["adapter_sha256"]),
+            counts={str(name): [float(value) for value in values] for name, values in fields["counts"].items()},
+            noise_multiplier=float(fields["noise_multiplier"]),
+            randomness="os" if fields["randomness"] == "os" else "injected",
+        )
+    except (*_MALFORMED, AttributeError, RecursionError):
+        return Refusal(site="", code=MALFORMED, reason="the site's metrics could not be read")
+
+
+def carries_release(message: Message) -> bool:
+    """Return whether a reply holds an update or metrics, not a description, a refusal or an error."""
     if not message.has_content():
         return False
     record = message.content.config_records.get(_CONTENT)
-    return record is not None and record.get("kind") == "update"
+    return record is not None and record.get("kind") in ("update", "metrics")
 
 
 def _refusal(message: Message) -> Refusal | None:

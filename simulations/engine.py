@@ -108,7 +108,7 @@ def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list
         if name != "federated-non-private":
             changes["federation"] = {"min_sites": 1, "sites_per_round": None}
         if name != "central-dp":
-            changes["privacy"] = {"mechanism": "none"}
+            changes |= {"privacy": {"mechanism": "none"}, "site_metrics": {"names": []}}
         job = changed_job(scenario.job, changes, source=f"baseline {name}")
         job = changed_job(job, scenario.baselines.changes(name), source=f"baselines.{name.replace('-', '_')}")
         records = sites if name == "federated-non-private" else {"central": list(train)}
@@ -213,9 +213,11 @@ def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
     plan = PrivacyPlan.from_job(arm.job)
     # A noise multiplier that was given, not calibrated, spends what it spends.
     budget = max(arm.job.privacy.epsilon, plan.epsilon() if private else 0.0)
+    held_out = {"evaluation_share": scenario.data.evaluation_share} if scenario.data.evaluation_share else {}
     return {
         "name": name,
         "dataset": f"{scenario.name}-{name}",
+        **held_out,
         "allow_non_private": not private,
         "data": {"path": "data.jsonl", "columns": {role: role for role in roles}},
         "budget": {"epsilon": budget, "delta": arm.job.privacy.delta},

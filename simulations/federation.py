@@ -106,6 +106,7 @@ class Federation:
         epsilon: float,
         composition: Composition = "fixed",
         compute: ComputeConfig | None = None,
+        evaluation_share: float = 0.0,
         policy: Mapping[str, Any] | None = None,
     ) -> SiteHome:
         """Make a site from `records`, get it approved and admit it.
@@ -114,6 +115,7 @@ class Federation:
             epsilon: the site's budget, for one job and in total.
             composition: how the site measures its spending; "fixed" for runs whose plans are all made before they start.
             compute: its speed settings.
+            evaluation_share: of its records, held out of training.
             policy: keys of its policy.toml to replace.
         """
         home = self.site(name)
@@ -133,6 +135,8 @@ class Federation:
             )
         if compute is not None:
             change_toml(home.config, compute=compute.model_dump(mode="json"))
+        if evaluation_share:
+            change_toml(home.config, evaluation_share=evaluation_share)
         if policy is not None:
             change_toml(home.policy, **policy)
         certificate = self._approve(home.path / f"{name}.csr", f"{name}.crt")

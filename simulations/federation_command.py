@@ -39,7 +39,15 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
     try:
         federation.found()
         for name, records in arm.sites.items():
-            federation.join(name, records, epsilon=budget, composition="adaptive", compute=scenario.compute)
+            federation.join(
+                name,
+                records,
+                epsilon=budget,
+                composition="adaptive",
+                compute=scenario.compute,
+                evaluation_share=scenario.data.evaluation_share,
+                policy={"metrics": list(arm.job.site_metrics.names)},
+            )
         console.print(
             f"CA, coordinator and {len(arm.sites)} sites made in {folder}; every key was made where it is used"
         )
@@ -67,12 +75,12 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
 
 def _budget_for(plan: PrivacyPlan) -> float:
     """Return a cap that the run fits into, measured as real sites do: so that its results may decide what is run next."""
-    spent, budget = plan.mechanism(plan.planned_steps), math.ceil(plan.epsilon())
+    budget = math.ceil(plan.epsilon())
     while True:
         rule = SpendingRule(
             composition="adaptive", delta=plan.delta, orders=filter_orders(epsilon=budget, delta=plan.delta)
         )
-        if rule.epsilon([spent]) <= budget:
+        if rule.epsilon(plan.events) <= budget:
             return float(budget)
         budget += 1
 

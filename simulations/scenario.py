@@ -17,7 +17,7 @@ from simulations.demo_data import load_movie_reviews, split_public_test
 from simulations.partitions import PartitionConfig
 from simulations.small_gpt2 import resolve_backbone
 
-_JOB_SECTIONS = ("model", "lora", "task", "training", "privacy", "aggregation", "federation")
+_JOB_SECTIONS = ("model", "lora", "task", "training", "privacy", "aggregation", "federation", "site_metrics")
 
 
 class DataConfig(Section):
@@ -31,6 +31,8 @@ class DataConfig(Section):
     """Public evaluation records; None holds `num_test` records out of `train`."""
     num_test: int = Field(default=2000, ge=1)
     """Records held out for public evaluation where there is no test file."""
+    evaluation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of each site's records that it never trains on, for `site_metrics`; see `evaluation_share` of a site."""
     split_seed: int = Field(default=0, ge=0)
     """Public seed of that split; it does not change with `seed`, so that repeats share their test records."""
 

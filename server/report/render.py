@@ -124,6 +124,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "statement": data.statement,
         "composed": _composed(data),
         "audits": data.audits,
+        "site_metrics": _site_metric_rows(data),
         "figures": _figures(data, titles),
         "evaluation": federated.evaluation,
         "confusion": _confusion(federated),
@@ -135,6 +136,22 @@ def _view(data: RunData) -> dict[str, Any]:
         "settings": _settings(federated),
         "adapter": data.adapter,
     }
+
+
+def _site_metric_rows(data: RunData) -> list[dict[str, Any]]:
+    if data.site_metrics is None:
+        return []
+    return [
+        {
+            "title": formats.metric_title(found.metric),
+            "value": formats.format_metric(found.metric, found.value),
+            "margin": None
+            if found.standard_error is None
+            else formats.format_metric(found.metric, 1.96 * found.standard_error),
+            "sites": found.sites,
+        }
+        for found in data.site_metrics.estimates
+    ]
 
 
 def _arms(data: RunData) -> tuple[Arm, ...]:

@@ -131,6 +131,22 @@ class Statement(_Record):
     text: str
 
 
+class SiteMetric(_Record):
+    """One line of `site_metrics.json`: what the sites' noisy counts say together."""
+
+    metric: str
+    value: float | None = None
+    standard_error: Positive | None = None
+    sites: Annotated[int, Field(ge=1)]
+
+
+class SiteMetrics(_Record):
+    """`site_metrics.json`: metrics on the sites' own held-out records."""
+
+    noise_multiplier: Positive
+    estimates: tuple[SiteMetric, ...] = ()
+
+
 class AuditRecord(_Record):
     """`audit/tierN.json`: what an audit of the mechanism found."""
 
@@ -207,6 +223,7 @@ class RunData:
     adapter: tuple[AdapterFile, ...]
     repeats: Repeats | None
     audits: tuple[AuditRecord, ...]
+    site_metrics: SiteMetrics | None
     job_sha256_matches: bool | None
     """Whether job.json is the job that run.json names; None if run.json names none."""
 
@@ -273,8 +290,13 @@ def read_run(run_dir: Path) -> RunData:
         audits=tuple(
             _parse(AuditRecord, _read(path), path) for path in sorted((run_dir / "audit").glob("tier[123].json"))
         ),
+        site_metrics=_read_site_metrics(run_dir / "site_metrics.json"),
         job_sha256_matches=_job_matches(run_dir / "job.json", run.job_sha256),
     )
+
+
+def _read_site_metrics(path: Path) -> SiteMetrics | None:
+    return _parse(SiteMetrics, _read(path), path) if path.exists() else None
 
 
 def job_value(job: Mapping[str, Any], section: str, key: str) -> Any:

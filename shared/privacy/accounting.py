@@ -108,8 +108,10 @@ def _step_pld(sigma: float, q: float, cell: float) -> PrivacyLossDistribution:
 
 
 @lru_cache(maxsize=256)
-def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: float, steps: int) -> float:
-    """Return the smallest noise multiplier that keeps `steps` steps within `(epsilon, delta)`.
+def calibrate_noise_multiplier(
+    *, epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[GaussianSteps, ...] = ()
+) -> float:
+    """Return the smallest noise multiplier that keeps `steps` steps, together with `others`, within `(epsilon, delta)`.
 
     The answer is never below the smallest and exceeds it by a few `SIGMA_TOLERANCE` (relative) at most.
 
@@ -128,8 +130,15 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: flo
     # (Not narrower than 1e-5: memory grows with the number of cells.)
     cell = max(1e-5, min(1e-2, epsilon / 500))
 
+    if others and (fixed := compose_epsilon(others, delta)) >= epsilon:
+        raise PrivacyError(
+            f"what the plan releases besides its steps alone costs epsilon {fixed:.4g}, the target is {epsilon:g}. Raise "
+            "site_metrics.noise_multiplier, name fewer metrics, or raise epsilon."
+        )
+    beside = tuple((event.noise_multiplier, event.sample_rate, event.steps) for event in others)
+
     def excess(log_sigma: float) -> float:
-        return _compose_epsilon(((math.exp(log_sigma), sample_rate, steps),), delta, cell) - epsilon
+        return _compose_epsilon(((math.exp(log_sigma), sample_rate, steps), *beside), delta, cell) - epsilon
 
     low = high = 0.0
     while excess(high) > 0:
@@ -146,11 +155,11 @@ def calibrate_noise_multiplier(*, epsilon: float, delta: float, sample_rate: flo
         if excess(low) <= 0:
             high = low
     sigma = math.exp(float(brentq(excess, low, high, xtol=SIGMA_TOLERANCE / 4)) + SIGMA_TOLERANCE / 4)
-    while (
-        compose_epsilon([GaussianSteps(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps)], delta) > epsilon
-    ):
+    while True:
+        events = [GaussianSteps(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps), *others]
+        if compose_epsilon(events, delta) <= epsilon:
+            return sigma
         sigma *= 1 + SIGMA_TOLERANCE / 4
-    return sigma
 
 
 def affordable_steps(

@@ -36,6 +36,7 @@ class PrivacyPlan:
         max_grad_norm: clipping bound C on one record's gradient, L2 norm over adapter and head together.
         delta: failure probability of the guarantee.
         planned_steps: steps T of a site that takes part in every round.
+        metrics: the release of site metrics after the last round; None if there is none.
     """
 
     private: bool
@@ -45,16 +46,26 @@ class PrivacyPlan:
     max_grad_norm: float
     delta: float
     planned_steps: int
+    metrics: GaussianSteps | None = None
 
     @classmethod
     def from_job(cls, job: Job) -> PrivacyPlan:
         """Build the plan of `job`, calibrating the noise multiplier where the job gives only a target epsilon."""
         privacy, steps = job.privacy, job.training.planned_steps
         private = privacy.mechanism == "dp-sgd"
+        asked = job.site_metrics
+        metrics = None
+        if private and asked.names:
+            # No sampling: every held-out record votes once in each metric.
+            metrics = GaussianSteps(noise_multiplier=asked.noise_multiplier, sample_rate=1.0, steps=len(asked.names))
         sigma = 0.0
         if private:
             sigma = privacy.noise_multiplier or calibrate_noise_multiplier(
-                epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=privacy.sample_rate, steps=steps
+                epsilon=privacy.epsilon,
+                delta=privacy.delta,
+                sample_rate=privacy.sample_rate,
+                steps=steps,
+                others=(metrics,) if metrics else (),
             )
         return cls(
             private=private,
@@ -64,6 +75,7 @@ class PrivacyPlan:
             max_grad_norm=privacy.max_grad_norm,
             delta=privacy.delta,
             planned_steps=steps,
+            metrics=metrics,
         )
 
     def check_records(self, num_records: int) -> None:
@@ -84,9 +96,15 @@ class PrivacyPlan:
             raise PrivacyError("this plan adds no noise, so no epsilon can be stated for it.")
         return GaussianSteps(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
 
+    @property
+    def events(self) -> tuple[GaussianSteps, ...]:
+        """Everything that a site releases if it takes part in every round, site metrics included."""
+        steps = self.mechanism(self.planned_steps)
+        return (steps, self.metrics) if self.metrics else (steps,)
+
     def epsilon(self, steps: int | None = None) -> float:
-        """Return epsilon after `steps` executed steps, by default all planned ones."""
-        return compose_epsilon([self.mechanism(self.planned_steps if steps is None else steps)], self.delta)
+        """Return epsilon after `steps` executed steps; by default of everything that is planned, `events`."""
+        return compose_epsilon(self.events if steps is None else [self.mechanism(steps)], self.delta)
 
     def expected_batch_size(self, declared_records: int) -> float:
         """Return q times the declared (public) number of records: the only divisor of a noisy sum."""

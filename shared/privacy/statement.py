@@ -20,7 +20,7 @@ from shared.privacy.randomness import Origin
 
 RELATION = "add or remove one record"
 NOT_COVERED = (
-    "Metrics that were not released through a private mechanism. Silotune releases none; training losses and clip "
+    "Metrics that were not released through a private mechanism. Silotune releases none such; training losses and clip "
     "fractions stay at the site.",
     "The text on which the backbone was pre-trained.",
     "Several records of one person: the unit is one record. With k records a person is protected far less than the "
@@ -52,6 +52,9 @@ class SiteRelease:
         updates: SHA-256 of the update of each of these rounds.
         unanswered: rounds that the site was asked for and whose outcome the coordinator does not know.
         per_round: what the site executes in one such round, if it does; None if unknown or not private.
+        metrics: site metrics that it was asked for after the last round.
+        metrics_mechanism: their one release; None if it was not asked, or refused.
+        metrics_sha256: of that release; None if its outcome is unknown.
         private: False if updates were released without noise.
     """
 
@@ -68,6 +71,9 @@ class SiteRelease:
     updates: tuple[str, ...] = ()
     unanswered: tuple[int, ...] = ()
     per_round: GaussianSteps | None = None
+    metrics: tuple[str, ...] = ()
+    metrics_mechanism: GaussianSteps | None = None
+    metrics_sha256: str | None = None
     private: bool = True
 
     @property
@@ -77,21 +83,29 @@ class SiteRelease:
 
     @property
     def steps(self) -> int:
-        """Executed noisy steps."""
+        """Executed noisy steps of training."""
         return sum(event.steps for event in self.events)
+
+    @property
+    def arrived_events(self) -> tuple[GaussianSteps, ...]:
+        """Everything that arrived: updates, and metrics."""
+        if self.metrics_mechanism is None or self.metrics_sha256 is None:
+            return self.events
+        return (*self.events, self.metrics_mechanism)
 
     @property
     def epsilon(self) -> float:
         """Epsilon of everything that arrived; infinite without protection."""
-        return compose_epsilon(self.events, self.delta) if self.protected else math.inf
+        return compose_epsilon(self.arrived_events, self.delta) if self.protected else math.inf
 
     @property
     def possible_events(self) -> tuple[GaussianSteps, ...]:
         """Everything that arrived and, as if executed, every request whose outcome is unknown."""
+        possible = self.events if self.metrics_mechanism is None else (*self.events, self.metrics_mechanism)
         if not self.unanswered or self.per_round is None:
-            return self.events
+            return possible
         unknown = replace(self.per_round, steps=self.per_round.steps * len(self.unanswered))
-        return (*self.events, unknown)
+        return (*possible, unknown)
 
     @property
     def epsilon_bound(self) -> float:
@@ -139,7 +153,7 @@ def site_statement(release: SiteRelease, run: str) -> str:
             f"NOT PRIVATE: the randomness of site {release.site} in run {run} was injected for a test. Whoever knows the "
             "seed can remove the noise, so no epsilon is stated."
         )
-    if not release.steps and not release.unanswered:
+    if not release.possible_events and not release.unanswered:
         return f"Site {release.site} released nothing in run {run}."
     parts = "; ".join(
         f"Poisson sampling rate {e.sample_rate:g}, noise multiplier {e.noise_multiplier:.4f}, {e.steps} executed steps"
@@ -151,6 +165,12 @@ def site_statement(release: SiteRelease, run: str) -> str:
         parts += (
             f" (and, counted as executed, the requests of round {rounds}, which were never answered here; the site's own ledger "
             "knows)"
+        )
+    if release.metrics_mechanism is not None:
+        names = ", ".join(release.metrics)
+        parts += f"; and one release of counts ({names}) with noise of standard deviation "
+        parts += f"{release.metrics_mechanism.noise_multiplier:g}" + (
+            "" if release.metrics_sha256 else ", which was asked for and never arrived here"
         )
     return (
         f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon_bound)}, {release.delta:g})-"
@@ -177,7 +197,7 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
         "steps_executed": release.steps,
         "epsilon_budget": release.epsilon_budget or None,
         "epsilon_spent": finite_or_none(release.epsilon) if protected else None,
-        "epsilon_spent_prv": finite_or_none(prv_epsilon(release.events, release.delta)) if protected else None,
+        "epsilon_spent_prv": finite_or_none(prv_epsilon(release.arrived_events, release.delta)) if protected else None,
         "epsilon_bound": finite_or_none(release.epsilon_bound) if protected else None,
         "rounds_unanswered": list(release.unanswered),
         "update_sha256": list(release.updates),
@@ -188,8 +208,10 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
         "rounds": list(release.rounds),
         "events": [
             {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps}
-            for e in release.events
+            for e in release.arrived_events
         ],
+        "metrics": list(release.metrics) if release.metrics_mechanism else [],
+        "metrics_sha256": release.metrics_sha256,
         "statement": site_statement(release, run),
     }
 

@@ -63,5 +63,8 @@ class Task(Protocol):
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return one loss per example, float [B]; an example's loss must not depend on its neighbours."""
 
+    def classes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        """Return (predicted, true) class of each example, int [B] each; None if the task has no classes."""
+
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return metrics over (outputs, batch) pairs of public data."""

@@ -71,6 +71,9 @@ class CausalLanguageModelling:
         nll, real = _token_losses(outputs, batch)
         return nll.sum(dim=1) / real.sum(dim=1)
 
+    def classes(self, outputs: Tensor, batch: Batch) -> None:
+        """Text has no classes."""
+
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return the mean loss per token and the perplexity exp(loss)."""
         total, tokens = 0.0, 0

@@ -72,13 +72,18 @@ class SequenceClassification:
         """Return cross-entropy per example [B] from logits [B, labels]."""
         return nn.functional.cross_entropy(outputs.float(), batch.targets, reduction="none")
 
+    def classes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the most probable class and the label of each text."""
+        return outputs.argmax(dim=-1), batch.targets
+
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return loss, accuracy, macro F1 and the confusion matrix."""
         losses, predicted, targets = [], [], []
         for outputs, batch in parts:
             losses.append(self.per_example_loss(outputs, batch))
-            predicted.append(outputs.argmax(dim=-1))
-            targets.append(batch.targets)
+            guessed, true = self.classes(outputs, batch)
+            predicted.append(guessed)
+            targets.append(true)
         truth, guess = torch.cat(targets).cpu().numpy(), torch.cat(predicted).cpu().numpy()
         matrix = confusion_matrix(truth, guess, labels=range(len(self.labels)))
         return Evaluation(

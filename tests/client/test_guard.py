@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -20,7 +21,16 @@ from shared.config import Job
 from shared.datasets import write_jsonl
 from shared.errors import SilotuneError
 from shared.keystore import new_key, save_secret
-from shared.messages import Order, Refusal, SiteDescription, TrainReply, TrainRequest, pack_request, unpack_request
+from shared.messages import (
+    MetricsReply,
+    Order,
+    Refusal,
+    SiteDescription,
+    TrainReply,
+    TrainRequest,
+    pack_request,
+    unpack_request,
+)
 from shared.signing import SignedJob, SigningKey, sign_job, sign_round
 from simulations.federation import change_toml
 
@@ -371,3 +381,57 @@ def test_a_refusal_for_the_sites_own_reasons_tells_only_its_name(
     noted = world.entries(Event.REQUEST_REFUSED)[-1].details
     assert noted["reason_sent"] is False
     assert "secret" not in "".join(entry.line() for entry in audit_log.read(world.home.audit))
+
+
+# --- metrics ---
+
+
+@pytest.fixture
+def measured(world: World, private_job: Callable[..., Job], request_for: Callable[..., TrainRequest]) -> TrainRequest:
+    """A request for the metrics of a job that nothing is wrong with; the site lets accuracy out."""
+    change_toml(world.home.config, evaluation_share=0.5)
+    change_toml(world.home.policy, metrics=["accuracy"])
+    asked = private_job(federation={"min_sites": 2}, site_metrics={"names": ["accuracy"], "noise_multiplier": 4.0})
+    return world.order(request_for(asked, 4))
+
+
+def test_allowed_metrics_leave_sealed_logged_and_charged(world: World, measured: TrainRequest) -> None:
+    reply = world.site.answer_metrics(measured)
+    assert isinstance(reply, MetricsReply)
+    noted = world.entries(Event.RELEASE_STORED)[-1].details
+    release = reply.canonical()
+    assert (noted["round"], noted["sha256"], noted["bytes"]) == (4, hashlib.sha256(release).hexdigest(), len(release))
+    assert noted["epsilon_spent"] == world.site.ledger().spent_epsilon() > 0
+    (stored,) = world.home.path.glob("rounds/*/metrics.json")
+    assert b"accuracy" not in stored.read_bytes()
+    assert world.site.answer_metrics(measured) == reply
+
+
+@pytest.mark.parametrize(
+    ("policy", "reason"),
+    [
+        ({"metrics": []}, "does not release the metrics accuracy; its policy allows none"),
+        ({"metrics": ["loss"]}, "does not release the metrics accuracy; its policy allows loss"),
+        ({"min_noise_multiplier": 4.5}, "accepts no less than 4.5"),
+        ({"max_epsilon_per_job": 0.5}, "this site accepts at most 0.5 per job"),
+    ],
+)
+def test_metrics_that_the_policy_forbids_stay(
+    world: World, measured: TrainRequest, policy: dict[str, Any], reason: str
+) -> None:
+    change_toml(world.home.policy, **policy)
+    answer = world.site.answer_metrics(measured)
+    assert isinstance(answer, Refusal)
+    assert reason in answer.reason
+    assert world.site.ledger().events() == []
+    assert not list(world.home.path.glob("rounds/*/metrics.json"))
+
+
+def test_metrics_need_an_order_of_their_own(world: World, measured: TrainRequest) -> None:
+    for forged in (replace(measured, order=None), replace(measured, adapter=measured.adapter + b" ")):
+        answer = world.site.answer_metrics(forged)
+        assert isinstance(answer, Refusal)
+        assert answer.code == "PolicyError"
+    stranger = world.order(measured, key=SigningKey.generate())
+    assert "is not signed by the coordinator" in str(world.site.answer_metrics(stranger))
+    assert world.site.ledger().events() == []

@@ -300,7 +300,7 @@ def test_spend_of_one_job() -> None:
         ({"tasks": []}, "tasks"),
         ({"backbones": {"x": "AB" * 32}}, "backbones.x"),
         ({"backbones": {}}, "backbones"),
-        ({"metrics": ["accuracy"]}, "this version releases no metric; leave it empty"),
+        ({"metrics": ["acuracy"]}, "no metric is called 'acuracy'; did you mean 'accuracy'"),
         ({"max_epsilon_per_job": 0}, "max_epsilon_per_job"),
         ({"max_epsilon_per_job": math.inf}, "max_epsilon_per_job"),
         ({"max_epsilon_per_job": math.nan}, "max_epsilon_per_job"),

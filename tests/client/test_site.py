@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+import client.outbox as outbox_module
 import client.site as site_module
 from client.ledger import Ledger
 from client.site import Site
@@ -62,7 +63,7 @@ def test_a_round_is_charged_before_it_is_trained(
     monkeypatch.setattr(Ledger, "reserve", traced("reserve", Ledger.reserve))
     monkeypatch.setattr(Ledger, "commit", traced("commit", Ledger.commit))
     monkeypatch.setattr(site_module, "train_local_round", traced("train", train_local_round))
-    monkeypatch.setattr(site_module, "write_bytes", traced("store", site_module.write_bytes))
+    monkeypatch.setattr(outbox_module, "write_bytes", traced("store", outbox_module.write_bytes))
     reply = site.train(request_for(private_job()))
     assert order == ["reserve", "train", "store", "commit"]
     assert reply.steps == 2
@@ -158,7 +159,7 @@ def test_a_crash_before_the_release_is_stored_keeps_the_charge(
 
     home, request = site_home(), request_for(private_job())
     with monkeypatch.context() as patch:
-        patch.setattr(site_module, where, crash)
+        patch.setattr(outbox_module if where == "write_bytes" else site_module, where, crash)
         with pytest.raises(Crash):
             Site(home).answer(request)
     site = Site(home)

@@ -17,7 +17,7 @@ from shared.audit_log import Event
 from shared.config import Job
 from shared.signed_folder import verify_folder
 from shared.signing import load_verify_key
-from simulations.federation import Federation, round_overheads
+from simulations.federation import Federation, change_toml, round_overheads
 
 
 @dataclass
@@ -38,11 +38,19 @@ def finished(
     evaluation_records: list[dict[str, Any]],
 ) -> Finished:
     federation = found_federation(["a", "b", "c"])
+    # Sites a and b release what they measure, c does not.
+    for name in "ab":
+        change_toml(federation.site(name).config, evaluation_share=0.4)
+        change_toml(federation.site(name).policy, metrics=["accuracy"])
     federation.start_coordinator()
     facts = federation.tls()
     for name in "abc":
         federation.start_site(name)
-    job = federation_job(federation={"min_sites": 3})
+    job = federation_job(
+        federation={"min_sites": 3},
+        site_metrics={"names": ["accuracy"], "noise_multiplier": 2.0},
+        privacy={"epsilon": 50},
+    )
     submission = federation.submit(job, evaluation_records)
     state = federation.wait(submission, timeout=180)
     federation.stop()
@@ -72,8 +80,25 @@ def test_both_sides_logged_the_same_updates(finished: Finished) -> None:
         for entry in audit_log.read(federation.site(name).audit)
         if entry.event == Event.RELEASE_STORED
     }
-    assert taken == given
-    assert len(taken) == 6
+    metrics = {
+        (entry.details["site"], finished.job.training.rounds + 1): entry.details["sha256"]
+        for entry in audit_log.read(federation.coordinator.audit)
+        if entry.event == Event.METRICS_ACCEPTED
+    }
+    assert taken | metrics == given
+    assert (len(taken), len(metrics)) == (6, 2)
+
+
+def test_only_sites_whose_policy_says_so_release_metrics(finished: Finished) -> None:
+    record = json.loads((finished.submission.run_folder / "site_metrics.json").read_text())
+    assert sorted(record["sites"]) == ["a", "b"]
+    (refused,) = (
+        entry.details
+        for entry in audit_log.read(finished.federation.coordinator.audit)
+        if entry.event == Event.METRICS_REFUSED
+    )
+    assert refused["site"] == "c"
+    assert "this site does not release the metrics accuracy; its policy allows none" in refused["reason"]
 
 
 def test_the_audit_logs_hold_and_are_signed(finished: Finished) -> None:
@@ -107,12 +132,13 @@ def test_nothing_that_a_site_keeps_shows_its_content(finished: Finished) -> None
     ledger = (home.path / "ledger.db").read_bytes()
     assert finished.job.sha256.encode() not in ledger
     assert b"noise_multiplier" not in ledger
-    stored = list(home.path.glob("rounds/*/round-*.safetensors"))
-    assert len(stored) == 2
+    stored = list(home.path.glob("rounds/*/*.*"))
+    assert len(stored) == 3
     for path in stored:
         data = path.read_bytes()
         assert b"optimizer/" not in data
         assert b"request_sha256" not in data
+        assert b"accuracy" not in data
 
 
 def test_every_round_pays_little_beyond_training(finished: Finished) -> None:

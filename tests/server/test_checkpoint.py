@@ -40,6 +40,7 @@ def checkpoint(round_number: int = 2) -> Checkpoint:
             RoundRecord(round=0, metrics={"loss": 0.1 + 0.2}),
             RoundRecord(round=1, epsilon_max=1 / 3, sites=["north"], failed={"süd": 'said "no"\n'}, bytes_up=5),
         ],
+        site_metrics={"north": {"accuracy": [1 / 3, -2.0]}},
     )
 
 
@@ -55,6 +56,7 @@ def test_everything_comes_back_exactly(tmp_path: Path) -> None:
     assert back.releases["north"].epsilon == original.releases["north"].epsilon
     assert back.history == original.history
     assert back.round_number == 2
+    assert back.site_metrics == original.site_metrics
 
 
 def test_no_checkpoint_is_no_error(tmp_path: Path) -> None:

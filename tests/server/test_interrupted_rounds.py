@@ -11,7 +11,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-import server.rounds as rounds_module
+import server.exchange as exchange_module
 from server.checkpoint import Checkpoint, RoundRecord
 from server.observer import Observer
 from server.roster import Authority
@@ -104,7 +104,7 @@ def make_authority(job: Job) -> Authority:
 
 
 def test_a_lost_request_is_repeated_and_its_answer_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rounds_module, "ASK_AGAIN_SECONDS", 0.2)
+    monkeypatch.setattr(exchange_module, "ASK_AGAIN_SECONDS", 0.2)
     job = make_job()
     grid = ForgetfulGrid(make_app(), 2)
     last = run_rounds(grid, coordinator(job, make_authority(job)), None)

@@ -157,3 +157,44 @@ def test_a_refusal_cannot_act_on_a_terminal() -> None:
     answer = messages.unpack_reply(answered(messages.pack_refusal(said)))
     assert isinstance(answer, Refusal)
     assert answer.reason == "no?[2J? way\nsecond line"
+
+
+METRICS = messages.MetricsReply(
+    site="st-mary",
+    job_sha256="a" * 64,
+    adapter_sha256="b" * 64,
+    counts={"accuracy": [40.5, -1.25], "loss": [3.0, 36.0]},
+    noise_multiplier=4.0,
+    randomness="os",
+)
+
+
+def test_metrics_survive_the_trip() -> None:
+    assert messages.unpack_metrics(answered(messages.pack_metrics(METRICS))) == METRICS
+    assert messages.carries_release(answered(messages.pack_metrics(METRICS)))
+    refusal = Refusal(site="st-mary", code="PolicyError", reason="no")
+    assert messages.unpack_metrics(answered(messages.pack_refusal(refusal))) == refusal
+    assert not messages.carries_release(answered(messages.pack_refusal(refusal)))
+
+
+@pytest.mark.parametrize(
+    "release",
+    [
+        "",
+        "[]",
+        "null",
+        "[" * 100_000,
+        '{"site": "../../etc"}',
+        METRICS.canonical().decode().replace("[40.5,-1.25]", "7"),
+        METRICS.canonical().decode().replace("40.5", '"many"'),
+        METRICS.canonical().decode().replace('{"accuracy"', '[{"accuracy"').replace("36.0]}", "36.0]}]"),
+        METRICS.canonical().decode().replace("40.5", "0" * (1 << 22)),
+        METRICS.canonical().decode().replace("st-mary", "st mary"),
+    ],
+)
+def test_metrics_that_cannot_be_read_are_a_refusal(release: str) -> None:
+    content = messages.pack_metrics(METRICS)
+    content.config_records["silotune"]["release"] = release
+    answer = messages.unpack_metrics(answered(content))
+    assert isinstance(answer, Refusal)
+    assert answer.code == messages.MALFORMED

@@ -6,12 +6,15 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import dp_accounting
 import pytest
+from dp_accounting.pld import pld_privacy_accountant
 
 from client.ledger import Budget, Ledger
 from server.checkpoint import Checkpoint
 from server.observer import Observer
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError
+from shared.privacy.accounting import compose_epsilon
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
 
@@ -157,3 +160,37 @@ def test_exact_aggregation_runs_through(scenario_file: MakeScenario, tmp_path: P
     residuals = [tensor for name, tensor in finished.adapter.items() if name.endswith(".residual")]
     assert len(residuals) == 4
     assert all(bool(tensor.any()) for tensor in residuals)
+
+
+def test_site_metrics_are_released_once_and_paid_for(scenario_file: MakeScenario, tmp_path: Path) -> None:
+    rows = [(f"{text} {i}", ["good", "bad"][i % 2]) for i, text in enumerate(["a warm film", "a dull plot"] * 60)]
+    path = scenario_file(
+        rows=rows,
+        data={"evaluation_share": 0.4},
+        site_metrics={"names": ["accuracy", "confusion", "loss"], "noise_multiplier": 2.0},
+        baselines={"arms": ["federated-non-private", "central-dp"]},
+    )
+    finished = run(path, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "site_metrics.json").read_text())
+    assert sorted(record["sites"]) == ["site-1", "site-2", "site-3"]
+    assert [found["metric"] for found in record["estimates"]] == ["accuracy", "confusion", "loss"]
+    assert "On the sites' own records" in (tmp_path / "run" / "report.html").read_text()
+    for name, release in finished.releases.items():
+        privacy = json.loads((tmp_path / "run" / "sites" / name / "privacy.json").read_text())
+        # An accountant alone, from the file.
+        accountant = pld_privacy_accountant.PLDAccountant(value_discretization_interval=1e-3)
+        for event in privacy["events"]:
+            noise = dp_accounting.GaussianDpEvent(event["noise_multiplier"])
+            accountant.compose(dp_accounting.PoissonSampledDpEvent(event["sample_rate"], noise), event["steps"])
+        assert accountant.get_epsilon(1e-5) == pytest.approx(privacy["epsilon_spent"], rel=1e-6)
+        assert privacy["epsilon_spent"] > compose_epsilon(release.events, 1e-5) + 0.1
+        assert privacy["metrics"] == ["accuracy", "confusion", "loss"]
+        assert "one release of counts (accuracy, confusion, loss)" in privacy["statement"]
+        home = tmp_path / "run" / "sites" / name / "home"
+        ledger = Ledger(
+            home / "ledger.db", dataset=f"small-{name}", unit="record", budget=Budget(epsilon=99, delta=1e-5)
+        )
+        assert ledger.spent_epsilon() == pytest.approx(release.epsilon, rel=1e-9)
+    for arm in ("federated-non-private", "central-dp"):
+        assert (tmp_path / "run" / "baselines" / arm / "site_metrics.json").exists() == (arm == "central-dp")
+    assert run(path, tmp_path / "run", resume=True).site_metrics == finished.site_metrics

@@ -1,0 +1,127 @@
+"""What a site has released and may be asked for again: one file for each round, and one for the site metrics of a job.
+
+Guarantees (tests: tests/client/test_site.py, test_site_metrics.py)
+    * A release is stored, whole, before it leaves. The same request again gets the same bytes.
+    * With a seal, nothing in it can be read, or put in another job's or round's place, without the site's storage key.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from shared.atomic import write_bytes
+from shared.config import canonical_json
+from shared.errors import LedgerError
+from shared.keystore import Seal
+from shared.messages import MetricsReply, TrainReply
+
+_KEPT_ROUNDS = 3
+
+
+class Outbox:
+    """The stored releases of all jobs in `folder`.
+
+    Args:
+        seal: encrypts them; None in a simulation.
+    """
+
+    def __init__(self, folder: Path, *, seal: Seal | None) -> None:
+        self._folder, self._seal = folder, seal
+
+    def store_round(self, reply: TrainReply, *, request_sha256: str, optimizer_state: Mapping[str, Tensor]) -> None:
+        """Store one round's release with the local optimiser's moments; rounds long before it are removed."""
+        update = torch.from_numpy(np.frombuffer(reply.update, dtype=np.uint8).copy())
+        header = json.dumps(asdict(replace(reply, update=b"")) | {"update": None})
+        metadata = {"request_sha256": request_sha256, "reply": header}
+        path = self._round_file(reply.job_sha256, reply.round_number)
+        self._write(
+            path, save({"update": update, **{f"optimizer/{n}": t for n, t in optimizer_state.items()}}, metadata)
+        )
+        # Only rounds before this one: a coordinator that went back to a backup may ask for it once more.
+        earlier = [old for old in sorted(path.parent.glob("round-*.safetensors")) if old <= path]
+        for old in earlier[:-_KEPT_ROUNDS]:
+            old.unlink(missing_ok=True)
+
+    def stored_round(self, job_sha256: str, round_number: int, *, request_sha256: str) -> TrainReply | None:
+        """Return the release that was made for exactly this request, or None."""
+        path = self._round_file(job_sha256, round_number)
+        if not path.exists():
+            return None
+        metadata, tensors = self._read_round(path)
+        if metadata.get("request_sha256") != request_sha256:
+            return None
+        fields = json.loads(metadata["reply"])
+        return TrainReply(**fields | {"update": tensors["update"].numpy().tobytes()})
+
+    def optimizer_state(self, job_sha256: str, round_number: int) -> dict[str, Tensor]:
+        """Return the moments after the latest earlier round of this job; post-processing of what was released."""
+        path = self._round_file(job_sha256, round_number)
+        earlier = [p for p in sorted(path.parent.glob("round-*.safetensors")) if p < path]
+        if not earlier:
+            return {}
+        _, tensors = self._read_round(earlier[-1])
+        return {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
+
+    def store_metrics(self, reply: MetricsReply, *, request_sha256: str) -> None:
+        """Store the site metrics of a job."""
+        content = canonical_json({"request_sha256": request_sha256, "reply": asdict(reply)})
+        self._write(self._metrics_file(reply.job_sha256), content.encode())
+
+    def stored_metrics(self, job_sha256: str, *, request_sha256: str) -> MetricsReply | None:
+        """Return the site metrics that were released for exactly this request, or None."""
+        path = self._metrics_file(job_sha256)
+        if not path.exists():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(self._read(path))
+            found = MetricsReply(**content["reply"])
+        except Exception as error:
+            raise _unreadable(path, error) from None
+        return found if content["request_sha256"] == request_sha256 else None
+
+    def _round_file(self, job_sha256: str, round_number: int) -> Path:
+        return self._folder / job_sha256[:16] / f"round-{round_number:05d}.safetensors"
+
+    def _metrics_file(self, job_sha256: str) -> Path:
+        return self._folder / job_sha256[:16] / "metrics.json"
+
+    def _write(self, path: Path, data: bytes) -> None:
+        write_bytes(path, self._seal.seal(data, context=_context(path)) if self._seal else data)
+
+    def _read(self, path: Path) -> bytes:
+        data = path.read_bytes()
+        return self._seal.open(data, context=_context(path)) if self._seal else data
+
+    def _read_round(self, path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+        try:
+            data = self._read(path)
+            return _metadata(data), load(data)
+        except Exception as error:
+            raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> LedgerError:
+    return LedgerError(
+        f"{path} cannot be read ({type(error).__name__}); it holds a release that was already charged. Restore it from "
+        "a backup, or remove it and accept a second charge for that release."
+    )
+
+
+def _metadata(data: bytes) -> dict[str, str]:
+    """Return the metadata of safetensors bytes: an 8-byte length, then a JSON header."""
+    length = int.from_bytes(data[:8], "little")
+    return dict(json.loads(data[8 : 8 + length]).get("__metadata__", {}))
+
+
+def _context(path: Path) -> str:
+    """Return what a sealed file is bound to, so that files cannot be exchanged: job and round."""
+    return f"round/{path.parent.name}/{path.name}"

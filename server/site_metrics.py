@@ -1,0 +1,149 @@
+"""What the sites measure on their own held-out records: asked for once, after the last round, and added up.
+
+Every site that took part may refuse; its refusal costs nothing and stops nothing. A site that was asked and never answered is
+counted as if it had released: its own ledger knows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp.grid import Grid
+
+from server.checkpoint import Checkpoint
+from server.exchange import exchange
+from server.observer import Observer
+from server.roster import Authority
+from shared import adapters
+from shared.config import Job
+from shared.errors import RunError
+from shared.messages import (
+    MALFORMED,
+    METRICS,
+    MetricsReply,
+    Refusal,
+    SiteDescription,
+    TrainRequest,
+    pack_request,
+    unpack_metrics,
+)
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.statement import SiteRelease
+from shared.site_metrics import estimate, num_bins
+
+
+def collect_site_metrics(
+    grid: Grid,
+    job: Job,
+    sites: dict[int, SiteDescription],
+    checkpoint: Checkpoint,
+    *,
+    authority: Authority | None,
+    observer: Observer,
+) -> Checkpoint:
+    """Ask the sites that took part for the job's metrics and return the checkpoint with what came.
+
+    Args:
+        sites: node id -> description of those present.
+        checkpoint: after the last round.
+    """
+    number = job.training.rounds + 1
+    adapter = adapters.encode(checkpoint.adapter)
+    asked = {node: site for node, site in sites.items() if site.site in checkpoint.releases}
+    observer.metrics_asked(number, [site.site for site in asked.values()], adapter)
+
+    def requests(nodes: Sequence[int]) -> list[Message]:
+        order = authority.order(number, adapter) if authority else None
+        content = TrainRequest(job=job, round_number=number, adapter=adapter, order=order)
+        return [
+            Message(pack_request(content, "metrics"), dst_node_id=node, message_type=METRICS, group_id=str(number))
+            for node in nodes
+        ]
+
+    unknown = {site.site for site in asked.values()}
+    replies: dict[str, MetricsReply] = {}
+    for node, message in exchange(
+        grid,
+        requests,
+        list(asked),
+        timeout=job.federation.round_timeout_seconds,
+        expected=0.0,
+        repeat=authority is not None,
+    ):
+        name, answer = asked[node].site, unpack_metrics(message)
+        problem = None
+        if isinstance(answer, Refusal):
+            problem = f"{answer.code}: {answer.reason}"
+            if not message.has_error() and answer.code != MALFORMED:
+                unknown.discard(name)
+        else:
+            try:
+                _check(answer, name, job, adapter)
+                replies[name] = answer
+                unknown.discard(name)
+            except RunError as error:
+                problem = str(error)
+        observer.metrics_judged(name, None if problem else replies[name], problem)
+    released = _account(checkpoint.releases, replies, unknown, job)
+    return replace(checkpoint, releases=released, site_metrics={name: replies[name].counts for name in sorted(replies)})
+
+
+def asked_metrics_before(checkpoint: Checkpoint, authority: Authority, job: Job) -> Checkpoint:
+    """Return the checkpoint with those noted whom an earlier process asked for metrics before it died."""
+    names = {site.site for site in authority.asked_before(job.training.rounds + 1)}
+    return replace(checkpoint, releases=_account(checkpoint.releases, {}, names, job))
+
+
+def site_metrics_record(checkpoint: Checkpoint, job: Job) -> dict[str, Any]:
+    """Return the content of `site_metrics.json`: noisy counts of every site, and what they say together."""
+    counts = checkpoint.site_metrics or {}
+    return {
+        "noise_multiplier": job.site_metrics.noise_multiplier,
+        "largest_loss": job.site_metrics.largest_loss,
+        "labels": list(job.task.labels),
+        "sites": counts,
+        "estimates": [
+            asdict(estimate(name, [counts[site][name] for site in counts], job))
+            for name in job.site_metrics.names
+            if counts
+        ],
+    }
+
+
+def _check(reply: MetricsReply, name: str, job: Job, adapter: bytes) -> None:
+    """Raise `RunError` unless a reply is for this job and adapter, from this site, and has the counts that were asked for."""
+    if reply.site != name:
+        raise RunError(f"the node of site {name!r} answered as {reply.site!r}")
+    if reply.job_sha256 != job.sha256 or reply.adapter_sha256 != hashlib.sha256(adapter).hexdigest():
+        raise RunError("the metrics are of another job or another adapter")
+    asked = job.site_metrics
+    if not math.isclose(reply.noise_multiplier, asked.noise_multiplier, rel_tol=1e-6):
+        raise RunError(
+            f"the metrics carry noise of {reply.noise_multiplier:g}, but the job's plan is {asked.noise_multiplier:g}"
+        )
+    sizes = {metric: num_bins(metric, job) for metric in asked.names}
+    if {metric: len(values) for metric, values in reply.counts.items()} != sizes:
+        raise RunError(f"the metrics do not have the counts that were asked for ({sizes})")
+    if not all(math.isfinite(value) for values in reply.counts.values() for value in values):
+        raise RunError("a count is not a finite number")
+
+
+def _account(
+    releases: dict[str, SiteRelease], replies: dict[str, MetricsReply], unknown: Iterable[str], job: Job
+) -> dict[str, SiteRelease]:
+    """Return the releases with the metrics added: those that came, and those of which nobody here knows."""
+    plan, result = PrivacyPlan.from_job(job), dict(releases)
+    for name in sorted({*replies, *unknown} & releases.keys()):
+        reply = replies.get(name)
+        release = replace(result[name], metrics=job.site_metrics.names, metrics_mechanism=plan.metrics)
+        if reply is not None:
+            sha256 = hashlib.sha256(reply.canonical()).hexdigest()
+            randomness = reply.randomness if release.randomness == "os" else release.randomness
+            release = replace(release, metrics_sha256=sha256, randomness=randomness)
+        result[name] = release
+    return result
