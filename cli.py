@@ -86,6 +86,53 @@ def federation(
     run_federation(scenario, out=out, overrides=overrides or [], as_json=as_json)
 
 
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="Sweep file, or scenario file with --axis (TOML).")],
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--axis",
+            metavar="KEY=VALUES",
+            help="Vary one key: privacy.epsilon=1,3,8,inf. Repeatable; also LOW:HIGH[:log].",
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Repeat every setting under these seeds.")] = None,
+    search: Annotated[str | None, typer.Option(help="grid: every combination; optuna: at each budget by TPE.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Settings that Optuna asks for at each budget.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; by default sweeps/NAME-DATE.")] = None,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep in --out; finished trials stay.")
+    ] = False,
+    account_tuning: Annotated[
+        bool, typer.Option("--account-tuning", help="Private data: a random number of trials, only the best released.")
+    ] = False,
+    mean_trials: Annotated[float | None, typer.Option(help="Of --account-tuning: expected number of trials.")] = None,
+    trial_distribution: Annotated[
+        str | None, typer.Option(help="Of --account-tuning: geometric (default), logarithmic or poisson.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Run a scenario under many settings and draw what accuracy each privacy budget buys."""
+    from simulations.sweep.commands import run_sweep
+
+    run_sweep(
+        file,
+        axes=axes or [],
+        seeds=seeds,
+        search_by=search,
+        trials=trials,
+        overrides=overrides or [],
+        out=out,
+        resume=resume,
+        account_tuning=account_tuning,
+        mean_trials=mean_trials,
+        trial_distribution=trial_distribution,
+        as_json=as_json,
+    )
+
+
 @app.command("small-gpt2")
 def small_gpt2() -> None:
     """Train the small GPT-2 of the built-in scenarios on public text, once, and print its folder."""

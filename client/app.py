@@ -128,4 +128,9 @@ def _open(home: Path, injected_seed: str | None) -> Site:
     return Site(home, new_randomness=lambda: SiteRandomness.injected(f"{injected_seed}/{home.parent.name}"))
 
 
+def forget_simulated_sites() -> None:
+    """Close all simulated sites: one process may run many simulations, and none needs the sites of the last one."""
+    _open.cache_clear()
+
+
 app = make_client_app(this_site)

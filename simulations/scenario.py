@@ -17,6 +17,8 @@ from simulations.demo_data import load_movie_reviews, split_public_test
 from simulations.partitions import PartitionConfig
 from simulations.small_gpt2 import resolve_backbone
 
+DataKind = Literal["public", "synthetic", "private"]
+
 _JOB_SECTIONS = ("model", "lora", "task", "training", "privacy", "aggregation", "federation", "site_metrics")
 
 
@@ -29,10 +31,16 @@ class DataConfig(Section):
     """The sites' records."""
     test: DataSource | None = None
     """Public evaluation records; None holds `num_test` records out of `train`."""
+    kind: DataKind | None = None
+    """`public`, `synthetic` or `private`: what a sweep may do with the records. None: private, or public for `builtin`."""
+    test_kind: DataKind | None = None
+    """The same for the file `test`. None: what `kind` says, or private."""
     num_test: int = Field(default=2000, ge=1)
     """Records held out for public evaluation where there is no test file."""
     evaluation_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of each site's records that it never trains on, for `site_metrics`; see `evaluation_share` of a site."""
+    num_confirm: int = Field(default=0, ge=0)
+    """Further evaluation records, held out of the test file if there is one, for a figure that selected nothing in a sweep."""
     split_seed: int = Field(default=0, ge=0)
     """Public seed of that split; it does not change with `seed`, so that repeats share their test records."""
 
@@ -40,7 +48,23 @@ class DataConfig(Section):
     def _check_source(self) -> Self:
         if (self.builtin is None) == (self.train is None):
             raise ValueError("give either data.builtin or data.train, not both and not neither")
+        if self.test is None and self.test_kind is not None:
+            raise ValueError(
+                "data.test_kind speaks of the file data.test, which is not given; remove it or add the file"
+            )
         return self
+
+    @property
+    def declared_kind(self) -> DataKind:
+        """What the sites' records are; whatever is not declared counts as private."""
+        return self.kind or ("public" if self.builtin is not None else "private")
+
+    @property
+    def evaluation_kind(self) -> DataKind:
+        """What the evaluation records are: those held out of the sites' records are of their kind."""
+        if self.test is None:
+            return self.declared_kind
+        return self.test_kind or self.kind or "private"
 
 
 class BaselinesConfig(Section):
@@ -100,14 +124,36 @@ class Scenario(Section):
         Raises:
             DataError: if a file is missing or malformed.
         """
+        train, test, _ = self._split()
+        return train, test
+
+    def load_confirmation(self) -> list[Record]:
+        """Return the `num_confirm` further evaluation records, disjoint from both parts of `load_data`.
+
+        Raises:
+            DataError: see `load_data`.
+        """
+        return self._split()[2]
+
+    def _split(self) -> tuple[list[Record], list[Record], list[Record]]:
+        """Return the records of the sites, of the evaluation, and those that confirm it."""
         if self.data.builtin is not None:
             records: Sequence[Record] = load_movie_reviews()
         else:
             assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
             records = read_records(self.data.train, base=self.base)
+        train: list[Record]
+        test: list[Record]
         if self.data.test is not None:
-            return list(records), list(read_records(self.data.test, base=self.base))
-        return split_public_test(records, num_test=self.data.num_test, seed=self.data.split_seed)
+            train, test = list(records), [*read_records(self.data.test, base=self.base)]
+        else:
+            train, test = split_public_test(records, num_test=self.data.num_test, seed=self.data.split_seed)
+        if not self.data.num_confirm:
+            return train, test, []
+        # The test records stay the same ones, so that figures with and without confirmation can be compared.
+        source = test if self.data.test is not None else train
+        kept, confirm = split_public_test(source, num_test=self.data.num_confirm, seed=self.data.split_seed)
+        return (train, kept, confirm) if self.data.test is not None else (kept, test, confirm)
 
 
 def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:
@@ -119,7 +165,7 @@ def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:
     Raises:
         ConfigError: naming every bad key.
     """
-    return _build(apply_overrides(load_toml(path), overrides), source=str(path), base=path.resolve().parent)
+    return build_scenario(apply_overrides(load_toml(path), overrides), source=str(path), base=path.resolve().parent)
 
 
 def builtin_scenario(name: str, overrides: Sequence[str] = ()) -> Scenario:
@@ -143,7 +189,12 @@ def changed_job(job: Job, changes: dict[str, Any], *, source: str) -> Job:
     return parse(Job, raw, source=source)
 
 
-def _build(raw: dict[str, Any], *, source: str, base: Path) -> Scenario:
+def build_scenario(raw: dict[str, Any], *, source: str, base: Path) -> Scenario:
+    """Return the scenario in the content of a scenario file; `source` names it in errors, `base` starts relative paths.
+
+    Raises:
+        ConfigError: naming every bad key.
+    """
     known = {*Scenario.model_fields, *_JOB_SECTIONS} - {"job", "base"}
     for key in raw:
         if key not in known:

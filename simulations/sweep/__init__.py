@@ -1,0 +1,1 @@
+"""Sweeps: one scenario under many settings, budgets among them, and what the best setting reaches at each budget."""

@@ -1,0 +1,202 @@
+"""What `silotune sweep` does: run every trial that is not finished, then tables, figure and files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+
+import typer
+from rich.console import Console
+
+from shared.datasets import dataset_fingerprint
+from shared.errors import ConfigError, PrivacyError, RunError
+from shared.privacy.plan import PrivacyPlan
+from shared.tasks import Record
+from simulations.engine import check_arm, plan_arms
+from simulations.scenario import Scenario
+from simulations.small_gpt2 import prepare_backbone
+from simulations.sweep import results
+from simulations.sweep.journal import Journal, TrialResult
+from simulations.sweep.private import Selection, plan_selection, run_selection
+from simulations.sweep.progress import SweepProgress
+from simulations.sweep.search import num_trials, require_optuna, search
+from simulations.sweep.selection import DISTRIBUTIONS, NumTrials
+from simulations.sweep.spec import Setting, Sweep, load_sweep
+from simulations.sweep.tables import frontier_table, trials_table
+from simulations.sweep.trials import run_trial
+
+
+def run_sweep(
+    path: Path,
+    *,
+    axes: Sequence[str],
+    seeds: str | None,
+    search_by: str | None,
+    trials: int | None,
+    overrides: Sequence[str],
+    out: Path | None,
+    resume: bool,
+    account_tuning: bool,
+    mean_trials: float | None,
+    trial_distribution: str | None,
+    as_json: bool,
+) -> None:
+    """Run a sweep, or continue it, and print what came out.
+
+    Raises:
+        ConfigError: bad settings, found before a trial runs.
+        PrivacyError: the data is private and the tuning is not accounted, or cannot be.
+        RunError: see `results.check_folder`, `private.run_selection`.
+    """
+    started = time.monotonic()
+    console = _console(as_json)
+    if resume and out is None:
+        raise RunError("--resume needs --out, the folder of the sweep to continue.")
+    sweep = load_sweep(path, axes=axes, seeds=seeds, search=search_by, trials=trials, overrides=overrides)
+    folder = out or Path("sweeps") / f"{sweep.name}-{datetime.now():%Y%m%d-%H%M%S}"
+    scenario = sweep.scenario(sweep.first(), sweep.seeds[0])
+    if account_tuning:
+        law = _law(mean_trials, trial_distribution)
+        with console.status("the settings are checked and their noise is calibrated"):
+            selection = plan_selection(sweep, law)
+        _select(selection, scenario, folder, resume=resume, console=console, as_json=as_json)
+        return
+    if mean_trials is not None or trial_distribution is not None:
+        raise ConfigError("--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out.")
+    require_unprivate_data(scenario)
+    if sweep.config.search == "optuna":
+        require_optuna()
+    data_sha256, confirmation = _prepare(sweep, scenario, console)
+    settings = sweep.settings(data_sha256)
+    results.check_folder(folder, settings, resume=resume)
+    with results.locked(folder):
+        results.check_folder(folder, settings, resume=resume)  # another process may have been quicker
+        results.write_start(folder, sweep, settings)
+        journal = Journal(folder / results.TRIALS)
+        _run_trials(sweep, folder, journal, confirmation, console)
+        points, notes = results.write_results(folder, sweep, settings, journal)
+    if as_json:
+        figures = {
+            "sweep_dir": str(folder),
+            "frontier": [point.as_dict() for point in points],
+            "trials": len(journal.results),
+            "failed": sum(not result.completed for result in journal.results.values()),
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        typer.echo(json.dumps(figures, allow_nan=False))
+        return
+    console.print(trials_table(list(journal.results.values())))
+    console.print(frontier_table(points))
+    for note in notes:
+        console.print(note, soft_wrap=True)
+    files = [name for name in (results.SWEEP, results.FIGURE, results.UTILITY) if (folder / name).exists()]
+    console.print(f"\nwritten to {folder}: {', '.join(files)}", soft_wrap=True)
+
+
+def require_unprivate_data(scenario: Scenario) -> None:
+    """Refuse to tune on private records without accounting for it.
+
+    Raises:
+        PrivacyError: naming what to declare or to do.
+    """
+    for what, kind, key in (
+        ("records that the sites train on are", scenario.data.declared_kind, "data.kind"),
+        ("evaluation records are", scenario.data.evaluation_kind, "data.test_kind"),
+    ):
+        if kind == "private":
+            raise PrivacyError(
+                f"the {what} private (a file counts as private unless it is declared otherwise). Every trial of a sweep "
+                "looks at them, and choosing the best setting releases something about them that no trial's epsilon counts. "
+                f'Tune on public or synthetic records, declared as {key} = "public" or "synthetic"; or account for the tuning '
+                "with --account-tuning, which docs/sweeps.md explains."
+            )
+
+
+def _console(as_json: bool) -> Console:
+    console = Console(stderr=as_json, highlight=False)
+    # In a file or a pipe there is room for more than the 80 columns that rich assumes.
+    return console if console.is_terminal else Console(stderr=as_json, highlight=False, width=140)
+
+
+def _prepare(sweep: Sweep, scenario: Scenario, console: Console) -> tuple[str, list[Record]]:
+    """Return (fingerprint of the data, confirmation records), after the checks that a run would make before it writes."""
+    prepare_backbone(scenario.job.model.backbone, console)
+    with console.status("data and settings are checked and the noise is calibrated"):
+        train, test = scenario.load_data()
+        confirmation = scenario.load_confirmation()
+        (arm,) = plan_arms(scenario, Path(), train)
+        check_arm(scenario, arm, test)
+        if sweep.config.search == "grid":
+            for setting in sweep.grid():
+                PrivacyPlan.from_job(sweep.scenario(setting, sweep.seeds[0]).job)
+    parts = [dataset_fingerprint(part) for part in (train, test, confirmation)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest(), confirmation
+
+
+def _run_trials(sweep: Sweep, folder: Path, journal: Journal, confirmation: list[Record], console: Console) -> None:
+    """Run every trial of the search that is not finished; the caller holds the folder's lock."""
+    found = {key for key, result in journal.results.items() if result.completed}
+    asked: set[str] = set()
+    with SweepProgress(console, total=max(num_trials(sweep), len(found)), done=len(found)) as progress:
+
+        def run_one(setting: Setting, seed: int) -> TrialResult:
+            key = sweep.key(setting, seed)
+            repeated, known = key in asked, journal.finished(key)
+            asked.add(key)
+            if repeated:
+                progress.repeated()
+            if repeated or known is not None:
+                return journal.results[key]
+            progress.started(setting, seed)
+            place = folder / results.RUNS / key
+            result = run_trial(sweep, setting, seed, place, confirmation=confirmation, round_done=progress.round_done)
+            journal.append(result)
+            progress.finished(result)
+            return result
+
+        search(sweep, run_one)
+
+
+def _law(mean: float | None, distribution: str | None) -> NumTrials:
+    if mean is None:
+        raise ConfigError("--account-tuning needs --mean-trials, the expected number of trials, for example 10.")
+    for known in DISTRIBUTIONS:
+        if known == (distribution or "geometric"):
+            return NumTrials(distribution=known, mean=mean)
+    raise ConfigError(f"--trial-distribution is {distribution!r}; expected one of {', '.join(DISTRIBUTIONS)}.")
+
+
+def _select(
+    selection: Selection, scenario: Scenario, folder: Path, *, resume: bool, console: Console, as_json: bool
+) -> None:
+    data_sha256, confirmation = _prepare(selection.sweep, scenario, console)
+
+    def run_one(setting: Setting, seed: int, place: Path) -> TrialResult:
+        return run_trial(selection.sweep, setting, seed, place, confirmation=confirmation)
+
+    with (
+        results.locked(folder),
+        console.status("trials are running; how many is not told, for the bound needs it hidden"),
+    ):
+        outcome = run_selection(selection, folder, run_one=run_one, data_sha256=data_sha256, resume=resume)
+    if as_json:
+        typer.echo(json.dumps({"sweep_dir": str(folder), **outcome}, allow_nan=False))
+        return
+    selected = outcome["selected"]
+    if selected is None:
+        console.print(
+            "the drawn number of trials was 0, so nothing was selected; this is the outcome, and it has its cost."
+        )
+    else:
+        console.print(
+            f"selected: {selected['described']}: {selected['metric']} {selected['score']:.4f}", soft_wrap=True
+        )
+    console.print(f"\n{outcome['statement']}", soft_wrap=True)
+    console.print("\nIt does not cover:")
+    for text in outcome["not_covered"]:
+        console.print(f"  - {text}", soft_wrap=True)
+    console.print(f"\nwritten to {folder}: outcome.json" + (", selected/" if selected else ""), soft_wrap=True)
