@@ -37,6 +37,9 @@ class SiteConfig(Section):
     """Share of the records that no job trains on, for `site_metrics`: 0.1 holds about a tenth out. Once set, keep it."""
     allow_non_private: bool = False
     """Accept jobs that release unprotected updates. Only for public or synthetic data."""
+    allow_trusted_coordinator: bool = False
+    """Accept jobs whose coordinator adds the noise (`privacy.mechanism = "central"`): it sees this site's updates unprotected.
+    Only if everything that the data holds may be known to whoever runs it."""
     compute: ComputeConfig = ComputeConfig()
     coordinator: str | None = None
     """Address of the coordinator's Fleet API, host:port; only a real site has one."""

@@ -121,7 +121,8 @@ def check_job(policy: Policy, signed: SignedJob, *, now: datetime, site: str) ->
     """Refuse a job that breaks any rule of `policy`; the text names every broken rule, in a fixed order.
 
     An unknown signer is told of everything but epsilon and noise, for accounting takes seconds and only known signers
-    may ask for them. Whether the site accepts jobs without noise at all is decided by `allow_non_private` in site.toml.
+    may ask for them. Whether the site accepts jobs without noise at all is decided by `allow_non_private` in site.toml, and
+    whether it trusts a coordinator to add it by `allow_trusted_coordinator`.
 
     Args:
         signed: a job whose signature was verified when it was read.
@@ -280,14 +281,15 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
 def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
     # A job with too many steps is judged as if cut to the limit, which its user has to do anyway: accounting for
     # billions of steps could keep the site busy for long.
-    steps, cut = job.training.planned_steps, ""
+    steps, cut = job.training.rounds if job.privacy.central else job.training.planned_steps, ""
     if steps > policy.max_steps:
         steps, cut = policy.max_steps, f", cut to {policy.max_steps:,} steps,"
     judged = job.model_copy(
         update={"training": job.training.model_copy(update={"rounds": steps, "local_steps": 1})},
     )
     try:
-        plan = PrivacyPlan.from_job(judged)
+        # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.
+        plan = PrivacyPlan.of_coordinator(judged) if judged.privacy.central else PrivacyPlan.from_job(judged)
         epsilon = plan.epsilon()
     except PrivacyError as error:
         yield f"its privacy cannot be accounted for: {error}"

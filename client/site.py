@@ -113,7 +113,9 @@ class Site:
             self._check_terms(signed_job.job)
             self.prepare(signed_job.job)
             if self.guard:
-                self.ledger(signed_job.job.privacy.unit)
+                # Central DP is accounted by the coordinator; the site keeps no account of the unit "site".
+                if signed_job.job.privacy.mechanism != "central":
+                    self.ledger(signed_job.job.privacy.unit)
                 self.guard.prepared(signed_job)
             return self.describe()
 
@@ -332,6 +334,11 @@ class Site:
         if job.privacy.mechanism == "none" and not self.config.allow_non_private:
             raise PolicyError(
                 f"site {self.config.name} accepts only private jobs, but privacy.mechanism is 'none'. Use 'dp-sgd'."
+            )
+        if job.privacy.mechanism == "central" and not self.config.allow_trusted_coordinator:
+            raise PolicyError(
+                f"site {self.config.name} protects its own records, but privacy.mechanism is 'central': the coordinator would "
+                "see unprotected updates. Use 'dp-sgd', or have the site engineer set allow_trusted_coordinator in site.toml."
             )
         if job.privacy.delta > self.config.budget.delta:
             raise PolicyError(

@@ -13,6 +13,7 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.grid import Grid
 from torch import Tensor
 
+from server.central import CentralPrivacy
 from server.checkpoint import Checkpoint
 from server.observer import Observer
 from server.report import write_report
@@ -23,6 +24,7 @@ from shared import adapters
 from shared.batches import Example
 from shared.config import ComputeConfig, Job
 from shared.errors import SilotuneError
+from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 from shared.tasks import Evaluation, Record
 
@@ -43,6 +45,7 @@ class Run:
         report: write `report.html` at the end.
         observer: is told about progress.
         authority: signs requests to real sites; None in a simulation.
+        new_randomness: of the coordinator under central DP; replaced only by tests.
         prepare: called once everything was checked and the folder is locked, before the first message; a simulation
             makes its sites here.
         finished: the last checkpoint, once the run has ended.
@@ -59,6 +62,7 @@ class Run:
     report: bool = True
     observer: Observer = field(default_factory=Observer)
     authority: Authority | None = None
+    new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os
     prepare: Callable[[], None] = lambda: None
     finished: Checkpoint | None = None
 
@@ -84,6 +88,9 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
     runtime = load_runtime(run.job, run.compute)
     examples = runtime.encode(run.public_records)
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
+        central = None
+        if run.job.privacy.mechanism == "central":
+            central = CentralPrivacy(run.job, run.folder, new_randomness=run.new_randomness)
         run.prepare()
         folder.write_run_info("running", run.details)
         runtime.warm_cache(examples)
@@ -91,15 +98,15 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         if checkpoint is not None:
             folder.save_checkpoint(checkpoint)
         evaluator = _Evaluator(runtime, examples)
-        coordinator = _coordinator(run, folder, runtime, evaluator)
+        coordinator = _coordinator(run, folder, runtime, evaluator, central)
         try:
             checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
         except BaseException:
             # What went wrong first is what matters, for example a full disk.
             with contextlib.suppress(SilotuneError):
-                _write_unfinished(run, folder)
+                _write_unfinished(run, folder, central)
             raise
-        folder.write_privacy(checkpoint)
+        folder.write_privacy(checkpoint, central.release() if central else None)
         folder.write_site_metrics(checkpoint)
         folder.write_result(checkpoint, runtime, evaluator(checkpoint.adapter))
         complete = checkpoint.round_number == run.job.training.rounds
@@ -124,15 +131,17 @@ class _Evaluator:
         return self._last[1]
 
 
-def _write_unfinished(run: Run, folder: RunFolder) -> None:
+def _write_unfinished(run: Run, folder: RunFolder, central: CentralPrivacy | None) -> None:
     """Write what the sites have released so far: a run that never goes on has spent it all the same."""
     checkpoint = folder.load_checkpoint()
     if checkpoint is not None:
-        folder.write_privacy(checkpoint)
+        folder.write_privacy(checkpoint, central.release() if central else None)
     folder.write_run_info("stopped", run.details)
 
 
-def _coordinator(run: Run, folder: RunFolder, runtime: Runtime, evaluator: _Evaluator) -> Coordinator:
+def _coordinator(
+    run: Run, folder: RunFolder, runtime: Runtime, evaluator: _Evaluator, central: CentralPrivacy | None
+) -> Coordinator:
     exact = run.job.lora.train == "both"
     return Coordinator(
         job=run.job,
@@ -144,4 +153,5 @@ def _coordinator(run: Run, folder: RunFolder, runtime: Runtime, evaluator: _Eval
         save=folder.save_checkpoint,
         observer=run.observer,
         authority=run.authority,
+        central=central,
     )

@@ -32,8 +32,8 @@ class RoundRecord:
         epsilon_max: largest epsilon spent by a site so far; None if nothing private was released.
         sites: sites whose update was aggregated.
         failed: other sites that were asked, with the reason.
-        bytes_up, bytes_down: adapter bytes from and to all sites.
-        seconds: wall clock of the round; `seconds_evaluation` of it went into evaluation.
+        bytes_up, bytes_down: adapter bytes from and to all sites; None where it would tell who was drawn in secret.
+        seconds: wall clock of the round, None likewise; `seconds_evaluation` of it went into evaluation.
     """
 
     round: int
@@ -41,9 +41,9 @@ class RoundRecord:
     epsilon_max: float | None = None
     sites: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    bytes_up: int = 0
-    bytes_down: int = 0
-    seconds: float = 0.0
+    bytes_up: int | None = 0
+    bytes_down: int | None = 0
+    seconds: float | None = 0.0
     seconds_evaluation: float = 0.0
 
 

@@ -47,7 +47,8 @@ def exchange(
         node_of.update({facts.message_id: facts.dst_node_id for facts in metadata if facts.message_id in pushed})
 
     started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
-    ask(nodes)
+    if nodes:
+        ask(nodes)
     meanwhile()
     collected: dict[int, Message] = {}
     time.sleep(max(0.0, min(_PATIENT_SHARE * expected, _LONGEST_POLL_SECONDS) - (time.monotonic() - started)))

@@ -222,11 +222,11 @@ class _Recorder(Observer):
         """See `Observer`."""
         record = checkpoint.history[-1]
         log.info(
-            "round %d: %s, sites %s, %.2f s",
+            "round %d: %s, sites %s, %s",
             record.round,
             record.metrics,
-            ", ".join(record.sites) or "none",
-            record.seconds,
+            ", ".join(record.sites) or "not told",
+            "time not told" if record.seconds is None else f"{record.seconds:.2f} s",
         )
         if record.round:
             self._round_completed(record)

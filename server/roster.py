@@ -89,7 +89,7 @@ class Roster:
         """
         started, told = time.monotonic(), ""
         while True:
-            self.update()
+            arrived = self.update()
             sites = self.present()
             enough = len(sites) >= self._job.federation.min_sites
             late = time.monotonic() - started > DESCRIBE_TIMEOUT_SECONDS
@@ -100,10 +100,11 @@ class Roster:
             if not enough and not self._asked and (problem := self._shortage()) != told:
                 told = problem
                 self._observer.waiting(problem)
-            time.sleep(POLL_SECONDS if self._asked else 5 * POLL_SECONDS)
+            if not arrived:
+                time.sleep(POLL_SECONDS if self._asked else 5 * POLL_SECONDS)
 
-    def update(self) -> None:
-        """Ask nodes that are new, and read the answers that came; never waits."""
+    def update(self) -> bool:
+        """Ask nodes that are new, read the answers that came, and return whether any did; never waits."""
         self._online = sorted(self._grid.get_node_ids())
         now = time.monotonic()
         pending = set(self._asked.values())
@@ -116,7 +117,8 @@ class Roster:
             requests = [Message(content, dst_node_id=n, message_type=DESCRIBE, group_id="0") for n in new]
             identifiers = self._grid.push_messages(requests)
             self._asked |= {identifier: node for identifier, node in zip(identifiers, new, strict=True) if identifier}
-        for message in list(self._grid.pull_messages(list(self._asked))) if self._asked else ():
+        messages = list(self._grid.pull_messages(list(self._asked))) if self._asked else []
+        for message in messages:
             node = self._asked.pop(message.metadata.reply_to_message_id or "", -1)
             if node >= 0:
                 self._note(node, unpack_description(message))
@@ -124,6 +126,7 @@ class Roster:
         if present != self._told:
             self._told = present
             self._observer.roster(present)
+        return bool(messages)
 
     def _note(self, node: int, answer: SiteDescription | Refusal) -> None:
         if self._authority:

@@ -15,6 +15,7 @@ from flwr.app import Message
 from flwr.serverapp.grid import Grid
 from torch import Tensor
 
+from server.central import CentralPrivacy, without_participants
 from server.checkpoint import Checkpoint, RoundRecord
 from server.exchange import exchange
 from server.observer import Observer
@@ -68,6 +69,7 @@ class Coordinator:
         save: makes a checkpoint durable.
         observer: is told about progress.
         authority: signs requests to real sites; with it, too few sites are waited for.
+        central: draws sites and adds noise where the job trusts the coordinator to; else None.
     """
 
     job: Job
@@ -79,6 +81,7 @@ class Coordinator:
     save: Callable[[Checkpoint], None]
     observer: Observer
     authority: Authority | None = None
+    central: CentralPrivacy | None = None
 
 
 def run_rounds(
@@ -94,6 +97,7 @@ def run_rounds(
 
     Raises:
         RunError: if fewer than `federation.min_sites` valid replies came and there is no authority to wait for more.
+        PrivacyError: under central DP, if interruptions have used up the noisy rounds that the job declares.
     """
     job, authority, observer = coordinator.job, coordinator.authority, coordinator.observer
     roster = Roster(grid, job, authority=authority, observer=observer)
@@ -102,7 +106,9 @@ def run_rounds(
         return resume_from
     if resume_from:
         observer.resumed(resume_from)
-    if resume_from and authority:
+    if resume_from and coordinator.central:
+        coordinator.central.ledger.check(resume_from)
+    if resume_from and authority and not coordinator.central:
         resume_from = _with_interrupted_round(resume_from, authority, job)
     sites = roster.wait()
     checkpoint = resume_from or _before_training(coordinator)
@@ -155,8 +161,9 @@ def _run_round(
 ) -> Checkpoint:
     job, observer, round_number = coordinator.job, coordinator.observer, checkpoint.round_number + 1
     started = time.monotonic()
-    # 1. Select.
-    asked = select_sites(sites, job, round_number)
+    # 1. Select; under central DP by secret coins.
+    attempt = coordinator.central.begin(round_number) if coordinator.central else None
+    asked = attempt.draw(sites) if attempt else select_sites(sites, job, round_number)
     # 2. Send the same bytes to everyone.
     adapter = adapters.encode(checkpoint.adapter)
 
@@ -182,7 +189,9 @@ def _run_round(
         timeout=timeout,
         expected=_exchange_seconds(checkpoint.history[-1]) if coordinator.authority else 0.0,
         repeat=coordinator.authority is not None,
-        meanwhile=lambda: _account_ahead(checkpoint.releases, plan, job.training.local_steps),
+        meanwhile=coordinator.central.account_ahead
+        if coordinator.central
+        else lambda: _account_ahead(checkpoint.releases, plan, job.training.local_steps),
     ):
         name = sites[node].site
         answer = unpack_reply(message)
@@ -210,11 +219,14 @@ def _run_round(
                 unanswered.add(name)
     for name in sorted({*replies, *failed}):
         observer.update_judged(round_number, name, replies.get(name), failed.get(name))
-    # A release is a release, aggregated or not: account for all that were made under this plan.
-    described = {description.site: description for description in sites.values()}
-    releases = _account(checkpoint.releases, made, job, round_number)
-    releases = _account_unanswered(releases, [described[name] for name in sorted(unanswered)], job, round_number)
-    if len(updates) < job.federation.min_sites:
+    # A release is a release, aggregated or not: account for all that were made under this plan. Under central DP the
+    # coordinator's release is what counts; which sites answered, or how many, must not show in anything.
+    releases = checkpoint.releases
+    if attempt is None:
+        described = {description.site: description for description in sites.values()}
+        releases = _account(checkpoint.releases, made, job, round_number)
+        releases = _account_unanswered(releases, [described[name] for name in sorted(unanswered)], job, round_number)
+    if attempt is None and len(updates) < job.federation.min_sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "none was asked"
         raise TooFewSites(
             f"round {round_number}: {len(updates)} valid updates, federation.min_sites is "
@@ -224,14 +236,20 @@ def _run_round(
         )
     # 5. Aggregate in the order of names, so that arrival order changes nothing.
     names = sorted(updates)
-    following, server_state = aggregate(
-        checkpoint.adapter,
-        [updates[name] for name in names],
-        [replies[name].declared_records for name in names],
-        checkpoint.server_state,
-        config=job.aggregation,
-        exact_scaling=coordinator.exact_scaling,
-    )
+    ordered = [updates[name] for name in names]
+    if attempt:
+        following, server_state = attempt.aggregate(
+            checkpoint.adapter, ordered, checkpoint.server_state, coordinator.update_shapes
+        )
+    else:
+        following, server_state = aggregate(
+            checkpoint.adapter,
+            ordered,
+            [replies[name].declared_records for name in names],
+            checkpoint.server_state,
+            config=job.aggregation,
+            exact_scaling=coordinator.exact_scaling,
+        )
     # 6. Evaluate on public data.
     before_evaluation = time.monotonic()
     due = round_number % coordinator.evaluate_every == 0 or round_number == job.training.rounds
@@ -240,7 +258,7 @@ def _run_round(
     record = RoundRecord(
         round=round_number,
         metrics=metrics,
-        epsilon_max=epsilon_max(releases),
+        epsilon_max=coordinator.central.epsilon() if coordinator.central else epsilon_max(releases),
         sites=names,
         failed=dict(sorted(failed.items())),
         bytes_up=sum(len(reply.update) for reply in replies.values()),
@@ -255,13 +273,13 @@ def _run_round(
         adapter=following,
         server_state=server_state,
         releases=releases,
-        history=[*checkpoint.history, record],
+        history=[*checkpoint.history, without_participants(record) if attempt else record],
     )
 
 
 def _exchange_seconds(last: RoundRecord) -> float:
-    """Return how long the answers took in the round before; 0 if there was none."""
-    return last.seconds - last.seconds_evaluation if last.round else 0.0
+    """Return how long the answers took in the round before; 0 if there was none, or it is not told."""
+    return last.seconds - last.seconds_evaluation if last.round and last.seconds is not None else 0.0
 
 
 def epsilon_max(releases: dict[str, SiteRelease]) -> float | None:
@@ -279,7 +297,7 @@ def _before_training(coordinator: Coordinator) -> Checkpoint:
         job_sha256=coordinator.job.sha256,
         round_number=0,
         adapter=coordinator.initial_adapter,
-        history=[first],
+        history=[without_participants(first) if coordinator.central else first],
     )
     coordinator.save(checkpoint)
     coordinator.observer.round_done(checkpoint)

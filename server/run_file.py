@@ -17,6 +17,7 @@ from shared.atomic import sync_folder, write_json, write_text
 from shared.config import ComputeConfig, Job, Section, apply_overrides, load_toml, parse
 from shared.datasets import DataSource, read_records, write_jsonl
 from shared.errors import DataError, RunError
+from shared.privacy.central import CentralPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.signing import SigningKey, VerifyKey, sign_job
 from shared.tasks import Record, task_of
@@ -46,6 +47,8 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> tuple[Job, RunSe
     settings = parse(RunSettings, own, source=str(path))
     if job.privacy.mechanism == "dp-sgd":
         PrivacyPlan.from_job(job).epsilon()
+    elif job.privacy.mechanism == "central":
+        CentralPlan.from_job(job).plan.epsilon()
     records: list[Record] = list(read_records(settings.evaluation, base=path.resolve().parent))
     task = task_of(job)
     missing = [role for role in task.roles if records and role not in records[0]]

@@ -28,6 +28,7 @@ from shared.atomic import write_json, write_text
 from shared.config import Job, canonical_json, parse
 from shared.errors import RunError
 from shared.peft_folder import save_peft_folder
+from shared.privacy.central_statement import CentralRelease, central_privacy_record, central_statement
 from shared.privacy.statement import privacy_record, run_statement
 from shared.runtime import Runtime
 from shared.tasks import Evaluation
@@ -119,8 +120,15 @@ class RunFolder:
         }
         write_json(path, info | dict(details))
 
-    def write_privacy(self, checkpoint: Checkpoint) -> None:
-        """Write every site's `privacy.json` and the run's `statement.json` from the executed mechanisms."""
+    def write_privacy(self, checkpoint: Checkpoint, central: CentralRelease | None = None) -> None:
+        """Write every site's `privacy.json` and the run's `statement.json` from the executed mechanisms.
+
+        Under central DP only the coordinator released anything under a guarantee: one `privacy.json` beside the statement.
+        """
+        if central is not None:
+            write_json(self.path / "privacy.json", central_privacy_record(central, self.job.name))
+            write_json(self.path / "statement.json", central_statement(central, self.job.name).as_dict())
+            return
         for name, release in checkpoint.releases.items():
             write_json(self.path / "sites" / name / "privacy.json", privacy_record(release, self.job.name))
         statement = run_statement(list(checkpoint.releases.values()), self.job.name)

@@ -104,13 +104,45 @@ class TrainingConfig(Section):
         return self.rounds * self.local_steps
 
 
+MIN_CENTRAL_SITES = 100
+"""Sites below which the noise that hides one of them buries what they have in common."""
+
+
+class CentralConfig(Section):
+    """Noise that a trusted coordinator adds over many sites; see `shared.privacy.central`."""
+
+    num_sites: int = Field(ge=1, le=10_000_000)
+    """N: declared (public) number of sites, at least 100. The noisy sum is divided by `site_sample_rate` times this."""
+    site_sample_rate: Probability = 0.5
+    """q: probability with which each site enters a round, by a secret coin of the coordinator (Poisson sampling)."""
+    clip_norm: float = Field(default=0.1, gt=0, le=1e6)
+    """S: the largest L2 norm of one site's update over adapter and head together, in the first round."""
+    target_quantile: float | None = Field(default=0.5, gt=0, lt=1)
+    """Share of the updates that S is moved to leave unclipped (Andrew et al. 2021); None keeps S as it is."""
+    clip_learning_rate: float = Field(default=0.2, gt=0, le=2)
+    """S is multiplied by exp(-rate * (noised share of unclipped updates - `target_quantile`)) after every round."""
+    count_noise: float | None = Field(default=None, gt=0, le=1e6)
+    """Standard deviation of the noise on the count of unclipped updates, above half the noise multiplier; None takes
+    q N / 20, or the noise multiplier if that is larger. The updates get as much more noise as the count costs."""
+
+    @model_validator(mode="after")
+    def _check_sites(self) -> Self:
+        if self.num_sites < MIN_CENTRAL_SITES:
+            raise ValueError(
+                f"num_sites is {self.num_sites}; with fewer than {MIN_CENTRAL_SITES} sites the noise that hides one of them "
+                "buries what they have in common. Use the mechanism 'dp-sgd', where every site protects its own records"
+            )
+        return self
+
+
 class PrivacyConfig(Section):
     """Everything that changes what is protected and how much; see `shared.privacy.plan`."""
 
-    mechanism: Literal["dp-sgd", "none"] = "dp-sgd"
-    """`none` releases unprotected updates. A site accepts it only if its own policy says so."""
-    unit: Literal["record"] = "record"
-    """The neighbouring data sets differ in one record, added or removed."""
+    mechanism: Literal["dp-sgd", "central", "none"] = "dp-sgd"
+    """`dp-sgd`: every site adds noise. `central`: a trusted coordinator does, over 100 sites or more; sites send it unprotected
+    updates. `none` releases unprotected updates. A site accepts either of the last two only if its own settings say so."""
+    unit: Literal["record", "site"] = "record"
+    """What the neighbouring data sets differ in, added or removed: one record, or (with `central`, and only there) one site."""
     epsilon: float = Field(default=8.0, gt=0)
     """Target for a site that executes every planned step and releases all of `site_metrics`."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
@@ -120,7 +152,24 @@ class PrivacyConfig(Section):
     max_grad_norm: float = Field(default=1.0, gt=0)
     """C: the largest L2 norm of one record's gradient over adapter and head together."""
     noise_multiplier: float | None = Field(default=None, ge=0.2, le=1e4)
-    """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps."""
+    """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps (`central`: site_sample_rate, rounds)."""
+    central: CentralConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_central(self) -> Self:
+        central = self.mechanism == "central"
+        if central != (self.unit == "site") or central != (self.central is not None):
+            raise ValueError(
+                "mechanism 'central', unit 'site' and the section privacy.central belong together: give all three or none "
+                f"(mechanism is {self.mechanism!r}, unit {self.unit!r}, privacy.central is "
+                f"{'missing' if self.central is None else 'there'})"
+            )
+        if self.central is not None and self.delta >= 1 / self.central.num_sites:
+            raise ValueError(
+                f"delta is {self.delta:g}, but with {self.central.num_sites:,} sites it must be below 1/N = "
+                f"{1 / self.central.num_sites:.1e}, best a tenth of it"
+            )
+        return self
 
 
 class SiteMetricsConfig(Section):
@@ -206,6 +255,37 @@ class Job(Section):
             raise ValueError(
                 "lora.train 'both' is aggregated exactly (mean of the products B·A), which leaves no place for "
                 "aggregation.server_optimizer; set it to 'none' or lora.train to 'b'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_central(self) -> Self:
+        """Refuse what is no bounded sum over sites, or draws them in another way than the accountant assumes."""
+        central = self.privacy.central
+        if central is None:
+            return self
+        why = (
+            "under privacy.mechanism 'central' the coordinator releases a noisy sum of clipped updates and nothing else"
+        )
+        if self.lora.train != "b":
+            raise ValueError(f"{why}; lora.train 'both' is aggregated by products of updates. Set lora.train to 'b'")
+        # Whatever rules of aggregation there are: only what follows after the noise may be chosen.
+        after_noise = {"server_optimizer", "server_learning_rate", "server_momentum"}
+        for key, default in AggregationConfig().model_dump(exclude=after_noise).items():
+            if (value := getattr(self.aggregation, key)) != default:
+                raise ValueError(
+                    f"{why}; aggregation.{key} {value!r} would change what one site can add. Leave it at {default!r}"
+                )
+        if self.federation.sites_per_round is not None:
+            raise ValueError(
+                "federation.sites_per_round draws a fixed number of sites by a public seed, which protects nobody; with "
+                "privacy.mechanism 'central' remove it and set privacy.central.site_sample_rate"
+            )
+        if not MIN_CENTRAL_SITES <= self.federation.min_sites <= central.num_sites:
+            raise ValueError(
+                f"federation.min_sites is {self.federation.min_sites}; with privacy.mechanism 'central' it is the number of "
+                f"sites that must be connected before a round, from {MIN_CENTRAL_SITES} to privacy.central.num_sites "
+                f"({central.num_sites})"
             )
         return self
 

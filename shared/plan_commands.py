@@ -168,6 +168,13 @@ def _plan_job(
                 f"{path} keeps the budget of each {export.unit}, but the job protects each {job.privacy.unit}; the two cannot "
                 f"be compared. Export the account with the unit {job.privacy.unit!r}."
             )
+    if job.privacy.central:
+        central = PrivacyPlan.of_coordinator(job)
+        raise ConfigError(
+            "the planner answers for the noise of sites; this job's is added by a trusted coordinator (privacy.mechanism "
+            f"'central'). Its plan: noise multiplier {central.noise_multiplier:.4f}, {central.planned_steps} rounds at sampling "
+            f"rate {central.sample_rate:g}, epsilon {central.epsilon():.3f} at delta {central.delta:g}, unit site."
+        )
     made = PrivacyPlan.from_job(job)
     if not made.private:
         raise ConfigError('the job adds no noise (privacy.mechanism = "none"), so there is no epsilon to plan.')

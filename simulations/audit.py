@@ -70,6 +70,11 @@ def open_run(folder: Path) -> AuditedRun:
         RunError: if it holds no run, released nothing, or claims no epsilon.
     """
     job = load_job(folder)
+    if job.privacy.central:
+        raise RunError(
+            f"the run in {folder} adds its noise at the coordinator (privacy.mechanism 'central'); `silotune audit` knows the "
+            "noise of sites only. The tests of the project audit the coordinator's mechanism on canaries."
+        )
     if job.privacy.mechanism != "dp-sgd":
         raise RunError(f"the run in {folder} is not private (privacy.mechanism 'none'): it claims no epsilon to audit.")
     records = [_read_json(path) for path in sorted(folder.glob("sites/*/privacy.json"))]

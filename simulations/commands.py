@@ -49,7 +49,7 @@ def simulate_file(
 def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
     """Return the figures of a finished run, read back from its folder."""
     metric = task_of(scenario.job).primary_metric
-    arms = {"federated_dp" if scenario.job.privacy.mechanism == "dp-sgd" else "federated": folder}
+    arms = {"federated" if scenario.job.privacy.mechanism == "none" else "federated_dp": folder}
     arms |= {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
     result: dict[str, Any] = {"run_dir": str(folder)}
     for name, place in arms.items():
@@ -64,6 +64,13 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     spent = [json.loads(path.read_text())["epsilon_spent"] for path in sorted(folder.glob("sites/*/privacy.json"))]
     known = [epsilon for epsilon in spent if epsilon is not None]
     result["epsilon_max_site"] = round(max(known), 4) if known else None
+    if scenario.job.privacy.central and (folder / "privacy.json").exists():
+        record = json.loads((folder / "privacy.json").read_text())
+        result |= {
+            "unit": record["unit"],
+            "epsilon": record["epsilon_spent"],
+            "num_sites": record["num_sites_declared"],
+        }
     result["delta"] = scenario.job.privacy.delta
     audited = folder / "audit" / "tier1.json"
     result["audit"] = json.loads(audited.read_text())["verdict"] if audited.exists() else None

@@ -24,8 +24,10 @@ from server.run_folder import check_run_folder
 from shared.atomic import write_text
 from shared.config import Job, canonical_json
 from shared.datasets import dataset_fingerprint, write_jsonl
-from shared.errors import DataError, RunError, SilotuneError
+from shared.errors import ConfigError, DataError, RunError, SilotuneError
+from shared.privacy.central import CentralPlan
 from shared.privacy.plan import PrivacyPlan, default_delta
+from shared.privacy.randomness import SiteRandomness
 from shared.runtime import load_runtime
 from shared.tasks import Record, task_of
 from simulations.grid import DropoutGrid, InProcessGrid
@@ -105,10 +107,18 @@ def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list
     arms = [Arm(FEDERATED, scenario.job, folder, sites)]
     for name in scenario.baselines.arms:
         changes: dict[str, Any] = {}
+        if scenario.job.privacy.central and name == "central-dp":
+            raise ConfigError(
+                "the baseline central-dp protects single records of one data set, the job's mechanism 'central' whole sites: "
+                "their epsilons cannot be compared. Leave it out of baselines.arms."
+            )
         if name != "federated-non-private":
             changes["federation"] = {"min_sites": 1, "sites_per_round": None}
         if name != "central-dp":
-            changes |= {"privacy": {"mechanism": "none"}, "site_metrics": {"names": []}}
+            changes |= {
+                "privacy": {"mechanism": "none", "unit": "record", "central": None},
+                "site_metrics": {"names": []},
+            }
         job = changed_job(scenario.job, changes, source=f"baseline {name}")
         job = changed_job(job, scenario.baselines.changes(name), source=f"baselines.{name.replace('-', '_')}")
         records = sites if name == "federated-non-private" else {"central": list(train)}
@@ -124,6 +134,8 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
     """
     task = task_of(arm.job)
     plan = PrivacyPlan.from_job(arm.job)
+    if arm.job.privacy.central:
+        _check_central(arm)
     if len(arm.sites) < arm.job.federation.min_sites:
         raise DataError(
             f"the partition has {len(arm.sites)} sites, federation.min_sites is {arm.job.federation.min_sites}; "
@@ -157,6 +169,17 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 task.check_site(examples)
         except SilotuneError as error:
             raise type(error)(f"{name}: {error}") from None
+
+
+def _check_central(arm: Arm) -> None:
+    """Raise unless the coordinator's noise can be accounted for, and the partition has the sites that the job declares."""
+    CentralPlan.from_job(arm.job)
+    central = arm.job.privacy.central
+    if central is not None and len(arm.sites) != central.num_sites:
+        raise DataError(
+            f"the partition has {len(arm.sites)} sites, but privacy.central.num_sites declares {central.num_sites}; make "
+            "them equal."
+        )
 
 
 def write_site_homes(scenario: Scenario, arm: Arm) -> None:
@@ -218,7 +241,8 @@ def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
         "name": name,
         "dataset": f"{scenario.name}-{name}",
         **held_out,
-        "allow_non_private": not private,
+        **({"allow_trusted_coordinator": True} if arm.job.privacy.mechanism == "central" else {}),
+        "allow_non_private": arm.job.privacy.mechanism == "none",
         "data": {"path": "data.jsonl", "columns": {role: role for role in roles}},
         "budget": {"epsilon": budget, "delta": arm.job.privacy.delta},
         "compute": scenario.compute.model_dump(mode="json"),
@@ -245,6 +269,7 @@ def _run_arm(
         stop_after=stop_after,
         report=False,
         observer=observer(arm),
+        new_randomness=_coordinator_randomness(injected_seed),
         prepare=functools.partial(write_site_homes, scenario, arm),
     )
     open_site = functools.partial(simulated_site, sites=arm.folder / "sites", injected_seed=injected_seed)
@@ -260,6 +285,12 @@ def _run_arm(
     if stop_after is None:
         write_report(arm.folder)
     return run.finished
+
+
+def _coordinator_randomness(injected_seed: str | None) -> Callable[[], SiteRandomness]:
+    if injected_seed is None:
+        return SiteRandomness.from_os
+    return lambda: SiteRandomness.injected(f"{injected_seed}/coordinator")
 
 
 def with_dropouts(grid: Grid, scenario: Scenario) -> Grid:

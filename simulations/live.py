@@ -109,7 +109,8 @@ class ArmObserver(Observer):
             figures.append(f"loss {record.metrics['loss']:.3f}")
             figures.append(f"{self._metric} {record.metrics[self._metric]:.3f}")
         if record.epsilon_max is not None:
-            figures.append(f"epsilon {record.epsilon_max:.2f}")
+            unit = " (unit: site)" if self._arm.job.privacy.central else ""
+            figures.append(f"epsilon {record.epsilon_max:.2f}{unit}")
         if record.failed:
             figures.append(f"{len(record.failed)} sites failed")
         text = " · ".join(figures)

@@ -111,7 +111,7 @@ def metric_by_round(
 
 
 def metric_by_epsilon(
-    *, metric: str, titles: Sequence[str], arms: Sequence[Arm], budget: float | None, alt: str
+    *, metric: str, titles: Sequence[str], arms: Sequence[Arm], budget: float | None, label: str, alt: str
 ) -> Markup:
     """The metric against the epsilon spent so far, for private trainings; `arms[0]` is the federated one."""
     lines = [
@@ -131,7 +131,7 @@ def metric_by_epsilon(
         spent = max((x for line in lines for x, _ in line.points), default=1.0)
         _draw_lines(axes, metric, lines)
         axes.set_xlim(0, max(spent, budget or 0.0) * 1.02 or 1.0)
-        axes.set_xlabel("Epsilon spent, largest of all sites")
+        axes.set_xlabel(label)
         if budget is not None:
             axes.axvline(budget, color=DANGER, linewidth=1, linestyle=(0, (2, 2)))
             axes.annotate(

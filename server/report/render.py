@@ -117,7 +117,8 @@ def _view(data: RunData) -> dict[str, Any]:
         "unit": _unit(federated),
         "rounds_done": federated.rounds_done,
         "rounds_planned": federated.rounds_planned,
-        "num_sites": len(data.site_names),
+        "central": federated.central_sites is not None,
+        "num_sites": federated.central_sites or len(data.site_names),
         "num_failures": sum(len(record.failed) for record in rounds),
         "bytes_up": _total(rounds, "bytes_up"),
         "bytes_down": _total(rounds, "bytes_down"),
@@ -160,6 +161,8 @@ def _arms(data: RunData) -> tuple[Arm, ...]:
 
 def _title(arm: Arm) -> str:
     if arm.name == "federated":
+        if arm.central_sites is not None:
+            return "Federated, central DP over sites"
         return "Federated DP" if arm.private else "Federated, not private"
     known = _ARM_TITLES.get(arm.name)
     return known or formats.printable(arm.name).replace("-", " ").replace("_", " ").strip().capitalize() or "Baseline"
@@ -277,12 +280,14 @@ def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
             alt=f"Line plot of {name} against the round. Final values: {finals}.",
         )
     if federated.private and any(record.epsilon_max is not None for record in federated.rounds):
+        spent = "Epsilon spent, unit site" if federated.central_sites else "Epsilon spent, largest of all sites"
         figures["spent"] = plots.metric_by_epsilon(
             metric=metric,
             titles=titles,
             arms=_arms(data),
             budget=_budget(federated),
-            alt=f"Line plot of {name} against epsilon spent. Largest epsilon of a site so far: "
+            label=spent,
+            alt=f"Line plot of {name} against epsilon spent. {spent.replace(' spent', '')}, so far: "
             f"{formats.format_epsilon(federated.epsilon)}, "
             f"budget {formats.format_budget(_budget(federated))}.",
         )

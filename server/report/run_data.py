@@ -117,6 +117,12 @@ class SiteRecord(_Record):
         return self.epsilon_stated > self.epsilon_budget * (1 + 1e-6)
 
 
+class CoordinatorRecord(SiteRecord):
+    """`privacy.json` of the run: what a trusted coordinator published about all sites together."""
+
+    site: str = "coordinator"
+
+
 class ComposedEpsilon(_Record):
     sites: Annotated[int, Field(ge=1)]
     epsilon: Positive
@@ -184,6 +190,14 @@ class Arm:
     rounds: tuple[RoundRecord, ...]
     evaluation: Evaluation | None
     sites: tuple[SiteRecord, ...]
+    """Who released under a guarantee: the sites, or the coordinator alone under central DP."""
+
+    @property
+    def central_sites(self) -> int | None:
+        """The declared number of sites under central DP, else None."""
+        central = job_value(self.job, "privacy", "central")
+        value = _number(central.get("num_sites")) if isinstance(central, Mapping) else None
+        return None if value is None else int(value)
 
     @property
     def rounds_planned(self) -> int:
@@ -275,8 +289,8 @@ def read_run(run_dir: Path) -> RunData:
     if federated.private and complete and not federated.sites:
         raise RunError(
             f"{run_dir / 'sites'} holds no privacy.json, but the job is private and completed; expected "
-            "one for every site. Without them no epsilon can be shown: copy the sites' records back and "
-            "write the report again."
+            "one for every site (under central DP, one in the run's folder). Without them no epsilon can be shown: copy "
+            "the sites' records back and write the report again."
         )
     return RunData(
         run=run,
@@ -308,7 +322,7 @@ def job_value(job: Mapping[str, Any], section: str, key: str) -> Any:
 def _read_arm(folder: Path, *, name: str, complete: bool) -> Arm:
     """Read one training; a completed one must have its rounds and its evaluation."""
     job = _read_job(folder / "job.json")
-    private = job["privacy"]["mechanism"] == "dp-sgd"
+    private = job["privacy"]["mechanism"] != "none"
     rounds = _read_rounds(folder / "metrics.jsonl", complete=complete)
     path = folder / "evaluation.json"
     evaluation = _read_evaluation(path) if complete or path.exists() else None
@@ -319,6 +333,9 @@ def _read_arm(folder: Path, *, name: str, complete: bool) -> Arm:
         for site in _folders(folder / "sites")
         if site.name in released or (site / "privacy.json").exists()
     )
+    if job["privacy"]["mechanism"] == "central":
+        path = folder / "privacy.json"
+        sites = (_read_site(path, private=True, kind=CoordinatorRecord),) if path.exists() else ()
     names = [site.site for site in sites]
     for twice in {site for site in names if names.count(site) > 1}:
         raise RunError(
@@ -334,8 +351,8 @@ def _read_job(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise _malformed(path, f"it is not JSON ({error})") from error
     mechanism = job_value(job, "privacy", "mechanism") if isinstance(job, dict) else None
-    if mechanism not in ("dp-sgd", "none"):
-        raise _malformed(path, f"privacy.mechanism is {mechanism!r}, expected 'dp-sgd' or 'none'")
+    if mechanism not in ("dp-sgd", "central", "none"):
+        raise _malformed(path, f"privacy.mechanism is {mechanism!r}, expected 'dp-sgd', 'central' or 'none'")
     assert isinstance(job, dict)  # noqa: S101 - only a dict has a mechanism
     return job
 
@@ -373,8 +390,8 @@ def _read_repeats(path: Path) -> Repeats | None:
     return _parse(Repeats, _read(path), path) if path.exists() else None
 
 
-def _read_site(path: Path, *, private: bool) -> SiteRecord:
-    site = _parse(SiteRecord, _read(path), path)
+def _read_site(path: Path, *, private: bool, kind: type[SiteRecord] = SiteRecord) -> SiteRecord:
+    site = _parse(kind, _read(path), path)
     if private:
         # With injected randomness there is no epsilon to state; the report says so.
         spent = () if site.randomness == "injected" else ("epsilon_spent",)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.config import Job
+from shared.config import Job, PrivacyConfig
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, calibrate_noise_multiplier, compose_epsilon
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
@@ -29,8 +29,8 @@ class PrivacyPlan:
     """What one site will execute.
 
     Attributes:
-        private: False only for baselines that release unprotected updates.
-        unit: unit of privacy, "record".
+        private: False where sites release unprotected updates: baselines, and sites of a trusted coordinator.
+        unit: unit of privacy, "record"; "site" where a trusted coordinator adds the noise.
         sample_rate: Poisson rate q of every step, in (0, 1].
         noise_multiplier: sigma, standard deviation of the noise in units of `max_grad_norm`; 0 if not private.
         max_grad_norm: clipping bound C on one record's gradient, L2 norm over adapter and head together.
@@ -58,24 +58,39 @@ class PrivacyPlan:
         if private and asked.names:
             # No sampling: every held-out record votes once in each metric.
             metrics = GaussianSteps(noise_multiplier=asked.noise_multiplier, sample_rate=1.0, steps=len(asked.names))
-        sigma = 0.0
-        if private:
-            sigma = privacy.noise_multiplier or calibrate_noise_multiplier(
-                epsilon=privacy.epsilon,
-                delta=privacy.delta,
-                sample_rate=privacy.sample_rate,
-                steps=steps,
-                others=(metrics,) if metrics else (),
-            )
+        others = (metrics,) if metrics else ()
         return cls(
             private=private,
             unit=privacy.unit,
             sample_rate=privacy.sample_rate,
-            noise_multiplier=sigma,
+            noise_multiplier=_noise_multiplier(privacy, privacy.sample_rate, steps, others) if private else 0.0,
             max_grad_norm=privacy.max_grad_norm,
             delta=privacy.delta,
             planned_steps=steps,
             metrics=metrics,
+        )
+
+    @classmethod
+    def of_coordinator(cls, job: Job) -> PrivacyPlan:
+        """Build what a trusted coordinator executes over the sites of `job`: one step is one round, one record one site.
+
+        Raises:
+            PrivacyError: if the job's mechanism is another.
+        """
+        privacy, central = job.privacy, job.privacy.central
+        if central is None:
+            raise PrivacyError(
+                f"privacy.mechanism is {privacy.mechanism!r}, so the coordinator of this job adds no noise."
+            )
+        steps = job.training.rounds
+        return cls(
+            private=True,
+            unit=privacy.unit,
+            sample_rate=central.site_sample_rate,
+            noise_multiplier=_noise_multiplier(privacy, central.site_sample_rate, steps),
+            max_grad_norm=central.clip_norm,
+            delta=privacy.delta,
+            planned_steps=steps,
         )
 
     def check_records(self, num_records: int) -> None:
@@ -123,6 +138,15 @@ class PrivacyPlan:
         if not self.private:
             return list(sums)
         return add_gaussian_noise(sums, self.noise_multiplier * self.max_grad_norm, stream)
+
+
+def _noise_multiplier(
+    privacy: PrivacyConfig, sample_rate: float, steps: int, others: tuple[GaussianSteps, ...] = ()
+) -> float:
+    """Return the job's noise multiplier, calibrated where the job gives only a target epsilon, beside `others`."""
+    return privacy.noise_multiplier or calibrate_noise_multiplier(
+        epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=sample_rate, steps=steps, others=others
+    )
 
 
 def default_delta(num_records: int) -> float:

@@ -145,6 +145,23 @@ def test_epsilon_is_the_one_computed_by_hand() -> None:
     check_job(a_policy(max_epsilon_per_job=by_hand + 0.01), job, now=NOW, site="north")
 
 
+def test_the_limits_bind_what_a_trusted_coordinator_adds() -> None:
+    """Its steps are rounds over sites; the local steps of a site add nothing to epsilon."""
+    central = {"num_sites": 100, "site_sample_rate": 1.0}
+    privacy = {"mechanism": "central", "unit": "site", "noise_multiplier": 4.0, "central": central}
+
+    def job(**training: int) -> SignedJob:
+        return signed(a_job(privacy=privacy, federation={"min_sites": 100}, training=training))
+
+    whole = PrivacyPlan.of_coordinator(job(rounds=10, local_steps=4).job).epsilon()
+    assert whole == PrivacyPlan.of_coordinator(job(rounds=10, local_steps=1).job).epsilon()
+    check_job(a_policy(max_epsilon_per_job=whole), job(rounds=10, local_steps=4), now=NOW, site="north")
+    (rule,) = refusal(a_policy(max_epsilon_per_job=0.99 * whole), job(rounds=10, local_steps=4))
+    assert f"costs epsilon {whole:.4g}" in rule
+    (rule,) = refusal(a_policy(min_noise_multiplier=4.1), job(rounds=10, local_steps=4))
+    assert "noise multiplier is 4; this site accepts no less than 4.1" in rule
+
+
 def test_boundary_values_pass() -> None:
     job = a_job()
     epsilon = PrivacyPlan.from_job(job).epsilon()

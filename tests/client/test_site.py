@@ -221,6 +221,25 @@ def test_a_job_without_noise_needs_the_sites_own_consent(
     assert reply.epsilon_budget == 0
 
 
+def test_a_trusted_coordinator_needs_a_consent_of_its_own(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    """Allowing unprotected updates for public data does not hand them to a coordinator that promises to protect them."""
+    privacy = {"mechanism": "central", "unit": "site", "central": {"num_sites": 100}}
+    request = request_for(private_job(privacy=privacy, federation={"min_sites": 100}))
+    for name, consent in (("none", {}), ("other", {"allow_non_private": True})):
+        site = Site(site_home(name, **consent))
+        with pytest.raises(PolicyError, match=r"protects its own records, but privacy\.mechanism is 'central'"):
+            site.train(request)
+        assert not (site.home / "rounds").exists()
+    site = Site(site_home("trusting", allow_trusted_coordinator=True))
+    reply = site.train(request)
+    assert (reply.noise_multiplier, reply.epsilon_budget) == (0, 0)
+    assert not (site.home / "ledger.db").exists(), "the account of the unit 'site' is the coordinator's"
+    with pytest.raises(PolicyError, match=r"privacy\.mechanism is 'none'"):
+        site.train(request_for(private_job(privacy={"mechanism": "none"})))
+
+
 def test_a_weaker_delta_than_the_sites_is_refused(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
 ) -> None:

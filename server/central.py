@@ -1,0 +1,256 @@
+"""The coordinator's part of central DP: secret coins, a durable account of the noise, one release per round.
+
+Guarantees (tests: tests/server/test_central.py; planted faults: tests/server/test_central_faults.py)
+    * A round's noise is charged, durably, before it is drawn, so before a new global adapter can exist. A crash keeps the
+      charge, and a round that is computed again draws fresh noise and is charged again.
+    * No more noise events are executed than the job declares, so epsilon never exceeds what the sites agreed to.
+    * The next adapter, the next clipping bound and the state of the server optimiser read the noisy sums and public numbers
+      only. What is written about a round does not tell who was drawn (`without_participants`).
+
+The clipping bound lies in the checkpoint beside the adapter that it was released with; the account lies in a file of its own,
+because it must not go back when a round does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from server.checkpoint import Checkpoint, RoundRecord
+from server.strategies import Adapter, apply_update
+from shared.adapters import Shapes
+from shared.atomic import write_json
+from shared.config import AggregationConfig, Job, canonical_json
+from shared.errors import PrivacyError, RunError
+from shared.messages import SiteDescription
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.central import CentralPlan
+from shared.privacy.central_statement import CentralRelease
+from shared.privacy.randomness import Origin, SiteRandomness
+
+LEDGER_FILE = "central_ledger.json"
+_CLIP_NORM = "|clip_norm"  # in the checkpoint's server state, as "|step" of the server optimiser
+_BEGINNING = "0" * 64
+
+
+class CentralLedger:
+    """The account of one run's noise events, unit "site", in one file that is replaced atomically.
+
+    Each entry names the SHA-256 of the one before it, so an entry that was changed or lost is noticed; whoever may write the
+    file can make another one that fits, which is within the trust in the coordinator.
+    """
+
+    def __init__(self, path: Path, job: Job, plan: CentralPlan) -> None:
+        """Open the account or begin it.
+
+        Raises:
+            RunError: if the file cannot be read, was changed, or belongs to another job.
+        """
+        self._path, self._plan = path, plan
+        self._head = {"unit": plan.plan.unit, "job_sha256": job.sha256}
+        self._charges: list[dict[str, Any]] = self._read() if path.exists() else []
+
+    @property
+    def rounds(self) -> tuple[int, ...]:
+        """The round of every charge, oldest first."""
+        return tuple(charge["round"] for charge in self._charges)
+
+    @property
+    def events(self) -> tuple[GaussianSteps, ...]:
+        """Everything charged, equal mechanisms added up."""
+        counted = Counter((charge["noise_multiplier"], charge["sample_rate"]) for charge in self._charges)
+        return tuple(GaussianSteps(noise_multiplier=z, sample_rate=q, steps=n) for (z, q), n in counted.items())
+
+    @property
+    def randomness(self) -> Origin:
+        """ "os" unless any charge was made under injected randomness."""
+        return "os" if all(charge["randomness"] == "os" for charge in self._charges) else "injected"
+
+    def charge(self, round_number: int, origin: Origin) -> None:
+        """Charge one noise event, durably.
+
+        Raises:
+            PrivacyError: if the job declares no further event; nothing was charged.
+            RunError: if the charge cannot be written; then no noise may be drawn.
+        """
+        plan = self._plan.plan
+        if len(self._charges) >= plan.planned_steps:
+            repeated = len(self._charges) - len(set(self.rounds))
+            raise PrivacyError(
+                f"round {round_number} cannot be executed: the job declares {plan.planned_steps} noisy rounds to its sites, and "
+                f"as many were executed ({repeated} of them again, after an interruption). Another one would exceed the epsilon "
+                "that they agreed to. The adapter of the last complete round stands in the checkpoint; plan a new run for more."
+            )
+        entry = {
+            "round": round_number,
+            "noise_multiplier": plan.noise_multiplier,
+            "sample_rate": plan.sample_rate,
+            "randomness": origin,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "previous": self._charges[-1]["sha256"] if self._charges else _BEGINNING,
+        }
+        charges = [*self._charges, entry | {"sha256": _sha256(entry)}]
+        write_json(self._path, self._head | {"charges": charges})
+        self._charges = charges
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise `RunError` unless every round that is complete was charged: else the file was lost or put back."""
+        if missing := sorted(set(range(1, checkpoint.round_number + 1)) - set(self.rounds)):
+            raise RunError(
+                f"{self._path} does not hold the charge of round {missing[0]}, but the checkpoint has completed "
+                f"{checkpoint.round_number} rounds. Without the account no epsilon is true: restore the file, or start a new run."
+            )
+
+    def _read(self) -> list[dict[str, Any]]:
+        try:
+            content: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
+            charges: list[dict[str, Any]] = content.pop("charges")
+            previous = _BEGINNING
+            for charge in charges:
+                plain = {key: value for key, value in charge.items() if key != "sha256"}
+                if charge["previous"] != previous or charge["sha256"] != _sha256(plain):
+                    raise ValueError("broken chain")
+                GaussianSteps(
+                    noise_multiplier=charge["noise_multiplier"],
+                    sample_rate=charge["sample_rate"],
+                    steps=charge["round"],
+                )
+                previous = charge["sha256"]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, PrivacyError) as error:
+            raise RunError(
+                f"{self._path} cannot be trusted ({type(error).__name__}: {error}); it is the account of the noise that was "
+                "executed. Restore it from a backup, or start a new run."
+            ) from None
+        if content != self._head:
+            raise RunError(f"{self._path} belongs to another job; choose another run folder.")
+        return charges
+
+
+class CentralPrivacy:
+    """What a coordinator needs for central DP over one run.
+
+    Attributes:
+        plan: what is executed.
+        ledger: what was executed.
+    """
+
+    def __init__(
+        self, job: Job, folder: Path, *, new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os
+    ) -> None:
+        self.plan = CentralPlan.from_job(job)
+        self.ledger = CentralLedger(folder / LEDGER_FILE, job, self.plan)
+        self._config, self._new_randomness = job.aggregation, new_randomness
+
+    def begin(self, round_number: int) -> SitesRound:
+        """Return one attempt at a round, with randomness of its own."""
+        return SitesRound(self.plan, self.ledger, self._config, self._new_randomness(), round_number)
+
+    def epsilon(self) -> float | None:
+        """Return epsilon of everything charged; None if there is none to state."""
+        release = self.release()
+        return release.epsilon if release.protected and release.steps else None
+
+    def account_ahead(self) -> None:
+        """Compose what will be spent after the next round: the accountant remembers it."""
+        compose_epsilon([*self.ledger.events, self.plan.plan.mechanism(1)], self.plan.plan.delta)
+
+    def release(self) -> CentralRelease:
+        """Return what the statement speaks of."""
+        plan = self.plan.plan
+        return CentralRelease(
+            num_sites=self.plan.num_sites,
+            delta=plan.delta,
+            first_clip_norm=plan.max_grad_norm,
+            update_noise_multiplier=self.plan.update_noise_multiplier,
+            count_noise=self.plan.count_noise if self.plan.adaptive else None,
+            rounds_planned=plan.planned_steps,
+            rounds=self.ledger.rounds,
+            events=self.ledger.events,
+            randomness=self.ledger.randomness,
+            epsilon_planned=plan.epsilon(),
+        )
+
+
+class SitesRound:
+    """One attempt at one round: its coins and its noise come from one key, which is used once."""
+
+    def __init__(
+        self,
+        plan: CentralPlan,
+        ledger: CentralLedger,
+        config: AggregationConfig,
+        randomness: SiteRandomness,
+        round_number: int,
+    ) -> None:
+        self._plan, self._ledger, self._config = plan, ledger, config
+        self._randomness, self._round_number = randomness, round_number
+        self._released = False
+
+    def draw(self, sites: Mapping[int, SiteDescription]) -> list[int]:
+        """Return the node ids to ask: each by its own secret coin, maybe none. A declared site that is away counts as silent.
+
+        Raises:
+            RunError: if more sites take part than the job declares.
+        """
+        if len(sites) > self._plan.num_sites:
+            raise RunError(
+                f"{len(sites)} sites take part, but privacy.central.num_sites declares {self._plan.num_sites} to all of them. "
+                "Submit a job that declares them all, or remove sites."
+            )
+        nodes = list(sites)
+        coins = self._randomness.stream("sampling", round_number=self._round_number, step=0)
+        return [nodes[index] for index in self._plan.plan.sample(len(nodes), coins).tolist()]
+
+    def aggregate(
+        self,
+        current: Mapping[str, Tensor],
+        updates: Sequence[Mapping[str, Tensor]],
+        server_state: Mapping[str, Tensor],
+        shapes: Shapes,
+    ) -> tuple[Adapter, Adapter]:
+        """Return (next global adapter, next server state), released under this round's noise.
+
+        Args:
+            current: the global adapter that the sites started from.
+            updates: one checked delta per site that answered; there may be none.
+            server_state: of the server optimiser, and the clipping bound; empty before the first round.
+            shapes: of every update.
+
+        Raises:
+            PrivacyError: if the job declares no further noisy round.
+            RunError: if the charge cannot be written.
+        """
+        if self._released:
+            raise RuntimeError("a second release would share its noise with the first")
+        self._released = True
+        plan = self._plan
+        clip_norm = float(server_state.get(_CLIP_NORM, plan.plan.max_grad_norm))
+        # 1. Clip each site's update as one vector and add up.
+        total = plan.clipped_sum(updates, shapes, clip_norm)
+        # 2. Charge first.
+        self._ledger.charge(self._round_number, self._randomness.origin)
+        # 3. One noise event, also when nobody answered. From here on all is post-processing.
+        noisy = plan.add_noise(total, clip_norm, self._randomness, self._round_number)
+        # 4. Divide by the expected number of sites, never by the drawn one; move the bound.
+        released = plan.finish(noisy, shapes, clip_norm)
+        # 5. The server optimiser moves the adapter.
+        following, state = apply_update(current, released.mean, server_state, self._config)
+        return following, state | {_CLIP_NORM: torch.tensor(released.clip_norm, dtype=torch.float64)}
+
+
+def without_participants(record: RoundRecord) -> RoundRecord:
+    """Return `record` as it may be published: names, traffic and time would tell who was drawn, or how many."""
+    return replace(record, sites=[], failed={}, bytes_up=None, bytes_down=None, seconds=None)
+
+
+def _sha256(entry: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(entry).encode()).hexdigest()

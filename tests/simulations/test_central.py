@@ -1,0 +1,134 @@
+"""Central DP in a simulation: a hundred real sites with a tiny model, from the scenario to the report."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.observer import Observer
+from shared.errors import ConfigError, DataError, PrivacyError, RunError, SilotuneError
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from simulations.audit import audit_run_mechanism
+from simulations.engine import run_scenario
+from simulations.scenario import load_scenario
+
+COLUMNS = {"text": "review", "label": "verdict"}
+
+
+@pytest.fixture
+def many_sites(write_scenario: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return a writer of a scenario with one site for each of a hundred texts, both labels at each."""
+
+    def write(*, texts: int = 100, **sections: Any) -> Path:
+        rows = [(f"film {i % 10} cast {i // 10}", label) for i in range(texts) for label in ("good", "bad")]
+        with (tmp_path / "test.csv").open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("review", "verdict"), ("a dull plot", "bad"), ("a quiet joy", "good")])
+        given: dict[str, Any] = {
+            "training": {"rounds": 3, "local_steps": 1},
+            "privacy": {
+                "mechanism": "central",
+                "unit": "site",
+                "sample_rate": 1.0,
+                "noise_multiplier": 2.0,
+                "central": {"num_sites": 100, "site_sample_rate": 0.3},
+            },
+            "federation": {"min_sites": 100},
+            "data": {
+                "train": {"path": "train.csv", "columns": COLUMNS},
+                "test": {"path": "test.csv", "columns": COLUMNS},
+            },
+            "partition": {"kind": "column", "column": "text", "num_sites": texts},
+        }
+        return write_scenario(tmp_path, rows=rows, **given | sections)
+
+    return write
+
+
+def run(path: Path, folder: Path, **options: Any) -> Any:
+    return run_scenario(load_scenario(path), folder, observer=lambda arm: Observer(), **options)
+
+
+def test_a_run_names_the_unit_and_no_participant(many_sites: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    path = many_sites(
+        baselines={
+            "arms": ["federated-non-private"],
+            "federated_non_private": {
+                "training": {"rounds": 1},
+                "federation": {"min_sites": 1, "sites_per_round": 3},
+            },
+        },
+        simulation={"threads": 1, "dropout_probability": 0.2},
+    )
+    stopped = run(path, folder, stop_after=1)
+    assert stopped.round_number == 1
+    run(path, folder, resume=True)
+    epsilon = compose_epsilon([GaussianSteps(noise_multiplier=2.0, sample_rate=0.3, steps=3)], 1e-5)
+    record = json.loads((folder / "privacy.json").read_text())
+    assert (record["unit"], record["steps_executed"], record["num_sites_declared"]) == ("site", 3, 100)
+    assert record["epsilon_spent"] == pytest.approx(epsilon)
+    statement = json.loads((folder / "statement.json").read_text())
+    assert statement["one_site"].startswith("Unit: one site")
+    assert "TRUSTED COORDINATOR" in statement["one_site"]
+    # No account and no record of a single site, and nobody's name in anything that is passed on.
+    assert list(folder.glob("sites/*/privacy.json")) == []
+    assert list(folder.glob("sites/*/home/ledger.db")) == []
+    for name in ("metrics.jsonl", "statement.json", "privacy.json", "run.json", "central_ledger.json", "report.html"):
+        assert not re.search(r"film-\d-cast-\d", (folder / name).read_text()), name
+    report = (folder / "report.html").read_text()
+    assert "Epsilon of every site" in report
+    assert "unit: site" in report
+    assert "Federated, central DP over sites" in report
+    assert "largest of all sites" not in report
+    assert "It does not protect against the coordinator itself." in report
+    # The sites consented to a trusted coordinator, and in the baseline to no protection at all.
+    home = "sites/film-0-cast-0/home/site.toml"
+    assert "allow_non_private = false\nallow_trusted_coordinator = true" in (folder / home).read_text()
+    baseline = folder / "baselines" / "federated-non-private"
+    assert "allow_non_private = true\nallow_trusted_coordinator = false" in (baseline / home).read_text()
+    with pytest.raises(RunError, match="adds its noise at the coordinator"):
+        audit_run_mechanism(folder)
+
+
+def test_a_resumed_run_is_the_same(many_sites: Callable[..., Path], tmp_path: Path) -> None:
+    path = many_sites(training={"rounds": 2, "local_steps": 1})
+    run(path, tmp_path / "through", injected_seed="s")
+    run(path, tmp_path / "stopped", injected_seed="s", stop_after=1)
+    run(path, tmp_path / "stopped", injected_seed="s", resume=True)
+    adapters = [
+        (tmp_path / name / "adapter" / "adapter_model.safetensors").read_bytes() for name in ("through", "stopped")
+    ]
+    assert adapters[0] == adapters[1]
+    report = (tmp_path / "through" / "report.html").read_text()
+    assert "No privacy guarantee holds for this run." in report
+    assert json.loads((tmp_path / "through" / "privacy.json").read_text())["epsilon_spent"] is None
+
+
+CENTRAL = {"mechanism": "central", "unit": "site", "noise_multiplier": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("sections", "error", "message"),
+    [
+        ({"baselines": {"arms": ["central-dp"]}}, ConfigError, "their epsilons cannot be compared"),
+        ({"privacy": {**CENTRAL, "central": {"num_sites": 130}}}, DataError, "the partition has 100 sites"),
+        (
+            {"privacy": {**CENTRAL, "central": {"num_sites": 100, "count_noise": 0.9}}},
+            PrivacyError,
+            "count_noise is 0.9",
+        ),
+        ({"texts": 50, "privacy": {**CENTRAL, "central": {"num_sites": 50}}}, ConfigError, "fewer than 100 sites"),
+    ],
+)
+def test_a_mistake_is_found_before_anything_is_written(
+    many_sites: Callable[..., Path], tmp_path: Path, sections: dict[str, Any], error: type[SilotuneError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(many_sites(**sections), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
