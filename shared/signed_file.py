@@ -27,7 +27,7 @@ from shared.config import canonical_json
 from shared.errors import TrustError
 from shared.signing import SigningKey, VerifyKey
 
-Role = Literal["coordinator", "site"]
+Role = Literal["coordinator", "site", "key holder"]
 
 SUFFIX = ".sig.json"
 _PURPOSE = "report"
@@ -41,8 +41,8 @@ class Signer:
     """Who signs a file.
 
     Attributes:
-        role: "coordinator" (its round key) or "site" (the key of its audit log).
-        name: as its settings call it.
+        role: "coordinator" (its round key), "site" (the key of its audit log) or "key holder" (any other key).
+        name: as its settings call it, or the name of the key file.
         key: the private key.
     """
 
@@ -63,7 +63,7 @@ class FileSignature:
     Attributes:
         sha256: of the file, hexadecimal.
         num_bytes: its size.
-        role: "coordinator" or "site".
+        role: "coordinator", "site" or "key holder".
         name: of the signer.
         signed_at: ISO 8601, UTC.
         signer: the key that signed.
