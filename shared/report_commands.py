@@ -62,7 +62,7 @@ def verify(
         typer.echo(json.dumps(fields))
         return
     name = "".join(character if character.isprintable() else "�" for character in found.name)
-    typer.echo(f"unchanged since {found.role} {name} signed it on {found.signed_at}")
+    typer.echo(f"unchanged since {name} ({found.role}) signed it on {found.signed_at}")
     typer.echo(f"signed with {found.signer.text}, fingerprint {fingerprint(found.signer)}")
     if expected is None:
         typer.echo("whose key that is was not checked; give --key. Role, name and time are the signer's own words.")

@@ -1,7 +1,8 @@
 """The compliance report of a run: what was trained, by whom, what was spent and released, in words that a lawyer can use.
 
-`facts` reads and recomputes, `content` puts the facts into words, `html` and `pdf` only lay the words out, so that both
-formats say the same. It reads files; it runs no code of theirs and asks no network.
+`reading` reads the run and recomputes, into `facts`; `checks` compares. `content`, `evidence` and `spending` put the facts into
+words, and `html` and `pdf` only lay these out, so that both say the same. It reads files; it runs no code of theirs and asks
+no network.
 """
 
 from __future__ import annotations

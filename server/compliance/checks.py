@@ -19,7 +19,7 @@ from shared.privacy.statement import Statement
 from shared.signing import SignedJob
 
 if TYPE_CHECKING:
-    from server.compliance.facts import SiteFacts
+    from server.compliance.facts import CentralFacts, SiteFacts
 
 # Accountants of other versions differ in the last digits only.
 RECORD_TOLERANCE = 1e-3
@@ -82,6 +82,25 @@ def _uncounted_rounds(data: RunData, sites: Sequence[SiteFacts]) -> Iterator[str
                 yield f"Site {name}: its update was aggregated in round {record.round}, but it has no privacy record."
             elif record.round not in counted[name]:
                 yield f"Site {name}: its update was aggregated in round {record.round}, which its privacy record does not count."
+
+
+def central_discrepancies(central: CentralFacts | None) -> Iterator[str]:
+    """Does the record of a trusted coordinator agree with itself?"""
+    if central is None:
+        return
+    if not central.record_agrees:
+        yield (
+            f"The coordinator recorded epsilon {shown(central.record.epsilon_spent)}, recomputed from the executed rounds it is "
+            f"{shown(central.epsilon)}. This report uses the recomputed number."
+        )
+    if not central.accountants_agree:
+        yield (
+            f"The coordinator's record: the accountants differ by more than their error (PLD {shown(central.epsilon)}, PRV "
+            f"{shown(central.epsilon_prv)})."
+        )
+    executed = sum(event.steps for event in central.record.events)
+    if executed < len(central.record.rounds):
+        yield f"The coordinator's record names {len(central.record.rounds)} rounds, but only {executed} are accounted for."
 
 
 def statement_discrepancies(data: RunData, statements: Sequence[Statement]) -> Iterator[str]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
-from server.compliance import evidence
+from server.compliance import evidence, spending
 from server.compliance.checks import CHECKS
 from server.compliance.document import (
     Block,
@@ -65,8 +65,8 @@ def compose_document(facts: Facts, *, now: datetime, signer: Signer | None, file
         _participants(facts),
         _data(facts),
         evidence.guarantee_section(facts),
-        evidence.ledger_section(facts),
-        evidence.release_section(facts),
+        spending.ledger_section(facts),
+        spending.release_section(facts),
         evidence.accountant_section(facts),
         evidence.audit_section(facts),
         evidence.version_section(facts),
@@ -115,6 +115,8 @@ def _lead(facts: Facts) -> Iterator[Block]:
 def _why_not_private(facts: Facts) -> str:
     if facts.job.privacy.mechanism == "none":
         return "The job asked for no noise (privacy.mechanism is none). Nothing that was released is protected."
+    if facts.central is not None:
+        return facts.central.record.statement
     if not facts.sites:
         return "No site has released anything yet."
     return (
@@ -124,12 +126,12 @@ def _why_not_private(facts: Facts) -> str:
 
 
 def _summary(facts: Facts) -> Section:
-    run, worst = facts.data.run, facts.worst
+    run, headline = facts.data.run, facts.headline
     privacy = "none is guaranteed"
-    if worst is not None and worst.epsilon is not None:
+    if headline is not None:
         privacy = (
-            f"epsilon {rounded_up(worst.epsilon)} at delta {format_delta(worst.release.delta)} for one {worst.release.unit} at "
-            f"one site; the largest of {_count(len(facts.sites), 'site')}, {printable(worst.release.site)}"
+            f"epsilon {rounded_up(headline.epsilon)} at delta {format_delta(headline.delta)} for one {headline.unit} "
+            f"{headline.where}"
         )
     federated = facts.data.federated
     verdicts = [f"tier {audit.tier} {audit.verdict}" for audit in facts.audits]
@@ -142,7 +144,7 @@ def _summary(facts: Facts) -> Section:
                 ("State", _STATUS[run.status]),
                 ("Time", f"{format_time(run.created)} to {format_time(run.finished)}"),
                 ("Privacy", privacy),
-                ("Sites", str(len(facts.sites))),
+                ("Sites", _number_of_sites(facts)),
                 ("Rounds", f"{federated.rounds_done} of {federated.rounds_planned}"),
                 ("Result", _result(facts)),
                 ("Audits", ", ".join(verdicts) or "none was made"),
@@ -150,6 +152,12 @@ def _summary(facts: Facts) -> Section:
             ),
         ],
     )
+
+
+def _number_of_sites(facts: Facts) -> str:
+    if facts.central is not None:
+        return f"{facts.central.record.num_sites_declared:,} declared"
+    return str(len(facts.sites))
 
 
 def _result(facts: Facts) -> str | None:
@@ -174,8 +182,7 @@ def _training(facts: Facts) -> Section:
         [
             Paragraph(
                 text="A small adapter and, for a classifier, its output layer. The language model below it was not changed. The "
-                "coordinator sent the adapter out, every site improved it on its own records under differential privacy, and "
-                "only the noised adapter came back. No record left a site."
+                f"coordinator sent the adapter out, sites improved it on their own records, and {_way_back(facts)}"
             ),
             entries(
                 ("Language model", printable(job.model.backbone)),
@@ -188,7 +195,7 @@ def _training(facts: Facts) -> Section:
                 ("Labels", ", ".join(map(printable, job.task.labels))),
                 (
                     "Length",
-                    f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'noisy step')} at each site",
+                    f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'step')} at each site",
                 ),
                 (
                     "Optimiser",
@@ -201,6 +208,14 @@ def _training(facts: Facts) -> Section:
             ),
         ],
     )
+
+
+def _way_back(facts: Facts) -> str:
+    if facts.central is not None:
+        return "sent it back unprotected; the coordinator clipped each update, added noise to their sum and published only that."
+    if facts.job.privacy.mechanism == "none":
+        return "sent it back without noise. Such an update may give away the records that it was trained on."
+    return "every record's part was clipped and noise added before the adapter came back. No record left a site."
 
 
 def _participants(facts: Facts) -> Section:
@@ -255,6 +270,7 @@ def _data(facts: Facts) -> Section:
     dataset, job = facts.data.run.dataset, facts.job
     kind = "texts, each with one label" if job.task.kind == "sequence_classification" else "texts"
     total = sum(site.release.declared_records for site in facts.sites)
+    most = job.privacy.model_dump().get("records_per_person")  # of jobs whose unit is a person
     return section(
         "data",
         "On what kind of data",
@@ -269,6 +285,7 @@ def _data(facts: Facts) -> Section:
                 ("Declared sizes", f"{total:,} in all {_count(len(facts.sites), 'site')}" if facts.sites else None),
                 ("Longest text", f"{job.model.max_length:,} tokens; what is longer was cut"),
                 ("Unit of privacy", ", ".join(f"one {guarantee.unit}" for guarantee in facts.guarantees)),
+                ("Most records of one person in a step", str(most) if most else None),
                 ("Evaluation records", f"{dataset.test_records:,}, public" if dataset.test_records else None),
             ),
             Paragraph(
@@ -281,16 +298,17 @@ def _data(facts: Facts) -> Section:
 
 def _limits(facts: Facts) -> Section:
     blocks: list[Block] = []
-    worst = facts.worst
-    if worst is not None and worst.epsilon is not None:
-        unit = worst.release.unit
+    headline = facts.headline
+    if headline is not None:
+        unit = headline.unit
         blocks.append(
             Paragraph(
                 text=f"Differential privacy limits what anybody can learn about one {unit} from everything that was released, "
-                f"whatever else they know. With epsilon {rounded_up(worst.epsilon)}, the odds of any guess about one {unit} rise "
-                f"by a factor of at most {_factor(worst.epsilon)}, except with probability {format_delta(worst.release.delta)}. "
-                "It is a limit for the worst case, not a forecast. For comparison: epsilon 1 is a factor of 2.8, epsilon 3 of "
-                "21, epsilon 8 of 2,981. Whether a factor is small enough is a judgement, and not one of mathematics."
+                f"whatever else they know. With epsilon {rounded_up(headline.epsilon)}, the odds of any guess about one {unit} "
+                f"rise by a factor of at most {_factor(headline.epsilon)}, except with probability "
+                f"{format_delta(headline.delta)}. It is a limit for the worst case, not a forecast. For comparison: epsilon 1 is "
+                "a factor of 2.8, epsilon 3 of 21, epsilon 8 of 2,981. Whether a factor is small enough is "
+                "a judgement, and not one of mathematics."
             )
         )
     not_covered = dict.fromkeys(text for guarantee in facts.guarantees for text in guarantee.statement.not_covered)
@@ -330,7 +348,7 @@ def _signature(signer: Signer | None, file_name: str) -> Section:
                 "changed in either of them, and the check fails."
             ),
             entries(
-                ("Signed by", f"{signer.role} {printable(signer.name)}"),
+                ("Signed by", f"{printable(signer.name)} ({signer.role})"),
                 ("Public key", signer.verify_key.text),
                 ("Fingerprint", fingerprint(signer.verify_key)),
                 ("Check", f"silotune report verify {file_name} --key {signer.verify_key.text}"),
@@ -352,11 +370,12 @@ def _signature(signer: Signer | None, file_name: str) -> Section:
 
 
 def _factor(epsilon: float) -> str:
-    """Return e to the epsilon, rounded up."""
+    """Return e to the epsilon that is printed, rounded up."""
+    epsilon = math.ceil(epsilon * 1000) / 1000
     if epsilon > 30:
         return f"10 to the {math.ceil(epsilon / math.log(10))}"
     value = math.exp(epsilon)
-    return f"{math.ceil(value * 10) / 10:.1f}" if value < 20 else f"{math.ceil(value):,}"
+    return f"{math.ceil(value * 10 - 1e-9) / 10:.1f}" if value < 20 else f"{math.ceil(value - 1e-9):,}"
 
 
 def _count(number: int, noun: str) -> str:

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from server.report.formats import join_names, printable
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paragraph:
@@ -119,6 +121,9 @@ class Document:
     sections: tuple[Section, ...]
 
 
+HASH = Column(title="SHA-256", mono=True, width="wide")
+
+
 def section(anchor: str, title: str, blocks: Sequence[Block]) -> Section:
     """Return a section."""
     return Section(id=anchor, title=title, blocks=tuple(blocks))
@@ -127,3 +132,8 @@ def section(anchor: str, title: str, blocks: Sequence[Block]) -> Section:
 def entries(*rows: tuple[str, str | None], mono: Sequence[str] = ()) -> Entries:
     """Return names and values; what is None or empty is left out, terms in `mono` have a fixed width."""
     return Entries(rows=tuple(Entry(term=term, value=value, mono=term in mono) for term, value in rows if value))
+
+
+def join_sites(names: Sequence[str]) -> str:
+    """Return names of sites in one phrase, runs of numbers shortened."""
+    return join_names(map(printable, names))

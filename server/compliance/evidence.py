@@ -1,31 +1,35 @@
-"""The sections of the compliance report that hold its numbers: guarantee, ledgers, releases, accountants, audits, hashes."""
+"""The sections of the compliance report that prove its guarantee: statements, accountants, audits, hashes."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 
 from server.compliance.checks import shown
-from server.compliance.document import Block, Bullets, Column, Notice, Paragraph, Section, Table, entries, section
-from server.compliance.facts import Facts, Guarantee, Release, SiteFacts, accountants_agree
-from server.compliance.ledgers import LedgerFacts
+from server.compliance.document import (
+    HASH,
+    Block,
+    Bullets,
+    Column,
+    Notice,
+    Paragraph,
+    Section,
+    Table,
+    entries,
+    join_sites,
+    section,
+)
+from server.compliance.facts import CentralFacts, Facts, Guarantee, SiteFacts, accountants_agree
 from server.report.formats import (
     NOT_RECORDED,
     format_budget,
     format_bytes,
     format_delta,
-    join_names,
     printable,
 )
 from shared.privacy.statement import rounded_up
 
 # More statements than these would fill page after page with the words of the table above them.
 MAX_SITE_STATEMENTS = 24
-_HASH = Column(title="SHA-256", mono=True, width="wide")
-_OUTCOMES = {
-    "not counted": "accepted, not counted",
-    "unanswered": "never answered",
-}
 
 
 def guarantee_section(facts: Facts) -> Section:
@@ -33,10 +37,14 @@ def guarantee_section(facts: Facts) -> Section:
     blocks: list[Block] = []
     for guarantee in facts.guarantees:
         if len(facts.guarantees) > 1:
-            blocks.append(Paragraph(text=f"Unit of privacy: one {guarantee.unit}. Sites: {_names(guarantee.sites)}."))
+            blocks.append(
+                Paragraph(text=f"Unit of privacy: one {guarantee.unit}. Sites: {join_sites(guarantee.sites)}.")
+            )
         blocks.append(Paragraph(text=guarantee.statement.one_site, role="statement"))
         if len(guarantee.composed) > 1:
             blocks.append(_sites_table(guarantee))
+    if facts.central is not None:
+        return section("guarantee", "The guarantee", [*blocks, _central_table(facts.central)])
     if facts.sites:
         blocks.append(_mechanism_table(facts.sites))
     if len(facts.sites) <= MAX_SITE_STATEMENTS:
@@ -55,8 +63,8 @@ def guarantee_section(facts: Facts) -> Section:
 
 def _sites_table(guarantee: Guarantee) -> Table:
     return Table(
-        caption=f"A {guarantee.unit} that is at several sites is protected less. Epsilon for up to so many sites, those with the "
-        "largest epsilon first; check: the second accountant.",
+        caption=f"Whoever is at several sites is protected less. Epsilon for one {guarantee.unit} at each of up to so many "
+        "sites, those with the largest epsilon first; check: the second accountant.",
         columns=(
             Column(title="Sites"),
             Column(title="Epsilon", number=True),
@@ -71,6 +79,25 @@ def _sites_table(guarantee: Guarantee) -> Table:
                 _yes_no(accountants_agree(row.epsilon, row.epsilon_prv)),
             )
             for row in guarantee.composed
+        ),
+    )
+
+
+def _central_table(central: CentralFacts) -> Table:
+    record = central.record
+    titles = ("Sampling rate of sites", "Noise multiplier", "Noise events", "Delta", "Epsilon")
+    return Table(
+        caption="What the coordinator executed over all sites together, and the epsilon that follows from it.",
+        columns=(Column(title="Unit", width="wide"), *(Column(title=title, number=True) for title in titles)),
+        rows=(
+            (
+                record.unit,
+                _each(f"{event.sample_rate:g}" for event in record.events),
+                _each(f"{event.noise_multiplier:.4f}" for event in record.events),
+                _each(str(event.steps) for event in record.events),
+                format_delta(record.delta),
+                "none" if central.epsilon is None else rounded_up(central.epsilon),
+            ),
         ),
     )
 
@@ -106,156 +133,6 @@ def _mechanism_table(sites: Sequence[SiteFacts]) -> Table:
     )
 
 
-def ledger_section(facts: Facts) -> Section:
-    """Each given account before and after the job."""
-    blocks: list[Block] = []
-    if facts.ledgers:
-        blocks.append(
-            Paragraph(
-                text="A site's ledger keeps what everything that was ever released from a data set has spent, across runs, and "
-                "refuses what would cross the cap. Before: up to this job's first charge. After: up to its last one."
-            )
-        )
-        blocks.append(_ledger_table(facts.ledgers))
-        blocks.append(_ledger_hashes(facts.ledgers))
-        blocks += _ledger_notes(facts.ledgers)
-    given = {ledger.export.site for ledger in facts.ledgers}
-    missing = [site.release.site for site in facts.sites if site.release.site not in given]
-    if missing:
-        blocks.append(
-            Paragraph(
-                text=f"Not given: the {'ledger' if len(missing) == 1 else 'ledgers'} of {_names(missing)}. A ledger stays at its "
-                "site; what it holds before and after this job is not known here. The site can hand out an export "
-                "(“silotune site ledger HOME --export FILE”), and this report be made again with “--ledger FILE”."
-            )
-        )
-    return section("ledger", "The sites' ledgers before and after", blocks)
-
-
-def _ledger_table(ledgers: Sequence[LedgerFacts]) -> Table:
-    numbers = ("Cap", "Before", "After", "At export", "Charged steps")
-    return Table(
-        caption="Epsilon spent of each account, by the account's own rule, at its delta.",
-        columns=(
-            Column(title="Site, data set", width="wide"),
-            Column(title="Unit"),
-            Column(title="Rule"),
-            *(Column(title=title, number=True) for title in numbers),
-            Column(title="Delta", number=True),
-        ),
-        rows=tuple(
-            (
-                f"{printable(ledger.export.site)}, {printable(ledger.export.dataset)}",
-                ledger.export.unit,
-                ledger.export.composition,
-                f"{ledger.export.epsilon:g}",
-                _spend(ledger.before),
-                _spend(ledger.after),
-                _spend(ledger.now),
-                str(ledger.steps),
-                format_delta(ledger.export.delta),
-            )
-            for ledger in ledgers
-        ),
-    )
-
-
-def _ledger_hashes(ledgers: Sequence[LedgerFacts]) -> Table:
-    return Table(
-        caption="The state of each ledger: its last entry names all before it. Compare it with the ledger at the site.",
-        columns=(Column(title="Site"), Column(title="Entries", number=True), _HASH),
-        rows=tuple(
-            (printable(ledger.export.site), str(ledger.export.num_entries), ledger.export.head_sha256)
-            for ledger in ledgers
-        ),
-    )
-
-
-def _ledger_notes(ledgers: Sequence[LedgerFacts]) -> Iterator[Block]:
-    notes = []
-    if any(ledger.export.composition == "adaptive" for ledger in ledgers):
-        notes.append(
-            "Rule adaptive: a Rényi filter, which holds also if a run is planned on the results of earlier ones. What it has "
-            "spent is the used part of the cap and larger than the epsilon of the run alone; only the cap is a guarantee."
-        )
-    if any(ledger.export.composition == "fixed" for ledger in ledgers):
-        notes.append(
-            "Rule fixed: PLD over all charges, valid if the plans of all runs were fixed before the first one started."
-        )
-    for ledger in ledgers:
-        site = printable(ledger.export.site)
-        if ledger.others_between:
-            notes.append(f"{site}: {ledger.others_between} charges of other jobs lie between and count into after.")
-        if ledger.uncommitted:
-            notes.append(f"{site}: {ledger.uncommitted} charges were reserved and never confirmed; they count in full.")
-    if any(not ledger.account.from_ledger for ledger in ledgers):
-        notes.append("An export is the site's own word; nobody signed it.")
-    if notes:
-        yield Bullets(items=tuple(notes))
-
-
-def release_section(facts: Facts) -> Section:
-    """Every update that left a site, and every request that brought none."""
-    released = [release for release in facts.releases if release.sha256 is not None]
-    others = [release for release in facts.releases if release.sha256 is None]
-    blocks: list[Block] = [
-        Paragraph(
-            text="All that left a site for this job, beside its name, version and declared size. Each update is the trained "
-            "adapter after clipping and noise, and is named by the SHA-256 of its bytes."
-        )
-    ]
-    if released:
-        blocks.append(_release_table(released, notes=facts.log is not None))
-    if others:
-        blocks.append(
-            Table(
-                caption="Requests that brought no update. Those never answered count as executed: what was computed may "
-                "have been seen by somebody.",
-                columns=(
-                    Column(title="Round"),
-                    Column(title="Site"),
-                    Column(title="Outcome"),
-                    Column(title="Reason", width="wide"),
-                ),
-                rows=tuple(
-                    (
-                        str(release.round),
-                        printable(release.site),
-                        _OUTCOMES.get(release.outcome, release.outcome),
-                        printable(release.reason) or NOT_RECORDED,
-                    )
-                    for release in others
-                ),
-            )
-        )
-    if not facts.releases:
-        blocks.append(Paragraph(text="Nothing was released yet."))
-    return section("releases", "Every release", blocks)
-
-
-def _release_table(releases: Sequence[Release], *, notes: bool) -> Table:
-    sized = any(release.num_bytes is not None for release in releases)
-    rows = []
-    for release in releases:
-        outcome = _OUTCOMES.get(release.outcome, release.outcome)
-        if release.outcome == "refused" and release.reason:
-            outcome += f": {printable(release.reason)}"
-        size = (NOT_RECORDED if release.num_bytes is None else f"{release.num_bytes:,}",) if sized else ()
-        rows.append((str(release.round), printable(release.site), outcome, *size, release.sha256 or ""))
-    source = " Compared with the coordinator's audit log." if notes else ""
-    return Table(
-        caption=f"{len(releases):,} updates.{source}",
-        columns=(
-            Column(title="Round"),
-            Column(title="Site"),
-            Column(title="Outcome"),
-            *((Column(title="Bytes", number=True),) if sized else ()),
-            _HASH,
-        ),
-        rows=tuple(rows),
-    )
-
-
 def accountant_section(facts: Facts) -> Section:
     """Epsilon by two accountants, beside what the run had recorded."""
     blocks: list[Block] = [
@@ -268,7 +145,9 @@ def accountant_section(facts: Facts) -> Section:
     if facts.private:
         blocks.append(
             Table(
-                caption="Epsilon of each site.",
+                caption="Epsilon of each site."
+                if facts.central is None
+                else "Epsilon of what the coordinator published.",
                 columns=(
                     Column(title="Site", width="wide"),
                     Column(title="PLD", number=True),
@@ -287,7 +166,8 @@ def accountant_section(facts: Facts) -> Section:
                         _yes_no(site.accountants_agree and site.record_agrees),
                     )
                     for site in facts.sites
-                ),
+                )
+                + _central_row(facts.central),
             )
         )
         blocks.append(
@@ -300,6 +180,14 @@ def accountant_section(facts: Facts) -> Section:
     else:
         blocks.append(Paragraph(text="No epsilon is stated for this run, so there is none to check."))
     return section("accountants", "Accountants compared", blocks)
+
+
+def _central_row(central: CentralFacts | None) -> tuple[tuple[str, ...], ...]:
+    if central is None:
+        return ()
+    epsilon, agrees = shown(central.epsilon), central.accountants_agree and central.record_agrees
+    recorded = shown(central.record.epsilon_spent)
+    return (("coordinator", epsilon, shown(central.epsilon_prv), recorded, epsilon, _yes_no(agrees)),)
 
 
 def audit_section(facts: Facts) -> Section:
@@ -364,7 +252,7 @@ def version_section(facts: Facts) -> Section:
         ),
         Table(
             caption="Files that this report was made from.",
-            columns=(Column(title="File"), Column(title="Size", number=True), _HASH),
+            columns=(Column(title="File"), Column(title="Size", number=True), HASH),
             rows=tuple((printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.sources),
         ),
     ]
@@ -372,7 +260,7 @@ def version_section(facts: Facts) -> Section:
         blocks.append(
             Table(
                 caption="The adapter that was trained.",
-                columns=(Column(title="File"), Column(title="Size", number=True), _HASH),
+                columns=(Column(title="File"), Column(title="Size", number=True), HASH),
                 rows=tuple(
                     (printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.data.adapter
                 ),
@@ -389,17 +277,9 @@ def _log_text(facts: Facts) -> str | None:
     return f"{log.entries:,} entries, unbroken, {signed}; {log.job_entries:,} of this job"
 
 
-def _names(names: Sequence[str]) -> str:
-    return join_names(map(printable, names))
-
-
 def _each(values: Iterator[str]) -> str:
     """Return one value a line."""
     return "\n".join(values) or "none"
-
-
-def _spend(value: float) -> str:
-    return rounded_up(value) if math.isfinite(value) else "unbounded"
 
 
 def _bound(value: float | None) -> str:

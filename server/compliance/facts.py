@@ -1,41 +1,20 @@
-"""What a compliance report states, read from the files of one run and recomputed from what was executed.
+"""What a compliance report states about one run; `server.compliance.reading` finds it out.
 
-Formal guarantees (tests: tests/server/test_compliance_report.py)
-    * Every epsilon is composed anew from the executed (noise_multiplier, sample_rate, steps), by PLD, and once more by PRV; a
-      recorded number that differs is reported, never repeated (test_a_recorded_epsilon_that_differs_is_a_discrepancy).
-    * A site without noise, or with injected randomness, has no epsilon here (test_without_privacy_no_epsilon_is_printed).
-    * Gaussian releases of metrics are composed with the training (test_released_metrics_are_composed).
-    * Nothing in the run folder is written, and nothing outside it, its job's folder and the given accounts is read
-      (test_the_run_folder_is_only_read).
+Every epsilon in here was composed anew from what was executed.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import math
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 from server.compliance import checks
-from server.compliance.ledgers import Account, LedgerFacts, ledger_facts
-from server.compliance.log import LogFacts, read_log
-from server.compliance.records import AuditRecord, PrivacyRecord, parse_record
-from server.home import CoordinatorHome
-from server.report.formats import natural_key
-from server.report.run_data import RunData, read_run
-from server.run_folder import load_job
-from server.submission import Submission
+from server.compliance.ledgers import LedgerFacts
+from server.compliance.log import LogFacts
+from server.compliance.records import AuditRecord, CentralRecord
+from server.report.formats import printable
+from server.report.run_data import RunData
 from shared.config import Job
-from shared.errors import PrivacyError, RunError, TrustError
-from shared.privacy.accounting import GaussianSteps, check_delta, prv_epsilon
-from shared.privacy.plan import PrivacyPlan
-from shared.privacy.statement import SiteRelease, Statement, run_statement, site_statement
-from shared.signed_folder import SIGNATURE_FILE, verify_folder
+from shared.privacy.statement import SiteRelease, Statement
 from shared.signing import SignedJob
 
 # PRV's epsilon carries an error bound of 0.01 in either direction, and PLD rounds up by less than that.
@@ -79,6 +58,45 @@ class SiteFacts:
         """Whether more was spent than the site's cap for one run."""
         budget = self.release.epsilon_budget
         return self.epsilon is not None and budget > 0 and self.epsilon > budget * (1 + 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralFacts:
+    """What a trusted coordinator published about all sites together (central DP), and its epsilon by two accountants.
+
+    Attributes:
+        record: as the run wrote it.
+        epsilon: PLD of its events; None where nothing may be stated.
+        epsilon_prv: PRV of the same.
+    """
+
+    record: CentralRecord
+    epsilon: float | None
+    epsilon_prv: float | None
+
+    @property
+    def record_agrees(self) -> bool:
+        """Whether the run's own record says the same as what is computed now."""
+        return checks.agree(self.epsilon, self.record.epsilon_spent if self.epsilon is not None else None)
+
+    @property
+    def accountants_agree(self) -> bool:
+        """Whether PRV gives the same as PLD, within its own error."""
+        return accountants_agree(self.epsilon, self.epsilon_prv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The largest epsilon of a run, for its summary.
+
+    Attributes:
+        where: the site that it is of, or all of them.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    where: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +161,7 @@ class Facts:
         signed_job: with its signature checked; None outside a coordinator's folder.
         coordinator: name of the coordinator; None outside its folder.
         sites: natural order.
+        central: of a run whose coordinator is trusted to add the noise; None elsewhere.
         guarantees: one for each unit of privacy.
         log: the coordinator's audit log of this job; None outside a coordinator's folder.
         adapter_signer: the key that signed the adapter's folder, every file checked; None if it is not signed.
@@ -155,6 +174,7 @@ class Facts:
     signed_job: SignedJob | None
     coordinator: str | None
     sites: tuple[SiteFacts, ...]
+    central: CentralFacts | None
     guarantees: tuple[Guarantee, ...]
     releases: tuple[Release, ...]
     ledgers: tuple[LedgerFacts, ...]
@@ -177,56 +197,25 @@ class Facts:
     @property
     def private(self) -> bool:
         """Whether an epsilon may be stated for the run."""
+        if self.central is not None:
+            return self.central.epsilon is not None
         return bool(self.sites) and self.job.privacy.mechanism != "none" and not self.unprotected
 
     @property
-    def worst(self) -> SiteFacts | None:
-        """The site with the largest epsilon, None if none is stated."""
-        stated = [site for site in self.sites if site.epsilon is not None]
-        return max(stated, key=lambda site: site.epsilon or 0.0, default=None) if self.private else None
-
-
-def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
-    """Read a run folder and what belongs to it.
-
-    Raises:
-        RunError: if a required file is missing or malformed, or what a site executed cannot be accounted for.
-    """
-    # 1. What the run wrote, and what each site executed.
-    data, job = read_run(run_dir), load_job(run_dir)
-    sites = _sites(run_dir, job)
-    guarantees = _guarantees(sites, job)
-    audits = tuple(parse_record(AuditRecord, path) for path in sorted(run_dir.glob("audit/tier*.json")))
-    ledgers = tuple(ledger_facts(account, job.sha256, [site.release for site in sites]) for account in accounts)
-
-    # 2. What stands around it at a coordinator; a signature or a log that does not hold is a discrepancy.
-    submission, home = _coordinator(run_dir)
-    problems: list[str] = []
-    signed = _signed_job(submission, problems) if submission else None
-    log = _log(home, job.sha256, problems) if home else None
-    signer = _adapter_signer(run_dir / "adapter", problems)
-
-    # 3. Whether all of it fits together.
-    problems += checks.job_discrepancies(data, job, signed)
-    problems += checks.site_discrepancies(data, job, sites)
-    problems += checks.statement_discrepancies(data, [guarantee.statement for guarantee in guarantees])
-    problems += checks.log_discrepancies(log, sites)
-    problems += checks.other_discrepancies(job, ledgers, audits)
-    return Facts(
-        data=data,
-        job=job,
-        signed_job=signed,
-        coordinator=home.load_config().name if home else None,
-        sites=sites,
-        guarantees=guarantees,
-        releases=_releases(data, sites, log),
-        ledgers=ledgers,
-        log=log,
-        audits=audits,
-        adapter_signer=signer,
-        sources=_sources(run_dir, submission, accounts),
-        discrepancies=tuple(problems),
-    )
+    def headline(self) -> Headline | None:
+        """The largest epsilon, None if none is stated."""
+        if not self.private:
+            return None
+        if self.central is not None and self.central.epsilon is not None:
+            record = self.central.record
+            where = f"over {record.num_sites_declared:,} declared sites, the coordinator being trusted"
+            return Headline(epsilon=self.central.epsilon, delta=record.delta, unit=record.unit, where=where)
+        epsilon, _, worst = max(
+            ((site.epsilon or 0.0, -index, site.release) for index, site in enumerate(self.sites)),
+            key=lambda item: item[:2],
+        )
+        where = f"at one site; the largest of all sites, {printable(worst.site)}"
+        return Headline(epsilon=epsilon, delta=worst.delta, unit=worst.unit, where=where)
 
 
 def accountants_agree(pld: float | None, prv: float | None) -> bool:
@@ -234,202 +223,3 @@ def accountants_agree(pld: float | None, prv: float | None) -> bool:
     if pld is None or prv is None:
         return pld == prv
     return abs(pld - prv) <= max(PRV_TOLERANCE, 0.01 * pld)
-
-
-def _sites(run_dir: Path, job: Job) -> tuple[SiteFacts, ...]:
-    records = [(path, parse_record(PrivacyRecord, path)) for path in run_dir.glob("sites/*/privacy.json")]
-    facts = []
-    for path, record in sorted(records, key=lambda item: natural_key(item[1].site)):
-        try:
-            facts.append(_site(record, job))
-        except PrivacyError as error:
-            raise RunError(f"{path} cannot be accounted for: {error}; no report is made of it.") from None
-    return tuple(facts)
-
-
-def _site(record: PrivacyRecord, job: Job) -> SiteFacts:
-    events = record.mechanisms
-    check_delta(record.delta)
-    if len(record.rounds) != len(record.update_sha256):
-        raise PrivacyError(f"{len(record.rounds)} rounds and {len(record.update_sha256)} hashes of updates")
-    if record.private and record.rounds and not sum(event.steps for event in record.events):
-        raise PrivacyError("updates were released, but no noisy step is recorded")
-    private = record.private and job.privacy.mechanism != "none"
-    # A request of unknown outcome counts as the job planned it, as the coordinator counts it; see server/rounds.py.
-    plan = PrivacyPlan.from_job(job) if private and record.rounds_unanswered else None
-    release = SiteRelease(
-        site=record.site,
-        unit=record.unit,
-        delta=record.delta,
-        max_grad_norm=record.max_grad_norm,
-        declared_records=record.declared_records,
-        randomness=record.randomness,
-        epsilon_budget=record.epsilon_budget or 0.0,
-        steps_planned=record.steps_planned,
-        events=events,
-        rounds=record.rounds,
-        updates=record.update_sha256,
-        unanswered=record.rounds_unanswered,
-        per_round=plan.mechanism(job.training.local_steps) if plan else None,
-        private=private,
-        **_later_fields(record),
-    )
-    stated = release.protected
-    if stated and math.isinf(release.epsilon_bound):
-        raise PrivacyError("its epsilon cannot be bounded")
-    return SiteFacts(
-        release=release,
-        num_training_events=len(record.events),
-        statement=site_statement(release, job.name),
-        epsilon=release.epsilon_bound if stated else None,
-        epsilon_arrived=release.epsilon if stated else None,
-        epsilon_prv=_prv(release.possible_events, release.delta) if stated else None,
-        recorded=record.recorded if stated else None,
-    )
-
-
-def _later_fields(record: PrivacyRecord) -> dict[str, Any]:
-    """Whole numbers that a record and a release of a later version both have, such as records per person."""
-    extra = record.model_extra or {}
-    names = {field.name for field in dataclasses.fields(SiteRelease)} & extra.keys()
-    return {name: extra[name] for name in names if type(extra[name]) is int}
-
-
-@lru_cache(maxsize=1024)
-def _prv(events: tuple[GaussianSteps, ...], delta: float) -> float | None:
-    steps: Counter[tuple[float, float]] = Counter()
-    for event in events:
-        steps[event.noise_multiplier, event.sample_rate] += event.steps
-    merged = [GaussianSteps(noise_multiplier=s, sample_rate=q, steps=count) for (s, q), count in steps.items()]
-    try:
-        return prv_epsilon(merged, delta)
-    except (ValueError, RuntimeError, ArithmeticError):  # outside the range of its mesh
-        return None
-
-
-def _guarantees(sites: Sequence[SiteFacts], job: Job) -> tuple[Guarantee, ...]:
-    units = sorted({site.release.unit for site in sites}) or [job.privacy.unit]
-    found = []
-    for unit in units:
-        releases = [site.release for site in sites if site.release.unit == unit]
-        statement = run_statement(releases, job.name)
-        found.append(
-            Guarantee(
-                unit=unit,
-                sites=tuple(release.site for release in releases),
-                statement=statement,
-                composed=tuple(_composed(statement, releases)),
-            )
-        )
-    return tuple(found)
-
-
-def _composed(statement: Statement, releases: Sequence[SiteRelease]) -> list[ComposedEpsilon]:
-    """Return the statement's table, with PRV's epsilon of the same releases: those of the largest epsilons."""
-    worst = sorted(releases, key=lambda release: release.epsilon_bound, reverse=True)
-    return [
-        ComposedEpsilon(
-            sites=int(row["sites"]),
-            epsilon=float(row["epsilon"]),
-            epsilon_prv=_prv(
-                tuple(event for release in worst[: int(row["sites"])] for event in release.possible_events),
-                worst[0].delta,
-            ),
-        )
-        for row in statement.up_to_m_sites
-    ]
-
-
-def _coordinator(run_dir: Path) -> tuple[Submission | None, CoordinatorHome | None]:
-    """Return the submission and the coordinator's folder around a run folder, if it lies in one."""
-    folder = run_dir.resolve().parent
-    home = CoordinatorHome(folder.parent.parent)
-    if not (folder / "signed_job.json").exists() or not home.config.exists():
-        return None, None
-    return Submission(folder), home
-
-
-def _signed_job(submission: Submission, problems: list[str]) -> SignedJob | None:
-    try:
-        return submission.signed_job()
-    except TrustError as error:
-        problems.append(f"The signature of the job does not hold: {error}")
-        return None
-
-
-def _log(home: CoordinatorHome, job_sha256: str, problems: list[str]) -> LogFacts | None:
-    try:
-        return read_log(home, job_sha256)
-    except TrustError as error:
-        problems.append(f"The coordinator's audit log does not hold: {error}")
-        return None
-
-
-def _adapter_signer(folder: Path, problems: list[str]) -> str | None:
-    if not (folder / SIGNATURE_FILE).exists():
-        return None
-    try:
-        return verify_folder(folder).text
-    except TrustError as error:
-        problems.append(f"The signature of the adapter does not hold: {error}")
-        return None
-
-
-def _releases(data: RunData, sites: Sequence[SiteFacts], log: LogFacts | None) -> tuple[Release, ...]:
-    """Return every release by round and site: what the run counts, what it does not, and what never arrived."""
-    judged = {(entry.round, entry.site, entry.sha256): entry for entry in log.updates} if log else {}
-    found: dict[tuple[int, str, str | None], Release] = {}
-    for site in sites:
-        name = site.release.site
-        for number, sha256 in zip(site.release.rounds, site.release.updates, strict=True):
-            known = judged.get((number, name, sha256))
-            size = known.num_bytes if known else None
-            found[number, name, sha256] = Release(
-                round=number, site=name, sha256=sha256, num_bytes=size, outcome="accepted"
-            )
-        for number in site.release.unanswered:
-            found[number, name, None] = Release(
-                round=number, site=name, sha256=None, num_bytes=None, outcome="unanswered", reason="counted as executed"
-            )
-    for key, entry in judged.items():
-        if key not in found:
-            outcome = "not counted" if entry.accepted else "refused" if entry.sha256 else "failed"
-            found[key] = Release(
-                round=entry.round,
-                site=entry.site,
-                sha256=entry.sha256,
-                num_bytes=entry.num_bytes,
-                outcome=outcome,
-                reason=entry.reason,
-            )
-    told = {(release.round, release.site) for release in found.values()}
-    for record in data.federated.rounds:
-        for name, reason in record.failed.items():
-            if (record.round, name) not in told:
-                found[record.round, name, None] = Release(
-                    round=record.round, site=name, sha256=None, num_bytes=None, outcome="failed", reason=reason or ""
-                )
-    return tuple(sorted(found.values(), key=lambda release: (release.round, natural_key(release.site))))
-
-
-def _sources(run_dir: Path, submission: Submission | None, accounts: Sequence[Account]) -> tuple[FileHash, ...]:
-    names = ["job.json", "run.json", "metrics.jsonl", "evaluation.json", "statement.json", "checkpoint.safetensors"]
-    paths = {name: run_dir / name for name in names}
-    more = [*run_dir.glob("sites/*/privacy.json"), *run_dir.glob("audit/tier*.json")]
-    for path in sorted(more, key=lambda path: natural_key(path.relative_to(run_dir).as_posix())):
-        paths[path.relative_to(run_dir).as_posix()] = path
-    if submission is not None:
-        paths["signed_job.json"] = submission.path / "signed_job.json"
-    for account in accounts:
-        what = "ledger" if account.from_ledger else "export of the ledger"
-        paths[f"{what} of {account.export.site}: {account.file.name}"] = account.file
-    return tuple(_hash(name, path) for name, path in paths.items() if path.is_file())
-
-
-def _hash(name: str, path: Path) -> FileHash:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileHash(name=name, num_bytes=path.stat().st_size, sha256=digest)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None

@@ -81,6 +81,22 @@ class PrivacyRecord(BaseModel):
         return tuple(found)
 
 
+class CentralRecord(BaseModel):
+    """`privacy.json` of the run itself: what a trusted coordinator published, the unit being one site."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
+
+    unit: str
+    delta: float
+    num_sites_declared: int
+    randomness: Origin
+    epsilon_spent: float | None = None
+    epsilon_budget: float | None = None
+    events: tuple[ExecutedSteps, ...]
+    rounds: tuple[int, ...]
+    statement: str
+
+
 class AuditRecord(BaseModel):
     """`audit/tierN.json`; `claim` is the epsilon that was put to the test."""
 

@@ -16,8 +16,8 @@ from typing import Literal
 
 from server.compliance.content import compose_document
 from server.compliance.document import Document
-from server.compliance.facts import read_facts
 from server.compliance.ledgers import Account
+from server.compliance.reading import read_facts
 from shared.atomic import write_bytes
 from shared.errors import RunError
 from shared.signed_file import Signer, sign_file, signature_file

@@ -16,24 +16,26 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typst
 
 from server.compliance import Account, checks, load_account, write_compliance_report
 from server.compliance.content import compose_document
 from server.compliance.document import Document, Notice
-from server.compliance.facts import Facts, read_facts
+from server.compliance.facts import CentralFacts, Facts
 from server.compliance.html import render_html
 from server.compliance.ledgers import ledger_facts
 from server.compliance.log import JudgedUpdate, LogFacts
 from server.compliance.pdf import render_pdf
+from server.compliance.reading import central_guarantee, read_central, read_facts
 from server.home import CoordinatorHome
 from server.observer import Observer
 from server.run_folder import load_job
 from shared import audit_log
 from shared.audit_log import Event
-from shared.config import Job, parse
 from shared.errors import LedgerError, RunError
 from shared.ledger_export import LedgerExport, save_export
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.statement import rounded_up
 from shared.signed_file import Signer, signature_file
 from shared.signing import SigningKey, save_signing_key, sign_job
 from simulations.accounts import simulated_accounts
@@ -211,6 +213,7 @@ def test_released_metrics_are_composed(run: Path) -> None:
     facts = read_facts(run)
     metric = GaussianSteps(noise_multiplier=2.0, sample_rate=1.0, steps=1)
     assert facts.sites[0].epsilon == pytest.approx(compose_epsilon([*EVENTS, metric], 1e-5))
+    assert all(site.accountants_agree for site in facts.sites)
     assert any("recorded epsilon" in problem for problem in facts.discrepancies)
     assert not any("less noise" in problem or "larger rate" in problem for problem in facts.discrepancies)
 
@@ -254,6 +257,9 @@ def test_a_recorded_epsilon_that_differs_is_a_discrepancy(run: Path) -> None:
 )
 def test_without_privacy_no_epsilon_is_printed(run: Path, changes: dict[str, Any]) -> None:
     edit_sites(run, epsilon_spent=None, epsilon_bound=None, **changes)
+    if not changes.get("private", True):
+        job = json.loads((run / "job.json").read_text())
+        edit(run / "job.json", privacy=job["privacy"] | {"mechanism": "none"})
     page = page_of(run)
     assert "No privacy guarantee holds for this run." in page
     assert not re.search(r"epsilon \d", page.replace("statement.json states epsilon", ""))
@@ -272,7 +278,7 @@ def test_steps_that_cannot_be_accounted_for_stop_the_report(run: Path) -> None:
         ({"events": [{"noise_multiplier": 0.7, "sample_rate": 0.25, "steps": 4}]}, "less noise than the job says"),
         ({"events": [{"noise_multiplier": 1.0, "sample_rate": 0.5, "steps": 4}]}, "larger rate than the job's 0.25"),
         ({"epsilon_budget": 0.5}, "more in this run than its cap of 0.5"),
-        ({"unit": "patient"}, "the job's unit is record"),
+        ({"unit": "patient", "records_per_person": 4}, "the job's unit is record"),
         (
             {"rounds": [1], "update_sha256": ["ab" * 32]},
             "aggregated in round 2, which its privacy record does not count",
@@ -334,6 +340,69 @@ def test_a_ledger_that_does_not_cover_the_releases(facts: Facts) -> None:
 
 def _changed(export: LedgerExport, **changes: Any) -> LedgerExport:
     return export.model_copy(update=changes)
+
+
+# With a trusted coordinator
+
+
+def central_record(path: Path, **changes: Any) -> CentralFacts:
+    """Write and read the record of a run under central DP."""
+    event = {"noise_multiplier": 1.5, "sample_rate": 0.3, "steps": 3}
+    mechanism = GaussianSteps(**event)  # type: ignore[arg-type]
+    record = {
+        "unit": "site",
+        "delta": 1e-4,
+        "num_sites_declared": 200,
+        "randomness": "os",
+        "epsilon_spent": compose_epsilon([mechanism], 1e-4),
+        "events": [event],
+        "rounds": [1, 2, 2],
+        "statement": "Unit: one site. The coordinator is trusted.",
+        "trusts": ["coordinator"],
+    }
+    path.write_text(json.dumps(record | changes))
+    found = read_central(path)
+    assert found is not None
+    return found
+
+
+def central_page(facts: Facts, central: CentralFacts) -> str:
+    guarantee = central_guarantee(central, facts.data)
+    problems = tuple(checks.central_discrepancies(central))
+    changed = dataclasses.replace(
+        facts, central=central, sites=(), ledgers=(), releases=(), guarantees=(guarantee,), discrepancies=problems
+    )
+    return text_of(render_html(compose(changed), NOW))
+
+
+def test_central_privacy_is_stated_for_sites_and_names_whom_it_trusts(facts: Facts, tmp_path: Path) -> None:
+    central = central_record(tmp_path / "privacy.json")
+    page = central_page(facts, central)
+    assert "The coordinator is trusted." in page
+    assert f"epsilon {rounded_up(central.epsilon or 0)} at delta 1e-4 for one site over 200 declared sites" in page
+    assert "Unit: one site." in page
+    assert "after these rounds: 1, 2, 2." in page
+    assert "No record left a site" not in page
+    assert "Nothing was found that does not fit" in page
+
+
+def test_a_central_epsilon_that_differs_is_not_repeated(facts: Facts, tmp_path: Path) -> None:
+    statement = "Everything is (0.100, 0.0001)-differentially private."
+    central = central_record(tmp_path / "privacy.json", epsilon_spent=0.1, statement=statement)
+    page = central_page(facts, central)
+    assert statement not in page
+    assert "The coordinator recorded epsilon 0.1000" in page
+    injected = central_record(
+        tmp_path / "privacy.json", randomness="injected", epsilon_spent=None, statement="NOT PRIVATE"
+    )
+    page = central_page(facts, injected)
+    assert "No privacy guarantee holds for this run." in page
+    assert not re.search(r"epsilon \d", page)
+
+
+def test_a_central_record_without_noise_stops_the_report(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no report is made"):
+        central_record(tmp_path / "privacy.json", events=[])
 
 
 # At a coordinator
@@ -427,13 +496,19 @@ def test_texts_of_a_run_are_never_read_as_code(run: Path) -> None:
         assert "#panic(" in done.stdout.decode().replace("\u200b", "")
 
 
-def test_letters_that_no_font_has_are_an_error_with_a_way_out(facts: Facts) -> None:
-    changed = json.loads(facts.job.canonical_json())
-    changed["task"]["labels"] = ["\U000f1234", "b"]
-    job = parse(Job, changed, source="test")
-    document = compose(dataclasses.replace(facts, job=job))
-    with pytest.raises(RunError, match="--format html"):
-        render_pdf(document, NOW)
+def test_letters_that_no_font_has_are_an_error_with_a_way_out(facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def refuse(*_: object, ignore_system_fonts: bool, **__: object) -> bytes:
+        tried.append(ignore_system_fonts)
+        error = typst.TypstError("no such letter", "")
+        error.message = "no such letter"
+        raise error
+
+    monkeypatch.setattr(typst, "compile", refuse)
+    with pytest.raises(RunError, match=r"no such letter.*--format html"):
+        render_pdf(compose(facts), NOW)
+    assert tried == [True, False]
 
 
 @pytest.mark.parametrize("name", ["html", "pdf"])
@@ -467,7 +542,7 @@ def test_a_changed_byte_is_detected(coordinator: CoordinatorHome, silotune: Call
     file = run / f"compliance-report.{name}"
     assert outcome.out.strip() == str(file)
     said = silotune("report", "verify", file, "--key", coordinator.path / "round.pub")
-    assert (said.status, "unchanged since coordinator consortium signed it" in said.out) == (0, True)
+    assert (said.status, "unchanged since consortium (coordinator) signed it" in said.out) == (0, True)
     assert "was not checked" in silotune("report", "verify", file).out
 
     content, signature = file.read_bytes(), signature_file(file).read_bytes()
@@ -508,7 +583,7 @@ def test_a_site_signs_where_its_key_is(small_run: Path, tmp_path: Path, silotune
     write_compliance_report(small_run, "html", out=file, now=NOW)
     assert not signature_file(file).exists()
     assert silotune("report", "sign", file, tmp_path / "officer.key").status == 0
-    assert "key holder officer" in silotune("report", "verify", file).out
+    assert "officer (key holder)" in silotune("report", "verify", file).out
 
 
 # The command
