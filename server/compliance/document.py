@@ -61,7 +61,8 @@ class Column:
     """A column of a table.
 
     Attributes:
-        width: "narrow" takes what its longest cell needs, "wide" shares the rest of the page.
+        mono: a SHA-256, set on one line.
+        width: "narrow" takes what its longest cell needs, "wide" shares the rest of the page and may break long words.
     """
 
     title: str
@@ -121,7 +122,7 @@ class Document:
     sections: tuple[Section, ...]
 
 
-HASH = Column(title="SHA-256", mono=True, width="wide")
+HASH = Column(title="SHA-256", mono=True)
 
 
 def section(anchor: str, title: str, blocks: Sequence[Block]) -> Section:

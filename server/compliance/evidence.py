@@ -252,7 +252,7 @@ def version_section(facts: Facts) -> Section:
         ),
         Table(
             caption="Files that this report was made from.",
-            columns=(Column(title="File"), Column(title="Size", number=True), HASH),
+            columns=(Column(title="File", width="wide"), Column(title="Size", number=True), HASH),
             rows=tuple((printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.sources),
         ),
     ]
@@ -260,7 +260,7 @@ def version_section(facts: Facts) -> Section:
         blocks.append(
             Table(
                 caption="The adapter that was trained.",
-                columns=(Column(title="File"), Column(title="Size", number=True), HASH),
+                columns=(Column(title="File", width="wide"), Column(title="Size", number=True), HASH),
                 rows=tuple(
                     (printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.data.adapter
                 ),

@@ -131,7 +131,7 @@ class Release:
 
     Attributes:
         sha256, num_bytes: of the update; None if not recorded.
-        outcome: "accepted", "not counted", "refused", "failed" or "unanswered".
+        outcome: "accepted", "not counted", "refused", "failed" or "never answered".
         reason: why it does not count, or how it does.
     """
 

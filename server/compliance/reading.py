@@ -273,7 +273,12 @@ def _releases(data: RunData, sites: Sequence[SiteFacts], log: LogFacts | None) -
             )
         for number in site.release.unanswered:
             found[number, name, None] = Release(
-                round=number, site=name, sha256=None, num_bytes=None, outcome="unanswered", reason="counted as executed"
+                round=number,
+                site=name,
+                sha256=None,
+                num_bytes=None,
+                outcome="never answered",
+                reason="counted as executed",
             )
     for key, entry in judged.items():
         if key not in found:

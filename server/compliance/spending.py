@@ -11,11 +11,6 @@ from server.compliance.ledgers import LedgerFacts
 from server.report.formats import NOT_RECORDED, format_delta, printable
 from shared.privacy.statement import rounded_up
 
-_OUTCOMES = {
-    "not counted": "accepted, not counted",
-    "unanswered": "never answered",
-}
-
 
 def ledger_section(facts: Facts) -> Section:
     """Each given account before and after the job."""
@@ -77,7 +72,7 @@ def _ledger_table(ledgers: Sequence[LedgerFacts]) -> Table:
 def _ledger_hashes(ledgers: Sequence[LedgerFacts]) -> Table:
     return Table(
         caption="The state of each ledger: its last entry names all before it. Compare it with the ledger at the site.",
-        columns=(Column(title="Site"), Column(title="Entries", number=True), HASH),
+        columns=(Column(title="Site", width="wide"), Column(title="Entries", number=True), HASH),
         rows=tuple(
             (printable(ledger.export.site), str(ledger.export.num_entries), ledger.export.head_sha256)
             for ledger in ledgers
@@ -134,7 +129,7 @@ def release_section(facts: Facts) -> Section:
                 "have been seen by somebody.",
                 columns=(
                     Column(title="Round"),
-                    Column(title="Site"),
+                    Column(title="Site", width="wide"),
                     Column(title="Outcome"),
                     Column(title="Reason", width="wide"),
                 ),
@@ -142,7 +137,7 @@ def release_section(facts: Facts) -> Section:
                     (
                         str(release.round),
                         printable(release.site),
-                        _OUTCOMES.get(release.outcome, release.outcome),
+                        release.outcome,
                         printable(release.reason) or NOT_RECORDED,
                     )
                     for release in others
@@ -158,17 +153,17 @@ def _release_table(releases: Sequence[Release], *, notes: bool) -> Table:
     sized = any(release.num_bytes is not None for release in releases)
     rows = []
     for release in releases:
-        outcome = _OUTCOMES.get(release.outcome, release.outcome)
+        outcome = release.outcome
         if release.outcome == "refused" and release.reason:
             outcome += f": {printable(release.reason)}"
-        size = (NOT_RECORDED if release.num_bytes is None else f"{release.num_bytes:,}",) if sized else ()
+        size = ("unknown" if release.num_bytes is None else f"{release.num_bytes:,}",) if sized else ()
         rows.append((str(release.round), printable(release.site), outcome, *size, release.sha256 or ""))
     source = " Compared with the coordinator's audit log." if notes else ""
     return Table(
         caption=f"{len(releases):,} updates.{source}",
         columns=(
             Column(title="Round"),
-            Column(title="Site"),
+            Column(title="Site", width="wide"),
             Column(title="Outcome"),
             *((Column(title="Bytes", number=True),) if sized else ()),
             HASH,
