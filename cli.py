@@ -10,10 +10,13 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+
+if TYPE_CHECKING:
+    from shared.signed_file import Signer
 
 app = typer.Typer(
     name="silotune",
@@ -200,12 +203,78 @@ def generate(
         )
 
 
-@app.command()
-def report(run: RunArgument) -> None:
-    """Write report.html of a run folder anew."""
-    from server.report import write_report
+def write_report(
+    run: RunArgument,
+    report_format: Annotated[
+        str | None,
+        typer.Option("--format", help="html or pdf: the compliance report; without it, report.html of the run anew."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File; by default RUN/compliance-report.FORMAT.")] = None,
+    ledgers: Annotated[
+        list[Path] | None, typer.Option("--ledger", help="Export of a site's ledger; may be repeated.")
+    ] = None,
+    sign: Annotated[
+        Path | None, typer.Option("--sign", help="Who signs: a coordinator's or a site's folder, or a key file.")
+    ] = None,
+) -> None:
+    """Write the compliance report of a run (--format), or its report.html anew. The word "write" can be left out."""
+    from shared.errors import ConfigError
 
-    typer.echo(write_report(run))
+    if report_format is None:
+        if out or ledgers or sign:
+            raise ConfigError(
+                "--out, --ledger and --sign are for the compliance report; add --format html or --format pdf."
+            )
+        from server.report import write_report as write_run_report
+
+        typer.echo(write_run_report(run))
+        return
+    if report_format not in ("html", "pdf"):
+        raise ConfigError(f"--format is {report_format!r}; expected html or pdf.")
+    from server.compliance import load_account, write_compliance_report
+
+    accounts = [load_account(path) for path in ledgers or []]
+    if any(run.glob("sites/*/home/site.toml")):
+        from simulations.accounts import simulated_accounts
+
+        accounts += simulated_accounts(run, without={account.export.site for account in accounts})
+    signer = _signer(sign) if sign is not None else None
+    chosen: Literal["html", "pdf"] = "pdf" if report_format == "pdf" else "html"
+    written = write_compliance_report(run, chosen, out=out, accounts=accounts, signer=signer)
+    typer.echo(written)
+    if signer is not None:
+        typer.echo(f"signed with {signer.verify_key.text}: {written}.sig.json", err=True)
+
+
+def sign_report(
+    file: Annotated[Path, typer.Argument(help="The report.")],
+    signer: Annotated[Path, typer.Argument(help="Who signs: a coordinator's or a site's folder, or a key file.")],
+) -> None:
+    """Sign a report that was made elsewhere; a site's key never leaves the site, so the report goes there."""
+    from shared.report_commands import sign_report as sign
+
+    typer.echo(sign(file, _signer(signer)))
+
+
+def _signer(place: Path) -> Signer:
+    """Return who signs: the owner of a folder, or whoever holds a key file."""
+    from shared.errors import TrustError
+    from shared.keystore import passphrase_from_environment
+    from shared.signed_file import Signer
+    from shared.signing import load_signing_key
+
+    passphrase = passphrase_from_environment()
+    if not place.is_dir():
+        return Signer(role="key holder", name=place.stem, key=load_signing_key(place, passphrase))
+    if (place / "coordinator.toml").exists():
+        from server.home import CoordinatorHome
+
+        return CoordinatorHome(place).signer(passphrase)
+    if (place / "site.toml").exists():
+        from client.home import SiteHome
+
+        return SiteHome(place).signer(passphrase)
+    raise TrustError(f"{place} is no folder of a coordinator or a site; give one of these, or a key file.")
 
 
 @app.command()
@@ -267,6 +336,10 @@ _mount("client.commands", "site_app")
 _mount("server.commands", "coordinator_app")
 _mount("shared.pki_commands", "pki_app")
 _mount("shared.audit_log_commands", "audit_log_app")
+report_app = importlib.import_module("shared.report_commands").report_app
+report_app.command("write")(write_report)
+report_app.command("sign")(sign_report)
+app.add_typer(report_app)
 app.command("plan")(importlib.import_module("shared.plan_commands").plan)
 
 

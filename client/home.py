@@ -33,6 +33,7 @@ from shared.config import load_toml, parse
 from shared.errors import ConfigError, TrustError
 from shared.keystore import Seal, load_secret
 from shared.node_keys import load_private_key
+from shared.signed_file import Signer
 from shared.signing import load_signing_key
 from shared.trust_store import verify_certificate
 
@@ -103,6 +104,11 @@ class SiteHome:
             ConfigError: if it is missing or not valid.
         """
         return parse(SiteConfig, load_toml(self.config), source=str(self.config))
+
+    def signer(self, passphrase: str | None) -> Signer:
+        """Return who signs files for this site: its name, with the key of its audit log."""
+        key = load_signing_key(self.log_key, passphrase)
+        return Signer(role="site", name=self.load_config().name, key=key)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

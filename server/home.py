@@ -23,6 +23,7 @@ from pydantic import Field
 from shared.atomic import exclusive_lock
 from shared.audit_log import AuditLog
 from shared.config import Name, Section, load_toml, parse
+from shared.signed_file import Signer
 from shared.signing import SigningKey, load_signing_key
 
 
@@ -130,6 +131,10 @@ class CoordinatorHome:
     def load_round_key(self, passphrase: str | None) -> SigningKey:
         """Return the key that signs rounds and adapters."""
         return load_signing_key(self.round_key, passphrase)
+
+    def signer(self, passphrase: str | None) -> Signer:
+        """Return who signs files for this coordinator: its name, with the round key."""
+        return Signer(role="coordinator", name=self.load_config().name, key=self.load_round_key(passphrase))
 
     def open_log(self, key: SigningKey) -> AuditLog:
         """Return the audit log, its head signed with the round key; several processes may write to it."""

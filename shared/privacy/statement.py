@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shared.config import finite_or_none
@@ -210,10 +210,17 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
             {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps}
             for e in release.arrived_events
         ],
-        "metrics": list(release.metrics) if release.metrics_mechanism else [],
-        "metrics_sha256": release.metrics_sha256,
+        "metrics": _metrics_record(release),
         "statement": site_statement(release, run),
     }
+
+
+def _metrics_record(release: SiteRelease) -> dict[str, Any] | None:
+    """Return what was asked for; if it arrived, it is the last of `events` as well."""
+    mechanism = release.metrics_mechanism
+    if mechanism is None:
+        return None
+    return {"names": list(release.metrics), **asdict(mechanism), "sha256": release.metrics_sha256}
 
 
 def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:

@@ -58,7 +58,8 @@ def test_there_are_commands_in_the_documents() -> None:
 def test_documented_commands_parse(arguments: list[str]) -> None:
     command, name, rest = get_command(cli.app), "", arguments
     while isinstance(command, click.Group):
-        name, *rest = rest
+        default = getattr(command, "default_command", None)  # `report RUN` is `report write RUN`
+        name, *rest = rest if rest[0] in command.commands or default is None else [default, *rest]
         command = command.commands[name]
     with command.make_context(name, rest, resilient_parsing=False) as context:
         for item in context.params.get("overrides") or []:

@@ -184,7 +184,7 @@ def test_site_metrics_are_released_once_and_paid_for(scenario_file: MakeScenario
             accountant.compose(dp_accounting.PoissonSampledDpEvent(event["sample_rate"], noise), event["steps"])
         assert accountant.get_epsilon(1e-5) == pytest.approx(privacy["epsilon_spent"], rel=1e-6)
         assert privacy["epsilon_spent"] > compose_epsilon(release.events, 1e-5) + 0.1
-        assert privacy["metrics"] == ["accuracy", "confusion", "loss"]
+        assert privacy["metrics"]["names"] == ["accuracy", "confusion", "loss"]
         assert "one release of counts (accuracy, confusion, loss)" in privacy["statement"]
         home = tmp_path / "run" / "sites" / name / "home"
         ledger = Ledger(
