@@ -21,6 +21,7 @@ from shared.config import Job
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, calibrate_noise_multiplier, compose_epsilon
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
+from shared.privacy.persons import Persons
 from shared.privacy.randomness import KeyStream
 
 
@@ -30,10 +31,11 @@ class PrivacyPlan:
 
     Attributes:
         private: False only for baselines that release unprotected updates.
-        unit: unit of privacy, "record".
-        sample_rate: Poisson rate q of every step, in (0, 1].
+        unit: unit of privacy, "record", "patient" or "customer".
+        records_per_person: G, most records of one person in a step, mean of whose gradients is clipped; None for records.
+        sample_rate: Poisson rate q with which each unit enters a step, in (0, 1].
         noise_multiplier: sigma, standard deviation of the noise in units of `max_grad_norm`; 0 if not private.
-        max_grad_norm: clipping bound C on one record's gradient, L2 norm over adapter and head together.
+        max_grad_norm: clipping bound C on one unit's gradient, L2 norm over adapter and head together.
         delta: failure probability of the guarantee.
         planned_steps: steps T of a site that takes part in every round.
     """
@@ -45,6 +47,7 @@ class PrivacyPlan:
     max_grad_norm: float
     delta: float
     planned_steps: int
+    records_per_person: int | None = None
 
     @classmethod
     def from_job(cls, job: Job) -> PrivacyPlan:
@@ -64,15 +67,22 @@ class PrivacyPlan:
             max_grad_norm=privacy.max_grad_norm,
             delta=privacy.delta,
             planned_steps=steps,
+            records_per_person=privacy.records_per_person,
         )
 
-    def check_records(self, num_records: int) -> None:
-        """Raise `PrivacyError` if delta would allow to publish a whole record of this many."""
-        if self.private and num_records > 0 and self.delta >= 1 / num_records:
+    def check_size(self, num_units: int) -> None:
+        """Raise `PrivacyError` if delta would allow to publish everything about one of this many records or persons."""
+        if self.private and num_units > 0 and self.delta >= 1 / num_units:
             raise PrivacyError(
-                f"privacy.delta is {self.delta:g}, but with {num_records:,} records it must be below 1/n = "
-                f"{1 / num_records:.1e}; use at most {default_delta(num_records):.1e}."
+                f"privacy.delta is {self.delta:g}, but with {num_units:,} {self.unit}s it must be below 1/n = "
+                f"{1 / num_units:.1e}; use at most {default_delta(num_units):.1e}."
             )
+
+    def check_persons(self, persons: Persons | None) -> None:
+        """Raise `PrivacyError` unless persons are known exactly if they are the unit: nothing else is accounted for."""
+        if (self.records_per_person is None) != (persons is None):
+            found = "no persons are known" if persons is None else "records come with persons"
+            raise PrivacyError(f"the unit of privacy is the {self.unit}, but {found}; nothing was trained.")
 
     def mechanism(self, steps: int) -> GaussianSteps:
         """Return the accounting event of `steps` executed steps.
@@ -88,13 +98,13 @@ class PrivacyPlan:
         """Return epsilon after `steps` executed steps, by default all planned ones."""
         return compose_epsilon([self.mechanism(self.planned_steps if steps is None else steps)], self.delta)
 
-    def expected_batch_size(self, declared_records: int) -> float:
-        """Return q times the declared (public) number of records: the only divisor of a noisy sum."""
-        return self.sample_rate * declared_records
+    def expected_batch_size(self, declared_size: int) -> float:
+        """Return q times the declared (public) number of records or persons: the only divisor of a noisy sum."""
+        return self.sample_rate * declared_size
 
-    def sample(self, num_records: int, stream: KeyStream) -> NDArray[np.intp]:
-        """Return the indices of the records that enter one step."""
-        return poisson_sample(num_records, self.sample_rate, stream)
+    def sample(self, num_units: int, stream: KeyStream) -> NDArray[np.intp]:
+        """Return the numbers of the records, or persons, that enter one step."""
+        return poisson_sample(num_units, self.sample_rate, stream)
 
     def new_sum(self, shapes: Sequence[torch.Size]) -> ClippedSum:
         """Return the empty sum of one logical step."""
@@ -107,14 +117,14 @@ class PrivacyPlan:
         return add_gaussian_noise(sums, self.noise_multiplier * self.max_grad_norm, stream)
 
 
-def default_delta(num_records: int) -> float:
+def default_delta(num_units: int) -> float:
     """Return min(1e-5, 1/(10 n)): 1/n^1.1 is too weak for small n."""
-    return min(1e-5, 1 / (10 * max(num_records, 1)))
+    return min(1e-5, 1 / (10 * max(num_units, 1)))
 
 
-def declared_size(num_records: int) -> int:
-    """Return the public size bucket of a data set: the largest power of two not above `num_records`.
+def declared_size(num_units: int) -> int:
+    """Return the public size bucket of a data set: the largest power of two not above its number of records or persons.
 
     A site may declare any other constant; whatever it declares is public and not protected.
     """
-    return 1 << (num_records.bit_length() - 1) if num_records > 0 else 0
+    return 1 << (num_units.bit_length() - 1) if num_units > 0 else 0
