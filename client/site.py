@@ -4,7 +4,9 @@ Guarantees (tests: tests/client/test_site.py)
     * The ledger is charged, durably, before the first noisy step; a crash keeps the charge.
     * A finished release is stored before it leaves. The same request again returns the same bytes and is not charged
       again; a request that differs in any byte is a new release, is charged, and takes the stored one's place.
-    * No exception text that could hold data leaves the site: see `Site.answer`.
+    * No exception text that could hold data leaves the site: see `Site.answer`. The ids of persons are dropped when the data
+      was read; only which records belong together stays in memory (tests/client/test_person_site.py).
+    * A job is trained only if its unit of privacy is the one by which the site's budget counts (likewise).
     * With a guard, nothing is trained that is not signed and within the policy, and nothing that the site keeps can be read
       without its storage key (tests/client/test_guard.py).
 """
@@ -34,11 +36,12 @@ from client.trainer import LocalRound, train_local_round
 from shared import adapters
 from shared.atomic import write_bytes
 from shared.batches import Example
-from shared.config import Job, load_toml, parse
-from shared.datasets import read_records
+from shared.config import PERSON_UNITS, Job, load_toml, parse
+from shared.datasets import PERSON_ROLE, read_records
 from shared.errors import AdapterError, BudgetExceeded, LedgerError, PolicyError, SilotuneError, TrustError
 from shared.messages import Refusal, SiteDescription, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan, declared_size
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
@@ -74,24 +77,30 @@ class Site:
         self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))
         self._new_randomness = new_randomness
         self._records = read_records(self.config.data, base=home)
+        ids = [record.pop(PERSON_ROLE, None) for record in self._records]
+        self._persons = Persons.from_ids(ids) if self.config.budget.unit in PERSON_UNITS else None
         self._prepared: tuple[Runtime, list[Example]] | None = None
         self._ledger: Ledger | None = None
-        self._last: tuple[str, GaussianSteps] | None = None  # unit and mechanism of the latest charge
+        self._last: GaussianSteps | None = None  # mechanism of the latest charge
 
     @property
     def declared_records(self) -> int:
-        """The public size of the data set."""
-        return self.config.declared_records or max(declared_size(len(self._records)), 1)
+        """The public size of the data set, in the unit of the site's budget: records, or persons."""
+        return self.config.declared_records or max(declared_size(self._num_units), 1)
 
-    def ledger(self, unit: str = "record") -> Ledger:
-        """Return the site's ledger, opened and verified."""
+    @property
+    def _num_units(self) -> int:
+        return len(self._records) if self._persons is None else self._persons.count
+
+    def ledger(self) -> Ledger:
+        """Return the site's ledger, opened and verified; its account counts by the site's own unit."""
         if self._ledger is None:
             cap = self.config.budget
             budget = Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition)
             self._ledger = Ledger(
                 self.home / "ledger.db",
                 dataset=self.config.dataset,
-                unit=unit,
+                unit=cap.unit,
                 budget=budget,
                 cipher=self.guard.seal if self.guard else None,
                 mirror=AuditMirror(self.guard.log) if self.guard else None,
@@ -115,7 +124,7 @@ class Site:
             self._check_terms(signed_job.job)
             self.prepare(signed_job.job)
             if self.guard:
-                self.ledger(signed_job.job.privacy.unit)
+                self.ledger()
                 self.guard.prepared(signed_job)
             return self.describe()
 
@@ -128,8 +137,7 @@ class Site:
     def anticipate(self) -> None:
         """Prepare for another round like the last one; a tenth of a second that the round then does not pay."""
         if self._last is not None:
-            unit, mechanism = self._last
-            self.ledger(unit).anticipate(mechanism)
+            self.ledger().anticipate(self._last)
 
     def refuse_unreadable(self, error: SilotuneError) -> Refusal:
         """Answer a request that could not be read, or whose job is not signed by whom it says."""
@@ -188,18 +196,18 @@ class Site:
         # 3. Model, data and global adapter, all checked before anything is charged.
         runtime = self.prepare(job)
         examples = self.examples(runtime)
-        plan.check_records(len(examples))
+        plan.check_size(self._num_units)
         start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
         # 4. Charge first.
         reservation = None
-        ledger = self.ledger(plan.unit) if plan.private else None
+        ledger = self.ledger() if plan.private else None
         if ledger is not None:
             mechanism = plan.mechanism(job.training.local_steps)
             if self.guard:
                 self.guard.admit_spend(ledger, job, mechanism)
             charge = Charge(job_id=job.sha256, round=round_number, request_sha256=request_sha256, mechanism=mechanism)
             reservation = ledger.reserve(charge)
-            self._last = (plan.unit, mechanism)
+            self._last = mechanism
         # 5. Train.
         started = time.monotonic()
         randomness = self._new_randomness()
@@ -213,6 +221,7 @@ class Site:
             randomness=randomness,
             round_number=round_number,
             optimizer_state=self._optimizer_state(job, round_number),
+            persons=self._persons,
         )
         seconds = time.monotonic() - started
         # 6. Store the release before it leaves, then close the charge.
@@ -248,10 +257,21 @@ class Site:
             raise PolicyError(
                 f"site {self.config.name} accepts only private jobs, but privacy.mechanism is 'none'. Use 'dp-sgd'."
             )
+        self._check_unit(job)
         if job.privacy.delta > self.config.budget.delta:
             raise PolicyError(
                 f"the job's delta {job.privacy.delta:g} is weaker than this site's {self.config.budget.delta:g}; lower it."
             )
+
+    def _check_unit(self, job: Job) -> None:
+        # Exactly the same: a release by the record has no bound by the person, and one account must hold every release.
+        asked, own = job.privacy.unit, self.config.budget.unit
+        if asked == own:
+            return
+        reason = f"site {self.config.name} keeps its budget by the {own}, but the job's privacy.unit is {asked!r}."
+        if asked in PERSON_UNITS and PERSON_ROLE not in self.config.data.columns:
+            reason += f" Its data has no id column, so it cannot tell which records are one {asked}'s."
+        raise PolicyError(f"{reason} It accepts only jobs with privacy.unit = {own!r}.")
 
     def _reply(
         self, job: Job, plan: PrivacyPlan, round_number: int, result: LocalRound, randomness: SiteRandomness
