@@ -39,7 +39,14 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
     try:
         federation.found()
         for name, records in arm.sites.items():
-            federation.join(name, records, epsilon=budget, composition="adaptive", compute=scenario.compute)
+            federation.join(
+                name,
+                records,
+                epsilon=budget,
+                unit=arm.job.privacy.unit,
+                composition="adaptive",
+                compute=scenario.compute,
+            )
         console.print(
             f"CA, coordinator and {len(arm.sites)} sites made in {folder}; every key was made where it is used"
         )
