@@ -32,6 +32,7 @@ from shared.errors import LedgerError
 from shared.privacy.accounting import GaussianSteps, check_delta
 from shared.privacy.filter import Composition, SpendingRule, filter_orders
 
+CHARGING_KINDS = ("reserve", "imported")
 MAX_NAME = 500  # characters of a data set, unit or job: longer ones would be cut in the audit log
 
 
@@ -136,7 +137,7 @@ class Account:
             return
         if kind == "budget":
             self.caps.append({name: value for name, value in payload.items() if name not in ("dataset", "unit")})
-        elif kind in ("reserve", "imported"):
+        elif kind in CHARGING_KINDS:
             imported = kind == "imported"
             self.charges[sequence] = Charged(
                 job_id=payload["job_id"],

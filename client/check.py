@@ -6,14 +6,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Literal
+from typing import Any, Literal
 
+from client.config import SiteConfig
 from client.fleet import FleetConnection, NotAdmitted, tls_facts
 from client.home import SiteHome, load_identity, open_log, open_site
 from client.policy import load_policy
 from shared.audit_log import verify
 from shared.certificates import expiry_warning
-from shared.datasets import read_records
+from shared.config import PERSON_UNITS
+from shared.datasets import PERSON_ROLE, read_records
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
 from shared.signing import load_verify_key
@@ -72,7 +74,10 @@ def check_site(home: SiteHome, *, passphrase: str | None, connect: bool = True) 
 def _settings(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
     budget = config.budget
-    text = f"site {config.name}, budget epsilon {budget.epsilon:g} at delta {budget.delta:g}, composition {budget.composition}"
+    text = (
+        f"site {config.name}, budget epsilon {budget.epsilon:g} at delta {budget.delta:g} for each {budget.unit}, composition "
+        f"{budget.composition}"
+    )
     if budget.composition == "fixed":
         return "warning", (
             f'{text}: the cap holds only if the plans of all runs are made before the first one starts; set "adaptive" if not'
@@ -107,7 +112,27 @@ def _data(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
     records = read_records(config.data, base=home.path)
     columns = ", ".join(f"{column} as {role}" for role, column in config.data.columns.items())
-    return ("ok" if records else "failed"), f"{len(records):,} records, columns {columns}"
+    text = f"{len(records):,} records, columns {columns}"
+    if PERSON_ROLE in config.data.columns:
+        return _persons(config, records, text)
+    return ("ok" if records else "failed"), text
+
+
+def _persons(config: SiteConfig, records: list[dict[str, Any]], text: str) -> tuple[Outcome, str]:
+    """Judge the id column; only counts are told, never an id."""
+    from shared.privacy.persons import Persons
+
+    persons = Persons.from_ids([record[PERSON_ROLE] for record in records])
+    unit = config.budget.unit
+    if unit not in PERSON_UNITS:
+        return "warning", (
+            f'{text}; budget.unit is "{unit}", so the id column is not used and a person with several records is protected '
+            'less. Set it to "patient" or "customer" before anything is charged'
+        )
+    text += f", {persons.count:,} {unit}s with up to {persons.most_records:,} records"
+    if persons.most_records == 1 and persons.count > 1:
+        return "warning", f"{text}; every record has an id of its own: is it the {unit}'s id and not the record's?"
+    return "ok", text
 
 
 def _device(home: SiteHome) -> tuple[Outcome, str]:

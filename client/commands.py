@@ -51,6 +51,10 @@ def init(
         list[str], typer.Option("--column", metavar="ROLE=COLUMN", help="For example text=note and label=outcome.")
     ],
     epsilon: Annotated[float, typer.Option(help="Budget: all releases together stay below this.")] = 8.0,
+    unit: Annotated[
+        Literal["record", "patient", "customer"],
+        typer.Option(help="What the budget protects; patient and customer need --column person=ID_COLUMN."),
+    ] = "record",
     signer: Annotated[
         list[str] | None,
         typer.Option("--signer", metavar="NAME=KEY", help="Who may sign jobs: NAME=ed25519:... or a file."),
@@ -73,7 +77,7 @@ def init(
         "dataset": f"{name}-records",
         "coordinator": coordinator,
         "data": {"path": str(data.resolve()), "columns": pairs},
-        "budget": {"epsilon": epsilon, "composition": composition},
+        "budget": {"unit": unit, "epsilon": epsilon, "composition": composition},
     }
     parse(SiteConfig, config, source="what was asked for")
     policy_text = policy_template(signers=signers or None, max_epsilon_per_job=epsilon)
@@ -261,6 +265,7 @@ def _show_account(account: LedgerExport, *, as_json: bool) -> None:
                     "epsilon_spent": spent,
                     "epsilon_budget": account.epsilon,
                     "delta": account.delta,
+                    "unit": account.unit,
                     "composition": account.composition,
                     "orders": account.orders,
                     "entries": account.num_entries,
@@ -270,7 +275,10 @@ def _show_account(account: LedgerExport, *, as_json: bool) -> None:
         )
         return
     console = Console(highlight=False, soft_wrap=True)
-    console.print(f"epsilon {spent:.4f} of {account.epsilon:g} spent at delta {account.delta:g}; the chain is unbroken")
+    console.print(
+        f"epsilon {spent:.4f} of {account.epsilon:g} spent at delta {account.delta:g} for each {account.unit}; the chain is "
+        "unbroken"
+    )
     console.print(_explain_composition(account.composition, account.orders))
     table = Table("job", "rounds", "steps", "epsilon alone", box=None)
     for job, events in jobs.items():

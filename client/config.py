@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from shared.config import ComputeConfig, Name, Section
-from shared.datasets import DataSource
+from shared.config import PERSON_UNITS, ComputeConfig, Name, Section, Unit
+from shared.datasets import PERSON_ROLE, DataSource
 
 
 class BudgetConfig(Section):
-    """The site's cap for one data set and unit."""
+    """The site's cap for its data set, counted by one unit of privacy."""
 
+    unit: Unit = "record"
+    """What the cap protects: each `record`, or each `patient` or `customer` with all their records. Only jobs of the same
+    `privacy.unit` are accepted. It cannot change once something was charged; see docs/decisions/0010."""
     epsilon: float = Field(gt=0)
     """All releases from this data set together stay below this."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
@@ -32,9 +35,11 @@ class SiteConfig(Section):
     data: DataSource
     budget: BudgetConfig
     declared_records: int | None = Field(default=None, ge=1)
-    """The public size of the data set; None declares the largest power of two below the number of records."""
+    """The public size of the data set, in records, or in patients or customers where they are `budget.unit`; None declares
+    the largest power of two that is not above it."""
     evaluation_share: float = Field(default=0.0, ge=0, lt=1)
-    """Share of the records that no job trains on, for `site_metrics`: 0.1 holds about a tenth out. Once set, keep it."""
+    """Share of the records (or of the patients or customers, with all their records) that no job trains on, for
+    `site_metrics`: 0.1 holds about a tenth out. Once set, keep it."""
     allow_non_private: bool = False
     """Accept jobs that release unprotected updates. Only for public or synthetic data."""
     allow_trusted_coordinator: bool = False
@@ -43,3 +48,12 @@ class SiteConfig(Section):
     compute: ComputeConfig = ComputeConfig()
     coordinator: str | None = None
     """Address of the coordinator's Fleet API, host:port; only a real site has one."""
+
+    @model_validator(mode="after")
+    def _check_id_column(self) -> Self:
+        if self.budget.unit in PERSON_UNITS and PERSON_ROLE not in self.data.columns:
+            raise ValueError(
+                f"budget.unit is {self.budget.unit!r}, but data.columns names no id column; add {PERSON_ROLE} = "
+                f'"NAME OF THE COLUMN WITH THE {self.budget.unit.upper()} ID"'
+            )
+        return self

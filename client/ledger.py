@@ -14,6 +14,8 @@ Formal guarantees (tests in tests/client/test_ledger.py, unless another file is 
     * With composition "adaptive", what the account has released is (epsilon, delta)-DP at its cap also if each run was
       planned after seeing the results of earlier ones (shared/privacy/filter.py and its tests). With "fixed", only if the
       plans of all runs were fixed before the first started: PLD composition of all declared events.
+    * A data set is charged by one unit only: once it was, its account by another unit cannot be opened or charged, so no cap
+      overlooks a release (test_a_charged_data_set_keeps_its_unit; docs/decisions/0010).
     * An uncommitted reservation counts in full (test_uncommitted_reservation_counts_in_full).
     * A restart forgets nothing (test_reopening_keeps_every_charge).
     * An account that moves to another machine takes every charge along, in full (tests/client/test_ledger_import.py).
@@ -40,7 +42,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.account import MAX_NAME, Account, Budget, Charge, Charged, check_name, check_sha256
+from client.account import CHARGING_KINDS, MAX_NAME, Account, Budget, Charge, Charged, check_name, check_sha256
 from client.ledger_file import LOCK_TIMEOUT, SCHEMA_VERSION, Cipher, Entry, LedgerFile
 from shared.errors import BudgetExceeded, LedgerError
 from shared.ledger_export import ChargedSteps, LedgerExport
@@ -330,7 +332,18 @@ class Ledger:
         }
 
     def _account(self, entries: list[Entry] | None = None) -> Account:
-        return Account.read(self.entries() if entries is None else entries, **self._names)
+        entries = self.entries() if entries is None else entries
+        self._check_unit(entries)
+        return Account.read(entries, **self._names)
+
+    def _check_unit(self, entries: list[Entry]) -> None:
+        dataset, unit = self._names["dataset"], self._names["unit"]
+        charged = {e.payload["unit"] for e in entries if e.kind in CHARGING_KINDS and e.payload["dataset"] == dataset}
+        if other := sorted(charged - {unit}):
+            raise LedgerError(
+                f"data set {dataset!r} was charged by the unit {other[0]!r}, so it cannot be counted by {unit!r}: what was "
+                f'released before would be missing in the sum. Set budget.unit = "{other[0]}" in site.toml again.'
+            )
 
     def _rule(self, account: Account) -> SpendingRule:
         return account.rule(delta=self.budget.delta, composition=self.budget.composition)

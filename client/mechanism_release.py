@@ -24,6 +24,7 @@ from shared.config import ComputeConfig, TrainingConfig
 from shared.errors import PrivacyError
 from shared.frozen_cache import FrozenCache
 from shared.models import TunableModel
+from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime
@@ -116,24 +117,27 @@ class TrainerRelease:
         )
 
     def __call__(self, plan: PrivacyPlan, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Train one round on records with these gradients [records, dimension]; return the noisy sums [steps, dimension].
+        """Train one round on units of privacy with these gradients [units, dimension]; return the noisy sums [steps, dimension].
 
         Raises:
             PrivacyError: if the adapter moved by anything else than these sums.
         """
-        cast(Any, self.runtime.model).records = torch.from_numpy(gradients).float()
+        copies = 1 if plan.records_per_person is None else plan.records_per_person + 1
+        owners = np.tile(np.arange(len(gradients)), copies)
+        cast(Any, self.runtime.model).records = torch.from_numpy(gradients[owners]).float()
         seen: list[NDArray[np.float64]] = []
         handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(_flat_gradient(optimizer)))
         try:
             result = train_local_round(
                 self.runtime,
-                [Example(torch.tensor([row])) for row in range(len(gradients))],
+                [Example(torch.tensor([row])) for row in range(len(owners))],
                 self.runtime.initial,
                 training=self.training,
                 plan=plan,
                 declared_records=DECLARED_RECORDS,
                 randomness=self.new_randomness(),
                 round_number=1,
+                persons=None if plan.records_per_person is None else Persons(owners),
             )
         finally:
             handle.remove()

@@ -49,7 +49,7 @@ class Policy(Section):
     max_steps: int = Field(ge=1)
     """Most noisy steps that one job may plan: rounds times local steps."""
     max_sample_rate: Probability = 1.0
-    """Largest probability with which a record may enter a step."""
+    """Largest probability with which a record (or patient, customer: the unit in site.toml) may enter a step."""
     hours: str | None = None
     """`HH:MM-HH:MM`, the site's local time in which rounds may run, past midnight if it ends earlier; none: always."""
     metrics: tuple[str, ...] = ()

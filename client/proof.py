@@ -13,6 +13,7 @@ from client.trainer import per_example_hooks
 from shared.batches import Example, collate
 from shared.errors import PrivacyError
 from shared.privacy.mechanism import CLIP_MARGIN, ClippedSum, per_example_gradients
+from shared.privacy.persons import PersonSum
 from shared.runtime import Runtime
 
 _TINY_NORM = 1e-3
@@ -26,6 +27,8 @@ def prove_trainer(runtime: Runtime) -> None:
     2. Adapter and head are clipped as one vector: a lone clipped example has exactly the clipping norm.
     3. A batch of examples gives the same per-example gradients as the examples alone.
     4. One noiseless step changes the adapter; the frozen weights keep their hash.
+    5. A person's records, however they are cut into micro-batches, have together exactly the clipping norm, and those of
+       different persons add up: neither changes the other's part.
 
     Raises:
         PrivacyError: naming the check that failed. Nothing private was read.
@@ -60,6 +63,7 @@ def prove_trainer(runtime: Runtime) -> None:
                         "clipping would not bound one record's influence."
                     )
         _check_one_step(runtime, together, frozen)
+        _check_persons(together)
     finally:
         with torch.no_grad():
             for parameter, value in zip(parameters, saved, strict=True):
@@ -103,6 +107,35 @@ def _check_clip_vector(single: list[torch.Tensor]) -> None:
         raise PrivacyError(
             f"proof 2 failed: one clipped example has norm {norm:.3g} over adapter and head, expected {_TINY_NORM:.3g}."
         )
+
+
+def _check_persons(gradients: list[torch.Tensor]) -> None:
+    everyone = [[0, 1], [2]]
+    # Records of both persons in one micro-batch, and one person's in two.
+    cuts = ([[0, 2], [1]], [[2], [1], [0]], [[0, 1, 2]])
+    first, second = _person_sum(gradients, [[0, 1]], [[1], [0]]), _person_sum(gradients, [[2]], [[2]])
+    for part in (first, second):
+        norm = _joint_norm(part)
+        if abs(norm - CLIP_MARGIN * _TINY_NORM) > 1e-3 * _TINY_NORM:
+            raise PrivacyError(
+                f"proof 5 failed: all records of one person have norm {norm:.3g} after clipping, expected {_TINY_NORM:.3g}."
+            )
+    for cut in cuts:
+        apart = [a + b for a, b in zip(first, second, strict=True)]
+        difference = [a - b for a, b in zip(_person_sum(gradients, everyone, cut), apart, strict=True)]
+        if not _joint_norm(difference) <= 1e-6 * _TINY_NORM:
+            raise PrivacyError("proof 5 failed: records of different persons mix before they are clipped.")
+
+
+def _person_sum(
+    gradients: list[torch.Tensor], groups: list[list[int]], micro_batches: list[list[int]]
+) -> list[torch.Tensor]:
+    total = ClippedSum([gradient.shape[1:] for gradient in gradients], _TINY_NORM)
+    by_person = PersonSum(total, groups)
+    for rows in micro_batches:
+        by_person.add([gradient[rows] for gradient in gradients], rows)
+    by_person.close()
+    return total.sums
 
 
 def _check_one_step(runtime: Runtime, gradients: list[torch.Tensor], frozen: str) -> None:

@@ -4,7 +4,9 @@ Guarantees (tests: tests/client/test_site.py)
     * The ledger is charged, durably, before the first noisy step; a crash keeps the charge.
     * A finished release is stored before it leaves. The same request again returns the same bytes and is not charged
       again; a request that differs in any byte is a new release, is charged, and takes the stored one's place.
-    * No exception text that could hold data leaves the site: see `Site.answer`.
+    * No exception text that could hold data leaves the site: see `Site.answer`. The ids of persons are dropped when the data
+      was read; only which records belong together stays in memory (tests/client/test_person_site.py).
+    * A job is trained only if its unit of privacy is the one by which the site's budget counts (likewise).
     * With a guard, nothing is trained that is not signed and within the policy, and nothing that the site keeps can be read
       without its storage key (tests/client/test_guard.py).
 """
@@ -21,18 +23,19 @@ from typing import TypeVar
 from client.audit_mirror import AuditMirror
 from client.config import SiteConfig
 from client.guard import Guard
-from client.held_out import split_held_out
+from client.held_out import held_out
 from client.ledger import Budget, Charge, Ledger
 from client.outbox import Outbox
 from client.proof import prove_trainer
 from client.trainer import LocalRound, train_local_round
 from shared import adapters
 from shared.batches import Example
-from shared.config import Job, load_toml, parse
-from shared.datasets import read_records
+from shared.config import PERSON_UNITS, Job, load_toml, parse
+from shared.datasets import PERSON_ROLE, read_records
 from shared.errors import AdapterError, BudgetExceeded, PolicyError, SilotuneError, TrustError
 from shared.messages import MetricsReply, Refusal, SiteDescription, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan, declared_size
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
@@ -68,28 +71,43 @@ class Site:
         self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))
         self._new_randomness = new_randomness
         records = read_records(self.config.data, base=home)
-        self._records, self._held_out = split_held_out(
-            records, self.config.evaluation_share, dataset=self.config.dataset
+        ids = [record.pop(PERSON_ROLE, None) for record in records]
+        by_person = self.config.budget.unit in PERSON_UNITS
+        out = held_out(
+            records,
+            self.config.evaluation_share,
+            dataset=self.config.dataset,
+            persons=Persons.keys(ids) if by_person else None,
         )
+        self._records = [record for record, is_out in zip(records, out, strict=True) if not is_out]
+        self._held_out = [record for record, is_out in zip(records, out, strict=True) if is_out]
+        self._persons = self._held_out_persons = None
+        if by_person:
+            self._persons = Persons.from_ids([i for i, is_out in zip(ids, out, strict=True) if not is_out])
+            self._held_out_persons = Persons.from_ids([i for i, is_out in zip(ids, out, strict=True) if is_out])
         self._outbox = Outbox(home / "rounds", seal=guard.seal if guard else None)
         self._prepared: tuple[Runtime, list[Example]] | None = None
         self._ledger: Ledger | None = None
-        self._last: tuple[str, GaussianSteps] | None = None  # unit and mechanism of the latest charge
+        self._last: GaussianSteps | None = None  # mechanism of the latest charge
 
     @property
     def declared_records(self) -> int:
-        """The public size of the data set that is trained on."""
-        return self.config.declared_records or max(declared_size(len(self._records)), 1)
+        """The public size of the data that is trained on, in the unit of the site's budget: records, or persons."""
+        return self.config.declared_records or max(declared_size(self._num_units), 1)
 
-    def ledger(self, unit: str = "record") -> Ledger:
-        """Return the site's ledger, opened and verified."""
+    @property
+    def _num_units(self) -> int:
+        return len(self._records) if self._persons is None else self._persons.count
+
+    def ledger(self) -> Ledger:
+        """Return the site's ledger, opened and verified; its account counts by the site's own unit."""
         if self._ledger is None:
             cap = self.config.budget
             budget = Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition)
             self._ledger = Ledger(
                 self.home / "ledger.db",
                 dataset=self.config.dataset,
-                unit=unit,
+                unit=cap.unit,
                 budget=budget,
                 cipher=self.guard.seal if self.guard else None,
                 mirror=AuditMirror(self.guard.log) if self.guard else None,
@@ -115,7 +133,7 @@ class Site:
             if self.guard:
                 # Central DP is accounted by the coordinator; the site keeps no account of the unit "site".
                 if signed_job.job.privacy.mechanism != "central":
-                    self.ledger(signed_job.job.privacy.unit)
+                    self.ledger()
                 self.guard.prepared(signed_job)
             return self.describe()
 
@@ -132,8 +150,7 @@ class Site:
     def anticipate(self) -> None:
         """Prepare for another round like the last one; a tenth of a second that the round then does not pay."""
         if self._last is not None:
-            unit, mechanism = self._last
-            self.ledger(unit).anticipate(mechanism)
+            self.ledger().anticipate(self._last)
 
     def refuse_unreadable(self, error: SilotuneError) -> Refusal:
         """Answer a request that could not be read, or whose job is not signed by whom it says."""
@@ -189,7 +206,7 @@ class Site:
         # 3. Model, data and global adapter, all checked before anything is charged.
         runtime = self.prepare(job)
         examples = self.examples(runtime)
-        plan.check_records(len(examples))
+        plan.check_size(self._num_units)
         start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
         # 4. Charge first.
         charge = (
@@ -208,6 +225,7 @@ class Site:
             randomness=randomness,
             round_number=round_number,
             optimizer_state=self._outbox.optimizer_state(job.sha256, round_number),
+            persons=self._persons,
         )
         seconds = time.monotonic() - started
         # 6. Store the release before it leaves, then close the charge.
@@ -253,9 +271,10 @@ class Site:
         started = time.monotonic()
         randomness = self._new_randomness()
         runtime.load(adapter)
+        owners = self._held_out_persons.owners if self._held_out_persons else None
         counts = {
             name: noisy_counts(
-                count_votes(cast),
+                count_votes(cast, owners),
                 noise_multiplier=plan.metrics.noise_multiplier,
                 stream=randomness.stream("noise", round_number=request.round_number, step=step),
             )
@@ -284,13 +303,13 @@ class Site:
 
     def _charge(self, request: TrainRequest, request_sha256: str, mechanism: GaussianSteps) -> tuple[Ledger, int]:
         """Charge a release, durably, and return the ledger with the reservation."""
-        job, ledger = request.job, self.ledger(request.job.privacy.unit)
+        job, ledger = request.job, self.ledger()
         if self.guard:
             self.guard.admit_spend(ledger, job, mechanism)
         reservation = ledger.reserve(
             Charge(job_id=job.sha256, round=request.round_number, request_sha256=request_sha256, mechanism=mechanism)
         )
-        self._last = (job.privacy.unit, mechanism)
+        self._last = mechanism
         return ledger, reservation
 
     def _close(
@@ -335,15 +354,29 @@ class Site:
             raise PolicyError(
                 f"site {self.config.name} accepts only private jobs, but privacy.mechanism is 'none'. Use 'dp-sgd'."
             )
-        if job.privacy.mechanism == "central" and not self.config.allow_trusted_coordinator:
-            raise PolicyError(
-                f"site {self.config.name} protects its own records, but privacy.mechanism is 'central': the coordinator would "
-                "see unprotected updates. Use 'dp-sgd', or have the site engineer set allow_trusted_coordinator in site.toml."
-            )
+        if job.privacy.mechanism == "central":
+            if not self.config.allow_trusted_coordinator:
+                raise PolicyError(
+                    f"site {self.config.name} protects its own records, but privacy.mechanism is 'central': the coordinator "
+                    "would see unprotected updates. Use 'dp-sgd', or have the site engineer set allow_trusted_coordinator in "
+                    "site.toml."
+                )
+        else:
+            self._check_unit(job)
         if job.privacy.delta > self.config.budget.delta:
             raise PolicyError(
                 f"the job's delta {job.privacy.delta:g} is weaker than this site's {self.config.budget.delta:g}; lower it."
             )
+
+    def _check_unit(self, job: Job) -> None:
+        # Exactly the same: a release by the record has no bound by the person, and one account must hold every release.
+        asked, own = job.privacy.unit, self.config.budget.unit
+        if asked == own:
+            return
+        reason = f"site {self.config.name} keeps its budget by the {own}, but the job's privacy.unit is {asked!r}."
+        if asked in PERSON_UNITS and PERSON_ROLE not in self.config.data.columns:
+            reason += f" Its data has no id column, so it cannot tell which records are one {asked}'s."
+        raise PolicyError(f"{reason} It accepts only jobs with privacy.unit = {own!r}.")
 
     def _reply(
         self, job: Job, plan: PrivacyPlan, round_number: int, result: LocalRound, randomness: SiteRandomness

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from shared.batches import Example
 from shared.config import TrainingConfig
 from shared.privacy.mechanism import per_example_gradients
+from shared.privacy.persons import Persons, PersonSum
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime
@@ -37,7 +38,8 @@ class Observations:
 
     Attributes:
         losses: mean training loss of every step's sample, NaN for an empty sample.
-        num_examples, num_clipped, num_non_finite: totals over the round.
+        num_examples, num_clipped: totals over the round, of records or persons, whichever is the unit of privacy.
+        num_non_finite: records whose gradient was replaced by zero.
     """
 
     losses: list[float] = field(default_factory=list)
@@ -74,6 +76,7 @@ def train_local_round(
     randomness: SiteRandomness,
     round_number: int,
     optimizer_state: Mapping[str, Tensor] | None = None,
+    persons: Persons | None = None,
 ) -> LocalRound:
     """Train the adapter for one round.
 
@@ -83,11 +86,18 @@ def train_local_round(
         start: the global adapter.
         training: number of steps, optimiser, schedule.
         plan: what will be executed and accounted.
-        declared_records: the site's public size; times sample_rate it is the divisor of every noisy sum.
+        declared_records: the site's public number of records, or of persons if they are the unit of privacy; times
+            sample_rate it is the divisor of every noisy sum.
         randomness: the site's own source.
         round_number: 1-based; positions the public learning-rate schedule.
         optimizer_state: moments after the site's previous round, or None.
+        persons: whose record each of `examples` is; None unless persons are the unit of privacy.
+
+    Raises:
+        PrivacyError: if plan and persons do not belong together, or the model's gradients cannot be clipped.
     """
+    plan.check_persons(persons)
+    num_units = len(examples) if persons is None else persons.count
     # 1. Start from the global adapter, with the site's own moments.
     runtime.load(start)
     model, task = runtime.model, runtime.task
@@ -100,17 +110,29 @@ def train_local_round(
 
     with per_example_hooks(model):
         for step in range(training.local_steps):
-            # 2. Every record enters the step by its own coin.
-            sampled = plan.sample(len(examples), randomness.stream("sampling", round_number=round_number, step=step))
-            # 3. Per-example gradients, each clipped over adapter and head together, summed over micro-batches.
+            # 2. Every unit of privacy, a record or a person, enters the step by its own coin.
+            drawn = plan.sample(num_units, randomness.stream("sampling", round_number=round_number, step=step))
+            groups = [[record] for record in drawn.tolist()]
+            if persons is not None and plan.records_per_person is not None:
+                own_records = randomness.stream("records", round_number=round_number, step=step)
+                groups = persons.choose(drawn.tolist(), plan.records_per_person, own_records)
+            # 3. Per-example gradients, a person's averaged over all micro-batches; then each unit's is clipped, over adapter
+            #    and head together, and added.
             total = plan.new_sum([p.shape for p in parameters])
+            by_person = None if persons is None else PersonSum(total, groups)
             loss_sum = 0.0
-            for batch in runtime.batches(examples, sampled.tolist()):
+            for rows, batch in runtime.grouped_batches(examples, groups):
                 with runtime.autocast():
                     losses = task.per_example_loss(model(batch), batch)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
-                total.add(per_example_gradients(parameters, len(losses)))
+                gradients = per_example_gradients(parameters, len(losses))
+                if by_person is None:
+                    total.add(gradients)
+                else:
+                    by_person.add(gradients, rows)
                 loss_sum += float(losses.detach().sum())
+            if by_person is not None:
+                by_person.close()
             # 4. One noise event per logical step, also when the sample is empty.
             noisy = plan.add_noise(total.sums, randomness.stream("noise", round_number=round_number, step=step))
             # 5. Divide by the expected batch size, never by the drawn one. From here on all is post-processing.
@@ -119,7 +141,8 @@ def train_local_round(
             # 6. The optimiser moves the adapter.
             set_learning_rate(optimizer, training, (round_number - 1) * training.local_steps + step)
             optimizer.step()
-            seen.losses.append(loss_sum / len(sampled) if len(sampled) else math.nan)
+            num_records = sum(map(len, groups))
+            seen.losses.append(loss_sum / num_records if num_records else math.nan)
             seen.num_examples += total.num_examples
             seen.num_clipped += total.num_clipped
             seen.num_non_finite += total.num_non_finite

@@ -330,6 +330,7 @@ def _account(
         release = result.get(name) or SiteRelease(
             site=name,
             unit=job.privacy.unit,
+            records_per_person=job.privacy.records_per_person,
             delta=reply.delta,
             max_grad_norm=reply.max_grad_norm,
             declared_records=reply.declared_records,
@@ -379,6 +380,7 @@ def _account_unanswered(
         release = result.get(site.site) or SiteRelease(
             site=site.site,
             unit=plan.unit,
+            records_per_person=plan.records_per_person,
             delta=plan.delta,
             max_grad_norm=plan.max_grad_norm,
             declared_records=site.declared_records,

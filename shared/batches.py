@@ -83,11 +83,27 @@ def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: in
         indices: the records of one logical batch; may be empty.
         max_tokens: padded tokens per group; a single longer record still forms a group of its own.
     """
-    group: list[int] = []
-    for index in sorted(indices, key=lambda i: (lengths[i], i)):
-        if group and lengths[index] * (len(group) + 1) > max_tokens:
-            yield group
-            group = []
-        group.append(index)
-    if group:
-        yield group
+    return micro_batches_of_groups(lengths, [[index] for index in indices], max_tokens)
+
+
+def micro_batches_of_groups(
+    lengths: Sequence[int], groups: Sequence[Sequence[int]], max_tokens: int
+) -> Iterator[list[int]]:
+    """Cut groups of records into micro-batches, so that at most one group is unfinished between two of them.
+
+    Args:
+        lengths: tokens of every record.
+        groups: the records of each person, none of them empty; groups of one are `micro_batches`.
+        max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
+    """
+    inner = [sorted(group, key=lambda i: (lengths[i], i)) for group in groups]
+    batch: list[int] = []
+    longest = 0
+    for index in (index for group in sorted(inner, key=lambda g: (lengths[g[-1]], g[-1])) for index in group):
+        if batch and max(longest, lengths[index]) * (len(batch) + 1) > max_tokens:
+            yield batch
+            batch, longest = [], 0
+        batch.append(index)
+        longest = max(longest, lengths[index])
+    if batch:
+        yield batch

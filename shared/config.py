@@ -23,6 +23,9 @@ from shared.errors import ConfigError
 Probability = Annotated[float, Field(gt=0, le=1)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
+Unit = Literal["record", "patient", "customer"]
+PERSON_UNITS: tuple[Unit, ...] = ("patient", "customer")
+"""Units that are a person with all their records: one mechanism, and the word that the statement uses."""
 
 
 class Section(BaseModel):
@@ -141,19 +144,35 @@ class PrivacyConfig(Section):
     mechanism: Literal["dp-sgd", "central", "none"] = "dp-sgd"
     """`dp-sgd`: every site adds noise. `central`: a trusted coordinator does, over 100 sites or more; sites send it unprotected
     updates. `none` releases unprotected updates. A site accepts either of the last two only if its own settings say so."""
-    unit: Literal["record", "site"] = "record"
-    """What the neighbouring data sets differ in, added or removed: one record, or (with `central`, and only there) one site."""
+    unit: Unit | Literal["site"] = "record"
+    """What the neighbouring data sets differ in, added or removed: one `record`; one `patient` or `customer` with all their
+    records, for which each site's data must have an id column; or (with `central`, and only there) one `site`."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    records_per_person: int | None = Field(default=None, ge=1, le=1000, exclude_if=lambda value: value is None)
+    """G: at most so many records of each patient or customer enter a step, drawn anew each time; their mean gradient is
+    clipped. It bounds time and memory; epsilon does not depend on it. Only, and always, with these units."""
     epsilon: float = Field(default=8.0, gt=0)
     """Target for a site that executes every planned step and releases all of `site_metrics`."""
     delta: float = Field(default=1e-5, gt=0, lt=1)
-    """Failure probability; must be far below 1 / number of records."""
+    """Failure probability; must be far below 1 / number of records (or patients, customers)."""
     sample_rate: Probability = 0.05
-    """q: probability with which each record enters a step (Poisson sampling)."""
+    """q: probability with which each record (or patient, customer) enters a step (Poisson sampling)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
-    """C: the largest L2 norm of one record's gradient over adapter and head together."""
+    """C: the largest L2 norm of the gradient of one record (or patient, customer) over adapter and head together."""
     noise_multiplier: float | None = Field(default=None, ge=0.2, le=1e4)
     """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps (`central`: site_sample_rate, rounds)."""
-    central: CentralConfig | None = None
+    central: CentralConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _check_unit(self) -> Self:
+        if self.unit in PERSON_UNITS and self.records_per_person is None:
+            raise ValueError(
+                f"unit is {self.unit!r}, so records_per_person must say how many records of each {self.unit} enter a step, "
+                "for example 4"
+            )
+        if self.unit not in PERSON_UNITS and self.records_per_person is not None:
+            raise ValueError("records_per_person is for the units 'patient' and 'customer'; remove it or set the unit")
+        return self
 
     @model_validator(mode="after")
     def _check_central(self) -> Self:
@@ -290,7 +309,7 @@ class Job(Section):
         return self
 
     def canonical_json(self) -> str:
-        """Return the one JSON text of this job: sorted keys, no spaces, every default written out."""
+        """Return the one JSON text of this job: sorted keys, no spaces, defaults written out (see `records_per_person`)."""
         return canonical_json(self.model_dump(mode="json"))
 
     @property

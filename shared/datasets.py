@@ -29,6 +29,9 @@ from shared.errors import DataError
 Record = Mapping[str, Any]
 """One example: role -> value."""
 
+PERSON_ROLE = "person"
+"""Role of the id column: whose record it is. No task reads it; see `shared.privacy.persons`."""
+
 MAX_CELL_CHARACTERS = 16 * 2**20
 """A longer CSV cell is taken for a missing closing quote; the csv module's own limit is 128 KiB."""
 
@@ -58,7 +61,8 @@ class DataSource(BaseModel):
     format: Literal["auto", "csv", "jsonl", "parquet"] = "auto"
     """`auto` goes by the name's ending: .csv .tsv .tab .jsonl .ndjson (and .gz after these) .parquet .pq."""
     columns: dict[NonBlank, NonBlank] = Field(min_length=1)
-    """Role -> column name in the file, such as `{"text": "review", "label": "stars"}`. All are required."""
+    """Role -> column name in the file, such as `{"text": "review", "label": "stars"}`. All are required. The role `person`
+    names the id column that tells whose record it is, for the units `patient` and `customer`."""
     delimiter: str | None = None
     """One character between CSV cells; None means a tab for .tsv and .tab, otherwise a comma."""
     encoding: str = "utf-8"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -38,8 +38,14 @@ _INTEGERS = frozenset({"records", "batch_size", "steps", "parameters"})
 
 
 def plan(
-    records: Annotated[int | None, typer.Option(help="Number of records n; public.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Expected records per step, B.")] = None,
+    records: Annotated[
+        int | None, typer.Option(help="Number n of records, or of patients or customers if these are the unit; public.")
+    ] = None,
+    unit: Annotated[
+        Literal["record", "patient", "customer"] | None,
+        typer.Option(help="What is protected; with --job the job says it. By default each record."),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Expected records (patients, customers) per step, B.")] = None,
     sample_rate: Annotated[float | None, typer.Option(help="B / n; instead of --batch-size.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Expected passes over the records.")] = None,
     steps: Annotated[int | None, typer.Option(help="Noisy steps; instead of --epochs.")] = None,
@@ -89,18 +95,22 @@ def plan(
     asked: Job | None = None
     if job is not None:
         asked = read_job(job, overrides or [])
+        if unit not in (None, asked.privacy.unit):
+            raise ConfigError(f"--unit is {unit!r}, but the job protects each {asked.privacy.unit}; leave it out.")
         settings, sites = _plan_job(asked, question, ledgers or [], sweep)
     else:
         for given, option in ((ledgers, "--ledger"), (overrides, "--set")):
             if given:
                 raise ConfigError(f"{option} speaks of a job; add --job FILE.")
         settings, sites = _plan_numbers(question, sweep), []
-    document = _document(settings, sites, points, job=asked, sweep=sweep)
+    protected = asked.privacy.unit if asked is not None else unit or "record"
+    document = _document(settings, sites, points, job=asked, sweep=sweep, unit=protected)
     # In a file or a pipe there is room for more than the 80 columns that rich assumes.
     console = Console(highlight=False, markup=False)
     console = console if console.is_terminal else Console(width=120, highlight=False, markup=False)
     if not as_json:
-        print_answers(console, settings, sites, points, swept=sweep.partition("=")[0] if sweep else None)
+        swept = sweep.partition("=")[0] if sweep else None
+        print_answers(console, settings, sites, points, swept=swept, unit=protected)
     if out is not None:
         _write(out, document, settings, points)
         if not as_json:
@@ -293,14 +303,15 @@ def _document(
     *,
     job: Job | None,
     sweep: str | None,
+    unit: str,
 ) -> dict[str, Any]:
     """Return the content of plan.json and of the line of `--json`."""
-    from shared.privacy.statement import RELATION
+    from shared.privacy.statement import relation
 
     return {
         "format": FORMAT,
-        "relation": RELATION,
-        "unit": "record",
+        "relation": relation(unit),
+        "unit": unit,
         "accountant": "PLD (dp-accounting)",
         "sampling": "poisson",
         "job": None if job is None else {"name": job.name, "sha256": job.sha256},

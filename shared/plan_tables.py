@@ -22,9 +22,11 @@ _FILTER = (
     "than PLD does."
 )
 _CLAIM = (
-    "Epsilon is an upper bound by PLD accounting, at delta {delta:g}, for one record added or removed, by a site that takes "
-    "every step with Poisson sampling. A person with several records is protected less."
+    "Epsilon is an upper bound by PLD accounting, at delta {delta:g}, under {relation}, by a site that takes every step with "
+    "Poisson sampling."
 )
+_CLAIM_OF_RECORDS = " A person with several records is protected less."
+_CLAIM_OF_PERSONS = " All numbers count {unit}s, not records."
 
 
 def site_warnings(setting: Setting, export: LedgerExport) -> dict[str, str]:
@@ -40,8 +42,11 @@ def print_answers(
     utility: Sequence[UtilityPoint] | None,
     *,
     swept: str | None,
+    unit: str = "record",
 ) -> None:
-    console.print(_setting_table(settings[0]) if swept is None else _sweep_table(settings))
+    from shared.privacy.statement import relation
+
+    console.print(_setting_table(settings[0], unit) if swept is None else _sweep_table(settings))
     told: set[str] = set()
     for setting in settings:
         for subject, text in setting.warnings().items():
@@ -62,17 +67,19 @@ def print_answers(
         console.print(_NO_UTILITY)
     else:
         console.print(_utility_table(utility))
-    console.print(_CLAIM.format(delta=max(setting.delta for setting in settings)))
+    beyond = _CLAIM_OF_RECORDS if unit == "record" else _CLAIM_OF_PERSONS
+    delta = max(setting.delta for setting in settings)
+    console.print((_CLAIM + beyond).format(delta=delta, relation=relation(unit), unit=unit))
 
 
-def _setting_table(setting: Setting) -> Table:
+def _setting_table(setting: Setting, unit: str) -> Table:
     from rich import box
     from rich.table import Table
 
     from shared.privacy.statement import rounded_up
 
     rows = [
-        ("records", "" if setting.records is None else f"{setting.records:,}", ""),
+        (f"{unit}s", "" if setting.records is None else f"{setting.records:,}", ""),
         ("expected batch size", number(setting.batch_size), "rate"),
         ("sample rate", f"{setting.sample_rate:.6g}", "rate"),
         ("steps", f"{setting.steps:,}", "steps"),

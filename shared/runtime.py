@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared import adapters
 from shared.backbones import backbone_folder, load_backbone
-from shared.batches import Batch, Example, collate, micro_batches
+from shared.batches import Batch, Example, collate, micro_batches_of_groups
 from shared.config import ComputeConfig, Job, canonical_json
 from shared.errors import ConfigError, ModelError
 from shared.frozen_cache import FrozenCache, shared_cache
@@ -84,10 +84,17 @@ class Runtime:
 
     def batches(self, examples: Sequence[Example], indices: Sequence[int]) -> Iterator[Batch]:
         """Yield the micro-batches of one logical batch on the model's device, with cached activations if there are."""
+        for _, batch in self.grouped_batches(examples, [[index] for index in indices]):
+            yield batch
+
+    def grouped_batches(
+        self, examples: Sequence[Example], groups: Sequence[Sequence[int]]
+    ) -> Iterator[tuple[list[int], Batch]]:
+        """Yield (records, micro-batch) of one logical batch, the records of a group one after another."""
         lengths = [example.length for example in examples]
-        for group in micro_batches(lengths, indices, self.compute.micro_batch_tokens):
-            chosen = [examples[index] for index in group]
-            yield collate(chosen, self.cache.get(chosen)).to(self.model.device)
+        for rows in micro_batches_of_groups(lengths, groups, self.compute.micro_batch_tokens):
+            chosen = [examples[index] for index in rows]
+            yield rows, collate(chosen, self.cache.get(chosen)).to(self.model.device)
 
     def warm_cache(self, examples: Sequence[Example]) -> None:
         """Compute the activations below the first adapted layer once, as far as the memory bound allows."""

@@ -167,7 +167,8 @@ def mechanism_result(run: AuditedRun, audit: MechanismAudit) -> AuditResult:
     """Return a tier 1 audit in the form that all tiers share."""
     steps = min(run.plan.planned_steps, STEPS_PER_CALL)
     return audit.result(
-        f"the trainer of this installation under the plan of {run.site} (sampling rate {run.plan.sample_rate:g}, noise "
+        f"the trainer of this installation under the plan of {run.site} (unit {run.plan.unit}, sampling rate "
+        f"{run.plan.sample_rate:g}, noise "
         f"multiplier {run.plan.noise_multiplier:.4f}, clipping norm {run.plan.max_grad_norm:g}), on canaries, {steps} of "
         f"{run.plan.planned_steps} steps per call, {audit.observed_steps} noisy steps in all; the accounting of all "
         f"{run.plan.planned_steps} steps"

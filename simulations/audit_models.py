@@ -29,11 +29,13 @@ from shared.errors import RunError
 from shared.privacy.audit import AuditResult
 from shared.privacy.audit.lira import audit_lira, lira_scores, logit_confidence
 from shared.privacy.audit.one_run import Training, audit_one_run, draw_coins
+from shared.privacy.persons import Persons
 from shared.privacy.plan import declared_size
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 from shared.tasks import Record, task_of
 from simulations.audit import ALPHA, AuditedRun, NewRandomness, Progress, check_simulation
+from simulations.scenario import persons_of
 from simulations.small_gpt2 import prepare_backbone
 
 Array = NDArray[np.float64]
@@ -50,12 +52,14 @@ class SimulatedSite:
         records: the site's own records.
         pool: the records of all sites of the run, sites in the order of their names.
         declared_records: the site's public size.
+        persons: whose record each of `records` is, if persons are the unit of privacy.
     """
 
     runtime: Runtime
     records: list[Record]
     pool: list[Record]
     declared_records: int
+    persons: Persons | None
 
 
 def open_site(run: AuditedRun) -> SimulatedSite:
@@ -77,18 +81,26 @@ def open_site(run: AuditedRun) -> SimulatedSite:
     }
     prepare_backbone(run.job.model.backbone)
     own = data[run.site]
+    persons = persons_of(own, run.plan.unit)
+    size = len(own) if persons is None else persons.count
     return SimulatedSite(
         runtime=load_runtime(run.job, configs[run.site].compute),
         records=own,
         pool=[record for records in data.values() for record in records],
-        declared_records=configs[run.site].declared_records or max(declared_size(len(own)), 1),
+        declared_records=configs[run.site].declared_records or max(declared_size(size), 1),
+        persons=persons,
     )
 
 
 def train_alone(
-    run: AuditedRun, site: SimulatedSite, examples: Sequence[Example], new_randomness: NewRandomness
+    run: AuditedRun,
+    site: SimulatedSite,
+    examples: Sequence[Example],
+    new_randomness: NewRandomness,
+    *,
+    persons: Persons | None = None,
 ) -> dict[str, Tensor]:
-    """Train as the only site of the run, all its steps, and return the final adapter."""
+    """Train as the only site of the run, all its steps, and return the final adapter; `persons` own the `examples`."""
     state = dict(site.runtime.initial)
     moments: dict[str, Tensor] = {}
     rounds = max(1, run.plan.planned_steps // run.job.training.local_steps)
@@ -103,6 +115,7 @@ def train_alone(
             randomness=new_randomness(),
             round_number=number,
             optimizer_state=moments,
+            persons=persons,
         )
         state = {name: value + result.delta[name] for name, value in state.items()}
         moments = result.optimizer_state
@@ -137,7 +150,8 @@ def audit_text_canaries(
 ) -> tuple[AuditResult, list[Training]]:
     """Guess from the final adapter which canary texts one site trained on, beside its own records.
 
-    Canaries are random token sequences with random labels; the score is how far training lowered a canary's loss.
+    Canaries are random token sequences with random labels; the score is how far training lowered a canary's loss. Where
+    persons are the unit of privacy, each canary is a person of its own with this one record.
     Training t has the public seed `seed` + t.
     """
     site = open_site(run)
@@ -150,7 +164,8 @@ def audit_text_canaries(
         runtime.warm_cache([*own, *canaries])
         included = draw_coins(num_canaries, seed=seed + number)
         inside = [canary for canary, coin in zip(canaries, included, strict=True) if coin]
-        state = train_alone(run, site, [*own, *inside], new_randomness)
+        persons = None if site.persons is None else site.persons.with_strangers(len(inside))
+        state = train_alone(run, site, [*own, *inside], new_randomness, persons=persons)
         before = example_losses(runtime, runtime.initial, canaries)
         done.append(Training(scores=before - example_losses(runtime, state, canaries), included=included))
     progress(trainings, trainings, f"trainings of {run.site} with canaries")
@@ -201,6 +216,11 @@ def audit_shadow_models(
     models first, has the public seed `seed` + j.
     """
     site = open_site(run)
+    if site.persons is not None:
+        raise RunError(
+            f"tier 3 attacks single records, but this run protects each {run.plan.unit} with all their records; what it found "
+            "would not be about the claim. Use tier 1 or 2."
+        )
     # Half of them is what a site has.
     count = min(num_records, 2 * site.declared_records, len(site.pool))
     chosen = np.sort(np.random.default_rng([seed, 3]).choice(len(site.pool), size=count, replace=False))

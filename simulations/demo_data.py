@@ -21,6 +21,7 @@ from typing import Any
 from shared import atomic
 from shared.datasets import DataSource, Record, read_records, write_jsonl
 from shared.errors import DataError
+from shared.privacy.persons import Persons
 
 REQUIREMENT = "vaderSentiment==3.3.2"
 ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
@@ -72,31 +73,38 @@ def read_recorded(member: str, cache: Path | None = None, *, download: Callable[
 
 
 def split_public_test(
-    records: Sequence[Record], *, num_test: int = 2000, seed: int
+    records: Sequence[Record], *, num_test: int = 2000, seed: int, persons: Persons | None = None
 ) -> tuple[list[Record], list[Record]]:
     """Hold out `num_test` records as a public test set: (train, test), both in the order of `records`.
 
     The records whose SHA-256 of seed and text is smallest are held out, so the choice does not depend on
     their order. Records with the same text, up to case and white space, stay on the same side.
 
+    With `persons`, all records of a person stay on the same side instead: those of a person whose other records train are
+    not public. The persons with the smallest SHA-256 of a text are held out; different persons may have the same text.
+
     Raises:
-        DataError: if `num_test` leaves no record on one side, or cannot be met with equal texts together.
+        DataError: if `num_test` leaves no record on one side, or cannot be met with these records together.
     """
     if not 0 < num_test < len(records):
         raise DataError(
             f"{num_test} of {len(records)} records cannot be held out. Set num_test between 1 and {len(records) - 1}."
         )
+    digests = [_sha256(f"{seed}:{' '.join(str(record['text']).casefold().split())}".encode()) for record in records]
     groups: dict[str, list[int]] = {}
-    for index, record in enumerate(records):
-        text = " ".join(str(record["text"]).casefold().split())
-        groups.setdefault(_sha256(f"{seed}:{text}".encode()), []).append(index)
+    for index, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(index)
+    together = [group for _, group in sorted(groups.items())]
+    if persons is not None:
+        together = sorted((rows.tolist() for rows in persons.rows), key=lambda rows: min(digests[row] for row in rows))
     held_out: set[int] = set()
-    for _, group in sorted(groups.items()):
+    for group in together:
         if len(held_out) + len(group) <= num_test:
             held_out.update(group)
     if len(held_out) != num_test:
         raise DataError(
-            f"{num_test} records cannot be held out with seed {seed} without parting equal texts; "
+            f"{num_test} records cannot be held out with seed {seed} without parting "
+            f"{'equal texts' if persons is None else 'the records of a person'}; "
             f"{len(held_out)} can. Set num_test to {len(held_out)}."
         )
     train = [record for index, record in enumerate(records) if index not in held_out]

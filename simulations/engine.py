@@ -22,8 +22,8 @@ from server.observer import Observer
 from server.report import write_report
 from server.run_folder import check_run_folder
 from shared.atomic import write_text
-from shared.config import Job, canonical_json
-from shared.datasets import dataset_fingerprint, write_jsonl
+from shared.config import PERSON_UNITS, Job, canonical_json
+from shared.datasets import PERSON_ROLE, dataset_fingerprint, write_jsonl
 from shared.errors import ConfigError, DataError, RunError, SilotuneError
 from shared.privacy.central import CentralPlan
 from shared.privacy.plan import PrivacyPlan, default_delta
@@ -33,7 +33,7 @@ from shared.tasks import Record, task_of
 from simulations.grid import DropoutGrid, InProcessGrid
 from simulations.partitions import partition
 from simulations.ray_backend import run_on_ray
-from simulations.scenario import Scenario, changed_job
+from simulations.scenario import Scenario, changed_job, persons_of
 from simulations.small_gpt2 import prepare_backbone
 
 log = logging.getLogger("silotune.simulation")
@@ -102,7 +102,8 @@ def run_scenario(
 def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list[Arm]:
     """Return the federated arm and the baselines, with every site's records."""
     label_role = "label" if "label" in task_of(scenario.job).roles else "text"
-    parts = partition(train, scenario.partition, seed=scenario.seed, label_role=label_role)
+    persons = persons_of(train, scenario.job.privacy.unit)
+    parts = partition(train, scenario.partition, seed=scenario.seed, label_role=label_role, persons=persons)
     sites = {name: [train[index] for index in indices] for name, indices in parts.items()}
     arms = [Arm(FEDERATED, scenario.job, folder, sites)]
     for name in scenario.baselines.arms:
@@ -115,12 +116,17 @@ def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list
         if name != "federated-non-private":
             changes["federation"] = {"min_sites": 1, "sites_per_round": None}
         if name != "central-dp":
-            changes |= {
-                "privacy": {"mechanism": "none", "unit": "record", "central": None},
-                "site_metrics": {"names": []},
-            }
+            changes |= {"privacy": {"mechanism": "none"}, "site_metrics": {"names": []}}
+            if scenario.job.privacy.central:
+                changes["privacy"] |= {"unit": "record", "central": None}
         job = changed_job(scenario.job, changes, source=f"baseline {name}")
         job = changed_job(job, scenario.baselines.changes(name), source=f"baselines.{name.replace('-', '_')}")
+        units = {job.privacy.unit, scenario.job.privacy.unit}
+        if len(units) > 1 and units & {*PERSON_UNITS}:
+            # Whose records are held out, and which site has whose, was settled by the scenario's own unit.
+            raise ConfigError(
+                f"baseline {name} has another privacy.unit than the scenario; run it as a scenario of its own."
+            )
         records = sites if name == "federated-non-private" else {"central": list(train)}
         arms.append(Arm(name, job, folder / "baselines" / name, records))
     return arms
@@ -157,10 +163,12 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 f"all records of {name} have one and the same label; raise partition.alpha or partition.min_records, or use "
                 "fewer sites."
             )
+        persons = persons_of(records, arm.job.privacy.unit)
+        size = len(records) if persons is None else persons.count
         try:
-            plan.check_records(len(records))
+            plan.check_size(size)
         except SilotuneError as error:
-            raise type(error)(f"{name}: {error} (for this data set: {default_delta(len(records)):.1e})") from None
+            raise type(error)(f"{name}: {error} (for this data set: {default_delta(size):.1e})") from None
     runtime = load_runtime(arm.job, scenario.compute)
     for name, part in {**arm.sites, "the evaluation data": list(test)}.items():
         try:
@@ -225,26 +233,37 @@ def _check_site_home(scenario: Scenario, arm: Arm, name: str) -> None:
 
 
 def _columns(arm: Arm, name: str) -> list[Record]:
-    roles = task_of(arm.job).roles
+    roles = _roles(arm.job)
     return [{role: record[role] for role in roles} for record in arm.sites[name]]
+
+
+def _roles(job: Job) -> tuple[str, ...]:
+    """Return the columns that a simulated site has: the task's, and the id column where persons are the unit."""
+    return (*task_of(job).roles, *([PERSON_ROLE] if job.privacy.unit in PERSON_UNITS else []))
 
 
 def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
     """Return the `site.toml` of one simulated site."""
-    roles = task_of(arm.job).roles
     private = arm.job.privacy.mechanism == "dp-sgd"
     plan = PrivacyPlan.from_job(arm.job)
     # A noise multiplier that was given, not calibrated, spends what it spends.
-    budget = max(arm.job.privacy.epsilon, plan.epsilon() if private else 0.0)
-    held_out = {"evaluation_share": scenario.data.evaluation_share} if scenario.data.evaluation_share else {}
+    epsilon = max(arm.job.privacy.epsilon, plan.epsilon() if private else 0.0)
+    budget: dict[str, Any] = {"epsilon": epsilon, "delta": arm.job.privacy.delta}
+    # What is not asked for is not written, so that homes of older versions can be resumed.
+    further: dict[str, Any] = {}
+    if arm.job.privacy.unit in PERSON_UNITS:
+        budget["unit"] = arm.job.privacy.unit
+    if scenario.data.evaluation_share:
+        further["evaluation_share"] = scenario.data.evaluation_share
+    if arm.job.privacy.mechanism == "central":
+        further["allow_trusted_coordinator"] = True
     return {
         "name": name,
         "dataset": f"{scenario.name}-{name}",
-        **held_out,
-        **({"allow_trusted_coordinator": True} if arm.job.privacy.mechanism == "central" else {}),
+        **further,
         "allow_non_private": arm.job.privacy.mechanism == "none",
-        "data": {"path": "data.jsonl", "columns": {role: role for role in roles}},
-        "budget": {"epsilon": budget, "delta": arm.job.privacy.delta},
+        "data": {"path": "data.jsonl", "columns": {role: role for role in _roles(arm.job)}},
+        "budget": budget,
         "compute": scenario.compute.model_dump(mode="json"),
     }
 

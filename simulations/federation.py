@@ -34,7 +34,7 @@ from server.submission import Submission
 from shared import audit_log
 from shared.atomic import write_text
 from shared.audit_log import Event
-from shared.config import ComputeConfig, Job, load_toml
+from shared.config import ComputeConfig, Job, Unit, load_toml
 from shared.datasets import DataSource, write_jsonl
 from shared.errors import RunError
 from shared.pki import approve, create_ca, publish, revoke
@@ -104,6 +104,7 @@ class Federation:
         records: Sequence[Record],
         *,
         epsilon: float,
+        unit: Unit = "record",
         composition: Composition = "fixed",
         compute: ComputeConfig | None = None,
         evaluation_share: float = 0.0,
@@ -113,6 +114,7 @@ class Federation:
 
         Args:
             epsilon: the site's budget, for one job and in total.
+            unit: what the budget protects.
             composition: how the site measures its spending; "fixed" for runs whose plans are all made before they start.
             compute: its speed settings.
             evaluation_share: of its records, held out of training.
@@ -130,6 +132,7 @@ class Federation:
                 data=data,
                 columns=[f"{role}={role}" for role in records[0]],
                 epsilon=epsilon,
+                unit=unit,
                 signer=[f"consortium={self.signer.verify_key.text}"],
                 composition=composition,
             )

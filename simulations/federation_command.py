@@ -13,7 +13,7 @@ from rich.console import Console
 
 from client.status import read_status
 from server.submission import Submission
-from shared.errors import RunError
+from shared.errors import ConfigError, RunError
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from simulations.engine import FEDERATED, plan_arms
@@ -27,6 +27,12 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
     changes = ["partition.num_sites=3", "federation.min_sites=3", *overrides]
     scenario = load_scenario(scenario_file, changes) if scenario_file else builtin_scenario("demo", changes)
+    unit = scenario.job.privacy.unit
+    if unit == "site":
+        raise ConfigError(
+            "silotune federation starts sites that protect their own data, but privacy.mechanism is 'central'; use `silotune "
+            "simulate`."
+        )
     folder = out or Path("runs") / f"federation-{now()}"
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; choose another folder.")
@@ -43,6 +49,7 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
                 name,
                 records,
                 epsilon=budget,
+                unit=unit,
                 composition="adaptive",
                 compute=scenario.compute,
                 evaluation_share=scenario.data.evaluation_share,

@@ -1,12 +1,14 @@
 """Partitions: which simulated site holds which records, as pure functions of the labels and a public seed.
 
-Guarantee: every record belongs to exactly one site, and every site holds at least `min_records`.
+Guarantee: every record belongs to exactly one site, and every site holds at least `min_records`. Where persons are the unit
+of privacy, all records of a person belong to the same site; otherwise `DataError` (tests: tests/simulations/test_persons.py).
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Self
 
@@ -14,7 +16,9 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shared.datasets import PERSON_ROLE
 from shared.errors import DataError
+from shared.privacy.persons import Persons
 
 Record = Mapping[str, Any]
 Indices = npt.NDArray[np.int64]
@@ -39,7 +43,7 @@ class PartitionConfig(BaseModel):
     column: str | None = Field(default=None, min_length=1)
     """Role whose values name the sites; only for `column`."""
     min_records: int = Field(default=1, ge=1)
-    """Records that every site must hold at least."""
+    """Records that every site must hold at least; persons, where they are the unit of privacy."""
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
@@ -53,7 +57,12 @@ class PartitionConfig(BaseModel):
 
 
 def partition(
-    records: Sequence[Record], config: PartitionConfig, *, seed: int, label_role: str = "label"
+    records: Sequence[Record],
+    config: PartitionConfig,
+    *,
+    seed: int,
+    label_role: str = "label",
+    persons: Persons | None = None,
 ) -> dict[str, list[int]]:
     """Split the indices of `records` over sites: site name -> increasing indices.
 
@@ -75,10 +84,14 @@ def partition(
         config: how to split.
         seed: public, non-negative; fixes everything random.
         label_role: role of the class label, for `dirichlet`.
+        persons: whose record each is: then persons are spread as records are otherwise, each with all their records and, for
+            `dirichlet`, their most frequent label.
 
     Raises:
-        DataError: if the records cannot be spread so; for example fewer records than sites need.
+        DataError: if the records cannot be spread so; for example fewer records than sites need, or a person at two sites.
     """
+    if persons is not None:
+        return _partition_persons(records, persons, config, seed=seed, label_role=label_role)
     if config.kind == "column":
         return _by_column(records, config)
     num_sites = config.num_sites or 1
@@ -95,6 +108,36 @@ def partition(
         parts = np.array_split(generator.permutation(len(records)), num_sites)
     width = len(str(num_sites))
     return {f"site-{number:0{width}}": sorted(part.tolist()) for number, part in enumerate(parts, start=1)}
+
+
+def _partition_persons(
+    records: Sequence[Record], persons: Persons, config: PartitionConfig, *, seed: int, label_role: str
+) -> dict[str, list[int]]:
+    role = config.column or label_role
+    if role == PERSON_ROLE:
+        raise DataError(
+            f"partition.column is {PERSON_ROLE!r}, so the sites would be called by the ids of persons; choose another role."
+        )
+    by_value = _rows_by_value(records, role) if config.kind in ("column", "dirichlet") else {}
+    value_of = {row: value for value, rows in by_value.items() for row in rows}
+    values = [Counter(value_of.get(row) for row in rows.tolist()) for rows in persons.rows]
+    if config.kind == "column" and (scattered := sum(len(counts) > 1 for counts in values)):
+        raise DataError(
+            f"{scattered:,} of {persons.count:,} persons have records at more than one site by {role!r}. A site's epsilon is for "
+            "persons whose records are all there: bring a person's records under one value, leave such persons out, or choose "
+            "another partition.kind."
+        )
+    if config.num_sites is not None and persons.count < config.num_sites * config.min_records:
+        raise DataError(
+            f"{persons.count} persons cannot give {config.num_sites} sites at least {config.min_records} each. Use fewer "
+            "sites or a smaller min_records."
+        )
+    typical: list[Record] = [{role: counts.most_common(1)[0][0]} for counts in values]
+    parts = partition(typical, config, seed=seed, label_role=label_role)
+    return {
+        name: sorted(row for person in members for row in persons.rows[person].tolist())
+        for name, members in parts.items()
+    }
 
 
 def _require_enough(num_records: int, num_sites: int, min_records: int) -> None:

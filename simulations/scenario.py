@@ -9,9 +9,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.config import ComputeConfig, Job, Name, Section, apply_overrides, load_toml, nearest, parse
-from shared.datasets import DataSource, read_records
-from shared.errors import ConfigError
+from shared.config import PERSON_UNITS, ComputeConfig, Job, Name, Section, apply_overrides, load_toml, nearest, parse
+from shared.datasets import PERSON_ROLE, DataSource, read_records
+from shared.errors import ConfigError, DataError
+from shared.privacy.persons import Persons
 from shared.tasks import Record
 from simulations.demo_data import load_movie_reviews, split_public_test
 from simulations.partitions import PartitionConfig
@@ -142,18 +143,62 @@ class Scenario(Section):
         else:
             assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
             records = read_records(self.data.train, base=self.base)
+        persons = persons_of(records, self.job.privacy.unit)
         train: list[Record]
         test: list[Record]
         if self.data.test is not None:
             train, test = list(records), [*read_records(self.data.test, base=self.base)]
         else:
-            train, test = split_public_test(records, num_test=self.data.num_test, seed=self.data.split_seed)
-        if not self.data.num_confirm:
-            return train, test, []
-        # The test records stay the same ones, so that figures with and without confirmation can be compared.
-        source = test if self.data.test is not None else train
-        kept, confirm = split_public_test(source, num_test=self.data.num_confirm, seed=self.data.split_seed)
-        return (train, kept, confirm) if self.data.test is not None else (kept, test, confirm)
+            train, test = split_public_test(
+                records, num_test=self.data.num_test, seed=self.data.split_seed, persons=persons
+            )
+        if persons is not None:
+            _require_other_persons(train, test)
+        confirm: list[Record] = []
+        if self.data.num_confirm:
+            # The test records stay the same ones, so that figures with and without confirmation can be compared.
+            source = test if self.data.test is not None else train
+            kept, confirm = split_public_test(
+                source,
+                num_test=self.data.num_confirm,
+                seed=self.data.split_seed,
+                persons=persons_of(source, self.job.privacy.unit) if source is train else None,
+            )
+            train, test = (train, kept) if self.data.test is not None else (kept, test)
+        return train, _without_ids(test), _without_ids(confirm)
+
+
+def _without_ids(records: Sequence[Record]) -> list[Record]:
+    """Return the records without the person: nothing that evaluates needs to know whose record it is."""
+    return [{role: value for role, value in record.items() if role != PERSON_ROLE} for record in records]
+
+
+def persons_of(records: Sequence[Record], unit: str) -> Persons | None:
+    """Return whose records these are, if persons are the unit of privacy.
+
+    Raises:
+        DataError: if there is no id column, or it is not filled everywhere.
+    """
+    if unit not in PERSON_UNITS:
+        return None
+    if records and PERSON_ROLE not in records[0]:
+        raise DataError(
+            f"privacy.unit is {unit!r}, but the data has no id column; declare it in data.train.columns, for example "
+            f'{PERSON_ROLE} = "{unit}_id".'
+        )
+    return Persons.from_ids([record[PERSON_ROLE] for record in records])
+
+
+def _require_other_persons(train: Sequence[Record], test: Sequence[Record]) -> None:
+    """Raise `DataError` if a test file names persons who are in the training data, whom its results would tell about."""
+    if not test or PERSON_ROLE not in test[0]:
+        return
+    owners = Persons.from_ids([record[PERSON_ROLE] for record in (*train, *test)]).owners
+    if shared := set(owners[: len(train)].tolist()) & set(owners[len(train) :].tolist()):
+        raise DataError(
+            f"{len(shared):,} persons of the evaluation data also have records in the training data. Public results would tell "
+            "about them without noise; take all records of a person out of one of the two."
+        )
 
 
 def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:

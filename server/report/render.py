@@ -25,6 +25,7 @@ from markupsafe import Markup
 from server.report import formats, plots
 from server.report.run_data import Arm, RoundRecord, RunData, read_run
 from shared.atomic import write_bytes
+from shared.config import PERSON_UNITS
 
 REPORT_NAME = "report.html"
 MAX_MATRIX_LABELS = 12
@@ -115,6 +116,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "delta": _delta(federated),
         "same_delta": len({site.delta for site in federated.sites}) == 1,
         "unit": _unit(federated),
+        "declared": f"{_unit(federated)}s" if _unit(federated) in PERSON_UNITS else "records",
         "rounds_done": federated.rounds_done,
         "rounds_planned": federated.rounds_planned,
         "central": federated.central_sites is not None,

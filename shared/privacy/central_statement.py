@@ -16,9 +16,9 @@ from typing import Any
 from shared.config import finite_or_none
 from shared.privacy.accounting import GaussianSteps, compose_epsilon, prv_epsilon
 from shared.privacy.randomness import Origin
-from shared.privacy.statement import Statement, rounded_up
+from shared.privacy.statement import Statement, relation, rounded_up
 
-SITE_RELATION = "add or remove one site"
+SITE_RELATION = relation("site")
 NOT_COVERED_CENTRAL = (
     "The coordinator: it receives every drawn site's update without noise, and so does whoever can read its memory. It is "
     "trusted to clip, to add the noise, to draw sites by secret coins, and to keep updates and draws to itself.",

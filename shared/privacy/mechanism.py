@@ -95,6 +95,11 @@ class ClippedSum:
         self.num_non_finite += int((~finite).sum())
 
     @property
+    def max_grad_norm(self) -> float:
+        """The clipping bound C."""
+        return self._max_grad_norm
+
+    @property
     def sums(self) -> list[Tensor]:
         """The clipped sums, float64 on the CPU, one per parameter."""
         return self._sums

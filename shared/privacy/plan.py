@@ -21,6 +21,7 @@ from shared.config import Job, PrivacyConfig
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, calibrate_noise_multiplier, compose_epsilon
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
+from shared.privacy.persons import Persons
 from shared.privacy.randomness import KeyStream
 
 
@@ -30,10 +31,11 @@ class PrivacyPlan:
 
     Attributes:
         private: False where sites release unprotected updates: baselines, and sites of a trusted coordinator.
-        unit: unit of privacy, "record"; "site" where a trusted coordinator adds the noise.
-        sample_rate: Poisson rate q of every step, in (0, 1].
+        unit: unit of privacy, "record", "patient" or "customer"; "site" where a trusted coordinator adds the noise.
+        records_per_person: G, most records of one person in a step, mean of whose gradients is clipped; None for records.
+        sample_rate: Poisson rate q with which each unit enters a step, in (0, 1].
         noise_multiplier: sigma, standard deviation of the noise in units of `max_grad_norm`; 0 if not private.
-        max_grad_norm: clipping bound C on one record's gradient, L2 norm over adapter and head together.
+        max_grad_norm: clipping bound C on one unit's gradient, L2 norm over adapter and head together.
         delta: failure probability of the guarantee.
         planned_steps: steps T of a site that takes part in every round.
         metrics: the release of site metrics after the last round; None if there is none.
@@ -47,6 +49,7 @@ class PrivacyPlan:
     delta: float
     planned_steps: int
     metrics: GaussianSteps | None = None
+    records_per_person: int | None = None
 
     @classmethod
     def from_job(cls, job: Job) -> PrivacyPlan:
@@ -68,6 +71,7 @@ class PrivacyPlan:
             delta=privacy.delta,
             planned_steps=steps,
             metrics=metrics,
+            records_per_person=privacy.records_per_person,
         )
 
     @classmethod
@@ -93,13 +97,19 @@ class PrivacyPlan:
             planned_steps=steps,
         )
 
-    def check_records(self, num_records: int) -> None:
-        """Raise `PrivacyError` if delta would allow to publish a whole record of this many."""
-        if self.private and num_records > 0 and self.delta >= 1 / num_records:
+    def check_size(self, num_units: int) -> None:
+        """Raise `PrivacyError` if delta would allow to publish everything about one of this many records or persons."""
+        if self.private and num_units > 0 and self.delta >= 1 / num_units:
             raise PrivacyError(
-                f"privacy.delta is {self.delta:g}, but with {num_records:,} records it must be below 1/n = "
-                f"{1 / num_records:.1e}; use at most {default_delta(num_records):.1e}."
+                f"privacy.delta is {self.delta:g}, but with {num_units:,} {self.unit}s it must be below 1/n = "
+                f"{1 / num_units:.1e}; use at most {default_delta(num_units):.1e}."
             )
+
+    def check_persons(self, persons: Persons | None) -> None:
+        """Raise `PrivacyError` unless persons are known exactly if they are the unit: nothing else is accounted for."""
+        if (self.records_per_person is None) != (persons is None):
+            found = "no persons are known" if persons is None else "records come with persons"
+            raise PrivacyError(f"the unit of privacy is the {self.unit}, but {found}; nothing was trained.")
 
     def mechanism(self, steps: int) -> GaussianSteps:
         """Return the accounting event of `steps` executed steps.
@@ -121,13 +131,13 @@ class PrivacyPlan:
         """Return epsilon after `steps` executed steps; by default of everything that is planned, `events`."""
         return compose_epsilon(self.events if steps is None else [self.mechanism(steps)], self.delta)
 
-    def expected_batch_size(self, declared_records: int) -> float:
-        """Return q times the declared (public) number of records: the only divisor of a noisy sum."""
-        return self.sample_rate * declared_records
+    def expected_batch_size(self, declared_size: int) -> float:
+        """Return q times the declared (public) number of records or persons: the only divisor of a noisy sum."""
+        return self.sample_rate * declared_size
 
-    def sample(self, num_records: int, stream: KeyStream) -> NDArray[np.intp]:
-        """Return the indices of the records that enter one step."""
-        return poisson_sample(num_records, self.sample_rate, stream)
+    def sample(self, num_units: int, stream: KeyStream) -> NDArray[np.intp]:
+        """Return the numbers of the records, or persons, that enter one step."""
+        return poisson_sample(num_units, self.sample_rate, stream)
 
     def new_sum(self, shapes: Sequence[torch.Size]) -> ClippedSum:
         """Return the empty sum of one logical step."""
@@ -149,14 +159,14 @@ def _noise_multiplier(
     )
 
 
-def default_delta(num_records: int) -> float:
+def default_delta(num_units: int) -> float:
     """Return min(1e-5, 1/(10 n)): 1/n^1.1 is too weak for small n."""
-    return min(1e-5, 1 / (10 * max(num_records, 1)))
+    return min(1e-5, 1 / (10 * max(num_units, 1)))
 
 
-def declared_size(num_records: int) -> int:
-    """Return the public size bucket of a data set: the largest power of two not above `num_records`.
+def declared_size(num_units: int) -> int:
+    """Return the public size bucket of a data set: the largest power of two not above its number of records or persons.
 
     A site may declare any other constant; whatever it declares is public and not protected.
     """
-    return 1 << (num_records.bit_length() - 1) if num_records > 0 else 0
+    return 1 << (num_units.bit_length() - 1) if num_units > 0 else 0

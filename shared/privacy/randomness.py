@@ -77,7 +77,9 @@ class SiteRandomness:
         """Return a reproducible source for tests; whatever it touches is marked as not private."""
         return cls(hashlib.sha256(seed.encode()).digest(), "injected")
 
-    def stream(self, purpose: Literal["sampling", "noise", "salt"], *, round_number: int, step: int) -> KeyStream:
+    def stream(
+        self, purpose: Literal["sampling", "records", "noise", "salt"], *, round_number: int, step: int
+    ) -> KeyStream:
         """Return the stream of one purpose in one step; streams of different arguments are independent."""
         label = f"silotune/{purpose}/{round_number}/{step}".encode()
         return KeyStream(hmac.digest(self._key, label, "sha256"))

@@ -3,6 +3,9 @@
 Formal guarantees
     * Every epsilon printed here is recomputed from the executed (noise_multiplier, sample_rate, steps)
       (test: tests/shared/test_statement.py::test_epsilon_follows_executed_steps).
+    * Every statement names its unit of privacy; the releases of one are never summed up with those of another, and no
+      epsilon by the record is printed as one by the person
+      (test: tests/shared/test_statement.py::test_units_are_never_mixed).
     * No epsilon is printed for a release whose randomness was injected or that added no noise
       (test: tests/shared/test_statement.py::test_injected_randomness_prints_no_epsilon).
 """
@@ -14,17 +17,21 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shared.config import finite_or_none
+from shared.config import PERSON_UNITS, finite_or_none
+from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon, prv_epsilon
 from shared.privacy.randomness import Origin
 
 RELATION = "add or remove one record"
+_SEVERAL_RECORDS = (
+    "Several records of one person: the unit is one record. With k records a person is protected far less than the epsilon "
+    "says."
+)
 NOT_COVERED = (
     "Metrics that were not released through a private mechanism. Silotune releases none such; training losses and clip "
     "fractions stay at the site.",
     "The text on which the backbone was pre-trained.",
-    "Several records of one person: the unit is one record. With k records a person is protected far less than the "
-    "epsilon says.",
+    _SEVERAL_RECORDS,
     "The declared size of each site, the job's settings, the backbone, the names of sites and the rounds in which they "
     "took part: all of these are public.",
     "How long a site takes to answer, and whether it answers at all: timing and failures carry no noise.",
@@ -34,13 +41,47 @@ NOT_COVERED = (
 )
 
 
+_RELATIONS: dict[str, str] = {
+    "record": RELATION,
+    "site": "add or remove one site",
+    **{unit: f"add or remove one {unit} with all their records" for unit in PERSON_UNITS},
+}
+_SEVERAL_IDS = (
+    "A {unit} under several ids: whoever has one id at one site is protected as stated. Records under another id, or under a "
+    "spelling that differs, count as another {unit}'s, and the same {unit} at several sites has the epsilon of the table for "
+    "these. Which records a {unit} has who is known to be there: that exchanges one {unit} for another, a removal and an "
+    "addition, and has about twice the epsilon. What a {unit}'s records tell about others, such as relatives."
+)
+
+
+def relation(unit: str) -> str:
+    """Return in words which data sets are neighbours.
+
+    Raises:
+        PrivacyError: if nothing can be stated for such a unit.
+    """
+    if unit not in _RELATIONS:
+        raise PrivacyError(
+            f"no guarantee can be stated for the unit of privacy {unit!r}; known: {', '.join(_RELATIONS)}."
+        )
+    return _RELATIONS[unit]
+
+
+def not_covered(unit: str) -> tuple[str, ...]:
+    """Return what no statement for this unit covers."""
+    if unit not in PERSON_UNITS:
+        return NOT_COVERED
+    return tuple(_SEVERAL_IDS.format(unit=unit) if item is _SEVERAL_RECORDS else item for item in NOT_COVERED)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteRelease:
     """Everything that one site released in one run.
 
     Attributes:
         site: name of the site.
-        unit: unit of privacy.
+        unit: unit of privacy, "record", "patient" or "customer".
+        records_per_person: G, most records of one person in a step; None if the unit is the record.
         delta: failure probability.
         max_grad_norm: clipping bound.
         declared_records: public size.
@@ -60,6 +101,7 @@ class SiteRelease:
 
     site: str
     unit: str = "record"
+    records_per_person: int | None = None
     delta: float
     max_grad_norm: float
     declared_records: int
@@ -119,20 +161,24 @@ class Statement:
 
     Attributes:
         one_site: guarantee for a person whose records are at one site.
-        up_to_m_sites: epsilon for a person with one record at each of up to m sites, worst sites first.
+        up_to_m_sites: epsilon for a person with one record (or, if persons are the unit, with records) at each of up to m
+            sites, worst sites first.
         not_covered: what the guarantee does not say.
+        unit: unit of privacy.
     """
 
     one_site: str
     up_to_m_sites: list[dict[str, float | int]] = field(default_factory=list)
     not_covered: tuple[str, ...] = NOT_COVERED
+    unit: str = "record"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the content of `statement.json`."""
         parts = [self.one_site]
         if self.up_to_m_sites:
             rows = ", ".join(f"{row['sites']}: {rounded_up(row['epsilon'])}" for row in self.up_to_m_sites)
-            parts.append(f"A person with one record at each of m sites is protected with epsilon (m: epsilon) {rows}.")
+            who = f"A {self.unit} with records" if self.unit in PERSON_UNITS else "A person with one record"
+            parts.append(f"{who} at each of m sites is protected with epsilon (m: epsilon) {rows}.")
         parts.append("Not covered: " + " ".join(self.not_covered))
         return {
             "one_site": self.one_site,
@@ -174,10 +220,27 @@ def site_statement(release: SiteRelease, run: str) -> str:
         )
     return (
         f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon_bound)}, {release.delta:g})-"
-        f"differentially private under {RELATION}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
-        "accounting, against an observer of every update. It does not cover: metrics released without a private "
-        "mechanism, the pre-training corpus of the backbone, several records of one person."
+        f"differentially private under {relation(release.unit)}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
+        f"accounting, against an observer of every update. {_sampling_in_words(release)}It does not cover: metrics released "
+        f"without a private mechanism, the pre-training corpus of the backbone, {_beyond_the_unit(release.unit)}."
     )
+
+
+def _sampling_in_words(release: SiteRelease) -> str:
+    if release.unit not in PERSON_UNITS:
+        return ""
+    most = release.records_per_person
+    if most is None:
+        raise PrivacyError(f"the unit is the {release.unit}, but how many records of each enter a step is not known.")
+    return (
+        f"Each {release.unit} enters a step by one coin, with at most {most} record{'s' if most > 1 else ''} of theirs, drawn "
+        f"anew each time; the mean of their gradients is clipped. Over a run more of them may be used. Epsilon holds for a "
+        f"{release.unit} with any number of records. "
+    )
+
+
+def _beyond_the_unit(unit: str) -> str:
+    return f"a {unit} under several ids" if unit in PERSON_UNITS else "several records of one person"
 
 
 def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
@@ -188,7 +251,8 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
         "site": release.site,
         "run": run,
         "unit": release.unit,
-        "relation": RELATION,
+        "records_per_person": release.records_per_person,
+        "relation": relation(release.unit),
         "delta": release.delta,
         "sample_rate": last.sample_rate if last else None,
         "noise_multiplier": last.noise_multiplier if last else None,
@@ -224,12 +288,20 @@ def _metrics_record(release: SiteRelease) -> dict[str, Any] | None:
 
 
 def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
-    """Return the statement of a whole run over disjoint or overlapping sites."""
+    """Return the statement of a whole run over disjoint or overlapping sites.
+
+    Raises:
+        PrivacyError: if the releases are of different units; their epsilons say different things.
+    """
     if not releases:
         return Statement(one_site=f"Run {run} released nothing yet.")
     if any(not release.protected for release in releases):
         worst = next(release for release in releases if not release.protected)
-        return Statement(one_site=site_statement(worst, run))
+        return Statement(one_site=site_statement(worst, run), unit=worst.unit, not_covered=not_covered(worst.unit))
+    if len(units := {release.unit for release in releases}) > 1:
+        raise PrivacyError(
+            f"the releases of run {run} are by different units ({', '.join(sorted(units))}); none is stated."
+        )
     by_epsilon = sorted(releases, key=lambda release: release.epsilon_bound, reverse=True)
     worst = by_epsilon[0]
     table: list[dict[str, float | int]] = [
@@ -239,14 +311,17 @@ def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
         }
         for count in _counts(len(by_epsilon))
     ]
+    about = "A person with one record at one site: everything released about it is"
+    if worst.unit in PERSON_UNITS:
+        about = f"A {worst.unit} whose records are all at one site: everything released about them is"
     sentence = (
-        f"Run {run}, {len(releases)} sites. A person with one record at one site: everything released about it is "
-        f"({rounded_up(worst.epsilon_bound)}, {worst.delta:g})-differentially private under {RELATION}, by PLD accounting, "
-        f"against an observer of every update of every site; the largest epsilon of a site, {worst.site}."
+        f"Run {run}, {len(releases)} sites. {about} "
+        f"({rounded_up(worst.epsilon_bound)}, {worst.delta:g})-differentially private under {relation(worst.unit)}, by PLD "
+        f"accounting, against an observer of every update of every site; the largest epsilon of a site, {worst.site}."
     )
     if any(release.unanswered for release in releases):
         sentence += " Requests that were never answered here are counted as executed."
-    return Statement(one_site=sentence, up_to_m_sites=table)
+    return Statement(one_site=sentence, up_to_m_sites=table, unit=worst.unit, not_covered=not_covered(worst.unit))
 
 
 def rounded_up(epsilon: float) -> str:

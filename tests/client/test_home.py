@@ -323,7 +323,7 @@ def test_check_finds_nothing_wrong_with_a_good_site(installed: SiteHome, silotun
     assert checked.status == 0, checked.out
     found = findings(checked)
     assert {name for name, (outcome, _) in found.items() if outcome == "failed"} == set()
-    assert found["settings"][1] == "site north, budget epsilon 8 at delta 1e-05, composition adaptive"
+    assert found["settings"][1] == "site north, budget epsilon 8 at delta 1e-05 for each record, composition adaptive"
     assert found["data"][1] == "60 records, columns text as text, label as label"
     assert found["certificate"][0] == "ok"
     assert "not begun" in found["ledger"][1]
@@ -484,7 +484,7 @@ def test_the_ledger_shows_what_was_spent_and_for_which_job(
     spent = site.ledger().spent_epsilon()
     shown = silotune("site", "ledger", home.path)
     assert shown.status == 0
-    assert f"epsilon {spent:.4f} of 8 spent at delta 1e-05; the chain is unbroken" in shown.out
+    assert f"epsilon {spent:.4f} of 8 spent at delta 1e-05 for each record; the chain is unbroken" in shown.out
     assert job.sha256[:12] in shown.out
     said = json.loads(silotune("site", "ledger", home.path, "--json").out)
     assert said["epsilon_spent"] == pytest.approx(spent)

@@ -192,7 +192,7 @@ def test_accounts_share_a_file_but_not_a_cap(path: Path) -> None:
     with (
         opened(path) as notes,
         opened(path, dataset="letters") as letters,
-        opened(path, unit="patient") as patients,
+        opened(path, dataset="calls", unit="patient") as patients,
     ):
         reservation = notes.reserve(charge(20))
         assert letters.events() == patients.events() == []
@@ -202,6 +202,25 @@ def test_accounts_share_a_file_but_not_a_cap(path: Path) -> None:
         assert (notes.spent_epsilon(), letters.spent_epsilon()) == (epsilon_of(20), epsilon_of(10))
         kinds = [entry.kind for entry in notes.entries()]
         assert kinds == ["open", "budget"] * 3 + ["reserve"] * 2
+
+
+@pytest.mark.parametrize(("first", "second"), [("record", "patient"), ("patient", "record"), ("patient", "customer")])
+def test_a_charged_data_set_keeps_its_unit(path: Path, first: str, second: str) -> None:
+    """A release by the record has no bound by the patient, and one by the patient must not be missing by the record."""
+    with opened(path, unit=first) as ledger, opened(path, unit=second) as other:
+        before = other.entries()  # both may be opened before anything is charged
+        ledger.reserve(charge(5))
+        with pytest.raises(
+            LedgerError, match=f"was charged by the unit '{first}', so it cannot be counted by '{second}'"
+        ):
+            other.reserve(charge(5))
+        assert len(ledger.entries()) == len(before) + 1
+        assert ledger.spent_epsilon() == epsilon_of(5)
+    with pytest.raises(LedgerError, match=f'Set budget.unit = "{first}"'), opened(path, unit=second):
+        pass
+    with opened(path, unit=first) as ledger, opened(path, dataset="letters", unit=second) as letters:
+        letters.reserve(charge(5))
+        ledger.reserve(charge(5))
 
 
 def test_each_change_of_the_cap_is_recorded(path: Path) -> None:

@@ -15,7 +15,7 @@ from scipy import stats
 
 import client.outbox as outbox_module
 import client.site as site_module
-from client.held_out import split_held_out
+from client.held_out import held_out
 from client.site import Site
 from shared.config import Job
 from shared.messages import MetricsReply, Refusal, TrainReply, TrainRequest
@@ -167,16 +167,41 @@ def test_no_round_trains_on_a_held_out_record(
 
 
 def test_the_side_of_a_record_depends_on_itself_alone(distinct: list[dict[str, Any]]) -> None:
-    kept, out = split_held_out(distinct, 0.3, dataset="notes")
-    assert sorted(map(str, kept + out)) == sorted(map(str, distinct))
+    out = held_out(distinct, 0.3, dataset="notes")
     for index in (0, 31, 59):
-        fewer = split_held_out(distinct[:index] + distinct[index + 1 :], 0.3, dataset="notes")
-        gone = distinct[index]
-        assert fewer == ([r for r in kept if r != gone], [r for r in out if r != gone])
-    assert split_held_out(distinct, 0.3, dataset="other")[1] != out
-    assert split_held_out(distinct, 0.0, dataset="notes") == (distinct, [])
+        fewer = held_out(distinct[:index] + distinct[index + 1 :], 0.3, dataset="notes")
+        assert fewer == out[:index] + out[index + 1 :]
+    assert held_out(distinct, 0.3, dataset="other") != out
+    assert not any(held_out(distinct, 0.0, dataset="notes"))
     many = [{"text": str(i)} for i in range(4000)]
-    assert 1100 < len(split_held_out(many, 0.3, dataset="notes")[1]) < 1300
+    assert 1100 < sum(held_out(many, 0.3, dataset="notes")) < 1300
+
+
+def test_all_records_of_a_person_are_on_one_side_and_cast_one_vote(
+    site_home: MakeHome, distinct: list[dict[str, Any]], private_job: Callable[..., Job], request_for: MakeRequest
+) -> None:
+    rows = [row | {"patient": f" {i % 20}" if i % 3 else i % 20} for i, row in enumerate(distinct)]
+    columns = {"text": "text", "label": "label", "person": "patient"}
+    site = Site(
+        site_home(
+            rows=rows,
+            evaluation_share=0.4,
+            data={"path": "data.jsonl", "columns": columns},
+            budget={"epsilon": 50.0, "delta": 1e-5, "unit": "patient"},
+        )
+    )
+    assert site._persons is not None
+    assert site._held_out_persons is not None
+    # Three records each, whatever the spelling of the id.
+    assert site._persons.count + site._held_out_persons.count == 20
+    assert {len(of) for of in (*site._persons.rows, *site._held_out_persons.rows)} == {3}
+    persons = {"unit": "patient", "records_per_person": 2}
+    job = private_job(
+        site_metrics={"names": ["loss"], "noise_multiplier": 0.2}, privacy=persons, training={"rounds": 3}
+    )
+    counts = site.measure(request_for(job, 4)).counts["loss"]
+    assert sum(counts) == pytest.approx(site._held_out_persons.count, abs=6 * 0.2 * 2**0.5)
+    assert site.ledger().events() == [GaussianSteps(noise_multiplier=0.2, sample_rate=1.0, steps=1)]
 
 
 def test_the_stored_counts_are_bound_to_their_job(site: Site, asked: TrainRequest) -> None:

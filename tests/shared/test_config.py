@@ -41,6 +41,10 @@ def job(**changes: Any) -> Job:
         ({"privacy": {"sample_rate": 1.1}}, "privacy.sample_rate", "found 1.1"),
         ({"privacy": {"noise_multiplier": 0.0}}, "privacy.noise_multiplier", "found 0.0"),
         ({"privacy": {"unit": "person"}}, "privacy.unit", "record"),
+        ({"privacy": {"unit": "patient"}}, "records_per_person must say", "of each patient enter a step"),
+        ({"privacy": {"records_per_person": 3}}, "for the units 'patient' and 'customer'", "set the unit"),
+        ({"privacy": {"unit": "customer", "records_per_person": 0}}, "privacy.records_per_person", "found 0"),
+        ({"privacy": {"unit": "customer", "records_per_person": 1001}}, "privacy.records_per_person", "found 1001"),
         ({"seed": -1}, "seed", "found -1"),
         ({"schema_version": 2}, "schema_version", "found 2"),
         ({"lora": {"target_modules": []}}, "lora.target_modules", ""),
@@ -130,3 +134,11 @@ def test_nearest_and_finite() -> None:
     assert nearest("quary", ["query", "value"]) == "did you mean 'query'?"
     assert nearest("zzz", ["query", "value"]) == "known: query, value"
     assert [finite_or_none(x) for x in (1.5, math.inf, math.nan)] == [1.5, None, None]
+
+
+def test_the_unit_is_part_of_a_job_and_older_jobs_keep_their_hash() -> None:
+    by_record, by_patient = job(), job(privacy={"unit": "patient", "records_per_person": 4})
+    assert "records_per_person" not in by_record.canonical_json()
+    assert '"records_per_person":4' in by_patient.canonical_json()
+    assert job(privacy={"unit": "patient", "records_per_person": 5}).sha256 != by_patient.sha256
+    assert by_record.sha256 != by_patient.sha256

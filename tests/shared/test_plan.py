@@ -15,6 +15,7 @@ from shared.errors import PrivacyError
 from shared.privacy import plan as plan_module
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.mechanism import CLIP_MARGIN, PlainSum
+from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan, declared_size, default_delta
 from shared.privacy.randomness import SiteRandomness
 
@@ -104,11 +105,27 @@ def test_the_divisor_is_public(plan: PrivacyPlan) -> None:
 
 
 def test_a_delta_that_would_allow_to_publish_a_record_is_refused(plan: PrivacyPlan) -> None:
-    plan.check_records(99_999)
-    plan.check_records(0)
+    plan.check_size(99_999)
+    plan.check_size(0)
     with pytest.raises(PrivacyError, match="below 1/n"):
-        plan.check_records(100_000)
-    replace(plan, private=False).check_records(10**9)
+        plan.check_size(100_000)
+    replace(plan, private=False).check_size(10**9)
+
+
+def test_a_plan_by_the_patient_needs_persons_and_counts_them(classification_job: JobBuilder) -> None:
+    plan = PrivacyPlan.from_job(classification_job(privacy={"unit": "patient", "records_per_person": 4}))
+    by_record = PrivacyPlan.from_job(classification_job())
+    assert (plan.unit, plan.records_per_person) == ("patient", 4)
+    assert plan.epsilon() == by_record.epsilon()  # the same accountant, with persons in the place of records
+    persons = Persons.from_ids(["a", "b", "a"])
+    plan.check_persons(persons)
+    by_record.check_persons(None)
+    with pytest.raises(PrivacyError, match="unit of privacy is the patient, but no persons are known"):
+        plan.check_persons(None)
+    with pytest.raises(PrivacyError, match="unit of privacy is the record, but records come with persons"):
+        by_record.check_persons(persons)
+    with pytest.raises(PrivacyError, match="with 100,000 patients it must be below"):
+        plan.check_size(100_000)
 
 
 def test_without_privacy_there_is_no_epsilon(classification_job: JobBuilder) -> None:

@@ -287,3 +287,16 @@ def test_the_command_is_mounted(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["plan", "--records", "10"])
     assert ended.value.code == 2
     assert capsys.readouterr().err.startswith("error: 4 quantities are missing")
+
+
+def test_a_plan_for_patients_counts_patients_and_says_so(tmp_path: Path) -> None:
+    arguments = (*NUMBERS, "--noise-multiplier", 1.3)
+    by_record, by_patient = answer(*arguments), answer(*arguments, "--unit", "patient")
+    assert by_patient["points"] == by_record["points"]
+    assert (by_record["unit"], by_patient["unit"]) == ("record", "patient")
+    assert by_patient["relation"] == "add or remove one patient with all their records"
+    shown = " ".join(run(*arguments, "--unit", "patient").output.split())
+    assert "under add or remove one patient with all their records" in shown
+    assert "All numbers count patients, not records." in shown
+    assert "patients 4,000" in shown
+    assert "protected less" not in shown

@@ -202,3 +202,47 @@ def test_the_run_states_the_site_that_may_have_spent_most() -> None:
 def test_without_protection_there_is_no_bound_either() -> None:
     assert math.isinf(replace(UNSURE, randomness="injected").epsilon_bound)
     assert privacy_record(replace(UNSURE, private=False, events=()), "run")["epsilon_bound"] is None
+
+
+# --- persons as the unit ---
+
+PATIENTS = replace(RELEASE, unit="patient", records_per_person=4)
+
+
+@pytest.mark.parametrize("unit", ["patient", "customer"])
+def test_a_statement_by_the_person_says_so(unit: str) -> None:
+    release = replace(PATIENTS, unit=unit)
+    text = site_statement(release, "run")
+    for part in (
+        f"({at_least(RELEASE.epsilon)}, 1e-05)", f"under add or remove one {unit} with all their records",
+        f"Each {unit} enters a step by one coin, with at most 4 records of theirs, drawn anew each time",
+        f"Epsilon holds for a {unit} with any number of records", f"a {unit} under several ids",
+    ):  # fmt: skip
+        assert part in text
+    whole = run_statement([release, replace(release, site="south")], "run").as_dict()
+    assert f"A {unit} whose records are all at one site" in whole["one_site"]
+    assert f"A {unit} with records at each of m sites" in whole["text"]
+    assert f"A {unit} under several ids" in " ".join(whole["not_covered"])
+    for said in (text, whole["text"]):
+        assert "one record" not in said
+        assert "several records of one person" not in said.lower()
+    assert len(whole["not_covered"]) == len(NOT_COVERED)
+    record = privacy_record(release, "run")
+    assert (record["unit"], record["records_per_person"]) == (unit, 4)
+    assert record["relation"] == f"add or remove one {unit} with all their records"
+    assert "with at most 1 record of theirs" in site_statement(replace(release, records_per_person=1), "run")
+
+
+def test_units_are_never_mixed() -> None:
+    """No number by the record stands where persons are spoken of: it would be false for everybody with two records."""
+    with pytest.raises(PrivacyError, match=r"different units .patient, record.; none is stated"):
+        run_statement([RELEASE, replace(PATIENTS, site="south")], "run")
+    with pytest.raises(PrivacyError, match="how many records of each enter a step is not known"):
+        site_statement(replace(PATIENTS, records_per_person=None), "run")
+    for state in (site_statement, privacy_record):
+        with pytest.raises(PrivacyError, match="no guarantee can be stated for the unit of privacy 'household'"):
+            state(replace(RELEASE, unit="household"), "run")
+    for text in (site_statement(RELEASE, "run"), run_statement([RELEASE], "run").as_dict()["text"]):
+        assert "patient" not in text
+        assert "customer" not in text
+        assert "several records of one person" in text.lower()

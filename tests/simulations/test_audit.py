@@ -312,7 +312,8 @@ def test_gradient_canaries_of_a_run_say_what_was_audited(finished: Path) -> None
 def test_the_table_of_faults_names_tests_that_exist() -> None:
     root = Path(__file__).resolve().parents[2]
     table = set(re.findall(r"`(test_\w+)`", (root / "docs" / "auditing.md").read_text()))
-    files = [root / "tests" / "client" / "test_faults.py", Path(__file__)]
+    client = root / "tests" / "client"
+    files = [client / "test_faults.py", client / "test_person_faults.py", Path(__file__)]
     defined = {name for file in files for name in re.findall(r"^def (test_\w+)", file.read_text(), flags=re.MULTILINE)}
     assert table
     assert table <= defined
