@@ -94,7 +94,7 @@ def test_an_executed_epsilon_below_the_asked_one_is_what_counts(
     steps = {json.loads(p.read_text())["steps_executed"] for p in run.glob("sites/*/privacy.json")}
     assert max(steps) == 6
     assert line["epsilon"] < 3.9
-    worst = max(json.loads(p.read_text())["epsilon_bound"] for p in run.glob("sites/*/privacy.json"))
+    worst = max(json.loads(p.read_text())["epsilon_spent"] for p in run.glob("sites/*/privacy.json"))
     assert line["epsilon"] == worst
 
 
@@ -232,11 +232,11 @@ def test_a_mistake_in_a_setting_is_found_before_anything_is_written(
 ) -> None:
     for arguments, message in (
         (("--axis", "training.learning_rat=1,2"), "did you mean 'learning_rate'"),
-        (("--axis", "lora.target_modules=quary"), "query"),
-        (("--axis", "training.learning_rate=1", "--resume"), ""),
+        (("--axis", 'lora.target_modules=["quary"]'), "did you mean 'query'"),
+        (("--axis", "lora.rank=2,4", "--set", "partition.num_sites=99"), "cannot give 99 sites"),
         (("--axis", "training.learning_rate=1", "--mean-trials", "3"), "for --account-tuning"),
     ):
-        outcome = silotune("sweep", scenario, *arguments, "--out", tmp_path / "out", "--set", "partition.num_sites=99")
+        outcome = silotune("sweep", scenario, *arguments, "--out", tmp_path / "out")
         assert outcome.status != 0
         assert message in outcome.err
         assert "Traceback" not in outcome.err
