@@ -44,7 +44,7 @@ def draw_frontier(
         label = "the same, on records that chose nothing"
         _draw_series(axes, points, place, label=label, colour=CONFIRMED, marker="s", dash=(0, (5, 2)), factor=shift)
     _name_settings(axes, points, place, above=higher_is_better)
-    _scale(axes, points, place)
+    _scale(axes, points, place, above=higher_is_better)
     better = "higher" if higher_is_better else "lower"
     spread = f"mean and one sd over {seeds} seeds" if seeds > 1 else "one seed"
     axes.set_xlabel(f"Epsilon, executed, largest of the sites (delta {delta:g}; logarithmic)", color=MUTED)
@@ -76,15 +76,16 @@ def _draw_series(
     factor: float,
 ) -> None:
     confirmed = colour == CONFIRMED
-    x, y, spread = [], [], []
+    x, y = [], []
+    spread: list[float] = []
     for point in points:
         best = point.best
         mean, sd = (best.confirmation_mean, best.confirmation_sd) if confirmed else (best.mean, best.sd)
         x.append(place[best.budget] * factor)
         y.append(mean)
-        spread.append(sd or 0.0)
+        spread += [] if sd is None else [sd]
     style = {"color": colour, "marker": marker, "markersize": 6.5, "capsize": 4, "linewidth": 1.8, "zorder": 4}
-    axes.errorbar(x, y, yerr=spread, linestyle=dash, label=label, **style)
+    axes.errorbar(x, y, yerr=spread or None, linestyle=dash, label=label, **style)
 
 
 def _draw_others(
@@ -115,10 +116,11 @@ def _name_settings(axes: Any, points: Sequence[FrontierPoint], place: dict[float
             fontsize=8,
             color=INK,
             zorder=5,
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 1.0},
         )
 
 
-def _scale(axes: Any, points: Sequence[FrontierPoint], place: dict[float | str, float]) -> None:
+def _scale(axes: Any, points: Sequence[FrontierPoint], place: dict[float | str, float], *, above: bool) -> None:
     axes.set_xscale("log")
     where = [place[point.best.budget] for point in points]
     names = ["inf\n(no noise)" if p.best.epsilon is None else f"{p.best.epsilon:.3g}" for p in points]
@@ -128,6 +130,7 @@ def _scale(axes: Any, points: Sequence[FrontierPoint], place: dict[float | str, 
     room = max(1.25, (max(where) / min(where)) ** 0.12)
     axes.set_xlim(min(where) / room, max(where) * room)
     low, high = axes.get_ylim()
-    axes.set_ylim(low, high + 0.16 * (high - low) if math.isfinite(high - low) else None)
+    room = 0.16 * (high - low)  # for the names of the settings
+    axes.set_ylim(low - (0 if above else room), high + (room if above else 0))
     if any(point.best.epsilon is None for point in points) and len(points) > 1:
         axes.axvline(where[-1] / math.sqrt(where[-1] / where[-2]), color=OTHER, linewidth=0.8, linestyle=":")

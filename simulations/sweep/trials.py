@@ -85,7 +85,7 @@ def budget_of(scenario: Scenario) -> float | Literal["inf"] | None:
 def executed_epsilon(folder: Path) -> float | None:
     """Return the largest epsilon that a site of a finished run spent, None if one of them is not protected.
 
-    It is the bound that counts a request of unknown outcome as executed.
+    It counts what arrived. In a simulation that is all that was executed: a site that drops out is never asked.
 
     Raises:
         RunError: if the run folder holds no privacy record.
@@ -93,7 +93,7 @@ def executed_epsilon(folder: Path) -> float | None:
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("sites/*/privacy.json"))]
     if not records:
         raise RunError(f"{folder} holds no privacy record of a site; no epsilon can be stated for it.")
-    found = [record["epsilon_bound"] for record in records]
+    found = [record["epsilon_spent"] for record in records]
     return None if None in found else max(float(epsilon) for epsilon in found)
 
 

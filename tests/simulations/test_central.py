@@ -89,7 +89,7 @@ def test_a_run_names_the_unit_and_no_participant(many_sites: Callable[..., Path]
     assert "It does not protect against the coordinator itself." in report
     # The sites consented to a trusted coordinator, and in the baseline to no protection at all.
     home = "sites/film-0-cast-0/home/site.toml"
-    assert "allow_non_private = false\nallow_trusted_coordinator = true" in (folder / home).read_text()
+    assert "allow_trusted_coordinator = true\nallow_non_private = false" in (folder / home).read_text()
     baseline = folder / "baselines" / "federated-non-private"
     assert "allow_non_private = true\nallow_trusted_coordinator = false" in (baseline / home).read_text()
     with pytest.raises(RunError, match="adds its noise at the coordinator"):

@@ -43,6 +43,7 @@ def begun(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)  # three processes one after the other, on a machine that may be busy
 def test_a_killed_sweep_goes_on_where_it_was(write_scenario: Callable[..., Path], tmp_path: Path) -> None:
     path = write_scenario(tmp_path, data={"kind": "public"}, training={"rounds": 3, "local_steps": 1})
     folder = tmp_path / "out"

@@ -67,7 +67,7 @@ def test_only_the_selected_trial_is_left(
     def noted(*arguments: Any, **options: Any) -> TrialResult:
         result = real(*arguments, **options)
         # Scores that stand nowhere else, so that a leak of one can be searched for.
-        result = result.model_copy(update={"score": 0.123450 + len(scores) * 1e-6})
+        result = result.model_copy(update={"score": float(f"0.12345{len(scores)}")})
         scores.append(result)
         return result
 
@@ -88,7 +88,7 @@ def test_only_the_selected_trial_is_left(
         + outcome.err
         + "".join(p.read_text(errors="replace") for p in (tmp_path / "out").rglob("*") if p.is_file())
     )
-    for hidden in ("0.123450", "0.12345,", "0.123451", "0.123452", "created", '"seconds"', "data.jsonl"):
+    for hidden in ("0.123450", "0.12345,", "0.12345\n", "0.123451", "0.123452", "created", '"seconds"', "data.jsonl"):
         assert hidden not in everything, hidden
     # The records themselves, and the SHA-256 of the data, are not there either.
     assert "the film is a quiet joy from start to end a dull plot" not in everything

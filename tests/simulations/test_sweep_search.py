@@ -95,7 +95,7 @@ def test_optuna_searches_each_budget_towards_the_better(tmp_path: Path) -> None:
         assert len(rates) == 40
         assert all(1e-4 <= rate <= 10 for rate in rates)
         # Random rates would lie 1.3 powers of ten away from the best on average; ten are, before the sampler has learnt.
-        assert statistics.fmean(abs(math.log10(rate) + 1) for rate in rates[10:]) < 0.8
+        assert statistics.fmean(abs(math.log10(rate) + 1) for rate in rates[10:]) < 1
     for setting, _ in trials.asked:
         assert list(setting) == list(sweep.config.axes)
         assert setting["lora.rank"] in (2, 4)
