@@ -119,11 +119,10 @@ class CentralLedger:
                 plain = {key: value for key, value in charge.items() if key != "sha256"}
                 if charge["previous"] != previous or charge["sha256"] != _sha256(plain):
                     raise ValueError("broken chain")
-                GaussianSteps(
-                    noise_multiplier=charge["noise_multiplier"],
-                    sample_rate=charge["sample_rate"],
-                    steps=charge["round"],
-                )
+                if charge["round"] < 1:
+                    raise ValueError(f"round {charge['round']}")
+                # Refuses what could not be accounted for.
+                GaussianSteps(noise_multiplier=charge["noise_multiplier"], sample_rate=charge["sample_rate"], steps=1)
                 previous = charge["sha256"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, PrivacyError) as error:
             raise RunError(

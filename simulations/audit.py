@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from client.mechanism_release import TrainerRelease
+from server.central_release import SitesRelease
 from server.run_folder import load_job
 from shared.atomic import write_json
 from shared.config import Job
@@ -24,6 +25,7 @@ from shared.errors import RunError
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.audit import AuditResult, MechanismAudit, audit_mechanism
 from shared.privacy.audit.canaries import train_on_gradient_canaries
+from shared.privacy.audit.mechanism import Release
 from shared.privacy.audit.one_run import Training, audit_one_run
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -35,6 +37,7 @@ Progress = Callable[[int, int, str], None]
 
 ALPHA = 1e-3
 MECHANISM_DIMENSION = 64
+COORDINATOR = "the coordinator"
 STEPS_PER_CALL = 32  # tier 1 repeats a training 17 times; more steps in each show nothing new
 _SAME_PLAN = 1e-2  # relative: a calibrated noise multiplier may differ a little between versions
 
@@ -70,16 +73,13 @@ def open_run(folder: Path) -> AuditedRun:
         RunError: if it holds no run, released nothing, or claims no epsilon.
     """
     job = load_job(folder)
-    if job.privacy.central:
-        raise RunError(
-            f"the run in {folder} adds its noise at the coordinator (privacy.mechanism 'central'); `silotune audit` knows the "
-            "noise of sites only. The tests of the project audit the coordinator's mechanism on canaries."
-        )
-    if job.privacy.mechanism != "dp-sgd":
+    if job.privacy.mechanism == "none":
         raise RunError(f"the run in {folder} is not private (privacy.mechanism 'none'): it claims no epsilon to audit.")
-    records = [_read_json(path) for path in sorted(folder.glob("sites/*/privacy.json"))]
+    # Under central DP the coordinator alone released anything under a guarantee.
+    where = "privacy.json" if job.privacy.central else "sites/*/privacy.json"
+    records = [{"site": COORDINATOR} | _read_json(path) for path in sorted(folder.glob(where))]
     if not records:
-        raise RunError(f"{folder} holds no sites/NAME/privacy.json; finish the run first.")
+        raise RunError(f"{folder} holds no {where.replace('*', 'NAME')}; finish the run first.")
     for record in records:
         if not record["private"] or record["randomness"] != "os":
             raise RunError(
@@ -100,7 +100,7 @@ def open_run(folder: Path) -> AuditedRun:
 
 def _executed_plan(job: Job, record: dict[str, Any]) -> PrivacyPlan:
     """Return the job's plan with the steps of a privacy record, if the two speak of the same mechanism."""
-    plan = PrivacyPlan.from_job(job)
+    plan = PrivacyPlan.of_coordinator(job) if job.privacy.central else PrivacyPlan.from_job(job)
     steps = 0
     for event in record["events"]:
         found = (event["noise_multiplier"], event["sample_rate"])
@@ -125,6 +125,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def check_simulation(run: AuditedRun) -> None:
     """Raise `RunError` unless `run` is a simulation: an audit that trains never touches a real site's data."""
+    if run.job.privacy.central:
+        raise RunError(
+            f"the noise of {run.folder} was added by the coordinator over all sites; tiers 2 and 3 train one site and so cannot "
+            "audit it. Use --tier 1."
+        )
     path = run.folder / "run.json"
     mode = str(_read_json(path).get("mode", "")) if path.exists() else ""
     if not mode.startswith("simulation"):
@@ -142,16 +147,19 @@ def audit_run_mechanism(
 ) -> MechanismAudit:
     """Audit the mechanism of a run in seconds and write `audit/tier1.json` into its folder.
 
-    The production trainer runs on canaries with the run's plan: its sampling rate, noise multiplier and clipping norm,
-    and as many steps per call as the run had, up to `STEPS_PER_CALL`. No data is read.
+    The production trainer, or the coordinator's production round, runs on canaries with the run's plan: its sampling rate,
+    noise multiplier and clipping norm, and as many steps per call as the run had, up to `STEPS_PER_CALL`. No data is read.
 
     Raises:
         RunError: see `open_run`.
     """
     run = open_run(folder)
     steps = min(run.plan.planned_steps, STEPS_PER_CALL)
+    release: Release = TrainerRelease(new_randomness, dimension=MECHANISM_DIMENSION, steps=steps)
+    if run.job.privacy.central:
+        release = SitesRelease(new_randomness, dimension=MECHANISM_DIMENSION, rounds=steps)
     audit = audit_mechanism(
-        TrainerRelease(new_randomness, dimension=MECHANISM_DIMENSION, steps=steps),
+        release,
         replace(run.plan, planned_steps=steps),
         dimension=MECHANISM_DIMENSION,
         claim=run.claim,
@@ -166,8 +174,9 @@ def audit_run_mechanism(
 def mechanism_result(run: AuditedRun, audit: MechanismAudit) -> AuditResult:
     """Return a tier 1 audit in the form that all tiers share."""
     steps = min(run.plan.planned_steps, STEPS_PER_CALL)
+    audited = "coordinator's round (with a fixed clipping bound)" if run.job.privacy.central else "trainer"
     return audit.result(
-        f"the trainer of this installation under the plan of {run.site} (unit {run.plan.unit}, sampling rate "
+        f"the {audited} of this installation under the plan of {run.site} (unit {run.plan.unit}, sampling rate "
         f"{run.plan.sample_rate:g}, noise "
         f"multiplier {run.plan.noise_multiplier:.4f}, clipping norm {run.plan.max_grad_norm:g}), on canaries, {steps} of "
         f"{run.plan.planned_steps} steps per call, {audit.observed_steps} noisy steps in all; the accounting of all "

@@ -86,7 +86,7 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     with LiveView(console) as view:
         finished = run_repeats(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
     complete = finished.round_number == scenario.job.training.rounds
-    if complete and scenario.job.privacy.mechanism == "dp-sgd":
+    if complete and scenario.job.privacy.mechanism != "none":
         with console.status("auditing the mechanism on canaries"):
             audit_run_mechanism(folder)
         write_report(folder)

@@ -14,7 +14,7 @@ import pytest
 from server.observer import Observer
 from shared.errors import ConfigError, DataError, PrivacyError, RunError, SilotuneError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from simulations.audit import audit_run_mechanism
+from simulations.audit import audit_run_mechanism, check_simulation, open_run
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
 
@@ -92,8 +92,15 @@ def test_a_run_names_the_unit_and_no_participant(many_sites: Callable[..., Path]
     assert "allow_trusted_coordinator = true\nallow_non_private = false" in (folder / home).read_text()
     baseline = folder / "baselines" / "federated-non-private"
     assert "allow_non_private = true\nallow_trusted_coordinator = false" in (baseline / home).read_text()
-    with pytest.raises(RunError, match="adds its noise at the coordinator"):
-        audit_run_mechanism(folder)
+    # The mechanism that ran is put to the test like that of sites.
+    audit = audit_run_mechanism(folder)
+    assert (audit.verdict, audit.claim) == ("consistent", record["epsilon_spent"])
+    result = json.loads((folder / "audit" / "tier1.json").read_text())
+    assert result["audited"].startswith(
+        "the coordinator's round (with a fixed clipping bound) of this installation under"
+    )
+    with pytest.raises(RunError, match=r"tiers 2 and 3 train one site .* Use --tier 1"):
+        check_simulation(open_run(folder))
 
 
 def test_a_resumed_run_is_the_same(many_sites: Callable[..., Path], tmp_path: Path) -> None:
