@@ -102,7 +102,9 @@ def _executed_plan(job: Job, record: dict[str, Any]) -> PrivacyPlan:
     """Return the job's plan with the steps of a privacy record, if the two speak of the same mechanism."""
     plan = PrivacyPlan.of_coordinator(job) if job.privacy.central else PrivacyPlan.from_job(job)
     steps = 0
-    for event in record["events"]:
+    metrics = record.get("metrics")
+    released = metrics is not None and metrics["sha256"] is not None  # then they are the last event
+    for event in record["events"][: -1 if released else None]:
         found = (event["noise_multiplier"], event["sample_rate"])
         expected = (plan.noise_multiplier, plan.sample_rate)
         if not all(math.isclose(a, b, rel_tol=_SAME_PLAN) for a, b in zip(found, expected, strict=True)):
@@ -112,7 +114,7 @@ def _executed_plan(job: Job, record: dict[str, Any]) -> PrivacyPlan:
             )
         plan = replace(plan, noise_multiplier=event["noise_multiplier"])
         steps += event["steps"]
-    return replace(plan, planned_steps=steps, delta=record["delta"])
+    return replace(plan, planned_steps=steps, delta=record["delta"], metrics=plan.metrics if released else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from server.checkpoint import Checkpoint
 from server.observer import Observer
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError
 from shared.privacy.accounting import compose_epsilon
+from simulations.audit import audit_run_mechanism
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
 
@@ -194,3 +195,10 @@ def test_site_metrics_are_released_once_and_paid_for(scenario_file: MakeScenario
     for arm in ("federated-non-private", "central-dp"):
         assert (tmp_path / "run" / "baselines" / arm / "site_metrics.json").exists() == (arm == "central-dp")
     assert run(path, tmp_path / "run", resume=True).site_metrics == finished.site_metrics
+    assert audit_run_mechanism(tmp_path / "run").verdict == "consistent"
+    record = tmp_path / "run" / "sites" / "site-1" / "privacy.json"
+    claimed = json.loads(record.read_text())
+    training_alone = compose_epsilon(finished.releases["site-1"].events, 1e-5)
+    for path in (tmp_path / "run").glob("sites/*/privacy.json"):
+        path.write_text(json.dumps(claimed | {"epsilon_spent": training_alone}))
+    assert "accounting" in audit_run_mechanism(tmp_path / "run").failed

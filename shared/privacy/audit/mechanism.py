@@ -180,7 +180,7 @@ def audit_mechanism(
     sensitivity = _corrected(*_sensitivity_p_values(observer, certain, present))
     inclusion = _corrected(*_inclusion_p_values(observer, plan, directions))
     spent_steps = math.ceil(claimed_steps * observer.most_steps / plan.planned_steps)
-    spent = _epsilon(plan.noise_multiplier, plan.sample_rate, spent_steps, plan.delta)
+    spent = _epsilon(plan.noise_multiplier, plan.sample_rate, spent_steps, plan.delta, plan.metrics)
     p_values = {
         "noise": _corrected(*stats.chi2.cdf((noise**2).sum(axis=1), noise.shape[1])),
         "noise overall": float(stats.chi2.cdf((noise**2).sum(), noise.size)),
@@ -238,10 +238,12 @@ def _signal_repeats(plan: PrivacyPlan, canaries: int) -> int:
     return min(max(math.ceil(64 * plan.noise_multiplier**2 / (canaries * plan.planned_steps)), 3), 40)
 
 
-def _epsilon(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
+def _epsilon(
+    noise_multiplier: float, sample_rate: float, steps: int, delta: float, metrics: GaussianSteps | None = None
+) -> float:
     """Return epsilon from the numbers alone, past whatever the plan says of itself."""
     event = GaussianSteps(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
-    return compose_epsilon([event], delta)
+    return compose_epsilon([event, metrics] if metrics else [event], delta)
 
 
 def _corrected(*p_values: float) -> float:
