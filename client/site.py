@@ -225,7 +225,8 @@ class Site:
             randomness=randomness,
             round_number=round_number,
             optimizer_state=self._outbox.optimizer_state(job.sha256, round_number),
-            persons=self._persons,
+            # Under central DP the whole site is the unit.
+            persons=None if job.privacy.mechanism == "central" else self._persons,
         )
         seconds = time.monotonic() - started
         # 6. Store the release before it leaves, then close the charge.
@@ -252,7 +253,7 @@ class Site:
         plan = PrivacyPlan.from_job(job)
         if plan.metrics is None or request.round_number != job.training.rounds + 1:
             raise PolicyError("the job plans no site metrics, or they were asked for before its last round ended.")
-        if not self._held_out:
+        if not self.config.evaluation_share:
             raise PolicyError(
                 f"site {self.config.name} holds no records out of training, so it has no metrics to release."
             )

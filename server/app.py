@@ -95,6 +95,8 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         folder.write_run_info("running", run.details)
         runtime.warm_cache(examples)
         checkpoint = folder.load_checkpoint()
+        if checkpoint is not None and central:
+            central.ledger.check(checkpoint)  # before anything is stated from an account that was lost
         if checkpoint is not None:
             folder.save_checkpoint(checkpoint)
         evaluator = _Evaluator(runtime, examples)

@@ -18,7 +18,6 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +89,12 @@ class CentralLedger:
                 f"as many were executed ({repeated} of them again, after an interruption). Another one would exceed the epsilon "
                 "that they agreed to. The adapter of the last complete round stands in the checkpoint; plan a new run for more."
             )
+        # No time: how long rounds took would tell who was drawn.
         entry = {
             "round": round_number,
             "noise_multiplier": plan.noise_multiplier,
             "sample_rate": plan.sample_rate,
             "randomness": origin,
-            "time": datetime.now(UTC).isoformat(timespec="seconds"),
             "previous": self._charges[-1]["sha256"] if self._charges else _BEGINNING,
         }
         charges = [*self._charges, entry | {"sha256": _sha256(entry)}]

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from flwr.app import Message
 from flwr.serverapp.grid import Grid
 
 from server.roster import POLL_SECONDS
+from shared.messages import carries_release
 
 _LONGEST_POLL_SECONDS = 1.0
 _PATIENT_SHARE = 0.75  # of the time that the answers took last time passes before the first look
 # A request may be lost with the process that pulled it, while its node stays online. Sites answer a repeated one with what
 # they stored, so asking again costs no budget; each time after twice as long.
 ASK_AGAIN_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a node answered.
+
+    Attributes:
+        times_asked: more than once, a refusal may answer a repetition, and the release may still be on its way.
+    """
+
+    node: int
+    message: Message
+    times_asked: int
 
 
 def exchange(
@@ -26,11 +42,12 @@ def exchange(
     expected: float,
     repeat: bool,
     meanwhile: Callable[[], None] = lambda: None,
-) -> list[tuple[int, Message]]:
-    """Ask `nodes` and collect (node that was asked, reply) until all answered or `timeout` seconds passed.
+) -> list[Answer]:
+    """Ask `nodes` and collect their answers until all came or `timeout` seconds passed.
 
     Flower's own `send_and_receive` polls every three seconds; this begins with every tenth of one. A reply is matched by the
-    request that it answers: an error about a lost message comes from the SuperLink, not from the node.
+    request that it answers: an error about a lost message comes from the SuperLink, not from the node. Of several answers, one
+    with a release counts.
 
     Args:
         requests: makes the messages for some nodes, signed now.
@@ -39,12 +56,14 @@ def exchange(
         meanwhile: what can be done once the requests are out.
     """
     node_of: dict[str, int] = {}
+    times_asked: Counter[int] = Counter()
 
     def ask(some: Sequence[int]) -> None:
         messages = requests(some)
         pushed = set(grid.push_messages(messages))
         metadata = [message.metadata for message in messages]
         node_of.update({facts.message_id: facts.dst_node_id for facts in metadata if facts.message_id in pushed})
+        times_asked.update(some)
 
     started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
     if nodes:
@@ -56,8 +75,8 @@ def exchange(
         arrived = list(grid.pull_messages(waiting))
         for message in arrived:
             node = node_of.get(message.metadata.reply_to_message_id)
-            if node is not None:
-                collected.setdefault(node, message)
+            if node is not None and (node not in collected or carries_release(message)):
+                collected[node] = message
         elapsed = time.monotonic() - started
         if elapsed > timeout:
             break
@@ -67,4 +86,4 @@ def exchange(
         if not arrived:
             # A long round is asked about less often: the delay stays within two percent of it.
             time.sleep(min(max(POLL_SECONDS, elapsed / 50), _LONGEST_POLL_SECONDS))
-    return list(collected.items())
+    return [Answer(node, message, times_asked[node]) for node, message in collected.items()]

@@ -38,5 +38,8 @@ class Observer:
     def metrics_judged(self, site: str, reply: MetricsReply | None, problem: str | None) -> None:
         """A site's metrics were taken (`problem` is None) or not."""
 
+    def metrics_done(self, checkpoint: Checkpoint) -> None:
+        """Everyone who was asked for metrics answered or did not; what they spent is in `checkpoint`."""
+
     def round_done(self, checkpoint: Checkpoint) -> None:
         """A round is complete and durable."""

@@ -132,7 +132,10 @@ def run_rounds(
             sites = roster.wait()
     if _metrics_due(checkpoint, job):
         checkpoint = collect_site_metrics(grid, job, sites, checkpoint, authority=authority, observer=observer)
+        last_round = replace(checkpoint.history[-1], epsilon_max=epsilon_max(checkpoint.releases))
+        checkpoint = replace(checkpoint, history=[*checkpoint.history[:-1], last_round])
         coordinator.save(checkpoint)
+        observer.metrics_done(checkpoint)
     return checkpoint
 
 
@@ -182,7 +185,7 @@ def _run_round(
     unanswered = {sites[node].site for node in asked}
     timeout = job.federation.round_timeout_seconds
     plan = PrivacyPlan.from_job(job)
-    for node, message in exchange(
+    for found in exchange(
         grid,
         requests,
         asked,
@@ -193,14 +196,15 @@ def _run_round(
         if coordinator.central
         else lambda: _account_ahead(checkpoint.releases, plan, job.training.local_steps),
     ):
-        name = sites[node].site
+        name, message = sites[found.node].site, found.message
         answer = unpack_reply(message)
         if isinstance(answer, Refusal):
             failed[name] = f"{answer.code}: {answer.reason}"
         else:
             replies[name] = answer
-        # What came and cannot be trusted may hide an executed round as well.
-        if not message.has_error() and not (isinstance(answer, Refusal) and answer.code == MALFORMED):
+        # What came and cannot be trusted may hide an executed round as well, and so may a refusal to a repeated request.
+        refused = isinstance(answer, Refusal) and (answer.code == MALFORMED or found.times_asked > 1)
+        if not message.has_error() and not refused:
             unanswered.discard(name)
         observer.site_done(round_number, name)
     for name in unanswered - failed.keys():

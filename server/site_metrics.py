@@ -67,7 +67,7 @@ def collect_site_metrics(
 
     unknown = {site.site for site in asked.values()}
     replies: dict[str, MetricsReply] = {}
-    for node, message in exchange(
+    for found in exchange(
         grid,
         requests,
         list(asked),
@@ -75,11 +75,12 @@ def collect_site_metrics(
         expected=0.0,
         repeat=authority is not None,
     ):
-        name, answer = asked[node].site, unpack_metrics(message)
+        name, answer = asked[found.node].site, unpack_metrics(found.message)
         problem = None
         if isinstance(answer, Refusal):
             problem = f"{answer.code}: {answer.reason}"
-            if not message.has_error() and answer.code != MALFORMED:
+            # A refusal to a repeated request may hide a release that is still on its way.
+            if not found.message.has_error() and answer.code != MALFORMED and found.times_asked == 1:
                 unknown.discard(name)
         else:
             try:

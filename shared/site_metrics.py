@@ -94,7 +94,7 @@ def count_votes(cast: Tensor, owners: NDArray[np.intp] | None = None) -> Tensor:
         cast: one vote per record, [records, bins].
         owners: number of each record's person, if persons are the unit: their votes are averaged, so a person has one.
     """
-    if owners is not None:
+    if owners is not None and len(owners):
         sizes = torch.from_numpy(np.bincount(owners)).double()
         by_person = torch.zeros(len(sizes), cast.shape[1], dtype=torch.float64)
         by_person.index_add_(0, torch.from_numpy(owners), cast.double())

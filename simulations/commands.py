@@ -16,6 +16,7 @@ from rich.console import Console
 from server.report import write_report
 from server.run_folder import peak_rss_mb
 from shared.errors import RunError
+from shared.privacy.statement import rounded_up
 from shared.tasks import task_of
 from simulations.audit import audit_run_mechanism
 from simulations.live import LiveView
@@ -63,7 +64,7 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
             result[f"{metric}_{name}_std"] = round(statistics.stdev(values), 4)
     spent = [json.loads(path.read_text())["epsilon_spent"] for path in sorted(folder.glob("sites/*/privacy.json"))]
     known = [epsilon for epsilon in spent if epsilon is not None]
-    result["epsilon_max_site"] = round(max(known), 4) if known else None
+    result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
     if scenario.job.privacy.central and (folder / "privacy.json").exists():
         record = json.loads((folder / "privacy.json").read_text())
         result |= {

@@ -22,7 +22,7 @@ from rich.text import Text
 from server.checkpoint import Checkpoint
 from server.observer import Observer
 from shared.messages import SiteDescription
-from shared.privacy.statement import SiteRelease
+from shared.privacy.statement import SiteRelease, rounded_up
 from shared.tasks import task_of
 from simulations.engine import Arm
 
@@ -100,6 +100,10 @@ class ArmObserver(Observer):
         """Advance the bar by one site."""
         self._view.progress().advance(self._bar)
 
+    def metrics_done(self, checkpoint: Checkpoint) -> None:
+        """Show the spend with the site metrics."""
+        self._view.show({name: r for name, r in checkpoint.releases.items() if r.protected})
+
     def round_done(self, checkpoint: Checkpoint) -> None:
         """Show metrics and spend after a round."""
         record = checkpoint.history[-1]
@@ -110,7 +114,7 @@ class ArmObserver(Observer):
             figures.append(f"{self._metric} {record.metrics[self._metric]:.3f}")
         if record.epsilon_max is not None:
             unit = " (unit: site)" if self._arm.job.privacy.central else ""
-            figures.append(f"epsilon {record.epsilon_max:.2f}{unit}")
+            figures.append(f"epsilon {rounded_up(record.epsilon_max, 2)}{unit}")
         if record.failed:
             figures.append(f"{len(record.failed)} sites failed")
         text = " · ".join(figures)
@@ -129,7 +133,7 @@ def _spend_table(releases: dict[str, SiteRelease]) -> Table:
         filled = min(round(20 * share), 20)
         colour = "green" if share < 0.75 else "yellow" if share <= 1 else "red"
         bar = Text("━" * filled, style=colour) + Text("━" * (20 - filled), style="bright_black")
-        table.add_row(release.site, f"{release.epsilon:.2f}", f"{release.epsilon_budget:g}", bar)
+        table.add_row(release.site, rounded_up(release.epsilon, 2), f"{release.epsilon_budget:g}", bar)
     if len(ordered) > _ROWS:
         table.add_row(f"… and {len(ordered) - _ROWS} more", "", "", "")
     return table

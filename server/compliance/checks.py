@@ -15,7 +15,7 @@ from server.compliance.records import AuditRecord
 from server.report.run_data import RunData
 from shared.config import Job
 from shared.privacy.plan import PrivacyPlan
-from shared.privacy.statement import Statement
+from shared.privacy.statement import SiteRelease, Statement
 from shared.signing import SignedJob
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ CHECKS = (
     "The job in the run folder is the one that the run names by its hash and, where it was signed, the one that was signed.",
     "The recorded epsilon of every site and of the composition over sites is the one recomputed from the executed steps.",
     "Two accountants of different construction agree within their error.",
-    "Every aggregated update stands in the site's privacy record; no site used less noise or a larger sampling rate than the "
-    "job says, and none spent more than its cap.",
+    "Every aggregated update stands in the site's privacy record; every site executed the noise, sampling rate and steps that "
+    "the job says, and none spent more than its cap.",
     "The coordinator's audit log, if there is one, is unbroken and names the same updates by the same hashes.",
     "Every given ledger covers the steps that the coordinator received.",
     "No audit says violated, and each audited this very job.",
@@ -66,11 +66,39 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
         if release.unit != job.privacy.unit:
             yield f"{name}: recorded for the unit {release.unit}, the job's unit is {job.privacy.unit}."
         if plan is not None and plan.private and release.private:
-            if any(event.noise_multiplier < plan.noise_multiplier * (1 - 1e-6) for event in release.events):
-                yield f"{name} added less noise than the job says (noise multiplier {plan.noise_multiplier:.4f})."
-            if any(event.sample_rate > plan.sample_rate * (1 + 1e-6) for event in release.events):
-                yield f"{name} sampled at a larger rate than the job's {plan.sample_rate:g}."
+            yield from _plan_discrepancies(name, release, job, plan)
     yield from _uncounted_rounds(data, sites)
+    yield from _uncounted_metrics(data, sites)
+
+
+def _plan_discrepancies(name: str, release: SiteRelease, job: Job, plan: PrivacyPlan) -> Iterator[str]:
+    """Is what the record names as executed what the job plans? The coordinator accepts nothing else."""
+    if any(not _close(event.noise_multiplier, plan.noise_multiplier) for event in release.events):
+        yield f"{name} did not add the noise that the job says (noise multiplier {plan.noise_multiplier:.4f})."
+    if any(not _close(event.sample_rate, plan.sample_rate) for event in release.events):
+        yield f"{name} did not sample at the job's rate, {plan.sample_rate:g}."
+    if not _close(release.delta, plan.delta):
+        yield f"{name}: recorded at delta {release.delta:g}, the job's delta is {plan.delta:g}."
+    expected = len(release.rounds) * job.training.local_steps
+    if release.steps != expected:
+        yield f"{name}: {release.steps} steps are recorded for {len(release.rounds)} updates, which took {expected}."
+    found = release.metrics_mechanism
+    if found is not None and (
+        plan.metrics is None
+        or not _close(found.noise_multiplier, plan.metrics.noise_multiplier)
+        or (found.sample_rate, found.steps) != (plan.metrics.sample_rate, plan.metrics.steps)
+    ):
+        yield f"{name}: its metrics were not released with the noise that the job says."
+
+
+def _close(found: float, expected: float) -> bool:
+    return math.isclose(found, expected, rel_tol=1e-6)
+
+
+def _uncounted_metrics(data: RunData, sites: Sequence[SiteFacts]) -> Iterator[str]:
+    counted = {site.release.site for site in sites if site.release.metrics_sha256 is not None}
+    for name in sorted(set(data.site_metrics.sites if data.site_metrics else ()) - counted):
+        yield f"Site {name}: its metrics stand in site_metrics.json, but its privacy record does not count them."
 
 
 def _uncounted_rounds(data: RunData, sites: Sequence[SiteFacts]) -> Iterator[str]:
@@ -83,10 +111,19 @@ def _uncounted_rounds(data: RunData, sites: Sequence[SiteFacts]) -> Iterator[str
                 yield f"Site {name}: its update was aggregated in round {record.round}, which its privacy record does not count."
 
 
-def central_discrepancies(central: CentralFacts | None) -> Iterator[str]:
-    """Does the record of a trusted coordinator agree with itself?"""
+def central_discrepancies(central: CentralFacts | None, job: Job) -> Iterator[str]:
+    """Does the record of a trusted coordinator agree with itself and with the job?"""
     if central is None:
         return
+    plan, record = PrivacyPlan.of_coordinator(job), central.record
+    for event in record.events:
+        if not (_close(event.noise_multiplier, plan.noise_multiplier) and _close(event.sample_rate, plan.sample_rate)):
+            yield (
+                f"The coordinator's record has noise multiplier {event.noise_multiplier:g} at rate {event.sample_rate:g}, the "
+                f"job's plan {plan.noise_multiplier:.4f} at {plan.sample_rate:g}."
+            )
+    if not _close(record.delta, plan.delta):
+        yield f"The coordinator's record is at delta {record.delta:g}, the job's is {plan.delta:g}."
     if not central.record_agrees:
         yield (
             f"The coordinator recorded epsilon {shown(central.record.epsilon_spent)}, recomputed from the executed rounds it is "
@@ -98,8 +135,8 @@ def central_discrepancies(central: CentralFacts | None) -> Iterator[str]:
             f"{shown(central.epsilon_prv)})."
         )
     executed = sum(event.steps for event in central.record.events)
-    if executed < len(central.record.rounds):
-        yield f"The coordinator's record names {len(central.record.rounds)} rounds, but only {executed} are accounted for."
+    if executed != len(central.record.rounds):
+        yield f"The coordinator's record names {len(central.record.rounds)} rounds, but {executed} are accounted for."
 
 
 def statement_discrepancies(data: RunData, statements: Sequence[Statement]) -> Iterator[str]:

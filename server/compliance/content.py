@@ -116,7 +116,7 @@ def _why_not_private(facts: Facts) -> str:
     if facts.job.privacy.mechanism == "none":
         return "The job asked for no noise (privacy.mechanism is none). Nothing that was released is protected."
     if facts.central is not None:
-        return facts.central.record.statement
+        return facts.guarantees[0].statement.one_site
     if not facts.sites:
         return "No site has released anything yet."
     return (

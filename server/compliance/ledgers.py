@@ -123,6 +123,6 @@ def _uncovered_steps(release: SiteRelease, charges: Sequence[ChargedSteps]) -> i
     executed: Counter[tuple[float, float]] = Counter()
     for charge in charges:
         charged[charge.noise_multiplier, charge.sample_rate] += charge.steps
-    for event in release.events:
+    for event in release.arrived_events:
         executed[event.noise_multiplier, event.sample_rate] += event.steps
     return sum((executed - charged).values())

@@ -32,7 +32,8 @@ from server.run_folder import load_job
 from server.submission import Submission
 from shared.config import Job
 from shared.errors import PrivacyError, RunError, TrustError
-from shared.privacy.accounting import GaussianSteps, check_delta, compose_epsilon, prv_epsilon
+from shared.privacy.accounting import GaussianSteps, check_delta, prv_epsilon
+from shared.privacy.central_statement import central_statement
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease, Statement, run_statement, site_statement
 from shared.signed_folder import SIGNATURE_FILE, verify_folder
@@ -48,8 +49,8 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     # 1. What the run wrote, and what each site executed.
     data, job = read_run(run_dir), load_job(run_dir)
     sites = _sites(run_dir, job)
-    central = read_central(run_dir / "privacy.json")
-    guarantees = _guarantees(sites, job) if central is None else (central_guarantee(central, data),)
+    central = read_central(run_dir / "privacy.json") if job.privacy.central else None
+    guarantees = _guarantees(sites, job) if central is None else (central_guarantee(central, job),)
     audits = tuple(parse_record(AuditRecord, path) for path in sorted(run_dir.glob("audit/tier*.json")))
     ledgers = tuple(ledger_facts(account, job.sha256, [site.release for site in sites]) for account in accounts)
 
@@ -63,7 +64,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     # 3. Whether all of it fits together.
     problems += checks.job_discrepancies(data, job, signed)
     problems += checks.site_discrepancies(data, job, sites)
-    problems += checks.central_discrepancies(central)
+    problems += checks.central_discrepancies(central, job)
     problems += checks.statement_discrepancies(data, [guarantee.statement for guarantee in guarantees])
     problems += checks.log_discrepancies(log, sites)
     problems += checks.other_discrepancies(job, ledgers, audits)
@@ -85,38 +86,28 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     )
 
 
-def read_central(path: Path) -> CentralFacts | None:
-    """Read and recompute what a trusted coordinator published; None if the run has no such record.
+def read_central(path: Path) -> CentralFacts:
+    """Read and recompute what a trusted coordinator published.
 
     Raises:
-        RunError: if it is malformed or cannot be accounted for.
+        RunError: if there is no such record, it is malformed or cannot be accounted for.
     """
-    if not path.exists():
-        return None
     record = parse_record(CentralRecord, path)
-    events = tuple(event.mechanism for event in record.events)
-    if record.randomness != "os":
+    release = record.release
+    if not release.protected:
         return CentralFacts(record=record, epsilon=None, epsilon_prv=None)
     try:
-        epsilon = compose_epsilon(events, record.delta)
+        epsilon = release.epsilon
     except PrivacyError as error:
         raise RunError(f"{path} cannot be accounted for: {error}; no report is made of it.") from None
-    if math.isinf(epsilon) or (record.rounds and not sum(event.steps for event in events)):
+    if math.isinf(epsilon) or (record.rounds and not release.steps):
         raise RunError(f"{path} cannot be accounted for: its epsilon cannot be bounded; no report is made of it.")
-    return CentralFacts(record=record, epsilon=epsilon, epsilon_prv=_prv(events, record.delta))
+    return CentralFacts(record=record, epsilon=epsilon, epsilon_prv=_prv(release.events, record.delta))
 
 
-def central_guarantee(central: CentralFacts, data: RunData) -> Guarantee:
-    """Return the run's own statement where its epsilon is the recomputed one; else only what is recomputed."""
-    sentence = central.record.statement
-    if central.epsilon is not None and not central.record_agrees:
-        sentence = (
-            "The statement of the run is not repeated, for its epsilon is not the recomputed one, "
-            f"{checks.shown(central.epsilon)} at "
-            f"delta {central.record.delta:g}, the unit being one {central.record.unit}."
-        )
-    not_covered = data.statement.not_covered if data.statement else ()
-    statement = Statement(one_site=sentence, not_covered=tuple(not_covered))
+def central_guarantee(central: CentralFacts, job: Job) -> Guarantee:
+    """Return the statement, made anew from the record's numbers."""
+    statement = central_statement(central.record.release, job.name)
     return Guarantee(unit=central.record.unit, sites=(), statement=statement, composed=())
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from shared.errors import PrivacyError, RunError
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.central_statement import CentralRelease
 from shared.privacy.randomness import Origin
 
 RecordT = TypeVar("RecordT", bound=BaseModel)
@@ -97,9 +98,28 @@ class CentralRecord(BaseModel):
     randomness: Origin
     epsilon_spent: float | None = None
     epsilon_budget: float | None = None
+    clip_norm_first: Annotated[float, Field(gt=0)]
+    update_noise_multiplier: Annotated[float, Field(gt=0)]
+    count_noise: Annotated[float, Field(gt=0)] | None
+    steps_planned: Annotated[int, Field(ge=0)]
     events: tuple[ExecutedSteps, ...]
     rounds: tuple[int, ...]
-    statement: str
+
+    @property
+    def release(self) -> CentralRelease:
+        """As the statement takes it."""
+        return CentralRelease(
+            num_sites=self.num_sites_declared,
+            delta=self.delta,
+            first_clip_norm=self.clip_norm_first,
+            update_noise_multiplier=self.update_noise_multiplier,
+            count_noise=self.count_noise,
+            rounds_planned=self.steps_planned,
+            rounds=self.rounds,
+            events=tuple(event.mechanism for event in self.events),
+            randomness=self.randomness,
+            epsilon_planned=self.epsilon_budget or 0.0,
+        )
 
 
 class AuditRecord(BaseModel):

@@ -150,6 +150,7 @@ class SiteMetrics(_Record):
     """`site_metrics.json`: metrics on the sites' own held-out records."""
 
     noise_multiplier: Positive
+    sites: dict[str, Any] = {}
     estimates: tuple[SiteMetric, ...] = ()
 
 

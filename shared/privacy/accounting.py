@@ -150,10 +150,10 @@ def calibrate_noise_multiplier(
                 f"sample_rate {sample_rate}. Raise epsilon, or lower the number of steps or sample_rate."
             )
     while low == high:  # the first guess of 1.0 was private enough: look below it
-        low -= 0.5
-        if low < math.log(MIN_NOISE_MULTIPLIER):
-            return MIN_NOISE_MULTIPLIER
+        low = max(low - 0.5, math.log(MIN_NOISE_MULTIPLIER))
         if excess(low) <= 0:
+            if low == math.log(MIN_NOISE_MULTIPLIER):
+                return MIN_NOISE_MULTIPLIER
             high = low
     sigma = math.exp(float(brentq(excess, low, high, xtol=SIGMA_TOLERANCE / 4)) + SIGMA_TOLERANCE / 4)
     while True:

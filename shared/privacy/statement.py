@@ -324,9 +324,9 @@ def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
     return Statement(one_site=sentence, up_to_m_sites=table, unit=worst.unit, not_covered=not_covered(worst.unit))
 
 
-def rounded_up(epsilon: float) -> str:
-    """Return epsilon with three decimals, never below its value: a rounded-down guarantee would be false."""
-    return f"{math.ceil(epsilon * 1000) / 1000:.3f}"
+def rounded_up(epsilon: float, decimals: int = 3) -> str:
+    """Return epsilon with so many decimals, never below its value: a rounded-down guarantee would be false."""
+    return f"{math.ceil(epsilon * 10**decimals) / 10**decimals:.{decimals}f}"
 
 
 def _counts(sites: int) -> list[int]:

@@ -20,6 +20,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import count
 from typing import Literal
 
 import dp_accounting
@@ -68,11 +69,8 @@ class NumTrials:
     def probabilities(self) -> Iterator[tuple[int, float]]:
         """Yield (k, P[K = k]) from the smallest k on, without end (definition 1 of the paper)."""
         if self.distribution == "poisson":
-            number, probability = 0, math.exp(-self.mean)
-            while True:
-                yield number, probability
-                number += 1
-                probability *= self.mean / number
+            for number in count():
+                yield number, math.exp(number * math.log(self.mean) - self.mean - math.lgamma(number + 1))
         gamma = _gamma(self.distribution, self.mean)
         number, probability = 1, gamma if self.distribution == "geometric" else (1 - gamma) / -math.log(gamma)
         while True:
@@ -92,7 +90,7 @@ def draw_num_trials(law: NumTrials, *, draw: Callable[[int], int] = secrets.rand
     for number, probability in law.probabilities():
         below += Fraction(probability)
         # Rounding leaves some 1e-16 of the mass unassigned; the smallest terms stand for it.
-        if uniform < below or probability < 1e-30:
+        if uniform < below or (number > law.mean and probability < 1e-30):
             return number
     raise AssertionError("the probabilities have no end")
 

@@ -32,6 +32,7 @@ from server.observer import Observer
 from server.run_folder import load_job
 from shared import audit_log
 from shared.audit_log import Event
+from shared.config import Job, parse
 from shared.errors import LedgerError, RunError
 from shared.ledger_export import LedgerExport, save_export
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -208,6 +209,31 @@ def test_requests_never_answered_count_as_executed(run: Path) -> None:
     assert "counted as executed" in page_of(run)
 
 
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"events": [{"noise_multiplier": 1.0, "sample_rate": 0.25, "steps": 1}]},
+            "1 steps are recorded for 2 updates",
+        ),
+        ({"events": [{"noise_multiplier": 5.0, "sample_rate": 0.25, "steps": 4}]}, "did not add the noise"),
+        ({"events": [{"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 4}]}, "did not sample at the job's rate"),
+        ({"delta": 1e-2}, "recorded at delta 0.01"),
+    ],
+)
+def test_a_record_that_is_not_the_plan_s_is_a_discrepancy(run: Path, changes: dict[str, Any], problem: str) -> None:
+    # Whoever edits a record can make its epsilons fit.
+    edit_sites(run, **changes)
+    for site in read_facts(run).sites:
+        edit(run / "sites" / site.release.site / "privacy.json", epsilon_spent=site.epsilon, epsilon_bound=site.epsilon)
+    assert any(problem in found for found in read_facts(run).discrepancies)
+
+
+def test_metrics_that_no_record_counts_are_a_discrepancy(run: Path) -> None:
+    (run / "site_metrics.json").write_text('{"noise_multiplier": 2.0, "sites": {"site-1": {"accuracy": [1.0, 2.0]}}}')
+    assert any("its privacy record does not count them" in found for found in read_facts(run).discrepancies)
+
+
 METRIC = {"noise_multiplier": 2.0, "sample_rate": 1.0, "steps": 1}
 
 
@@ -221,7 +247,7 @@ def test_released_metrics_are_composed(run: Path, arrived: bool) -> None:
     assert (facts.sites[0].epsilon == facts.sites[0].epsilon_arrived) == arrived
     assert all(site.accountants_agree for site in facts.sites)
     assert any("recorded epsilon" in problem for problem in facts.discrepancies)
-    assert not any("less noise" in problem or "larger rate" in problem for problem in facts.discrepancies)
+    assert not any("did not add" in problem or "did not sample" in problem for problem in facts.discrepancies)
     assert "one release of counts (accuracy)" in page_of(run)
 
 
@@ -285,8 +311,14 @@ def test_steps_that_cannot_be_accounted_for_stop_the_report(run: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"events": [{"noise_multiplier": 0.7, "sample_rate": 0.25, "steps": 4}]}, "less noise than the job says"),
-        ({"events": [{"noise_multiplier": 1.0, "sample_rate": 0.5, "steps": 4}]}, "larger rate than the job's 0.25"),
+        (
+            {"events": [{"noise_multiplier": 0.7, "sample_rate": 0.25, "steps": 4}]},
+            "did not add the noise that the job says",
+        ),
+        (
+            {"events": [{"noise_multiplier": 1.0, "sample_rate": 0.5, "steps": 4}]},
+            "did not sample at the job's rate, 0.25",
+        ),
         ({"epsilon_budget": 0.5}, "more in this run than its cap of 0.5"),
         ({"unit": "patient", "records_per_person": 4}, "the job's unit is record"),
         (
@@ -355,6 +387,25 @@ def _changed(export: LedgerExport, **changes: Any) -> LedgerExport:
 # With a trusted coordinator
 
 
+CENTRAL_JOB = parse(
+    Job,
+    {
+        "name": "many",
+        "task": {"kind": "sequence_classification", "labels": ["x", "y"]},
+        "training": {"rounds": 3},
+        "privacy": {
+            "mechanism": "central",
+            "unit": "site",
+            "delta": 1e-4,
+            "noise_multiplier": 1.5,
+            "central": {"num_sites": 200, "site_sample_rate": 0.3, "clip_norm": 0.1},
+        },
+        "federation": {"min_sites": 100},
+    },
+    source="test",
+)
+
+
 def central_record(path: Path, **changes: Any) -> CentralFacts:
     """Write and read the record of a run under central DP."""
     event = {"noise_multiplier": 1.5, "sample_rate": 0.3, "steps": 3}
@@ -367,18 +418,20 @@ def central_record(path: Path, **changes: Any) -> CentralFacts:
         "epsilon_spent": compose_epsilon([mechanism], 1e-4),
         "events": [event],
         "rounds": [1, 2, 2],
-        "statement": "Unit: one site. The coordinator is trusted.",
+        "clip_norm_first": 0.1,
+        "update_noise_multiplier": 1.6,
+        "count_noise": 4.0,
+        "steps_planned": 3,
+        "statement": "It is (0.001, 1e-9)-differentially private.",
         "trusts": ["coordinator"],
     }
     path.write_text(json.dumps(record | changes))
-    found = read_central(path)
-    assert found is not None
-    return found
+    return read_central(path)
 
 
 def central_page(facts: Facts, central: CentralFacts) -> str:
-    guarantee = central_guarantee(central, facts.data)
-    problems = tuple(checks.central_discrepancies(central))
+    guarantee = central_guarantee(central, CENTRAL_JOB)
+    problems = tuple(checks.central_discrepancies(central, CENTRAL_JOB))
     changed = dataclasses.replace(
         facts, central=central, sites=(), ledgers=(), releases=(), guarantees=(guarantee,), discrepancies=problems
     )
@@ -388,9 +441,10 @@ def central_page(facts: Facts, central: CentralFacts) -> str:
 def test_central_privacy_is_stated_for_sites_and_names_whom_it_trusts(facts: Facts, tmp_path: Path) -> None:
     central = central_record(tmp_path / "privacy.json")
     page = central_page(facts, central)
-    assert "The coordinator is trusted." in page
+    assert "TRUSTED COORDINATOR" in page
+    assert "0.001" not in page, "a recorded sentence was repeated"
     assert f"epsilon {rounded_up(central.epsilon or 0)} at delta 1e-4 for one site over 200 declared sites" in page
-    assert "Unit: one site." in page
+    assert "Unit: one site with everything that it holds." in page
     assert "after these rounds: 1, 2, 2." in page
     assert "No record left a site" not in page
     assert "Nothing was found that does not fit" in page
@@ -408,6 +462,30 @@ def test_a_central_epsilon_that_differs_is_not_repeated(facts: Facts, tmp_path: 
     page = central_page(facts, injected)
     assert "No privacy guarantee holds for this run." in page
     assert not re.search(r"epsilon \d", page)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"events": [{"noise_multiplier": 3.0, "sample_rate": 0.3, "steps": 3}]}, "the job's plan 1.5000 at 0.3"),
+        ({"events": [{"noise_multiplier": 1.5, "sample_rate": 0.1, "steps": 3}]}, "the job's plan 1.5000 at 0.3"),
+        (
+            {"events": [{"noise_multiplier": 1.5, "sample_rate": 0.3, "steps": 2}]},
+            "names 3 rounds, but 2 are accounted for",
+        ),
+        ({"delta": 1e-2}, "is at delta 0.01, the job's is 0.0001"),
+    ],
+)
+def test_a_central_record_that_is_not_the_plan_s_is_a_discrepancy(
+    facts: Facts, tmp_path: Path, changes: dict[str, Any], problem: str
+) -> None:
+    assert problem in central_page(facts, central_record(tmp_path / "privacy.json", **changes))
+
+
+def test_a_stray_central_record_decides_nothing(run: Path) -> None:
+    before = read_facts(run)
+    central_record(run / "privacy.json")
+    assert read_facts(run).guarantees == before.guarantees
 
 
 def test_a_central_record_without_noise_stops_the_report(tmp_path: Path) -> None:

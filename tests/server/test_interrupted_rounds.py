@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
-from flwr.app import Context, Message
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import server.exchange as exchange_module
@@ -18,7 +18,17 @@ from server.roster import Authority
 from server.rounds import Coordinator, run_rounds
 from shared.adapters import encode
 from shared.config import Job, parse
-from shared.messages import TRAIN, SiteDescription, TrainReply, pack_description, pack_reply, unpack_request
+from shared.messages import (
+    TRAIN,
+    Refusal,
+    SiteDescription,
+    TrainReply,
+    carries_release,
+    pack_description,
+    pack_refusal,
+    pack_reply,
+    unpack_request,
+)
 from shared.signing import SigningKey, sign_job
 from simulations.grid import InProcessGrid
 
@@ -37,7 +47,7 @@ def make_job() -> Job:
     return parse(Job, raw, source="test")
 
 
-def make_app() -> ClientApp:
+def make_app(*, b_refuses: bool = False) -> ClientApp:
     app = ClientApp()
 
     @app.query("describe")
@@ -48,6 +58,8 @@ def make_app() -> ClientApp:
     @app.train()
     def train(message: Message, context: Context) -> Message:
         request = unpack_request(message.content)
+        if b_refuses and NAMES[context.node_id] == "b":
+            return Message(pack_refusal(Refusal(site="b", code="PolicyError", reason="too late")), reply_to=message)
         reply = TrainReply(
             site=NAMES[context.node_id],
             round_number=request.round_number,
@@ -112,6 +124,49 @@ def test_a_lost_request_is_repeated_and_its_answer_counts_once(monkeypatch: pyte
     assert [record.sites for record in last.history[1:]] == [["a", "b"], ["a", "b"]]
     assert last.releases["b"].rounds == (1, 2)
     assert last.releases["b"].unanswered == ()
+
+
+def test_a_refusal_to_a_repeated_request_may_hide_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy site answers a copy too late for its clock or its hours; its update may be on the way."""
+    monkeypatch.setattr(exchange_module, "ASK_AGAIN_SECONDS", 0.2)
+    job = make_job()
+    grid = ForgetfulGrid(make_app(b_refuses=True), 2)
+    last = run_rounds(grid, coordinator(job, make_authority(job)), None, stop_after=1)
+    assert grid.lost == 1
+    assert last.releases["b"].unanswered == (1,)
+    assert last.releases["b"].epsilon_bound > last.releases["b"].epsilon == 0.0
+
+
+class TwoAnswers:
+    """A grid that shows a refusal to the copy and the release to the first request at once, the refusal first."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(len(self.sent))
+            self.sent.append(message)
+        return [str(message.metadata.message_id) for message in self.sent]
+
+    def pull_messages(self, identifiers: Iterable[str]) -> Iterable[Message]:
+        if len(self.sent) < 2:
+            return []
+        release = RecordDict({"silotune": ConfigRecord({"kind": "update"})})
+        refusal = pack_refusal(Refusal(site="b", code="PolicyError", reason="too late"))
+        return [Message(refusal, reply_to=self.sent[1]), Message(release, reply_to=self.sent[0])]
+
+
+def test_of_several_answers_the_release_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "ASK_AGAIN_SECONDS", 0.2)
+    InProcessGrid(ClientApp(), 1)  # Flower stamps messages with the identity of the process
+
+    def requests(nodes: Sequence[int]) -> list[Message]:
+        return [Message(RecordDict(), dst_node_id=node, message_type=TRAIN) for node in nodes]
+
+    (found,) = exchange_module.exchange(TwoAnswers(), requests, [2], timeout=20.0, expected=0.0, repeat=True)  # type: ignore[arg-type]
+    assert carries_release(found.message)
+    assert (found.node, found.times_asked) == (2, 2)
 
 
 def interrupted(job: Job) -> Checkpoint:

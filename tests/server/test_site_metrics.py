@@ -126,6 +126,7 @@ def test_the_sites_are_asked_once_after_the_last_round_and_added_up(job: Job) ->
     assert [request.round_number for request in asked] == [3, 3, 3]
     assert {request.adapter for request in asked} == {encode(finished.adapter)}
     assert saved[-1] is finished
+    assert finished.history[-1].epsilon_max == finished.releases["a"].epsilon
     assert finished.site_metrics == {"a": COUNTS, "b": COUNTS, "c": COUNTS}
     record = site_metrics_record(finished, job)
     (found,) = record["estimates"]

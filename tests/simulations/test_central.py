@@ -54,6 +54,20 @@ def run(path: Path, folder: Path, **options: Any) -> Any:
     return run_scenario(load_scenario(path), folder, observer=lambda arm: Observer(), **options)
 
 
+def test_without_its_account_nothing_is_stated_anew(many_sites: Callable[..., Path], tmp_path: Path) -> None:
+    path, folder = many_sites(training={"rounds": 2, "local_steps": 1}), tmp_path / "run"
+    for options in ({"stop_after": 1}, {"resume": True}):
+        run(path, folder, **options)
+        stated = (folder / "privacy.json").read_text()
+        account = (folder / "central_ledger.json").read_text()
+        assert '"time"' not in account, "how long rounds took would tell who was drawn"
+        (folder / "central_ledger.json").unlink()
+        with pytest.raises(RunError, match="does not hold the charge of round 1"):
+            run(path, folder, resume=True)
+        assert (folder / "privacy.json").read_text() == stated
+        (folder / "central_ledger.json").write_text(account)
+
+
 def test_a_run_names_the_unit_and_no_participant(many_sites: Callable[..., Path], tmp_path: Path) -> None:
     folder = tmp_path / "run"
     path = many_sites(

@@ -148,6 +148,13 @@ def test_draws_follow_the_distribution_and_reject_others(distribution: Distribut
     assert p_value(drawn, wrong) < 1e-9
 
 
+def test_a_poisson_law_of_a_large_mean_is_drawn_too() -> None:
+    for mean in (70.0, 1000.0):
+        law, generator = NumTrials(distribution="poisson", mean=mean), random.Random(2)
+        drawn = [draw_num_trials(law, draw=generator.getrandbits) for _ in range(200)]
+        assert abs(sum(drawn) / 200 - mean) < 4 * math.sqrt(mean / 200)
+
+
 def p_value(drawn: Counter[int], law: NumTrials) -> float:
     """Chi-squared test of the draws; values that are expected fewer than 20 times stand together."""
     total = drawn.total()
