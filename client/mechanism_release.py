@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from client.trainer import train_local_round
+from client.trainer import LocalWork, train_local_rounds
 from shared.batches import Batch, Example
 from shared.config import ComputeConfig, TrainingConfig
 from shared.errors import PrivacyError
@@ -94,12 +94,13 @@ def canary_runtime(dimension: int, micro_batch: int) -> Runtime:
 
 
 class TrainerRelease:
-    """A `shared.privacy.audit.mechanism.Release` through `train_local_round`.
+    """A `shared.privacy.audit.mechanism.Release` through `train_local_rounds`.
 
     The optimiser is plain SGD, whatever the job's: it comes after the noise, and with it every step can be checked.
 
     Attributes:
         training: what one call executes; `local_steps` noisy steps.
+        companions: sites that are trained side by side with the audited one, as in a simulation.
     """
 
     def __init__(
@@ -109,7 +110,9 @@ class TrainerRelease:
         dimension: int,
         steps: int,
         micro_batch: int = 24,
+        companions: int = 0,
     ) -> None:
+        self.companions = companions
         self.runtime = canary_runtime(dimension, micro_batch)
         self.new_randomness = new_randomness
         self.training = TrainingConfig(
@@ -125,20 +128,23 @@ class TrainerRelease:
         copies = 1 if plan.records_per_person is None else plan.records_per_person + 1
         owners = np.tile(np.arange(len(gradients)), copies)
         cast(Any, self.runtime.model).records = torch.from_numpy(gradients[owners]).float()
+        examples = [Example(torch.tensor([row])) for row in range(len(owners))]
+        works = [
+            LocalWork(
+                # Companions hold the same records, some of them, so that whatever mixes two sites changes the sum.
+                examples=examples[: len(examples) // (2 + place)] if place < self.companions else examples,
+                declared_records=DECLARED_RECORDS,
+                randomness=self.new_randomness(),
+                persons=None if plan.records_per_person is None else _persons(owners, place, self.companions),
+            )
+            for place in range(self.companions + 1)
+        ]
         seen: list[NDArray[np.float64]] = []
         handle = register_optimizer_step_pre_hook(lambda optimizer, *_: seen.append(_flat_gradient(optimizer)))
         try:
-            result = train_local_round(
-                self.runtime,
-                [Example(torch.tensor([row])) for row in range(len(owners))],
-                self.runtime.initial,
-                training=self.training,
-                plan=plan,
-                declared_records=DECLARED_RECORDS,
-                randomness=self.new_randomness(),
-                round_number=1,
-                persons=None if plan.records_per_person is None else Persons(owners),
-            )
+            result = train_local_rounds(
+                self.runtime, works, self.runtime.initial, training=self.training, plan=plan, round_number=1
+            )[-1]
         finally:
             handle.remove()
         used = np.stack(seen)
@@ -147,8 +153,14 @@ class TrainerRelease:
         return used * plan.expected_batch_size(DECLARED_RECORDS)
 
 
+def _persons(owners: NDArray[np.intp], place: int, companions: int) -> Persons:
+    """Return whose records a site has; companions have the first of them only."""
+    return Persons(owners[: len(owners) // (2 + place)] if place < companions else owners)
+
+
 def _flat_gradient(optimizer: torch.optim.Optimizer) -> NDArray[np.float64]:
-    parts = [p.grad.flatten() for group in optimizer.param_groups for p in group["params"]]
+    """Return what the last site's values are moved by."""
+    parts = [p.grad[-1].flatten() for group in optimizer.param_groups for p in group["params"]]
     return cast(NDArray[np.float64], torch.cat(parts).double().numpy())
 
 

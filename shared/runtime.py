@@ -90,9 +90,10 @@ class Runtime:
     def grouped_batches(
         self, examples: Sequence[Example], groups: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], Batch]]:
-        """Yield (records, micro-batch) of one logical batch, the records of a group one after another."""
+        """Yield (records in increasing order, micro-batch) of one logical batch; see `micro_batches_of_groups`."""
         lengths = [example.length for example in examples]
-        for rows in micro_batches_of_groups(lengths, groups, self.compute.micro_batch_tokens):
+        for unordered in micro_batches_of_groups(lengths, groups, self.compute.micro_batch_tokens):
+            rows = sorted(unordered)
             chosen = [examples[index] for index in rows]
             yield rows, collate(chosen, self.cache.get(chosen)).to(self.model.device)
 

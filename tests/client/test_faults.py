@@ -37,6 +37,7 @@ from shared.tasks.causal_lm import CausalLanguageModelling, _token_losses
 
 DIMENSION = 64
 STEPS = 3
+COMPANIONS = {0: 0}  # set for each test by the fixture below
 PLAN = PrivacyPlan(
     private=True,
     unit="record",
@@ -51,8 +52,16 @@ PLAN = PrivacyPlan(
 # --- the production trainer on records that are their own gradients ---
 
 
+@pytest.fixture(params=[0, 2], ids=["alone", "beside others"], autouse=True)
+def companions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fault is planted in a site that is trained alone and in one that is trained beside others."""
+    monkeypatch.setitem(COMPANIONS, 0, request.param)
+
+
 def trainer_release(new_randomness: Callable[[], SiteRandomness], micro_batch: int = 24) -> TrainerRelease:
-    return TrainerRelease(new_randomness, dimension=DIMENSION, steps=STEPS, micro_batch=micro_batch)
+    return TrainerRelease(
+        new_randomness, dimension=DIMENSION, steps=STEPS, micro_batch=micro_batch, companions=COMPANIONS[0]
+    )
 
 
 def injected(name: str) -> Callable[[], SiteRandomness]:
@@ -164,7 +173,8 @@ def test_fault_no_noise_on_the_last_virtual_step(monkeypatch: pytest.MonkeyPatch
     call = itertools.count()
 
     def forgetful(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
-        return add_gaussian_noise(sums, 0.0 if next(call) % STEPS == last else std, stream)
+        step = next(call) // (COMPANIONS[0] + 1)  # the sites of a step take their noise one after the other
+        return add_gaussian_noise(sums, 0.0 if step % STEPS == last else std, stream)
 
     monkeypatch.setattr(plan_module, "add_gaussian_noise", forgetful)
     assert_violated(audit(), "noise")
@@ -172,20 +182,21 @@ def test_fault_no_noise_on_the_last_virtual_step(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("noised", ["several micro-batches", "one micro-batch", "not empty"])
 def test_fault_noise_only_on_some_structure_of_micro_batches(monkeypatch: pytest.MonkeyPatch, noised: str) -> None:
-    counts: list[int] = []
+    counts: dict[int, int] = {}
     new_sum, add = PrivacyPlan.new_sum, ClippedSum.add
     wanted = {"several micro-batches": lambda n: n > 1, "one micro-batch": lambda n: n <= 1, "not empty": bool}[noised]
 
     def counted_sum(self: PrivacyPlan, shapes: Sequence[torch.Size]) -> ClippedSum:
-        counts.append(0)
-        return new_sum(self, shapes)
+        total = new_sum(self, shapes)
+        counts[id(total._sums)] = 0
+        return total
 
     def counted_add(self: ClippedSum, gradients: Sequence[Tensor]) -> None:
-        counts[-1] += 1
+        counts[id(self._sums)] += 1
         add(self, gradients)
 
     def noise(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
-        return add_gaussian_noise(sums, std if wanted(counts[-1]) else 0.0, stream)
+        return add_gaussian_noise(sums, std if wanted(counts[id(sums)]) else 0.0, stream)
 
     monkeypatch.setattr(PrivacyPlan, "new_sum", counted_sum)
     monkeypatch.setattr(ClippedSum, "add", counted_add)
@@ -313,8 +324,12 @@ def test_fault_a_record_that_is_not_finite_poisons_the_sum(monkeypatch: pytest.M
 
 def test_fault_gradients_of_earlier_micro_batches_are_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that is counted in two rows is clipped twice to C: its influence is 2 C."""
-    take = trainer_module.per_example_gradients
-    monkeypatch.setattr(trainer_module, "per_example_gradients", lambda p, n: [torch.cat([g, g]) for g in take(p, n)])
+    take, slices = trainer_module.per_example_gradients, trainer_module.slices_by_owner
+    if COMPANIONS[0]:
+        monkeypatch.setattr(trainer_module, "slices_by_owner", lambda owners: [*slices(owners), *slices(owners)])
+    else:
+        doubled = lambda p, n: [torch.cat([g, g]) for g in take(p, n)]  # noqa: E731
+        monkeypatch.setattr(trainer_module, "per_example_gradients", doubled)
     assert_violated(audit(), "signal", "sensitivity")
 
 

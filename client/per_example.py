@@ -1,0 +1,152 @@
+"""Per-example gradients of everything that is trained, through Opacus' hooks, with linear layers taken over by a sampler of ours.
+
+Guarantees (tests: tests/client/test_trainer.py, tests/client/test_many_sites.py)
+    * The gradients equal those of a loop over single examples (test_per_example_gradients_equal_those_of_single_examples),
+      as do those of Opacus' own samplers, to which every module that is no plain linear layer is left.
+    * With several sites in a batch, an example meets the values of its own site and of no other
+      (test_a_site_trained_with_others_is_trained_as_if_alone).
+
+What is trained, LoRA factors and head, is linear. There, the gradients of all examples come from one batched product of what
+went in and what came back: [B, out, T] x [B, T, in]. That product takes the place of the one that plain training does for the
+sum, so privacy adds almost no arithmetic. They are kept until they are clipped: for LoRA they are smaller than the inputs from
+which norms could be formed without them (B r out against B T out numbers, r below the T tokens of a text), so ghost norms
+(Li et al. 2022) and book-keeping (Bu et al. 2023) would cost more here than they save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from opacus.grad_sample.grad_sample_module import GradSampleHooks
+from torch import Tensor, nn
+
+Keep = Callable[[Tensor, Tensor], None]
+
+
+class PerExampleHooks(GradSampleHooks):  # type: ignore[misc]
+    """Leave the gradient of every example on each trained parameter, as `grad_sample` [B, *shape], where Opacus does.
+
+    Attach after the model reached its device: hooks that outlive a move watch the old parameters.
+
+    Attributes:
+        owners: which site each example of the next batch belongs to, int [B]; None if there is one site.
+    """
+
+    def __init__(self, model: nn.Module, stacks: Mapping[Tensor, Tensor] | None = None) -> None:
+        """Attach to `model`.
+
+        Args:
+            model: losses are summed over its first dimension.
+            stacks: values of each trained parameter at several sites, [sites, *shape]; None if the model's own are meant.
+
+        Raises:
+            ValueError: if several sites are to train what only Opacus has a sampler for.
+        """
+        self.owners: Tensor | None = None
+        self._stacks = stacks
+        self._linear = [m for m in model.modules() if type(m) is nn.Linear and _is_trained(m)]
+        super().__init__(model, loss_reduction="sum")
+        if stacks is not None and self.autograd_grad_sample_hooks:
+            raise ValueError("several sites can be trained at once only if everything trained is a linear layer")
+
+    def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
+        """Return the modules that are left to Opacus."""
+        return (found for found in super().iterate_submodules(module) if type(found) is not nn.Linear)
+
+    def add_hooks(self, **options: Any) -> None:
+        """See Opacus."""
+        super().add_hooks(**options)
+        for module in self._linear:
+            module.forward = partial(self._forward, module)  # type: ignore[method-assign]
+
+    def remove_hooks(self) -> None:
+        """See Opacus; the model is as before, also after an error between forward and backward."""
+        for module in self._linear:
+            vars(module).pop("forward", None)
+        super().remove_hooks()
+        for owner in (*self._module.modules(), *self._module.parameters()):
+            for name in ("activations", "max_batch_len", "grad_sample", "_current_grad_sample", "_forward_counter"):
+                vars(owner).pop(name, None)
+
+    def _forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
+        weight, bias = self._value(module.weight), None if module.bias is None else self._value(module.bias)
+        if not torch.is_grad_enabled():
+            return _linear(inputs, weight, bias)
+        outputs: Tensor = _PerExampleLinear.apply(inputs, weight, bias, partial(_keep, module))  # type: ignore[no-untyped-call]
+        return outputs
+
+    def _value(self, parameter: Tensor) -> Tensor:
+        """Return what the next batch is to meet: [*shape], or [B, *shape] if its examples belong to several sites."""
+        if self._stacks is None or self.owners is None:
+            return parameter
+        return self._stacks[parameter].detach()[self.owners].requires_grad_()
+
+
+class _PerExampleLinear(torch.autograd.Function):
+    """A linear layer whose backward pass hands over its input and what came back, instead of a gradient of the weight."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.keep = keep
+        return _linear(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        inputs, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        ctx.keep(inputs.to(gradient.dtype), gradient)
+        if not ctx.needs_input_grad[0]:
+            return None, None, None, None
+        weight = weight.to(gradient.dtype)
+        if weight.ndim == 3 and gradient.ndim == 2:
+            return torch.bmm(gradient.unsqueeze(1), weight).squeeze(1).to(inputs.dtype), None, None, None
+        return (gradient @ weight).to(inputs.dtype), None, None, None
+
+
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the layer's output for inputs [B, ..., in], with one weight [out, in] or one for each example [B, out, in]."""
+    if weight.ndim == 2:
+        return nn.functional.linear(inputs, weight, bias)
+    flat = inputs.reshape(len(inputs), -1, inputs.shape[-1])
+    outputs = torch.bmm(flat, weight.transpose(1, 2))
+    if bias is not None:
+        outputs = outputs + bias.unsqueeze(1)
+    return outputs.view(*inputs.shape[:-1], -1)
+
+
+def _keep(module: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
+    """Add one use of the layer to the per-example gradients on its parameters."""
+    size = len(inputs)
+    if gradient.ndim == 2:
+        _add(module.weight, gradient.unsqueeze(2) * inputs.unsqueeze(1))
+        if module.bias is not None:
+            _add(module.bias, gradient)
+        return
+    inputs, gradient = inputs.reshape(size, -1, inputs.shape[-1]), gradient.reshape(size, -1, gradient.shape[-1])
+    _add(module.weight, torch.bmm(gradient.transpose(1, 2), inputs))
+    if module.bias is not None:
+        _add(module.bias, gradient.sum(dim=1))
+
+
+def _add(parameter: Tensor, gradients: Tensor) -> None:
+    if not parameter.requires_grad:
+        return
+    earlier: Tensor | None = getattr(parameter, "grad_sample", None)
+    parameter.grad_sample = gradients if earlier is None else earlier + gradients  # type: ignore[attr-defined]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def slices_by_owner(owners: list[int]) -> Iterator[tuple[int, slice]]:
+    """Yield (site, its part of the batch) for a batch in which the examples of a site are neighbours."""
+    begin = 0
+    for place in range(1, len(owners) + 1):
+        if place == len(owners) or owners[place] != owners[begin]:
+            yield owners[begin], slice(begin, place)
+            begin = place
