@@ -8,14 +8,16 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from client.home import SiteHome, open_site
 from client.site import Site
+from client.together import train_together
 from shared.errors import ConfigError, SilotuneError
 from shared.keystore import passphrase_from_environment
 from shared.messages import (
@@ -36,6 +38,7 @@ log = logging.getLogger("silotune.site")
 
 OpenSite = Callable[[Context], Site]
 Answer = SiteDescription | TrainReply | MetricsReply | Refusal
+ResultT = TypeVar("ResultT")
 
 
 def make_client_app(open_site: OpenSite) -> ClientApp:
@@ -60,24 +63,40 @@ def make_client_app(open_site: OpenSite) -> ClientApp:
     return app
 
 
-def _answered(
-    message: Message,
-    context: Context,
-    open_site: OpenSite,
-    act: Callable[[Site], Answer],
-) -> Message:
+def answer_together(messages: Sequence[tuple[Message, Context]], open_site: OpenSite) -> list[Message]:
+    """Return the answers to training requests of simulated nodes, which are trained side by side; see `train_together`.
+
+    Args:
+        messages: each with the context of its node.
+        open_site: as for `make_client_app`.
+    """
+    asked = [
+        _attempt(context, open_site, lambda site, message=message: (site, unpack_request(message.content)))  # type: ignore[misc]
+        for message, context in messages
+    ]
+    trained = iter(train_together([found for found in asked if not isinstance(found, Refusal)]))
+    answers = [found if isinstance(found, Refusal) else next(trained) for found in asked]
+    return [_packed(answer, message) for answer, (message, _) in zip(answers, messages, strict=True)]
+
+
+def _answered(message: Message, context: Context, open_site: OpenSite, act: Callable[[Site], Answer]) -> Message:
     """Return the site's answer as a Flower message; whatever is wrong becomes a refusal."""
-    answer: Answer
+    return _packed(_attempt(context, open_site, act), message)
+
+
+def _attempt(context: Context, open_site: OpenSite, act: Callable[[Site], ResultT]) -> ResultT | Refusal:
     try:
         site = open_site(context)
     except SilotuneError as error:
         log.error("the site cannot be opened: %s", error)
-        answer = Refusal(site="", code=type(error).__name__, reason="see the site's own log")
-        return Message(pack_refusal(answer), reply_to=message)
+        return Refusal(site="", code=type(error).__name__, reason="see the site's own log")
     try:
-        answer = act(site)
+        return act(site)
     except SilotuneError as error:
-        answer = site.refuse_unreadable(error)
+        return site.refuse_unreadable(error)
+
+
+def _packed(answer: Answer, message: Message) -> Message:
     if isinstance(answer, TrainReply):
         content = pack_reply(answer)
     elif isinstance(answer, MetricsReply):

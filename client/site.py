@@ -17,8 +17,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+from torch import Tensor
 
 from client.audit_mirror import AuditMirror
 from client.config import SiteConfig
@@ -27,7 +30,7 @@ from client.held_out import held_out
 from client.ledger import Budget, Charge, Ledger
 from client.outbox import Outbox
 from client.proof import prove_trainer
-from client.trainer import LocalRound, train_local_round
+from client.trainer import LocalRound, LocalWork, train_local_round
 from shared import adapters
 from shared.batches import Example
 from shared.config import PERSON_UNITS, Job, load_toml, parse
@@ -49,6 +52,27 @@ log = logging.getLogger("silotune.site")
 _PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError)
 
 AnswerT = TypeVar("AnswerT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BegunRound:
+    """A round that is admitted, prepared and charged, and not yet trained.
+
+    Attributes:
+        request, request_sha256: what was asked.
+        plan: what is to be executed.
+        runtime, start: the model and the global adapter, checked.
+        work: what the site brings.
+        charge: ledger and reservation; None if nothing private is released.
+    """
+
+    request: TrainRequest
+    request_sha256: str
+    plan: PrivacyPlan
+    runtime: Runtime
+    start: dict[str, Tensor]
+    work: LocalWork
+    charge: tuple[Ledger, int] | None
 
 
 class Site:
@@ -137,15 +161,15 @@ class Site:
                 self.guard.prepared(signed_job)
             return self.describe()
 
-        return self._guarded(prepare, job=signed_job.job, round_number=None)
+        return self.guarded(prepare, job=signed_job.job, round_number=None)
 
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""
-        return self._guarded(lambda: self.train(request), job=request.job, round_number=request.round_number)
+        return self.guarded(lambda: self.train(request), job=request.job, round_number=request.round_number)
 
     def answer_metrics(self, request: TrainRequest) -> MetricsReply | Refusal:
         """Release the job's site metrics, or refuse with a text that reveals nothing about the data."""
-        return self._guarded(lambda: self.measure(request), job=request.job, round_number=request.round_number)
+        return self.guarded(lambda: self.measure(request), job=request.job, round_number=request.round_number)
 
     def anticipate(self) -> None:
         """Prepare for another round like the last one; a tenth of a second that the round then does not pay."""
@@ -162,7 +186,8 @@ class Site:
         reason = f"the job's signature does not hold: {error}" if public else "see the site's own log"
         return Refusal(site=self.config.name, code=type(error).__name__, reason=reason)
 
-    def _guarded(self, act: Callable[[], AnswerT], *, job: Job, round_number: int | None) -> AnswerT | Refusal:
+    def guarded(self, act: Callable[[], AnswerT], *, job: Job, round_number: int | None) -> AnswerT | Refusal:
+        """Return what `act` returns, or a refusal whose text reveals nothing about the data."""
         what = f"job {job.name}" + (f", round {round_number}" if round_number is not None else "")
         try:
             return act()
@@ -192,6 +217,15 @@ class Site:
             BudgetExceeded: the round does not fit into the site's budget; nothing was charged.
             DataError, ModelError, AdapterError, PrivacyError, LedgerError: as their texts say.
         """
+        begun = self.begin(request)
+        return begun if isinstance(begun, TrainReply) else self.train_begun(begun)
+
+    def begin(self, request: TrainRequest) -> TrainReply | BegunRound:
+        """Do everything that comes before training, the charge last; or return the release that was made for this request.
+
+        Raises:
+            SilotuneError: see `train`.
+        """
         job, round_number = request.job, request.round_number
         # 1. What the site accepts at all.
         self._admit(request)
@@ -212,27 +246,49 @@ class Site:
         charge = (
             self._charge(request, request_sha256, plan.mechanism(job.training.local_steps)) if plan.private else None
         )
+        return BegunRound(
+            request=request,
+            request_sha256=request_sha256,
+            plan=plan,
+            runtime=runtime,
+            start=start,
+            work=LocalWork(
+                examples=examples,
+                declared_records=self.declared_records,
+                randomness=self._new_randomness(),
+                optimizer_state=self._outbox.optimizer_state(job.sha256, round_number),
+                # Under central DP the whole site is the unit.
+                persons=None if job.privacy.mechanism == "central" else self._persons,
+            ),
+            charge=charge,
+        )
+
+    def train_begun(self, begun: BegunRound) -> TrainReply:
+        """Train what was begun, by itself, and release it."""
         # 5. Train.
         started = time.monotonic()
-        randomness = self._new_randomness()
+        work, request = begun.work, begun.request
         result = train_local_round(
-            runtime,
-            examples,
-            start,
-            training=job.training,
-            plan=plan,
-            declared_records=self.declared_records,
-            randomness=randomness,
-            round_number=round_number,
-            optimizer_state=self._outbox.optimizer_state(job.sha256, round_number),
-            # Under central DP the whole site is the unit.
-            persons=None if job.privacy.mechanism == "central" else self._persons,
+            begun.runtime,
+            work.examples,
+            begun.start,
+            training=request.job.training,
+            plan=begun.plan,
+            declared_records=work.declared_records,
+            randomness=work.randomness,
+            round_number=request.round_number,
+            optimizer_state=work.optimizer_state,
+            persons=work.persons,
         )
-        seconds = time.monotonic() - started
-        # 6. Store the release before it leaves, then close the charge.
-        reply = self._reply(job, plan, round_number, result, randomness)
-        self._outbox.store_round(reply, request_sha256=request_sha256, optimizer_state=result.optimizer_state)
-        self._close(request, charge, reply.update, executed_steps=result.executed_steps, seconds=seconds)
+        return self.finish(begun, result, seconds=time.monotonic() - started)
+
+    def finish(self, begun: BegunRound, result: LocalRound, *, seconds: float) -> TrainReply:
+        """Store the release before it leaves, then close the charge."""
+        # 6.
+        request = begun.request
+        reply = self._reply(request.job, begun.plan, request.round_number, result, begun.work.randomness)
+        self._outbox.store_round(reply, request_sha256=begun.request_sha256, optimizer_state=result.optimizer_state)
+        self._close(request, begun.charge, reply.update, executed_steps=result.executed_steps, seconds=seconds)
         return reply
 
     def measure(self, request: TrainRequest) -> MetricsReply:

@@ -6,11 +6,16 @@ Cutting a logical batch into micro-batches changes speed and memory, never the p
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# What one more micro-batch costs beside its tokens, as a part of the token budget: about 32 tokens of 2,048 on two processor
+# cores, where a forward and backward pass of six small layers takes 4 ms and each token 0.4 ms.
+_CUTS_PER_BUDGET = 64
 
 
 @dataclass(frozen=True)
@@ -76,14 +81,49 @@ def collate(examples: Sequence[Example], hidden: Sequence[Tensor] | None = None)
 
 
 def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut `indices` into groups of similar length whose padded size stays within `max_tokens`.
+    """Cut `indices`, sorted by length, where that costs least: padding against the fixed cost of one more micro-batch.
+
+    The cost of a micro-batch is its padded tokens plus `max_tokens` / `_CUTS_PER_BUDGET`. Of all cuts between records of
+    different length the cheapest is found by dynamic programming over the lengths that occur; what exceeds the budget is
+    then cut evenly.
 
     Args:
         lengths: tokens of every record, indexed by the values of `indices`.
         indices: the records of one logical batch; may be empty.
-        max_tokens: padded tokens per group; a single longer record still forms a group of its own.
+        max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
     """
-    return micro_batches_of_groups(lengths, [[index] for index in indices], max_tokens)
+    ordered = sorted(indices, key=lambda i: (lengths[i], i))
+    if not ordered:
+        return
+    overhead = max_tokens / _CUTS_PER_BUDGET
+    # Places at which a cut may lie: where the length changes.
+    places = [p for p in range(1, len(ordered)) if lengths[ordered[p]] != lengths[ordered[p - 1]]] + [len(ordered)]
+    best, cut_before = [0.0], [0]
+    begins = [0, *places]
+    for end, place in enumerate(places, start=1):
+        longest = lengths[ordered[place - 1]]
+        costs = [
+            best[begin]
+            + longest * (place - begins[begin])
+            + overhead * -(-longest * (place - begins[begin]) // max_tokens)
+            for begin in range(end)
+        ]
+        cheapest = min(range(end), key=costs.__getitem__)
+        best.append(costs[cheapest])
+        cut_before.append(cheapest)
+    cuts = [len(places)]
+    while cuts[-1]:
+        cuts.append(cut_before[cuts[-1]])
+    for begin, end in itertools.pairwise(reversed(cuts)):
+        yield from _evenly(ordered[begins[begin] : begins[end]], lengths, max_tokens)
+
+
+def _evenly(part: list[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+    """Cut a sorted part into as few pieces of about equal size as the budget allows."""
+    most = max(1, max_tokens // lengths[part[-1]])
+    pieces = -(-len(part) // most)
+    for piece in range(pieces):
+        yield part[len(part) * piece // pieces : len(part) * (piece + 1) // pieces]
 
 
 def micro_batches_of_groups(
@@ -96,6 +136,9 @@ def micro_batches_of_groups(
         groups: the records of each person, none of them empty; groups of one are `micro_batches`.
         max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
     """
+    if all(len(group) == 1 for group in groups):
+        yield from micro_batches(lengths, [group[0] for group in groups], max_tokens)
+        return
     inner = [sorted(group, key=lambda i: (lengths[i], i)) for group in groups]
     batch: list[int] = []
     longest = 0

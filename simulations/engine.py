@@ -15,7 +15,7 @@ import tomli_w
 import torch
 from flwr.serverapp.grid import Grid
 
-from client.app import make_client_app, simulated_site, site_homes
+from client.app import answer_together, make_client_app, simulated_site, site_homes
 from server.app import Run, make_server_app
 from server.checkpoint import Checkpoint
 from server.observer import Observer
@@ -297,7 +297,12 @@ def _run_arm(
     if scenario.simulation.backend == "ray":
         run_on_ray(server_app, client_app, len(arm.sites), scenario.simulation)
     else:
-        grid = InProcessGrid(client_app, len(arm.sites))
+        grid = InProcessGrid(
+            client_app,
+            len(arm.sites),
+            together=functools.partial(answer_together, open_site=open_site),
+            at_once=scenario.simulation.clients_at_once,
+        )
         server_app(grid, grid.server_context)
     if run.finished is None:
         raise RunError(f"the {scenario.simulation.backend} backend ended without a result; its log says why.")

@@ -7,7 +7,7 @@ simulation that touches parts of Flower that are not public (contract test: test
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -20,6 +20,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from shared.messages import TRAIN
 
 _ERROR_DROPPED = 100
+
+Together = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 
 
 class SimulationGrid(Grid):
@@ -41,15 +43,27 @@ class InProcessGrid(SimulationGrid):
     """A Grid whose nodes are calls of one ClientApp.
 
     A message runs when its reply is pulled, one message at a pull, so that the caller sees replies arrive one by one.
+    Requests to train may run several at a pull.
 
     Attributes:
         server_context: what a ServerApp is called with.
     """
 
-    def __init__(self, client_app: ClientApp, num_nodes: int) -> None:
+    def __init__(
+        self, client_app: ClientApp, num_nodes: int, *, together: Together | None = None, at_once: int = 1
+    ) -> None:
+        """Make a Grid of `num_nodes` nodes.
+
+        Args:
+            client_app: answers every message.
+            num_nodes: number of nodes, with the partition ids from 0.
+            together: answers up to `at_once` requests to train; None leaves these to `client_app` as well.
+            at_once: how many.
+        """
         # Flower stamps every message with the identity of the process that makes it.
         TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
         self._client_app = client_app
+        self._together, self._at_once = together, at_once
         self._contexts = {
             node: Context(
                 run_id=1,
@@ -90,13 +104,18 @@ class InProcessGrid(SimulationGrid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the oldest waiting message among `message_ids` and return its reply."""
+        """Run the oldest waiting message among `message_ids`, or requests to train, and return what was replied."""
         wanted = set(message_ids)
-        for identifier, message in self._waiting.items():
-            if identifier in wanted:
-                del self._waiting[identifier]
-                return [self._client_app(message, self._contexts[message.metadata.dst_node_id])]
-        return []
+        waiting = [identifier for identifier in self._waiting if identifier in wanted]
+        if not waiting:
+            return []
+        if self._together is not None and self._at_once > 1:
+            training = [i for i in waiting if self._waiting[i].metadata.message_type == TRAIN][: self._at_once]
+            if training and training[0] == waiting[0]:
+                messages = [self._waiting.pop(identifier) for identifier in training]
+                return self._together([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
+        message = self._waiting.pop(waiting[0])
+        return [self._client_app(message, self._contexts[message.metadata.dst_node_id])]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See `Grid`."""

@@ -91,6 +91,9 @@ class SimulationConfig(Section):
 
     backend: Literal["in-process", "ray"] = "in-process"
     """`in-process`: one frozen backbone for all clients; `ray`: Flower's simulation runtime, for many processors."""
+    clients_at_once: int = Field(default=64, ge=1, le=10_000)
+    """Clients of the `in-process` backend that are trained side by side over one backbone, each as if alone up to rounding: many
+    small clients fill a batch. Each holds its adapter and moments while it trains. 1 trains one after the other."""
     num_actors: int = Field(default=2, ge=1)
     """Parallel client processes of the `ray` backend, each with one backbone."""
     dropout_probability: float = Field(default=0.0, ge=0, lt=1)
