@@ -148,7 +148,7 @@ def calibrate_noise_multiplier(
         )
 
     # In whole multiples of a millionth, or of the last decimal.
-    scale = 10 ** (6 if decimals is None else decimals)
+    scale: int = 10 ** (6 if decimals is None else decimals)
     target = epsilon * (1 - _ROUNDING) if decimals is None else epsilon
 
     def search(guess: float, slack: float, cell: float) -> int:
