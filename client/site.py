@@ -39,8 +39,9 @@ from shared.errors import AdapterError, BudgetExceeded, PolicyError, SilotuneErr
 from shared.messages import MetricsReply, Refusal, SiteDescription, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.persons import Persons
-from shared.privacy.plan import PrivacyPlan, declared_size
+from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
+from shared.privacy.sizes import declared_size
 from shared.runtime import Runtime, load_runtime
 from shared.signing import SignedJob
 from shared.site_metrics import cast_votes, count_votes, noisy_counts

@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -34,6 +35,11 @@ class Example:
     def length(self) -> int:
         """Number of tokens."""
         return len(self.input_ids)
+
+    @cached_property
+    def key(self) -> bytes:
+        """What the activations of frozen layers depend on, for look-ups in every step."""
+        return self.input_ids.numpy().tobytes()
 
 
 @dataclass

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shared.errors import ConfigError
 
@@ -328,9 +328,20 @@ class ComputeConfig(Section):
     micro_batch_tokens: int = Field(default=2048, ge=1)
     """Padded tokens per forward pass inside a logical batch."""
     cache_frozen_layers: bool = True
-    """Keep the activations below the first adapted layer in memory; exact, costs 4 bytes x hidden size per token."""
+    """Keep the activations below the first adapted layer; exact, costs 4 bytes (2 in bfloat16) x hidden size per token."""
     cache_megabytes: int = Field(default=1024, ge=0)
-    """Upper bound of that cache; a larger data set is computed afresh in every step."""
+    """Upper bound of that cache in memory; what has no room here or in the file is computed afresh in every step."""
+    cache_file_megabytes: int = Field(default=0, ge=0)
+    """Upper bound of a sealed file for what has no room in memory; nothing outlives the process. 0: no file."""
+    cache_file_folder: Path | None = None
+    """Where that file lies, an absolute path on a disk; None is the system's temporary folder, which may be memory itself."""
+
+    @field_validator("cache_file_folder")
+    @classmethod
+    def _check_folder(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not folder.is_absolute():
+            raise ValueError("cache_file_folder is relative; give an absolute path, for example /srv/silotune")
+        return folder
 
 
 def canonical_json(value: Any) -> str:

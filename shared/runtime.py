@@ -98,7 +98,7 @@ class Runtime:
             yield rows, collate(chosen, self.cache.get(chosen)).to(self.model.device)
 
     def warm_cache(self, examples: Sequence[Example]) -> None:
-        """Compute the activations below the first adapted layer once, as far as the memory bound allows."""
+        """Compute the activations below the first adapted layer once, as far as the bounds on memory and file allow."""
         if not self.compute.cache_frozen_layers or self.model.first_adapted == 0:
             return
 
@@ -112,6 +112,8 @@ class Runtime:
             compute,
             max_tokens=self.compute.micro_batch_tokens,
             max_bytes=self.compute.cache_megabytes * 2**20,
+            max_file_bytes=self.compute.cache_file_megabytes * 2**20,
+            folder=self.compute.cache_file_folder,
         )
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:

@@ -30,8 +30,8 @@ from shared.privacy.audit import AuditResult
 from shared.privacy.audit.lira import audit_lira, lira_scores, logit_confidence
 from shared.privacy.audit.one_run import Training, audit_one_run, draw_coins
 from shared.privacy.persons import Persons
-from shared.privacy.plan import declared_size
 from shared.privacy.randomness import SiteRandomness
+from shared.privacy.sizes import declared_size
 from shared.runtime import Runtime, load_runtime
 from shared.tasks import Record, task_of
 from simulations.audit import ALPHA, AuditedRun, NewRandomness, Progress, check_simulation

@@ -26,8 +26,9 @@ from shared.config import PERSON_UNITS, Job, canonical_json
 from shared.datasets import PERSON_ROLE, dataset_fingerprint, write_jsonl
 from shared.errors import ConfigError, DataError, RunError, SilotuneError
 from shared.privacy.central import CentralPlan
-from shared.privacy.plan import PrivacyPlan, default_delta
+from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
+from shared.privacy.sizes import default_delta
 from shared.runtime import load_runtime
 from shared.tasks import Record, task_of
 from simulations.grid import DropoutGrid, InProcessGrid

@@ -6,10 +6,10 @@ Formal guarantees
       noisy sum (test: tests/shared/test_accounting.py, table of published noise multipliers; cross-check
       against the PRV accountant of Opacus).
     * `calibrate_noise_multiplier` returns a noise multiplier whose epsilon, by the same function, is at most
-      the target (same tests).
+      the target, and `affordable_steps` a number of steps (same tests). Estimates only decide where the searches look first.
 
 Sources: Koskela, Jälkö, Honkela 2020 and Doroshenko et al. 2022 (PLD, `dp-accounting`); Gopi, Lee, Wutschitz
-2021 (PRV, Opacus).
+2021 (PRV, Opacus); Bu, Dong, Long, Su 2020 (the central limit of many steps, from which searches start).
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 
-import dp_accounting
-from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
-from scipy.optimize import brentq
+from scipy.optimize import bisect
+from scipy.special import log_ndtr, ndtr
 
 from shared.errors import PrivacyError
+from shared.privacy.crossing import crossing
+from shared.privacy.loss_distribution import LossDistribution
 
 # Width of one cell of the discretised privacy loss. The discretisation is pessimistic: a wider cell gives a larger
 # epsilon. Against cells of 1e-4, cells of 1e-3 add up to 0.01 to epsilon at very small rates and many steps, usually less
@@ -35,6 +36,14 @@ PLD_DISCRETIZATION = 1e-3
 SIGMA_TOLERANCE = 1e-4
 # Below this the accountant is slow and the claim is without meaning; more noise than asked for is never wrong.
 MIN_NOISE_MULTIPLIER = 0.2
+_MAX_NOISE_MULTIPLIER = 10_000
+# By which calibration stays below the target, relative: another processor may round otherwise, and must not find it exceeded.
+_ROUNDING = 1e-6
+# Of `decimals`: above 10 a noise multiplier is the least up to this share.
+_DIGITS_SLACK = 1e-5
+MOST_STEPS = 1 << 24
+# Of the grid on which a search for noise begins, in units of epsilon; no number that is returned was found on it alone.
+_COARSE_CELL, _COARSEST_CELL, _COARSE_SLACK, _COARSE_STEPS = 1e-2, 0.05, 3e-3, 2000
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -79,42 +88,48 @@ def compose_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:
         epsilon >= 0; 0.0 when no step was executed; `inf` when the accountant cannot bound it.
     """
     check_delta(delta)
+    return _epsilon_on_grid(events, delta, PLD_DISCRETIZATION)
+
+
+def _epsilon_on_grid(events: Iterable[GaussianSteps], delta: float, cell: float) -> float:
     merged: Counter[tuple[float, float]] = Counter()
     for event in events:
         merged[(event.noise_multiplier, event.sample_rate)] += event.steps
     key = tuple(sorted((sigma, q, steps) for (sigma, q), steps in merged.items() if steps))
-    return _compose_epsilon(key, delta, PLD_DISCRETIZATION) if key else 0.0
+    return _compose_epsilon(key, delta, cell) if key else 0.0
 
 
 @lru_cache(maxsize=4096)
 def _compose_epsilon(events: tuple[tuple[float, float, int], ...], delta: float, cell: float) -> float:
-    composed = reduce(lambda one, other: one.compose(other), (_steps_pld(*event, cell) for event in events))
-    return float(composed.get_epsilon_for_delta(delta))
+    composed = reduce(LossDistribution.compose, (_steps_pld(*event, cell) for event in events))
+    return composed.epsilon(delta)
 
 
 @lru_cache(maxsize=4)
-def _steps_pld(sigma: float, q: float, steps: int, cell: float) -> PrivacyLossDistribution:
+def _steps_pld(sigma: float, q: float, steps: int, cell: float) -> LossDistribution:
     return _step_pld(sigma, q, cell).self_compose(steps)
 
 
-# Discretising one step takes longer than composing it many times, and every round asks for the same step.
+# Every round asks for the same step.
 @lru_cache(maxsize=4)
-def _step_pld(sigma: float, q: float, cell: float) -> PrivacyLossDistribution:
-    return from_gaussian_mechanism(
-        standard_deviation=sigma,
-        sampling_prob=q,
-        value_discretization_interval=cell,
-        neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE,
-    )
+def _step_pld(sigma: float, q: float, cell: float) -> LossDistribution:
+    return LossDistribution.of_one_step(sigma, q, cell)
 
 
 @lru_cache(maxsize=256)
 def calibrate_noise_multiplier(
-    *, epsilon: float, delta: float, sample_rate: float, steps: int, others: tuple[GaussianSteps, ...] = ()
+    *,
+    epsilon: float,
+    delta: float,
+    sample_rate: float,
+    steps: int,
+    others: tuple[GaussianSteps, ...] = (),
+    decimals: int | None = None,
 ) -> float:
     """Return the smallest noise multiplier that keeps `steps` steps, together with `others`, within `(epsilon, delta)`.
 
-    The answer is never below the smallest and exceeds it by a few `SIGMA_TOLERANCE` (relative) at most.
+    The answer is never below the smallest and exceeds it by `SIGMA_TOLERANCE` (relative) at most. With `decimals` it is the
+    smallest of so many decimals, to five digits if it is above 10.
 
     Raises:
         PrivacyError: if a parameter is out of range or the target cannot be reached with any sensible noise.
@@ -126,41 +141,37 @@ def calibrate_noise_multiplier(
         raise PrivacyError(f"sample_rate is {sample_rate}; expected a probability in (0, 1].")
     if steps < 1:
         raise PrivacyError(f"steps is {steps}; at least one step is needed to calibrate noise.")
-
-    # Wide cells are quick and pessimistic, so their root lies on the private side of the true one.
-    # (Not narrower than 1e-5: memory grows with the number of cells.)
-    cell = max(1e-5, min(1e-2, epsilon / 500))
-
     if others and (fixed := compose_epsilon(others, delta)) >= epsilon:
         raise PrivacyError(
             f"what the plan releases besides its steps alone costs epsilon {fixed:.4g}, the target is {epsilon:g}. Raise "
             "site_metrics.noise_multiplier, name fewer metrics, or raise epsilon."
         )
-    beside = tuple((event.noise_multiplier, event.sample_rate, event.steps) for event in others)
 
-    def excess(log_sigma: float) -> float:
-        return _compose_epsilon(((math.exp(log_sigma), sample_rate, steps), *beside), delta, cell) - epsilon
+    # In whole multiples of a millionth, or of the last decimal.
+    scale: int = 10 ** (6 if decimals is None else decimals)
+    target = epsilon * (1 - _ROUNDING) if decimals is None else epsilon
 
-    low = high = 0.0
-    while excess(high) > 0:
-        low, high = high, high + 1.0
-        if high > math.log(1e4):
-            raise PrivacyError(
-                f"epsilon {epsilon} at delta {delta} needs a noise multiplier above 10,000 for {steps} steps at "
-                f"sample_rate {sample_rate}. Raise epsilon, or lower the number of steps or sample_rate."
-            )
-    while low == high:  # the first guess of 1.0 was private enough: look below it
-        low = max(low - 0.5, math.log(MIN_NOISE_MULTIPLIER))
-        if excess(low) <= 0:
-            if low == math.log(MIN_NOISE_MULTIPLIER):
-                return MIN_NOISE_MULTIPLIER
-            high = low
-    sigma = math.exp(float(brentq(excess, low, high, xtol=SIGMA_TOLERANCE / 4)) + SIGMA_TOLERANCE / 4)
-    while True:
-        events = [GaussianSteps(noise_multiplier=sigma, sample_rate=sample_rate, steps=steps), *others]
-        if compose_epsilon(events, delta) <= epsilon:
-            return sigma
-        sigma *= 1 + SIGMA_TOLERANCE / 4
+    def search(guess: float, slack: float, cell: float) -> int:
+        def cost(n: int) -> float:
+            step = GaussianSteps(noise_multiplier=n / scale, sample_rate=sample_rate, steps=steps)
+            return _epsilon_on_grid([step, *others], delta, cell)
+
+        least, most = math.ceil(MIN_NOISE_MULTIPLIER * scale), _MAX_NOISE_MULTIPLIER * scale
+        slope = -(1 + 0.7 * (scale / guess) ** 2)  # seen over many settings; the limit's is close for much noise only
+        return crossing(cost, target, rising=False, least=least, most=most, guess=guess, slope=slope, slack=slack)[1]
+
+    # Wide cells are quick, and mislead where many steps each lose far less than a cell.
+    found: float = _limit_sigma(_limit_mu(epsilon, delta), sample_rate, steps, others) * scale
+    coarse = min(epsilon * _COARSE_CELL, _COARSEST_CELL)
+    if coarse > PLD_DISCRETIZATION and steps <= _COARSE_STEPS:
+        found = search(found, _COARSE_SLACK, coarse)
+    found = search(found, SIGMA_TOLERANCE if decimals is None else _DIGITS_SLACK, PLD_DISCRETIZATION)
+    if found > _MAX_NOISE_MULTIPLIER * scale:
+        raise PrivacyError(
+            f"epsilon {epsilon} at delta {delta} needs a noise multiplier above 10,000 for {steps} steps at "
+            f"sample_rate {sample_rate}. Raise epsilon, or lower the number of steps or sample_rate."
+        )
+    return found / scale
 
 
 def affordable_steps(
@@ -171,7 +182,7 @@ def affordable_steps(
     budget: float,
     delta: float,
 ) -> int:
-    """Return how many more steps of one mechanism keep the composition with `spent` within `budget`.
+    """Return how many more steps of one mechanism keep the composition with `spent` within `budget`, up to 2^24.
 
     Args:
         spent: what was charged so far.
@@ -180,22 +191,48 @@ def affordable_steps(
     """
     past = tuple(spent)
 
-    def fits(steps: int) -> bool:
+    def cost(steps: int) -> float:
         more = GaussianSteps(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=steps)
-        return compose_epsilon([*past, more], delta) <= budget
+        return compose_epsilon([*past, more], delta)
 
-    if not fits(1):
+    if budget <= 0:
         return 0
-    high = 2
-    while fits(high):
-        high *= 2
-        if high > 1 << 24:
-            return high
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    guess = likely_steps(past, noise_multiplier=noise_multiplier, sample_rate=sample_rate, budget=budget, delta=delta)
+    return crossing(cost, budget, rising=True, least=1, most=MOST_STEPS, guess=guess)[0]
+
+
+# --- where to look first ---
+
+
+def likely_steps(
+    spent: Iterable[GaussianSteps], *, noise_multiplier: float, sample_rate: float, budget: float, delta: float
+) -> float:
+    """Return an estimate of `affordable_steps`, at least 1: where to look first, never an answer."""
+    step = GaussianSteps(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=1)
+    left = _limit_mu(budget, delta) ** 2 - sum(map(_limit_mu_squared, spent))
+    return min(max(left / _limit_mu_squared(step), 1.0), float(MOST_STEPS))
+
+
+def _limit_mu(epsilon: float, delta: float) -> float:
+    """Return the mu of the Gaussian mechanism that is (epsilon, delta)-DP (Dong, Roth, Su 2022, corollary 2.13)."""
+
+    def excess(log_mu: float) -> float:
+        mu = math.exp(log_mu)
+        return float(ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu)) - delta)
+
+    return math.exp(float(bisect(excess, math.log(1e-6), math.log(1e3), xtol=1e-3)))
+
+
+def _limit_mu_squared(event: GaussianSteps) -> float:
+    """Return mu^2 of the limit of many steps: q^2 T (exp(1 / sigma^2) - 1) (Bu, Dong, Long, Su 2020), exact for q = 1."""
+    inverse = min(1 / event.noise_multiplier**2, 700.0)
+    return event.steps * (inverse if event.sample_rate == 1 else event.sample_rate**2 * math.expm1(inverse))
+
+
+def _limit_sigma(mu: float, sample_rate: float, steps: int, others: Iterable[GaussianSteps]) -> float:
+    """Return the noise multiplier that, in the limit, leaves `steps` steps what `others` leave of `mu`."""
+    left = max(mu**2 - sum(map(_limit_mu_squared, others)), 1e-3 * mu**2) / steps
+    return 1 / math.sqrt(left if sample_rate == 1 else math.log1p(left / sample_rate**2))
 
 
 def prv_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:

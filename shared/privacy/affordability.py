@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.ledger_export import LedgerExport
-from shared.privacy.accounting import GaussianSteps
-from shared.privacy.planning import MAX_NOISE_MULTIPLIER, MAX_STEPS, SIGMA_LATTICE, largest
+from shared.privacy.accounting import GaussianSteps, likely_steps
+from shared.privacy.crossing import crossing
+from shared.privacy.planning import MAX_NOISE_MULTIPLIER, MAX_STEPS, SIGMA_DECIMALS
 
 NUM_RUNS = 3
 """This run and the next two like it."""
@@ -71,7 +72,8 @@ class SiteAnswer:
         ways = [f"with privacy.noise_multiplier = {self.noise_multiplier:.2f} or more"]
         if self.rounds:
             # With epsilon in place of the noise multiplier, fewer rounds would be calibrated to less noise.
-            sigma = math.ceil(self.run.noise_multiplier * SIGMA_LATTICE - 1e-7) / SIGMA_LATTICE
+            lattice = 10**SIGMA_DECIMALS
+            sigma = math.ceil(self.run.noise_multiplier * lattice - 1e-7) / lattice
             ways.append(f"with training.rounds = {self.rounds} or less and privacy.noise_multiplier = {sigma:g}")
         which = "All three would fit" if self.num_runs else "It would fit"
         return f"{which} {', or '.join(ways)}."
@@ -98,18 +100,27 @@ def can_afford(export: LedgerExport, run: GaussianSteps, *, local_steps: int, de
 
     after = tuple(cost(run.steps * count) for count in range(1, NUM_RUNS + 1))
     num_runs = sum(epsilon <= export.epsilon for epsilon in after)
-    steps = largest(lambda steps: cost(steps) <= export.epsilon, 0, MAX_STEPS)
+    guess = likely_steps(
+        export.mechanisms,
+        noise_multiplier=run.noise_multiplier,
+        sample_rate=run.sample_rate,
+        budget=export.epsilon,
+        delta=export.delta,
+    )
+    steps, _ = crossing(cost, export.epsilon, rising=True, least=1, most=MAX_STEPS, guess=guess)
     rounds = sigma = None
     if num_runs < NUM_RUNS:
         wanted = NUM_RUNS if num_runs else 1
         rounds = steps // (local_steps * wanted)
-        too_little = largest(
-            lambda n: cost(run.steps * wanted, n / _ADVISED_LATTICE) > export.epsilon,
-            math.floor(run.noise_multiplier * _ADVISED_LATTICE),
-            round(MAX_NOISE_MULTIPLIER) * _ADVISED_LATTICE,
+        _, enough = crossing(
+            lambda n: cost(run.steps * wanted, n / _ADVISED_LATTICE),
+            export.epsilon,
+            rising=False,
+            least=math.floor(run.noise_multiplier * _ADVISED_LATTICE) + 1,
+            most=round(MAX_NOISE_MULTIPLIER) * _ADVISED_LATTICE,
+            guess=run.noise_multiplier * _ADVISED_LATTICE * after[wanted - 1] / export.epsilon,
         )
-        found = (too_little + 1) / _ADVISED_LATTICE
-        sigma = found if found <= MAX_NOISE_MULTIPLIER else None
+        sigma = enough / _ADVISED_LATTICE if enough <= MAX_NOISE_MULTIPLIER * _ADVISED_LATTICE else None
     refusal = ""
     if delta > export.delta:
         refusal = (

@@ -23,6 +23,7 @@ from shared.privacy.accounting import GaussianSteps, calibrate_noise_multiplier,
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
 from shared.privacy.persons import Persons
 from shared.privacy.randomness import KeyStream
+from shared.privacy.sizes import default_delta
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,16 +158,3 @@ def _noise_multiplier(
     return privacy.noise_multiplier or calibrate_noise_multiplier(
         epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=sample_rate, steps=steps, others=others
     )
-
-
-def default_delta(num_units: int) -> float:
-    """Return min(1e-5, 1/(10 n)): 1/n^1.1 is too weak for small n."""
-    return min(1e-5, 1 / (10 * max(num_units, 1)))
-
-
-def declared_size(num_units: int) -> int:
-    """Return the public size bucket of a data set: the largest power of two not above its number of records or persons.
-
-    A site may declare any other constant; whatever it declares is public and not protected.
-    """
-    return 1 << (num_units.bit_length() - 1) if num_units > 0 else 0

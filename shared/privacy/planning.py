@@ -26,11 +26,15 @@ from typing import Literal
 from shared.errors import ConfigError
 from shared.privacy.accounting import (
     MIN_NOISE_MULTIPLIER,
+    MOST_STEPS,
     GaussianSteps,
     affordable_steps,
     calibrate_noise_multiplier,
     compose_epsilon,
+    likely_steps,
 )
+from shared.privacy.crossing import crossing
+from shared.privacy.sizes import default_delta
 from shared.privacy.statement import rounded_up
 
 Quantity = Literal["noise", "epsilon", "steps", "rate"]
@@ -44,12 +48,12 @@ FEWEST_PARAMETERS = 1000
 """Trainable parameters that are assumed where none are named: fewer than any useful adapter has."""
 
 MAX_NOISE_MULTIPLIER = 1e4
-MAX_STEPS = 1 << 24
+MAX_STEPS = MOST_STEPS
 _MAX_LOSS = 1000.0  # mean privacy loss above which the accountant would need gigabytes for a number without meaning
 _RATE_LATTICE = 1_000_000  # without `records` a solved sample_rate is a multiple of a millionth
 _BATCH_SLACK = 1e-4  # a solved batch above 10,000 records is the largest up to this share
-SIGMA_LATTICE = 10_000  # a solved noise_multiplier has four decimals, so that what is printed is what was accounted
-_CALIBRATION_SLACK = 0.01  # by which the calibrated noise may be too much: it is found on wide cells
+SIGMA_DECIMALS = 4  # of a solved noise_multiplier, so that what is printed is what was accounted
+_SMALL_RATE = 1e-3  # small enough for an estimate of many steps
 _CURVE_POINTS = 14
 
 
@@ -131,7 +135,7 @@ class Setting:
             return None
         return (
             f"delta {self.delta:g} is weak for {self.records:,} records: it is above 1/(10 n) = "
-            f"{1 / (10 * self.records):.1e}. Use --delta {_default_delta(self.records):.1e} or less."
+            f"{1 / (10 * self.records):.1e}. Use --delta {default_delta(self.records):.1e} or less."
         )
 
     def _epsilon(self) -> str | None:
@@ -183,7 +187,9 @@ def solve(question: Question) -> Setting:
     steps = 0 if missing == "steps" else _steps_of(question, batch, population)
     if missing == "noise":
         assert epsilon is not None  # noqa: S101 (checked by _missing)
-        sigma = _least_noise(epsilon, rate, steps, delta)
+        sigma = calibrate_noise_multiplier(
+            epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps, decimals=SIGMA_DECIMALS
+        )
     assert sigma is not None  # noqa: S101 (likewise)
     if missing == "steps":
         assert epsilon is not None  # noqa: S101 (likewise)
@@ -224,7 +230,7 @@ def check_delta_for(delta: float, records: int) -> None:
     if delta >= 1 / records:
         raise ConfigError(
             f"delta is {delta:g}, which would allow to publish a whole record: with {records:,} records it must be below "
-            f"1/n = {1 / records:.1e}; use at most {_default_delta(records):.1e}."
+            f"1/n = {1 / records:.1e}; use at most {default_delta(records):.1e}."
         )
 
 
@@ -306,18 +312,11 @@ def _option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _default_delta(num_records: int) -> float:
-    # Imported late: the module brings PyTorch, which this one has no other use for.
-    from shared.privacy.plan import default_delta
-
-    return default_delta(num_records)
-
-
 def _delta_of(question: Question) -> float:
     if question.delta is None:
         if question.records is None:
             raise ConfigError("delta is not known; give --records, from which it follows, or --delta.")
-        return _default_delta(question.records)
+        return default_delta(question.records)
     if question.records is not None:
         check_delta_for(question.delta, question.records)
     return question.delta
@@ -358,18 +357,6 @@ def _mean_loss(sigma: float, rate: float, steps: int) -> float:
     return steps * min(rate / (2 * sigma**2), rate**2 * math.expm1(min(1 / sigma**2, 700)))
 
 
-def _least_noise(epsilon: float, rate: float, steps: int, delta: float) -> float:
-    """Return the least noise multiplier of four decimals that keeps to epsilon (to five digits, if it is above 10)."""
-    exact = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=steps)
-    high = math.ceil(exact * SIGMA_LATTICE)
-    low = max(math.floor(high * (1 - _CALIBRATION_SLACK)), math.ceil(MIN_NOISE_MULTIPLIER * SIGMA_LATTICE) - 1)
-    while high - low > max(1, high // 100_000):  # invariant: `high` keeps to epsilon
-        middle = (low + high) // 2
-        event = GaussianSteps(noise_multiplier=middle / SIGMA_LATTICE, sample_rate=rate, steps=steps)
-        low, high = (low, middle) if compose_epsilon([event], delta) <= epsilon else (middle, high)
-    return high / SIGMA_LATTICE
-
-
 def _largest_batch(question: Question, population: int, delta: float) -> int:
     """Return the largest B whose plan keeps to epsilon, up to `_BATCH_SLACK`.
 
@@ -383,12 +370,20 @@ def _largest_batch(question: Question, population: int, delta: float) -> int:
     def steps(batch: int) -> int:
         return question.steps or round((question.epochs or 0) * population / batch)
 
-    def fits(batch: int) -> bool:
+    def cost(batch: int) -> float:
         length, rate = steps(batch), batch / population
         if length > MAX_STEPS or _mean_loss(sigma, rate, length) > _MAX_LOSS:
-            return False
+            return math.inf
         event = GaussianSteps(noise_multiplier=sigma, sample_rate=rate, steps=length)
-        return compose_epsilon([event], delta) <= epsilon
+        return compose_epsilon([event], delta)
+
+    def fits(batch: int) -> bool:
+        return cost(batch) <= epsilon
+
+    def largest_from(start: int, guess: float) -> int:  # `start` fits
+        if start == longest:
+            return start
+        return crossing(cost, epsilon, rising=True, least=start + 1, most=longest, guess=guess, slack=_BATCH_SLACK)[0]
 
     def next_with_fewer_steps(batch: int) -> int:
         return largest(lambda b: steps(b) >= steps(batch), batch, population) + 1
@@ -400,18 +395,21 @@ def _largest_batch(question: Question, population: int, delta: float) -> int:
             f"no batch is small enough for epsilon {epsilon:g} with noise multiplier {sigma:g} over that many steps. Give "
             "more epsilon, more noise or fewer steps."
         )
-    batch = largest(fits, first, longest, slack=_BATCH_SLACK)
+    batch = largest_from(first, population * _likely_rate(question, sigma, epsilon, delta))
     while (larger := next_with_fewer_steps(batch)) <= longest and fits(larger):
-        batch = largest(fits, larger, longest, slack=_BATCH_SLACK)
+        batch = largest_from(larger, larger)
     return batch
 
 
-def largest(holds: Callable[[int], bool], least: int, most: int, *, slack: float = 0.0) -> int:
-    """Return an n in [least, most] where `holds` and beyond which it does not, or `most`; taken to hold at `least`.
+def _likely_rate(question: Question, sigma: float, epsilon: float, delta: float) -> float:
+    """Return where to look first for a rate: by `likely_steps`, for which T q^2 is what counts."""
+    steps = likely_steps([], noise_multiplier=sigma, sample_rate=_SMALL_RATE, budget=epsilon, delta=delta)
+    square = steps * _SMALL_RATE**2
+    return math.sqrt(square / question.steps) if question.steps else square / (question.epochs or 1)
 
-    It goes up in doubling strides, so that nothing far beyond the answer is ever computed. The answer may be
-    too small by the share `slack` of it, which saves evaluations where they are slow.
-    """
+
+def largest(holds: Callable[[int], bool], least: int, most: int) -> int:
+    """Return an n in [least, most] where `holds` and beyond which it does not, or `most`; taken to hold at `least`."""
     low, stride = least, 1
     while low < most:
         high = min(low + stride, most)
@@ -420,7 +418,7 @@ def largest(holds: Callable[[int], bool], least: int, most: int, *, slack: float
         low, stride = high, stride * 2
     else:
         return most
-    while high - low > max(1, int(low * slack)):
+    while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 
 Records = list[dict[str, Any]]
+GENEROUS = 1 << 30
 CPU = ComputeConfig(device="cpu", precision="float32", cache_frozen_layers=False)
 COMBINATIONS = [(task, train) for task in ("classification", "language") for train in ("b", "both")]
 
@@ -242,6 +244,53 @@ def test_cached_activations_change_nothing(job_of: Callable[..., Job], records: 
     cached.warm_cache(examples)
     assert all(batch.hidden is not None for batch in cached.batches(examples, range(5)))
     torch.testing.assert_close(flat(run(cached, job, examples, **options)), without, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_file_tier_trains_as_the_memory_does(
+    job_of: Callable[..., Job], records: Records, precision: str, tmp_path: Path
+) -> None:
+    """Bit for bit, from memory, from both and from the file alone; the uncached update within the precision."""
+    job = job_of(training={"optimizer": "sgd", "momentum": 0.0})
+    plain = ComputeConfig(device="cpu", precision=precision, cache_frozen_layers=False)  # type: ignore[arg-type]
+    runtime = load_runtime(job, plain)
+    examples, start = runtime.encode(records), away_from_zero(runtime)
+    options = {"start": start, "plan": plan_of(job, noise_multiplier=1e-3)}
+    without = flat(run(runtime, job, examples, **options))
+    deltas, tiers = [], []
+    for in_memory, in_file in ((GENEROUS, 0), (2_000, GENEROUS), (0, GENEROUS)):
+        cache = FrozenCache()
+        with runtime.autocast(), torch.no_grad():
+            cache.fill(
+                examples,
+                runtime.model.embed_frozen,
+                max_tokens=plain.micro_batch_tokens,
+                max_bytes=in_memory,
+                max_file_bytes=in_file,
+                folder=tmp_path,
+            )
+        cached = replace(runtime, cache=cache)
+        assert all(batch.hidden is not None for batch in cached.batches(examples, range(len(examples))))
+        deltas.append(flat(run(cached, job, examples, **options)))
+        tiers.append((cache.num_bytes > 0, cache.file_bytes > 0))
+    assert tiers == [(True, False), (True, True), (False, True)]
+    assert torch.equal(deltas[0], deltas[1])
+    assert torch.equal(deltas[0], deltas[2])
+    tolerance = (
+        {"rtol": 1e-3, "atol": 1e-6}
+        if precision == "float32"
+        else {"rtol": 0.1, "atol": float(without.abs().max()) / 20}
+    )
+    torch.testing.assert_close(deltas[0], without, **tolerance)
+
+
+def test_the_settings_reach_the_cache(job_of: Callable[..., Job], records: Records, tmp_path: Path) -> None:
+    compute = ComputeConfig(
+        device="cpu", precision="float32", cache_megabytes=0, cache_file_megabytes=8, cache_file_folder=tmp_path
+    )
+    runtime = replace(load_runtime(job_of(), compute), cache=FrozenCache())
+    runtime.warm_cache(runtime.encode(records))
+    assert (runtime.cache.num_bytes, runtime.cache.file_bytes > 0) == (0, True)
 
 
 # --- noise, empty samples, randomness ---

@@ -11,6 +11,8 @@ from scipy.optimize import brentq
 
 from shared.errors import PrivacyError
 from shared.privacy.accounting import (
+    MIN_NOISE_MULTIPLIER,
+    SIGMA_TOLERANCE,
     GaussianSteps,
     affordable_steps,
     calibrate_noise_multiplier,
@@ -181,6 +183,46 @@ def test_a_calibration_without_meaning_is_refused(wrong: dict[str, float]) -> No
     right = {"epsilon": 3.0, "delta": 1e-5, "sample_rate": 0.1, "steps": 10}
     with pytest.raises(PrivacyError, match=next(iter(wrong))):
         calibrate_noise_multiplier(**{**right, **wrong})
+
+
+@pytest.mark.parametrize(
+    ("rate", "num", "epsilon"),
+    [
+        (0.2, 12_669, 3.2),
+        (0.001, 30_000, 1.0),
+        (0.3, 41_000, 6.3),
+        (0.0002, 1_500, 4.6),
+        (1.0, 4, 0.5),
+        (1e-4, 20_000, 1.5),
+    ],
+)
+def test_the_least_noise_is_found_also_where_wide_cells_mislead(rate: float, num: int, epsilon: float) -> None:
+    """Many steps at small rates: a search on a coarse grid alone would ask for up to a quarter more noise."""
+    found = calibrate_noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=rate, steps=num)
+    rounded = calibrate_noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=rate, steps=num, decimals=4)
+    assert compose_epsilon([steps(found, rate, num)], 1e-5) < epsilon
+    assert compose_epsilon([steps(found * (1 - 2 * SIGMA_TOLERANCE), rate, num)], 1e-5) > epsilon
+    assert rounded == round(rounded, 4)
+    assert compose_epsilon([steps(rounded, rate, num)], 1e-5) <= epsilon
+    assert compose_epsilon([steps(rounded - max(1e-4, 2e-5 * rounded), rate, num)], 1e-5) > epsilon
+
+
+def test_noise_beside_other_releases_leaves_room_for_them() -> None:
+    others = (steps(10.0, 1.0, 3), steps(2.0, 0.05, 40))
+    found = calibrate_noise_multiplier(epsilon=3.0, delta=1e-5, sample_rate=0.05, steps=200, others=others)
+    alone = calibrate_noise_multiplier(epsilon=3.0, delta=1e-5, sample_rate=0.05, steps=200)
+    assert found > alone
+    assert compose_epsilon([steps(found, 0.05, 200), *others], 1e-5) < 3.0
+    assert compose_epsilon([steps(found * 0.9998, 0.05, 200), *others], 1e-5) > 3.0
+    dear = (steps(10.0, 1.0, 3), steps(1.0, 0.05, 40))
+    with pytest.raises(PrivacyError, match="besides its steps alone costs"):
+        calibrate_noise_multiplier(epsilon=1.0, delta=1e-5, sample_rate=0.05, steps=200, others=dear)
+
+
+def test_noise_has_a_floor_and_a_ceiling() -> None:
+    assert calibrate_noise_multiplier(epsilon=300.0, delta=1e-5, sample_rate=0.01, steps=1) == MIN_NOISE_MULTIPLIER
+    with pytest.raises(PrivacyError, match="above 10,000"):
+        calibrate_noise_multiplier(epsilon=1e-3, delta=1e-9, sample_rate=1.0, steps=10_000)
 
 
 @pytest.mark.parametrize("epsilon", [25.0, 30.0, 33.2, 60.0])

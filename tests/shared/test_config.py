@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from shared.config import Job, ModelConfig, apply_overrides, finite_or_none, load_toml, nearest, parse
+from shared.config import ComputeConfig, Job, ModelConfig, apply_overrides, finite_or_none, load_toml, nearest, parse
 from shared.errors import ConfigError
 
 RAW: dict[str, Any] = {
@@ -142,3 +142,10 @@ def test_the_unit_is_part_of_a_job_and_older_jobs_keep_their_hash() -> None:
     assert '"records_per_person":4' in by_patient.canonical_json()
     assert job(privacy={"unit": "patient", "records_per_person": 5}).sha256 != by_patient.sha256
     assert by_record.sha256 != by_patient.sha256
+
+
+def test_a_cache_folder_is_absolute(tmp_path: Path) -> None:
+    raw = {"cache_file_megabytes": 8, "cache_file_folder": str(tmp_path)}
+    assert parse(ComputeConfig, raw, source="site.toml").cache_file_folder == tmp_path
+    with pytest.raises(ConfigError, match=r"cache_file_folder.*absolute path"):
+        parse(ComputeConfig, {"cache_file_folder": "scratch"}, source="site.toml")

@@ -16,8 +16,9 @@ from shared.privacy import plan as plan_module
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.mechanism import CLIP_MARGIN, PlainSum
 from shared.privacy.persons import Persons
-from shared.privacy.plan import PrivacyPlan, declared_size, default_delta
+from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
+from shared.privacy.sizes import declared_size, default_delta
 
 JobBuilder = Callable[..., Any]
 SHAPES = [torch.Size([100, 200]), torch.Size([7])]

@@ -17,7 +17,7 @@ from dp_accounting.pld import pld_privacy_accountant
 from shared.errors import ConfigError
 from shared.ledger_export import ChargedSteps, LedgerExport
 from shared.privacy import affordability
-from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.accounting import PLD_DISCRETIZATION, GaussianSteps, compose_epsilon
 from shared.privacy.affordability import can_afford, spent
 from shared.privacy.filter import filter_epsilon, filter_orders
 from shared.privacy.plan import PrivacyPlan
@@ -65,14 +65,20 @@ def random_questions(count: int) -> list[Question]:
     return found
 
 
-def of_dp_accounting(setting: Setting) -> float:
-    accountant = pld_privacy_accountant.PLDAccountant(value_discretization_interval=1e-4)
+def of_dp_accounting(setting: Setting, cell: float = 1e-4) -> float:
+    accountant = pld_privacy_accountant.PLDAccountant(value_discretization_interval=cell)
     gaussian = dp_accounting.GaussianDpEvent(setting.noise_multiplier)
     accountant.compose(dp_accounting.PoissonSampledDpEvent(setting.sample_rate, gaussian), setting.steps)
     return float(accountant.get_epsilon(setting.delta))
 
 
 @pytest.mark.parametrize("question", random_questions(50))
+def test_epsilon_is_that_of_dp_accounting(question: Question) -> None:
+    setting = solve(question)
+    assert setting.epsilon == pytest.approx(of_dp_accounting(setting, PLD_DISCRETIZATION), abs=1e-6)
+
+
+@pytest.mark.parametrize("question", random_questions(12))
 def test_epsilon_agrees_with_dp_accounting(question: Question) -> None:
     setting = solve(question)
     expected = of_dp_accounting(setting)

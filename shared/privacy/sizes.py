@@ -1,0 +1,16 @@
+"""Public numbers that follow from how many records (or persons) a site has; free of PyTorch, which planning does not need."""
+
+from __future__ import annotations
+
+
+def default_delta(num_units: int) -> float:
+    """Return min(1e-5, 1/(10 n)): 1/n^1.1 is too weak for small n."""
+    return min(1e-5, 1 / (10 * max(num_units, 1)))
+
+
+def declared_size(num_units: int) -> int:
+    """Return the public size bucket of a data set: the largest power of two not above its number of records or persons.
+
+    A site may declare any other constant; whatever it declares is public and not protected.
+    """
+    return 1 << (num_units.bit_length() - 1) if num_units > 0 else 0

@@ -1,0 +1,66 @@
+"""The search: right for every monotone cost, whatever the guess; few evaluations for the costs it is made for."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.privacy.crossing import crossing
+
+
+@given(
+    steps=st.lists(st.floats(0, 10), min_size=1, max_size=60),
+    budget=st.floats(0.01, 11),
+    rising=st.booleans(),
+    least=st.integers(1, 1000),
+    guess=st.floats(0, 2000),
+)
+def test_both_sides_of_any_monotone_cost(
+    steps: list[float], budget: float, rising: bool, least: int, guess: float
+) -> None:
+    """Also with plateaus, zeros, infinities and jumps."""
+    values = [math.inf if value > 9 else value for value in sorted(steps, reverse=not rising)]
+    most = least + len(values) - 1
+    asked: list[int] = []
+
+    def cost(number: int) -> float:
+        asked.append(number)
+        return values[number - least]
+
+    low, high = crossing(cost, budget, rising=rising, least=least, most=most, guess=guess)
+    assert high == low + 1
+    assert len(set(asked)) == len(asked)
+    assert low == least - 1 or (values[low - least] > budget) != rising
+    assert high == most + 1 or (values[high - least] > budget) == rising
+
+
+@pytest.mark.parametrize("guess", [1, 1e3, 1e6, 1e9, math.inf])
+@pytest.mark.parametrize("root", [7.5, 1234.5, 7_654_321.5])
+def test_powers_take_few_evaluations(guess: float, root: float) -> None:
+    for power, rising in ((0.6, True), (1.0, True), (-1.1, False)):
+        asked: list[int] = []
+
+        def cost(number: int, power: float = power, asked: list[int] = asked) -> float:
+            asked.append(number)
+            return (number / root) ** power
+
+        low, high = crossing(cost, 1.0, rising=rising, least=1, most=1 << 24, guess=guess)
+        assert low < root < high == low + 1
+        assert len(asked) < 20
+
+
+def test_with_slack_the_ends_are_as_close_as_that() -> None:
+    low, high = crossing(lambda n: (n / 765_432.1) ** 0.7, 1.0, rising=True, least=1, most=10**9, guess=1e5, slack=1e-4)
+    assert low < 765_432.1 < high
+    assert 1 < high - low <= 77
+
+
+def test_nothing_or_everything_is_crossed() -> None:
+    assert crossing(lambda n: 2.0, 1.0, rising=True, least=5, most=99, guess=50) == (4, 5)
+    assert crossing(lambda n: 0.5, 1.0, rising=True, least=5, most=99, guess=50) == (99, 100)
+    assert crossing(lambda n: math.inf, 1.0, rising=False, least=5, most=99, guess=50) == (99, 100)
+    assert crossing(lambda n: 0.0, 1.0, rising=False, least=5, most=99, guess=50) == (4, 5)
+    assert crossing(lambda n: 2.0, 1.0, rising=True, least=5, most=5, guess=1) == (4, 5)
