@@ -51,6 +51,7 @@ SECTIONS: dict[str, Callable[[Tell], Findings]] = {
     "step": _module("step"),
     "epoch": _module("epoch"),
     "simulation": _module("simulation"),
+    "many-clients": _module("simulation", "run_many"),
     "wire": _module("wire"),
     "aggregation": _module("aggregation"),
     "plan": _plan,
@@ -60,6 +61,7 @@ SECTIONS: dict[str, Callable[[Tell], Findings]] = {
 LONG: dict[str, Callable[[Tell], Findings]] = {
     "step-bfloat16": _module("step", "run_bfloat16"),
     "accuracy": _module("accuracy"),
+    "simulation-pairs": _module("simulation", "run_pairs"),
     "rounds": _rounds,
 }
 """What runs by name or with --all."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.harness import Findings, PeakMemory, Tell, in_own_process
@@ -97,27 +98,28 @@ class Arrivals:
         return time.perf_counter() - started - self._making
 
 
-def ours_decoded(arrivals: Arrivals) -> object:
-    """Aggregate updates as the coordinator does; the only place here that knows how."""
+def ours_decoded(arrivals: Arrivals) -> list[NDArray[np.float32]]:
+    """Return the mean as the coordinator computes it; the only place here that knows how."""
     current = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     updates = list(arrivals)
     config = AggregationConfig()
-    return aggregate(current, updates, [64] * len(updates), {}, config=config, exact_scaling=None)
+    following, _ = aggregate(current, updates, [64] * len(updates), {}, config=config, exact_scaling=None)
+    return [following[name].numpy() for name in SHAPES]
 
 
-def ours_encoded(arrivals: Arrivals) -> object:
+def ours_encoded(arrivals: Arrivals) -> list[NDArray[np.float32]]:
     """The same from bytes."""
     return ours_decoded(_Decoded(arrivals, lambda data: adapters.decode(data, SHAPES)))
 
 
-def numpy_decoded(arrivals: Arrivals) -> object:
-    """Flower's own formula."""
+def numpy_decoded(arrivals: Arrivals) -> list[NDArray[Any]]:
+    """Return the mean by Flower's own formula."""
     from flwr.server.strategy.aggregate import aggregate as fedavg
 
     return fedavg([([value.numpy() for value in update.values()], 64) for update in arrivals])
 
 
-def numpy_encoded(arrivals: Arrivals) -> object:
+def numpy_encoded(arrivals: Arrivals) -> list[NDArray[Any]]:
     """The same from bytes, as Flower serialises arrays."""
     from flwr.server.strategy.aggregate import aggregate as fedavg
 

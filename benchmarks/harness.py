@@ -33,6 +33,7 @@ from shared.atomic import write_json
 
 Summary = dict[str, float | int]
 Tell = Callable[[str], None]
+Measure = Callable[[], float]
 
 MEANINGS: dict[str, str] = {
     "dp_step_time_ratio": "seconds of our DP step / of a plain PEFT step without privacy; float32, 64 x 48 tokens, train B",
@@ -80,9 +81,7 @@ class Pairs:
         return [theirs / mine for theirs, mine in zip(self.peer, self.ours, strict=True)]
 
 
-def alternate(
-    peers: Mapping[str, Callable[[], float]], ours: Callable[[], float], *, runs: int, tell: Tell
-) -> dict[str, Pairs]:
+def alternate(peers: Mapping[str, Measure], ours: Measure, *, runs: int, tell: Tell) -> dict[str, Pairs]:
     """Measure every peer and us in turns, each peer with a measurement of ours of its own.
 
     Args:

@@ -10,11 +10,10 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from benchmarks.peers import Classifier, OpacusTraining
 from client.trainer import LocalRound, train_local_round
 from shared.batches import Example
 from shared.config import Job, parse
-from shared.datasets import Record, write_jsonl
+from shared.datasets import write_jsonl
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime
@@ -35,78 +34,60 @@ from simulations.demo_data import load_movie_reviews, split_public_test
 RECORDS, BATCH, LOCAL_STEPS = 50, 10, 4
 """Of every client: records, expected size of a Poisson sample, DP steps of a round."""
 
-SMALL_RECORDS = 20
-"""Records of one of the many clients."""
-
 MAX_LENGTH, NUM_TEST = 64, 100
 LEARNING_RATE = 1.0
 _LAST_LAYERS = 1
+T = TypeVar("T")
 _TRAINING = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": LEARNING_RATE, "local_steps": LOCAL_STEPS}
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a comparison is."""
-
-    clients: int = 100
-    rounds: int = 5
-    runs: int = 1
-
-    def __str__(self) -> str:
-        return f"{self.clients} clients x {RECORDS} records x {self.rounds} rounds"
+CLIENTS, ROUNDS = 100, 5
+MANY, MANY_RECORDS, MANY_TEXTS, MANY_TOKENS = 1000, 20, 2000, 16
+"""Many clients, records of each, and the different texts among all their records with the tokens that are kept of each."""
 
 
-def run(
-    tell: Tell, *, size: Size = Size(), small: Size = Size(clients=20, rounds=2, runs=5), many: int = 1000
-) -> Findings:
-    """Measure.
-
-    Args:
-        tell: told what is going on.
-        size: the comparison that the headline figure states.
-        small: a smaller one, whose spread can be had in minutes.
-        many: number of small clients that are compared with one.
-    """
-    findings = Findings()
-    for one in (size, small):
-        pairs = against_ray(one, tell)
-        speedups = pairs.peer_over_ours()
-        findings.details[f"Ray, {one}"] = {
-            "Flower on Ray, seconds": pairs.peer,
-            "ours in process, seconds": pairs.ours,
-            "Flower on Ray / ours": speedups,
-        }
-        if one is size:
-            findings.headlines["simulation_speedup_vs_ray"] = speedups
-    found = many_against_one(many, tell)
-    findings.details[f"{many:,} clients x {SMALL_RECORDS} records against one x {many * SMALL_RECORDS:,}"] = found
-    findings.headlines["many_client_time_ratio"] = found["many / one, seconds"]
-    return findings
+def run(tell: Tell, *, clients: int = CLIENTS, rounds: int = ROUNDS, runs: int = 1) -> Findings:
+    """Compare with Flower's simulation on Ray; at full size a pair takes minutes, so `run_pairs` is for patient people."""
+    pairs = against_ray(clients, rounds, runs, tell)
+    found = {
+        "Flower on Ray, seconds": pairs.peer,
+        "ours in process, seconds": pairs.ours,
+        "Flower on Ray / ours": pairs.peer_over_ours(),
+    }
+    headlines = {}
+    if (clients, rounds) == (CLIENTS, ROUNDS):
+        headlines["simulation_speedup_vs_ray"] = found["Flower on Ray / ours"]
+    return Findings(headlines, {f"{clients} clients x {RECORDS} records x {rounds} rounds": found})
 
 
-def against_ray(size: Size, tell: Tell) -> Pairs:
+def run_pairs(tell: Tell) -> Findings:
+    """Compare with Flower's simulation on Ray in five pairs."""
+    return run(tell, runs=5)
+
+
+def against_ray(clients: int, rounds: int, runs: int, tell: Tell) -> Pairs:
     """Return wall seconds of both simulations, the start of their processes included."""
     with tempfile.TemporaryDirectory(prefix="silotune-bench-") as folder:
         data = Path(folder)
-        write_data(data, size.clients * RECORDS)
-        arguments = {"data": folder, "clients": size.clients, "rounds": size.rounds}
+        write_data(data, clients * RECORDS)
+        arguments = {"data": folder, "clients": clients, "rounds": rounds}
         return alternate(
             {"Flower on Ray": lambda: seconds(lambda: in_own_process(simulate_on_ray, **arguments))},
             lambda: seconds(lambda: in_own_process(simulate_in_process, **arguments)),
-            runs=size.runs,
-            tell=lambda what: tell(f"{size}: {what}"),
+            runs=runs,
+            tell=tell,
         )["Flower on Ray"]
 
 
 def write_data(folder: Path, count: int) -> None:
     """Write the clients' records and the test records as both sides want them; the peer's are tokenised already."""
     train, test = split_public_test(load_movie_reviews(), num_test=NUM_TEST, seed=0)
-    chosen = _repeated(train, count)
+    chosen = _in_random_order(train, count)
     for name, records in (("train", chosen), ("test", test)):
         write_jsonl(
             folder / f"{name}.jsonl", [{role: record[role] for role in ("text", "label")} for record in records]
         )
-    torch.save(peers.padded(_runtime().encode(chosen), MAX_LENGTH), folder / "train.pt")
+    torch.save(peers.padded(peers.same_runtime(_job(1)).encode(chosen), MAX_LENGTH), folder / "train.pt")
 
 
 def simulate_in_process(data: str, clients: int, rounds: int) -> int:
@@ -228,53 +209,43 @@ def _peer_data(folder: str) -> tuple[Tensor, Tensor, Tensor]:
     return loaded
 
 
-def many_against_one(many: int, tell: Tell, *, runs: int = 5) -> dict[str, Any]:
-    """Return time and memory of `many` small clients and of one client with all their records.
+def run_many(tell: Tell, *, many: int = MANY, runs: int = 5) -> Findings:
+    """Compare `many` small clients with one client that has all their records, in time and memory.
 
-    Every record is used once on both sides: one step over all records of a client. What the frozen layers compute is in
-    memory before the clock starts.
+    Every record is used once on both sides: one step over all records of a client. Every run is in a process of its own; what
+    the frozen layers compute is in memory before the clock starts.
     """
-    runtime = _runtime()
-    tell("encoding, and filling the prefix cache")
-    examples = many_examples(runtime, many)
-    runtime.warm_cache(examples)
-    train_all(runtime, examples[: 10 * SMALL_RECORDS], SMALL_RECORDS)
-    pair = alternate(
-        {"one client": lambda: seconds(lambda: train_all(runtime, examples, len(examples)))},
-        lambda: seconds(lambda: train_all(runtime, examples, SMALL_RECORDS)),
-        runs=runs,
-        tell=lambda what: tell(f"many clients, {what}"),
-    )["one client"]
-    # Memory needs processes of their own, which fill the cache anew: it hardly varies, so three do.
-    memory = alternate(
-        {"one client": lambda: float(in_own_process(many_peak, many=many, size=many * SMALL_RECORDS))},
-        lambda: float(in_own_process(many_peak, many=many, size=SMALL_RECORDS)),
-        runs=min(runs, 3),
-        tell=lambda what: tell(f"many clients, memory, {what}"),
-    )["one client"]
-    return {
-        "one client, seconds": pair.peer,
-        "many clients, seconds": pair.ours,
-        "many / one, seconds": pair.ours_over_peer(),
+    time_of, memory = Pairs([], []), Pairs([], [])
+    one, small = many * MANY_RECORDS, MANY_RECORDS
+    for number in range(runs):
+        tell(f"pair {number + 1} of {runs}")
+        for size in (one, small) if number % 2 == 0 else (small, one):
+            found = in_own_process(train_measured, many=many, size=size)
+            (time_of.peer if size == one else time_of.ours).append(found["seconds"])
+            (memory.peer if size == one else memory.ours).append(found["megabytes"])
+    details = {
+        "one client, seconds": time_of.peer,
+        "many clients, seconds": time_of.ours,
+        "many / one, seconds": time_of.ours_over_peer(),
         "one client, peak MB": memory.peer,
         "many clients, peak MB": memory.ours,
         "many / one, peak MB": memory.ours_over_peer(),
     }
+    headlines = {"many_client_time_ratio": time_of.ours_over_peer()} if many == MANY else {}
+    title = f"{many:,} clients x {MANY_RECORDS} records, one x {one:,}; texts of {MANY_TOKENS} tokens at most"
+    return Findings(headlines, {title: details})
 
 
-def many_peak(many: int, size: int) -> float:
-    """Return the peak MB of one pass over all records above the runtime with its records and prefix cache."""
-    runtime = _runtime()
-    examples = many_examples(runtime, many)
-    runtime.warm_cache(examples)
+def train_measured(many: int, size: int) -> dict[str, float]:
+    """Return seconds and peak MB, above the runtime with its records and prefix cache, of one pass over all records."""
+    runtime = peers.same_runtime(_many_job())
+    texts = _in_random_order(load_movie_reviews(), MANY_TEXTS)
+    records = _in_random_order(runtime.encode(texts), many * MANY_RECORDS)
+    runtime.warm_cache(records)
+    train_all(runtime, records[: 4 * MANY_RECORDS], MANY_RECORDS)
     with PeakMemory() as memory:
-        train_all(runtime, examples, size)
-    return memory.megabytes
-
-
-def many_examples(runtime: Runtime, many: int) -> list[Example]:
-    """Return the records of `many` clients, reviews in turn."""
-    return runtime.encode(_repeated(load_movie_reviews(), many * SMALL_RECORDS))
+        elapsed = seconds(lambda: train_all(runtime, records, size))
+    return {"seconds": elapsed, "megabytes": memory.megabytes}
 
 
 def train_all(runtime: Runtime, examples: list[Example], size: int) -> dict[str, Tensor]:
@@ -289,7 +260,7 @@ def train_all(runtime: Runtime, examples: list[Example], size: int) -> dict[str,
 
 def local_rounds(runtime: Runtime, clients: list[list[Example]]) -> Iterator[LocalRound]:
     """Yield one round of every client: by the trainer of many clients at once where there is one, else one by one."""
-    job = _job(1, local_steps=1, sample_rate=1.0)
+    job = _many_job()
     arguments = [
         {
             "examples": examples,
@@ -310,22 +281,22 @@ def local_rounds(runtime: Runtime, clients: list[list[Example]]) -> Iterator[Loc
         yield train_local_round(runtime, examples, runtime.initial, **own)  # type: ignore[arg-type]
 
 
-def _runtime() -> Runtime:
-    return peers.same_runtime(_job(1))
-
-
-def _job(rounds: int, *, local_steps: int = LOCAL_STEPS, sample_rate: float = BATCH / RECORDS) -> Job:
+def _job(rounds: int) -> Job:
     return peers.same_job(
         last_layers=_LAST_LAYERS,
         max_length=MAX_LENGTH,
         rounds=rounds,
-        training={**_TRAINING, "local_steps": local_steps},
-        privacy={"sample_rate": sample_rate},
+        training=_TRAINING,
+        privacy={"sample_rate": BATCH / RECORDS},
     )
 
 
-def _repeated(records: Sequence[Record], count: int) -> list[Record]:
-    """Return `count` records in a fixed random order, again from the start where there are not so many."""
+def _many_job() -> Job:
+    return peers.same_job(last_layers=_LAST_LAYERS, max_length=MANY_TOKENS, training={**_TRAINING, "local_steps": 1})
+
+
+def _in_random_order(items: Sequence[T], count: int) -> list[T]:
+    """Return `count` items in a fixed random order, again from the start where there are not so many."""
     # The data set is sorted by label.
-    records = random.Random(0).sample(records, len(records))
-    return [records[index % len(records)] for index in range(count)]
+    order = random.Random(0).sample(range(len(items)), len(items))
+    return [items[order[index % len(items)]] for index in range(count)]
