@@ -103,13 +103,15 @@ def alternate(peers: Mapping[str, Measure], ours: Measure, *, runs: int, tell: T
     return found
 
 
-def seconds(action: Callable[[], object], repetitions: int = 1) -> float:
-    """Return the seconds of one of `repetitions` calls in a row."""
+def seconds(
+    action: Callable[[], object], repetitions: int = 1, *, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Return the seconds of one of `repetitions` calls in a row, by `clock`."""
     gc.collect()
-    started = time.perf_counter()
+    started = clock()
     for _ in range(repetitions):
         action()
-    return (time.perf_counter() - started) / repetitions
+    return (clock() - started) / repetitions
 
 
 def summarize(values: Sequence[float]) -> Summary:
@@ -183,7 +185,10 @@ def in_own_process(function: Callable[..., Any], **arguments: Any) -> Any:
         answer = Path(folder) / "answer.json"
         command = [sys.executable, "-m", "benchmarks.worker", module, function.__qualname__]
         command += [json.dumps(arguments), str(answer)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # This package is not installed: children, and what they start, find it by the path.
+        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+        environment = {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         if done.returncode or not answer.exists():
             raise RuntimeError(f"{module}.{function.__qualname__} failed:\n{(done.stdout + done.stderr)[-3000:]}")
         return json.loads(answer.read_text(encoding="utf-8"))

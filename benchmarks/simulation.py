@@ -120,9 +120,6 @@ def simulate_on_ray(data: str, clients: int, rounds: int) -> int:
     Raises:
         RuntimeError: if a client failed.
     """
-    # Ray's workers are started elsewhere and must find this package.
-    root = str(Path(__file__).resolve().parents[1])
-    os.environ["PYTHONPATH"] = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
     from flwr.simulation import run_simulation
 
     done: list[int] = []
