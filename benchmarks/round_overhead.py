@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from rich.console import Console
 from rich.table import Table
 
+from client.fleet import TlsFacts
 from shared.config import Job, parse
 from shared.node_keys import load_private_key
 from shared.version import silotune_version
@@ -42,6 +44,36 @@ def main() -> None:
     arguments.add_argument("--rounds", type=int, default=6, help="rounds of a block")
     arguments.add_argument("--out", type=Path, help="JSON file to write")
     options = arguments.parse_args()
+    facts: list[TlsFacts] = []
+    result = compare(
+        options.blocks, options.rounds, tell=lambda what: print(what, file=sys.stderr, flush=True), facts=facts
+    )
+    show(result)
+    line = {
+        "round_overhead_seconds": result,
+        "sites": len(SITES),
+        "tls_version": facts[0].tls_version,
+        "alpn": facts[0].alpn,
+        "machine": {"system": platform.platform(), "cpu_count": os.cpu_count()},
+        "version": silotune_version(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    print(json.dumps(line))
+    if options.out:
+        options.out.write_text(json.dumps(line, indent=2) + "\n", encoding="utf-8")
+
+
+def compare(
+    blocks: int, rounds: int, *, tell: Callable[[str], None], facts: list[TlsFacts] | None = None
+) -> dict[str, dict[str, float]]:
+    """Return median, smallest and largest overhead of a round by kind of node.
+
+    Args:
+        blocks: alternating blocks of each kind.
+        rounds: rounds of a block; the first is not counted.
+        tell: told before every block.
+        facts: where to put what the connection was.
+    """
     folder = Path(tempfile.mkdtemp(prefix="silotune-rounds-"))
     federation = Federation(folder, environment={"OMP_NUM_THREADS": "1"})
     found: dict[str, list[float]] = {"silotune node": [], "stock supernode": []}
@@ -50,15 +82,16 @@ def main() -> None:
         for index, name in enumerate(SITES):
             federation.join(name, records(index), epsilon=50.0, composition="adaptive")
         federation.start_coordinator()
-        for block in range(options.blocks):
+        for block in range(blocks):
             for kind, start in (("silotune node", Federation.start_site), ("stock supernode", start_stock)):
-                print(f"block {block + 1}, {kind}", file=sys.stderr, flush=True)
-                found[kind] += measure(federation, f"{kind.replace(' ', '-')}-{block}", start, options.rounds)
-        facts = federation.tls()
+                tell(f"block {block + 1}, {kind}")
+                found[kind] += measure(federation, f"{kind.replace(' ', '-')}-{block}", start, rounds)
+        if facts is not None:
+            facts.append(federation.tls())
     finally:
         federation.stop()
         shutil.rmtree(folder, ignore_errors=True)
-    result = {
+    return {
         kind.replace(" ", "_"): {
             "median": round(statistics.median(values), 3),
             "min": round(min(values), 3),
@@ -67,19 +100,6 @@ def main() -> None:
         }
         for kind, values in found.items()
     }
-    show(result)
-    line = {
-        "round_overhead_seconds": result,
-        "sites": len(SITES),
-        "tls_version": facts.tls_version,
-        "alpn": facts.alpn,
-        "machine": {"system": platform.platform(), "cpu_count": os.cpu_count()},
-        "version": silotune_version(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
-    print(json.dumps(line))
-    if options.out:
-        options.out.write_text(json.dumps(line, indent=2) + "\n", encoding="utf-8")
 
 
 def measure(federation: Federation, name: str, start: Any, rounds: int) -> list[float]:

@@ -1,0 +1,110 @@
+"""Accuracy at equal epsilon: ours and Opacus' hooks train the same model for the same number of steps at epsilon 8.
+
+Each side calibrates its noise with its own accountant. Pairs share the split and the public seed of the model; sampling and noise
+are each side's own. Takes long, so it runs only by name or with --all.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.harness import Findings, Tell
+from benchmarks.peers import Classifier, OpacusTraining
+from client.trainer import train_local_round
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import SiteRandomness
+from simulations.demo_data import load_movie_reviews, split_public_test
+
+EPSILON, MAX_LENGTH, NUM_TEST = 8.0, 128, 2000
+LEARNING_RATE, MOMENTUM = 0.5, 0.9
+
+
+def run(tell: Tell, *, seeds: int = 5, epochs: int = 2, batch: int = 256) -> Findings:
+    """Train both sides under `seeds` seeds.
+
+    Args:
+        tell: told what is going on.
+        seeds: repetitions; the seed also chooses the held-out sentences, the same for both sides.
+        epochs: passes over the training sentences in expectation.
+        batch: expected size of a Poisson sample.
+    """
+    ours, theirs, noise_ours, noise_theirs = [], [], [], []
+    for seed in range(seeds):
+        train, test = split_public_test(load_movie_reviews(), num_test=NUM_TEST, seed=seed)
+        batches = -(-len(train) // batch)
+        job = peers.same_job(
+            max_length=MAX_LENGTH,
+            training={
+                "optimizer": "sgd",
+                "momentum": MOMENTUM,
+                "learning_rate": LEARNING_RATE,
+                "local_steps": epochs * batches,
+            },
+            privacy={"sample_rate": 1 / batches, "noise_multiplier": None, "epsilon": EPSILON},
+        )
+        runtime = peers.same_runtime(job)
+        examples, held_out = runtime.encode(train), runtime.encode(test)
+
+        tell(f"seed {seed + 1} of {seeds}: ours, {epochs * batches} steps")
+        plan = PrivacyPlan.from_job(job)
+        result = train_local_round(
+            runtime,
+            examples,
+            runtime.initial,
+            training=job.training,
+            plan=plan,
+            declared_records=len(examples),
+            randomness=SiteRandomness.from_os(),
+            round_number=1,
+        )
+        runtime.load({name: value + result.delta[name] for name, value in runtime.initial.items()})
+        ours.append(runtime.evaluate(held_out).metrics["accuracy"])
+        noise_ours.append(plan.noise_multiplier)
+
+        tell(f"seed {seed + 1} of {seeds}: Opacus")
+        model = Classifier()
+        private = OpacusTraining(
+            model,
+            peers.padded(examples, MAX_LENGTH),
+            mode="hooks",
+            batch_size=batch,
+            poisson=True,
+            epsilon=EPSILON,
+            epochs=epochs,
+            optimizer=torch.optim.SGD(model.trainable(), lr=LEARNING_RATE, momentum=MOMENTUM),
+            # Padding changes no result, only time: the shortest that holds the batch.
+            collate=peers.longest_of_batch,
+        )
+        for _ in range(epochs):
+            for drawn in private.loader:
+                private.step(drawn)
+        theirs.append(accuracy(private.model, peers.padded(held_out, MAX_LENGTH)))
+        noise_theirs.append(float(private.optimizer.noise_multiplier))
+    differences = [100 * (a - b) for a, b in zip(ours, theirs, strict=True)]
+    details: dict[str, Any] = {
+        "setting": f"epsilon {EPSILON:g}, delta 1e-5, {epochs} epochs, batch {batch}, all layers, train b",
+        "ours": ours,
+        "Opacus hooks": theirs,
+        "ours - Opacus, points": differences,
+        "noise multiplier, ours (PLD)": noise_ours,
+        "noise multiplier, Opacus (PRV)": noise_theirs,
+    }
+    if seeds > 1:
+        details["standard deviation of the difference, points"] = round(statistics.stdev(differences), 3)
+    return Findings({}, details)
+
+
+def accuracy(model: Any, data: tuple[Tensor, Tensor, Tensor]) -> float:
+    """Return the share of right answers."""
+    model.eval()
+    right = 0
+    with torch.no_grad():
+        for ids, mask, labels in zip(*(torch.split(column, 256) for column in data), strict=True):
+            length = int(mask.sum(dim=1).max())
+            right += int((model(ids[:, :length], mask[:, :length]).argmax(dim=-1) == labels).sum())
+    return right / len(data[0])

@@ -1,0 +1,124 @@
+"""A slice of one epoch over movie reviews: Opacus' hooks with padded texts and its Poisson loader against ours.
+
+Both train B of rank 8 on query and value of all six layers with equal sampling rate, noise, clipping, optimiser and number of
+steps. A whole epoch (135 steps) takes minutes, so equal slices of it are timed. Then a later epoch of ours with the last two of
+six layers adapted, without and with the activations of the frozen layers in memory.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import islice
+from typing import Any
+
+from benchmarks import peers
+from benchmarks.harness import Findings, Tell, alternate, seconds
+from benchmarks.peers import Classifier, OpacusTraining
+from client.trainer import train_local_round
+from shared.batches import Example
+from shared.config import Job
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import SiteRandomness
+from shared.runtime import Runtime
+from simulations.demo_data import load_movie_reviews, split_public_test
+
+BATCH, MAX_LENGTH, NUM_TEST = 64, 128, 2000
+
+
+def run(tell: Tell, *, runs: int = 5, steps: int = 8) -> Findings:
+    """Time `steps` steps of an epoch in every run."""
+    tell("encoding the reviews")
+    runtime = peers.same_runtime(_job(1, steps, None))
+    train, _ = split_public_test(load_movie_reviews(), num_test=NUM_TEST, seed=0)
+    examples = runtime.encode(train)
+    # Opacus' rate: one over the number of its loader's batches.
+    batches = -(-len(examples) // BATCH)
+    ours = training(_job(batches, steps, None), examples)
+    opacus = {
+        f"Opacus hooks, padded to {MAX_LENGTH}": opacus_slice(examples, steps, None),
+        "Opacus hooks, padded to the longest of the batch": opacus_slice(examples, steps, peers.longest_of_batch),
+    }
+    tell("warming up")
+    ours()
+    pairs = alternate(
+        {name: partial(seconds, action) for name, action in opacus.items()},
+        lambda: seconds(ours),
+        runs=runs,
+        tell=tell,
+    )
+    # Halves of the records, so that nothing that one keeps in memory serves the other.
+    first, second = examples[0::2], examples[1::2]
+    job = _job(-(-len(second) // BATCH), steps, 2)
+    without = training(job, first, cached=False)
+    warm_runtime = peers.same_runtime(job)
+    tell("filling the prefix cache")
+    started = time.perf_counter()
+    warm_runtime.warm_cache(second)
+    fill = time.perf_counter() - started
+    warm = training(job, second)
+    without(), warm()
+    name = "ours, last 2 layers, no prefix cache"
+    later = alternate({name: lambda: seconds(without)}, lambda: seconds(warm), runs=runs, tell=tell)[name]
+
+    padded, longest = pairs.values()
+    details: dict[str, Any] = {
+        "slice": f"{steps} of {batches} steps of an epoch, expected batch {len(examples) / batches:.1f}",
+        **{f"{peer}, seconds": pair.peer for peer, pair in pairs.items()},
+        "ours, all layers, seconds": [value for pair in pairs.values() for value in pair.ours],
+        "Opacus padded to the longest of the batch / ours": longest.peer_over_ours(),
+        f"{name}, seconds": later.peer,
+        "ours, last 2 layers, prefix cache warm, seconds": later.ours,
+        f"Opacus padded to {MAX_LENGTH}, all layers / ours, last 2 layers, warm": [
+            theirs / mine for theirs, mine in zip(padded.peer, later.ours, strict=True)
+        ],
+        f"seconds to fill the prefix cache with {len(second):,} records once": round(fill, 2),
+    }
+    return Findings(
+        {"epoch_speedup_vs_opacus": padded.peer_over_ours(), "prefix_cache_speedup": later.peer_over_ours()}, details
+    )
+
+
+def training(job: Job, examples: list[Example], *, cached: bool = True) -> Callable[[], object]:
+    """Return one local round of ours over `examples`."""
+    runtime: Runtime = peers.same_runtime(job, cached=cached)
+    plan = PrivacyPlan.from_job(job)
+    return lambda: train_local_round(
+        runtime,
+        examples,
+        runtime.initial,
+        training=job.training,
+        plan=plan,
+        declared_records=len(examples),
+        randomness=SiteRandomness.from_os(),
+        round_number=1,
+    )
+
+
+def opacus_slice(examples: list[Example], steps: int, collate: Any) -> Callable[[], None]:
+    """Return `steps` steps of Opacus on Poisson samples of its own loader."""
+    private = OpacusTraining(
+        Classifier(),
+        peers.padded(examples, MAX_LENGTH),
+        mode="hooks",
+        batch_size=BATCH,
+        poisson=True,
+        noise_multiplier=1.0,
+        collate=collate,
+    )
+
+    def run_slice() -> None:
+        for batch in islice(private.loader, steps):
+            private.step(batch)
+
+    return run_slice
+
+
+def _job(batches: int, steps: int, last_layers: int | None) -> Job:
+    return peers.same_job(
+        last_layers=last_layers,
+        max_length=MAX_LENGTH,
+        training={"local_steps": steps},
+        privacy={"sample_rate": 1 / batches},
+    )
