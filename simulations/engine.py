@@ -265,7 +265,7 @@ def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
         "allow_non_private": arm.job.privacy.mechanism == "none",
         "data": {"path": "data.jsonl", "columns": {role: role for role in _roles(arm.job)}},
         "budget": budget,
-        "compute": scenario.compute.model_dump(mode="json"),
+        "compute": scenario.compute.model_dump(mode="json", exclude_none=True),
     }
 
 

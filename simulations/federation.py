@@ -137,7 +137,7 @@ class Federation:
                 composition=composition,
             )
         if compute is not None:
-            change_toml(home.config, compute=compute.model_dump(mode="json"))
+            change_toml(home.config, compute=compute.model_dump(mode="json", exclude_none=True))
         if evaluation_share:
             change_toml(home.config, evaluation_share=evaluation_share)
         if policy is not None:
