@@ -41,6 +41,7 @@ from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 from shared.signing import SignedJob
 from shared.site_metrics import cast_votes, count_votes, noisy_counts
+from shared.updates import encode_update
 from shared.version import silotune_version
 
 log = logging.getLogger("silotune.site")
@@ -229,9 +230,17 @@ class Site:
             persons=None if job.privacy.mechanism == "central" else self._persons,
         )
         seconds = time.monotonic() - started
-        # 6. Store the release before it leaves, then close the charge.
-        reply = self._reply(job, plan, round_number, result, randomness)
-        self._outbox.store_round(reply, request_sha256=request_sha256, optimizer_state=result.optimizer_state)
+        # 6. Encode, with what the encoding lost in earlier rounds; store the release before it leaves, then close the charge.
+        encoded = encode_update(
+            result.delta,
+            job.federation.update_dtype,
+            residual=self._outbox.residual(job.sha256, round_number),
+            salt=randomness.stream("salt", round_number=round_number, step=0).uint64(2).tobytes().hex(),
+        )
+        reply = self._reply(job, plan, round_number, result, randomness, encoded.data)
+        self._outbox.store_round(
+            reply, request_sha256=request_sha256, optimizer_state=result.optimizer_state, residual=encoded.residual
+        )
         self._close(request, charge, reply.update, executed_steps=result.executed_steps, seconds=seconds)
         return reply
 
@@ -380,14 +389,19 @@ class Site:
         raise PolicyError(f"{reason} It accepts only jobs with privacy.unit = {own!r}.")
 
     def _reply(
-        self, job: Job, plan: PrivacyPlan, round_number: int, result: LocalRound, randomness: SiteRandomness
+        self,
+        job: Job,
+        plan: PrivacyPlan,
+        round_number: int,
+        result: LocalRound,
+        randomness: SiteRandomness,
+        update: bytes,
     ) -> TrainReply:
-        salt = randomness.stream("salt", round_number=round_number, step=0).uint64(2).tobytes().hex()
         return TrainReply(
             site=self.config.name,
             round_number=round_number,
             job_sha256=job.sha256,
-            update=adapters.encode(result.delta, salt=salt),
+            update=update,
             declared_records=self.declared_records,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,

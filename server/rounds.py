@@ -39,6 +39,7 @@ from shared.messages import (
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
+from shared.updates import decode_update
 
 RETRY_SECONDS = 2.0
 
@@ -216,7 +217,7 @@ def _run_round(
             _check_reply(answer, name, job, plan, round_number)
             made[name] = _Made.of(answer)
             unanswered.discard(name)
-            update = adapters.decode(answer.update, coordinator.update_shapes)
+            update = decode_update(answer.update, coordinator.update_shapes, job.federation.update_dtype)
             # 5. Add.
             aggregation.add(update, sites[found.node].declared_records)
             names.append(name)

@@ -142,3 +142,14 @@ def test_the_unit_is_part_of_a_job_and_older_jobs_keep_their_hash() -> None:
     assert '"records_per_person":4' in by_patient.canonical_json()
     assert job(privacy={"unit": "patient", "records_per_person": 5}).sha256 != by_patient.sha256
     assert by_record.sha256 != by_patient.sha256
+
+
+def test_older_jobs_keep_their_hash_and_send_float32() -> None:
+    plain = job()
+    assert plain.federation.update_dtype == "float32"
+    assert "update_dtype" not in plain.canonical_json()
+    assert job(federation={"update_dtype": "float32"}).sha256 == plain.sha256
+    compressed = job(federation={"update_dtype": "int8"})
+    assert '"update_dtype":"int8"' in compressed.canonical_json()
+    assert parse(Job, json.loads(compressed.canonical_json()), source="job.json") == compressed
+    assert compressed.sha256 != plain.sha256
