@@ -17,9 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.harness import Findings, PeakMemory, Tell, in_own_process
-from server.strategies import aggregate
+from server.strategies import WeightedMean
 from shared import adapters
-from shared.config import AggregationConfig
 
 SHAPES = {f"layer.{index}.lora_B.weight": torch.Size([250, 100]) for index in range(10)}
 """250,000 float32 values: 1 MB."""
@@ -100,11 +99,11 @@ class Arrivals:
 
 def ours_decoded(arrivals: Arrivals) -> list[NDArray[np.float32]]:
     """Return the mean as the coordinator computes it; the only place here that knows how."""
-    current = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
-    updates = list(arrivals)
-    config = AggregationConfig()
-    following, _ = aggregate(current, updates, [64] * len(updates), {}, config=config, exact_scaling=None)
-    return [following[name].numpy() for name in SHAPES]
+    mean = WeightedMean(SHAPES, len(arrivals))
+    for update in arrivals:
+        mean.add(update)
+    found = mean.result()
+    return [found[name].numpy() for name in SHAPES]
 
 
 def ours_encoded(arrivals: Arrivals) -> list[NDArray[np.float32]]:

@@ -1,7 +1,8 @@
 """What a site has released and may be asked for again: one file for each round, and one for the site metrics of a job.
 
 Guarantees (tests: tests/client/test_site.py, test_site_metrics.py)
-    * A release is stored, whole, before it leaves. The same request again gets the same bytes.
+    * A release is stored, whole, before it leaves, in one file with the moments and the residual that the next round starts
+      from: after a crash either all of them are there or none. The same request again gets the same bytes.
     * With a seal, nothing in it can be read, or put in another job's or round's place, without the site's storage key.
 """
 
@@ -37,15 +38,27 @@ class Outbox:
     def __init__(self, folder: Path, *, seal: Seal | None) -> None:
         self._folder, self._seal = folder, seal
 
-    def store_round(self, reply: TrainReply, *, request_sha256: str, optimizer_state: Mapping[str, Tensor]) -> None:
-        """Store one round's release with the local optimiser's moments; rounds long before it are removed."""
+    def store_round(
+        self,
+        reply: TrainReply,
+        *,
+        request_sha256: str,
+        optimizer_state: Mapping[str, Tensor],
+        residual: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Store one round's release in one file with what the next round starts from; rounds long before it are removed.
+
+        Args:
+            optimizer_state: the local optimiser's moments.
+            residual: what the release's encoding lost, see `shared.updates`.
+        """
         update = torch.from_numpy(np.frombuffer(reply.update, dtype=np.uint8).copy())
         header = json.dumps(asdict(replace(reply, update=b"")) | {"update": None})
         metadata = {"request_sha256": request_sha256, "reply": header}
         path = self._round_file(reply.job_sha256, reply.round_number)
-        self._write(
-            path, save({"update": update, **{f"optimizer/{n}": t for n, t in optimizer_state.items()}}, metadata)
-        )
+        kept = {f"optimizer/{n}": t for n, t in optimizer_state.items()}
+        kept |= {f"residual/{n}": t for n, t in (residual or {}).items()}
+        self._write(path, save({"update": update, **kept}, metadata))
         # Only rounds before this one: a coordinator that went back to a backup may ask for it once more.
         earlier = [old for old in sorted(path.parent.glob("round-*.safetensors")) if old <= path]
         for old in earlier[:-_KEPT_ROUNDS]:
@@ -64,12 +77,19 @@ class Outbox:
 
     def optimizer_state(self, job_sha256: str, round_number: int) -> dict[str, Tensor]:
         """Return the moments after the latest earlier round of this job; post-processing of what was released."""
+        return self._kept("optimizer/", job_sha256, round_number)
+
+    def residual(self, job_sha256: str, round_number: int) -> dict[str, Tensor]:
+        """Return what the encoding of the latest earlier round lost; empty if there is none."""
+        return self._kept("residual/", job_sha256, round_number)
+
+    def _kept(self, prefix: str, job_sha256: str, round_number: int) -> dict[str, Tensor]:
         path = self._round_file(job_sha256, round_number)
         earlier = [p for p in sorted(path.parent.glob("round-*.safetensors")) if p < path]
         if not earlier:
             return {}
         _, tensors = self._read_round(earlier[-1])
-        return {n.removeprefix("optimizer/"): t for n, t in tensors.items() if n.startswith("optimizer/")}
+        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
     def store_metrics(self, reply: MetricsReply, *, request_sha256: str) -> None:
         """Store the site metrics of a job."""

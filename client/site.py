@@ -45,6 +45,7 @@ from shared.privacy.sizes import declared_size
 from shared.runtime import Runtime, load_runtime
 from shared.signing import SignedJob
 from shared.site_metrics import cast_votes, count_votes, noisy_counts
+from shared.updates import encode_update
 from shared.version import silotune_version
 
 log = logging.getLogger("silotune.site")
@@ -284,11 +285,23 @@ class Site:
         return self.finish(begun, result, seconds=time.monotonic() - started)
 
     def finish(self, begun: BegunRound, result: LocalRound, *, seconds: float) -> TrainReply:
-        """Store the release before it leaves, then close the charge."""
-        # 6.
-        request = begun.request
-        reply = self._reply(request.job, begun.plan, request.round_number, result, begun.work.randomness)
-        self._outbox.store_round(reply, request_sha256=begun.request_sha256, optimizer_state=result.optimizer_state)
+        """Encode what was trained, store the release before it leaves, then close the charge."""
+        # 6. Encode, with what the encoding lost in earlier rounds.
+        request, randomness = begun.request, begun.work.randomness
+        job, round_number = request.job, request.round_number
+        encoded = encode_update(
+            result.delta,
+            job.federation.update_dtype,
+            residual=self._outbox.residual(job.sha256, round_number),
+            salt=randomness.stream("salt", round_number=round_number, step=0).uint64(2).tobytes().hex(),
+        )
+        reply = self._reply(job, begun.plan, round_number, result, randomness, encoded.data)
+        self._outbox.store_round(
+            reply,
+            request_sha256=begun.request_sha256,
+            optimizer_state=result.optimizer_state,
+            residual=encoded.residual,
+        )
         self._close(request, begun.charge, reply.update, executed_steps=result.executed_steps, seconds=seconds)
         return reply
 
@@ -437,14 +450,19 @@ class Site:
         raise PolicyError(f"{reason} It accepts only jobs with privacy.unit = {own!r}.")
 
     def _reply(
-        self, job: Job, plan: PrivacyPlan, round_number: int, result: LocalRound, randomness: SiteRandomness
+        self,
+        job: Job,
+        plan: PrivacyPlan,
+        round_number: int,
+        result: LocalRound,
+        randomness: SiteRandomness,
+        update: bytes,
     ) -> TrainReply:
-        salt = randomness.stream("salt", round_number=round_number, step=0).uint64(2).tobytes().hex()
         return TrainReply(
             site=self.config.name,
             round_number=round_number,
             job_sha256=job.sha256,
-            update=adapters.encode(result.delta, salt=salt),
+            update=update,
             declared_records=self.declared_records,
             noise_multiplier=plan.noise_multiplier,
             sample_rate=plan.sample_rate,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ from shared.config import AggregationConfig, Job, canonical_json
 from shared.errors import PrivacyError, RunError
 from shared.messages import SiteDescription
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.central import CentralPlan
+from shared.privacy.central import CentralPlan, CentralRound, SitesSum
 from shared.privacy.central_statement import CentralRelease
 from shared.privacy.randomness import Origin, SiteRandomness
 
@@ -179,7 +179,12 @@ class CentralPrivacy:
 
 
 class SitesRound:
-    """One attempt at one round: its coins and its noise come from one key, which is used once."""
+    """One attempt at one round: its coins and its noise come from one key, which is used once.
+
+    Attributes:
+        plan: what is executed.
+        config: the server optimiser.
+    """
 
     def __init__(
         self,
@@ -189,7 +194,7 @@ class SitesRound:
         randomness: SiteRandomness,
         round_number: int,
     ) -> None:
-        self._plan, self._ledger, self._config = plan, ledger, config
+        self.plan, self.config, self._ledger = plan, config, ledger
         self._randomness, self._round_number = randomness, round_number
         self._released = False
 
@@ -199,29 +204,29 @@ class SitesRound:
         Raises:
             RunError: if more sites take part than the job declares.
         """
-        if len(sites) > self._plan.num_sites:
+        if len(sites) > self.plan.num_sites:
             raise RunError(
-                f"{len(sites)} sites take part, but privacy.central.num_sites declares {self._plan.num_sites} to all of them. "
+                f"{len(sites)} sites take part, but privacy.central.num_sites declares {self.plan.num_sites} to all of them. "
                 "Submit a job that declares them all, or remove sites."
             )
         nodes = list(sites)
         coins = self._randomness.stream("sampling", round_number=self._round_number, step=0)
-        return [nodes[index] for index in self._plan.plan.sample(len(nodes), coins).tolist()]
+        return [nodes[index] for index in self.plan.plan.sample(len(nodes), coins).tolist()]
 
-    def aggregate(
-        self,
-        current: Mapping[str, Tensor],
-        updates: Sequence[Mapping[str, Tensor]],
-        server_state: Mapping[str, Tensor],
-        shapes: Shapes,
-    ) -> tuple[Adapter, Adapter]:
-        """Return (next global adapter, next server state), released under this round's noise.
+    def aggregation(
+        self, current: Mapping[str, Tensor], server_state: Mapping[str, Tensor], shapes: Shapes
+    ) -> SitesAggregation:
+        """Return the round's aggregation, with the clipping bound that the last round left.
 
         Args:
             current: the global adapter that the sites started from.
-            updates: one checked delta per site that answered; there may be none.
             server_state: of the server optimiser, and the clipping bound; empty before the first round.
             shapes: of every update.
+        """
+        return SitesAggregation(self, current, server_state, shapes)
+
+    def release(self, total: SitesSum, clip_norm: float, shapes: Shapes) -> CentralRound:
+        """Return the release of a pair under this round's noise.
 
         Raises:
             PrivacyError: if the job declares no further noisy round.
@@ -230,18 +235,41 @@ class SitesRound:
         if self._released:
             raise RuntimeError("a second release would share its noise with the first")
         self._released = True
-        plan = self._plan
-        clip_norm = float(server_state.get(_CLIP_NORM, plan.plan.max_grad_norm))
-        # 1. Clip each site's update as one vector and add up.
-        total = plan.clipped_sum(updates, shapes, clip_norm)
-        # 2. Charge first.
+        # Charge first.
         self._ledger.charge(self._round_number, self._randomness.origin)
-        # 3. One noise event, also when nobody answered. From here on all is post-processing.
-        noisy = plan.add_noise(total, clip_norm, self._randomness, self._round_number)
-        # 4. Divide by the expected number of sites, never by the drawn one; move the bound.
-        released = plan.finish(noisy, shapes, clip_norm)
-        # 5. The server optimiser moves the adapter.
-        following, state = apply_update(current, released.mean, server_state, self._config)
+        # One noise event, also when nobody answered. From here on all is post-processing.
+        noisy = self.plan.add_noise(total, clip_norm, self._randomness, self._round_number)
+        # Divide by the expected number of sites, never by the drawn one; move the bound.
+        return self.plan.finish(noisy, shapes, clip_norm)
+
+
+class SitesAggregation:
+    """One round's aggregation under central DP, added to like `server.strategies.Aggregation`."""
+
+    def __init__(
+        self,
+        attempt: SitesRound,
+        current: Mapping[str, Tensor],
+        server_state: Mapping[str, Tensor],
+        shapes: Shapes,
+    ) -> None:
+        self._attempt, self._current, self._server_state, self._shapes = attempt, current, server_state, shapes
+        self._clip_norm = float(server_state.get(_CLIP_NORM, attempt.plan.plan.max_grad_norm))
+        self._sum = attempt.plan.new_sum(shapes, self._clip_norm)
+
+    def add(self, update: Mapping[str, Tensor], declared_records: int) -> None:
+        """Clip one site's checked delta as one vector and add it. What a site declares weighs nothing."""
+        self._sum.add(update)
+
+    def result(self) -> tuple[Adapter, Adapter]:
+        """Return (next global adapter, next server state), released under the round's noise; nobody may have answered.
+
+        Raises:
+            PrivacyError: if the job declares no further noisy round.
+            RunError: if the charge cannot be written.
+        """
+        released = self._attempt.release(self._sum.total(), self._clip_norm, self._shapes)
+        following, state = apply_update(self._current, released.mean, self._server_state, self._attempt.config)
         return following, state | {_CLIP_NORM: torch.tensor(released.clip_norm, dtype=torch.float64)}
 
 

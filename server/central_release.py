@@ -31,7 +31,7 @@ class _Uncharged:
 
 
 class SitesRelease:
-    """A `shared.privacy.audit.mechanism.Release` through `SitesRound.draw` and `SitesRound.aggregate`.
+    """A `shared.privacy.audit.mechanism.Release` through `SitesRound.draw` and `SitesAggregation`.
 
     The clipping bound is fixed and the server optimiser is plain averaging, whatever the job's: both come after the noise, and
     so every round's sum can be read off the adapter.
@@ -63,7 +63,10 @@ class SitesRelease:
                 central, cast(CentralLedger, _Uncharged()), AggregationConfig(), self.new_randomness(), number
             )
             drawn = attempt.draw(sites)
-            following, _ = attempt.aggregate(start, [updates[node] for node in drawn], {}, self.shapes)
+            aggregation = attempt.aggregation(start, {}, self.shapes)
+            for node in drawn:
+                aggregation.add(updates[node], 1)
+            following, _ = aggregation.result()
             moved = torch.cat([following[name].double().flatten() for name in self.shapes])
             sums.append((moved * plan.sample_rate * DECLARED_SITES).numpy())
         return np.stack(sums)

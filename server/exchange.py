@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from flwr.app import Message
@@ -14,6 +14,7 @@ from server.roster import POLL_SECONDS
 from shared.messages import carries_release
 
 _LONGEST_POLL_SECONDS = 1.0
+_NODES_PER_PULL = 16  # all requests to a node in one pull, so that its release wins over its refusal
 _PATIENT_SHARE = 0.75  # of the time that the answers took last time passes before the first look
 # A request may be lost with the process that pulled it, while its node stays online. Sites answer a repeated one with what
 # they stored, so asking again costs no budget; each time after twice as long.
@@ -42,8 +43,11 @@ def exchange(
     expected: float,
     repeat: bool,
     meanwhile: Callable[[], None] = lambda: None,
-) -> list[Answer]:
-    """Ask `nodes` and collect their answers until all came or `timeout` seconds passed.
+) -> Iterator[Answer]:
+    """Ask `nodes` and yield each one's answer as it comes, until all came or `timeout` seconds passed.
+
+    What was yielded is not kept, and the answers of at most `_NODES_PER_PULL` nodes are in memory: a thousand updates need not
+    fit into it.
 
     Flower's own `send_and_receive` polls every three seconds; this begins with every tenth of one. A reply is matched by the
     request that it answers: an error about a lost message comes from the SuperLink, not from the node. Of several answers, one
@@ -56,34 +60,44 @@ def exchange(
         meanwhile: what can be done once the requests are out.
     """
     node_of: dict[str, int] = {}
+    identifiers_of: dict[int, list[str]] = {}
     times_asked: Counter[int] = Counter()
 
     def ask(some: Sequence[int]) -> None:
         messages = requests(some)
         pushed = set(grid.push_messages(messages))
         metadata = [message.metadata for message in messages]
-        node_of.update({facts.message_id: facts.dst_node_id for facts in metadata if facts.message_id in pushed})
+        for facts in metadata:
+            if facts.message_id in pushed:
+                node_of[facts.message_id] = facts.dst_node_id
+                identifiers_of.setdefault(facts.dst_node_id, []).append(facts.message_id)
         times_asked.update(some)
 
     started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
     if nodes:
         ask(nodes)
     meanwhile()
-    collected: dict[int, Message] = {}
+    answered: set[int] = set()
     time.sleep(max(0.0, min(_PATIENT_SHARE * expected, _LONGEST_POLL_SECONDS) - (time.monotonic() - started)))
-    while waiting := {identifier for identifier, node in node_of.items() if node not in collected}:
-        arrived = list(grid.pull_messages(waiting))
-        for message in arrived:
-            node = node_of.get(message.metadata.reply_to_message_id)
-            if node is not None and (node not in collected or carries_release(message)):
-                collected[node] = message
+    while waiting := [node for node in identifiers_of if node not in answered]:
+        some_came = False
+        for first in range(0, len(waiting), _NODES_PER_PULL):
+            some = waiting[first : first + _NODES_PER_PULL]
+            came: dict[int, Message] = {}
+            for message in grid.pull_messages({identifier for node in some for identifier in identifiers_of[node]}):
+                some_came = True
+                node = node_of.get(message.metadata.reply_to_message_id)
+                if node in some and (node not in came or carries_release(message)):
+                    came[node] = message
+            answered.update(came)
+            for node in list(came):
+                yield Answer(node, came.pop(node), times_asked[node])
         elapsed = time.monotonic() - started
         if elapsed > timeout:
             break
         if repeat and elapsed > ask_again:
-            ask([node for node in nodes if node not in collected])
+            ask([node for node in nodes if node not in answered])
             ask_again += 2 * ask_again
-        if not arrived:
+        if not some_came:
             # A long round is asked about less often: the delay stays within two percent of it.
             time.sleep(min(max(POLL_SECONDS, elapsed / 50), _LONGEST_POLL_SECONDS))
-    return [Answer(node, message, times_asked[node]) for node, message in collected.items()]

@@ -1,6 +1,6 @@
 """The round loop, resumable, on Flower's public Grid; the same for simulation and for real sites.
 
-Reading order of one round: select, send, collect, check, aggregate, evaluate, checkpoint.
+Reading order of one round: select, send, collect (check and add each reply as it comes), aggregate, evaluate, checkpoint.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from flwr.app import Message
 from flwr.serverapp.grid import Grid
 from torch import Tensor
 
-from server.central import CentralPrivacy, without_participants
+from server.central import CentralPrivacy, SitesAggregation, SitesRound, without_participants
 from server.checkpoint import Checkpoint, RoundRecord
 from server.exchange import exchange
 from server.observer import Observer
 from server.roster import Authority, Roster
 from server.site_metrics import asked_metrics_before, collect_site_metrics
-from server.strategies import aggregate
+from server.strategies import Aggregation
 from shared import adapters
 from shared.adapters import Shapes
 from shared.config import Job
@@ -39,6 +39,7 @@ from shared.messages import (
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
+from shared.updates import decode_update
 
 RETRY_SECONDS = 2.0
 
@@ -179,10 +180,14 @@ def _run_round(
         ]
 
     observer.round_started(round_number, [sites[node].site for node in asked], adapter)
-    # 3. Collect until everyone answered or time is up.
-    replies: dict[str, TrainReply] = {}
+    # 3. Collect until everyone answered or time is up. Each reply is checked, added and forgotten as it comes: memory does not
+    #    grow with the sites, and the sums are exact, so arrival order changes nothing.
+    aggregation = _aggregation(coordinator, attempt, [sites[node].declared_records for node in asked], checkpoint)
+    made: dict[str, _Made] = {}
+    names: list[str] = []
     failed: dict[str, str] = {}
     unanswered = {sites[node].site for node in asked}
+    bytes_up = 0
     timeout = job.federation.round_timeout_seconds
     plan = PrivacyPlan.from_job(job)
     for found in exchange(
@@ -197,32 +202,32 @@ def _run_round(
         else lambda: _account_ahead(checkpoint.releases, plan, job.training.local_steps),
     ):
         name, message = sites[found.node].site, found.message
+        observer.site_done(round_number, name)
         answer = unpack_reply(message)
         if isinstance(answer, Refusal):
             failed[name] = f"{answer.code}: {answer.reason}"
-        else:
-            replies[name] = answer
-        # What came and cannot be trusted may hide an executed round as well, and so may a refusal to a repeated request.
-        refused = isinstance(answer, Refusal) and (answer.code == MALFORMED or found.times_asked > 1)
-        if not message.has_error() and not refused:
-            unanswered.discard(name)
-        observer.site_done(round_number, name)
-    for name in unanswered - failed.keys():
-        failed[name] = f"no answer within {timeout:g} s"
-    # 4. Check every reply before it may touch the adapter.
-    updates: dict[str, dict[str, Tensor]] = {}
-    made: dict[str, TrainReply] = {}
-    for name, reply in sorted(replies.items()):
+            # What came and cannot be read may hide an executed round, and so may a refusal to a repeated request.
+            if not message.has_error() and answer.code != MALFORMED and found.times_asked == 1:
+                unanswered.discard(name)
+            observer.update_judged(round_number, name, None, failed[name])
+            continue
+        bytes_up += len(answer.update)
         try:
-            _check_reply(reply, name, job, plan, round_number)
-            made[name] = reply
-            updates[name] = adapters.decode(reply.update, coordinator.update_shapes)
+            # 4. Check before anything may touch the adapter.
+            _check_reply(answer, name, job, plan, round_number)
+            made[name] = _Made.of(answer)
+            unanswered.discard(name)
+            update = decode_update(answer.update, coordinator.update_shapes, job.federation.update_dtype)
+            # 5. Add.
+            aggregation.add(update, sites[found.node].declared_records)
+            names.append(name)
         except (AdapterError, RunError) as error:
             failed[name] = str(error)
-            if name not in made:
-                unanswered.add(name)
-    for name in sorted({*replies, *failed}):
-        observer.update_judged(round_number, name, replies.get(name), failed.get(name))
+        observer.update_judged(round_number, name, answer, failed.get(name))
+    names.sort()
+    for name in sorted(unanswered - made.keys() - failed.keys()):
+        failed[name] = f"no answer within {timeout:g} s"
+        observer.update_judged(round_number, name, None, failed[name])
     # A release is a release, aggregated or not: account for all that were made under this plan. Under central DP the
     # coordinator's release is what counts; which sites answered, or how many, must not show in anything.
     releases = checkpoint.releases
@@ -230,31 +235,17 @@ def _run_round(
         described = {description.site: description for description in sites.values()}
         releases = _account(checkpoint.releases, made, job, round_number)
         releases = _account_unanswered(releases, [described[name] for name in sorted(unanswered)], job, round_number)
-    if attempt is None and len(updates) < job.federation.min_sites:
+    if attempt is None and len(names) < job.federation.min_sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "none was asked"
         raise TooFewSites(
-            f"round {round_number}: {len(updates)} valid updates, federation.min_sites is "
+            f"round {round_number}: {len(names)} valid updates, federation.min_sites is "
             f"{job.federation.min_sites} ({reasons}). "
             "The run stands at the last checkpoint; mend the sites and resume.",
             releases,
         )
-    # 5. Aggregate in the order of names, so that arrival order changes nothing.
-    names = sorted(updates)
-    ordered = [updates[name] for name in names]
-    if attempt:
-        following, server_state = attempt.aggregate(
-            checkpoint.adapter, ordered, checkpoint.server_state, coordinator.update_shapes
-        )
-    else:
-        following, server_state = aggregate(
-            checkpoint.adapter,
-            ordered,
-            [replies[name].declared_records for name in names],
-            checkpoint.server_state,
-            config=job.aggregation,
-            exact_scaling=coordinator.exact_scaling,
-        )
-    # 6. Evaluate on public data.
+    # 6. Aggregate: mean, or noisy sum under central DP, and server optimiser.
+    following, server_state = aggregation.result()
+    # 7. Evaluate on public data.
     before_evaluation = time.monotonic()
     due = round_number % coordinator.evaluate_every == 0 or round_number == job.training.rounds
     metrics = coordinator.evaluate(following) if due else {}
@@ -265,12 +256,12 @@ def _run_round(
         epsilon_max=coordinator.central.epsilon() if coordinator.central else epsilon_max(releases),
         sites=names,
         failed=dict(sorted(failed.items())),
-        bytes_up=sum(len(reply.update) for reply in replies.values()),
+        bytes_up=bytes_up,
         bytes_down=len(adapter) * len(asked),
         seconds=finished - started,
         seconds_evaluation=finished - before_evaluation,
     )
-    # 7. The caller makes this durable.
+    # 8. The caller makes this durable.
     return Checkpoint(
         job_sha256=job.sha256,
         round_number=round_number,
@@ -278,6 +269,34 @@ def _run_round(
         server_state=server_state,
         releases=releases,
         history=[*checkpoint.history, without_participants(record) if attempt else record],
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """What is kept of a release: everything but its bytes."""
+
+    reply: TrainReply
+    update_sha256: str
+
+    @classmethod
+    def of(cls, reply: TrainReply) -> _Made:
+        return cls(reply=replace(reply, update=b""), update_sha256=hashlib.sha256(reply.update).hexdigest())
+
+
+def _aggregation(
+    coordinator: Coordinator, attempt: SitesRound | None, asked_records: Sequence[int], checkpoint: Checkpoint
+) -> Aggregation | SitesAggregation:
+    """Return the round's aggregation, empty: the coordinator's private release under central DP, else a mean."""
+    if attempt is not None:
+        return attempt.aggregation(checkpoint.adapter, checkpoint.server_state, coordinator.update_shapes)
+    return Aggregation(
+        checkpoint.adapter,
+        checkpoint.server_state,
+        coordinator.update_shapes,
+        asked_records,
+        config=coordinator.job.aggregation,
+        exact_scaling=coordinator.exact_scaling,
     )
 
 
@@ -325,11 +344,12 @@ def _check_reply(reply: TrainReply, name: str, job: Job, plan: PrivacyPlan, roun
 
 
 def _account(
-    releases: dict[str, SiteRelease], replies: dict[str, TrainReply], job: Job, round_number: int
+    releases: dict[str, SiteRelease], made: dict[str, _Made], job: Job, round_number: int
 ) -> dict[str, SiteRelease]:
     """Return the releases with this round's executed mechanisms added; an update that came before counts once."""
     result = dict(releases)
-    for name, reply in sorted(replies.items()):
+    for name, release_made in sorted(made.items()):
+        reply, update_sha256 = release_made.reply, release_made.update_sha256
         private = reply.noise_multiplier > 0
         release = result.get(name) or SiteRelease(
             site=name,
@@ -344,7 +364,6 @@ def _account(
             private=private,
         )
         unanswered = tuple(number for number in release.unanswered if number != round_number)
-        update_sha256 = hashlib.sha256(reply.update).hexdigest()
         if (round_number, update_sha256) in zip(release.rounds, release.updates, strict=True):
             result[name] = replace(release, unanswered=unanswered)
             continue

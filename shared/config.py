@@ -221,8 +221,11 @@ class AggregationConfig(Section):
     """Of `momentum`; beta1 of `adam`."""
 
 
+UpdateDtype = Literal["float32", "bfloat16", "int8"]
+
+
 class FederationConfig(Section):
-    """Who takes part in a round and how long the coordinator waits."""
+    """Who takes part in a round, how long the coordinator waits, and in which form updates come."""
 
     min_sites: int = Field(default=1, ge=1)
     """A round with fewer valid replies is not aggregated and the run stops."""
@@ -230,6 +233,10 @@ class FederationConfig(Section):
     """Number of sites drawn for each round; None asks all of them."""
     round_timeout_seconds: float = Field(default=3600.0, gt=0)
     """After this long a round goes on without the sites that have not answered."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    update_dtype: UpdateDtype = Field(default="float32", exclude_if=lambda value: value == "float32")
+    """Numbers in which a site sends its update. `bfloat16` halves, `int8` quarters the bytes; a site adds what rounding lost to
+    its next update. See `shared.updates`."""
 
 
 class Job(Section):

@@ -202,6 +202,7 @@ def _training(facts: Facts) -> Section:
                     f"{training.optimizer}, learning rate {training.learning_rate:g}, schedule {training.schedule}",
                 ),
                 ("Aggregation", f"mean of the sites' updates, weights {job.aggregation.weights}"),
+                ("Updates sent in", job.federation.update_dtype),
                 ("Took", format_seconds(facts.data.run.seconds)),
                 ("Job (SHA-256)", job.sha256),
                 mono=("Job (SHA-256)",),

@@ -124,6 +124,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "num_failures": sum(len(record.failed) for record in rounds),
         "bytes_up": _total(rounds, "bytes_up"),
         "bytes_down": _total(rounds, "bytes_down"),
+        "bytes_up_each": _bytes_up_each(rounds),
         "statement": data.statement,
         "composed": _composed(data),
         "audits": data.audits,
@@ -202,6 +203,14 @@ def _job_privacy(arm: Arm) -> Mapping[str, Any]:
 def _total(rounds: Sequence[RoundRecord], key: str) -> int | None:
     values = [value for record in rounds if (value := getattr(record, key)) is not None]
     return sum(values) if values else None
+
+
+def _bytes_up_each(rounds: Sequence[RoundRecord]) -> float | None:
+    """The mean bytes of one update; None where it is not told which sites answered."""
+    told = [record for record in rounds if record.bytes_up and record.sites]
+    if not told:
+        return None
+    return sum(record.bytes_up or 0 for record in told) / sum(len(record.sites) for record in told)
 
 
 def _interval(metric: str, arm: Arm, num_records: int | None) -> str | None:

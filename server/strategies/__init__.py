@@ -1,4 +1,4 @@
-"""Aggregation as small pure functions: updates in, next global adapter out."""
+"""Aggregation: updates in, one by one and in any order; next global adapter out."""
 
 from __future__ import annotations
 
@@ -6,37 +6,66 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from server.strategies.exact import exact_lora_mean
-from server.strategies.mean import weighted_mean
+from server.strategies.exact import ExactLoraMean
+from server.strategies.mean import LARGEST_VALUE, WeightedMean
 from server.strategies.optimizers import apply_update
+from shared.adapters import Shapes
 from shared.config import AggregationConfig
 
 Adapter = dict[str, Tensor]
 
 
-def aggregate(
-    current: Mapping[str, Tensor],
-    updates: Sequence[Mapping[str, Tensor]],
-    declared_records: Sequence[int],
-    server_state: Mapping[str, Tensor],
-    *,
-    config: AggregationConfig,
-    exact_scaling: float | None,
-) -> tuple[Adapter, Adapter]:
-    """Return (next global adapter, next state of the server optimiser).
-
-    Args:
-        current: the global adapter that the sites started from.
-        updates: one delta per site, in an order that does not depend on arrival.
-        declared_records: public size of each site, for weights "declared".
-        server_state: state of the server optimiser, empty before the first round.
-        config: weights and server optimiser of the job.
-        exact_scaling: alpha / rank if both LoRA factors were trained and the mean of their products must be kept.
+class Aggregation:
+    """One round's aggregation. Of an update nothing stays but its part of the sums, so memory does not grow with the sites,
+    and the order in which they answer changes no bit.
     """
-    weights = [1.0] * len(updates) if config.weights == "equal" else [float(n) for n in declared_records]
-    if exact_scaling is not None:
-        return exact_lora_mean(current, updates, weights, exact_scaling), {}
-    return apply_update(current, weighted_mean(updates, weights), server_state, config)
+
+    def __init__(
+        self,
+        current: Mapping[str, Tensor],
+        server_state: Mapping[str, Tensor],
+        shapes: Shapes,
+        asked_records: Sequence[int],
+        *,
+        config: AggregationConfig,
+        exact_scaling: float | None,
+    ) -> None:
+        """Begin a round.
+
+        Args:
+            current: the global adapter that the sites started from.
+            server_state: state of the server optimiser, empty before the first round.
+            shapes: names and shapes of every update.
+            asked_records: public size of each site that is asked.
+            config: weights and server optimiser of the job.
+            exact_scaling: alpha / rank if both LoRA factors were trained and the mean of their products must be kept.
+        """
+        self._current, self._server_state, self._config = current, server_state, config
+        self._exact: ExactLoraMean | None = None
+        asked_weight = max(sum(map(self._weight, asked_records)), 1)  # nobody may have been asked
+        if exact_scaling is not None:
+            self._exact = ExactLoraMean(current, shapes, asked_weight, exact_scaling)
+        else:
+            self._mean = WeightedMean(shapes, asked_weight)
+
+    def add(self, update: Mapping[str, Tensor], declared_records: int) -> None:
+        """Add one site's checked delta; `declared_records` is its public size, by which weights "declared" weigh.
+
+        Raises:
+            AdapterError: if a value is too large; nothing was added.
+        """
+        (self._exact or self._mean).add(update, self._weight(declared_records))
+
+    def result(self) -> tuple[Adapter, Adapter]:
+        """Return (next global adapter, next state of the server optimiser) of what was added, at least one update."""
+        if self._exact is not None:
+            return self._exact.result(), {}
+        mean = {name: value.float() for name, value in self._mean.result().items()}
+        return apply_update(self._current, mean, self._server_state, self._config)
+
+    def _weight(self, declared_records: int) -> int:
+        # Sizes come from the sites' own descriptions, unchecked; reading less than one would break the sums.
+        return 1 if self._config.weights == "equal" else max(declared_records, 1)
 
 
-__all__ = ["Adapter", "aggregate", "apply_update", "exact_lora_mean", "weighted_mean"]
+__all__ = ["LARGEST_VALUE", "Adapter", "Aggregation", "ExactLoraMean", "WeightedMean", "apply_update"]

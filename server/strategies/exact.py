@@ -3,48 +3,67 @@
 The mean of the products is not the product of the means: mean(B_i A_i) != mean(B_i) mean(A_i). The difference is kept
 as a dense residual of the frozen weight (FedEx-LoRA, Singhal et al. 2024), so the next global model computes with
 exactly the mean of the sites' weights. Everything here reads released values only: it is post-processing.
+
+With B_i = B + b_i and A_i = A + a_i the mean is B A + B mean(a_i) + mean(b_i) A + mean(b_i a_i). The sums that it takes, of
+a_i, b_i and b_i a_i, grow by one site at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from server.strategies.mean import weighted_mean
+from server.strategies.mean import WeightedMean
+from shared.adapters import Shapes
 from shared.models import RESIDUAL
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 
 
-def exact_lora_mean(
-    current: Mapping[str, Tensor],
-    updates: Sequence[Mapping[str, Tensor]],
-    weights: Sequence[float],
-    scaling: float,
-) -> dict[str, Tensor]:
-    """Return the global adapter whose effective weights are the weighted mean of the sites' effective weights.
+class ExactLoraMean:
+    """The global adapter whose effective weights are the weighted mean of the sites' effective weights.
 
-    Args:
-        current: global adapter with factors, head and residuals [out, in].
-        updates: per site, deltas of factors and head.
-        weights: one positive number per update.
-        scaling: alpha / rank.
+    The order of adding changes no bit: the product of one site's factors is computed from them alone, and all sums are
+    `WeightedMean`s.
     """
-    mean = weighted_mean(updates, weights)
-    following = {name: current[name] + mean[name] for name in mean}
-    share = torch.tensor(weights, dtype=torch.float64) / sum(weights)
-    for name in current:
-        if not name.endswith(RESIDUAL):
-            continue
-        module = name.removesuffix(RESIDUAL)
-        key_a, key_b = module + _A, module + _B
-        product = torch.zeros(current[name].shape, dtype=torch.float64)
-        for part, update in zip(share, updates, strict=True):
-            factor_a = (current[key_a] + update[key_a]).double()
-            factor_b = (current[key_b] + update[key_b]).double()
-            product += part * (factor_b @ factor_a)
-        product -= following[key_b].double() @ following[key_a].double()
-        following[name] = (current[name].double() + scaling * product).float()
-    return following
+
+    def __init__(self, current: Mapping[str, Tensor], shapes: Shapes, asked_weight: int, scaling: float) -> None:
+        """Begin a mean.
+
+        Args:
+            current: global adapter with factors, head and residuals [out, in].
+            shapes: of every update: factors and head.
+            asked_weight: of everyone who may add an update.
+            scaling: alpha / rank.
+        """
+        self._current, self._scaling = current, scaling
+        self._modules = [name.removesuffix(RESIDUAL) for name in current if name.endswith(RESIDUAL)]
+        self._updates = WeightedMean(shapes, asked_weight)
+        full = {module: current[module + RESIDUAL].shape for module in self._modules}
+        self._products = WeightedMean(full, asked_weight, dtype=np.float64)
+
+    def add(self, update: Mapping[str, Tensor], weight: int = 1) -> None:
+        """Add one site's deltas.
+
+        Raises:
+            AdapterError: if a value, or one of the product of its factors, is too large; nothing was added.
+        """
+        self._updates.check(update)
+        products = {module: update[module + _B].double() @ update[module + _A].double() for module in self._modules}
+        self._products.add(products, weight)
+        self._updates.add(update, weight)
+
+    def result(self) -> dict[str, Tensor]:
+        """Return the next global adapter."""
+        current, mean, products = self._current, self._updates.result(), self._products.result()
+        following = {name: current[name] + mean[name].float() for name in mean}
+        for module in self._modules:
+            name_a, name_b = module + _A, module + _B
+            before_a, before_b = current[name_a].double(), current[name_b].double()
+            product = before_b @ (before_a + mean[name_a]) + mean[name_b] @ before_a + products[module]
+            product -= following[name_b].double() @ following[name_a].double()
+            residual = module + RESIDUAL
+            following[residual] = (current[residual].double() + self._scaling * product).float()
+        return following

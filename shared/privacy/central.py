@@ -9,6 +9,10 @@ tests/server/test_central_faults.py)
       Adding or removing one site moves the pair, each part in units of its noise, by at most 1 / noise_multiplier, whatever
       the site sent (test_one_site_moves_the_pair_by_at_most_the_bound). So a round is one Gaussian step of the plan's noise
       multiplier, and with the coordinator's coins one Poisson-subsampled step.
+    * Updates are added as they come and forgotten, in whatever order, without a difference in any bit
+      (test_the_order_of_sites_changes_nothing). Each clipped update is cut to a grid *towards zero*: no coordinate grows,
+      so neither does the norm, and no margin is needed for it. On the grid sums are exact, so the sums with and without a
+      site differ by exactly its clipped and cut update.
     * The divisor q N is a constant of the job. How many sites were drawn, or answered, scales nothing
       (test_the_divisor_does_not_depend_on_who_answered). A site that does not answer adds zero.
     * Everything else in a release, the next clipping bound included, is computed from the noisy pair and public numbers.
@@ -21,21 +25,22 @@ sites count as neither clipped nor unclipped, because the number of sites in a r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from shared.adapters import Shapes
 from shared.config import Job
 from shared.errors import PrivacyError
+from shared.grid_sum import GridSum
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 
 _UPDATES, _COUNT = 0, 1  # streams of noise within one round
-_MOST_COORDINATES = 1 << 22  # clipped at once, so that many large updates fit into memory
 _FURTHEST = 1e6  # factor by which the bound may leave its first value: a bound of zero would clip nothing to nothing
 
 
@@ -50,6 +55,39 @@ class SitesSum:
 
     updates: list[Tensor]
     count: float
+
+
+class ClippedSites:
+    """The pair of one round while updates come: each is clipped over all parameters as one vector, added, and forgotten."""
+
+    def __init__(self, shapes: Shapes, clip_norm: float, num_sites: int) -> None:
+        """Begin with nobody.
+
+        Args:
+            shapes: names and shapes of every update.
+            clip_norm: S.
+            num_sites: N, at most as many updates come; each coordinate is at most S, so N S is the reach of the grid.
+        """
+        self._shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
+        self._clip_norm, self._num_sites = clip_norm, num_sites
+        self._sum = GridSum(self._shapes, reach=num_sites * clip_norm, towards_zero=True, dtype=np.float64)
+        self._num_updates = self._num_unclipped = self._num_clipped = 0
+
+    def add(self, update: Mapping[str, Tensor]) -> None:
+        """Add the delta of one site that answered; one with NaN or infinity adds zero, neither clipped nor unclipped."""
+        if self._num_updates == self._num_sites:
+            raise ValueError(f"an update after those of all {self._num_sites} sites")
+        one = ClippedSum(list(self._shapes.values()), self._clip_norm)
+        one.add([update[name].reshape(1, *shape) for name, shape in self._shapes.items()])
+        self._sum.stage(dict(zip(self._shapes, one.sums, strict=True)))
+        self._sum.add()
+        self._num_updates += 1
+        self._num_clipped += one.num_clipped
+        self._num_unclipped += one.num_examples - one.num_clipped - one.num_non_finite
+
+    def total(self) -> SitesSum:
+        """Return the pair of all updates so far."""
+        return SitesSum(updates=list(self._sum.total().values()), count=(self._num_unclipped - self._num_clipped) / 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,19 +169,9 @@ class CentralPlan:
         z = self.plan.noise_multiplier
         return (z**-2 - (2 * self.count_noise) ** -2) ** -0.5 if self.adaptive else z
 
-    def clipped_sum(self, updates: Sequence[Mapping[str, Tensor]], shapes: Shapes, clip_norm: float) -> SitesSum:
-        """Return the pair of one round, each update clipped to `clip_norm` over all parameters as one vector.
-
-        Args:
-            updates: one delta per site that answered; NaN and infinity count as zero and as neither clipped nor unclipped.
-            shapes: names and shapes of every update.
-            clip_norm: S.
-        """
-        total = ClippedSum([torch.Size(shape) for shape in shapes.values()], clip_norm)
-        for some in _chunks(updates, sum(shape.numel() for shape in shapes.values())):
-            total.add([torch.stack([update[name].flatten() for update in some]) for name in shapes])
-        unclipped = total.num_examples - total.num_clipped - total.num_non_finite
-        return SitesSum(updates=total.sums, count=(unclipped - total.num_clipped) / 2)
+    def new_sum(self, shapes: Shapes, clip_norm: float) -> ClippedSites:
+        """Return the empty pair of one round, to which each update is added, clipped to `clip_norm` as one vector."""
+        return ClippedSites(shapes, clip_norm, self.num_sites)
 
     def add_noise(self, total: SitesSum, clip_norm: float, randomness: SiteRandomness, round_number: int) -> SitesSum:
         """Return the pair with the noise of one round: drawn once, float64, on the CPU."""
@@ -171,9 +199,3 @@ class CentralPlan:
         moved = clip_norm * math.exp(-self.clip_learning_rate * (share - self.target_quantile))
         first = self.plan.max_grad_norm
         return min(max(moved, first / _FURTHEST), first * _FURTHEST)
-
-
-def _chunks(updates: Sequence[Mapping[str, Tensor]], num_coordinates: int) -> Iterator[Sequence[Mapping[str, Tensor]]]:
-    size = max(1, _MOST_COORDINATES // max(num_coordinates, 1))
-    for begin in range(0, len(updates), size):
-        yield updates[begin : begin + size]

@@ -24,6 +24,7 @@ from shared.errors import BudgetExceeded, ConfigError, DataError, LedgerError, P
 from shared.messages import Refusal, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.randomness import SiteRandomness
+from shared.updates import decode_update
 
 MakeHome = Callable[..., Path]
 MakeJob = Callable[..., Job]
@@ -377,3 +378,81 @@ def test_examples_follow_the_runtime_that_asks(site_home: MakeHome, private_job:
         job = private_job(seed=turn, task={"labels": labels})
         examples = site.examples(site.prepare(job))
         assert examples[0].target == labels.index("good")
+
+
+# --- compressed updates ---
+
+
+def observed(monkeypatch: pytest.MonkeyPatch) -> list[LocalRound]:
+    """Return a list that collects what training gave, before it is encoded."""
+    results: list[LocalRound] = []
+
+    def kept(*args: Any, **options: Any) -> LocalRound:
+        results.append(train_local_round(*args, **options))
+        return results[-1]
+
+    monkeypatch.setattr(site_module, "train_local_round", kept)
+    return results
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("mechanism", ["dp-sgd", "none"])
+def test_what_an_encoding_lost_comes_with_the_next_round(
+    site_home: MakeHome,
+    private_job: MakeJob,
+    request_for: MakeRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Any,
+    mechanism: str,
+) -> None:
+    """Over rounds, and over processes, what left the site is what training gave, but for the last residual."""
+    job = private_job(federation={"update_dtype": dtype}, privacy={"mechanism": mechanism})
+    home, results = site_home(allow_non_private=True), observed(monkeypatch)
+    sent = []
+    for number in (1, 2, 3):
+        request = request_for(job, number, shift=0.01 * number)
+        reply = Site(home).train(request)
+        assert Site(home).train(request) == reply, "a repeated request is answered with what was stored"
+        sent.append(decode_update(reply.update, shapes_of(results[0].delta), dtype))
+    assert len(results) == 3
+    last = Site(home)._outbox.residual(job.sha256, 4)
+    for name in results[0].delta:
+        missing = sum(result.delta[name].double() for result in results) - sum(part[name].double() for part in sent)
+        torch.testing.assert_close(missing, last[name].double(), rtol=1e-4, atol=1e-6)
+        assert float(last[name].abs().max()) > 0
+
+
+def test_a_crash_leaves_the_residual_of_the_last_stored_round(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Release, moments and residual are one file: nothing of a round that was not stored is carried on."""
+
+    class Crash(BaseException):
+        pass
+
+    def crash(*_: Any, **__: Any) -> None:
+        raise Crash
+
+    job, home, results = private_job(federation={"update_dtype": "int8"}), site_home(), observed(monkeypatch)
+    Site(home).train(request_for(job, 1))
+    before = Site(home)._outbox.residual(job.sha256, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(outbox_module, "write_bytes", crash)
+        with pytest.raises(Crash):
+            Site(home).answer(request_for(job, 2))
+    again = Site(home)._outbox.residual(job.sha256, 2)
+    assert again.keys() == before.keys() == results[0].delta.keys()
+    assert all(torch.equal(again[name], before[name]) for name in before)
+    # The round that is computed again starts from it.
+    reply = Site(home).train(request_for(job, 2))
+    after = Site(home)._outbox.residual(job.sha256, 3)
+    decoded = decode_update(reply.update, shapes_of(before), "int8")
+    for name, lost in before.items():
+        torch.testing.assert_close(decoded[name] + after[name], results[-1].delta[name] + lost, rtol=1e-4, atol=1e-6)
+
+
+def test_plain_updates_leave_no_residual(site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest) -> None:
+    site, job = Site(site_home()), private_job()
+    site.train(request_for(job, 1))
+    assert site._outbox.residual(job.sha256, 2) == {}
+    assert site._outbox.optimizer_state(job.sha256, 2)

@@ -378,8 +378,8 @@ from shared.runtime import Runtime
 
 honest_reply, honest_pack, sent = client.site.Site._reply, client.app.pack_reply, []
 
-def reply(self, job, plan, round_number, result, randomness):
-    honest = honest_reply(self, job, plan, round_number, result, randomness)
+def reply(self, job, plan, round_number, result, randomness, update):
+    honest = honest_reply(self, job, plan, round_number, result, randomness, update)
     sent.append(honest.update)
     if round_number == 2:
         return replace(honest, update=adapters.encode({n: t * float("nan") for n, t in result.delta.items()}))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from server.central import CentralPrivacy
+from server.central import CentralPrivacy, SitesRound
 from server.checkpoint import Checkpoint
 from server.observer import Observer
 from server.rounds import Coordinator
-from shared.adapters import encode
+from shared.adapters import Shapes, encode
 from shared.config import Job, parse
 from shared.messages import SiteDescription, TrainReply, pack_description, pack_reply, unpack_request
+from shared.privacy.central import CentralPlan, SitesSum
 from shared.privacy.randomness import SiteRandomness
 from simulations.grid import InProcessGrid
 
@@ -46,6 +47,26 @@ def make_job(**sections: Any) -> Job:
 def update_of(node: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(node)
     return {name: torch.randn(shape, generator=generator) * 0.02 * node for name, shape in SHAPES.items()}
+
+
+def released(
+    attempt: SitesRound, updates: Iterable[Mapping[str, Tensor]] = ()
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return (adapter, server state) that an attempt releases of these updates."""
+    aggregation = attempt.aggregation(INITIAL, {}, SHAPES)
+    for update in updates:
+        aggregation.add(update, 8)
+    return aggregation.result()
+
+
+def clipped_sum(
+    plan: CentralPlan, updates: Iterable[Mapping[str, Tensor]], shapes: Shapes, clip_norm: float
+) -> SitesSum:
+    """Return the pair of these updates, as production makes it."""
+    total = plan.new_sum(shapes, clip_norm)
+    for update in updates:
+        total.add(update)
+    return total.total()
 
 
 def reply_of(node: int, job: Job, round_number: int, update: Mapping[str, Tensor]) -> TrainReply:

@@ -27,7 +27,18 @@ from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.central import CentralPlan
 from shared.privacy.randomness import SiteRandomness
 from simulations.grid import DropoutGrid, InProcessGrid
-from tests.server.central_sites import INITIAL, NUM_SITES, PRIVACY, SHAPES, coordinator, grid_of, make_job, update_of
+from tests.server.central_sites import (
+    INITIAL,
+    NUM_SITES,
+    PRIVACY,
+    SHAPES,
+    clipped_sum,
+    coordinator,
+    grid_of,
+    make_job,
+    released,
+    update_of,
+)
 
 
 def charged(folder: Path) -> list[int]:
@@ -51,10 +62,10 @@ def test_a_round_is_the_noisy_mean_over_the_drawn_sites(tmp_path: Path) -> None:
     drawn = (plan.plan.sample(NUM_SITES, coins) + 1).tolist()
     assert sorted(node for _, node in asked) == drawn
     assert 30 < len(drawn) < 70
-    total = plan.clipped_sum([update_of(node) for node in drawn], SHAPES, 0.5)
-    released = plan.finish(plan.add_noise(total, 0.5, randomness, 1), SHAPES, 0.5)
-    assert all(torch.equal(last.adapter[name], released.mean[name]) for name in INITIAL)
-    assert float(last.server_state["|clip_norm"]) == released.clip_norm != 0.5
+    total = clipped_sum(plan, [update_of(node) for node in drawn], SHAPES, 0.5)
+    expected = plan.finish(plan.add_noise(total, 0.5, randomness, 1), SHAPES, 0.5)
+    assert all(torch.equal(last.adapter[name], expected.mean[name]) for name in INITIAL)
+    assert float(last.server_state["|clip_norm"]) == expected.clip_norm != 0.5
 
 
 def test_the_server_optimiser_reads_the_noisy_mean_only(tmp_path: Path) -> None:
@@ -127,7 +138,7 @@ def test_a_refused_update_counts_as_zero(tmp_path: Path) -> None:
     assert "lacks 1 tensors" in str(judged.problems["s008"])
     plan, randomness = CentralPlan.from_job(job), SiteRandomness.injected("nan")
     others = [update_of(node) for node in range(1, NUM_SITES + 1) if node not in bad]
-    noisy = plan.add_noise(plan.clipped_sum(others, SHAPES, 0.5), 0.5, randomness, 1)
+    noisy = plan.add_noise(clipped_sum(plan, others, SHAPES, 0.5), 0.5, randomness, 1)
     expected = plan.finish(noisy, SHAPES, 0.5)
     assert all(torch.equal(last.adapter[name], expected.mean[name]) for name in INITIAL)
     assert float(last.server_state["|clip_norm"]) == expected.clip_norm
@@ -188,9 +199,9 @@ def test_coins_do_not_come_from_the_job() -> None:
 
 def test_one_attempt_releases_once(tmp_path: Path) -> None:
     attempt = CentralPrivacy(make_job(), tmp_path).begin(1)
-    attempt.aggregate(INITIAL, [], {}, SHAPES)
+    released(attempt)
     with pytest.raises(RuntimeError, match="share its noise"):
-        attempt.aggregate(INITIAL, [], {}, SHAPES)
+        released(attempt)
     assert charged(tmp_path) == [1]
 
 
@@ -220,7 +231,7 @@ def test_the_charge_is_durable_before_the_noise_is_drawn(tmp_path: Path, monkeyp
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(os, "replace", noted_replace)
     monkeypatch.setattr(CentralPlan, "add_noise", noted_noise)
-    CentralPrivacy(make_job(), tmp_path).begin(1).aggregate(INITIAL, [], {}, SHAPES)
+    released(CentralPrivacy(make_job(), tmp_path).begin(1))
     assert synced == ["fsync", f"replace {LEDGER_FILE}", "fsync", "noise"]
 
 
@@ -231,7 +242,7 @@ def test_a_charge_that_cannot_be_written_draws_no_noise(tmp_path: Path, monkeypa
     monkeypatch.setattr(central_module, "write_json", full)
     monkeypatch.setattr(CentralPlan, "add_noise", lambda *arguments: pytest.fail("noise was drawn"))
     with pytest.raises(RunError, match="disk full"):
-        CentralPrivacy(make_job(), tmp_path).begin(1).aggregate(INITIAL, [], {}, SHAPES)
+        released(CentralPrivacy(make_job(), tmp_path).begin(1))
 
 
 @pytest.mark.parametrize("moment", ["after the charge", "after the noise", "before the checkpoint"])

@@ -30,13 +30,15 @@ from server.checkpoint import Checkpoint
 from server.rounds import run_rounds
 from shared.adapters import Shapes
 from shared.errors import PrivacyError, RunError
+from shared.grid_sum import GridSum
 from shared.messages import SiteDescription
 from shared.privacy.audit import MechanismAudit, audit_mechanism
-from shared.privacy.central import CentralPlan, CentralRound, SitesSum
+from shared.privacy.central import CentralPlan, CentralRound, ClippedSites, SitesSum
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import KeyStream, SiteRandomness
-from tests.server.central_sites import INITIAL, SHAPES, coordinator, grid_of, make_job
+from tests.server.central_sites import SHAPES, coordinator, grid_of, make_job
+from tests.server.central_sites import released as released_by
 
 DIMENSION = 64
 ROUNDS = 3
@@ -99,13 +101,18 @@ def test_fault_sigma_too_small(monkeypatch: Monkey, factor: float) -> None:
 
 def remember_arrived(monkeypatch: Monkey) -> list[int]:
     """Return a list whose last item is the number of updates of the round at hand."""
-    arrived, plain = [0], CentralPlan.clipped_sum
+    arrived, plain_sum, plain_add = [0], CentralPlan.new_sum, ClippedSites.add
 
-    def noted(plan: CentralPlan, updates: Sequence[Mapping[str, Tensor]], shapes: Shapes, clip: float) -> SitesSum:
-        arrived.append(len(updates))
-        return plain(plan, updates, shapes, clip)
+    def new_sum(plan: CentralPlan, shapes: Shapes, clip: float) -> ClippedSites:
+        arrived.append(0)
+        return plain_sum(plan, shapes, clip)
 
-    monkeypatch.setattr(CentralPlan, "clipped_sum", noted)
+    def add(total: ClippedSites, update: Mapping[str, Tensor]) -> None:
+        arrived[-1] += 1
+        plain_add(total, update)
+
+    monkeypatch.setattr(CentralPlan, "new_sum", new_sum)
+    monkeypatch.setattr(ClippedSites, "add", add)
     return arrived
 
 
@@ -162,17 +169,16 @@ class NotClipped(ClippedSum):
 
 
 def test_fault_clip_after_averaging(monkeypatch: Monkey) -> None:
-    plain = CentralPlan.clipped_sum
+    arrived, plain = remember_arrived(monkeypatch), ClippedSites.total
 
-    def mean_first(plan: CentralPlan, updates: Sequence[Mapping[str, Tensor]], shapes: Shapes, clip: float) -> SitesSum:
-        with monkeypatch.context() as patch:
-            patch.setattr(mechanism_module, "ClippedSum", NotClipped)
-            total = plain(plan, updates, shapes, clip)
-        length = float(torch.cat([part.flatten() for part in total.updates]).norm()) / max(len(updates), 1)
+    def mean_first(sites: ClippedSites) -> SitesSum:
+        total, clip = plain(sites), sites._clip_norm
+        length = float(torch.cat([part.flatten() for part in total.updates]).norm()) / max(arrived[-1], 1)
         factor = min(1.0, clip / length) if length else 1.0
         return replace(total, updates=[part * factor for part in total.updates])
 
-    monkeypatch.setattr(CentralPlan, "clipped_sum", mean_first)
+    monkeypatch.setattr(mechanism_module, "ClippedSum", NotClipped)
+    monkeypatch.setattr(ClippedSites, "total", mean_first)
     assert_violated(audit(), "sensitivity")
 
 
@@ -182,13 +188,33 @@ def test_fault_not_clipped(monkeypatch: Monkey) -> None:
 
 
 def test_fault_head_clipped_on_its_own(monkeypatch: Monkey) -> None:
-    plain = CentralPlan.clipped_sum
+    plain = CentralPlan.new_sum
 
-    def apart(plan: CentralPlan, updates: Sequence[Mapping[str, Tensor]], shapes: Shapes, clip: float) -> SitesSum:
-        parts = [plain(plan, updates, {name: shape}, clip) for name, shape in shapes.items()]
-        return SitesSum(updates=[part.updates[0] for part in parts], count=parts[0].count)
+    class Apart:
+        def __init__(self, plan: CentralPlan, shapes: Shapes, clip: float) -> None:
+            self.parts = [plain(plan, {name: shape}, clip) for name, shape in shapes.items()]
 
-    monkeypatch.setattr(CentralPlan, "clipped_sum", apart)
+        def add(self, update: Mapping[str, Tensor]) -> None:
+            for part in self.parts:
+                part.add(update)
+
+        def total(self) -> SitesSum:
+            totals = [part.total() for part in self.parts]
+            return SitesSum(updates=[total.updates[0] for total in totals], count=totals[0].count)
+
+    monkeypatch.setattr(CentralPlan, "new_sum", lambda plan, shapes, clip: Apart(plan, shapes, clip))
+    assert_violated(audit(), "sensitivity")
+
+
+def test_fault_rounded_up_on_a_coarse_grid(monkeypatch: Monkey) -> None:
+    """A grid that rounds away from zero makes clipped updates longer than the bound."""
+
+    class Upwards(GridSum):
+        def __init__(self, shapes: Shapes, *, reach: float, **options: Any) -> None:
+            super().__init__(shapes, reach=reach * 2.0**44, **options)
+            self._round = lambda values, out: np.copysign(np.ceil(np.abs(values)), values, out=out)
+
+    monkeypatch.setattr(mechanism_module, "GridSum", Upwards)
     assert_violated(audit(), "sensitivity")
 
 
@@ -216,7 +242,7 @@ def test_fault_every_site_in_turn(monkeypatch: Monkey) -> None:
 def test_fault_sites_drawn_by_the_public_seed(monkeypatch: Monkey) -> None:
     def public(attempt: SitesRound, sites: Mapping[int, SiteDescription]) -> list[int]:
         coins = np.random.default_rng([0, attempt._round_number]).random(len(sites))
-        return [node for node, coin in zip(sites, coins, strict=True) if coin < attempt._plan.plan.sample_rate]
+        return [node for node, coin in zip(sites, coins, strict=True) if coin < attempt.plan.plan.sample_rate]
 
     monkeypatch.setattr(SitesRound, "draw", public)
     assert_violated(audit(), "inclusion")
@@ -266,7 +292,7 @@ def audit_pair(name: str = "pair", *, rounds: int = 250) -> PairAudit:
 
     def released(updates: Sequence[Mapping[str, Tensor]]) -> tuple[np.ndarray, float]:
         attempt = SitesRound(central, _Uncharged(), job.aggregation, new_randomness(), 1)  # type: ignore[arg-type]
-        following, state = attempt.aggregate(INITIAL, updates, {}, SHAPES)
+        following, state = released_by(attempt, updates)
         total = torch.cat([following[name].double().flatten() for name in SHAPES]).numpy() * 100
         moved = -math.log(float(state["|clip_norm"]) / plan.max_grad_norm) / rate + share - 0.5
         return total / plan.max_grad_norm, moved * 100
@@ -345,30 +371,30 @@ def test_fault_count_shares_the_noise_of_the_updates(monkeypatch: Monkey) -> Non
 
 def test_fault_whole_bits_instead_of_halves(monkeypatch: Monkey) -> None:
     """Bits of 0 and 1 reach twice as far as the formula allows."""
-    plain = CentralPlan.clipped_sum
+    plain = ClippedSites.total
 
-    def whole(plan: CentralPlan, updates: Sequence[Mapping[str, Tensor]], shapes: Shapes, clip: float) -> SitesSum:
-        total = plain(plan, updates, shapes, clip)
+    def whole(sites: ClippedSites) -> SitesSum:
+        total = plain(sites)
         return replace(total, count=2 * total.count)
 
-    monkeypatch.setattr(CentralPlan, "clipped_sum", whole)
+    monkeypatch.setattr(ClippedSites, "total", whole)
     assert "reach" in audit_pair().failed
 
 
 def test_fault_bound_moved_by_the_exact_count(monkeypatch: Monkey) -> None:
     """The noisy count is released, but the next bound follows the true one."""
     exact: list[float] = [0.0]
-    plain_sum, plain_finish = CentralPlan.clipped_sum, CentralPlan.finish
+    plain_total, plain_finish = ClippedSites.total, CentralPlan.finish
 
-    def noted(plan: CentralPlan, updates: Sequence[Mapping[str, Tensor]], shapes: Shapes, clip: float) -> SitesSum:
-        total = plain_sum(plan, updates, shapes, clip)
+    def noted(sites: ClippedSites) -> SitesSum:
+        total = plain_total(sites)
         exact.append(total.count)
         return total
 
     def leaking(plan: CentralPlan, noisy: SitesSum, shapes: Shapes, clip: float) -> CentralRound:
         return plain_finish(plan, replace(noisy, count=exact[-1]), shapes, clip)
 
-    monkeypatch.setattr(CentralPlan, "clipped_sum", noted)
+    monkeypatch.setattr(ClippedSites, "total", noted)
     monkeypatch.setattr(CentralPlan, "finish", leaking)
     assert "count" in audit_pair().failed
 
@@ -441,16 +467,16 @@ def test_fault_a_recomputed_round_is_not_charged(tmp_path: Path, monkeypatch: Mo
 
 def test_fault_charged_after_the_release(tmp_path: Path, monkeypatch: Monkey) -> None:
     """The account is written with the next adapter: what a process drew before it died is forgotten."""
-    plain_charge, plain_aggregate = CentralLedger.charge, SitesRound.aggregate
+    plain_charge, plain_release = CentralLedger.charge, SitesRound.release
 
     def late(attempt: SitesRound, *arguments: Any) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(CentralLedger, "charge", lambda *ignored: None)
-            result = plain_aggregate(attempt, *arguments)
+            result = plain_release(attempt, *arguments)
         plain_charge(attempt._ledger, attempt._round_number, attempt._randomness.origin)
         return result
 
-    monkeypatch.setattr(SitesRound, "aggregate", late)
+    monkeypatch.setattr(SitesRound, "release", late)
     assert not audit_charges(tmp_path, monkeypatch)
 
 

@@ -32,6 +32,7 @@ from shared.messages import (
     pack_reply,
     unpack_request,
 )
+from shared.updates import encode_update
 from simulations.grid import InProcessGrid
 
 Behaviour = Callable[[TrainReply, TrainRequest], RecordDict]
@@ -324,6 +325,35 @@ def test_arrival_order_does_not_change_the_result() -> None:
     assert shuffled.orders[1] != sorted(shuffled.orders[1]), "the test must shuffle"
     assert all(torch.equal(straight.adapter[name], other.adapter[name]) for name in INITIAL)
     assert straight.history[-1].sites == other.history[-1].sites
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_updates_come_as_the_job_names_and_in_no_other_form(dtype: Any) -> None:
+    job = make_job(federation={"update_dtype": dtype})
+    compressed: dict[str, Behaviour] = {
+        name: lying(update=encode_update(update, dtype, salt=name).data) for name, update in UPDATES.items()
+    }
+    last = run_rounds(grid_of(compressed), coordinator(job), None)
+    assert last.history[-1].sites == ["a", "b", "c"]
+    assert torch.allclose(last.adapter["w"], torch.full((2, 3), 6.0), rtol=1e-6)  # two rounds of the mean of 1, 2 and 6
+    assert last.history[-1].bytes_up == sum(
+        len(encode_update(update, dtype, salt="").data) for update in UPDATES.values()
+    )
+    # Site c sends float32, and counts as a release all the same.
+    last = run_rounds(grid_of({name: compressed[name] for name in "ab"}), coordinator(job), None)
+    assert last.history[-1].sites == ["a", "b"]
+    assert (
+        f"bytes, expected exactly {len(encode_update(UPDATES['c'], dtype).data)} in {dtype}"
+        in (last.history[-1].failed["c"])
+    )
+    assert last.releases["c"].steps == 4
+
+
+def test_a_diverged_update_is_refused_and_the_round_goes_on() -> None:
+    update = encode({**UPDATES["b"], "w": torch.full((2, 3), 1e4)})
+    last = run_rounds(grid_of({"b": lying(update=update)}), coordinator(make_job()), None)
+    assert last.history[-1].sites == ["a", "c"]
+    assert "holds values up to 10000, expected at most 4096" in last.history[-1].failed["b"]
 
 
 def test_the_draw_of_sites_is_public_and_repeatable() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import random
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +22,7 @@ from shared.errors import ConfigError, PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.central import CentralPlan, SitesSum
 from shared.privacy.central_statement import CentralRelease, central_privacy_record, central_statement
+from shared.privacy.mechanism import ClippedSum
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 
@@ -47,6 +50,15 @@ def make_plan(
 def update_of(vector: Any) -> dict[str, Tensor]:
     parts = torch.split(torch.as_tensor(vector, dtype=torch.float32), [shape.numel() for shape in SHAPES.values()])
     return {name: part.view(shape) for (name, shape), part in zip(SHAPES.items(), parts, strict=True)}
+
+
+def clipped_sum(
+    plan: CentralPlan, updates: Sequence[Mapping[str, Tensor]], shapes: Mapping[str, torch.Size], clip: float
+) -> SitesSum:
+    total = plan.new_sum(shapes, clip)
+    for update in updates:
+        total.add(update)
+    return total.total()
 
 
 def flat(sums: list[Tensor]) -> Tensor:
@@ -86,7 +98,7 @@ def test_one_site_moves_the_pair_by_at_most_the_bound(
     before = [update_of(vector) for vector in others]
     for position in (0, len(before)):
         after = [*before[:position], update_of(added), *before[position:]]
-        without, with_site = (plan.clipped_sum(some, SHAPES, clip) for some in (before, after))
+        without, with_site = (clipped_sum(plan, some, SHAPES, clip) for some in (before, after))
         assert moved(plan, with_site, without, clip) <= 1 / z
         assert all(part.isfinite().all() for part in with_site.updates)
 
@@ -97,29 +109,63 @@ def test_the_bound_is_not_wasted(length: float) -> None:
     plan = make_plan()
     direction = torch.linspace(-1, 1, DIMENSION)
     added = update_of(direction / direction.norm() * length)
-    with_site, without = (plan.clipped_sum(some, SHAPES, 0.1) for some in ([added], []))
+    with_site, without = (clipped_sum(plan, some, SHAPES, 0.1) for some in ([added], []))
     assert moved(plan, with_site, without, 0.1) == pytest.approx(1 / 1.2, rel=2e-3)
 
 
 def test_all_parameters_are_one_vector() -> None:
     plan = make_plan()
-    total = plan.clipped_sum([update_of([1e3] * DIMENSION)], SHAPES, 0.1)
+    total = clipped_sum(plan, [update_of([1e3] * DIMENSION)], SHAPES, 0.1)
     assert float(flat(total.updates).norm()) == pytest.approx(0.1, rel=1e-4)
     assert total.count == -0.5
 
 
-def test_many_updates_are_clipped_alike_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+def many_updates() -> list[dict[str, Tensor]]:
     generator = np.random.default_rng(0)
-    updates = [update_of(row) for row in generator.normal(size=(50, DIMENSION)) * generator.exponential(0.1, (50, 1))]
-    plan = make_plan()
-    whole = plan.clipped_sum(updates, SHAPES, 0.1)
-    monkeypatch.setattr("shared.privacy.central._MOST_COORDINATES", 7 * DIMENSION)
-    parts = plan.clipped_sum(updates, SHAPES, 0.1)
-    assert torch.allclose(flat(whole.updates), flat(parts.updates), rtol=1e-12)
+    return [update_of(row) for row in generator.normal(size=(50, DIMENSION)) * generator.exponential(0.1, (50, 1))]
+
+
+def test_the_sum_is_that_of_the_clipped_updates() -> None:
+    updates = many_updates()
+    total = clipped_sum(make_plan(), updates, SHAPES, 0.1)
     plain = [flat(list(update.values())).numpy() for update in updates]
     expected = np.array([vector / max(1, np.linalg.norm(vector) / 0.1) for vector in plain])
-    assert torch.allclose(flat(whole.updates), torch.from_numpy(expected.sum(axis=0)).double(), atol=1e-5)
-    assert whole.count == parts.count == sum(np.linalg.norm(vector) <= 0.1 for vector in plain) - 25
+    assert torch.allclose(flat(total.updates), torch.from_numpy(expected.sum(axis=0)).double(), atol=1e-5)
+    assert total.count == sum(np.linalg.norm(vector) <= 0.1 for vector in plain) - 25
+
+
+def test_the_order_of_sites_changes_nothing() -> None:
+    updates = many_updates()
+    expected = clipped_sum(make_plan(), updates, SHAPES, 0.1)
+    for seed in range(5):
+        found = clipped_sum(make_plan(), random.Random(seed).sample(updates, 50), SHAPES, 0.1)
+        assert torch.equal(flat(found.updates), flat(expected.updates))
+        assert found.count == expected.count
+
+
+@given(vector=vectors | scaled, clip=st.sampled_from([1e-7, 1e-4, 0.1, 50.0]))
+@settings(deadline=None)
+def test_the_grid_makes_no_coordinate_longer(vector: list[float], clip: float) -> None:
+    """One update on the grid is its clipped self, cut towards zero: the norm stays within the bound without a margin."""
+    clipped = ClippedSum(list(SHAPES.values()), clip)
+    clipped.add([part[None] for part in update_of(vector).values()])
+    on_grid = flat(clipped_sum(make_plan(), [update_of(vector)], SHAPES, clip).updates)
+    assert bool((on_grid.abs() <= flat(clipped.sums).abs()).all())
+    assert float((on_grid - flat(clipped.sums)).abs().max()) <= 100 * clip * 2.0**-51
+    # And a site's part of any sum is exactly this.
+    others = many_updates()
+    difference = flat(clipped_sum(make_plan(), [*others, update_of(vector)], SHAPES, clip).updates) - flat(
+        clipped_sum(make_plan(), others, SHAPES, clip).updates
+    )
+    assert torch.equal(difference, on_grid)
+
+
+def test_no_more_updates_than_declared_sites() -> None:
+    total = make_plan().new_sum(SHAPES, 0.1)
+    for _ in range(100):
+        total.add(update_of([0.5] * DIMENSION))
+    with pytest.raises(ValueError, match="after those of all 100 sites"):
+        total.add(update_of([0.5] * DIMENSION))
 
 
 # --- noise ---
@@ -146,7 +192,7 @@ def test_a_count_with_too_little_noise_is_refused() -> None:
 
 def noise_of(plan: CentralPlan, rounds: int, clip: float) -> tuple[np.ndarray, np.ndarray]:
     """Return the noise on updates and counts, in units of what it should be."""
-    total = plan.clipped_sum([update_of([3.0] * DIMENSION)], SHAPES, clip)
+    total = clipped_sum(plan, [update_of([3.0] * DIMENSION)], SHAPES, clip)
     updates, counts = [], []
     for number in range(1, rounds + 1):
         noisy = plan.add_noise(total, clip, SiteRandomness.injected("central noise"), number)
@@ -181,7 +227,7 @@ def test_noise_has_the_promised_scale_and_no_other() -> None:
 def test_the_divisor_does_not_depend_on_who_answered() -> None:
     plan = make_plan(clip=10.0)
     for number in (0, 1, 77):
-        total = plan.clipped_sum([update_of([0.5] * DIMENSION)] * number, SHAPES, 10.0)
+        total = clipped_sum(plan, [update_of([0.5] * DIMENSION)] * number, SHAPES, 10.0)
         released = plan.finish(total, SHAPES, 10.0)
         assert torch.allclose(released.mean["head"], torch.full((2,), 0.5 * number / 50), rtol=1e-4)
         assert all(part.dtype == torch.float32 for part in released.mean.values())
@@ -194,16 +240,18 @@ def test_the_bound_finds_the_quantile(target: float) -> None:
     updates = [update_of(np.eye(DIMENSION)[i % DIMENSION] * length) for i, length in enumerate(lengths)]
     clip = 5.0
     for _ in range(200):
-        clip = plan.finish(plan.clipped_sum(updates, SHAPES, clip), SHAPES, clip).clip_norm
+        clip = plan.finish(clipped_sum(plan, updates, SHAPES, clip), SHAPES, clip).clip_norm
     assert clip == pytest.approx(np.quantile(lengths, target), rel=0.05)
 
 
 def test_the_bound_stays_where_it_is_not_adapted_and_never_reaches_zero() -> None:
     fixed = make_plan(target=None, count_noise=0.0)
-    assert fixed.finish(fixed.clipped_sum([], SHAPES, 0.1), SHAPES, 0.1).clip_norm == 0.1
+    assert fixed.finish(clipped_sum(fixed, [], SHAPES, 0.1), SHAPES, 0.1).clip_norm == 0.1
     plan, clip = make_plan(q=1.0), 0.1
     for _ in range(500):
-        clip = plan.finish(plan.clipped_sum([update_of([0.0] * DIMENSION)] * 100, SHAPES, clip), SHAPES, clip).clip_norm
+        clip = plan.finish(
+            clipped_sum(plan, [update_of([0.0] * DIMENSION)] * 100, SHAPES, clip), SHAPES, clip
+        ).clip_norm
     assert clip == pytest.approx(1e-7)
 
 

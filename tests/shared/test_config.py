@@ -149,3 +149,14 @@ def test_a_cache_folder_is_absolute(tmp_path: Path) -> None:
     assert parse(ComputeConfig, raw, source="site.toml").cache_file_folder == tmp_path
     with pytest.raises(ConfigError, match=r"cache_file_folder.*absolute path"):
         parse(ComputeConfig, {"cache_file_folder": "scratch"}, source="site.toml")
+
+
+def test_older_jobs_keep_their_hash_and_send_float32() -> None:
+    plain = job()
+    assert plain.federation.update_dtype == "float32"
+    assert "update_dtype" not in plain.canonical_json()
+    assert job(federation={"update_dtype": "float32"}).sha256 == plain.sha256
+    compressed = job(federation={"update_dtype": "int8"})
+    assert '"update_dtype":"int8"' in compressed.canonical_json()
+    assert parse(Job, json.loads(compressed.canonical_json()), source="job.json") == compressed
+    assert compressed.sha256 != plain.sha256
