@@ -103,15 +103,13 @@ def alternate(peers: Mapping[str, Measure], ours: Measure, *, runs: int, tell: T
     return found
 
 
-def seconds(
-    action: Callable[[], object], repetitions: int = 1, *, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Return the seconds of one of `repetitions` calls in a row, by `clock`."""
+def seconds(action: Callable[[], object], repetitions: int = 1) -> float:
+    """Return the seconds of one of `repetitions` calls in a row."""
     gc.collect()
-    started = clock()
+    started = time.perf_counter()
     for _ in range(repetitions):
         action()
-    return (clock() - started) / repetitions
+    return (time.perf_counter() - started) / repetitions
 
 
 def summarize(values: Sequence[float]) -> Summary:

@@ -173,6 +173,7 @@ def same_job(
     max_length: int = 128,
     training: dict[str, Any] | None = None,
     privacy: dict[str, Any] | None = None,
+    federation: dict[str, Any] | None = None,
     rounds: int = 1,
 ) -> Job:
     """Return our job for what the peers train."""
@@ -189,6 +190,7 @@ def same_job(
         "task": {"kind": "sequence_classification", "labels": LABELS},
         "training": {"rounds": rounds, "local_steps": 1, "learning_rate": LEARNING_RATE, **(training or {})},
         "privacy": {"sample_rate": 1.0, "noise_multiplier": 1.0, **(privacy or {})},
+        "federation": federation or {},
     }
     return parse(Job, raw, source="the benchmark")
 

@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-import client.trainer
 from benchmarks import peers
 from benchmarks.harness import Findings, Pairs, PeakMemory, Tell, alternate, calm_environment, in_own_process, seconds
 from benchmarks.peers import Classifier, OpacusTraining
-from client.trainer import LocalRound, train_local_round
+from client.trainer import LocalRound, LocalWork, train_local_rounds
 from shared.batches import Example
 from shared.config import Job, parse
 from shared.datasets import write_jsonl
@@ -30,6 +29,7 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime
 from simulations.demo_data import load_movie_reviews, split_public_test
+from simulations.scenario import SimulationConfig
 
 RECORDS, BATCH, LOCAL_STEPS = 50, 10, 4
 """Of every client: records, expected size of a Poisson sample, DP steps of a round."""
@@ -42,8 +42,9 @@ _TRAINING = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": LEARNING_RATE
 
 
 CLIENTS, ROUNDS = 100, 5
-MANY, MANY_RECORDS, MANY_TEXTS, MANY_TOKENS = 1000, 20, 2000, 16
-"""Many clients, records of each, and the different texts among all their records with the tokens that are kept of each."""
+MANY, MANY_RECORDS, MANY_STEPS, MANY_TEXTS, MANY_TOKENS = 1000, 20, 4, 2000, 32
+"""Many clients, records of each, steps of a round, and the different texts among all their records with the tokens that are kept
+of each."""
 
 
 def run(tell: Tell, *, clients: int = CLIENTS, rounds: int = ROUNDS, runs: int = 1) -> Findings:
@@ -209,8 +210,8 @@ def _peer_data(folder: str) -> tuple[Tensor, Tensor, Tensor]:
 def run_many(tell: Tell, *, many: int = MANY, runs: int = 5) -> Findings:
     """Compare `many` small clients with one client that has all their records, in time and memory.
 
-    Every record is used once on both sides: one step over all records of a client. Every run is in a process of its own; what
-    the frozen layers compute is in memory before the clock starts.
+    Every record is drawn once on average on both sides: `MANY_STEPS` Poisson samples, of five records of a small client. Every
+    run is in a process of its own; what the frozen layers compute is in memory before the clock starts.
     """
     time_of, memory = Pairs([], []), Pairs([], [])
     one, small = many * MANY_RECORDS, MANY_RECORDS
@@ -256,26 +257,22 @@ def train_all(runtime: Runtime, examples: list[Example], size: int) -> dict[str,
 
 
 def local_rounds(runtime: Runtime, clients: list[list[Example]]) -> Iterator[LocalRound]:
-    """Yield one round of every client: by the trainer of many clients at once where there is one, else one by one."""
+    """Yield one round of every client, as many at once as the simulation trains by default."""
     job = _many_job()
-    arguments = [
-        {
-            "examples": examples,
-            "training": job.training,
-            "plan": PrivacyPlan.from_job(job),
-            "declared_records": len(examples),
-            "randomness": SiteRandomness.from_os(),
-            "round_number": 1,
-        }
-        for examples in clients
-    ]
-    at_once = getattr(client.trainer, "train_local_rounds", None)
-    if at_once is not None and len(clients) > 1:
-        yield from at_once(runtime, arguments, runtime.initial)
-        return
-    for own in arguments:
-        examples = own.pop("examples")
-        yield train_local_round(runtime, examples, runtime.initial, **own)  # type: ignore[arg-type]
+    at_once = SimulationConfig().clients_at_once
+    for begin in range(0, len(clients), at_once):
+        works = [
+            LocalWork(examples=own, declared_records=len(own), randomness=SiteRandomness.from_os())
+            for own in clients[begin : begin + at_once]
+        ]
+        yield from train_local_rounds(
+            runtime,
+            works,
+            runtime.initial,
+            training=job.training,
+            plan=PrivacyPlan.from_job(job),
+            round_number=1,
+        )
 
 
 def _job(rounds: int) -> Job:
@@ -289,7 +286,12 @@ def _job(rounds: int) -> Job:
 
 
 def _many_job() -> Job:
-    return peers.same_job(last_layers=_LAST_LAYERS, max_length=MANY_TOKENS, training={**_TRAINING, "local_steps": 1})
+    return peers.same_job(
+        last_layers=_LAST_LAYERS,
+        max_length=MANY_TOKENS,
+        training={**_TRAINING, "local_steps": MANY_STEPS},
+        privacy={"sample_rate": 1 / MANY_STEPS},
+    )
 
 
 def _in_random_order(items: Sequence[T], count: int) -> list[T]:

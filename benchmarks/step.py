@@ -6,7 +6,6 @@ record drawn, noise from the site's cryptographic generator and default speed se
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +43,8 @@ def run(tell: Tell, *, runs: int = 5, steps: int = 2) -> Findings:
         findings.details[f"time, {setting}"] = comparison
         if setting == Setting("float32", "b"):
             findings.headlines["dp_step_time_ratio"] = comparison[f"ours / {PLAIN}"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    alone = compare_time(Setting("float32", "b"), runs=runs, steps=1, tell=tell, cpu=True)
-    torch.set_num_threads(threads)
-    findings.details["processor time on one thread, float32, train b"] = alone
     for train in TRAINS:
-        memory = compare_memory(Setting("float32", train), runs=runs, tell=tell)
+        memory = compare_memory(Setting("float32", train), runs=runs if train == "b" else 2, tell=tell)
         findings.details[f"memory, float32, train {train}"] = memory
         if train == "b":
             findings.headlines["dp_step_memory_ratio"] = memory[f"ours / {PLAIN}"]
@@ -87,7 +81,7 @@ class Setting:
         return f"{self.precision}{emulated}, train {self.train}"
 
 
-def compare_time(setting: Setting, *, runs: int, steps: int, tell: Tell, cpu: bool = False) -> dict[str, list[float]]:
+def compare_time(setting: Setting, *, runs: int, steps: int, tell: Tell) -> dict[str, list[float]]:
     """Return seconds of every variant and ratios within pairs.
 
     Args:
@@ -95,12 +89,10 @@ def compare_time(setting: Setting, *, runs: int, steps: int, tell: Tell, cpu: bo
         runs: pairs of each.
         steps: steps of a measurement.
         tell: told before every pair.
-        cpu: count processor time, which other processes disturb far less than the time of the clock, and leave out most peers.
     """
-    clock = time.process_time if cpu else time.perf_counter
     tell(f"{setting}: loading")
     # Emulation is slow: the limit and one mode of Opacus suffice.
-    steps, modes = (1, MODES[:1]) if setting.emulated else (steps, MODES[:1] if cpu else MODES)
+    steps, modes = (1, MODES[:1]) if setting.emulated else (steps, MODES)
     theirs = {name: peer(name, setting) for name in (PLAIN, *modes)}
     ours = our_training(setting, steps)
     # Against ourselves: what privacy costs, and what the cut into micro-batches costs.
@@ -113,11 +105,9 @@ def compare_time(setting: Setting, *, runs: int, steps: int, tell: Tell, cpu: bo
     for action in (*theirs.values(), ours, *variants.values()):
         action()
 
-    measured = {name: lambda act=action: seconds(act, steps, clock=clock) for name, action in theirs.items()}
-    measured |= {name: lambda act=action: seconds(act, clock=clock) / steps for name, action in variants.items()}
-    pairs = alternate(
-        measured, lambda: seconds(ours, clock=clock) / steps, runs=runs, tell=lambda what: tell(f"{setting}: {what}")
-    )
+    measured = {name: lambda act=action: seconds(act, steps) for name, action in theirs.items()}
+    measured |= {name: lambda act=action: seconds(act) / steps for name, action in variants.items()}
+    pairs = alternate(measured, lambda: seconds(ours) / steps, runs=runs, tell=lambda what: tell(f"{setting}: {what}"))
     found = {f"{name}, seconds": pair.peer for name, pair in pairs.items()}
     found["ours, seconds"] = [value for pair in pairs.values() for value in pair.ours]
     return found | {f"ours / {name}": pair.ours_over_peer() for name, pair in pairs.items()}

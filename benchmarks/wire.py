@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 import tomllib
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import save
@@ -13,9 +14,10 @@ from torch import Tensor
 import simulations
 from benchmarks import peers
 from benchmarks.harness import Findings, Tell
-from benchmarks.peers import Classifier
+from benchmarks.peers import Classifier, Train
 from shared import adapters
-from shared.config import Job, parse
+from shared.config import Job, UpdateDtype, parse
+from shared.updates import encode_update
 
 _SHIPPED = "demo.toml"
 _JOB_SECTIONS = {"name", "model", "lora", "task", "training", "privacy", "aggregation", "federation"}
@@ -27,8 +29,11 @@ def run(tell: Tell, *, runs: int = 5) -> Findings:
     shipped = parse(Job, {key: raw[key] for key in raw.keys() & _JOB_SECTIONS}, source=_SHIPPED)
     jobs = {
         _SHIPPED: shipped,
-        "all layers, train b": peers.same_job(),
-        "all layers, train both": peers.same_job(train="both"),
+        **{
+            f"all layers, train {train}, {dtype}": peers.same_job(train=train, federation={"update_dtype": dtype})
+            for train in get_args(Train)
+            for dtype in get_args(UpdateDtype)
+        },
     }
     findings = Findings()
     for name, job in jobs.items():
@@ -47,9 +52,9 @@ def run(tell: Tell, *, runs: int = 5) -> Findings:
     return findings
 
 
-def encoded_update(_job: Job, delta: dict[str, Tensor]) -> bytes:
-    """Return what a site sends for `delta` under a job; the only place here that knows how."""
-    return adapters.encode(delta, salt=secrets.token_hex(16))
+def encoded_update(job: Job, delta: dict[str, Tensor]) -> bytes:
+    """Return what a site sends for `delta` under a job."""
+    return encode_update(delta, job.federation.update_dtype, salt=secrets.token_hex(16)).data
 
 
 def peft_bytes(model: Classifier) -> int:

@@ -64,7 +64,7 @@ class TunableModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the trainable parameters are."""
-        return next(iter(self.trainable().values())).device
+        return next(self.parameters()).device
 
     def train_mode(self) -> None:
         """Keep everything frozen in evaluation mode; only what is trained is in training mode, as Opacus asks."""

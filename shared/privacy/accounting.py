@@ -237,11 +237,16 @@ def _limit_sigma(mu: float, sample_rate: float, steps: int, others: Iterable[Gau
 
 def prv_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:
     """Return epsilon by the PRV accountant of Opacus: an independent check of `compose_epsilon`, upper bound."""
+    return _prv_epsilon(tuple(event for event in events if event.steps), delta)
+
+
+@lru_cache(maxsize=1024)  # the sites of a run mostly executed the same
+def _prv_epsilon(events: tuple[GaussianSteps, ...], delta: float) -> float:
     from opacus.accountants import PRVAccountant
 
     accountant = PRVAccountant()
-    accountant.history = [(e.noise_multiplier, e.sample_rate, e.steps) for e in events if e.steps]
-    if not accountant.history:
+    accountant.history = [(e.noise_multiplier, e.sample_rate, e.steps) for e in events]
+    if not events:
         return 0.0
     # Opacus logs a warning about its own mesh; the caller compares the two numbers instead.
     logging.getLogger("opacus").setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ Source: DP-SGD, Abadi et al. 2016, algorithm 1, with Poisson sampling and normal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -69,7 +69,7 @@ class ClippedSum:
     """
 
     def __init__(self, shapes: Sequence[torch.Size], max_grad_norm: float) -> None:
-        self._sums = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
+        self._sums = list(_views(torch.zeros(sum(shape.numel() for shape in shapes), dtype=torch.float64), shapes))
         self._max_grad_norm = max_grad_norm
         self.num_examples = self.num_clipped = self.num_non_finite = 0
 
@@ -80,16 +80,19 @@ class ClippedSum:
             gradients: one tensor [batch, *shape] per parameter; the batch dimension is the example.
         """
         # In float64: float32 understates the norm of millions of coordinates and rounds long sums by more than the margin.
-        flat = [gradient.detach().flatten(1).double() for gradient in gradients]
-        norms = torch.stack([part.norm(dim=1) for part in flat]).norm(dim=0)  # [batch], one norm per example
+        vectors = torch.cat(
+            [gradient.detach().flatten(1) for gradient in gradients], dim=1
+        ).double()  # [batch, coordinates]
+        norms = vectors.norm(dim=1).cpu()
         finite = norms.isfinite()
         scale = CLIP_MARGIN * self._max_grad_norm / norms.clamp(min=CLIP_MARGIN * self._max_grad_norm)
         if not bool(finite.all()):
             # 0 * NaN is NaN: a non-finite example is removed before the product, not by it.
-            flat = [torch.where(finite[:, None], part, 0.0) for part in flat]
+            vectors = torch.where(finite[:, None].to(vectors.device), vectors, 0.0)
             scale = torch.where(finite, scale, 0.0)
-        for total, part in zip(self._sums, flat, strict=True):
-            total += (scale @ part).reshape(total.shape).cpu()
+        clipped = (scale.to(vectors.device) @ vectors).cpu()
+        for total, part in zip(self._sums, _views(clipped, [total.shape for total in self._sums]), strict=True):
+            total += part
         self.num_examples += len(norms)
         self.num_clipped += int((norms > self._max_grad_norm)[finite].sum())
         self.num_non_finite += int((~finite).sum())
@@ -105,6 +108,12 @@ class ClippedSum:
         return self._sums
 
 
+def _views(vector: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
+    """Return the parts of one vector over all parameters, each in its shape."""
+    parts = torch.split(vector, [shape.numel() for shape in shapes])
+    return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+
+
 class PlainSum(ClippedSum):
     """The same sum without clipping, for non-private baselines."""
 
@@ -115,5 +124,4 @@ class PlainSum(ClippedSum):
 def add_gaussian_noise(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:
     """Return `sums` plus independent N(0, std^2) noise per coordinate; float64 on the CPU, same shapes."""
     noise = torch.from_numpy(stream.normal(sum(total.numel() for total in sums)) * std)
-    parts = torch.split(noise, [total.numel() for total in sums])
-    return [total + part.view_as(total) for total, part in zip(sums, parts, strict=True)]
+    return [total + part for total, part in zip(sums, _views(noise, [total.shape for total in sums]), strict=True)]
