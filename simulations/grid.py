@@ -78,6 +78,7 @@ class InProcessGrid(SimulationGrid):
             run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config={}
         )
         self._waiting: dict[str, Message] = {}
+        self._ready: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
 
     def set_run(self, run: Run) -> None:
@@ -104,18 +105,26 @@ class InProcessGrid(SimulationGrid):
         return identifiers
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Run the oldest waiting message among `message_ids`, or requests to train, and return what was replied."""
-        wanted = set(message_ids)
-        waiting = [identifier for identifier in self._waiting if identifier in wanted]
-        if not waiting:
-            return []
-        if self._together is not None and self._at_once > 1:
-            training = [i for i in waiting if self._waiting[i].metadata.message_type == TRAIN][: self._at_once]
-            if training and training[0] == waiting[0]:
-                messages = [self._waiting.pop(identifier) for identifier in training]
-                return self._together([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
-        message = self._waiting.pop(waiting[0])
-        return [self._client_app(message, self._contexts[message.metadata.dst_node_id])]
+        """Run the oldest waiting message among `message_ids` and return its reply, with others that were answered beside it."""
+        wanted = list(message_ids)
+        oldest = next((identifier for identifier in self._waiting if identifier in set(wanted)), None)
+        if not any(identifier in self._ready for identifier in wanted) and oldest is not None:
+            first = self._waiting[oldest].metadata
+            if self._together is not None and first.message_type == TRAIN and self._at_once > 1:
+                # Also requests of the round that nobody pulls for yet: a caller may ask for a few at a time.
+                alike = [
+                    identifier
+                    for identifier, message in self._waiting.items()
+                    if (message.metadata.message_type, message.metadata.group_id) == (TRAIN, first.group_id)
+                ]
+                chosen = [oldest, *(identifier for identifier in alike if identifier != oldest)][: self._at_once]
+                messages = [self._waiting.pop(identifier) for identifier in chosen]
+                replies = self._together([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
+                self._ready.update(zip(chosen, replies, strict=True))
+            else:
+                message = self._waiting.pop(oldest)
+                self._ready[oldest] = self._client_app(message, self._contexts[message.metadata.dst_node_id])
+        return [self._ready.pop(identifier) for identifier in wanted if identifier in self._ready]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See `Grid`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
@@ -121,3 +122,28 @@ def test_a_dropped_site_is_not_trained_and_descriptions_never_drop() -> None:
     assert not any(reply.has_error() for reply in replies)
     with pytest.raises(NotImplementedError):
         grid.send_and_receive([])
+
+
+def test_requests_to_train_run_together_and_are_handed_out_as_they_are_pulled() -> None:
+    seen: list[int] = []
+    together: list[list[int]] = []
+    app = echo_app(seen)
+
+    def answer(messages: Sequence[tuple[Message, Context]]) -> list[Message]:
+        together.append([context.node_id for _, context in messages])
+        return [app(message, context) for message, context in messages]
+
+    grid = InProcessGrid(app, 5, together=answer, at_once=3)
+    (stale,) = grid.push_messages(requests([5], group="1"))
+    (asked,) = grid.push_messages(requests([1], kind=DESCRIBE))
+    identifiers = list(grid.push_messages(requests([4, 2, 3, 1], group="2")))
+    # A pull for some of them runs others of the same round too; none of another round, and nothing that is no training.
+    assert [r.metadata.src_node_id for r in grid.pull_messages(identifiers[:1])] == [4]
+    assert together == [[4, 2, 3]]
+    assert [r.metadata.src_node_id for r in grid.pull_messages(identifiers[1:])] == [2, 3]
+    assert together == [[4, 2, 3]], "what is ready is handed out before anything else runs"
+    assert [r.metadata.src_node_id for r in grid.pull_messages(identifiers)] == [1]
+    assert list(grid.pull_messages(identifiers)) == [], "a reply is given once"
+    assert [r.metadata.reply_to_message_id for r in grid.pull_messages([asked])] == [asked]
+    assert together == [[4, 2, 3], [1]]
+    assert [r.metadata.src_node_id for r in grid.pull_messages([stale])] == [5]
