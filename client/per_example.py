@@ -15,7 +15,7 @@ which norms could be formed without them (B r out against B T out numbers, r bel
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,12 @@ import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
 
+from shared.privacy.mechanism import ClippedSum
+from shared.privacy.persons import PersonSum
+
 Keep = Callable[[Tensor, Tensor], None]
+
+_MOST_HELD_BYTES = 32 * 2**20  # gradients held back to be put in order of their sites
 
 
 class PerExampleHooks(GradSampleHooks):  # type: ignore[misc]
@@ -141,6 +146,64 @@ def _add(parameter: Tensor, gradients: Tensor) -> None:
 
 def _is_trained(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+class GradientsBySite:
+    """Hands the per-example gradients of micro-batches to the sums of their sites.
+
+    With several sites, a few micro-batches are held back and put in order of their sites: one call for each site instead of one
+    for each site and micro-batch, most of them for a single example.
+    """
+
+    def __init__(self, first_row: Sequence[int], sums: Sequence[ClippedSum | PersonSum]) -> None:
+        """Begin a step.
+
+        Args:
+            first_row: first row of each site in the pool of all records.
+            sums: of each site.
+        """
+        self._first_row, self._sums = first_row, sums
+        self._held: list[list[Tensor]] = []
+        self._rows: list[int] = []
+        self._owners: list[int] = []
+        self._num_bytes = 0
+
+    def add(self, gradients: list[Tensor], rows: list[int], owners: list[int]) -> None:
+        """Take one micro-batch.
+
+        Args:
+            gradients: one tensor [batch, *shape] per parameter.
+            rows: the record of each example in the pool.
+            owners: the site of each example.
+        """
+        if len(self._sums) == 1:
+            # All of them, whatever came: a gradient too many is for the sum to refuse.
+            self._give(0, gradients, rows)
+            return
+        self._held.append(gradients)
+        self._rows += rows
+        self._owners += owners
+        self._num_bytes += sum(gradient.nbytes for gradient in gradients)
+        if self._num_bytes > _MOST_HELD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand over what is held back."""
+        if not self._held:
+            return
+        order = sorted(range(len(self._owners)), key=self._owners.__getitem__)
+        gradients = [torch.cat(parts)[order] for parts in zip(*self._held, strict=True)]
+        rows = [self._rows[place] for place in order]
+        for site, part in slices_by_owner([self._owners[place] for place in order]):
+            self._give(site, [gradient[part] for gradient in gradients], rows[part])
+        self._held, self._rows, self._owners, self._num_bytes = [], [], [], 0
+
+    def _give(self, site: int, gradients: list[Tensor], rows: list[int]) -> None:
+        receiver = self._sums[site]
+        if isinstance(receiver, PersonSum):
+            receiver.add(gradients, [row - self._first_row[site] for row in rows])
+        else:
+            receiver.add(gradients)
 
 
 def slices_by_owner(owners: list[int]) -> Iterator[tuple[int, slice]]:

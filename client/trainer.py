@@ -28,7 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from client.per_example import PerExampleHooks, slices_by_owner
+from client.per_example import GradientsBySite, PerExampleHooks
 from shared.batches import Example
 from shared.config import TrainingConfig
 from shared.privacy.mechanism import ClippedSum, per_example_gradients
@@ -186,6 +186,7 @@ def train_local_rounds(
                 for first, groups in zip(first_row[:-1], drawn, strict=True)
                 for group in groups
             ]
+            shares = GradientsBySite(first_row, sums)
             for rows, batch in runtime.grouped_batches(pool, pooled):
                 owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
                 if len(works) > 1:
@@ -193,17 +194,10 @@ def train_local_rounds(
                 with runtime.autocast():
                     losses = task.per_example_loss(model(batch), batch)
                 losses.sum().backward()  # type: ignore[no-untyped-call]
-                gradients = per_example_gradients(parameters, len(losses))
-                lost = losses.detach().cpu()
-                # Of one site all, whatever came: a gradient too many is for the sum to refuse.
-                for site, part in [(0, slice(None))] if len(works) == 1 else slices_by_owner(owners):
-                    own = [gradient[part] for gradient in gradients]
-                    receiver = sums[site]
-                    if isinstance(receiver, PersonSum):
-                        receiver.add(own, [row - first_row[site] for row in rows[part]])
-                    else:
-                        receiver.add(own)
-                    loss_sums[site] += float(lost[part].sum())
+                shares.add(per_example_gradients(parameters, len(losses)), rows, owners)
+                for site, loss in zip(owners, losses.tolist(), strict=True):
+                    loss_sums[site] += loss
+            shares.flush()
             for site, (work, total) in enumerate(zip(works, totals, strict=True)):
                 receiver = sums[site]
                 if isinstance(receiver, PersonSum):

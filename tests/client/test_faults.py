@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 import client.ledger_file as ledger_file
+import client.per_example as per_example_module
 import client.trainer as trainer_module
 import shared.privacy.plan as plan_module
 from client.ledger import Budget, Charge, Ledger
@@ -324,9 +325,9 @@ def test_fault_a_record_that_is_not_finite_poisons_the_sum(monkeypatch: pytest.M
 
 def test_fault_gradients_of_earlier_micro_batches_are_added_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record that is counted in two rows is clipped twice to C: its influence is 2 C."""
-    take, slices = trainer_module.per_example_gradients, trainer_module.slices_by_owner
+    take, slices = trainer_module.per_example_gradients, per_example_module.slices_by_owner
     if COMPANIONS[0]:
-        monkeypatch.setattr(trainer_module, "slices_by_owner", lambda owners: [*slices(owners), *slices(owners)])
+        monkeypatch.setattr(per_example_module, "slices_by_owner", lambda owners: [*slices(owners), *slices(owners)])
     else:
         doubled = lambda p, n: [torch.cat([g, g]) for g in take(p, n)]  # noqa: E731
         monkeypatch.setattr(trainer_module, "per_example_gradients", doubled)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import client.per_example as per_example_module
 import client.trainer as trainer_module
 from client.per_example import PerExampleHooks, slices_by_owner
 from client.trainer import LocalRound, LocalWork, per_example_hooks, train_local_rounds
@@ -234,6 +235,19 @@ def test_other_layers_are_left_to_opacus_and_a_layer_may_be_used_twice() -> None
             torch.testing.assert_close(many[row], one, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="only if everything trained is a linear layer"):
         PerExampleHooks(model, {p: p.detach().unsqueeze(0) for p in parameters})
+
+
+def test_gradients_held_back_are_handed_over_in_pieces_of_any_size(
+    classification_job: Callable[..., Job], records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = classification_job(training={"optimizer": "sgd", "learning_rate": 0.05})
+    runtime = load_runtime(job, CPU)
+    plan = replace(PrivacyPlan.from_job(job), sample_rate=0.5)
+    works = works_of(runtime.encode(records[:60]))
+    expected = train(runtime, works, job, plan)
+    monkeypatch.setattr(per_example_module, "_MOST_HELD_BYTES", 0)
+    for found, other in zip(train(runtime, works, job, plan), expected, strict=True):
+        assert_same_round(found, other)
 
 
 def test_slices_by_owner() -> None:
