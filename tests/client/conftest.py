@@ -32,7 +32,7 @@ def site_home(tmp_path: Path, records: list[dict[str, Any]]) -> Callable[..., Pa
             "dataset": "notes",
             "data": {"path": "data.jsonl", "columns": {"text": "text", "label": "label"}},
             "budget": {"epsilon": 50.0, "delta": 1e-5},
-            "compute": COMPUTE.model_dump(),
+            "compute": COMPUTE.model_dump(exclude_none=True),
         }
         (home / "site.toml").write_text(tomli_w.dumps(config | changes))
         return home
