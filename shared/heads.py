@@ -31,15 +31,19 @@ class PooledClassifier(nn.Module):
         return self.linear(pooled)  # type: ignore[no-any-return]
 
 
-class TiedLanguageHead(nn.Module):
+class TokenHead(nn.Module):
+    """A head that treats each token by itself, so that it can run on packed texts: [..., H] -> [..., outputs]."""
+
+
+class TiedLanguageHead(TokenHead):
     """Token vectors -> logits over the vocabulary through the frozen token embedding; nothing here is trained."""
 
     def __init__(self, embedding: nn.Embedding) -> None:
         super().__init__()
         self._embedding = [embedding]  # in a list: not a sub-module, so its weight is counted once
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
-        """Return logits [B, T, vocabulary] from hidden [B, T, H]."""
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., vocabulary] from hidden [..., H]."""
         return nn.functional.linear(hidden, self._embedding[0].weight)
 
 

@@ -13,7 +13,8 @@ LoRA: Hu et al. 2021. FFA-LoRA (A fixed): Sun et al. 2024.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from shared.backbones import Architecture
 from shared.batches import Batch
 from shared.config import LoraConfig, nearest
 from shared.errors import ModelError
+from shared.heads import TokenHead
+from shared.packing import Packing
 from shared.seeds import derived_seed
 
 # Suffix of the name under which a global adapter keeps what averaged factors cannot hold; see `set_residuals`.
@@ -36,6 +39,7 @@ class TunableModel(nn.Module):
         architecture: where the backbone keeps its parts.
         first_adapted: index of the lowest layer with an adapter; all below is frozen and cacheable.
         scaling: alpha / rank.
+        packing: while something runs on packed tokens, where they belong; None at other times.
     """
 
     def __init__(
@@ -53,6 +57,7 @@ class TunableModel(nn.Module):
         self.first_adapted = first_adapted
         self.scaling = lora.alpha / lora.rank
         self._backbone_name = "base_model.model"
+        self.packing: Packing | None = None
         self._frozen_targets: dict[str, Tensor] = {}
         self.train_mode()
 
@@ -101,19 +106,23 @@ class TunableModel(nn.Module):
 
     def embed_frozen(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the activations that enter the first adapted layer, float [B, T, H]; no gradient is recorded."""
-        with torch.no_grad():
-            hidden = self.architecture.embed(self.backbone, input_ids)
-            return self._run_layers(hidden, attention_mask, 0, self.first_adapted)
+        packing = Packing.of(attention_mask)
+        return packing.pad(self._embed_frozen(input_ids, attention_mask, packing))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
-        hidden = batch.hidden
-        if hidden is None:
-            hidden = self.embed_frozen(batch.input_ids, batch.attention_mask)
-        hidden = self._run_layers(hidden, batch.attention_mask, self.first_adapted, len(self.layers()))
+        packing = Packing.of(batch.attention_mask)
+        if batch.hidden is None:
+            hidden = self._embed_frozen(batch.input_ids, batch.attention_mask, packing)
+        else:
+            hidden = packing.pack(batch.hidden)
+        hidden = self._run_layers(hidden, batch.attention_mask, packing, self.first_adapted, len(self.layers()))
         if self.architecture.final_norm is not None:
             hidden = self.backbone.get_submodule(self.architecture.final_norm)(hidden)
-        return self.head(hidden, batch.attention_mask)  # type: ignore[no-any-return]
+        if isinstance(self.head, TokenHead):
+            with self._packed(packing):
+                return packing.pad(self.head(hidden))
+        return self.head(packing.pad(hidden), batch.attention_mask)  # type: ignore[no-any-return]
 
     def set_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Add `residuals` (float [out, in] by adapted module) to the frozen weights, replacing earlier ones.
@@ -139,12 +148,27 @@ class TunableModel(nn.Module):
             if hasattr(module, "lora_A") and "default" in module.lora_A:
                 yield _stable_name(name), module
 
-    def _run_layers(self, hidden: Tensor, attention_mask: Tensor, start: int, stop: int) -> Tensor:
+    def _embed_frozen(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
+        with torch.no_grad():
+            hidden = packing.pack(self.architecture.embed(self.backbone, input_ids))
+            return self._run_layers(hidden, attention_mask, packing, 0, self.first_adapted)
+
+    def _run_layers(self, hidden: Tensor, attention_mask: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+        """Run layers on packed tokens [1, N, H]."""
         mask = self._attention(attention_mask)
-        for layer in self.layers()[start:stop]:
-            output = layer(hidden, attention_mask=mask)
-            hidden = output[0] if isinstance(output, tuple) else output
+        with self._packed(packing):
+            for layer in self.layers()[start:stop]:
+                output = layer(hidden, attention_mask=mask, packing=packing)
+                hidden = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    @contextmanager
+    def _packed(self, packing: Packing) -> Iterator[None]:
+        self.packing = packing
+        try:
+            yield
+        finally:
+            self.packing = None
 
     def _attention(self, attention_mask: Tensor) -> Tensor | None:
         batch, length = attention_mask.shape

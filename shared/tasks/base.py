@@ -48,7 +48,7 @@ class Task(Protocol):
         """True if the task needs a left-to-right backbone with its own vocabulary output."""
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
-        """Return the module from token vectors [B, T, H] and mask [B, T] to outputs."""
+        """Return the module from token vectors [B, T, H] and mask [B, T] to outputs, or a `TokenHead`."""
 
     def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
         """Turn records into examples.

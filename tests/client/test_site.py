@@ -419,7 +419,8 @@ def test_what_an_encoding_lost_comes_with_the_next_round(
     for name in results[0].delta:
         missing = sum(result.delta[name].double() for result in results) - sum(part[name].double() for part in sent)
         torch.testing.assert_close(missing, last[name].double(), rtol=1e-4, atol=1e-6)
-        assert float(last[name].abs().max()) > 0
+    # Not of each: a bias whose two entries are opposite is exact in int8.
+    assert any(float(residual.abs().max()) > 0 for residual in last.values())
 
 
 def test_a_crash_leaves_the_residual_of_the_last_stored_round(
