@@ -80,7 +80,7 @@ def _synthetic_examples(runtime: Runtime) -> list[Example]:
     vocabulary = int(runtime.tokenizer.vocab_size)
     lengths = [min(length, runtime.max_length) for length in (5, 9, 7)]
     return [
-        Example(torch.randint(0, vocabulary, (length,), generator=generator), target=index % 2)
+        runtime.task.probe(torch.randint(0, vocabulary, (length,), generator=generator), index)
         for index, length in enumerate(lengths)
     ]
 

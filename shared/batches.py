@@ -7,16 +7,21 @@ Cutting a logical batch into micro-batches changes speed and memory, never the p
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-# What one more micro-batch costs, in places that are only padding, as a part of the token budget: 256 of 2,048. Padding costs
-# attention alone (shared.packing). Measured on two processor cores with MiniLM-L6; between a quarter and an eighth it is flat.
-_CUTS_PER_BUDGET = 8
+# What one more micro-batch costs, in places that are only padding, as a part of the token budget: 512 of 2,048. Padding costs
+# little (shared.packing). Measured on two processor cores with MiniLM-L6; from one half to an eighth it is flat.
+_CUTS_PER_BUDGET = 4
+
+
+IGNORED = -100
+"""Target of a token that has none; PyTorch's own default."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +30,12 @@ class Example:
 
     Attributes:
         input_ids: token ids, int64 [T], T >= 1.
-        target: class index, or 0 where the tokens are their own target.
+        target: class index; a number; several whole numbers, such as a class or `IGNORED` for each token, int64 [K]; or 0 where
+            the tokens are their own target.
     """
 
     input_ids: Tensor
-    target: int = 0
+    target: int | float | Tensor = 0
 
     @property
     def length(self) -> int:
@@ -82,37 +88,54 @@ def collate(examples: Sequence[Example], hidden: Sequence[Tensor] | None = None)
         states = hidden[0].new_zeros(size, length, hidden[0].shape[-1])
         for row, state in enumerate(hidden):
             states[row, : len(state)] = state
-    targets = torch.tensor([example.target for example in examples], dtype=torch.int64)
-    return Batch(input_ids, mask, targets, states)
+    return Batch(input_ids, mask, _targets([example.target for example in examples]), states)
+
+
+def _targets(targets: Sequence[int | float | Tensor]) -> Tensor:
+    """Return the targets of B examples: int64 [B], float32 [B], or int64 [B, longest] padded with `IGNORED`."""
+    rows = [target for target in targets if isinstance(target, Tensor)]
+    if rows:
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+    return torch.tensor(targets, dtype=torch.float32 if isinstance(targets[0], float) else torch.int64)
 
 
 def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut `indices`, sorted by length, where that costs least: padding against the fixed cost of one more micro-batch.
-
-    The cost of a micro-batch is its padded tokens plus `max_tokens` / `_CUTS_PER_BUDGET`. Of all cuts between records of
-    different length the cheapest is found by dynamic programming over the lengths that occur; what exceeds the budget is
-    then cut evenly.
+    """Cut `indices` into micro-batches: padding against the fixed cost of one more; see `cut_by_length`.
 
     Args:
         lengths: tokens of every record, indexed by the values of `indices`.
         indices: the records of one logical batch; may be empty.
         max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
     """
+    return cut_by_length(lengths, indices, cost_of_cut=max_tokens / _CUTS_PER_BUDGET, max_tokens=max_tokens)
+
+
+def cut_by_length(
+    lengths: Sequence[int], indices: Sequence[int], *, cost_of_cut: float, max_tokens: int = sys.maxsize
+) -> Iterator[list[int]]:
+    """Cut `indices`, sorted by length, into parts whose padded tokens and `cost_of_cut` each are least together.
+
+    Of all cuts between records of different length the cheapest is found by dynamic programming over the lengths that
+    occur; a part with more than `max_tokens` padded tokens is then cut evenly.
+
+    Args:
+        lengths: tokens of every record, indexed by the values of `indices`.
+        indices: may be empty.
+        cost_of_cut: of every part, in padded tokens.
+        max_tokens: padded tokens of a part; a single longer record still forms one of its own.
+    """
     ordered = sorted(indices, key=lambda i: (lengths[i], i))
     if not ordered:
         return
-    overhead = max_tokens / _CUTS_PER_BUDGET
     # Places at which a cut may lie: where the length changes.
     places = [p for p in range(1, len(ordered)) if lengths[ordered[p]] != lengths[ordered[p - 1]]] + [len(ordered)]
     best, cut_before = [0.0], [0]
     begins = [0, *places]
     for end, place in enumerate(places, start=1):
         longest = lengths[ordered[place - 1]]
+        tokens = [longest * (place - begin) for begin in begins[:end]]
         costs = [
-            best[begin]
-            + longest * (place - begins[begin])
-            + overhead * -(-longest * (place - begins[begin]) // max_tokens)
-            for begin in range(end)
+            cost + padded + cost_of_cut * -(-padded // max_tokens) for cost, padded in zip(best, tokens, strict=True)
         ]
         cheapest = min(range(end), key=costs.__getitem__)
         best.append(costs[cheapest])
@@ -121,12 +144,12 @@ def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: in
     while cuts[-1]:
         cuts.append(cut_before[cuts[-1]])
     for begin, end in itertools.pairwise(reversed(cuts)):
-        yield from _evenly(ordered[begins[begin] : begins[end]], lengths, max_tokens)
+        part = ordered[begins[begin] : begins[end]]
+        yield from _evenly(part, max(1, max_tokens // lengths[part[-1]]))
 
 
-def _evenly(part: list[int], lengths: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
-    """Cut a sorted part into as few pieces of about equal size as the budget allows."""
-    most = max(1, max_tokens // lengths[part[-1]])
+def _evenly(part: list[int], most: int) -> Iterator[list[int]]:
+    """Cut a part into as few pieces of about equal size as there can be with `most` records in one."""
     pieces = -(-len(part) // most)
     for piece in range(pieces):
         yield part[len(part) * piece // pieces : len(part) * (piece + 1) // pieces]

@@ -65,20 +65,65 @@ class LoraConfig(Section):
 class TaskConfig(Section):
     """What the model learns; `kind` names a row of `shared.tasks.TASKS`."""
 
-    kind: Literal["sequence_classification", "causal_lm"]
-    """`sequence_classification` (a label for a text) or `causal_lm` (the next token; GPT-2)."""
+    kind: Literal[
+        "sequence_classification", "token_classification", "pair_matching", "regression", "causal_lm", "replies"
+    ]
+    """`sequence_classification` (a label for a text), `token_classification` (a tag for each word), `pair_matching` (whether two
+    texts belong together), `regression` (a number for a text), `causal_lm` (the next token; GPT-2), `replies` (a response to a
+    prompt; GPT-2)."""
     labels: tuple[str, ...] = ()
-    """Class names in the order of the logits; only for classification."""
+    """Names in the order of the logits: classes of `sequence_classification`; IOB tags of `token_classification`, "O" among
+    them; of `pair_matching` two, the second for a match. The other kinds have none."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    target_range: tuple[float, float] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Lowest and highest number of `regression`, public: a site clips what lies outside, so that one record's label cannot pull
+    further than the range is wide, and the scale that is learned tells nothing of the data."""
 
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
-        if self.kind == "sequence_classification" and len(self.labels) < 2:
-            raise ValueError(f"sequence_classification has {len(self.labels)} labels; name at least two")
-        if self.kind == "causal_lm" and self.labels:
-            raise ValueError("causal_lm takes no labels; remove task.labels")
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("task.labels holds a name twice; every label must be unique")
+        if self.kind in ("causal_lm", "replies", "regression"):
+            if self.labels:
+                raise ValueError(f"{self.kind} takes no labels; remove task.labels")
+        elif self.kind == "pair_matching" and len(self.labels) != 2:
+            raise ValueError(
+                f"pair_matching has {len(self.labels)} labels; name two, the second for a match, such as other and match"
+            )
+        elif len(self.labels) < 2:
+            raise ValueError(f"{self.kind} has {len(self.labels)} labels; name at least two")
+        if self.kind == "token_classification":
+            self._check_tags()
         return self
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if (self.kind == "regression") != (self.target_range is not None):
+            raise ValueError(
+                "task.target_range, the lowest and the highest number, belongs to regression and to no other kind; "
+                f"kind is {self.kind!r} and it is {'missing' if self.target_range is None else 'there'}"
+            )
+        if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
+            raise ValueError("task.target_range must rise, such as [1, 5]")
+        return self
+
+    def _check_tags(self) -> None:
+        if "O" not in self.labels:
+            raise ValueError('task.labels of token_classification must hold "O", the tag of words outside any entity')
+        for tag in self.labels:
+            mark, _, entity = tag.partition("-")
+            if tag != "O" and (mark not in ("B", "I") or not entity):
+                raise ValueError(
+                    f'task.labels holds {tag!r}; tags of token_classification are "O", "B-NAME" for the first word of an entity '
+                    'and "I-NAME" for its further words'
+                )
+            if mark == "I" and f"B-{entity}" not in self.labels:
+                raise ValueError(f"task.labels holds {tag!r} but not {f'B-{entity}'!r}, with which every entity begins")
+
+    @property
+    def has_classes(self) -> bool:
+        """True if each record has one of `labels`."""
+        return self.kind in ("sequence_classification", "pair_matching")
 
 
 class TrainingConfig(Section):
@@ -267,7 +312,7 @@ class Job(Section):
                 f"site_metrics are charged to the sites' ledgers, but privacy.mechanism is {self.privacy.mechanism!r}, which "
                 "charges nothing; remove site_metrics.names"
             )
-        if {"accuracy", "confusion"} & {*self.site_metrics.names} and not self.task.labels:
+        if {"accuracy", "confusion"} & {*self.site_metrics.names} and not self.task.has_classes:
             raise ValueError(
                 f"task.kind {self.task.kind!r} has no classes; of site_metrics.names it can release 'loss'"
             )

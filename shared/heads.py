@@ -35,6 +35,18 @@ class TokenHead(nn.Module):
     """A head that treats each token by itself, so that it can run on packed texts: [..., H] -> [..., outputs]."""
 
 
+class TokenClassifier(TokenHead):
+    """Token vectors -> logits for each token, normalised as in `PooledClassifier` and for the same reason."""
+
+    def __init__(self, hidden_size: int, num_labels: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., labels] from hidden [..., H]."""
+        return self.linear(nn.functional.layer_norm(hidden.float(), hidden.shape[-1:]))  # type: ignore[no-any-return]
+
+
 class TiedLanguageHead(TokenHead):
     """Token vectors -> logits over the vocabulary through the frozen token embedding; nothing here is trained."""
 

@@ -106,17 +106,15 @@ class TunableModel(nn.Module):
 
     def embed_frozen(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the activations that enter the first adapted layer, float [B, T, H]; no gradient is recorded."""
-        packing = Packing.of(attention_mask)
-        return packing.pad(self._embed_frozen(input_ids, attention_mask, packing))
+        packing = Packing(attention_mask)
+        return packing.pad(self._embed_frozen(input_ids, packing))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
-        packing = Packing.of(batch.attention_mask)
-        if batch.hidden is None:
-            hidden = self._embed_frozen(batch.input_ids, batch.attention_mask, packing)
-        else:
-            hidden = packing.pack(batch.hidden)
-        hidden = self._run_layers(hidden, batch.attention_mask, packing, self.first_adapted, len(self.layers()))
+        packing = Packing(batch.attention_mask)
+        frozen = batch.hidden
+        hidden = self._embed_frozen(batch.input_ids, packing) if frozen is None else packing.pack(frozen)
+        hidden = self._run_layers(hidden, packing, self.first_adapted, len(self.layers()))
         if self.architecture.final_norm is not None:
             hidden = self.backbone.get_submodule(self.architecture.final_norm)(hidden)
         if isinstance(self.head, TokenHead):
@@ -148,17 +146,16 @@ class TunableModel(nn.Module):
             if hasattr(module, "lora_A") and "default" in module.lora_A:
                 yield _stable_name(name), module
 
-    def _embed_frozen(self, input_ids: Tensor, attention_mask: Tensor, packing: Packing) -> Tensor:
+    def _embed_frozen(self, input_ids: Tensor, packing: Packing) -> Tensor:
         with torch.no_grad():
             hidden = packing.pack(self.architecture.embed(self.backbone, input_ids))
-            return self._run_layers(hidden, attention_mask, packing, 0, self.first_adapted)
+            return self._run_layers(hidden, packing, 0, self.first_adapted)
 
-    def _run_layers(self, hidden: Tensor, attention_mask: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+    def _run_layers(self, hidden: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
         """Run layers on packed tokens [1, N, H]."""
-        mask = self._attention(attention_mask)
         with self._packed(packing):
             for layer in self.layers()[start:stop]:
-                output = layer(hidden, attention_mask=mask, packing=packing)
+                output = layer(hidden, packing=packing, causal=self.architecture.causal)
                 hidden = output[0] if isinstance(output, tuple) else output
         return hidden
 
@@ -169,16 +166,6 @@ class TunableModel(nn.Module):
             yield
         finally:
             self.packing = None
-
-    def _attention(self, attention_mask: Tensor) -> Tensor | None:
-        batch, length = attention_mask.shape
-        if self.architecture.causal:
-            causal = torch.ones(length, length, dtype=torch.bool, device=attention_mask.device).tril()
-            # Right padding: a real token never sees a pad; the diagonal keeps pad rows finite.
-            return causal.expand(batch, 1, length, length)
-        if bool(attention_mask.all()):
-            return None
-        return attention_mask[:, None, None, :].expand(batch, 1, length, length)
 
 
 def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, *, seed: int) -> tuple[Any, int]:

@@ -79,24 +79,36 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def classification_job(tiny_bert: Path) -> Callable[..., Any]:
     """Return a builder of small classification jobs; keyword arguments are sections that replace keys."""
-    return _job_builder({"backbone": str(tiny_bert), "max_length": 24}, "sequence_classification", ["query", "value"])
+    return _job_builder(tiny_bert, {"kind": "sequence_classification", "labels": ["bad", "good"]}, ["query", "value"])
 
 
 @pytest.fixture(scope="session")
 def language_job(tiny_gpt2: Path) -> Callable[..., Any]:
     """Return a builder of small causal language modelling jobs."""
-    return _job_builder({"backbone": str(tiny_gpt2), "max_length": 24}, "causal_lm", ["c_attn"])
+    return _job_builder(tiny_gpt2, {"kind": "causal_lm"}, ["c_attn"])
 
 
-def _job_builder(model: dict[str, Any], kind: str, targets: list[str]) -> Callable[..., Any]:
+@pytest.fixture(scope="session")
+def task_job(tiny_bert: Path, tiny_gpt2: Path) -> Callable[..., Any]:
+    """Return a builder of small jobs for a given `[task]` section, whatever its kind."""
+
+    def build(task: dict[str, Any], **sections: Any) -> Any:
+        if task["kind"] in ("causal_lm", "replies"):
+            return _job_builder(tiny_gpt2, task, ["c_attn"])(**sections)
+        return _job_builder(tiny_bert, task, ["query", "value"])(**sections)
+
+    return build
+
+
+def _job_builder(backbone: Path, task: dict[str, Any], targets: list[str]) -> Callable[..., Any]:
     from shared.config import Job, parse
 
     def build(**sections: Any) -> Job:
         raw: dict[str, Any] = {
             "name": "test",
-            "model": model,
+            "model": {"backbone": str(backbone), "max_length": 24},
             "lora": {"rank": 4, "alpha": 8.0, "target_modules": targets, "last_layers": 2},
-            "task": {"kind": kind, "labels": ["bad", "good"] if kind == "sequence_classification" else []},
+            "task": task,
             "training": {"rounds": 3, "local_steps": 2, "learning_rate": 0.05},
             "privacy": {"epsilon": 8.0, "delta": 1e-5, "sample_rate": 0.25},
         }

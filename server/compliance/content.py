@@ -42,7 +42,19 @@ from shared.version import silotune_version
 
 _TASKS = {
     "sequence_classification": "classification: one label for a text",
+    "token_classification": "entities: a tag for each word of a text",
+    "pair_matching": "pairs: whether two texts belong together",
+    "regression": "scores: a number for a text",
     "causal_lm": "language modelling: the next token of a text",
+    "replies": "replies: a response to a prompt",
+}
+_RECORDS = {
+    "sequence_classification": "texts, each with one label",
+    "token_classification": "texts with a tag for each word",
+    "pair_matching": "pairs of texts, each with one label",
+    "regression": "texts, each with a number",
+    "causal_lm": "texts",
+    "replies": "prompts with responses",
 }
 _STATUS = {
     "completed": "completed",
@@ -269,7 +281,6 @@ def _participants(facts: Facts) -> Section:
 
 def _data(facts: Facts) -> Section:
     dataset, job = facts.data.run.dataset, facts.job
-    kind = "texts, each with one label" if job.task.kind == "sequence_classification" else "texts"
     total = sum(site.release.declared_records for site in facts.sites)
     most = job.privacy.model_dump().get("records_per_person")  # of jobs whose unit is a person
     return section(
@@ -277,7 +288,7 @@ def _data(facts: Facts) -> Section:
         "On what kind of data",
         [
             entries(
-                ("Kind", kind),
+                ("Kind", _RECORDS.get(job.task.kind, "texts")),
                 ("Data set", printable(dataset.name) if dataset.name else None),
                 (
                     "Training records",

@@ -7,11 +7,19 @@ from collections.abc import Callable, Mapping
 from shared.config import Job, ModelConfig, TaskConfig
 from shared.tasks.base import Evaluation, Record, Task
 from shared.tasks.causal_lm import CausalLanguageModelling
+from shared.tasks.pair_matching import PairMatching
+from shared.tasks.regression import Regression
+from shared.tasks.replies import Replies
 from shared.tasks.sequence_classification import SequenceClassification
+from shared.tasks.token_classification import TokenClassification
 
 TASKS: Mapping[str, Callable[[TaskConfig, ModelConfig], Task]] = {
     "sequence_classification": SequenceClassification.from_config,
+    "token_classification": TokenClassification.from_config,
+    "pair_matching": PairMatching.from_config,
+    "regression": Regression.from_config,
     "causal_lm": CausalLanguageModelling.from_config,
+    "replies": Replies.from_config,
 }
 
 

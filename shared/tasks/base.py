@@ -21,11 +21,13 @@ class Evaluation:
         metrics: every metric by name, finite floats; always holds "loss".
         labels: class names, or None.
         confusion: counts, rows are true classes and columns predicted ones, or None.
+        pairs: (true, predicted) numbers of some of the data, in the task's own unit, or None.
     """
 
     metrics: dict[str, float]
     labels: tuple[str, ...] | None = None
     confusion: list[list[int]] | None = None
+    pairs: list[list[float]] | None = None
 
 
 class Task(Protocol):
@@ -56,6 +58,9 @@ class Task(Protocol):
         Raises:
             DataError: naming the row, never the content, of a record that does not fit.
         """
+
+    def probe(self, input_ids: Tensor, number: int) -> Example:
+        """Return an example with these tokens, int64 [T >= 2], and a target that changes with `number`."""
 
     def check_site(self, examples: Sequence[Example]) -> None:
         """Raise `DataError` if a site cannot train on these examples."""

@@ -5,24 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from shared.backbones import ARCHITECTURES
-from shared.batches import Batch, Example
+from shared.batches import IGNORED, Batch, Example
 from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError, ModelError
 from shared.heads import TiedLanguageHead
 from shared.tasks.base import Evaluation, Record
+from shared.tasks.tokens import mean_over_own_tokens, token_losses
 
 
 @dataclass(frozen=True)
 class CausalLanguageModelling:
     """See `shared.tasks.base.Task`."""
 
-    roles = ("text",)
+    roles: ClassVar[tuple[str, ...]] = ("text",)
     primary_metric = "perplexity"
     higher_is_better = False
     causal_lm = True
@@ -58,18 +59,18 @@ class CausalLanguageModelling:
                 raise DataError(f"record {row} has fewer than two tokens, so there is nothing to predict; remove it.")
         return examples
 
+    def probe(self, input_ids: Tensor, number: int) -> Example:
+        """Return the tokens; they are their own target."""
+        return Example(input_ids)
+
     def check_site(self, examples: Sequence[Example]) -> None:
         """Refuse an empty site."""
         if not examples:
             raise DataError("the site has no records; it cannot take part.")
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean negative log-likelihood over each example's own tokens, [B], from logits [B, T, V].
-
-        A mean over all tokens of the batch would let a long record shrink the gradient of a short one.
-        """
-        nll, real = _token_losses(outputs, batch)
-        return nll.sum(dim=1) / real.sum(dim=1)
+        """Return the mean negative log-likelihood over each example's own tokens, [B], from logits [B, T, V]."""
+        return mean_over_own_tokens(*self._shifted(outputs, batch))
 
     def classes(self, outputs: Tensor, batch: Batch) -> None:
         """Text has no classes."""
@@ -78,16 +79,16 @@ class CausalLanguageModelling:
         """Return the mean loss per token and the perplexity exp(loss)."""
         total, tokens = 0.0, 0
         for outputs, batch in parts:
-            nll, real = _token_losses(outputs, batch)
+            nll, real = token_losses(*self._shifted(outputs, batch))
             total += float(nll.double().sum())
             tokens += int(real.sum())
         loss = total / tokens
         return Evaluation(metrics={"loss": loss, "perplexity": math.exp(min(loss, 700.0))})
 
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the token that stands at each place, int64 [B, T], or `IGNORED` where nothing is to be predicted."""
+        return batch.input_ids.masked_fill(~batch.attention_mask, IGNORED)
 
-def _token_losses(outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return (negative log-likelihood, mask of real targets), both [B, T-1]; padded places are zero."""
-    logits, targets = outputs[:, :-1].float(), batch.input_ids[:, 1:]
-    real = batch.attention_mask[:, 1:]
-    nll = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape)
-    return nll * real, real
+    def _shifted(self, logits: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return what is predicted after each token but the last, and what follows it."""
+        return logits[:, :-1], self.targets(batch)[:, 1:]

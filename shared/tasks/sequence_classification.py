@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from sklearn.metrics import confusion_matrix, f1_score
@@ -24,7 +24,7 @@ class SequenceClassification:
     labels: tuple[str, ...]
     pooling: str
 
-    roles = ("text", "label")
+    roles: ClassVar[tuple[str, ...]] = ("text", "label")
     primary_metric = "accuracy"
     higher_is_better = True
     causal_lm = False
@@ -42,8 +42,14 @@ class SequenceClassification:
 
     def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
         """Tokenise texts (with the tokenizer's special tokens) and turn labels into class indices."""
+        targets = self._targets(records)
         if not records:
             return []
+        encoded = tokenizer([str(r["text"]) for r in records], truncation=True, max_length=max_length)["input_ids"]
+        return [Example(torch.tensor(ids, dtype=torch.int64), t) for ids, t in zip(encoded, targets, strict=True)]
+
+    def _targets(self, records: Sequence[Record]) -> list[int]:
+        """Return the class of every record; the first, if it has no label because it is to be labelled."""
         index = {label: i for i, label in enumerate(self.labels)}
         targets = []
         for row, record in enumerate(records, start=1):
@@ -55,14 +61,17 @@ class SequenceClassification:
                     "add the label to the job."
                 )
             targets.append(index[label])
-        encoded = tokenizer([str(r["text"]) for r in records], truncation=True, max_length=max_length)["input_ids"]
-        return [Example(torch.tensor(ids, dtype=torch.int64), t) for ids, t in zip(encoded, targets, strict=True)]
+        return targets
+
+    def probe(self, input_ids: Tensor, number: int) -> Example:
+        """Return an example of class `number` modulo the number of classes."""
+        return Example(input_ids, number % len(self.labels))
 
     def check_site(self, examples: Sequence[Example]) -> None:
         """Refuse an empty site and one whose records all have one label."""
         if not examples:
             raise DataError("the site has no records; it cannot take part.")
-        if len({example.target for example in examples}) < 2:
+        if len({_class_of(example) for example in examples}) < 2:
             raise DataError(
                 "all records of the site have one and the same label, so its updates would only push towards that label. "
                 "Add records of other labels or leave the site out (scenario: raise partition.alpha or min_records)."
@@ -95,3 +104,7 @@ class SequenceClassification:
             labels=self.labels,
             confusion=matrix.tolist(),
         )
+
+
+def _class_of(example: Example) -> int:
+    return int(torch.as_tensor(example.target).flatten()[0])

@@ -34,7 +34,8 @@ from shared.privacy.mechanism import CLIP_MARGIN, ClippedSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import KeyStream, SiteRandomness
 from shared.runtime import load_runtime
-from shared.tasks.causal_lm import CausalLanguageModelling, _token_losses
+from shared.tasks.causal_lm import CausalLanguageModelling
+from shared.tasks.tokens import token_losses
 
 DIMENSION = 64
 STEPS = 3
@@ -430,7 +431,7 @@ def test_fault_token_mean_loss_across_the_batch(
     monkeypatch: pytest.MonkeyPatch, language_job: Callable[..., Any], train: str
 ) -> None:
     def coupled(self: CausalLanguageModelling, outputs: Tensor, batch: Batch) -> Tensor:
-        nll, real = _token_losses(outputs, batch)
+        nll, real = token_losses(*self._shifted(outputs, batch))
         return nll.sum(dim=1) * len(nll) / real.sum()
 
     runtime = load_runtime(language_job(lora={"train": train}), ComputeConfig(device="cpu", precision="float32"))

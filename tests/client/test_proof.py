@@ -18,8 +18,9 @@ from shared.config import ComputeConfig, Job
 from shared.errors import PrivacyError
 from shared.privacy.mechanism import ClippedSum
 from shared.runtime import Runtime, load_runtime
-from shared.tasks.causal_lm import CausalLanguageModelling, _token_losses
+from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.sequence_classification import SequenceClassification
+from shared.tasks.tokens import token_losses
 
 CPU = ComputeConfig(device="cpu", precision="float32")
 COMBINATIONS = [(task, train) for task in ("classification", "language") for train in ("b", "both")]
@@ -158,7 +159,7 @@ def test_a_loss_divided_by_the_tokens_of_the_batch_is_refused(
     job_of: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def coupled(self: CausalLanguageModelling, outputs: Tensor, batch: Batch) -> Tensor:
-        nll, real = _token_losses(outputs, batch)
+        nll, real = token_losses(*self._shifted(outputs, batch))
         return nll.sum(dim=1) / real.sum()
 
     monkeypatch.setattr(CausalLanguageModelling, "per_example_loss", coupled)
@@ -172,7 +173,7 @@ def test_a_coupled_loss_with_a_tiny_gradient_is_refused(
     """Coupling may not hide below an absolute tolerance, nor in reduced precision."""
 
     def coupled(self: CausalLanguageModelling, outputs: Tensor, batch: Batch) -> Tensor:
-        nll, real = _token_losses(outputs, batch)
+        nll, real = token_losses(*self._shifted(outputs, batch))
         return 0.02 * nll.sum(dim=1) / real.sum()
 
     monkeypatch.setattr(CausalLanguageModelling, "per_example_loss", coupled)

@@ -1,0 +1,114 @@
+"""Scores: a number for a text, squared error.
+
+Guarantee (test: tests/shared/test_regression.py): a label counts only as far as the job's public range reaches. Within it the
+number is mapped to [-1, 1], so that learning rate and clipping bound mean the same whatever the unit is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from shared.batches import Batch, Example
+from shared.config import ModelConfig, TaskConfig
+from shared.errors import DataError
+from shared.heads import PooledClassifier, init_linear
+from shared.tasks.base import Evaluation, Record
+
+MOST_PAIRS = 2000
+"""Pairs of true and predicted numbers that an evaluation keeps for the plot."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """See `shared.tasks.base.Task`. Records have `text` and `score`, a number."""
+
+    low: float
+    high: float
+    pooling: str
+
+    roles: ClassVar[tuple[str, ...]] = ("text", "score")
+    primary_metric = "mae"
+    higher_is_better = False
+    causal_lm = False
+
+    @classmethod
+    def from_config(cls, task: TaskConfig, model: ModelConfig) -> Regression:
+        """Build from the job's sections."""
+        assert task.target_range is not None  # noqa: S101 (checked by TaskConfig)
+        return cls(*task.target_range, pooling=model.pooling)
+
+    def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
+        """Return a pooled linear map to one number, drawn from the public seed."""
+        head = PooledClassifier(hidden_size, 1, self.pooling)
+        init_linear(head.linear, seed=seed, name="head.linear")
+        return head
+
+    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
+        """Tokenise texts, clip scores to the job's range and map it to [-1, 1]; records without a score get its middle."""
+        if not records:
+            return []
+        targets = []
+        for row, record in enumerate(records, start=1):
+            try:
+                score = float(record["score"]) if "score" in record else (self.low + self.high) / 2
+            except (TypeError, ValueError):
+                score = math.nan
+            if not math.isfinite(score):
+                raise DataError(f"record {row} has a score that is no finite number; mend the data.")
+            targets.append(2 * (min(max(score, self.low), self.high) - self.low) / (self.high - self.low) - 1)
+        encoded = tokenizer([str(r["text"]) for r in records], truncation=True, max_length=max_length)["input_ids"]
+        return [Example(torch.tensor(ids, dtype=torch.int64), t) for ids, t in zip(encoded, targets, strict=True)]
+
+    def probe(self, input_ids: Tensor, number: int) -> Example:
+        """Return an example with one of a few scores."""
+        return Example(input_ids, number % 5 / 2 - 1.0)
+
+    def check_site(self, examples: Sequence[Example]) -> None:
+        """Refuse an empty site and one whose records all have one score."""
+        if not examples:
+            raise DataError("the site has no records; it cannot take part.")
+        if len({example.target for example in examples}) < 2:
+            raise DataError(
+                "all records of the site have one and the same score, or all lie on one side of task.target_range; check the "
+                "range, or leave the site out."
+            )
+
+    def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the squared error in the mapped range, [B], from outputs [B, 1]."""
+        return (outputs[:, 0].float() - batch.targets).square()
+
+    def classes(self, outputs: Tensor, batch: Batch) -> None:
+        """A number is no class."""
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Return the predicted numbers [B] in the job's own unit; what lies outside the range is put on its border."""
+        return self._unmapped(outputs[:, 0].float().clamp(-1, 1))
+
+    def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
+        """Return the loss, and MAE, RMSE and R^2 in the job's own unit, of predictions and labels within its range."""
+        losses, found, true = [], [], []
+        for outputs, batch in parts:
+            losses.append(self.per_example_loss(outputs, batch))
+            found.append(self.scores(outputs))
+            true.append(self._unmapped(batch.targets))
+        predicted, targets = torch.cat(found).double().cpu(), torch.cat(true).double().cpu()
+        errors = predicted - targets
+        spread = float((targets - targets.mean()).square().sum())
+        return Evaluation(
+            metrics={
+                "loss": float(torch.cat(losses).mean()),
+                "mae": float(errors.abs().mean()),
+                "rmse": float(errors.square().mean().sqrt()),
+                "r2": 1 - float(errors.square().sum()) / spread if spread else 0.0,
+            },
+            pairs=torch.stack([targets, predicted], dim=1)[:MOST_PAIRS].tolist(),
+        )
+
+    def _unmapped(self, values: Tensor) -> Tensor:
+        return self.low + (values + 1) * (self.high - self.low) / 2

@@ -1,0 +1,71 @@
+"""Replies: a language model learns to answer; the loss is on the response alone, the prompt is only read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from shared.batches import IGNORED, Batch, Example
+from shared.config import ModelConfig, TaskConfig
+from shared.errors import DataError
+from shared.tasks.base import Record
+from shared.tasks.causal_lm import CausalLanguageModelling
+
+
+@dataclass(frozen=True)
+class Replies(CausalLanguageModelling):
+    """See `shared.tasks.base.Task`. Records have `prompt` and `response`."""
+
+    roles: ClassVar[tuple[str, ...]] = ("prompt", "response")
+
+    @classmethod
+    def from_config(cls, task: TaskConfig, model: ModelConfig) -> Replies:
+        """Build from the job's sections."""
+        return cls()
+
+    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
+        """Tokenise prompt, line end, response and end of text.
+
+        The prompt may fill half of `max_length`; of a longer one the end is kept. A response that is cut gets no end.
+        """
+        if not records:
+            return []
+        end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        examples = []
+        for row, record in enumerate(records, start=1):
+            prompt = prompt_tokens(str(record["prompt"]), tokenizer, max_length)
+            response = tokenizer(str(record["response"]), add_special_tokens=False)["input_ids"]
+            if not response:
+                raise DataError(f"record {row} has an empty response, so there is nothing to learn; remove it.")
+            ids = torch.tensor([*prompt, *response, *end][:max_length], dtype=torch.int64)
+            targets = ids.clone()
+            targets[: len(prompt)] = IGNORED
+            examples.append(Example(ids, targets))
+        return examples
+
+    def probe(self, input_ids: Tensor, number: int) -> Example:
+        """Return a response after a prompt of one token or a few."""
+        targets = input_ids.clone()
+        targets[: 1 + number % (len(targets) - 1)] = IGNORED
+        return Example(input_ids, targets)
+
+    def targets(self, batch: Batch) -> Tensor:
+        """Return the tokens of the response, int64 [B, T], and `IGNORED` elsewhere."""
+        return batch.targets
+
+
+def prompt_tokens(prompt: str, tokenizer: Any, max_length: int) -> list[int]:
+    """Return the tokens of a prompt and the line end before its response, at most half of `max_length` but one at least.
+
+    Raises:
+        DataError: if the tokenizer has no token for a line end.
+    """
+    separator: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
+    if not separator:
+        raise DataError("the backbone's tokenizer knows no line end, which parts a prompt from its response.")
+    ids: list[int] = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *separator]
+    return ids[-max(1, max_length // 2) :]

@@ -1,0 +1,160 @@
+"""Token classification: a tag for each word, as in the recognition of named entities; IOB2 tags, cross-entropy.
+
+A word is tagged at its first piece; its further pieces, and the tokenizer's special tokens, have no target and no loss.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from shared.batches import IGNORED, Batch, Example
+from shared.config import ModelConfig, TaskConfig
+from shared.errors import DataError
+from shared.heads import TokenClassifier, init_linear
+from shared.tasks.base import Evaluation, Record
+from shared.tasks.tokens import mean_over_own_tokens, token_losses
+
+OUTSIDE = "O"
+# A run of letters and digits, a single character of a script without spaces, or a single other mark.
+_WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]")
+
+
+@dataclass(frozen=True)
+class TokenClassification:
+    """See `shared.tasks.base.Task`. Records have `tokens`, a list of words (of characters, in Chinese), and `tags`, as many."""
+
+    labels: tuple[str, ...]
+
+    roles: ClassVar[tuple[str, ...]] = ("tokens", "tags")
+    primary_metric = "f1"
+    higher_is_better = True
+    causal_lm = False
+
+    @classmethod
+    def from_config(cls, task: TaskConfig, model: ModelConfig) -> TokenClassification:
+        """Build from the job's sections."""
+        return cls(labels=task.labels)
+
+    def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
+        """Return a linear classifier of every token, drawn from the public seed."""
+        head = TokenClassifier(hidden_size, len(self.labels))
+        init_linear(head.linear, seed=seed, name="head.linear")
+        return head
+
+    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
+        """Cut words into pieces and put each tag on the first piece of its word; words beyond `max_length` are cut off.
+
+        Records without `tags` get "O" throughout: they are to be labelled.
+        """
+        if not records:
+            return []
+        index = {label: i for i, label in enumerate(self.labels)}
+        words, tags = [], []
+        for row, record in enumerate(records, start=1):
+            words.append(_words(record["tokens"], row))
+            own = [OUTSIDE] * len(words[-1]) if "tags" not in record else _words(record["tags"], row)
+            if len(own) != len(words[-1]):
+                raise DataError(f"record {row} has {len(words[-1])} tokens but {len(own)} tags; each word needs one.")
+            if not index.keys() >= {*own}:
+                # The tag itself may be private: only its row is named.
+                raise DataError(
+                    f"record {row} has a tag that is not among task.labels ({', '.join(self.labels)}). Mend the data or add "
+                    "the tag to the job."
+                )
+            tags.append(own)
+        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+        examples = []
+        for row, (ids, own) in enumerate(zip(encoded["input_ids"], tags, strict=True)):
+            targets = torch.full((len(ids),), IGNORED, dtype=torch.int64)
+            for place, word in first_pieces(encoded.word_ids(row)):
+                targets[place] = index[own[word]]
+            if bool((targets == IGNORED).all()):
+                raise DataError(
+                    f"record {row + 1} has no word that the tokenizer knows within model.max_length {max_length}; "
+                    "remove it or raise model.max_length."
+                )
+            examples.append(Example(torch.tensor(ids, dtype=torch.int64), targets))
+        return examples
+
+    def probe(self, input_ids: Tensor, number: int) -> Example:
+        """Return an example with all tags in turn, and none at the first and the last token."""
+        targets = (torch.arange(len(input_ids)) + number) % len(self.labels)
+        if len(input_ids) > 2:
+            targets[[0, -1]] = IGNORED
+        return Example(input_ids, targets)
+
+    def check_site(self, examples: Sequence[Example]) -> None:
+        """Refuse an empty site and one whose words all have one tag."""
+        if not examples:
+            raise DataError("the site has no records; it cannot take part.")
+        seen = torch.unique(torch.cat([torch.as_tensor(example.target) for example in examples]))
+        if len(seen[seen != IGNORED]) < 2:
+            raise DataError("all words of the site have one and the same tag; leave the site out, or mend its tags.")
+
+    def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
+        """Return the mean cross-entropy over each example's own words, [B], from logits [B, T, labels]."""
+        return mean_over_own_tokens(outputs, batch.targets)
+
+    def classes(self, outputs: Tensor, batch: Batch) -> None:
+        """A record has many tags, not one class."""
+
+    def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
+        """Return precision, recall and F1 of whole entities, together and by kind, and the loss and accuracy by word.
+
+        An entity is found if its kind, its first and its last word are right (Tjong Kim Sang and De Meulder 2003), as seqeval
+        counts them.
+        """
+        from seqeval.metrics import classification_report
+
+        predicted: list[list[str]] = []
+        true: list[list[str]] = []
+        loss, words, right = 0.0, 0, 0
+        for outputs, batch in parts:
+            nll, counts = token_losses(outputs, batch.targets)
+            best = outputs.argmax(dim=-1)
+            loss += float(nll.double().sum())
+            words += int(counts.sum())
+            right += int((counts & (best == batch.targets)).sum())
+            for guessed, targets, own in zip(best.cpu(), batch.targets.cpu(), counts.cpu(), strict=True):
+                predicted.append([self.labels[i] for i in guessed[own].tolist()])
+                true.append([self.labels[i] for i in targets[own].tolist()])
+        report = classification_report(true, predicted, output_dict=True, zero_division=0)
+        metrics = {"loss": loss / words, "accuracy": right / words}
+        overall = report.pop("micro avg")
+        metrics |= {name: float(overall[key]) for name, key in _MEASURES.items()}
+        kinds = [kind for kind in report if not kind.endswith(" avg")]
+        for kind in sorted(kinds):
+            metrics |= {f"{name} {kind}": float(report[kind][key]) for name, key in _MEASURES.items()}
+        return Evaluation(metrics=metrics)
+
+
+_MEASURES = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
+
+
+def first_pieces(word_of_piece: Sequence[int | None]) -> list[tuple[int, int]]:
+    """Return (place, word) of the first piece of every word; special tokens have no word."""
+    found, last = [], None
+    for place, word in enumerate(word_of_piece):
+        if word is not None and word != last:
+            found.append((place, word))
+        last = word
+    return found
+
+
+def split_words(text: str) -> list[str]:
+    """Return the words and marks of a text that nobody has cut into words; of Chinese and Japanese, the characters."""
+    return _WORD.findall(text)
+
+
+def _words(value: Any, row: int) -> list[str]:
+    """Return the words of a cell: a list, or text with spaces between them."""
+    words = value.split() if isinstance(value, str) else [str(word) for word in value]
+    if not words or not all(word.strip() for word in words):
+        raise DataError(f"record {row} has no words, or an empty one; expected a list of words, or text with spaces.")
+    return words

@@ -1,0 +1,311 @@
+"""What every kind of task must keep: the contract of `shared.tasks.base.Task`, run against each row of `shared.tasks.TASKS`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from client.proof import prove_trainer
+from client.trainer import per_example_hooks, train_local_round
+from shared.batches import Example, collate
+from shared.config import ComputeConfig, Job
+from shared.errors import ConfigError, DataError
+from shared.peft_folder import load_state, save_peft_folder
+from shared.privacy.mechanism import per_example_gradients
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import SiteRandomness
+from shared.runtime import Runtime, load_runtime
+from shared.tasks import TASKS, task_of
+from tests.conftest import LINES
+
+CPU = ComputeConfig(device="cpu", precision="float32", cache_frozen_layers=False)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kind of task with small data.
+
+    Attributes:
+        section: `[task]` of a job.
+        records: good records, of different lengths.
+        bad: changes of a record, and what the refusal must say beside the row.
+        bad_sections: changes of `[task]`, and what the refusal must say.
+        alike: records on which no site should train, or None if any record will do.
+    """
+
+    section: dict[str, Any]
+    records: list[dict[str, Any]]
+    bad: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    bad_sections: list[tuple[dict[str, Any], str]] = field(default_factory=list)
+    alike: list[dict[str, Any]] | None = None
+
+
+def _texts() -> list[str]:
+    return [" ".join(LINES[i % 6].replace(",", "").split()[: 3 + i % 4]) for i in range(16)]
+
+
+_TAGS = ["O", "B-film", "I-film", "B-cast"]
+_WORDS = [text.split() for text in _texts()]
+CASES = {
+    "sequence_classification": Case(
+        {"labels": ["bad", "good"]},
+        [{"text": text, "label": ["bad", "good"][i % 2]} for i, text in enumerate(_texts())],
+        bad=[({"label": "secret"}, "label")],
+        bad_sections=[({"labels": ["one"]}, "at least two"), ({"target_range": [0, 1]}, "target_range")],
+        alike=[{"text": text, "label": "good"} for text in LINES],
+    ),
+    "token_classification": Case(
+        {"labels": _TAGS},
+        [{"tokens": w, "tags": [_TAGS[(i + k) % 4] for k in range(len(w))]} for i, w in enumerate(_WORDS)],
+        bad=[
+            ({"tags": ["B-secret"] * len(_WORDS[1])}, "tag that is not among"),
+            ({"tags": ["O"]}, "1 tags"),
+            ({"tokens": [], "tags": []}, "no words"),
+            ({"tokens": "\u200b", "tags": "O"}, "no word"),
+        ],
+        bad_sections=[
+            ({"labels": ["B-x", "I-x"]}, '"O"'),
+            ({"labels": ["O", "I-x"]}, "'B-x'"),
+            ({"labels": ["O", "x"]}, "B-NAME"),
+        ],
+        alike=[{"tokens": w, "tags": ["O"] * len(w)} for w in _WORDS],
+    ),
+    "pair_matching": Case(
+        {"labels": ["other", "match"]},
+        [{"text": LINES[i % 3], "pair": text, "label": ["other", "match"][i % 2]} for i, text in enumerate(_texts())],
+        bad=[({"label": "secret"}, "label")],
+        bad_sections=[({"labels": ["a", "b", "c"]}, "name two")],
+        alike=[{"text": text, "pair": text, "label": "match"} for text in LINES],
+    ),
+    "regression": Case(
+        {"target_range": [1, 5]},
+        [{"text": text, "score": 1 + i % 5} for i, text in enumerate(_texts())],
+        bad=[({"score": "secret"}, "no finite number"), ({"score": float("nan")}, "no finite number")],
+        bad_sections=[
+            ({"target_range": None}, "missing"),
+            ({"target_range": [5, 1]}, "must rise"),
+            ({"labels": ["a", "b"]}, "takes no labels"),
+        ],
+        alike=[{"text": text, "score": 9 + i} for i, text in enumerate(LINES)],
+    ),
+    "causal_lm": Case(
+        {},
+        [{"text": text} for text in _texts()],
+        bad=[({"text": ""}, "fewer than two tokens")],
+        bad_sections=[({"labels": ["a", "b"]}, "takes no labels")],
+    ),
+    "replies": Case(
+        {},
+        [{"prompt": LINES[i % 6][:12], "response": text} for i, text in enumerate(_texts())],
+        bad=[({"response": ""}, "empty response")],
+        bad_sections=[({"labels": ["a", "b"]}, "takes no labels")],
+    ),
+}
+
+
+@pytest.fixture(params=list(TASKS))
+def case(request: pytest.FixtureRequest) -> tuple[str, Case]:
+    return request.param, CASES[request.param]
+
+
+@pytest.fixture
+def job(case: tuple[str, Case], task_job: Callable[..., Job]) -> Job:
+    kind, chosen = case
+    return task_job({"kind": kind, **chosen.section}, lora={"train": "both"})
+
+
+@pytest.fixture
+def runtime(job: Job) -> Runtime:
+    return load_runtime(job, CPU)
+
+
+def away_from_zero(runtime: Runtime) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in sorted(runtime.initial.items())}
+
+
+def losses_of(runtime: Runtime, examples: list[Example]) -> Tensor:
+    batch = collate(examples).to(runtime.model.device)
+    with runtime.autocast():
+        return runtime.task.per_example_loss(runtime.model(batch), batch)
+
+
+def test_every_kind_has_a_case() -> None:
+    assert CASES.keys() == TASKS.keys()
+
+
+def test_per_example_gradients_equal_those_of_a_loop(runtime: Runtime, case: tuple[str, Case]) -> None:
+    examples = runtime.encode(case[1].records[:7])
+    assert len({example.length for example in examples}) > 1
+    runtime.load(away_from_zero(runtime))
+    trainable = list(runtime.model.trainable().values())
+    with per_example_hooks(runtime.model):
+        losses_of(runtime, examples).sum().backward()
+        found = per_example_gradients(trainable, len(examples))
+    for row, example in enumerate(examples):
+        alone = torch.autograd.grad(losses_of(runtime, [example])[0], trainable)
+        for gradients, expected in zip(found, alone, strict=True):
+            assert float((gradients[row] - expected).norm()) <= 1e-4 * float(expected.norm()) + 1e-9
+    assert all(float(gradients.abs().max()) > 0 for gradients in found)
+
+
+def test_the_loss_of_an_example_is_its_own(runtime: Runtime, case: tuple[str, Case]) -> None:
+    """Alone, beside others, and in whatever order: one loss, finite and not negative."""
+    examples = runtime.encode(case[1].records)
+    runtime.load(away_from_zero(runtime))
+    with torch.no_grad():
+        together, backwards = losses_of(runtime, examples), losses_of(runtime, examples[::-1])
+        alone = torch.cat([losses_of(runtime, [example]) for example in examples])
+    assert together.shape == (len(examples),)
+    assert bool((together.isfinite() & (together >= 0)).all())
+    assert float(together.std()) > 0
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together, backwards.flip(0), rtol=1e-4, atol=1e-5)
+
+
+def test_encoding_is_repeatable_and_keeps_within_bounds(runtime: Runtime, case: tuple[str, Case]) -> None:
+    examples, again = runtime.encode(case[1].records), runtime.encode(case[1].records)
+    for example, other in zip(examples, again, strict=True):
+        assert 1 <= example.length <= runtime.max_length
+        assert torch.equal(example.input_ids, other.input_ids)
+        assert torch.equal(torch.as_tensor(example.target), torch.as_tensor(other.target))
+    assert len({example.key for example in examples}) > 1
+    assert runtime.encode([]) == []
+    # An example does not depend on the records beside it, but for the number of its first text in a ranking.
+    single = runtime.encode(case[1].records[:1])[0]
+    assert torch.equal(single.input_ids, examples[0].input_ids)
+    assert torch.equal(torch.as_tensor(single.target), torch.as_tensor(examples[0].target))
+
+
+def test_decoding_gives_back_the_words(runtime: Runtime, case: tuple[str, Case]) -> None:
+    record = case[1].records[0]
+    text = runtime.tokenizer.decode(runtime.encode([record])[0].input_ids, skip_special_tokens=True)
+    for role in ("text", "pair", "tokens", "prompt", "response"):
+        if role in record:
+            words = record[role].split() if isinstance(record[role], str) else record[role]
+            assert set(words) <= {*text.split()}, role
+
+
+def test_bad_records_are_refused_by_row_without_their_content(runtime: Runtime, case: tuple[str, Case]) -> None:
+    for change, message in case[1].bad:
+        with pytest.raises(DataError, match=message) as caught:
+            runtime.encode([case[1].records[0], case[1].records[1] | change])
+        assert "record 2" in str(caught.value)
+        assert "secret" not in str(caught.value)
+
+
+def test_bad_settings_are_refused(task_job: Callable[..., Job], case: tuple[str, Case]) -> None:
+    for change, message in case[1].bad_sections:
+        with pytest.raises(ConfigError, match=message):
+            task_job({"kind": case[0], **case[1].section, **change})
+
+
+def test_a_site_that_cannot_train_is_refused(runtime: Runtime, case: tuple[str, Case]) -> None:
+    with pytest.raises(DataError, match="no records"):
+        runtime.task.check_site([])
+    runtime.task.check_site(runtime.encode(case[1].records))
+    if case[1].alike is not None:
+        with pytest.raises(DataError, match="one and the same"):
+            runtime.task.check_site(runtime.encode(case[1].alike))
+
+
+def test_the_site_s_own_proof_passes(runtime: Runtime) -> None:
+    runtime.proven = False
+    prove_trainer(runtime)
+
+
+def test_a_private_round_trains_and_its_plan_is_accounted(runtime: Runtime, job: Job, case: tuple[str, Case]) -> None:
+    plan = PrivacyPlan.from_job(job)
+    assert 0.9 * job.privacy.epsilon < plan.epsilon() <= job.privacy.epsilon
+    examples = runtime.encode(case[1].records)
+    result = train_local_round(
+        runtime,
+        examples,
+        away_from_zero(runtime),
+        training=job.training,
+        plan=plan,
+        declared_records=16,
+        randomness=SiteRandomness.injected(case[0]),
+        round_number=1,
+    )
+    assert result.executed_steps == job.training.local_steps
+    assert result.observations.num_examples > 0
+    assert result.observations.num_non_finite == 0
+    assert all(bool(value.isfinite().all()) for value in result.delta.values())
+
+
+def test_evaluation_has_the_primary_metric_and_only_finite_ones(runtime: Runtime, case: tuple[str, Case]) -> None:
+    runtime.load(away_from_zero(runtime))
+    found = runtime.evaluate(runtime.encode(case[1].records))
+    assert {"loss", runtime.task.primary_metric} <= found.metrics.keys()
+    assert torch.tensor(list(found.metrics.values())).isfinite().all()
+    with torch.no_grad():
+        mean = float(losses_of(runtime, runtime.encode(case[1].records)).mean())
+    if case[0] not in ("token_classification", "causal_lm", "replies"):  # whose loss is by token here
+        assert found.metrics["loss"] == pytest.approx(mean, rel=1e-4)
+
+
+def test_training_without_noise_learns(runtime: Runtime, job: Job, case: tuple[str, Case], task_job: Any) -> None:
+    """On its own few records loss and primary metric become better: loss, target and metric belong together."""
+    open_job = task_job(
+        {"kind": case[0], **case[1].section},
+        lora={"train": "both"},
+        training={"rounds": 1, "local_steps": 60, "learning_rate": 0.02},
+        privacy={"mechanism": "none", "sample_rate": 1.0},
+    )
+    examples = runtime.encode(case[1].records)
+    runtime.load(runtime.initial)
+    before = runtime.evaluate(examples).metrics
+    train_local_round(
+        runtime,
+        examples,
+        runtime.initial,
+        training=open_job.training,
+        plan=PrivacyPlan.from_job(open_job),
+        declared_records=16,
+        randomness=SiteRandomness.injected(case[0]),
+        round_number=1,
+    )
+    after, metric = runtime.evaluate(examples).metrics, runtime.task.primary_metric
+    assert after["loss"] < 0.97 * before["loss"]
+    assert after[metric] >= before[metric] if runtime.task.higher_is_better else after[metric] < before[metric]
+
+
+def test_a_saved_adapter_is_loaded_as_it_was(
+    runtime: Runtime, job: Job, case: tuple[str, Case], tmp_path: Path
+) -> None:
+    state = runtime.initial_global(exact=True) | away_from_zero(runtime)
+    save_peft_folder(tmp_path / "adapter", runtime, job, state)
+    examples = runtime.encode(case[1].records)
+    with torch.no_grad():
+        runtime.load(state)
+        expected = losses_of(runtime, examples)
+        runtime.load(runtime.initial)
+        assert not torch.allclose(losses_of(runtime, examples), expected)
+        runtime.load(load_state(tmp_path / "adapter", runtime, job))
+        torch.testing.assert_close(losses_of(runtime, examples), expected)
+
+
+def test_the_task_is_the_job_s(job: Job, case: tuple[str, Case]) -> None:
+    task = task_of(job)
+    assert set(task.roles) == case[1].records[0].keys()
+    assert job.task.kind == case[0]
+
+
+@pytest.mark.gpu
+def test_the_gpu_gives_the_losses_of_the_processor(runtime: Runtime, job: Job, case: tuple[str, Case]) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device is visible")
+    other = load_runtime(job, CPU.model_copy(update={"device": "cuda"}))
+    examples, state = runtime.encode(case[1].records), away_from_zero(runtime)
+    with torch.no_grad():
+        runtime.load(state)
+        expected = losses_of(runtime, examples)
+        other.load(state)
+        torch.testing.assert_close(losses_of(other, examples).cpu(), expected, rtol=1e-3, atol=1e-4)
