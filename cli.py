@@ -152,11 +152,11 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per text.")] = False,
 ) -> None:
-    """Label texts with the adapter of a run."""
+    """Label texts with the adapter of a run; find entities, rate, or (text, tab, text) match pairs, as its task is."""
     from server.run_folder import load_job
     from shared.config import ComputeConfig
     from shared.errors import DataError
-    from shared.inference import load_tuned
+    from shared.inference import load_tuned, shown
     from shared.inference import predict as label
 
     job = load_job(run)
@@ -167,7 +167,7 @@ def predict(
         if as_json:
             typer.echo(json.dumps(prediction, ensure_ascii=False))
         else:
-            typer.echo(f"{prediction['label']}  {prediction['probability']:.3f}  {prediction['text']}")
+            typer.echo(shown(prediction))
 
 
 @app.command()
@@ -178,6 +178,7 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is all.")] = 50,
+    top_p: Annotated[float, typer.Option(help="And among the likeliest with this probability together.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes the choice repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per continuation.")] = False,
 ) -> None:
@@ -192,6 +193,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
+        top_p=top_p,
         num_sequences=num_sequences,
         seed=seed,
     )

@@ -79,6 +79,16 @@ class TaskConfig(Section):
     """Lowest and highest number of `regression`, public: a site clips what lies outside, so that one record's label cannot pull
     further than the range is wide, and the scale that is learned tells nothing of the data."""
 
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=lambda value: value == 0)
+    """Share of each target that is spread evenly over all labels while training (Szegedy et al. 2016); of one record's loss at a
+    time, so it changes nothing about privacy. Only for kinds with labels."""
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        if self.label_smoothing and self.kind in ("causal_lm", "replies", "regression"):
+            raise ValueError(f"label_smoothing is for kinds with labels, and {self.kind} has none; remove it")
+        return self
+
     @model_validator(mode="after")
     def _check_labels(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
@@ -145,6 +155,18 @@ class TrainingConfig(Section):
     """Momentum of `sgd`, beta1 of `adamw`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Factor on the learning rate over all planned steps: 1, or falling to 0 at the last step."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    warmup_steps: int = Field(default=0, ge=0, le=100_000, exclude_if=lambda value: value == 0)
+    """The learning rate rises over so many of the planned steps, in equal parts, before it is `schedule` times its full value."""
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_steps >= self.planned_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but only {self.planned_steps} steps are planned (rounds x local_steps); "
+                "the full learning rate would never be reached"
+            )
+        return self
 
     @property
     def planned_steps(self) -> int:

@@ -1,9 +1,9 @@
-"""Use a tuned adapter: label texts, or continue them."""
+"""Use a tuned adapter: label texts, find entities in them, rate or pair them, or continue them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared.batches import Example
+from shared.batches import IGNORED, Example
 from shared.config import ComputeConfig, Job
-from shared.errors import ConfigError
+from shared.errors import ConfigError, DataError
 from shared.peft_folder import load_state
 from shared.runtime import Runtime, load_runtime
+from shared.tasks import task_of
+from shared.tasks.regression import Regression
+from shared.tasks.replies import Replies, prompt_tokens
+from shared.tasks.token_classification import entities, word_places
 
 Prediction = dict[str, Any]
 
@@ -28,6 +32,7 @@ class Decoding:
         max_new_tokens: tokens to add at most.
         temperature: 0 is greedy; otherwise logits are divided by it.
         top_k: sample among the k likeliest tokens; 0 is all of them.
+        top_p: and of these among the likeliest that have this probability together; 1 is all of them.
         num_sequences: continuations per text.
         seed: makes sampling repeatable; None does not.
     """
@@ -35,6 +40,7 @@ class Decoding:
     max_new_tokens: int = 40
     temperature: float = 1.0
     top_k: int = 50
+    top_p: float = 1.0
     num_sequences: int = 1
     seed: int | None = None
 
@@ -44,6 +50,8 @@ class Decoding:
                 f"max_new_tokens {self.max_new_tokens} and num_sequences {self.num_sequences} must be at least 1, top_k "
                 f"{self.top_k} at least 0."
             )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p:g}; give a number above 0, and 1 at most.")
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature is {self.temperature:g}; give a finite number from 0 (greedy) up.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
@@ -72,33 +80,111 @@ def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
 
 
 def predict(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
-    """Return label and probabilities for every text, in order.
+    """Return what the model says of every text, in order: a label, entities, a score, or whether a pair matches.
+
+    Args:
+        texts: for `pair_matching` both texts with a tab between them.
 
     Raises:
-        ConfigError: if the run is not a classifier.
+        ConfigError: if the run is a language model.
+        DataError: naming the text that does not fit the task.
     """
-    if job.task.kind != "sequence_classification":
+    predict_kind = _PREDICT.get(job.task.kind)
+    if predict_kind is None:
         raise ConfigError(f"the run's task is {job.task.kind!r}, which does not label texts; use `silotune generate`.")
-    examples = runtime.encode([{"text": text} for text in texts])
+    return predict_kind(runtime, job, texts)
+
+
+def shown(prediction: Prediction) -> str:
+    """Return a prediction as one line for a terminal."""
+    if "score" in prediction:
+        return f"{prediction['score']:.3f}  {prediction['text']}"
+    if "entities" in prediction:
+        text = str(prediction["text"])
+        for entity in reversed(prediction["entities"]):
+            begin, end = entity["start"], entity["end"]
+            text = f"{text[:begin]}[{text[begin:end]} | {entity['kind']}]{text[end:]}"
+        return text
+    both = f"{prediction['text']} | {prediction['pair']}" if "pair" in prediction else prediction["text"]
+    return f"{prediction['label']}  {prediction['probability']:.3f}  {both}"
+
+
+def _predict_labels(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+    outputs = _outputs(runtime, runtime.encode([{"text": text} for text in texts]))
+    return [{"text": text} | _labelled(row, job.task.labels) for text, row in zip(texts, outputs, strict=True)]
+
+
+def _predict_pairs(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+    records = []
+    for number, line in enumerate(texts, start=1):
+        first, tab, second = line.partition("\t")
+        if not tab or not first.strip() or not second.strip():
+            raise DataError(f"text {number} is no pair; give both texts with a tab between them.")
+        records.append({"text": first.strip(), "pair": second.strip()})
+    outputs = _outputs(runtime, runtime.encode(records))
+    return [record | _labelled(row, job.task.labels) for record, row in zip(records, outputs, strict=True)]
+
+
+def _predict_scores(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+    assert isinstance(runtime.task, Regression)  # noqa: S101 (the job's kind says so)
+    outputs = _outputs(runtime, runtime.encode([{"text": text} for text in texts]))
+    scores = runtime.task.scores(torch.stack(outputs)) if outputs else torch.zeros(0)
+    return [{"text": text, "score": float(score)} for text, score in zip(texts, scores, strict=True)]
+
+
+def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+    places = [word_places(text) for text in texts]
+    for number, words in enumerate(places, start=1):
+        if not words:
+            raise DataError(f"text {number} has no words.")
+    examples = runtime.encode(
+        [{"tokens": [text[a:b] for a, b in words]} for text, words in zip(texts, places, strict=True)]
+    )
+    found = []
+    for text, words, example, row in zip(texts, places, examples, _outputs(runtime, examples), strict=True):
+        first = torch.as_tensor(example.target) != IGNORED
+        tags = [job.task.labels[i] for i in row[: example.length][first].argmax(dim=-1).tolist()]
+        # Words beyond the model's length have no tag.
+        spans = [
+            {"kind": kind, "text": text[words[a][0] : words[b][1]], "start": words[a][0], "end": words[b][1]}
+            for kind, a, b in entities(tags)
+        ]
+        found.append({"text": text, "entities": spans})
+    return found
+
+
+_PREDICT: Mapping[str, Callable[[Runtime, Job, Sequence[str]], list[Prediction]]] = {
+    "sequence_classification": _predict_labels,
+    "token_classification": _predict_entities,
+    "pair_matching": _predict_pairs,
+    "regression": _predict_scores,
+}
+
+
+def _outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
+    """Return the head's output of every example, in order, on the CPU; of tokens [T or more, classes]."""
     # Sorted by length as micro-batches are, so that the outputs come in this order.
     order = sorted(range(len(examples)), key=lambda index: examples[index].length)
     outputs = (row for batch, _ in runtime.outputs([examples[index] for index in order]) for row in batch.cpu())
-    found = {index: _prediction(texts[index], row, job.task.labels) for index, row in zip(order, outputs, strict=True)}
-    return [found[index] for index in range(len(texts))]
+    found = dict(zip(order, outputs, strict=True))
+    return [found[index] for index in range(len(examples))]
 
 
 def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[str]:
-    """Return `decoding.num_sequences` continuations of `text`, without the text itself.
+    """Return `decoding.num_sequences` continuations of `text`, or responses to it, without the text itself.
 
     Raises:
         ConfigError: if the run is not a language model.
     """
-    if job.task.kind != "causal_lm":
+    if not task_of(job).causal_lm:
         raise ConfigError(
             f"the run's task is {job.task.kind!r}, which does not continue texts; use `silotune predict`."
         )
     tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
-    start = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
+    if isinstance(runtime.task, Replies):
+        start = prompt_tokens(text, tokenizer, runtime.max_length)
+    else:
+        start = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
     if not start:
         raise ConfigError("there is no text to continue, and the tokenizer has no token to start from; give a text.")
     generator = decoding.new_generator()
@@ -119,7 +205,8 @@ def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[
 def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> Tensor:
     """Return one token per row of `logits` [sequences, vocabulary], int64 [sequences].
 
-    Greedy at temperature 0, otherwise drawn among the `top_k` likeliest (Fan et al. 2018).
+    Greedy at temperature 0, otherwise drawn among the `top_k` likeliest (Fan et al. 2018), of these among the fewest likeliest
+    whose probability reaches `top_p` (Holtzman et al. 2020).
     """
     if decoding.temperature == 0:
         return logits.argmax(dim=-1)
@@ -129,6 +216,12 @@ def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator
     if 0 < decoding.top_k < scaled.shape[-1]:
         threshold = scaled.topk(decoding.top_k, dim=-1).values[:, -1:]
         scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
+    if decoding.top_p < 1:
+        ordered, places = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        scaled = scaled.masked_fill(
+            (before >= decoding.top_p).scatter(-1, places, before >= decoding.top_p), -torch.inf
+        )
     return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
@@ -147,11 +240,10 @@ def _before(tokens: list[int], end: int | None) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
 
 
-def _prediction(text: str, logits: Tensor, labels: Sequence[str]) -> Prediction:
+def _labelled(logits: Tensor, labels: Sequence[str]) -> Prediction:
     probabilities = logits.float().softmax(dim=-1)
     best = int(probabilities.argmax())
     return {
-        "text": text,
         "label": labels[best],
         "probability": float(probabilities[best]),
         "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},

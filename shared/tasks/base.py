@@ -21,12 +21,14 @@ class Evaluation:
         metrics: every metric by name, finite floats; always holds "loss".
         labels: class names, or None.
         confusion: counts, rows are true classes and columns predicted ones, or None.
+        roc: (false, true) positive rate at falling thresholds, the last label as positive; None unless there are two labels.
         pairs: (true, predicted) numbers of some of the data, in the task's own unit, or None.
     """
 
     metrics: dict[str, float]
     labels: tuple[str, ...] | None = None
     confusion: list[list[int]] | None = None
+    roc: list[list[float]] | None = None
     pairs: list[list[float]] | None = None
 
 

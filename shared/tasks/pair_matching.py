@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from shared.batches import Batch, Example
 from shared.tasks.base import Evaluation, Record
@@ -47,10 +47,6 @@ class PairMatching(SequenceClassification):
         """Return a pair that matches if `number` is odd."""
         return Example(input_ids, torch.tensor([number % 2, number]))
 
-    def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return cross-entropy per pair [B] from logits [B, 2]."""
-        return nn.functional.cross_entropy(outputs.float(), batch.targets[:, 0], reduction="none")
-
     def classes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the more probable class and the label of each pair."""
         return outputs.argmax(dim=-1), batch.targets[:, 0]
@@ -72,6 +68,7 @@ class PairMatching(SequenceClassification):
             metrics=found.metrics | ranking_metrics(torch.cat(scores), torch.cat(queries), torch.cat(matches)),
             labels=found.labels,
             confusion=found.confusion,
+            roc=found.roc,
         )
 
 

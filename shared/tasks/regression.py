@@ -1,6 +1,6 @@
 """Scores: a number for a text, squared error.
 
-Guarantee (test: tests/shared/test_regression.py): a label counts only as far as the job's public range reaches. Within it the
+Guarantee (test: tests/shared/test_tasks.py): a label counts only as far as the job's public range reaches. Within it the
 number is mapped to [-1, 1], so that learning rate and clipping bound mean the same whatever the unit is.
 """
 

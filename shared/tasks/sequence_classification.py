@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
-from sklearn.metrics import confusion_matrix, f1_score
+from numpy.typing import NDArray
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from shared.batches import Batch, Example
@@ -16,6 +18,8 @@ from shared.errors import DataError
 from shared.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Record
 
+_ROC_POINTS = 200
+
 
 @dataclass(frozen=True)
 class SequenceClassification:
@@ -23,6 +27,7 @@ class SequenceClassification:
 
     labels: tuple[str, ...]
     pooling: str
+    label_smoothing: float = 0.0
 
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
     primary_metric = "accuracy"
@@ -32,7 +37,7 @@ class SequenceClassification:
     @classmethod
     def from_config(cls, task: TaskConfig, model: ModelConfig) -> SequenceClassification:
         """Build from the job's sections."""
-        return cls(labels=task.labels, pooling=model.pooling)
+        return cls(labels=task.labels, pooling=model.pooling, label_smoothing=task.label_smoothing)
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return a pooled linear classifier drawn from the public seed."""
@@ -79,31 +84,47 @@ class SequenceClassification:
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy per example [B] from logits [B, labels]."""
-        return nn.functional.cross_entropy(outputs.float(), batch.targets, reduction="none")
+        return nn.functional.cross_entropy(
+            outputs.float(), self.classes(outputs, batch)[1], reduction="none", label_smoothing=self.label_smoothing
+        )
 
     def classes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the most probable class and the label of each text."""
         return outputs.argmax(dim=-1), batch.targets
 
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
-        """Return loss, accuracy, macro F1 and the confusion matrix."""
-        losses, predicted, targets = [], [], []
+        """Return loss, accuracy, macro F1 and the confusion matrix; of two labels also the ROC curve and its area."""
+        losses, predicted, targets, margins = [], [], [], []
         for outputs, batch in parts:
-            losses.append(self.per_example_loss(outputs, batch))
             guessed, true = self.classes(outputs, batch)
+            losses.append(nn.functional.cross_entropy(outputs.float(), true, reduction="none"))
             predicted.append(guessed)
             targets.append(true)
+            margins.append((outputs[:, -1] - outputs[:, 0]).float())
         truth, guess = torch.cat(targets).cpu().numpy(), torch.cat(predicted).cpu().numpy()
         matrix = confusion_matrix(truth, guess, labels=range(len(self.labels)))
+        metrics = {
+            "loss": float(torch.cat(losses).mean()),
+            "accuracy": float((truth == guess).mean()),
+            "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
+        }
+        curve = None
+        if len(self.labels) == 2 and len({*truth.tolist()}) == 2:
+            margin = torch.cat(margins).cpu().numpy()
+            metrics["auc"] = float(roc_auc_score(truth, margin))
+            curve = _thinned(np.stack(roc_curve(truth, margin)[:2], axis=1))
         return Evaluation(
-            metrics={
-                "loss": float(torch.cat(losses).mean()),
-                "accuracy": float((truth == guess).mean()),
-                "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
-            },
+            metrics=metrics,
             labels=self.labels,
             confusion=matrix.tolist(),
+            roc=curve,
         )
+
+
+def _thinned(points: NDArray[np.float64]) -> list[list[float]]:
+    """Return at most `_ROC_POINTS` of the points, ends kept."""
+    kept = np.unique(np.linspace(0, len(points) - 1, min(len(points), _ROC_POINTS)).round().astype(int))
+    return [[float(x), float(y)] for x, y in points[kept]]
 
 
 def _class_of(example: Example) -> int:

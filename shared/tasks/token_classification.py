@@ -30,6 +30,7 @@ class TokenClassification:
     """See `shared.tasks.base.Task`. Records have `tokens`, a list of words (of characters, in Chinese), and `tags`, as many."""
 
     labels: tuple[str, ...]
+    label_smoothing: float = 0.0
 
     roles: ClassVar[tuple[str, ...]] = ("tokens", "tags")
     primary_metric = "f1"
@@ -39,7 +40,7 @@ class TokenClassification:
     @classmethod
     def from_config(cls, task: TaskConfig, model: ModelConfig) -> TokenClassification:
         """Build from the job's sections."""
-        return cls(labels=task.labels)
+        return cls(labels=task.labels, label_smoothing=task.label_smoothing)
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return a linear classifier of every token, drawn from the public seed."""
@@ -99,7 +100,7 @@ class TokenClassification:
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over each example's own words, [B], from logits [B, T, labels]."""
-        return mean_over_own_tokens(outputs, batch.targets)
+        return mean_over_own_tokens(outputs, batch.targets, label_smoothing=self.label_smoothing)
 
     def classes(self, outputs: Tensor, batch: Batch) -> None:
         """A record has many tags, not one class."""
@@ -147,9 +148,21 @@ def first_pieces(word_of_piece: Sequence[int | None]) -> list[tuple[int, int]]:
     return found
 
 
-def split_words(text: str) -> list[str]:
-    """Return the words and marks of a text that nobody has cut into words; of Chinese and Japanese, the characters."""
-    return _WORD.findall(text)
+def word_places(text: str) -> list[tuple[int, int]]:
+    """Return begin and end of the words and marks of a text that nobody has cut; of Chinese and Japanese, the characters."""
+    return [found.span() for found in _WORD.finditer(text)]
+
+
+def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
+    """Return (kind, first word, last word) of the entities in IOB tags; an I- that continues nothing begins an entity."""
+    found: list[tuple[str, int, int]] = []
+    for word, tag in enumerate(tags):
+        mark, _, kind = tag.partition("-")
+        if mark == "I" and found and found[-1][0] == kind and found[-1][2] == word - 1:
+            found[-1] = (kind, found[-1][1], word)
+        elif mark in ("B", "I"):
+            found.append((kind, word, word))
+    return found
 
 
 def _words(value: Any, row: int) -> list[str]:

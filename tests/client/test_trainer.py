@@ -27,7 +27,7 @@ from client.trainer import (
 )
 from shared.batches import Example, collate
 from shared.config import ComputeConfig, Job
-from shared.errors import PrivacyError
+from shared.errors import ConfigError, PrivacyError
 from shared.frozen_cache import FrozenCache
 from shared.privacy.mechanism import CLIP_MARGIN, per_example_gradients
 from shared.privacy.plan import PrivacyPlan
@@ -449,6 +449,19 @@ def test_learning_rates_follow_the_public_schedule(
         adapter, head = (group["lr"] for group in optimizer.param_groups)
         assert adapter == pytest.approx(0.05 * factor, abs=1e-12)
         assert head == pytest.approx(3 * 0.05 * factor, abs=1e-12)
+
+
+def test_the_learning_rate_warms_up_in_equal_parts(job_of: Callable[..., Job]) -> None:
+    runtime = load_runtime(job_of(), CPU)
+    training = job_of(training={"rounds": 2, "local_steps": 5, "schedule": "linear", "warmup_steps": 3}).training
+    optimizer = build_optimizer(runtime.model.trainable(), set(), training)
+    rates = []
+    for step in range(training.planned_steps):
+        set_learning_rate(optimizer, training, step)
+        rates.append(optimizer.param_groups[0]["lr"] / training.learning_rate)
+    assert rates == pytest.approx([0.25, 0.5 * 0.9, 0.75 * 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1])
+    with pytest.raises(ConfigError, match="warmup_steps is 10, but only 10 steps are planned"):
+        job_of(training={"rounds": 2, "local_steps": 5, "warmup_steps": 10})
 
 
 # --- hooks ---

