@@ -173,7 +173,10 @@ def predict(
 @app.command()
 def generate(
     run: RunArgument,
-    text: Annotated[str, typer.Argument(help="Text to continue.")],
+    texts: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts to continue, or prompts; standard input, one a line, if none is given."),
+    ] = None,
     num_sequences: Annotated[int, typer.Option("--num", help="Number of continuations.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.")] = 40,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 1.0,
@@ -182,11 +185,11 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes the choice repeatable.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per continuation.")] = False,
 ) -> None:
-    """Continue a text with the GPT-2 adapter of a run."""
+    """Continue texts, or answer prompts, with the GPT-2 adapter of a run; of several the share of different words is told."""
     from server.run_folder import load_job
     from shared.config import ComputeConfig
-    from shared.inference import Decoding, load_tuned
-    from shared.inference import generate as continue_text
+    from shared.errors import DataError
+    from shared.inference import Decoding, distinct, generate_all, load_tuned
 
     job = load_job(run)
     decoding = Decoding(
@@ -197,12 +200,22 @@ def generate(
         num_sequences=num_sequences,
         seed=seed,
     )
-    for continuation in continue_text(load_tuned(run, job, ComputeConfig()), job, text, decoding):
-        typer.echo(
-            json.dumps({"text": text, "continuation": continuation}, ensure_ascii=False)
-            if as_json
-            else text + continuation
-        )
+    lines = texts or [line.strip() for line in sys.stdin if line.strip()]
+    if not lines:
+        raise DataError("there is no text to continue; give texts as arguments or on standard input.")
+    found = generate_all(load_tuned(run, job, ComputeConfig()), job, lines, decoding)
+    between = "\n" if job.task.kind == "replies" else ""
+    for text, continuations in zip(lines, found, strict=True):
+        for continuation in continuations:
+            typer.echo(
+                json.dumps({"text": text, "continuation": continuation}, ensure_ascii=False)
+                if as_json
+                else text + between + continuation
+            )
+    every = [continuation for continuations in found for continuation in continuations]
+    if len(every) > 1:
+        shares = ", ".join(f"distinct-{n} {distinct(every, n):.3f}" for n in (1, 2))
+        typer.echo(f"{len(every)} continuations: {shares}", err=True)
 
 
 def write_report(

@@ -23,6 +23,7 @@ from shared.runtime import Runtime, load_runtime
 
 Train = Literal["b", "both"]
 Precision = Literal["float32", "bfloat16"]
+OwnPrecision = Literal["auto", "float32", "bfloat16"]
 MODES = ("hooks", "functorch", "ghost")
 """Opacus' ways to per-example gradients or norms."""
 
@@ -195,7 +196,7 @@ def same_job(
     return parse(Job, raw, source="the benchmark")
 
 
-def same_runtime(job: Job, *, precision: Precision = "float32", cached: bool = True, **compute: Any) -> Runtime:
+def same_runtime(job: Job, *, precision: OwnPrecision = "float32", cached: bool = True, **compute: Any) -> Runtime:
     """Return our runtime of `job` on the processor, with default settings but `compute`."""
     config = ComputeConfig(device="cpu", precision=precision, cache_frozen_layers=cached, **compute)
     return load_runtime(job, config)

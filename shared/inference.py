@@ -171,7 +171,12 @@ def _outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
 
 
 def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[str]:
-    """Return `decoding.num_sequences` continuations of `text`, or responses to it, without the text itself.
+    """Return `decoding.num_sequences` continuations of one text; see `generate_all`."""
+    return generate_all(runtime, job, [text], decoding)[0]
+
+
+def generate_all(runtime: Runtime, job: Job, texts: Sequence[str], decoding: Decoding) -> list[list[str]]:
+    """Return `decoding.num_sequences` continuations of each text, or responses to it, without the text itself.
 
     Raises:
         ConfigError: if the run is not a language model.
@@ -181,25 +186,41 @@ def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[
             f"the run's task is {job.task.kind!r}, which does not continue texts; use `silotune predict`."
         )
     tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
-    if isinstance(runtime.task, Replies):
-        start = prompt_tokens(text, tokenizer, runtime.max_length)
-    else:
-        start = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
-    if not start:
-        raise ConfigError("there is no text to continue, and the tokenizer has no token to start from; give a text.")
+    starts = [_start(runtime, text) for text in texts for _ in range(decoding.num_sequences)]
     generator = decoding.new_generator()
-    # All sequences grow together, so that one forward pass serves them; what follows a row's end is cut off below.
-    sequences = torch.tensor([start] * decoding.num_sequences)
-    ended = torch.zeros(decoding.num_sequences, dtype=torch.bool)
+    # All sequences grow together, so that one forward pass serves them.
+    added: list[list[int]] = [[] for _ in starts]
+    growing = list(range(len(starts)))
     for _ in range(decoding.max_new_tokens):
-        tokens = choose_tokens(next_logits(runtime, sequences), decoding, generator)
-        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
-        if end is not None:
-            ended |= tokens == end
-        if bool(ended.all()):
+        logits = next_logits(runtime, [[*starts[row], *added[row]] for row in growing])
+        for row, token in zip(growing, choose_tokens(logits, decoding, generator).tolist(), strict=True):
+            added[row].append(token)
+        growing = [row for row in growing if added[row][-1] != end]
+        if not growing:
             break
-    added = [_before(row, end) for row in sequences[:, len(start) :].tolist()]
-    return [str(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in added]
+    found = [str(tokenizer.decode(_before(tokens, end), skip_special_tokens=True)) for tokens in added]
+    return [found[i : i + decoding.num_sequences] for i in range(0, len(found), decoding.num_sequences)]
+
+
+def _start(runtime: Runtime, text: str) -> list[int]:
+    """Return the tokens after which a continuation, or a response, begins."""
+    tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
+    if isinstance(runtime.task, Replies):
+        return prompt_tokens(text, tokenizer, runtime.max_length)
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
+    if not tokens:
+        raise ConfigError("there is no text to continue, and the tokenizer has no token to start from; give a text.")
+    return tokens
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Return distinct-n (Li et al. 2016): different sequences of n words as a share of all of them; 0 if there are none.
+
+    Words are those of `word_places`, so that Chinese counts by characters. Low values tell of replies that are all alike.
+    """
+    words = [[text[a:b].casefold() for a, b in word_places(text)] for text in texts]
+    grams = [tuple(own[i : i + n]) for own in words for i in range(len(own) - n + 1)]
+    return len({*grams}) / len(grams) if grams else 0.0
 
 
 def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> Tensor:
@@ -225,15 +246,15 @@ def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator
     return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def next_logits(runtime: Runtime, sequences: Tensor) -> Tensor:
+def next_logits(runtime: Runtime, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Return the logits after the last token of every sequence, float32 [sequences, vocabulary] on the CPU.
 
     Args:
-        sequences: token ids of equal length, int64 [sequences, T]; the model sees the last `max_length` of them.
+        sequences: token ids; the model sees the last `max_length` of them.
     """
-    examples = [Example(row) for row in sequences[:, -runtime.max_length :]]
-    # Equal lengths: micro-batches keep the order.
-    return torch.cat([outputs[:, -1].float().cpu() for outputs, _ in runtime.outputs(examples)])
+    examples = [Example(torch.tensor(row[-runtime.max_length :], dtype=torch.int64)) for row in sequences]
+    last = [row[example.length - 1] for row, example in zip(_outputs(runtime, examples), examples, strict=True)]
+    return torch.stack(last).float()
 
 
 def _before(tokens: list[int], end: int | None) -> list[int]:

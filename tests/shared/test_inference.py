@@ -15,7 +15,7 @@ import torch
 from shared.batches import Example
 from shared.config import ComputeConfig, Job
 from shared.errors import AdapterError, ConfigError
-from shared.inference import Decoding, choose_tokens, generate, load_tuned, next_logits, predict
+from shared.inference import Decoding, choose_tokens, distinct, generate, generate_all, load_tuned, next_logits, predict
 from shared.peft_folder import save_peft_folder
 from shared.runtime import Runtime, load_runtime
 from tests.conftest import LINES
@@ -48,12 +48,12 @@ def runtime(run_dir: Path, job: Job) -> Iterator[Runtime]:
     runtime.load(runtime.initial)
 
 
-def scripted(monkeypatch: pytest.MonkeyPatch, columns: Sequence[Sequence[int]]) -> list[torch.Size]:
-    """Let the model answer step t with the tokens `columns[t]`; return the shapes it was asked for."""
-    asked: list[torch.Size] = []
+def scripted(monkeypatch: pytest.MonkeyPatch, columns: Sequence[Sequence[int]]) -> list[int]:
+    """Let the model answer step t with the tokens `columns[t]`; return for how many sequences it was asked."""
+    asked: list[int] = []
 
-    def answer(_: Runtime, sequences: torch.Tensor) -> torch.Tensor:
-        asked.append(sequences.shape)
+    def answer(_: Runtime, sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+        asked.append(len(sequences))
         return torch.nn.functional.one_hot(torch.tensor(columns[len(asked) - 1]), 300).float()
 
     monkeypatch.setattr("shared.inference.next_logits", answer)
@@ -156,10 +156,10 @@ class TestGenerate:
     def test_each_row_stops_at_its_own_end(self, runtime: Runtime, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
         end = runtime.tokenizer.eos_token_id
         a, b = runtime.tokenizer("ab")["input_ids"][:2]
-        asked = scripted(monkeypatch, [[a, end], [b, a], [end, b]])
+        asked = scripted(monkeypatch, [[a, end], [b], [end]])  # who has ended is asked no more
         decoding = Decoding(temperature=0.0, num_sequences=2, max_new_tokens=50)
         assert generate(runtime, job, "the film", decoding) == [runtime.tokenizer.decode([a, b]), ""]
-        assert len(asked) == 3
+        assert asked == [2, 1, 1]
 
     def test_at_most_max_new_tokens(self, runtime: Runtime, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
         (a,) = runtime.tokenizer("a")["input_ids"]
@@ -168,10 +168,10 @@ class TestGenerate:
         assert len(asked) == 4
 
     def test_a_context_longer_than_the_window_is_seen_by_its_end(self, runtime: Runtime, job: Job) -> None:
-        long = torch.tensor(runtime.tokenizer(" ".join(LINES))["input_ids"])
+        long = runtime.tokenizer(" ".join(LINES))["input_ids"]
         assert len(long) > runtime.max_length
-        near = next_logits(runtime, long[None])
-        torch.testing.assert_close(near, next_logits(runtime, long[None, -runtime.max_length :]))
+        near = next_logits(runtime, [long])
+        torch.testing.assert_close(near, next_logits(runtime, [long[-runtime.max_length :]]))
         (more,) = generate(runtime, job, " ".join(LINES), Decoding(max_new_tokens=40, seed=0))
         assert more
 
@@ -192,9 +192,22 @@ class TestGenerate:
         assert shapes == [(6, 1)]
 
     def test_micro_batches_keep_the_order(self, runtime: Runtime) -> None:
-        sequences = torch.randint(0, 300, (9, 7), generator=torch.Generator().manual_seed(0))
+        drawn = torch.randint(0, 300, (9, 7), generator=torch.Generator().manual_seed(0)).tolist()
+        sequences = [row[: 3 + i % 4] for i, row in enumerate(drawn)]
         small = dataclasses.replace(runtime, compute=ComputeConfig(device="cpu", micro_batch_tokens=14))
         torch.testing.assert_close(next_logits(small, sequences), next_logits(runtime, sequences))
+
+    def test_texts_of_different_lengths_are_continued_together(self, runtime: Runtime, job: Job) -> None:
+        texts = ["warm, clever", "the film is a quiet joy", "nobody"]
+        alone = [generate(runtime, job, text, GREEDY) for text in texts]
+        assert generate_all(runtime, job, texts, GREEDY) == alone
+        several = dataclasses.replace(GREEDY, num_sequences=2)
+        assert generate_all(runtime, job, texts, several) == [[*found, *found] for found in alone]
+
+    def test_distinct_n_by_hand(self) -> None:
+        assert distinct(["the film the film", "The plot"], 1) == 3 / 6
+        assert distinct(["the film the film", "The plot"], 2) == 3 / 4
+        assert distinct(["a"], 2) == 0
 
     def test_a_classifier_is_refused(self, runtime: Runtime, classification_job: Callable[..., Job]) -> None:
         with pytest.raises(ConfigError, match="silotune predict"):

@@ -225,8 +225,8 @@ def test_a_reply_is_generated_after_the_line_end(
 ) -> None:
     seen: list[list[int]] = []
 
-    def endless(runtime: Runtime, sequences: torch.Tensor) -> torch.Tensor:
-        seen.append(sequences[0].tolist())
+    def endless(runtime: Runtime, sequences: list[list[int]]) -> torch.Tensor:
+        seen.append(sequences[0])
         return torch.nn.functional.one_hot(torch.tensor([5]), 300).float().repeat(len(sequences), 1)
 
     monkeypatch.setattr("shared.inference.next_logits", endless)
