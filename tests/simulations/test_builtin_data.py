@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from shared.errors import DataError
+from shared.tasks.token_classification import entities
 from simulations import builtin_data
 from simulations.builtin_data import BUILTIN, BuiltinData, DataFile, data_folders, tagged_sentences
 
@@ -42,6 +43,31 @@ def test_chinese_reviews() -> None:
     labels = [record["label"] for record in data.train]
     assert labels.count("positive") == labels.count("negative") == builtin_data.NUM_CHINESE_REVIEWS // 2
     assert sum(any("\u4e00" <= c <= "\u9fff" for c in record["text"]) for record in data.train) > 11_900
+
+
+def test_people_daily_has_a_tag_on_every_character() -> None:
+    data = load("people-daily")
+    assert data.test is not None
+    assert len(data.train) + len(data.test) == builtin_data.NUM_PEOPLE_DAILY
+    assert {tag for r in data.train for tag in r["tags"]} == {
+        "O", *(f"{mark}-{kind}" for mark in "BI" for kind in ("person", "place", "organisation"))
+    }  # fmt: skip
+    for record in (*data.train, *data.test):
+        assert len(record["tokens"]) == len(record["tags"]) <= 80
+        assert all(len(token) == 1 for token in record["tokens"])
+        inside = [i for i, tag in enumerate(record["tags"]) if tag.startswith("I-")]
+        assert all(record["tags"][i - 1][2:] == record["tags"][i][2:] for i in inside)
+    assert not {"".join(r["tokens"]) for r in data.train} & {"".join(r["tokens"]) for r in data.test}
+
+
+def test_a_name_of_two_words_is_one_person() -> None:
+    line = "国家/n  主席/n  江/nr  泽民/nr  、/w  李/nr  鹏/nr  在/p  北京/ns  。/w"
+    ((tokens, tags),) = builtin_data._character_sentences(line)
+    assert [(kind, "".join(tokens[a : b + 1])) for kind, a, b in entities(tags)] == [
+        ("person", "江泽民"),
+        ("person", "李鹏"),
+        ("place", "北京"),
+    ]
 
 
 def test_question_answers_have_one_match_or_more_and_nine_others() -> None:
