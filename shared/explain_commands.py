@@ -33,7 +33,10 @@ def explain(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
-    """Show which words moved a prediction, by integrated gradients; whatever they add up to is printed and checked."""
+    """Show which words moved a prediction, by integrated gradients; whatever they add up to is printed and checked.
+
+    Without TEXT standard input is read: an argument can be seen in the machine's list of processes. A pair has a tab between.
+    """
     from rich.console import Console
 
     from shared.config import ComputeConfig

@@ -76,7 +76,10 @@ def monitor(
         bool, typer.Option("--json", help="Print one JSON line for each window, alert and the summary.")
     ] = False,
 ) -> None:
-    """Watch a stream of texts: the share of each label over time, and an alert when it shifts from the baseline."""
+    """Watch a stream of texts: the share of each label over time, and an alert when it shifts from the baseline.
+
+    INPUTS are files (one text a line, CSV or JSONL) or folders of such; without any, or with -, standard input is read.
+    """
     from rich.console import Console
 
     from shared.config import ComputeConfig

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
 
@@ -107,7 +108,7 @@ class RowReader:
     def __init__(self, name: str, kind: str, how: TextFormat, skipped: Skipped, *, tabs: bool = False) -> None:
         if kind == "text" and how.time is not None:
             raise DataError(f"{name} is plain text and has no column {how.time!r} of times; give CSV or JSONL.")
-        self._name, self._kind, self._how, self._skipped = name, kind, how, skipped
+        self.name, self._kind, self._how, self._skipped = name, kind, how, skipped
         self._delimiter = how.delimiter or ("\t" if tabs else ",")
         self._rest = b""
         self._line = 0
@@ -194,7 +195,7 @@ class RowReader:
             if column is not None and cells.count(column) != 1:
                 # The first line may be a record where the header is missing, so it is not shown.
                 raise DataError(
-                    f"{self._name} has {cells.count(column) or 'no'} column{'s' * (cells.count(column) > 1)} {column!r} among "
+                    f"{self.name} has {cells.count(column) or 'no'} column{'s' * (cells.count(column) > 1)} {column!r} among "
                     f"the {len(cells)} of its first line; name it by {option}, or set --delimiter."
                 )
         return cells
@@ -213,7 +214,7 @@ class RowReader:
 
     def _drop(self, reason: str) -> None:
         self._row, self._quoted = "", False
-        self._skipped.add(reason, self._name, self._line)
+        self._skipped.add(reason, self.name, self._line)
 
 
 def _quote_is_open(line: str, delimiter: str, inside: bool) -> bool:
@@ -273,13 +274,15 @@ class _Place:
     start: bytes = b""
     offset: int = 0
     modified: int = 0
+    refused: bool = False
 
 
 class Files:
     """Files and folders, read from where the last call stopped.
 
     A file is known by its device and inode, so that one that is renamed is not read again; one that is cut short or replaced is
-    read from its start. Folders are not entered further, and hidden files and unknown endings are passed over.
+    read from its start. Folders are not entered further, and hidden files and unknown endings are passed over. Once a text was
+    read, a further file without the columns, or one that cannot be opened, is left out and counted: it must not end a long watch.
 
     Attributes:
         ignored: files of the folders that were passed over at the last call.
@@ -288,6 +291,8 @@ class Files:
     def __init__(self, paths: Sequence[Path], how: TextFormat, skipped: Skipped) -> None:
         self._paths, self._how, self._skipped = paths, how, skipped
         self._places: dict[tuple[int, int], _Place] = {}
+        self._unopened: set[Path] = set()
+        self._worked = False
         self.ignored = 0
         for path in paths:
             if not path.exists():
@@ -306,14 +311,18 @@ class Files:
             except FileNotFoundError:
                 continue  # gone since the folder was listed
             except OSError as error:
-                raise DataError(f"{path} cannot be read: {error.strerror}; mend that, then start again.") from None
+                if not self._worked:
+                    raise DataError(f"{path} cannot be read: {error.strerror}; mend that, then start again.") from None
+                if path not in self._unopened:
+                    self._unopened.add(path)
+                    self._skipped.add("of a file that cannot be opened", path.name, 0)
         for key in self._places.keys() - present:
-            yield self._places.pop(key).reader.finish()
+            yield self._finish(self._places.pop(key))
 
     def finish(self) -> Iterator[list[Item]]:
         """Yield the texts of last lines without an end."""
         for place in self._places.values():
-            yield place.reader.finish()
+            yield self._finish(place)
 
     def _files(self) -> Iterator[Path]:
         for path in self._paths:
@@ -327,24 +336,42 @@ class Files:
         key = (found.st_dev, found.st_ino)
         place = self._places.get(key)
         kind = self._how.of(path)
-        if place is None and kind is None:
+        if place is None and (kind is None or (kind == "text" and self._how.time is not None and self._worked)):
             self.ignored += 1
             return
         present.add(key)
         if place is not None and (found.st_size, found.st_mtime_ns) == (place.offset, place.modified):
             return
         if place is not None and (found.st_size < place.offset or file.read(len(place.start)) != place.start):
-            yield place.reader.finish()
+            yield self._finish(place)
             place = None
         if place is None:
-            reader = RowReader(
-                path.name, kind or "text", self._how, self._skipped, tabs=path.suffix.lower() in (".tsv", ".tab")
+            tabs = path.suffix.lower() in (".tsv", ".tab")
+            place = self._places[key] = _Place(
+                RowReader(path.name, kind or "text", self._how, self._skipped, tabs=tabs)
             )
-            place = self._places[key] = _Place(reader)
         place.modified = found.st_mtime_ns
         file.seek(place.offset)
         while piece := file.read(PIECE):
             if len(place.start) < _START_BYTES and place.offset == len(place.start):
                 place.start += piece[: _START_BYTES - len(place.start)]
             place.offset += len(piece)
-            yield place.reader.feed(piece)
+            yield self._guarded(place, partial(place.reader.feed, piece))
+
+    def _finish(self, place: _Place) -> list[Item]:
+        return self._guarded(place, place.reader.finish)
+
+    def _guarded(self, place: _Place, read: Callable[[], list[Item]]) -> list[Item]:
+        """Return what `read` does; nothing, and the file is left out from now on, if it lacks the columns."""
+        if place.refused:
+            return []
+        try:
+            items = read()
+        except DataError:
+            if not self._worked:
+                raise
+            place.refused = True
+            self._skipped.add("of a file without the columns", place.reader.name, 1)
+            return []
+        self._worked = self._worked or bool(items)
+        return items

@@ -182,6 +182,36 @@ class TestFiles:
         assert everything(files) == ["two"]
         assert files._places == {}
 
+    def test_a_bad_file_does_not_end_a_long_watch(self, tmp_path: Path) -> None:
+        skipped = Skipped()
+        files = Files([tmp_path], TextFormat(), skipped)
+        (tmp_path / "a.csv").write_text("review\nPRIVATE\n")
+        with pytest.raises(DataError, match="no column 'text'"):
+            everything(files)
+        (tmp_path / "a.csv").write_text("text\nfine\n")
+        assert everything(files) == ["fine"]
+        (tmp_path / "b.csv").write_text("review\nPRIVATE\n")
+        (tmp_path / "c.csv").write_text("text\nfine too\n")
+        assert everything(files) == ["fine too"]
+        with (tmp_path / "b.csv").open("a") as file:
+            file.write("PRIVATE\n")
+        assert everything(files) == []
+        assert skipped.counts == {"of a file without the columns": 1}
+        assert skipped.first == {"of a file without the columns": "b.csv, line 1"}
+        (tmp_path / "d.csv").write_text("review")
+        assert everything(files) == []
+        assert [item for items in files.finish() for item in items] == []
+        assert skipped.counts == {"of a file without the columns": 2}
+
+    def test_plain_text_beside_files_with_times_is_passed_over(self, tmp_path: Path) -> None:
+        files = Files([tmp_path], TextFormat(time="t"), Skipped())
+        (tmp_path / "a.jsonl").write_text('{"text": "fine", "t": 5}\n')
+        (tmp_path / "b.txt").write_text("no time\n")
+        assert everything(files) == ["fine"]
+        assert files.ignored == 1
+        with pytest.raises(DataError, match="has no column 't' of times"):
+            everything(Files([tmp_path / "b.txt"], TextFormat(time="t"), Skipped()))
+
     def test_a_large_file_is_read_in_pieces(self, tmp_path: Path) -> None:
         path = tmp_path / "a.txt"
         path.write_text("".join(f"line {i}\n" for i in range(30_000)))
