@@ -21,7 +21,7 @@ _SHOWN_FROM = 1 / 20
 """Of the largest attribution: smaller ones are not coloured."""
 _HALF_BAR = 100
 # One for each mark, + to +++: the strength can be read without colour.
-_FOR = ("blue", "bold blue", "bold white on blue")
+_FOR = ("bright_blue", "bold bright_blue", "bold white on blue")
 _AGAINST = ("yellow", "bold yellow", "bold black on yellow")
 _MOST_ROWS = 15
 
@@ -135,7 +135,7 @@ def _bar(value: float, largest: float) -> Any:
     width = round(10 * abs(value) / largest) if largest else 0
     if value < 0:
         return Text(" " * (10 - width) + "▒" * width + "|", style="yellow")
-    return Text(" " * 10 + "|" + "█" * width, style="blue")
+    return Text(" " * 10 + "|" + "█" * width, style="bright_blue")
 
 
 def printable(text: str) -> str:
