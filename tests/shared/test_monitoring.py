@@ -55,10 +55,10 @@ def test_fisher_against_the_sum_over_all_tables() -> None:
 
 @pytest.mark.parametrize(("shares", "size"), [([0.5, 0.5], 50), ([0.9, 0.1], 80), ([0.6, 0.3, 0.1], 40)])
 def test_false_alarms_are_as_seldom_as_stated(shares: list[float], size: int) -> None:
-    """200 streams without a shift: at most 20 % alarm. The same without Bonferroni would be caught."""
+    """120 streams without a shift: at most 20 % alarm. The same without Bonferroni would be caught."""
     names = tuple(f"label-{i}" for i in range(len(shares)))
     alarms, uncorrected = 0, 0
-    for seed in range(200):
+    for seed in range(120):
         generator = np.random.default_rng(seed)
         monitor = Monitor(settings(labels=names, window=size, alpha=0.2, horizon=12))
         windows = run(monitor, stream(generator, shares, size, 13))
@@ -66,7 +66,7 @@ def test_false_alarms_are_as_seldom_as_stated(shares: list[float], size: int) ->
         alarms += monitor.num_alerts > 0
         uncorrected += any(p <= 0.2 for window in windows for p in window.p_values)
     # Four standard errors above 20 %.
-    most = 200 * 0.2 + 4 * math.sqrt(200 * 0.2 * 0.8)
+    most = 120 * 0.2 + 4 * math.sqrt(120 * 0.2 * 0.8)
     assert alarms <= most
     assert uncorrected > most
 
