@@ -356,6 +356,8 @@ report_app.command("write")(write_report)
 report_app.command("sign")(sign_report)
 app.add_typer(report_app)
 app.command("plan")(importlib.import_module("shared.plan_commands").plan)
+app.command("monitor")(importlib.import_module("shared.monitor_commands").monitor)
+app.command("explain")(importlib.import_module("shared.explain_commands").explain)
 
 
 def main(arguments: list[str] | None = None) -> Any:

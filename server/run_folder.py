@@ -25,8 +25,9 @@ from typing import Any
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.site_metrics import site_metrics_record
 from shared.atomic import write_json, write_text
-from shared.config import Job, canonical_json, parse
+from shared.config import Job, canonical_json
 from shared.errors import RunError
+from shared.job_file import load_job as load_job
 from shared.peft_folder import save_peft_folder
 from shared.privacy.central_statement import CentralRelease, central_privacy_record, central_statement
 from shared.privacy.statement import privacy_record, run_statement
@@ -182,20 +183,6 @@ def _take_lock(handle: int, path: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         raise RunError(f"another process is running in {path}; wait for it or choose another folder.") from None
-
-
-def load_job(run_dir: Path) -> Job:
-    """Return the job of a run folder.
-
-    Raises:
-        RunError: if there is none.
-    """
-    file = run_dir / "job.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{run_dir} holds no readable job.json ({type(error).__name__}); is it a run folder?") from None
-    return parse(Job, raw, source=str(file))
 
 
 def _versions() -> dict[str, str]:

@@ -115,14 +115,17 @@ def _predict_labels(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Pr
 
 
 def _predict_pairs(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
-    records = []
-    for number, line in enumerate(texts, start=1):
-        first, tab, second = line.partition("\t")
-        if not tab or not first.strip() or not second.strip():
-            raise DataError(f"text {number} is no pair; give both texts with a tab between them.")
-        records.append({"text": first.strip(), "pair": second.strip()})
+    records = [pair_record(line, f"text {number}") for number, line in enumerate(texts, start=1)]
     outputs = _outputs(runtime, runtime.encode(records))
     return [record | _labelled(row, job.task.labels) for record, row in zip(records, outputs, strict=True)]
+
+
+def pair_record(line: str, name: str) -> dict[str, str]:
+    """Return the record of a pair that is written with a tab between its texts; `name` says which one it is."""
+    first, tab, second = line.partition("\t")
+    if not tab or not first.strip() or not second.strip():
+        raise DataError(f"{name} is no pair; give both texts with a tab between them.")
+    return {"text": first.strip(), "pair": second.strip()}
 
 
 def _predict_scores(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:

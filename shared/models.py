@@ -114,13 +114,17 @@ class TunableModel(nn.Module):
         packing = Packing(batch.attention_mask)
         frozen = batch.hidden
         hidden = self._embed_frozen(batch.input_ids, packing) if frozen is None else packing.pack(frozen)
-        hidden = self._run_layers(hidden, packing, self.first_adapted, len(self.layers()))
-        if self.architecture.final_norm is not None:
-            hidden = self.backbone.get_submodule(self.architecture.final_norm)(hidden)
-        if isinstance(self.head, TokenHead):
-            with self._packed(packing):
-                return packing.pad(self.head(hidden))
-        return self.head(packing.pad(hidden), batch.attention_mask)  # type: ignore[no-any-return]
+        return self._finish(hidden, packing, batch.attention_mask, self.first_adapted)
+
+    def embeddings(self, input_ids: Tensor) -> Tensor:
+        """Return what enters the first layer for tokens [B, T], float [B, T, H]; no gradient is recorded."""
+        with torch.no_grad():
+            return self.architecture.embed(self.backbone, input_ids)
+
+    def from_embeddings(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return what `forward` does, from `embeddings` [B, T, H] and with gradients through every layer down to them."""
+        packing = Packing(attention_mask)
+        return self._finish(packing.pack(embeddings), packing, attention_mask, 0)
 
     def set_residuals(self, residuals: Mapping[str, Tensor]) -> None:
         """Add `residuals` (float [out, in] by adapted module) to the frozen weights, replacing earlier ones.
@@ -150,6 +154,16 @@ class TunableModel(nn.Module):
         with torch.no_grad():
             hidden = packing.pack(self.architecture.embed(self.backbone, input_ids))
             return self._run_layers(hidden, packing, 0, self.first_adapted)
+
+    def _finish(self, hidden: Tensor, packing: Packing, attention_mask: Tensor, start: int) -> Tensor:
+        """Run the layers from `start` on packed tokens [1, N, H], then the head."""
+        hidden = self._run_layers(hidden, packing, start, len(self.layers()))
+        if self.architecture.final_norm is not None:
+            hidden = self.backbone.get_submodule(self.architecture.final_norm)(hidden)
+        if isinstance(self.head, TokenHead):
+            with self._packed(packing):
+                return packing.pad(self.head(hidden))
+        return self.head(packing.pad(hidden), attention_mask)  # type: ignore[no-any-return]
 
     def _run_layers(self, hidden: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
         """Run layers on packed tokens [1, N, H]."""

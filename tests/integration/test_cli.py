@@ -22,7 +22,7 @@ Silotune = Callable[..., Any]
 def test_help_names_every_command(silotune: Silotune) -> None:
     outcome = silotune("--help")
     assert outcome.status == 0
-    for command in ("demo", "simulate", "sweep", "predict", "generate", "report", "version"):
+    for command in ("demo", "simulate", "sweep", "predict", "generate", "monitor", "explain", "report", "version"):
         assert command in outcome.out
         assert "Usage" in silotune(command, "--help").out
     text = " ".join(silotune("simulate", "--help").out.split())

@@ -1,0 +1,23 @@
+"""The job of a run folder, for whoever uses the tuned model; it needs nothing of the coordinator's code."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from shared.config import Job, parse
+from shared.errors import RunError
+
+
+def load_job(run_dir: Path) -> Job:
+    """Return the job of a run folder.
+
+    Raises:
+        RunError: if there is none.
+    """
+    file = run_dir / "job.json"
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{run_dir} holds no readable job.json ({type(error).__name__}); is it a run folder?") from None
+    return parse(Job, raw, source=str(file))
