@@ -343,6 +343,7 @@ report_app.command("write")(write_report)
 report_app.command("sign")(sign_report)
 app.add_typer(report_app)
 app.command("plan")(importlib.import_module("shared.plan_commands").plan)
+app.command("deidentify")(importlib.import_module("shared.deidentify_command").deidentify)
 
 
 def main(arguments: list[str] | None = None) -> Any:
