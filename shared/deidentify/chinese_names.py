@@ -19,7 +19,9 @@ COMPOUND = (
     "欧阳|司马|上官|诸葛|东方|皇甫|尉迟|公孙|慕容|司徒|夏侯|端木|令狐|宇文|长孙|南宫|西门|独孤|轩辕|申屠"
     "|闻人|太史|澹台|公冶|淳于|单于|赫连|钟离"
 )
+_COMPOUND = re.compile(COMPOUND)
 _HAN = "\u4e00-\u9fff"
+_ANY_HAN = re.compile(f"[{_HAN}]")
 _SURNAME = rf"(?:{COMPOUND}|[{SURNAMES}])"
 
 # What may follow a name directly. A third character that is one of these belongs to the sentence, not to the name.
@@ -67,7 +69,7 @@ _WORDS = (
     "高血|高热|高烧|高龄|高度|高危|高脂|高糖|高处|高敏|高级|高等|高中|高兴|高大|高分|高端|高手|高层|高速|白细|白蛋|白内|白带|白天|白班|白衣|白色|白领|黄疸|黄染|黄色|金属|金额|金融|金牌|石膏|石化"
     "|方便|方可|方法|方案|方面|方才|何时|何处|何种|何况|任何|任意|任务|任职|任教|严重|严格|严密|向来|向我|向您|向其|于是|于今|万一|万能|万分|马上|马虎|常规|常常|余无|余未|余额|余下|程度|程序|龙头|江湖"
     "|江苏|江西|水肿|史无|史地|史学|武汉|武术|金钱|钱包|钱款|孔雀|顾客|顾虑|顾问|段落|雷同|雷达|方式|毛发|毛病|毛巾|汤药|许多|许可|许久|曾经|曾有|曾在|曾因|曾于|曾患|曾行|沈阳|田径|田地|温度|贺卡|莫名|莫非"
-    "|付款|付费|付出|付完|谢班|任课|任教|班主|丁香|肖像|夏天|夏季|秦岭|熊猫|陆续|陆地|汪洋|戴着|戴眼|戴有|孙女|孙子|外孙|叶子|胡子|胡乱|胡说|林业|唐氏|唐朝|宋体|宋朝|梁山|罗列|谢谢|何必|何以|贾宝|范围|范例|钟头|钟表|石头|苏醒|苏州"
+    "|付款|付费|付现|付出|付完|谢班|任课|任教|班主|丁香|肖像|夏天|夏季|秦岭|熊猫|陆续|陆地|汪洋|戴着|戴眼|戴有|孙女|孙子|外孙|叶子|胡子|胡乱|胡说|林业|唐氏|唐朝|宋体|宋朝|梁山|罗列|谢谢|何必|何以|贾宝|范围|范例|钟头|钟表|石头|苏醒|苏州"
     "|郑重|郑州|万元|万人|周围|周期|周末|周身|周内|周前|周后|周一|周二|周三|周四|周五|周六|周日|陈旧|陈述|杨梅|徐州|徐徐|马桶|马路|朱红|吴语|王牌|李子|张口|张开|张力|刘海|崔促|姜汁|魏晋|侯诊|邓论|彭湃|曹操"
 )
 _ORDINARY = re.compile(rf"(?:{_WORDS})")
@@ -78,7 +80,7 @@ _BEFORE_SURNAME = {
     "金": "资现奖基押租黄本",
     "史": "历病个家婚月既往食药",
     "石": "结胆肾宝",
-    "程": "过工课流全进疗病日历",
+    "程": "携过工课流全进疗病日历",
     "高": "升提增最偏很较更",
     "白": "蛋明表苍空坦",
     "万": "千百十几数",
@@ -96,13 +98,13 @@ _BEFORE_SURNAME = {
 }
 _NOBODY = re.compile("不详|未知|本人|同上|保密|匿名|无名氏?|患者|家属")
 _GIVEN_NO = set(
-    "的了是在有和与及或也都就还被把让给向对从到由为因以我你他她它们这那哪谁什么怎吗呢吧啊哦呀着过得地不没很太更最请说叫问找见"
+    "的了是在有和与及或也都就还被把让给向对从到由为因以我你他她它们这那哪谁什么怎吗呢吧啊哦呀着过得地不没很太更最请说叫问找见姓大"
 )
 
 
 def find_chinese_names(text: str) -> Iterator[Span]:
     """Yield names, and later mentions of the full ones in the same text."""
-    if not re.search(rf"[{_HAN}]", text):
+    if not _ANY_HAN.search(text):
         return
     found = set(_by_cue(text))
     yield from found
@@ -130,7 +132,7 @@ def _fitted(text: str, start: int, end: int, *, certain: bool) -> Iterator[Span]
     """Yield the name at `start`, as long as it fits: what follows must be able to follow a name, unless that is certain."""
     if _ORDINARY.match(text, start):
         return
-    surname = 2 if re.match(COMPOUND, text[start:]) else 1
+    surname = 2 if _COMPOUND.match(text, start) else 1
     given = end - start - surname
     lengths = [length for length in (2, 1) if length <= given]
     if given == 2 and text[start + surname + 1] in _AFTER:
@@ -158,7 +160,8 @@ def _before_titles(text: str) -> Iterator[Span]:
         before = text[start - 1] if start else ""
         if before and before in _BEFORE_SURNAME.get(name[0], ""):
             continue
-        if _ORDINARY.match(name) or set(name[1:]) & _GIVEN_NO:
+        # 向 before a title is nearly always the preposition: 向前台小姐.
+        if name[0] == "向" or _ORDINARY.match(name) or set(name[1:]) & _GIVEN_NO:
             continue
         best.setdefault(end, start)
     for end, start in best.items():

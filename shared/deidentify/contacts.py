@@ -14,9 +14,10 @@ _EMAIL = re.compile(
 
 # Addresses end at white space, quotes and Chinese characters or punctuation.
 _IN_URL = r"[^\s<>\"'`|\\^{}\u2e80-\u9fff\uff00-\uffef]"
+# Not those that are English words ("in", "at", "it"): a missing space after a full stop would look like an address.
 _TOP_LEVEL = (
-    "com|org|net|edu|gov|mil|info|biz|io|ai|app|dev|health|hospital|bank|cn|hk|tw|uk|us|de|fr|nl|be|ch|at|it|es|pt|se|no|dk|fi|ie|eu"
-    "|ca|au|nz|jp|kr|sg|in|br|mx|za|ru|pl|cz"
+    "com|org|net|edu|gov|mil|info|biz|io|ai|app|dev|health|hospital|bank|cn|hk|tw|uk|de|fr|nl|ch|pt|dk"
+    "|fi|ie|eu|ca|au|nz|jp|kr|sg|br|mx|za|ru|pl|cz"
 )
 _URL = re.compile(rf"(?i:(?:https?|ftps?|sftp)://|www\.){_IN_URL}{{2,2000}}")
 _DOMAIN = re.compile(

@@ -18,6 +18,7 @@ _WORD = (
     rf"(?:(?:Mc|Mac|[ODL]['’])?[{_UP}][{_LOW}]+(?:[-'’][{_UP}][{_LOW}]+)*(?:[{_UP}][{_LOW}]+)?"
     rf"|(?:[ODL]['’])?[{_UP}]{{2,}}(?:[-'’][{_UP}]{{2,}})*)(?![{_UP}{_LOW}\d_])"
 )
+_ANY_WORD = re.compile(rf"(?<![^\W_]){_WORD}")
 _INITIAL = rf"[{_UP}](?:\.|(?=[ \t]))(?:[{_UP}]\.)?"
 _PARTICLE = r"(?:van der|van den|van de|van|von|de la|de los|de|del|della|dos|da|di|bin|ibn|al|el|ter|ten)"
 _GAP = r"[ \t]{1,3}"
@@ -107,12 +108,12 @@ def find_names(text: str) -> Iterator[Span]:
     """Yield names, and later mentions of their parts in the same text."""
     found = set(_by_cue(text))
     yield from found
-    words = {word for span in found for word in re.findall(_WORD, text[span.start : span.end])}
+    words = {word for span in found for word in _ANY_WORD.findall(text, span.start, span.end)}
     words = {word for word in words if len(word) >= 3 and word.casefold() not in NO_NAMES}
     if words:
-        again = re.compile(rf"{_START}(?:{'|'.join(sorted(map(re.escape, words)))})(?![^\W_])")
-        for match in again.finditer(text):
-            yield Span(match.start(), match.end(), "name")
+        for match in _ANY_WORD.finditer(text):
+            if match.group() in words:
+                yield Span(match.start(), match.end(), "name")
 
 
 def _by_cue(text: str) -> Iterator[Span]:
