@@ -15,8 +15,8 @@ from shared.deidentify.spans import Span
 _UP, _LOW = "A-ZÀ-ÖØ-ÞĀ-Ž", "a-zß-öø-ÿā-ž"
 # Smith, O'Brien, McDonald, Smith-Jones, SMITH
 _WORD = (
-    rf"(?:(?:Mc|Mac|[ODL]['’])?[{_UP}][{_LOW}]+(?:[-'’][{_UP}][{_LOW}]+)*(?:[{_UP}][{_LOW}]+)?"
-    rf"|(?:[ODL]['’])?[{_UP}]{{2,}}(?:[-'’][{_UP}]{{2,}})*)(?![{_UP}{_LOW}\d_])"
+    rf"(?:(?:Mc|Mac|[ODL]['’])?[{_UP}][{_LOW}]{{1,30}}(?:[-'’][{_UP}][{_LOW}]{{1,30}}){{0,3}}(?:[{_UP}][{_LOW}]{{1,30}})?"
+    rf"|(?:[ODL]['’])?[{_UP}]{{2,30}}(?:[-'’][{_UP}]{{2,30}}){{0,3}})(?![{_UP}{_LOW}\d_])"
 )
 _ANY_WORD = re.compile(rf"(?<![^\W_]){_WORD}")
 _INITIAL = rf"[{_UP}](?:\.|(?=[ \t]))(?:[{_UP}]\.)?"
