@@ -358,6 +358,7 @@ app.add_typer(report_app)
 app.command("plan")(importlib.import_module("shared.plan_commands").plan)
 app.command("monitor")(importlib.import_module("shared.monitor_commands").monitor)
 app.command("explain")(importlib.import_module("shared.explain_commands").explain)
+app.command("deidentify")(importlib.import_module("shared.deidentify_command").deidentify)
 
 
 def main(arguments: list[str] | None = None) -> Any:

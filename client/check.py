@@ -16,6 +16,7 @@ from shared.audit_log import verify
 from shared.certificates import expiry_warning
 from shared.config import PERSON_UNITS
 from shared.datasets import PERSON_ROLE, read_records
+from shared.deidentify.report import MaskTally
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
 from shared.signing import load_verify_key
@@ -110,9 +111,12 @@ def _certificate(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
 
 def _data(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
-    records = read_records(config.data, base=home.path)
+    tally = MaskTally()
+    records = read_records(config.data, base=home.path, tally=tally)
     columns = ", ".join(f"{column} as {role}" for role, column in config.data.columns.items())
     text = f"{len(records):,} records, columns {columns}"
+    if config.data.deidentify is not None:
+        text += f"; de-identified {tally.line()}"
     if PERSON_ROLE in config.data.columns:
         return _persons(config, records, text)
     return ("ok" if records else "failed"), text

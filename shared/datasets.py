@@ -19,18 +19,25 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shared import atomic
+from shared.deidentify.config import DeidentifyConfig, parse_short
 from shared.errors import DataError
+
+if TYPE_CHECKING:
+    from shared.deidentify.report import MaskTally
 
 Record = Mapping[str, Any]
 """One example: role -> value."""
 
 PERSON_ROLE = "person"
 """Role of the id column: whose record it is. No task reads it; see `shared.privacy.persons`."""
+
+TEXT_ROLES = frozenset({"text", "pair", "prompt", "response", "tokens"})
+"""Roles that hold what a person wrote; `deidentify` masks these and no other."""
 
 MAX_CELL_CHARACTERS = 16 * 2**20
 """A longer CSV cell is taken for a missing closing quote; the csv module's own limit is 128 KiB."""
@@ -67,6 +74,25 @@ class DataSource(BaseModel):
     """One character between CSV cells; None means a tab for .tsv and .tab, otherwise a comma."""
     encoding: str = "utf-8"
     """Of CSV and JSONL; a byte order mark of UTF-8 is accepted."""
+    # Not written out where it is not set: what was written by older versions stays the same.
+    deidentify: DeidentifyConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Mask names, dates and numbers in the text of every record as it is read; the file stays as it is. `true`, a list of
+    kinds, or a section. See docs/de-identification.md: it complements differential privacy and does not replace it."""
+
+    @field_validator("deidentify", mode="before")
+    @classmethod
+    def _parse_deidentify(cls, value: object) -> object:
+        return parse_short(value)
+
+    @model_validator(mode="after")
+    def _check_there_is_text_to_mask(self) -> Self:
+        if self.deidentify is not None and not self.columns.keys() & TEXT_ROLES:
+            raise ValueError(
+                f"deidentify masks the roles {', '.join(sorted(TEXT_ROLES))}, but columns names none of them; remove "
+                f"it, or give the "
+                "text one of these roles"
+            )
+        return self
 
     @field_validator("delimiter")
     @classmethod
@@ -91,7 +117,9 @@ class DataSource(BaseModel):
         return self
 
 
-def read_records(source: DataSource, *, base: Path | None = None) -> list[dict[str, Any]]:
+def read_records(
+    source: DataSource, *, base: Path | None = None, tally: MaskTally | None = None
+) -> list[dict[str, Any]]:
     """Read every row's declared columns, renamed to their role, in the order of the file.
 
     CSV cells come as text; JSONL and Parquet keep their types. Blank lines of CSV and JSONL are skipped.
@@ -99,14 +127,16 @@ def read_records(source: DataSource, *, base: Path | None = None) -> list[dict[s
     Args:
         source: the file and its columns.
         base: folder that a relative path starts from; None is the working directory.
+        tally: takes the counts of what `source.deidentify` masked.
 
     Raises:
+        ConfigError: if `source.deidentify` asks for Presidio and it cannot be used here.
         DataError: if the file is missing, empty, malformed, wrongly encoded or lacks a declared column; or if
             a declared cell is missing or blank (None, white space, NaN or an empty list).
     """
     path = (base or Path()) / source.path
-    _require_file(path)
-    read = _READERS[_format_of(path, source)]
+    require_file(path)
+    read = _READERS[format_of(path, source)]
     records: list[dict[str, Any]] = []
     gaps: dict[str, list[str]] = {}
     for number, row in enumerate(read(path, source), start=1):
@@ -118,7 +148,24 @@ def read_records(source: DataSource, *, base: Path | None = None) -> list[dict[s
     _require_no_gaps(path, gaps)
     if not records:
         raise DataError(f"{path} holds no rows. Expected at least one record; check the export.")
+    if source.deidentify is not None:
+        _mask(records, source, path, tally)
     return records
+
+
+def _mask(records: list[dict[str, Any]], source: DataSource, path: Path, tally: MaskTally | None) -> None:
+    from shared.deidentify.engine import open_deidentifier  # only who asks for it waits for Presidio
+
+    assert source.deidentify is not None  # noqa: S101 (the caller's condition)
+    deidentifier = open_deidentifier(source.deidentify)
+    roles = sorted(source.columns.keys() & TEXT_ROLES)
+    for number, record in enumerate(records, start=1):
+        masked = deidentifier.mask_record(record, roles, place=f"{path}, row {number}")
+        record.update(masked.record)
+        if tally is not None:
+            tally.add(masked.counts)
+    if tally is not None:
+        tally.describe(deidentifier)
 
 
 def dataset_fingerprint(records: Iterable[Record]) -> str:
@@ -169,14 +216,27 @@ class _Row(NamedTuple):
 
 
 def _read_csv(path: Path, source: DataSource) -> Iterator[_Row]:
+    rows = csv_rows(path, source)
+    _, header = next(rows)
+    for line, cells in rows:
+        yield _Row(line, dict(zip(header, cells, strict=True)))
+
+
+def csv_rows(path: Path, source: DataSource) -> Iterator[tuple[int, list[str]]]:
+    """Yield (line on which it ends, cells) of the header, which has the declared columns, and of every row, as long as it.
+
+    Raises:
+        DataError: see `read_records`.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
-    delimiter = source.delimiter or ("\t" if _suffix(path) in (".tsv", ".tab") else ",")
-    reader = csv.reader(_text_lines(path, source), delimiter=delimiter, strict=True)
+    delimiter = delimiter_of(path, source)
+    reader = csv.reader(text_lines(path, source), delimiter=delimiter, strict=True)
     try:
         header = next((cells for cells in reader if cells), None)
         if header is None:
             raise DataError(f"{path} is empty. Expected a header line, then one row per record.")
-        _require_columns(path, source, header, shown=_looks_like_header(header))
+        require_columns(path, source, header, shown=_looks_like_header(header))
+        yield reader.line_num, header
         for cells in reader:
             if not cells:
                 continue
@@ -185,7 +245,7 @@ def _read_csv(path: Path, source: DataSource) -> Iterator[_Row]:
                     f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}. "
                     f"Quote cells that contain {delimiter!r}, or set the right delimiter."
                 )
-            yield _Row(reader.line_num, dict(zip(header, cells, strict=True)))
+            yield reader.line_num, cells
     except csv.Error:
         raise DataError(
             f"{path}, line {reader.line_num}: malformed CSV, such as a quote that is never closed or "
@@ -195,17 +255,27 @@ def _read_csv(path: Path, source: DataSource) -> Iterator[_Row]:
 
 def _read_jsonl(path: Path, source: DataSource) -> Iterator[_Row]:
     seen: dict[str, None] = {}
-    for number, line in enumerate(_text_lines(path, source), start=1):
+    for number, line in enumerate(text_lines(path, source), start=1):
         if not line.strip():
             continue
-        cells = _parse_object(path, number, line)
+        cells = parse_object(path, number, line)
         seen.update(dict.fromkeys(cells))
         yield _Row(number, cells)
     if seen:
-        _require_columns(path, source, list(seen))
+        require_columns(path, source, list(seen))
 
 
-def _parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
+def delimiter_of(path: Path, source: DataSource) -> str:
+    """Return the character between cells of a CSV file."""
+    return source.delimiter or ("\t" if suffix_of(path) in (".tsv", ".tab") else ",")
+
+
+def parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
+    """Return the object on a line of JSONL.
+
+    Raises:
+        DataError: if there is none; the message names the line only.
+    """
     try:
         value = json.loads(line, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):  # the error object holds the line, so it must not be chained
@@ -232,7 +302,7 @@ def _read_parquet(path: Path, source: DataSource) -> Iterator[_Row]:
 
     try:
         with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            _require_columns(path, source, file.schema_arrow.names)
+            require_columns(path, source, file.schema_arrow.names)
             for batch in file.iter_batches(columns=list(dict.fromkeys(source.columns.values()))):
                 for cells in batch.to_pylist():
                     yield _Row(None, cells)
@@ -246,7 +316,7 @@ def _read_parquet(path: Path, source: DataSource) -> Iterator[_Row]:
 _READERS = {"csv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
 
 
-def _text_lines(path: Path, source: DataSource) -> Iterator[str]:
+def text_lines(path: Path, source: DataSource) -> Iterator[str]:
     """Lines with their ends, decompressed if the content is gzip, whatever the name says."""
     encoding = codecs.lookup(source.encoding).name
     number = 0
@@ -273,7 +343,8 @@ def _text_lines(path: Path, source: DataSource) -> Iterator[str]:
 # --- checks --------------------------------------------------------------------------------------------
 
 
-def _require_file(path: Path) -> None:
+def require_file(path: Path) -> None:
+    """Raise `DataError` unless there is a file that can be opened."""
     if path.is_dir():
         raise DataError(f"{path} is a folder. Expected a CSV, JSONL or Parquet file; name one in it.")
     if not path.exists():
@@ -287,10 +358,11 @@ def _require_file(path: Path) -> None:
         ) from error
 
 
-def _format_of(path: Path, source: DataSource) -> str:
+def format_of(path: Path, source: DataSource) -> str:
+    """Return csv, jsonl or parquet, as declared or by the name's ending; `DataError` if neither tells."""
     if source.format != "auto":
         return source.format
-    suffix = _suffix(path)
+    suffix = suffix_of(path)
     if suffix not in _FORMATS:
         raise DataError(
             f"{path} has the unknown ending {suffix or '(none)'}. Expected one of {' '.join(_FORMATS)}, "
@@ -301,12 +373,13 @@ def _format_of(path: Path, source: DataSource) -> str:
     return _FORMATS[suffix]
 
 
-def _suffix(path: Path) -> str:
+def suffix_of(path: Path) -> str:
+    """Return the ending of a file's name in small letters, without .gz."""
     name = Path(path.name.lower())
     return Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
 
 
-def _require_columns(path: Path, source: DataSource, present: Sequence[str], *, shown: bool = True) -> None:
+def require_columns(path: Path, source: DataSource, present: Sequence[str], *, shown: bool = True) -> None:
     """Each declared column must occur once in `present`, whose names a message may quote if `shown`."""
     counts = Counter(present)
     for column in source.columns.values():

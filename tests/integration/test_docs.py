@@ -16,6 +16,8 @@ import pytest
 from typer.main import get_command
 
 import cli
+from shared.datasets import DataSource
+from shared.deidentify.config import DeidentifyConfig
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.statement import SiteRelease, privacy_record
 from simulations.scenario import Scenario, load_scenario
@@ -83,6 +85,15 @@ def test_example_scenario_is_valid(tmp_path: Path) -> None:
     assert isinstance(scenario, Scenario)
     assert scenario.partition.kind == "column"
     assert tomllib.loads(example)["name"] == scenario.name
+
+
+def test_deidentification_settings_are_valid() -> None:
+    short, full = (tomllib.loads(block)["data"] for block in blocks(ROOT / "docs" / "de-identification.md", "toml"))
+    assert DataSource.model_validate(short).deidentify == DeidentifyConfig()
+    asked = DataSource.model_validate({**short, **full}).deidentify
+    assert asked is not None
+    assert asked.kinds == DeidentifyConfig().kinds
+    assert asked.models
 
 
 def test_accountant_snippet_gives_the_recorded_epsilon(tmp_path: Path) -> None:
