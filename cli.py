@@ -68,12 +68,16 @@ def simulate(
     stop_after: Annotated[
         int | None, typer.Option("--stop-after", min=1, help="Stop after this round; continue with --resume.")
     ] = None,
+    folds: Annotated[
+        int | None, typer.Option("--folds", metavar="K", help="k-fold cross-validation: simulation.folds=K.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a scenario: many sites on one machine, through the code that real sites run."""
     from simulations.commands import simulate_file
 
-    simulate_file(scenario, out=out, overrides=overrides or [], resume=resume, stop_after=stop_after, as_json=as_json)
+    changes = [*(overrides or []), *([] if folds is None else [f"simulation.folds={folds}"])]
+    simulate_file(scenario, out=out, overrides=changes, resume=resume, stop_after=stop_after, as_json=as_json)
 
 
 @app.command()

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from server.checkpoint import Checkpoint
+from server.early_stopping import is_over
 from server.report import write_report
 from shared.atomic import write_json
 from simulations.engine import FEDERATED, MakeObserver, run_scenario
@@ -21,7 +22,7 @@ def run_repeats(
     spread. See `simulations.engine.run_scenario` for the arguments.
     """
     finished = run_scenario(scenario, folder, observer=observer, resume=resume, stop_after=stop_after)
-    if scenario.simulation.repeats == 1 or finished.round_number < scenario.job.training.rounds:
+    if scenario.simulation.repeats == 1 or not is_over(finished, scenario.job):
         return finished
     folders = {scenario.seed: folder}
     for seed in range(scenario.seed + 1, scenario.seed + scenario.simulation.repeats):
