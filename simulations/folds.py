@@ -19,7 +19,6 @@ from server.early_stopping import is_over
 from server.report import write_report
 from shared.atomic import write_json
 from shared.errors import PrivacyError
-from shared.tasks import task_of
 from simulations.engine import FEDERATED, MakeObserver, run_scenario
 from simulations.scenario import Scenario
 
@@ -60,22 +59,20 @@ def run_folds(
         finished.append(checkpoint)
         if not is_over(checkpoint, scenario.job):
             return finished[0]
-    metric = task_of(scenario.job).primary_metric
-    arms = {arm: _by_metric(places, arm, first=metric) for arm in [FEDERATED, *scenario.baselines.arms]}
+    arms = {arm: _by_metric(places, arm) for arm in [FEDERATED, *scenario.baselines.arms]}
     test_records = [len(fold.test) for fold in folds]
     write_json(folder / FOLDS_FILE, {"folds": len(folds), "test_records": test_records, "arms": arms})
     write_report(folder)
     return finished[0]
 
 
-def _by_metric(places: Sequence[Path], arm: str, *, first: str) -> Mapping[str, list[float]]:
-    """Return every metric of an arm over the folds, `first` first; one that a fold could not measure is left out."""
+def _by_metric(places: Sequence[Path], arm: str) -> Mapping[str, list[float]]:
+    """Return every metric of an arm over the folds; one that a fold could not measure is left out."""
     found: list[dict[str, Any]] = []
     for place in places:
         path = (place if arm == FEDERATED else place / "baselines" / arm) / "evaluation.json"
         found.append(json.loads(path.read_text(encoding="utf-8"))["metrics"])
-    names = [first, *(name for name in found[0] if name != first)]
-    return {name: [float(metrics[name]) for metrics in found] for name in names if all(name in m for m in found)}
+    return {name: [float(metrics[name]) for metrics in found] for name in found[0] if all(name in m for m in found)}
 
 
 def _require_unprivate(scenario: Scenario) -> None:

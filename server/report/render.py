@@ -113,6 +113,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "folds": _fold_rows(data),
         "num_folds": data.folds.folds if data.folds else 0,
         "seeds": data.repeats.seeds if data.repeats else (),
+        "ensembles": bool(data.repeats and data.repeats.ensembles),
         "epsilon": federated.epsilon,
         "budget": _budget(federated),
         "delta": _delta(federated),
@@ -268,8 +269,17 @@ def _repeat_rows(data: RunData) -> list[dict[str, Any]]:
     """Mean and spread of every arm over the seeds."""
     if data.repeats is None:
         return []
+    metric, ensembles = data.primary_metric, data.repeats.ensembles
+    arms = [name for name in (arm.name for arm in _arms(data)) if data.repeats.arms.get(name)]
     return [
-        _spread_row(data, name, data.primary_metric, values) for name, values in data.repeats.arms.items() if values
+        {
+            **_spread_row(data, name, metric, data.repeats.arms[name]),
+            "ensemble": formats.format_metric(metric, ensembles[name].metrics.get(metric))
+            if name in ensembles
+            else None,
+            "ensemble_epsilon": ensembles[name].epsilon if name in ensembles else None,
+        }
+        for name in arms
     ]
 
 
@@ -278,10 +288,10 @@ def _fold_rows(data: RunData) -> list[dict[str, Any]]:
     arms = data.folds.arms if data.folds is not None else {}
     metrics = dict.fromkeys([data.primary_metric, *(metric for found in arms.values() for metric in found)])
     return [
-        {"metric": formats.metric_title(metric), **_spread_row(data, name, metric, found[metric])}
+        {"metric": formats.metric_title(metric), **_spread_row(data, name, metric, values)}
         for metric in metrics
-        for name, found in arms.items()
-        if found.get(metric)
+        for name in (arm.name for arm in _arms(data))
+        if (values := arms.get(name, {}).get(metric))
     ]
 
 

@@ -172,11 +172,20 @@ class AuditRecord(_Record):
     reasons: tuple[str, ...] = ()
 
 
+class EnsembleRecord(_Record):
+    """What the adapters of all seeds say together; epsilon is the composition of their runs."""
+
+    metrics: dict[str, Finite]
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
 class Repeats(_Record):
     """`repeats.json`: the same scenario under several seeds; final value of the primary metric by arm."""
 
     seeds: tuple[int, ...]
     arms: dict[str, tuple[float, ...]]
+    ensembles: dict[str, EnsembleRecord] = {}
 
 
 class Folds(_Record):
