@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,11 @@ from server.app import Run, execute
 from server.checkpoint import Checkpoint, RoundRecord, load_checkpoint, save_checkpoint
 from server.early_stopping import best_round, evaluations_without_improvement, is_over, stopped_early
 from server.observer import Observer
+from server.roster import Authority
 from server.rounds import Coordinator, run_rounds
 from shared.adapters import decode, encode
 from shared.config import ConfigError, Job, TrainingConfig, parse
 from shared.messages import (
-    METRICS,
     MetricsReply,
     SiteDescription,
     TrainReply,
@@ -32,6 +34,7 @@ from shared.messages import (
 )
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.statement import STOPPED_EARLY, run_statement
+from shared.signing import SigningKey, sign_job
 from simulations.grid import InProcessGrid
 
 # Accuracy after round 0, 1, ...; each round adds 1 to the one weight of the adapter.
@@ -80,10 +83,8 @@ def grid_of(asked: list[bytes] | None = None) -> InProcessGrid:
         )
         return Message(pack_reply(reply), reply_to=message)
 
-    @app.query(METRICS.partition(".")[2])
+    @app.query("metrics")
     def metrics(message: Message, context: Context) -> Message:
-        import hashlib
-
         request = unpack_request(message.content, "metrics")
         if asked is not None:
             asked.append(request.adapter)
@@ -227,6 +228,31 @@ def test_site_metrics_are_released_once_on_the_adapter_that_is_kept(keep: str) -
     again = run_rounds(grid_of(asked), coordinator(job), before)
     assert (again.round_number, len(asked)) == (6, 4)
     assert again.releases == finished.releases
+
+
+def test_a_coordinator_that_died_before_the_metrics_asks_for_them_and_for_no_round(tmp_path: Path) -> None:
+    """What an earlier process asked for after the last round was metrics: no site is charged here with a round 7."""
+    job = make_job({"patience": 2}, site_metrics={"names": ["accuracy"]})
+    saved: list[Checkpoint] = []
+    run_rounds(grid_of(), coordinator(job, saved=saved), None)
+    key, now, looked_up = SigningKey.generate(), datetime.now(UTC), []
+
+    def asked_before(number: int) -> list[SiteDescription]:
+        looked_up.append(number)
+        return [SiteDescription(site="a", declared_records=8, version="1")] if number == 10 else []
+
+    signed = sign_job(
+        job, signer=SigningKey.generate(), coordinator=key.verify_key, issued=now, not_after=now + timedelta(days=1)
+    )
+    authority = Authority(signed_job=signed, key=key, registered=lambda: {1: "a", 2: "b"}, asked_before=asked_before)
+    asked: list[bytes] = []
+    resumed = run_rounds(grid_of(asked), replace(coordinator(job), authority=authority), saved[-2])
+    assert looked_up == [10]
+    assert (resumed.round_number, len(asked)) == (6, 2)
+    assert all(release.rounds == (1, 2, 3, 4, 5, 6) for release in resumed.releases.values())
+    assert all(release.unanswered == () for release in resumed.releases.values())
+    assert resumed.site_metrics is not None
+    assert resumed.site_metrics.keys() == {"a", "b"}
 
 
 def test_the_statement_says_that_it_was_stopped_by_what_was_released() -> None:
