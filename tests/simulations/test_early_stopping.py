@@ -20,7 +20,6 @@ from shared.peft_folder import load_state
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.statement import STOPPED_EARLY
 from simulations.engine import run_scenario
-from simulations.repeats import run_repeats
 from simulations.scenario import load_scenario
 
 MakeScenario = Callable[..., Path]
@@ -127,12 +126,6 @@ def test_site_metrics_come_once_after_an_early_end(scenario_file: MakeScenario, 
     )
     events = [(event.noise_multiplier, event.sample_rate, event.steps) for event in ledger.events()]
     assert sorted(events) == [(1.0, 0.25, 2), (1.0, 0.25, 2), (2.0, 1.0, 1)]
-
-
-def test_repeats_go_on_after_an_early_end(scenario_file: MakeScenario, tmp_path: Path) -> None:
-    path = scenario_file(**stopping(NEVER, simulation={"threads": 1, "repeats": 2}))
-    run_repeats(load_scenario(path), tmp_path / "run", observer=lambda arm: Observer())
-    assert json.loads((tmp_path / "run" / "repeats.json").read_text())["seeds"] == [0, 1]
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,10 @@ def rows() -> list[tuple[str, str]]:
 def test_every_fold_is_a_run_and_the_figures_are_theirs(
     scenario_file: MakeScenario, tmp_path: Path, silotune: Callable[..., Any]
 ) -> None:
-    path, folder = scenario_file(rows=rows(), data=SYNTHETIC, baselines={"arms": ["non-private"]}), tmp_path / "run"
+    folder = tmp_path / "run"
+    path = scenario_file(
+        rows=rows(), data=SYNTHETIC, baselines={"arms": ["non-private"]}, training={"rounds": 1, "local_steps": 2}
+    )
     done = silotune("simulate", path, "--out", folder, "--folds", 3, "--json")
     assert done.status == 0, done.err
     places = [folder, folder / "folds" / "fold-2", folder / "folds" / "fold-3"]
@@ -108,7 +111,7 @@ def test_every_fold_is_a_run_and_the_figures_are_theirs(
         assert not {*trained} & {str(record["text"]) for record in test}
         # Each is a whole run, with ledgers and a statement of its own.
         assert (place / "statement.json").exists()
-        assert json.loads((place / "sites" / "site-1" / "privacy.json").read_text())["steps_executed"] == 6
+        assert json.loads((place / "sites" / "site-1" / "privacy.json").read_text())["steps_executed"] == 2
     found = json.loads((folder / "folds.json").read_text())
     assert (found["folds"], found["test_records"]) == (3, [len(test) for test in every])
     for arm, at in (("federated", "."), ("non-private", "baselines/non-private")):
@@ -128,7 +131,10 @@ def test_every_fold_is_a_run_and_the_figures_are_theirs(
 def test_folds_that_were_cut_short_are_resumed(
     scenario_file: MakeScenario, tmp_path: Path, silotune: Callable[..., Any]
 ) -> None:
-    path, folder = scenario_file(rows=rows(), data=SYNTHETIC, simulation={"threads": 1, "folds": 2}), tmp_path / "run"
+    folder = tmp_path / "run"
+    path = scenario_file(
+        rows=rows(), data=SYNTHETIC, simulation={"threads": 1, "folds": 2}, training={"rounds": 2, "local_steps": 1}
+    )
     stopped = silotune("simulate", path, "--out", folder, "--stop-after", 1, "--json")
     assert stopped.status == 0, stopped.err
     assert not (folder / "folds").exists()
