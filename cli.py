@@ -68,12 +68,16 @@ def simulate(
     stop_after: Annotated[
         int | None, typer.Option("--stop-after", min=1, help="Stop after this round; continue with --resume.")
     ] = None,
+    folds: Annotated[
+        int | None, typer.Option("--folds", metavar="K", help="k-fold cross-validation: simulation.folds=K.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Run a scenario: many sites on one machine, through the code that real sites run."""
     from simulations.commands import simulate_file
 
-    simulate_file(scenario, out=out, overrides=overrides or [], resume=resume, stop_after=stop_after, as_json=as_json)
+    changes = [*(overrides or []), *([] if folds is None else [f"simulation.folds={folds}"])]
+    simulate_file(scenario, out=out, overrides=changes, resume=resume, stop_after=stop_after, as_json=as_json)
 
 
 @app.command()
@@ -150,24 +154,72 @@ def predict(
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts to label; standard input, one a line, if none is given.")
     ] = None,
+    others: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--with",
+            metavar="RUN",
+            help="Another run, repeatable: average their outputs. Privacy is then the composition of all runs.",
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per text.")] = False,
 ) -> None:
     """Label texts with the adapter of a run; find entities, rate, or (text, tab, text) match pairs, as its task is."""
     from server.run_folder import load_job
     from shared.config import ComputeConfig
+    from shared.ensembles import Ensemble, Member
     from shared.errors import DataError
     from shared.inference import load_tuned, shown
     from shared.inference import predict as label
 
     job = load_job(run)
+    members = [Member(run=run, job=job), *(Member(run=other, job=load_job(other)) for other in others or [])]
     lines = texts or [line.strip() for line in sys.stdin if line.strip()]
     if not lines:
         raise DataError("there is no text to label; give texts as arguments or on standard input.")
-    for prediction in label(load_tuned(run, job, ComputeConfig()), job, lines):
+    if others:
+        predictions = Ensemble(members, ComputeConfig()).predict(lines)
+    else:
+        predictions = label(load_tuned(run, job, ComputeConfig()), job, lines)
+    for prediction in predictions:
         if as_json:
             typer.echo(json.dumps(prediction, ensure_ascii=False))
         else:
             typer.echo(shown(prediction))
+
+
+@app.command()
+def ensemble(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders, at least two.")],
+    data: Annotated[
+        Path | None,
+        typer.Option("--data", help="Public evaluation records; by default those submitted with the first run."),
+    ] = None,
+    columns: Annotated[
+        list[str] | None, typer.Option("--column", metavar="ROLE=NAME", help="Column of --data, such as text=review.")
+    ] = None,
+    scenario: Annotated[
+        Path | None,
+        typer.Option("--scenario", help="The evaluation records of a scenario file, for runs of a simulation."),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure the average of several runs' outputs beside each of them, on public records.
+
+    Predict with it by `silotune predict RUN --with RUN`. Records that several runs trained on are protected with the
+    composition of the runs, which is printed.
+    """
+    from server.ensembles import measure_ensemble
+
+    records = None
+    if scenario is not None:
+        from shared.errors import ConfigError
+        from simulations.scenario import load_scenario
+
+        if data is not None or columns:
+            raise ConfigError("--scenario and --data both name evaluation records; give one of them.")
+        records = load_scenario(scenario).load_data()[1]
+    measure_ensemble(runs, records=records, data=data, columns=columns or [], as_json=as_json)
 
 
 @app.command()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from server.central import CentralPrivacy
 from server.checkpoint import Checkpoint
+from server.early_stopping import is_over, require_public_records
 from server.observer import Observer
 from server.report import write_report
 from server.roster import Authority
@@ -85,6 +86,7 @@ def make_server_app(run: Run, *, wrap_grid: Callable[[Grid], Grid] = lambda grid
 def execute(grid: Grid, run: Run) -> Checkpoint:
     """Run the job's remaining rounds over `grid` and write everything that a finished run folder holds."""
     # Model and data first: what is wrong with them is found before anything is written.
+    require_public_records(run.job, len(run.public_records))
     runtime = load_runtime(run.job, run.compute)
     examples = runtime.encode(run.public_records)
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
@@ -110,8 +112,8 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
             raise
         folder.write_privacy(checkpoint, central.release() if central else None)
         folder.write_site_metrics(checkpoint)
-        folder.write_result(checkpoint, runtime, evaluator(checkpoint.adapter))
-        complete = checkpoint.round_number == run.job.training.rounds
+        folder.write_result(checkpoint, runtime, evaluator(checkpoint.result))
+        complete = is_over(checkpoint, run.job)
         folder.write_run_info("completed" if complete else "stopped", run.details)
         if run.report:
             write_report(run.folder)

@@ -8,6 +8,7 @@ resumes from it gives the same adapter, bit for bit on CPU, as one that never st
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ class Checkpoint:
     """State after `round_number` completed rounds of the job with hash `job_sha256`.
 
     Attributes:
+        best_adapter: of the best evaluation so far, where the job keeps that one; else empty.
         site_metrics: noisy counts by site and metric, once they were asked for; None before.
     """
 
@@ -62,6 +64,12 @@ class Checkpoint:
     releases: dict[str, SiteRelease] = field(default_factory=dict)
     history: list[RoundRecord] = field(default_factory=list)
     site_metrics: dict[str, dict[str, list[float]]] | None = None
+    best_adapter: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def result(self) -> dict[str, Tensor]:
+        """The global adapter that the run hands out, as far as it got."""
+        return self.best_adapter or self.adapter
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -79,6 +87,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     tensors = {f"adapter/{name}": tensor.contiguous() for name, tensor in checkpoint.adapter.items()}
     tensors |= {f"server/{name}": tensor.contiguous() for name, tensor in checkpoint.server_state.items()}
+    # Copies: they may be the very tensors of `adapter`, and a file holds no tensor twice.
+    tensors |= {f"best/{name}": tensor.contiguous().clone() for name, tensor in checkpoint.best_adapter.items()}
     write_bytes(path, save(tensors, metadata={"checkpoint": json.dumps(header)}))
 
 
@@ -106,12 +116,17 @@ def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
     return Checkpoint(
         job_sha256=job_sha256,
         round_number=header["round_number"],
-        adapter={n.removeprefix("adapter/"): t for n, t in tensors.items() if n.startswith("adapter/")},
-        server_state={n.removeprefix("server/"): t for n, t in tensors.items() if n.startswith("server/")},
+        adapter=_part(tensors, "adapter/"),
+        server_state=_part(tensors, "server/"),
+        best_adapter=_part(tensors, "best/"),
         releases={name: _release(raw) for name, raw in header["releases"].items()},
         history=[RoundRecord(**raw) for raw in header["history"]],
         site_metrics=header.get("site_metrics"),
     )
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _release(raw: dict[str, Any]) -> SiteRelease:

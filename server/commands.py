@@ -279,6 +279,8 @@ def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]])
     console.print(table)
     for state in jobs:
         line = f"{state['name']}: {state['state']}, {state['rounds_durable']} rounds durable"
+        if state.get("stopped_early"):
+            line += f", stopped early after round {state['stopped_early']}"
         if state.get("metrics"):
             line += ", " + ", ".join(f"{name} {value:.4g}" for name, value in state["metrics"].items())
         console.print(line, soft_wrap=True)

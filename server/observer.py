@@ -32,6 +32,9 @@ class Observer:
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """A site's update was taken (`problem` is None) or not; `reply` is None if there was none to read."""
 
+    def stopped_early(self, checkpoint: Checkpoint) -> None:
+        """The run ends before its planned rounds, by the job's own rule; told again if it is resumed after that."""
+
     def metrics_asked(self, number: int, sites: Sequence[str], adapter: bytes) -> None:
         """After the last round `sites` are asked for their metrics; `number` is that of a round after the last one."""
 

@@ -193,6 +193,11 @@ class _Recorder(Observer):
             bytes=len(adapter),
         )
 
+    def stopped_early(self, checkpoint: Checkpoint) -> None:
+        """See `Observer`."""
+        log.info("stopped early after round %d, by the job's rule", checkpoint.round_number)
+        self._submission.note(stopped_early=checkpoint.round_number)
+
     def metrics_asked(self, number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`; the log names it like a round after the last one."""
         self.round_started(number, sites, adapter)

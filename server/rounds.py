@@ -17,6 +17,7 @@ from torch import Tensor
 
 from server.central import CentralPrivacy, SitesAggregation, SitesRound, without_participants
 from server.checkpoint import Checkpoint, RoundRecord
+from server.early_stopping import best_round, is_over, keeps_best, stopped_early
 from server.exchange import exchange
 from server.observer import Observer
 from server.roster import Authority, Roster
@@ -103,7 +104,11 @@ def run_rounds(
     job, authority, observer = coordinator.job, coordinator.authority, coordinator.observer
     roster = Roster(grid, job, authority=authority, observer=observer)
     last = min(job.training.rounds, stop_after or job.training.rounds)
-    if resume_from and resume_from.round_number >= last and not _metrics_due(resume_from, job):
+
+    def ended(checkpoint: Checkpoint) -> bool:
+        return checkpoint.round_number >= last or is_over(checkpoint, job)
+
+    if resume_from and ended(resume_from) and not _metrics_due(resume_from, job):
         return resume_from
     if resume_from:
         observer.resumed(resume_from)
@@ -113,7 +118,7 @@ def run_rounds(
         resume_from = _with_interrupted_round(resume_from, authority, job)
     sites = roster.wait()
     checkpoint = resume_from or _before_training(coordinator)
-    while checkpoint.round_number < last:
+    while not ended(checkpoint):
         try:
             checkpoint = _run_round(grid, coordinator, sites, checkpoint)
         except TooFewSites as error:
@@ -131,6 +136,8 @@ def run_rounds(
         sites = roster.present()
         if len(sites) < job.federation.min_sites:
             sites = roster.wait()
+    if stopped_early(checkpoint, job):
+        observer.stopped_early(checkpoint)
     if _metrics_due(checkpoint, job):
         checkpoint = collect_site_metrics(grid, job, sites, checkpoint, authority=authority, observer=observer)
         last_round = replace(checkpoint.history[-1], epsilon_max=epsilon_max(checkpoint.releases))
@@ -142,8 +149,7 @@ def run_rounds(
 
 def _metrics_due(checkpoint: Checkpoint, job: Job) -> bool:
     """Return whether the last round is over and the sites were not asked for their metrics yet."""
-    over = checkpoint.round_number == job.training.rounds
-    return over and bool(job.site_metrics.names) and checkpoint.site_metrics is None
+    return is_over(checkpoint, job) and bool(job.site_metrics.names) and checkpoint.site_metrics is None
 
 
 def select_sites(sites: dict[int, SiteDescription], job: Job, round_number: int) -> list[int]:
@@ -261,6 +267,8 @@ def _run_round(
         seconds=finished - started,
         seconds_evaluation=finished - before_evaluation,
     )
+    history = [*checkpoint.history, without_participants(record) if attempt else record]
+    is_best = bool(checkpoint.best_adapter) and best_round(history, job) == round_number
     # 8. The caller makes this durable.
     return Checkpoint(
         job_sha256=job.sha256,
@@ -268,7 +276,8 @@ def _run_round(
         adapter=following,
         server_state=server_state,
         releases=releases,
-        history=[*checkpoint.history, without_participants(record) if attempt else record],
+        history=history,
+        best_adapter=following if is_best else checkpoint.best_adapter,
     )
 
 
@@ -321,6 +330,7 @@ def _before_training(coordinator: Coordinator) -> Checkpoint:
         round_number=0,
         adapter=coordinator.initial_adapter,
         history=[without_participants(first) if coordinator.central else first],
+        best_adapter=coordinator.initial_adapter if keeps_best(coordinator.job) else {},
     )
     coordinator.save(checkpoint)
     coordinator.observer.round_done(checkpoint)
@@ -434,7 +444,7 @@ def _with_interrupted_round(checkpoint: Checkpoint, authority: Authority, job: J
     They may have executed it, and may not be there any more when it is asked for again.
     """
     following = checkpoint.round_number + 1
-    if following > job.training.rounds:
+    if is_over(checkpoint, job):
         return asked_metrics_before(checkpoint, authority, job)
     releases = _account_unanswered(checkpoint.releases, authority.asked_before(following), job, following)
     return replace(checkpoint, releases=releases)

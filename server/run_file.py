@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pydantic import Field
 
+from server.early_stopping import require_public_records
 from server.submission import Submission, now_text, submissions
 from shared.atomic import sync_folder, write_json, write_text
 from shared.config import ComputeConfig, Job, Section, apply_overrides, load_toml, parse
@@ -50,6 +51,7 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> tuple[Job, RunSe
     elif job.privacy.mechanism == "central":
         CentralPlan.from_job(job).plan.epsilon()
     records: list[Record] = list(read_records(settings.evaluation, base=path.resolve().parent))
+    require_public_records(job, len(records))
     task = task_of(job)
     missing = [role for role in task.roles if records and role not in records[0]]
     if missing:

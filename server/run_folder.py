@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import Any
 
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.early_stopping import best_round, stopped_early
 from server.site_metrics import site_metrics_record
 from shared.atomic import write_json, write_text
 from shared.config import Job, canonical_json
@@ -126,13 +127,16 @@ class RunFolder:
 
         Under central DP only the coordinator released anything under a guarantee: one `privacy.json` beside the statement.
         """
+        early = stopped_early(checkpoint, self.job)
         if central is not None:
             write_json(self.path / "privacy.json", central_privacy_record(central, self.job.name))
-            write_json(self.path / "statement.json", central_statement(central, self.job.name).as_dict())
+            write_json(
+                self.path / "statement.json", central_statement(central, self.job.name, stopped_early=early).as_dict()
+            )
             return
         for name, release in checkpoint.releases.items():
             write_json(self.path / "sites" / name / "privacy.json", privacy_record(release, self.job.name))
-        statement = run_statement(list(checkpoint.releases.values()), self.job.name)
+        statement = run_statement(list(checkpoint.releases.values()), self.job.name, stopped_early=early)
         write_json(self.path / "statement.json", statement.as_dict())
 
     def write_site_metrics(self, checkpoint: Checkpoint) -> None:
@@ -141,13 +145,15 @@ class RunFolder:
             write_json(self.path / "site_metrics.json", site_metrics_record(checkpoint, self.job))
 
     def write_result(self, checkpoint: Checkpoint, runtime: Runtime, evaluation: Evaluation) -> None:
-        """Write the adapter in PEFT's own format and `evaluation.json`."""
-        save_peft_folder(self.path / "adapter", runtime, self.job, checkpoint.adapter)
+        """Write the adapter in PEFT's own format and `evaluation.json`, which names the round that it is of."""
+        save_peft_folder(self.path / "adapter", runtime, self.job, checkpoint.result)
+        best = best_round(checkpoint.history, self.job) if checkpoint.best_adapter else checkpoint.round_number
         write_json(
             self.path / "evaluation.json",
             {
                 "primary_metric": runtime.task.primary_metric,
                 "higher_is_better": runtime.task.higher_is_better,
+                "round": best,
                 **asdict(evaluation),
             },
         )

@@ -52,8 +52,9 @@ def collect_site_metrics(
         sites: node id -> description of those present.
         checkpoint: after the last round.
     """
+    # That of a round after the last planned one, also of a run that ended before it.
     number = job.training.rounds + 1
-    adapter = adapters.encode(checkpoint.adapter)
+    adapter = adapters.encode(checkpoint.result)
     asked = {node: site for node, site in sites.items() if site.site in checkpoint.releases}
     observer.metrics_asked(number, [site.site for site in asked.values()], adapter)
 

@@ -136,6 +136,19 @@ class TaskConfig(Section):
         return self.kind in ("sequence_classification", "pair_matching")
 
 
+class EarlyStoppingConfig(Section):
+    """When a run ends before its planned rounds, decided by the task's primary metric on the coordinator's public records."""
+
+    patience: int = Field(ge=1, le=100_000)
+    """The run ends after so many evaluations in a row (one before training, then one every `evaluate_every` rounds) without
+    an improvement. A number that is never reached only picks the adapter (`keep`)."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """What counts as an improvement: the metric is better than at the last one by more than this, in the metric's own unit."""
+    keep: Literal["last", "best"] = "last"
+    """The adapter that the run hands out: the `last` round's, or that of the evaluation with the `best` metric. Both were
+    released anyway, and the records that choose are public, so neither costs privacy."""
+
+
 class TrainingConfig(Section):
     """Rounds and the local optimiser. The schedule is public: it reads only the step number."""
 
@@ -158,6 +171,7 @@ class TrainingConfig(Section):
     # Not written out where it is not set: jobs of older versions keep their hash.
     warmup_steps: int = Field(default=0, ge=0, le=100_000, exclude_if=lambda value: value == 0)
     """The learning rate rises over so many of the planned steps, in equal parts, before it is `schedule` times its full value."""
+    early_stopping: EarlyStoppingConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _check_warmup(self) -> Self:

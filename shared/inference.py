@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from shared.tasks.replies import Replies, prompt_tokens
 from shared.tasks.token_classification import entities, word_places
 
 Prediction = dict[str, Any]
+Outputs = Callable[[Sequence[Example]], list[Tensor]]
+"""Returns the head's output of every example; see `head_outputs`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +82,12 @@ def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
     return runtime
 
 
-def predict(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+def predict(runtime: Runtime, job: Job, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
     """Return what the model says of every text, in order: a label, entities, a score, or whether a pair matches.
 
     Args:
         texts: for `pair_matching` both texts with a tab between them.
+        outputs: computes the outputs; None is the model of `runtime`.
 
     Raises:
         ConfigError: if the run is a language model.
@@ -92,7 +96,7 @@ def predict(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction
     predict_kind = _PREDICT.get(job.task.kind)
     if predict_kind is None:
         raise ConfigError(f"the run's task is {job.task.kind!r}, which does not label texts; use `silotune generate`.")
-    return predict_kind(runtime, job, texts)
+    return predict_kind(runtime, job, texts, outputs or partial(head_outputs, runtime))
 
 
 def shown(prediction: Prediction) -> str:
@@ -109,15 +113,15 @@ def shown(prediction: Prediction) -> str:
     return f"{prediction['label']}  {prediction['probability']:.3f}  {both}"
 
 
-def _predict_labels(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
-    outputs = _outputs(runtime, runtime.encode([{"text": text} for text in texts]))
-    return [{"text": text} | _labelled(row, job.task.labels) for text, row in zip(texts, outputs, strict=True)]
+def _predict_labels(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
+    rows = outputs(runtime.encode([{"text": text} for text in texts]))
+    return [{"text": text} | _labelled(row, job.task.labels) for text, row in zip(texts, rows, strict=True)]
 
 
-def _predict_pairs(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+def _predict_pairs(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
     records = [pair_record(line, f"text {number}") for number, line in enumerate(texts, start=1)]
-    outputs = _outputs(runtime, runtime.encode(records))
-    return [record | _labelled(row, job.task.labels) for record, row in zip(records, outputs, strict=True)]
+    rows = outputs(runtime.encode(records))
+    return [record | _labelled(row, job.task.labels) for record, row in zip(records, rows, strict=True)]
 
 
 def pair_record(line: str, name: str) -> dict[str, str]:
@@ -128,14 +132,14 @@ def pair_record(line: str, name: str) -> dict[str, str]:
     return {"text": first.strip(), "pair": second.strip()}
 
 
-def _predict_scores(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+def _predict_scores(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
     assert isinstance(runtime.task, Regression)  # noqa: S101 (the job's kind says so)
-    outputs = _outputs(runtime, runtime.encode([{"text": text} for text in texts]))
-    scores = runtime.task.scores(torch.stack(outputs)) if outputs else torch.zeros(0)
+    rows = outputs(runtime.encode([{"text": text} for text in texts]))
+    scores = runtime.task.scores(torch.stack(rows)) if rows else torch.zeros(0)
     return [{"text": text, "score": float(score)} for text, score in zip(texts, scores, strict=True)]
 
 
-def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[Prediction]:
+def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
     places = [word_places(text) for text in texts]
     for number, words in enumerate(places, start=1):
         if not words:
@@ -144,7 +148,7 @@ def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[
         [{"tokens": [text[a:b] for a, b in words]} for text, words in zip(texts, places, strict=True)]
     )
     found = []
-    for text, words, example, row in zip(texts, places, examples, _outputs(runtime, examples), strict=True):
+    for text, words, example, row in zip(texts, places, examples, outputs(examples), strict=True):
         first = torch.as_tensor(example.target) != IGNORED
         tags = [job.task.labels[i] for i in row[: example.length][first].argmax(dim=-1).tolist()]
         # Words beyond the model's length have no tag.
@@ -156,7 +160,7 @@ def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str]) -> list[
     return found
 
 
-_PREDICT: Mapping[str, Callable[[Runtime, Job, Sequence[str]], list[Prediction]]] = {
+_PREDICT: Mapping[str, Callable[[Runtime, Job, Sequence[str], Outputs], list[Prediction]]] = {
     "sequence_classification": _predict_labels,
     "token_classification": _predict_entities,
     "pair_matching": _predict_pairs,
@@ -164,7 +168,7 @@ _PREDICT: Mapping[str, Callable[[Runtime, Job, Sequence[str]], list[Prediction]]
 }
 
 
-def _outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
+def head_outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
     """Return the head's output of every example, in order, on the CPU; of tokens [T or more, classes]."""
     # Sorted by length as micro-batches are, so that the outputs come in this order.
     order = sorted(range(len(examples)), key=lambda index: examples[index].length)

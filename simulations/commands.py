@@ -13,12 +13,14 @@ from typing import Any
 import typer
 from rich.console import Console
 
+from server.early_stopping import is_over, stopped_early
 from server.report import write_report
 from server.run_folder import peak_rss_mb
 from shared.errors import RunError
 from shared.privacy.statement import rounded_up
 from shared.tasks import task_of
 from simulations.audit import audit_run_mechanism
+from simulations.folds import FOLDS_FILE, run_folds
 from simulations.live import LiveView
 from simulations.repeats import run_repeats
 from simulations.scenario import Scenario, builtin_scenario, load_scenario
@@ -62,6 +64,11 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
             name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
             result[f"{metric}_{name}_mean"] = round(statistics.mean(values), 4)
             result[f"{metric}_{name}_std"] = round(statistics.stdev(values), 4)
+    if (folder / FOLDS_FILE).exists():
+        for arm, values_of in json.loads((folder / FOLDS_FILE).read_text())["arms"].items():
+            name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
+            result[f"{metric}_{name}_fold_mean"] = round(statistics.mean(values_of[metric]), 4)
+            result[f"{metric}_{name}_fold_std"] = round(statistics.stdev(values_of[metric]), 4)
     spent = [json.loads(path.read_text())["epsilon_spent"] for path in sorted(folder.glob("sites/*/privacy.json"))]
     known = [epsilon for epsilon in spent if epsilon is not None]
     result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
@@ -85,8 +92,9 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     console = Console(stderr=as_json)
     prepare_backbone(scenario.job.model.backbone, console)
     with LiveView(console) as view:
-        finished = run_repeats(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
-    complete = finished.round_number == scenario.job.training.rounds
+        run = run_repeats if scenario.simulation.folds is None else run_folds
+        finished = run(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
+    complete = is_over(finished, scenario.job)
     if complete and scenario.job.privacy.mechanism != "none":
         with console.status("auditing the mechanism on canaries"):
             audit_run_mechanism(folder)
@@ -97,6 +105,12 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
         return
     for key, value in figures.items():
         console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
+    if stopped_early(finished, scenario.job):
+        console.print(
+            f"stopped early after round {finished.round_number} of {scenario.job.training.rounds}: no improvement on the public "
+            "records; epsilon is of the executed rounds",
+            soft_wrap=True,
+        )
     if not complete:
         console.print(
             f"stopped after round {finished.round_number}; continue with --resume --out {folder}",

@@ -72,15 +72,8 @@ def split_public_test(
         raise DataError(
             f"{num_test} of {len(records)} records cannot be held out. Set num_test between 1 and {len(records) - 1}."
         )
-    digests = [sha256_of(f"{seed}:{' '.join(_text_of(record).casefold().split())}".encode()) for record in records]
-    groups: dict[str, list[int]] = {}
-    for index, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(index)
-    together = [group for _, group in sorted(groups.items())]
-    if persons is not None:
-        together = sorted((rows.tolist() for rows in persons.rows), key=lambda rows: min(digests[row] for row in rows))
     held_out: set[int] = set()
-    for group in together:
+    for group in inseparable(records, seed=seed, persons=persons):
         if len(held_out) + len(group) <= num_test:
             held_out.update(group)
     if len(held_out) != num_test:
@@ -91,6 +84,40 @@ def split_public_test(
         )
     train = [record for index, record in enumerate(records) if index not in held_out]
     return train, [records[index] for index in sorted(held_out)]
+
+
+def fold_rows(records: Sequence[Record], folds: int, *, seed: int, persons: Persons | None = None) -> list[list[int]]:
+    """Return the rows of each of `folds` parts, in the order of `records`: disjoint, covering all, as equal in size as can be.
+
+    Records that `split_public_test` keeps on one side are in one part. The largest groups are dealt out first, each to the part
+    that is smallest so far; among groups of one size the public seed decides.
+
+    Raises:
+        DataError: if there are fewer groups than parts.
+    """
+    groups = sorted(inseparable(records, seed=seed, persons=persons), key=len, reverse=True)
+    if len(groups) < folds:
+        what = "different texts" if persons is None else "persons"
+        raise DataError(f"{len(groups)} {what} cannot make {folds} folds; lower simulation.folds or add records.")
+    parts: list[list[int]] = [[] for _ in range(folds)]
+    for group in groups:
+        min(parts, key=len).extend(group)
+    return [sorted(part) for part in parts]
+
+
+def inseparable(records: Sequence[Record], *, seed: int, persons: Persons | None = None) -> list[list[int]]:
+    """Return the rows in groups that must stay on one side of a split, in an order drawn from the public seed.
+
+    A group is all records with one text, up to case and white space, or with `persons` all records of one person. The order
+    does not depend on that of the records.
+    """
+    digests = [sha256_of(f"{seed}:{' '.join(_text_of(record).casefold().split())}".encode()) for record in records]
+    if persons is not None:
+        return sorted((rows.tolist() for rows in persons.rows), key=lambda rows: min(digests[row] for row in rows))
+    groups: dict[str, list[int]] = {}
+    for index, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(index)
+    return [group for _, group in sorted(groups.items())]
 
 
 def _text_of(record: Record) -> str:

@@ -18,6 +18,7 @@ from flwr.serverapp.grid import Grid
 from client.app import answer_together, make_client_app, simulated_site, site_homes
 from server.app import Run, make_server_app
 from server.checkpoint import Checkpoint
+from server.early_stopping import is_over, require_public_records
 from server.observer import Observer
 from server.report import write_report
 from server.run_folder import check_run_folder
@@ -34,7 +35,7 @@ from shared.tasks import Record, task_of
 from simulations.grid import DropoutGrid, InProcessGrid
 from simulations.partitions import partition
 from simulations.ray_backend import run_on_ray
-from simulations.scenario import Scenario, changed_job, persons_of
+from simulations.scenario import Fold, Scenario, changed_job, persons_of
 from simulations.small_gpt2 import prepare_backbone
 
 log = logging.getLogger("silotune.simulation")
@@ -70,6 +71,7 @@ def run_scenario(
     resume: bool = False,
     stop_after: int | None = None,
     injected_seed: str | None = None,
+    fold: Fold | None = None,
 ) -> Checkpoint:
     """Run `scenario` into `folder` and return the federated arm's last checkpoint.
 
@@ -78,6 +80,7 @@ def run_scenario(
         resume: continue what is there.
         stop_after: stop the federated arm after this round; baselines and report wait for the resume.
         injected_seed: for tests only, see `client.app.simulated_site`.
+        fold: the records, one part of a cross-validation; None loads and splits them as the scenario says.
 
     Raises:
         SilotuneError: bad data or configuration is found before anything is written.
@@ -85,17 +88,17 @@ def run_scenario(
     if scenario.simulation.threads is not None:
         torch.set_num_threads(scenario.simulation.threads)
     prepare_backbone(scenario.job.model.backbone)
-    train, test = scenario.load_data()
+    train, test = (fold.train, fold.test) if fold else scenario.load_data()
     arms = plan_arms(scenario, folder, train)
     for arm in arms:
         check_arm(scenario, arm, test)
         check_run_folder(arm.folder, arm.job, resume=resume)
-    finished = _run_arm(scenario, arms[0], test, observer, resume, stop_after, injected_seed)
-    if finished.round_number < arms[0].job.training.rounds:
+    finished = _run_arm(scenario, arms[0], test, fold, observer, resume, stop_after, injected_seed)
+    if not is_over(finished, arms[0].job):
         return finished
     for arm in arms[1:]:
         if not (resume and _is_complete(arm)):
-            _run_arm(scenario, arm, test, observer, resume, None, injected_seed)
+            _run_arm(scenario, arm, test, fold, observer, resume, None, injected_seed)
     write_report(folder)
     return finished
 
@@ -146,6 +149,8 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
     """
     task = task_of(arm.job)
     plan = PrivacyPlan.from_job(arm.job)
+    require_public_records(arm.job, len(test))
+    check_early_stopping(scenario, arm.job)
     if arm.job.privacy.central:
         _check_central(arm)
     if len(arm.sites) < arm.job.federation.min_sites:
@@ -183,6 +188,21 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 task.check_site(examples)
         except SilotuneError as error:
             raise type(error)(f"{name}: {error}") from None
+
+
+def check_early_stopping(scenario: Scenario, job: Job) -> None:
+    """Raise unless the records that decide when `job` stops are public, or at least nobody's.
+
+    Raises:
+        ConfigError: saying what to declare.
+    """
+    if job.training.early_stopping is not None and scenario.data.evaluation_kind == "private":
+        key = "data.kind" if scenario.data.test is None else "data.test_kind"
+        raise ConfigError(
+            "training.early_stopping decides by the evaluation records, and these count as private (a file does unless it is "
+            f'declared otherwise): no budget would pay for the decision. Declare {key} = "public" or "synthetic" if they are, '
+            "give public ones as data.test, or remove the section."
+        )
 
 
 def _check_central(arm: Arm) -> None:
@@ -278,6 +298,7 @@ def _run_arm(
     scenario: Scenario,
     arm: Arm,
     test: Sequence[Record],
+    fold: Fold | None,
     observer: MakeObserver,
     resume: bool,
     stop_after: int | None,
@@ -288,7 +309,7 @@ def _run_arm(
         folder=arm.folder,
         public_records=test,
         compute=scenario.compute,
-        details=_details(scenario, arm, test),
+        details=_details(scenario, arm, test, fold),
         resume=resume,
         evaluate_every=scenario.simulation.evaluate_every,
         stop_after=stop_after,
@@ -332,7 +353,7 @@ def with_dropouts(grid: Grid, scenario: Scenario) -> Grid:
     return DropoutGrid(grid, probability, scenario.seed) if probability else grid
 
 
-def _details(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> Mapping[str, Any]:
+def _details(scenario: Scenario, arm: Arm, test: Sequence[Record], fold: Fold | None) -> Mapping[str, Any]:
     return {
         "mode": f"simulation ({scenario.simulation.backend})",
         "arm": arm.name,
@@ -341,6 +362,7 @@ def _details(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> Mapping[st
             "train_records": sum(len(records) for records in arm.sites.values()),
             "test_records": len(test),
             "partition": scenario.partition.model_dump(mode="json"),
+            **({"fold": fold.number, "folds": fold.of} if fold else {}),
         },
     }
 

@@ -315,7 +315,7 @@ def summary(
     ]
     return {
         f"{metric}_federated_dp": round(evaluation["metrics"][metric], 4),
-        "rounds": job.training.rounds,
+        "rounds": submission.progress(),
         "sites": len(sites),
         "round_overhead_seconds_median": round(statistics.median(round_overheads(federation, submission, sites)), 3),
         "epsilon_max_site": round(max(spent), 4),

@@ -16,7 +16,7 @@ from server.submission import Submission
 from shared.errors import ConfigError, RunError
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
-from simulations.engine import FEDERATED, plan_arms
+from simulations.engine import FEDERATED, check_early_stopping, plan_arms
 from simulations.federation import Federation, now, summary
 from simulations.scenario import builtin_scenario, load_scenario
 
@@ -37,6 +37,7 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
     if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; choose another folder.")
     folder.mkdir(parents=True, exist_ok=True)
+    check_early_stopping(scenario, scenario.job)
     train, test = scenario.load_data()
     arm = next(arm for arm in plan_arms(scenario, folder, train) if arm.name == FEDERATED)
     budget = _budget_for(PrivacyPlan.from_job(arm.job))

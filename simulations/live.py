@@ -100,6 +100,12 @@ class ArmObserver(Observer):
         """Advance the bar by one site."""
         self._view.progress().advance(self._bar)
 
+    def stopped_early(self, checkpoint: Checkpoint) -> None:
+        """End the bar where the run ends."""
+        done = checkpoint.round_number * getattr(self, "_per_round", len(self._arm.sites))
+        self._view.progress().update(self._bar, completed=done, total=done)
+        self._view.say(f"{self._arm.name}: stopped early after round {checkpoint.round_number}")
+
     def metrics_done(self, checkpoint: Checkpoint) -> None:
         """Show the spend with the site metrics."""
         self._view.show({name: r for name, r in checkpoint.releases.items() if r.protected})

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from server.checkpoint import Checkpoint
+from server.early_stopping import is_over
+from server.ensembles import composed_privacy, open_ensemble
 from server.report import write_report
 from shared.atomic import write_json
+from shared.ensembles import can_be_averaged
+from shared.tasks import Record
 from simulations.engine import FEDERATED, MakeObserver, run_scenario
 from simulations.scenario import Scenario
 
@@ -17,11 +23,12 @@ def run_repeats(
 ) -> Checkpoint:
     """Run `scenario` into `folder` and its repeats into `folder/repeats/seed-N`, and return the first's checkpoint.
 
-    With repeats, `repeats.json` holds the final primary metric of every arm and seed, and the report shows mean and
-    spread. See `simulations.engine.run_scenario` for the arguments.
+    With repeats, `repeats.json` holds the final primary metric of every arm and seed, and what the adapters of all seeds say
+    together (`shared.ensembles`) where the task can be averaged; the report shows mean, spread and ensemble. See
+    `simulations.engine.run_scenario` for the arguments.
     """
     finished = run_scenario(scenario, folder, observer=observer, resume=resume, stop_after=stop_after)
-    if scenario.simulation.repeats == 1 or finished.round_number < scenario.job.training.rounds:
+    if scenario.simulation.repeats == 1 or not is_over(finished, scenario.job):
         return finished
     folders = {scenario.seed: folder}
     for seed in range(scenario.seed + 1, scenario.seed + scenario.simulation.repeats):
@@ -29,7 +36,12 @@ def run_repeats(
         run_scenario(with_seed(scenario, seed), folders[seed], observer=observer, resume=resume)
     arms = [FEDERATED, *scenario.baselines.arms]
     values = {arm: [_final_metric(place, arm) for place in folders.values()] for arm in arms}
-    write_json(folder / "repeats.json", {"seeds": list(folders), "arms": values})
+    summary: dict[str, Any] = {"seeds": list(folders), "arms": values}
+    if can_be_averaged(scenario.job):
+        _, test = scenario.load_data()
+        places = {arm: [_folder_of(place, arm) for place in folders.values()] for arm in arms}
+        summary["ensembles"] = {arm: _ensemble(runs, scenario, test) for arm, runs in places.items()}
+    write_json(folder / "repeats.json", summary)
     write_report(folder)
     return finished
 
@@ -40,7 +52,21 @@ def with_seed(scenario: Scenario, seed: int) -> Scenario:
     return scenario.model_copy(update={"seed": seed, "job": job})
 
 
+def _ensemble(runs: Sequence[Path], scenario: Scenario, test: Sequence[Record]) -> dict[str, Any]:
+    """Return the ensemble's metrics, and epsilon of a record that trained in all runs (None where none is stated)."""
+    together, _ = open_ensemble(runs, scenario.compute).evaluate(test)
+    privacy = composed_privacy(runs)
+    return {
+        "metrics": together.metrics,
+        "epsilon": privacy.epsilon if privacy else None,
+        "delta": privacy.delta if privacy else None,
+    }
+
+
+def _folder_of(folder: Path, arm: str) -> Path:
+    return folder if arm == FEDERATED else folder / "baselines" / arm
+
+
 def _final_metric(folder: Path, arm: str) -> float:
-    place = folder if arm == FEDERATED else folder / "baselines" / arm
-    evaluation = json.loads((place / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = json.loads((_folder_of(folder, arm) / "evaluation.json").read_text(encoding="utf-8"))
     return float(evaluation["metrics"][evaluation["primary_metric"]])

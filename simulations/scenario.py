@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,7 +16,7 @@ from shared.errors import ConfigError, DataError
 from shared.privacy.persons import Persons
 from shared.tasks import Record
 from simulations.builtin_data import BUILTIN
-from simulations.demo_data import split_public_test
+from simulations.demo_data import fold_rows, split_public_test
 from simulations.partitions import PartitionConfig
 from simulations.small_gpt2 import resolve_backbone
 
@@ -111,8 +112,27 @@ class SimulationConfig(Section):
     """Rounds between evaluations on public data."""
     repeats: int = Field(default=1, ge=1, le=100)
     """Run everything under this many seeds (seed, seed + 1, ...); the report states mean and spread."""
+    folds: int | None = Field(default=None, ge=2, le=20)
+    """k-fold cross-validation: k runs, each of which holds another k-th of the records out for evaluation, so that every record
+    is evaluation data once; the report states mean and spread. It takes the place of `data.num_test`."""
     threads: int | None = Field(default=None, ge=1)
     """Processor threads of the numerical library; None leaves its default."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fold:
+    """One of the `of` parts of a cross-validation.
+
+    Attributes:
+        number: from 1.
+        train: records of the sites: those of all other parts.
+        test: the records of this part.
+    """
+
+    number: int
+    of: int
+    train: list[Record]
+    test: list[Record]
 
 
 class Scenario(Section):
@@ -131,6 +151,47 @@ class Scenario(Section):
     base: Path
     """Folder that relative data paths start from."""
 
+    @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        if self.simulation.folds is None:
+            return self
+        if self.data.test is not None:
+            raise ValueError(
+                "simulation.folds makes evaluation data of every part of data.train in turn, and data.test gives other "
+                "evaluation data; remove one of the two"
+            )
+        if self.data.num_confirm:
+            raise ValueError(
+                "data.num_confirm is for sweeps and simulation.folds for single scenarios; remove one of them"
+            )
+        if self.simulation.repeats > 1:
+            raise ValueError(
+                "simulation.folds and simulation.repeats both repeat the scenario; set one of them, and run the scenario again "
+                "with another seed and data.split_seed for the other"
+            )
+        return self
+
+    def load_folds(self) -> list[Fold]:
+        """Return the parts of the cross-validation: disjoint, covering all records, no text (or person) in two of them.
+
+        A built-in data set's own test records are left aside.
+
+        Raises:
+            DataError: see `load_data`; or if there are fewer texts (or persons) than folds.
+        """
+        records, _ = self._read()
+        persons = persons_of(records, self.job.privacy.unit)
+        parts = fold_rows(records, self.simulation.folds or 1, seed=self.data.split_seed, persons=persons)
+        return [
+            Fold(
+                number=number,
+                of=len(parts),
+                train=[records[row] for row in sorted({*range(len(records))} - {*rows})],
+                test=_without_ids([records[row] for row in rows]),
+            )
+            for number, rows in enumerate(parts, start=1)
+        ]
+
     def load_data(self) -> tuple[list[Record], list[Record]]:
         """Return (records of the sites, public evaluation records).
 
@@ -148,15 +209,17 @@ class Scenario(Section):
         """
         return self._split()[2]
 
-    def _split(self) -> tuple[list[Record], list[Record], list[Record]]:
-        """Return the records of the sites, of the evaluation, and those that confirm it."""
-        given: Sequence[Record] | None = None
+    def _read(self) -> tuple[Sequence[Record], Sequence[Record] | None]:
+        """Return all records, and a built-in data set's own test records."""
         if self.data.builtin is not None:
             found = BUILTIN[self.data.builtin]()
-            records, given = found.train, found.test
-        else:
-            assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
-            records = read_records(self.data.train, base=self.base)
+            return found.train, found.test
+        assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
+        return read_records(self.data.train, base=self.base), None
+
+    def _split(self) -> tuple[list[Record], list[Record], list[Record]]:
+        """Return the records of the sites, of the evaluation, and those that confirm it."""
+        records, given = self._read()
         if self.data.test is not None:
             given = read_records(self.data.test, base=self.base)
         persons = persons_of(records, self.job.privacy.unit)

@@ -145,7 +145,6 @@ def _summary(facts: Facts) -> Section:
             f"epsilon {rounded_up(headline.epsilon)} at delta {format_delta(headline.delta)} for one {headline.unit} "
             f"{headline.where}"
         )
-    federated = facts.data.federated
     verdicts = [f"tier {audit.tier} {audit.verdict}" for audit in facts.audits]
     return section(
         "summary",
@@ -157,13 +156,23 @@ def _summary(facts: Facts) -> Section:
                 ("Time", f"{format_time(run.created)} to {format_time(run.finished)}"),
                 ("Privacy", privacy),
                 ("Sites", _number_of_sites(facts)),
-                ("Rounds", f"{federated.rounds_done} of {federated.rounds_planned}"),
+                ("Rounds", _rounds(facts)),
                 ("Result", _result(facts)),
                 ("Audits", ", ".join(verdicts) or "none was made"),
                 ("Discrepancies", str(len(facts.discrepancies)) if facts.discrepancies else "none found"),
             ),
         ],
     )
+
+
+def _rounds(facts: Facts) -> str:
+    federated = facts.data.federated
+    done = f"{federated.rounds_done} of {federated.rounds_planned}"
+    if facts.data.stopped_early:
+        done += "; ended by the job's rule of early stopping, on public evaluation records"
+    if federated.kept_round != federated.rounds_done:
+        done += f"; the adapter is that of round {federated.kept_round}, the best on them"
+    return done
 
 
 def _number_of_sites(facts: Facts) -> str:
@@ -207,7 +216,8 @@ def _training(facts: Facts) -> Section:
                 ("Labels", ", ".join(map(printable, job.task.labels))),
                 (
                     "Length",
-                    f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'step')} at each site",
+                    f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'step')} at each site"
+                    + (f" planned, {facts.data.federated.rounds_done} executed" if facts.data.stopped_early else ""),
                 ),
                 (
                     "Optimiser",

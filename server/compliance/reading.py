@@ -50,7 +50,10 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     data, job = read_run(run_dir), load_job(run_dir)
     sites = _sites(run_dir, job)
     central = read_central(run_dir / "privacy.json") if job.privacy.central else None
-    guarantees = _guarantees(sites, job) if central is None else (central_guarantee(central, job),)
+    if central is None:
+        guarantees = _guarantees(sites, job, stopped_early=data.stopped_early)
+    else:
+        guarantees = (central_guarantee(central, job, stopped_early=data.stopped_early),)
     audits = tuple(parse_record(AuditRecord, path) for path in sorted(run_dir.glob("audit/tier*.json")))
     ledgers = tuple(ledger_facts(account, job.sha256, [site.release for site in sites]) for account in accounts)
 
@@ -105,9 +108,9 @@ def read_central(path: Path) -> CentralFacts:
     return CentralFacts(record=record, epsilon=epsilon, epsilon_prv=_prv(release.events, record.delta))
 
 
-def central_guarantee(central: CentralFacts, job: Job) -> Guarantee:
+def central_guarantee(central: CentralFacts, job: Job, *, stopped_early: bool = False) -> Guarantee:
     """Return the statement, made anew from the record's numbers."""
-    statement = central_statement(central.record.release, job.name)
+    statement = central_statement(central.record.release, job.name, stopped_early=stopped_early)
     return Guarantee(unit=central.record.unit, sites=(), statement=statement, composed=())
 
 
@@ -184,12 +187,12 @@ def _prv(events: tuple[GaussianSteps, ...], delta: float) -> float | None:
         return None
 
 
-def _guarantees(sites: Sequence[SiteFacts], job: Job) -> tuple[Guarantee, ...]:
+def _guarantees(sites: Sequence[SiteFacts], job: Job, *, stopped_early: bool) -> tuple[Guarantee, ...]:
     units = sorted({site.release.unit for site in sites}) or [job.privacy.unit]
     found = []
     for unit in units:
         releases = [site.release for site in sites if site.release.unit == unit]
-        statement = run_statement(releases, job.name)
+        statement = run_statement(releases, job.name, stopped_early=stopped_early)
         found.append(
             Guarantee(
                 unit=unit,

@@ -110,7 +110,10 @@ def _view(data: RunData) -> dict[str, Any]:
         "interval": _interval(metric, federated, run.dataset.test_records),
         "comparison": [_comparison_row(data, title, arm) for title, arm in zip(titles, _arms(data), strict=True)],
         "repeats": _repeat_rows(data),
+        "folds": _fold_rows(data),
+        "num_folds": data.folds.folds if data.folds else 0,
         "seeds": data.repeats.seeds if data.repeats else (),
+        "ensembles": bool(data.repeats and data.repeats.ensembles),
         "epsilon": federated.epsilon,
         "budget": _budget(federated),
         "delta": _delta(federated),
@@ -119,6 +122,9 @@ def _view(data: RunData) -> dict[str, Any]:
         "declared": f"{_unit(federated)}s" if _unit(federated) in PERSON_UNITS else "records",
         "rounds_done": federated.rounds_done,
         "rounds_planned": federated.rounds_planned,
+        "stopped_early": data.stopped_early,
+        "early_stopping": federated.early_stopping,
+        "kept_round": federated.kept_round,
         "central": federated.central_sites is not None,
         "num_sites": federated.central_sites or len(data.site_names),
         "num_failures": sum(len(record.failed) for record in rounds),
@@ -263,19 +269,41 @@ def _repeat_rows(data: RunData) -> list[dict[str, Any]]:
     """Mean and spread of every arm over the seeds."""
     if data.repeats is None:
         return []
-    titles = {"federated": _title(data.federated), **{arm.name: _title(arm) for arm in data.baselines}}
-    metric = data.primary_metric
+    metric, ensembles = data.primary_metric, data.repeats.ensembles
+    arms = [name for name in (arm.name for arm in _arms(data)) if data.repeats.arms.get(name)]
     return [
         {
-            "title": titles.get(name, formats.printable(name)),
-            "mean": formats.format_metric(metric, statistics.mean(values)),
-            "deviation": formats.format_spread(metric, statistics.stdev(values) if len(values) > 1 else 0.0),
-            "lowest": formats.format_metric(metric, min(values)),
-            "highest": formats.format_metric(metric, max(values)),
+            **_spread_row(data, name, metric, data.repeats.arms[name]),
+            "ensemble": formats.format_metric(metric, ensembles[name].metrics.get(metric))
+            if name in ensembles
+            else None,
+            "ensemble_epsilon": ensembles[name].epsilon if name in ensembles else None,
         }
-        for name, values in data.repeats.arms.items()
-        if values
+        for name in arms
     ]
+
+
+def _fold_rows(data: RunData) -> list[dict[str, Any]]:
+    """Mean and spread over the folds of every metric, the primary one first, and every arm."""
+    arms = data.folds.arms if data.folds is not None else {}
+    metrics = dict.fromkeys([data.primary_metric, *(metric for found in arms.values() for metric in found)])
+    return [
+        {"metric": formats.metric_title(metric), **_spread_row(data, name, metric, values)}
+        for metric in metrics
+        for name in (arm.name for arm in _arms(data))
+        if (values := arms.get(name, {}).get(metric))
+    ]
+
+
+def _spread_row(data: RunData, name: str, metric: str, values: Sequence[float]) -> dict[str, Any]:
+    titles = {"federated": _title(data.federated), **{arm.name: _title(arm) for arm in data.baselines}}
+    return {
+        "title": titles.get(name, formats.printable(name)),
+        "mean": formats.format_metric(metric, statistics.mean(values)),
+        "deviation": formats.format_spread(metric, statistics.stdev(values) if len(values) > 1 else 0.0),
+        "lowest": formats.format_metric(metric, min(values)),
+        "highest": formats.format_metric(metric, max(values)),
+    }
 
 
 def _composed(data: RunData) -> list[Any]:

@@ -80,6 +80,7 @@ class Evaluation(_Record):
 
     primary_metric: str
     higher_is_better: bool | None = None
+    round: Count | None = None
     metrics: dict[str, Any]
     labels: tuple[str, ...] | None = None
     confusion: tuple[tuple[Count, ...], ...] | None = None
@@ -171,11 +172,28 @@ class AuditRecord(_Record):
     reasons: tuple[str, ...] = ()
 
 
+class EnsembleRecord(_Record):
+    """What the adapters of all seeds say together; epsilon is the composition of their runs."""
+
+    metrics: dict[str, Finite]
+    epsilon: Positive | None = None
+    delta: Annotated[float, Field(ge=0, le=1)] | None = None
+
+
 class Repeats(_Record):
     """`repeats.json`: the same scenario under several seeds; final value of the primary metric by arm."""
 
     seeds: tuple[int, ...]
     arms: dict[str, tuple[float, ...]]
+    ensembles: dict[str, EnsembleRecord] = {}
+
+
+class Folds(_Record):
+    """`folds.json`: a cross-validation; final value of every metric by arm and metric, one for each fold."""
+
+    folds: Annotated[int, Field(ge=2)]
+    test_records: tuple[Count, ...]
+    arms: dict[str, dict[str, tuple[float, ...]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +233,18 @@ class Arm:
         return self.rounds[-1].round if self.rounds else 0
 
     @property
+    def early_stopping(self) -> Mapping[str, Any] | None:
+        """The rule by which the run may end before its planned rounds."""
+        rule = job_value(self.job, "training", "early_stopping")
+        return rule if isinstance(rule, Mapping) else None
+
+    @property
+    def kept_round(self) -> int:
+        """The round whose adapter is handed out."""
+        kept = self.evaluation.round if self.evaluation is not None else None
+        return self.rounds_done if kept is None else kept
+
+    @property
     def epsilon(self) -> float | None:
         """The largest epsilon that any site spent, or the last one of the round records."""
         if not self.private:
@@ -241,6 +271,7 @@ class RunData:
     statement: Statement | None
     adapter: tuple[AdapterFile, ...]
     repeats: Repeats | None
+    folds: Folds | None
     audits: tuple[AuditRecord, ...]
     site_metrics: SiteMetrics | None
     job_sha256_matches: bool | None
@@ -249,6 +280,12 @@ class RunData:
     @property
     def complete(self) -> bool:
         return self.run.status == "completed"
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the run ended before its planned rounds by its own rule."""
+        arm = self.federated
+        return self.complete and arm.early_stopping is not None and arm.rounds_done < arm.rounds_planned
 
     @property
     def primary_metric(self) -> str:
@@ -306,6 +343,7 @@ def read_run(run_dir: Path) -> RunData:
         statement=statement,
         adapter=tuple(_adapter_files(run_dir / "adapter")),
         repeats=_read_repeats(run_dir / "repeats.json"),
+        folds=_read_folds(run_dir / "folds.json"),
         audits=tuple(
             _parse(AuditRecord, _read(path), path) for path in sorted((run_dir / "audit").glob("tier[123].json"))
         ),
@@ -393,6 +431,10 @@ def _read_evaluation(path: Path) -> Evaluation:
 
 def _read_repeats(path: Path) -> Repeats | None:
     return _parse(Repeats, _read(path), path) if path.exists() else None
+
+
+def _read_folds(path: Path) -> Folds | None:
+    return _parse(Folds, _read(path), path) if path.exists() else None
 
 
 def _read_site(path: Path, *, private: bool, kind: type[SiteRecord] = SiteRecord) -> SiteRecord:

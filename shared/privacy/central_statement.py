@@ -16,7 +16,7 @@ from typing import Any
 from shared.config import finite_or_none
 from shared.privacy.accounting import GaussianSteps, compose_epsilon, prv_epsilon
 from shared.privacy.randomness import Origin
-from shared.privacy.statement import Statement, relation, rounded_up
+from shared.privacy.statement import STOPPED_EARLY, Statement, relation, rounded_up
 
 SITE_RELATION = relation("site")
 NOT_COVERED_CENTRAL = (
@@ -78,9 +78,10 @@ class CentralRelease:
         return compose_epsilon(self.events, self.delta) if self.protected else math.inf
 
 
-def central_statement(release: CentralRelease, run: str) -> Statement:
-    """Return the statement of a run under central DP."""
-    return Statement(one_site=_sentence(release, run), not_covered=NOT_COVERED_CENTRAL)
+def central_statement(release: CentralRelease, run: str, *, stopped_early: bool = False) -> Statement:
+    """Return the statement of a run under central DP; see `run_statement` for `stopped_early`."""
+    uncovered = (*NOT_COVERED_CENTRAL, *([STOPPED_EARLY] if stopped_early and release.protected else []))
+    return Statement(one_site=_sentence(release, run), not_covered=uncovered)
 
 
 def central_privacy_record(release: CentralRelease, run: str) -> dict[str, Any]:

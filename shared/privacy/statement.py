@@ -39,6 +39,11 @@ NOT_COVERED = (
     "the accountant assumes real numbers.",
     "Runs on the same data that are not in the same ledger, and anything that a site published by other means.",
 )
+STOPPED_EARLY = (
+    "When this run ended: before its planned rounds, by a rule that reads what had been released. Epsilon is of the executed "
+    "steps, and holds of the run having ended there, for each round that it could have ended after. What bounded the run "
+    "before anybody knew where it would end is the epsilon of all planned steps."
+)
 
 
 _RELATIONS: dict[str, str] = {
@@ -287,8 +292,11 @@ def _metrics_record(release: SiteRelease) -> dict[str, Any] | None:
     return {"names": list(release.metrics), **asdict(mechanism), "sha256": release.metrics_sha256}
 
 
-def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
+def run_statement(releases: Sequence[SiteRelease], run: str, *, stopped_early: bool = False) -> Statement:
     """Return the statement of a whole run over disjoint or overlapping sites.
+
+    Args:
+        stopped_early: the run ended before its planned rounds because of what it had released.
 
     Raises:
         PrivacyError: if the releases are of different units; their epsilons say different things.
@@ -321,7 +329,8 @@ def run_statement(releases: Sequence[SiteRelease], run: str) -> Statement:
     )
     if any(release.unanswered for release in releases):
         sentence += " Requests that were never answered here are counted as executed."
-    return Statement(one_site=sentence, up_to_m_sites=table, unit=worst.unit, not_covered=not_covered(worst.unit))
+    uncovered = (*not_covered(worst.unit), *([STOPPED_EARLY] if stopped_early else []))
+    return Statement(one_site=sentence, up_to_m_sites=table, unit=worst.unit, not_covered=uncovered)
 
 
 def rounded_up(epsilon: float, decimals: int = 3) -> str:

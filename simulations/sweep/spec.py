@@ -260,6 +260,11 @@ def _resolve(config: SweepConfig, path: Path, overrides: Sequence[str]) -> Sweep
             f"{path} sets privacy.noise_multiplier, which decides the noise, so privacy.epsilon cannot be varied; remove it, or "
             "vary privacy.noise_multiplier."
         )
+    if plain.simulation.folds is not None:
+        raise ConfigError(
+            f"{path} sets simulation.folds, but a trial of a sweep is one run; remove it, and cross-validate the setting that "
+            "the sweep finds."
+        )
     seeds = config.seeds or tuple(range(plain.seed, plain.seed + plain.simulation.repeats))
     raw = {key: value for key, value in raw.items() if key != "baselines"}
     raw = apply_overrides(raw, ["simulation.repeats=1"])

@@ -120,7 +120,7 @@ def _confirm(scenario: Scenario, finished: Checkpoint, records: list[Record]) ->
     runtime = load_runtime(scenario.job, scenario.compute)
     examples = runtime.encode(records)
     runtime.warm_cache(examples)
-    runtime.load(finished.adapter)
+    runtime.load(finished.result)
     return runtime.evaluate(examples).metrics
 
 

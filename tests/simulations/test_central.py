@@ -6,14 +6,17 @@ import csv
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.ensembles import composed_privacy
 from server.observer import Observer
 from shared.errors import ConfigError, DataError, PrivacyError, RunError, SilotuneError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.statement import STOPPED_EARLY
 from simulations.audit import audit_run_mechanism, check_simulation, open_run
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
@@ -155,3 +158,31 @@ def test_a_mistake_is_found_before_anything_is_written(
     with pytest.raises(error, match=message):
         run(many_sites(**sections), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_stops_early_is_charged_for_what_it_executed(
+    many_sites: Callable[..., Path], tmp_path: Path, silotune: Callable[..., Any]
+) -> None:
+    test = {"path": "test.csv", "columns": COLUMNS}
+    path = many_sites(
+        training={"rounds": 3, "local_steps": 1, "early_stopping": {"patience": 1, "min_delta": 1.0}},
+        data={"train": {"path": "train.csv", "columns": COLUMNS}, "test": test, "test_kind": "synthetic"},
+    )
+    folders = [tmp_path / "run", tmp_path / "again"]
+    for folder in folders:
+        assert run(path, folder).round_number == 1
+    record = json.loads((folders[0] / "privacy.json").read_text())
+    executed = GaussianSteps(noise_multiplier=2.0, sample_rate=0.3, steps=1)
+    assert (record["steps_executed"], record["steps_planned"], record["rounds"]) == (1, 3, [1])
+    assert record["epsilon_spent"] == compose_epsilon([executed], 1e-5) < record["epsilon_budget"]
+    assert json.loads((folders[0] / "statement.json").read_text())["not_covered"][-1] == STOPPED_EARLY
+    assert run(path, folders[0], resume=True).round_number == 1
+    assert json.loads((folders[0] / "privacy.json").read_text()) == record
+    assert silotune("report", folders[0], "--format", "html").status == 0
+    text = (folders[0] / "compliance-report.html").read_text()
+    assert "1 of 3; ended by the job" in text
+    assert "none found" in text
+    both = composed_privacy(folders)
+    assert both is not None
+    assert both.epsilon == pytest.approx(compose_epsilon([replace(executed, steps=2)], 1e-5), rel=1e-6)
+    assert both.unit == "site"
