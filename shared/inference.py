@@ -260,7 +260,7 @@ def next_logits(runtime: Runtime, sequences: Sequence[Sequence[int]]) -> Tensor:
         sequences: token ids; the model sees the last `max_length` of them.
     """
     examples = [Example(torch.tensor(row[-runtime.max_length :], dtype=torch.int64)) for row in sequences]
-    last = [row[example.length - 1] for row, example in zip(_outputs(runtime, examples), examples, strict=True)]
+    last = [row[example.length - 1] for row, example in zip(head_outputs(runtime, examples), examples, strict=True)]
     return torch.stack(last).float()
 
 
