@@ -89,18 +89,16 @@ class PerExampleHooks(GradSampleHooks):  # type: ignore[misc]
         return self._product(module, inputs, self._value(module.weight), getattr(self._module, "packing", None))
 
     def _conv2d(self, module: nn.Conv2d, inputs: Tensor) -> Tensor:
-        patches = nn.functional.unfold(
-            inputs, module.kernel_size, dilation=module.dilation, padding=_padding(module), stride=module.stride
-        )
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        patches = nn.functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
         weight = self._value(module.weight)
         flat = weight.flatten(weight.ndim - 3)  # [out, patch], or [B, out, patch]
         outputs = self._product(module, patches.transpose(1, 2), flat, None).transpose(1, 2)
-        sizes = zip(inputs.shape[2:], _padding(module), module.kernel_size, module.dilation, module.stride, strict=True)
-        grid = [
-            (size + 2 * pad - dilation * (kernel - 1) - 1) // stride + 1
-            for size, pad, kernel, dilation, stride in sizes
-        ]
-        return outputs.reshape(len(inputs), module.out_channels, *grid)
+        sizes = zip(padded.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True)
+        grid = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, dilation, stride in sizes]
+        # In memory as any convolution's: Opacus' sampler of a convolution that follows silently assumes it.
+        return outputs.reshape(len(inputs), module.out_channels, *grid).contiguous()
 
     def _product(
         self, module: nn.Linear | nn.Conv2d, inputs: Tensor, weight: Tensor, packing: Packing | None
@@ -231,15 +229,10 @@ def _add(parameter: Tensor, gradients: Tensor) -> None:
 def _is_ours(module: nn.Module) -> bool:
     """True if per-example gradients of `module` are taken here, not by Opacus."""
     if type(module) is nn.Conv2d:
-        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+        return module.groups == 1
     if type(module) is nn.GroupNorm:
         return module.affine and module.bias is not None
     return type(module) is nn.Linear
-
-
-def _padding(module: nn.Conv2d) -> tuple[int, int]:
-    assert not isinstance(module.padding, str)  # noqa: S101 (see `_is_ours`)
-    return module.padding[0], module.padding[1]
 
 
 def _is_trained(module: nn.Module) -> bool:
