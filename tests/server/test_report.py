@@ -590,5 +590,5 @@ def test_a_share_that_begins_near_nothing_is_still_read_from_nothing_to_all(metr
     from server.report.plots import Line, _draw_lines
 
     axes = Figure().add_subplot()
-    _draw_lines(axes, metric, [Line("federated", ((0.0, 0.01), (1.0, 0.9)), 0.9)])
+    _draw_lines(axes, metric, [Line(title="federated", points=((0.0, 0.01), (1.0, 0.9)), final=0.9)])
     assert axes.get_yscale() == scale
