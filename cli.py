@@ -152,7 +152,7 @@ def small_gpt2() -> None:
 def predict(
     run: RunArgument,
     texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to label; standard input, one a line, if none is given.")
+        list[str] | None, typer.Argument(help="Texts or images to label; standard input, one a line, if none is given.")
     ] = None,
     others: Annotated[
         list[Path] | None,
@@ -164,7 +164,7 @@ def predict(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per text.")] = False,
 ) -> None:
-    """Label texts with the adapter of a run; find entities, rate, or (text, tab, text) match pairs, as its task is."""
+    """Label texts or images (pixel values) with what a run trained; find entities, rate, match pairs (text, tab, text)."""
     from server.run_folder import load_job
     from shared.config import ComputeConfig
     from shared.ensembles import Ensemble, Member

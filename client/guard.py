@@ -27,8 +27,9 @@ from client.policy import (
 )
 from shared.audit_log import AuditLog, Event
 from shared.backbones import backbone_folder, backbone_sha256
-from shared.config import Job
+from shared.config import Job, ModelConfig
 from shared.errors import PolicyError, SilotuneError, TrustError
+from shared.image_models import image_network_sha256
 from shared.keystore import Seal
 from shared.messages import TrainRequest
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -75,7 +76,7 @@ class Guard:
         if signed is None:
             raise PolicyError(f"site {self._site} accepts signed jobs only; submit the job through a coordinator.")
         check_job(self.policy, signed, now=self._clock(), site=self._site)
-        check_backbone(self.policy, signed.job, _backbone_sha256(str(backbone_folder(signed.job.model))))
+        check_backbone(self.policy, signed.job, _model_sha256(signed.job.model))
 
     def admit_round(self, request: TrainRequest) -> None:
         """Raise `PolicyError` unless the round was sent, now, by the coordinator that the signed job names."""
@@ -181,6 +182,11 @@ def _parse_time(text: str) -> datetime:
     if time.tzinfo is None:
         raise ValueError("a time without a time zone")
     return time
+
+
+def _model_sha256(model: ModelConfig) -> str:
+    """Return what the policy must list: SHA-256 of the backbone's files, or of what a network for images computes."""
+    return image_network_sha256(model) if model.is_image_network else _backbone_sha256(str(backbone_folder(model)))
 
 
 @functools.lru_cache(maxsize=8)

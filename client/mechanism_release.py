@@ -23,7 +23,7 @@ from shared.batches import Batch, Example
 from shared.config import ComputeConfig, TrainingConfig
 from shared.errors import PrivacyError
 from shared.frozen_cache import FrozenCache
-from shared.models import TunableModel
+from shared.models import TrainedModel
 from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -35,7 +35,7 @@ DECLARED_RECORDS = 64
 _ROUNDING = 1e-4  # relative to the distance that the optimiser travelled
 
 
-class CanaryModel(nn.Module):
+class CanaryModel(TrainedModel):
     """Loss of a record = <adapter and head weights, record>, so its gradient is the record.
 
     Attributes:
@@ -48,20 +48,6 @@ class CanaryModel(nn.Module):
         self.adapter = nn.Linear(half, 1, bias=False)
         self.head = nn.Linear(dimension - half, 1, bias=False)
         self.records = torch.zeros(0, dimension)
-        self.device = torch.device("cpu")
-
-    def trainable(self) -> dict[str, nn.Parameter]:
-        """Return the weights by name; see `TunableModel`."""
-        return dict(self.named_parameters())
-
-    def head_parameters(self) -> set[str]:
-        """Return the head's names; see `TunableModel`."""
-        return {"head.weight"}
-
-    def set_residuals(self, residuals: dict[str, Tensor]) -> None:
-        """Accept that there are none; see `TunableModel`."""
-        if residuals:
-            raise PrivacyError("a canary model has no residuals.")
 
     def forward(self, batch: Batch) -> Tensor:
         """Return one value per record [B]; `input_ids` holds row numbers."""
@@ -82,7 +68,7 @@ def canary_runtime(dimension: int, micro_batch: int) -> Runtime:
     """Return a runtime that trains `dimension` weights on micro-batches of up to `micro_batch` records."""
     model = CanaryModel(dimension)
     return Runtime(
-        model=cast(TunableModel, model),
+        model=model,
         task=cast(Task, CanaryTask()),
         tokenizer=None,
         max_length=1,

@@ -1,23 +1,27 @@
-"""Per-example gradients of everything that is trained, through Opacus' hooks, with linear layers taken over by a sampler of ours.
+"""Per-example gradients of everything that is trained, through Opacus' hooks; linear layers, convolutions and GroupNorm have
+samplers of ours.
 
-Guarantees (tests: tests/client/test_trainer.py, tests/client/test_many_sites.py)
+Guarantees (tests: tests/client/test_trainer.py, tests/client/test_many_sites.py, tests/client/test_image_training.py)
     * The gradients equal those of a loop over single examples (test_per_example_gradients_equal_those_of_single_examples),
-      as do those of Opacus' own samplers, to which every module that is no plain linear layer is left.
+      as do those of Opacus' own samplers, to which every other module is left.
     * With several sites in a batch, an example meets the values of its own site and of no other
       (test_a_site_trained_with_others_is_trained_as_if_alone).
 
-What is trained, LoRA factors and head, is linear. There, the gradients of all examples come from one batched product of what
-went in and what came back: [B, out, T] x [B, T, in]. That product takes the place of the one that plain training does for the
-sum, so privacy adds almost no arithmetic. They are kept until they are clipped: for LoRA they are smaller than the inputs from
-which norms could be formed without them (B r out against B T out numbers, r below the T tokens of a text), so ghost norms
-(Li et al. 2022) and book-keeping (Bu et al. 2023) would cost more here than they save.
+What is trained of a language model, LoRA factors and head, is linear. There, the gradients of all examples come from one
+batched product of what went in and what came back: [B, out, T] x [B, T, in]. That product takes the place of the one that plain
+training does for the sum, so privacy adds almost no arithmetic. They are kept until they are clipped: for LoRA they are smaller
+than the inputs from which norms could be formed without them (B r out against B T out numbers, r below the T tokens of a text),
+so ghost norms (Li et al. 2022) and book-keeping (Bu et al. 2023) would cost more here than they save.
+
+A convolution of images is the same product, over patches instead of tokens. What GroupNorm trains is a factor and a term for each
+channel, of values that an example normalises by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
@@ -53,37 +57,71 @@ class PerExampleHooks(GradSampleHooks):  # type: ignore[misc]
         """
         self.owners: Tensor | None = None
         self._stacks = stacks
-        self._linear = [m for m in model.modules() if type(m) is nn.Linear and _is_trained(m)]
+        self._own = [module for module in model.modules() if _is_trained(module) and _is_ours(module)]
         super().__init__(model, loss_reduction="sum")
         if stacks is not None and self.autograd_grad_sample_hooks:
-            raise ValueError("several sites can be trained at once only if everything trained is a linear layer")
+            raise ValueError(
+                "several sites can be trained at once only if everything trained is a linear layer, a convolution without "
+                "groups or a GroupNorm"
+            )
 
     def iterate_submodules(self, module: nn.Module) -> Iterable[nn.Module]:
         """Return the modules that are left to Opacus."""
-        return (found for found in super().iterate_submodules(module) if type(found) is not nn.Linear)
+        return (found for found in super().iterate_submodules(module) if not _is_ours(found))
 
     def add_hooks(self, **options: Any) -> None:
         """See Opacus."""
         super().add_hooks(**options)
-        for module in self._linear:
-            module.forward = partial(self._forward, module)  # type: ignore[method-assign]
+        for module in self._own:
+            forward = self._forward_of[type(module)]
+            module.forward = partial(forward, self, module)
 
     def remove_hooks(self) -> None:
         """See Opacus; the model is as before, also after an error between forward and backward."""
-        for module in self._linear:
+        for module in self._own:
             vars(module).pop("forward", None)
         super().remove_hooks()
         for owner in (*self._module.modules(), *self._module.parameters()):
             for name in ("activations", "max_batch_len", "grad_sample", "_current_grad_sample", "_forward_counter"):
                 vars(owner).pop(name, None)
 
-    def _forward(self, module: nn.Linear, inputs: Tensor) -> Tensor:
-        weight, bias = self._value(module.weight), None if module.bias is None else self._value(module.bias)
-        packing: Packing | None = getattr(self._module, "packing", None)
+    def _linear(self, module: nn.Linear, inputs: Tensor) -> Tensor:
+        return self._product(module, inputs, self._value(module.weight), getattr(self._module, "packing", None))
+
+    def _conv2d(self, module: nn.Conv2d, inputs: Tensor) -> Tensor:
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        padded = nn.functional.pad(inputs, module._reversed_padding_repeated_twice, mode=mode)
+        patches = nn.functional.unfold(padded, module.kernel_size, dilation=module.dilation, stride=module.stride)
+        weight = self._value(module.weight)
+        flat = weight.flatten(weight.ndim - 3)  # [out, patch], or [B, out, patch]
+        outputs = self._product(module, patches.transpose(1, 2), flat, None).transpose(1, 2)
+        sizes = zip(padded.shape[2:], module.kernel_size, module.dilation, module.stride, strict=True)
+        grid = [(size - dilation * (kernel - 1) - 1) // stride + 1 for size, kernel, dilation, stride in sizes]
+        # In memory as any convolution's: Opacus' sampler of a convolution that follows silently assumes it.
+        return outputs.reshape(len(inputs), module.out_channels, *grid).contiguous()
+
+    def _product(
+        self, module: nn.Linear | nn.Conv2d, inputs: Tensor, weight: Tensor, packing: Packing | None
+    ) -> Tensor:
+        bias = None if module.bias is None else self._value(module.bias)
         if not torch.is_grad_enabled():
             return _linear(inputs, weight, bias, packing)
         outputs: Tensor = _PerExampleLinear.apply(inputs, weight, bias, packing, partial(_keep, module))  # type: ignore[no-untyped-call]
         return outputs
+
+    def _group_norm(self, module: nn.GroupNorm, inputs: Tensor) -> Tensor:
+        normalised = nn.functional.group_norm(inputs, module.num_groups, eps=module.eps)
+        weight, bias = self._value(module.weight), self._value(module.bias)
+        if not torch.is_grad_enabled():
+            return _scaled(normalised, weight, bias)
+        outputs: Tensor = _PerExampleScale.apply(normalised, weight, bias, partial(_keep_scale, module))  # type: ignore[no-untyped-call]
+        return outputs
+
+    _forward_of: ClassVar[Mapping[type[nn.Module], Callable[..., Tensor]]] = {
+        nn.Linear: _linear,
+        nn.Conv2d: _conv2d,
+        nn.GroupNorm: _group_norm,
+    }
 
     def _value(self, parameter: Tensor) -> Tensor:
         """Return what the next batch is to meet: [*shape], or [B, *shape] if its examples belong to several sites."""
@@ -114,6 +152,35 @@ class _PerExampleLinear(torch.autograd.Function):
         return back.to(inputs.dtype), None, None, None, None
 
 
+class _PerExampleScale(torch.autograd.Function):
+    """A factor and a term for each channel, with a backward pass that hands over its input and what came back."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor, keep: Keep) -> Tensor:
+        ctx.save_for_backward(inputs, weight)
+        ctx.keep = keep
+        return _scaled(inputs, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None]:
+        inputs, weight = ctx.saved_tensors
+        (gradient,) = gradients
+        ctx.keep(inputs.to(gradient.dtype), gradient)
+        back = gradient * _per_channel(weight.to(gradient.dtype), gradient)
+        return (back.to(inputs.dtype) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def _scaled(inputs: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return inputs [B, channels, ...] times weight plus bias, each [channels] or [B, channels]."""
+    return inputs * _per_channel(weight, inputs) + _per_channel(bias, inputs)
+
+
+def _per_channel(values: Tensor, like: Tensor) -> Tensor:
+    """Return values [channels] or [B, channels] in a shape that spreads over `like` [B, channels, ...]."""
+    rows = values if values.ndim == 2 else values.unsqueeze(0)
+    return rows.view(*rows.shape, *([1] * (like.ndim - 2)))
+
+
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | None) -> Tensor:
     """Return the layer's output.
 
@@ -139,11 +206,17 @@ def _by_example(*values: Tensor, packing: Packing | None) -> tuple[Tensor, ...]:
     return tuple(value.reshape(len(value), -1, value.shape[-1]) for value in values)
 
 
-def _keep(module: nn.Linear, inputs: Tensor, gradient: Tensor) -> None:
+def _keep(module: nn.Linear | nn.Conv2d, inputs: Tensor, gradient: Tensor) -> None:
     """Add one use of the layer, inputs [B, T, in] and gradient [B, T, out], to the per-example gradients on its parameters."""
-    _add(module.weight, torch.bmm(gradient.transpose(1, 2), inputs))
+    _add(module.weight, torch.bmm(gradient.transpose(1, 2), inputs).view(-1, *module.weight.shape))
     if module.bias is not None:
         _add(module.bias, gradient.sum(dim=1))
+
+
+def _keep_scale(module: nn.GroupNorm, inputs: Tensor, gradient: Tensor) -> None:
+    """The same of a GroupNorm; normalised inputs and gradient are [B, channels, ...]."""
+    _add(module.weight, (inputs * gradient).flatten(2).sum(dim=2))
+    _add(module.bias, gradient.flatten(2).sum(dim=2))
 
 
 def _add(parameter: Tensor, gradients: Tensor) -> None:
@@ -151,6 +224,15 @@ def _add(parameter: Tensor, gradients: Tensor) -> None:
         return
     earlier: Tensor | None = getattr(parameter, "grad_sample", None)
     parameter.grad_sample = gradients if earlier is None else earlier + gradients  # type: ignore[attr-defined]
+
+
+def _is_ours(module: nn.Module) -> bool:
+    """True if per-example gradients of `module` are taken here, not by Opacus."""
+    if type(module) is nn.Conv2d:
+        return module.groups == 1
+    if type(module) is nn.GroupNorm:
+        return module.affine and module.bias is not None
+    return type(module) is nn.Linear
 
 
 def _is_trained(module: nn.Module) -> bool:

@@ -19,8 +19,20 @@ from typing import Annotated, Self, get_args
 from pydantic import Field, field_validator, model_validator
 
 from shared.backbones import EMBEDDED, backbone_folder, backbone_sha256
-from shared.config import Job, ModelConfig, Name, Probability, Section, TaskConfig, load_toml, nearest, parse
+from shared.config import (
+    IMAGE_NETWORK_PREFIX,
+    Job,
+    ModelConfig,
+    Name,
+    Probability,
+    Section,
+    TaskConfig,
+    load_toml,
+    nearest,
+    parse,
+)
 from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
+from shared.image_models import IMAGE_NETWORKS, image_network_sha256
 from shared.privacy.plan import PrivacyPlan
 from shared.signing import SignedJob, VerifyKey
 from shared.site_metrics import METRICS
@@ -41,7 +53,8 @@ class Policy(Section):
     tasks: tuple[str, ...] = Field(min_length=1)
     """Accepted kinds of task: `sequence_classification`, `causal_lm`."""
     backbones: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(min_length=1)
-    """Accepted backbones: a job's `model.backbone`, word for word, and the SHA-256 of its files (64 hex digits)."""
+    """Accepted backbones: a job's `model.backbone`, word for word, and the SHA-256 of its files (64 hex digits); of a network for
+    images, which has none, of its description."""
     max_epsilon_per_job: float = Field(gt=0)
     """Largest epsilon of one job, its repeated rounds included. The cap over all jobs is `budget.epsilon` in site.toml."""
     min_noise_multiplier: float = Field(default=0.3, gt=0)
@@ -179,7 +192,7 @@ def check_backbone(policy: Policy, job: Job, sha256: str) -> None:
     """Refuse a backbone whose files are not those that the policy names.
 
     Args:
-        sha256: of what is loaded, by `shared.backbones.backbone_sha256`.
+        sha256: of what is loaded, by `shared.backbones.backbone_sha256` or `shared.image_models.image_network_sha256`.
 
     Raises:
         PolicyError: the backbone is not listed, or its hash differs.
@@ -242,6 +255,7 @@ def policy_template(*, signers: Mapping[str, str] | None = None, max_epsilon_per
         tasks=", ".join(json.dumps(kind) for kind in TASK_KINDS),
         max_epsilon_per_job=max_epsilon_per_job,
         backbones="\n".join(_embedded_backbones()),
+        image_networks="\n".join(_image_networks()),
         **{name: field.default for name, field in Policy.model_fields.items() if not field.is_required()},
     )
 
@@ -337,6 +351,13 @@ def _embedded_backbones() -> Iterator[str]:
             yield f'# {json.dumps(config.backbone)} = "..."  # after: pip install {distribution}'
 
 
+def _image_networks() -> Iterator[str]:
+    """Yield them as comments: a site that has images takes the mark away."""
+    for name in IMAGE_NETWORKS:
+        config = ModelConfig(backbone=IMAGE_NETWORK_PREFIX + name)
+        yield f"# {json.dumps(config.backbone)} = {json.dumps(image_network_sha256(config))}"
+
+
 _TEMPLATE = """\
 # What this site accepts. This file is the site's own: no coordinator can read or change it.
 # Of a job that breaks a rule, the coordinator learns which rule and its limit, nothing else.
@@ -372,4 +393,6 @@ metrics = []
 # Accepted backbones: model.backbone of a job, word for word, and the SHA-256 of its files.
 [backbones]
 {backbones}
+# Networks for images, trained as a whole: nothing is loaded, the hash stands for what the installed program computes.
+{image_networks}
 """

@@ -1,4 +1,4 @@
-"""Before the first private record is touched, the trainer proves on public tokens that it trains what it should.
+"""Before the first private record is touched, the trainer proves on public tokens or pixels that it trains what it should.
 
 Each check answers a failure that was seen elsewhere: hooks registered before a device move leave LoRA untrained, tied
 weights corrupt per-example gradients, position ids broadcast as [1, T] lose the batch dimension, a head outside the
@@ -77,10 +77,9 @@ def runtime_tolerance(runtime: Runtime) -> float:
 
 def _synthetic_examples(runtime: Runtime) -> list[Example]:
     generator = torch.Generator().manual_seed(0)
-    vocabulary = int(runtime.tokenizer.vocab_size)
     lengths = [min(length, runtime.max_length) for length in (5, 9, 7)]
     return [
-        runtime.task.probe(torch.randint(0, vocabulary, (length,), generator=generator), index)
+        runtime.task.probe(torch.randint(0, runtime.num_values, (length,), generator=generator), index)
         for index, length in enumerate(lengths)
     ]
 

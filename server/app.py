@@ -151,7 +151,7 @@ def _coordinator(
         job=run.job,
         initial_adapter=runtime.initial_global(exact),
         update_shapes=adapters.shapes_of(runtime.initial),
-        exact_scaling=runtime.model.scaling if exact else None,
+        exact_scaling=run.job.lora.alpha / run.job.lora.rank if exact else None,
         evaluate=lambda adapter: evaluator(adapter).metrics,
         evaluate_every=run.evaluate_every,
         save=folder.save_checkpoint,

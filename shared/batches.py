@@ -29,7 +29,7 @@ class Example:
     """One encoded record.
 
     Attributes:
-        input_ids: token ids, int64 [T], T >= 1.
+        input_ids: token ids, int64 [T], T >= 1; of an image its pixel values (`shared.tasks.image_classification`).
         target: class index; a number; several whole numbers, such as a class or `IGNORED` for each token, int64 [K]; or 0 where
             the tokens are their own target.
     """

@@ -26,6 +26,11 @@ Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Unit = Literal["record", "patient", "customer"]
 PERSON_UNITS: tuple[Unit, ...] = ("patient", "customer")
 """Units that are a person with all their records: one mechanism, and the word that the statement uses."""
+IMAGE_NETWORK_PREFIX = "cnn:"
+"""Of `model.backbone`, where it names a network for images instead of a pre-trained backbone."""
+MAX_PIXELS = 65_536
+"""Most pixel values of one image, over all its channels."""
+ImageSide = Annotated[int, Field(ge=4, le=1024)]
 
 
 class Section(BaseModel):
@@ -33,18 +38,28 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    def set_keys(self) -> set[str]:
+        """Return the keys whose value is not the default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.get_default()}
+
 
 class ModelConfig(Section):
     """The frozen backbone."""
 
     backbone: str = "embedded:all-minilm-l6-v2"
-    """`embedded:NAME` (ships in a Python package), the path of a local folder, or a hub id with `revision`."""
+    """`embedded:NAME` (ships in a Python package), the path of a local folder, or a hub id with `revision`; of
+    `image_classification` `cnn:small`, a network without a backbone, all of whose weights are trained."""
     revision: str | None = None
     """Commit of a hub id (40 hexadecimal digits): a branch name could change under a signed job."""
     max_length: int = Field(default=64, ge=2, le=8192)
     """Tokens per example; longer texts are cut."""
     pooling: Literal["mean", "first"] = "mean"
     """How a classifier reduces token vectors to one vector: mean over the tokens, or the first token's vector."""
+
+    @property
+    def is_image_network(self) -> bool:
+        """True if `backbone` names a network of `shared.image_models`, which has no weights to load."""
+        return self.backbone.startswith(IMAGE_NETWORK_PREFIX)
 
 
 class LoraConfig(Section):
@@ -66,18 +81,31 @@ class TaskConfig(Section):
     """What the model learns; `kind` names a row of `shared.tasks.TASKS`."""
 
     kind: Literal[
-        "sequence_classification", "token_classification", "pair_matching", "regression", "causal_lm", "replies"
+        "sequence_classification",
+        "token_classification",
+        "pair_matching",
+        "regression",
+        "causal_lm",
+        "replies",
+        "image_classification",
     ]
     """`sequence_classification` (a label for a text), `token_classification` (a tag for each word), `pair_matching` (whether two
     texts belong together), `regression` (a number for a text), `causal_lm` (the next token; GPT-2), `replies` (a response to a
-    prompt; GPT-2)."""
+    prompt; GPT-2), `image_classification` (a label for an image)."""
     labels: tuple[str, ...] = ()
-    """Names in the order of the logits: classes of `sequence_classification`; IOB tags of `token_classification`, "O" among
-    them; of `pair_matching` two, the second for a match. The other kinds have none."""
+    """Names in the order of the logits: classes of `sequence_classification` and `image_classification`; IOB tags of
+    `token_classification`, "O" among them; of `pair_matching` two, the second for a match. The other kinds have none."""
     # Not written out where it is not set: jobs of older versions keep their hash.
     target_range: tuple[float, float] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Lowest and highest number of `regression`, public: a site clips what lies outside, so that one record's label cannot pull
     further than the range is wide, and the scale that is learned tells nothing of the data."""
+    image_shape: tuple[Annotated[int, Field(ge=1, le=16)], ImageSide, ImageSide] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Channels, height and width of every image of `image_classification`; together at most 65,536 pixel values."""
+    pixel_range: tuple[float, float] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Lowest and highest pixel value, such as [0, 255], public: images are scaled by it and by nothing that is computed from
+    them. An image with a value outside is refused."""
 
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=lambda value: value == 0)
     """Share of each target that is spread evenly over all labels while training (Szegedy et al. 2016); of one record's loss at a
@@ -117,6 +145,22 @@ class TaskConfig(Section):
             raise ValueError("task.target_range must rise, such as [1, 5]")
         return self
 
+    @model_validator(mode="after")
+    def _check_image(self) -> Self:
+        for name in ("image_shape", "pixel_range"):
+            if (self.kind == "image_classification") != (getattr(self, name) is not None):
+                raise ValueError(
+                    f"task.{name} belongs to image_classification and to no other kind; kind is {self.kind!r} and it is "
+                    f"{'missing' if getattr(self, name) is None else 'there'}"
+                )
+        if self.pixel_range is not None and not self.pixel_range[0] < self.pixel_range[1]:
+            raise ValueError("task.pixel_range must rise, such as [0, 255]")
+        if self.image_shape is not None and self.num_pixels > MAX_PIXELS:
+            raise ValueError(
+                f"task.image_shape has {self.num_pixels:,} pixel values; {MAX_PIXELS:,} are the most. Scale the images down"
+            )
+        return self
+
     def _check_tags(self) -> None:
         if "O" not in self.labels:
             raise ValueError('task.labels of token_classification must hold "O", the tag of words outside any entity')
@@ -133,7 +177,12 @@ class TaskConfig(Section):
     @property
     def has_classes(self) -> bool:
         """True if each record has one of `labels`."""
-        return self.kind in ("sequence_classification", "pair_matching")
+        return self.kind in ("sequence_classification", "pair_matching", "image_classification")
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixel values of one image over all channels; 0 if the task has none."""
+        return math.prod(self.image_shape) if self.image_shape is not None else 0
 
 
 class EarlyStoppingConfig(Section):
@@ -362,6 +411,25 @@ class Job(Section):
             raise ValueError(
                 "lora.train 'both' is aggregated exactly (mean of the products B·A), which leaves no place for "
                 "aggregation.server_optimizer; set it to 'none' or lora.train to 'b'"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_image_network(self) -> Self:
+        """Refuse images without a network for them, such a network without images, and what only a language model has."""
+        if (self.task.kind == "image_classification") != self.model.is_image_network:
+            raise ValueError(
+                f"task.kind is {self.task.kind!r} and model.backbone {self.model.backbone!r}; image_classification and a "
+                f"network for images, such as '{IMAGE_NETWORK_PREFIX}small', belong together. Change one of the two"
+            )
+        if not self.model.is_image_network:
+            return self
+        foreign = [f"model.{key}" for key in ("revision", "max_length", "pooling") if key in self.model.set_keys()]
+        foreign += [f"lora.{key}" for key in LoraConfig.model_fields if key in self.lora.set_keys()]
+        if foreign:
+            raise ValueError(
+                f"{foreign[0]} is for language models; {self.model.backbone!r} is trained as a whole, without adapters, on "
+                f"images of one size. Remove {', '.join(foreign)}"
             )
         return self
 

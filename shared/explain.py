@@ -25,6 +25,7 @@ from shared.batches import IGNORED, Example
 from shared.config import Job, nearest
 from shared.errors import ConfigError, DataError, ModelError
 from shared.inference import pair_record
+from shared.models import TunableModel
 from shared.runtime import Runtime
 from shared.tasks.token_classification import entities, word_places
 
@@ -131,7 +132,8 @@ def explain(
         DataError: if the text does not fit the task.
         ModelError: if the integral does not converge.
     """
-    if job.task.kind in ("causal_lm", "replies"):
+    model = runtime.model
+    if job.task.kind in ("causal_lm", "replies") or not isinstance(model, TunableModel):
         raise ConfigError(f"the run's task is {job.task.kind!r}, which has no prediction of a text to explain.")
     if not 2 <= steps <= MOST_STEPS:
         raise ConfigError(f"--steps is {steps}; give 2 to {MOST_STEPS}.")
@@ -140,22 +142,20 @@ def explain(
     if label is not None and label not in job.task.labels:
         raise ConfigError(f"--label is {label!r}; {nearest(label, list(job.task.labels))}.")
     read = _read(runtime, job, text)
-    ids = read.example.input_ids[None].to(runtime.model.device)
-    outputs = runtime.model.from_embeddings(
-        runtime.model.embeddings(ids), torch.ones_like(ids, dtype=torch.bool)
-    ).detach()
+    ids = read.example.input_ids[None].to(model.device)
+    outputs = model.from_embeddings(model.embeddings(ids), torch.ones_like(ids, dtype=torch.bool)).detach()
     chosen = _choose(runtime, job, read, outputs, label, word)
     token, name = baseline_token(runtime.tokenizer, baseline)
     replaced = torch.where(torch.tensor([place is None for place in read.places], device=ids.device), ids, token)
 
     def forward(embeddings: Tensor) -> Tensor:
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return chosen.of(runtime.model.from_embeddings(embeddings, mask))
+        return chosen.of(model.from_embeddings(embeddings, mask))
 
     found = integrate(
         forward,
-        runtime.model.embeddings(ids),
-        runtime.model.embeddings(replaced),
+        model.embeddings(ids),
+        model.embeddings(replaced),
         steps=steps,
         at_once=max(1, runtime.compute.micro_batch_tokens // ids.shape[1]),
     )

@@ -1,4 +1,4 @@
-"""Use a tuned adapter: label texts, find entities in them, rate or pair them, or continue them."""
+"""Use what was trained: label texts or images, find entities, rate or pair texts, or continue them."""
 
 from __future__ import annotations
 
@@ -83,10 +83,11 @@ def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
 
 
 def predict(runtime: Runtime, job: Job, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
-    """Return what the model says of every text, in order: a label, entities, a score, or whether a pair matches.
+    """Return what the model says of every text or image, in order: a label, entities, a score, or whether a pair matches.
 
     Args:
-        texts: for `pair_matching` both texts with a tab between them.
+        texts: for `pair_matching` both texts with a tab between them; for `image_classification` the pixel values of an image
+            with spaces between them.
         outputs: computes the outputs; None is the model of `runtime`.
 
     Raises:
@@ -109,6 +110,8 @@ def shown(prediction: Prediction) -> str:
             begin, end = entity["start"], entity["end"]
             text = f"{text[:begin]}[{text[begin:end]} | {entity['kind']}]{text[end:]}"
         return text
+    if "pixels" in prediction:
+        return f"{prediction['label']}  {prediction['probability']:.3f}"
     both = f"{prediction['text']} | {prediction['pair']}" if "pair" in prediction else prediction["text"]
     return f"{prediction['label']}  {prediction['probability']:.3f}  {both}"
 
@@ -116,6 +119,11 @@ def shown(prediction: Prediction) -> str:
 def _predict_labels(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
     rows = outputs(runtime.encode([{"text": text} for text in texts]))
     return [{"text": text} | _labelled(row, job.task.labels) for text, row in zip(texts, rows, strict=True)]
+
+
+def _predict_images(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
+    rows = outputs(runtime.encode([{"pixels": text} for text in texts]))
+    return [{"pixels": text} | _labelled(row, job.task.labels) for text, row in zip(texts, rows, strict=True)]
 
 
 def _predict_pairs(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
@@ -165,6 +173,7 @@ _PREDICT: Mapping[str, Callable[[Runtime, Job, Sequence[str], Outputs], list[Pre
     "token_classification": _predict_entities,
     "pair_matching": _predict_pairs,
     "regression": _predict_scores,
+    "image_classification": _predict_images,
 }
 
 

@@ -1,6 +1,9 @@
-"""A frozen backbone with PEFT LoRA adapters and a head: the only thing a job can train.
+"""What a job can train: a frozen backbone with PEFT LoRA adapters and a head, or a small network as a whole.
 
-Guarantees, each checked when the model is built (tests: tests/shared/test_models.py)
+`TrainedModel` is all that runtime, trainer, proof and rounds know of either; networks for images stand in
+`shared.image_models`.
+
+Guarantees of `TunableModel`, each checked when the model is built (tests: tests/shared/test_models.py)
     * Exactly the LoRA factors and the head are trainable; every other weight is frozen.
     * No BatchNorm, no dropout, no remote code, no pickle: one record cannot change what another one computes, and
       loading a backbone cannot run code.
@@ -32,7 +35,59 @@ from shared.seeds import derived_seed
 RESIDUAL = ".residual"
 
 
-class TunableModel(nn.Module):
+class TrainedModel(nn.Module):
+    """A model of which a job trains all weights or some, and no more than what `trainable` names leaves a site.
+
+    Attributes:
+        first_adapted: number of layers at the bottom that are frozen, so that what they compute can be cached.
+    """
+
+    first_adapted: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trainable parameters are."""
+        return next(self.parameters()).device
+
+    def train_mode(self) -> None:
+        """Keep everything frozen in evaluation mode; only what is trained is in training mode, as Opacus asks."""
+        self.eval()
+        for module in self.modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.train()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by stable name, sorted; those of the head are called `head.*`."""
+        return dict(sorted((name, p) for name, p in self.named_parameters() if p.requires_grad))
+
+    def head_parameters(self) -> set[str]:
+        """Return the names in `trainable()` that belong to the head."""
+        return {name for name in self.trainable() if name.startswith("head.")}
+
+    def lora_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Return (A [r, in], B [out, r]) of every adapted module, by the module's stable name."""
+        return {}
+
+    def frozen_sha256(self) -> str:
+        """Return a SHA-256 over every frozen weight: equal before and after training."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.named_parameters()):
+            if not parameter.requires_grad:
+                digest.update(name.encode())
+                digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def set_residuals(self, residuals: Mapping[str, Tensor]) -> None:
+        """Put back what averaged factors cannot hold; a model without factors has none.
+
+        Raises:
+            ModelError: if there are residuals of something that the model does not adapt.
+        """
+        if unknown := sorted(residuals.keys() - self.lora_factors().keys()):
+            raise ModelError(f"the model adapts no layer {unknown[0]!r}; the adapter was made for another job.")
+
+
+class TunableModel(TrainedModel):
     """Backbone, adapters and head, split at the first adapted layer.
 
     Attributes:
@@ -66,39 +121,14 @@ class TunableModel(nn.Module):
         """The transformer itself, below PEFT's wrappers."""
         return self.peft_model.get_submodule(self._backbone_name)  # type: ignore[no-any-return]
 
-    @property
-    def device(self) -> torch.device:
-        """Where the trainable parameters are."""
-        return next(self.parameters()).device
-
-    def train_mode(self) -> None:
-        """Keep everything frozen in evaluation mode; only what is trained is in training mode, as Opacus asks."""
-        self.eval()
-        for module in self.modules():
-            if any(p.requires_grad for p in module.parameters(recurse=False)):
-                module.train()
-
     def trainable(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters by stable name, sorted: LoRA factors as PEFT stores them, then `head.*`."""
         found = {_stable_name(n): p for n, p in self.named_parameters() if p.requires_grad}
         return dict(sorted(found.items()))
 
-    def head_parameters(self) -> set[str]:
-        """Return the names in `trainable()` that belong to the head."""
-        return {name for name in self.trainable() if name.startswith("head.")}
-
     def lora_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
         """Return (A [r, in], B [out, r]) of every adapted module, by the module's stable name."""
         return {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in self._adapted()}
-
-    def frozen_sha256(self) -> str:
-        """Return a SHA-256 over every frozen weight: equal before and after training."""
-        digest = hashlib.sha256()
-        for name, parameter in sorted(self.named_parameters()):
-            if not parameter.requires_grad:
-                digest.update(name.encode())
-                digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-        return digest.hexdigest()
 
     def layers(self) -> nn.ModuleList:
         """Return the backbone's transformer layers."""

@@ -1,4 +1,4 @@
-"""The tuned adapter as a folder in PEFT's own format, with the head beside it.
+"""What was trained as a folder: an adapter in PEFT's own format with the head beside it; see `image_folder` for other networks.
 
 `PeftModel.from_pretrained(backbone, folder)` loads it without Silotune; the folder's README shows the few lines that
 apply the head (test: tests/integration/test_independent.py runs exactly those lines).
@@ -23,7 +23,9 @@ from shared import adapters
 from shared.atomic import sync_folder
 from shared.config import Job
 from shared.errors import AdapterError, RunError
-from shared.models import RESIDUAL
+from shared.image_folder import write_network
+from shared.image_models import ImageModel
+from shared.models import RESIDUAL, TunableModel
 from shared.runtime import Runtime
 
 ADAPTER_FILE, CONFIG_FILE, HEAD_FILE = "adapter_model.safetensors", "adapter_config.json", "head.safetensors"
@@ -70,7 +72,7 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone)
 
 
 def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
-    """Write `folder` anew: PEFT's two files, the head, Silotune's exact state, and a README.
+    """Write `folder` anew: PEFT's two files and the head, or a network's weights; Silotune's exact state, and a README.
 
     Args:
         folder: replaced as a whole. A kill leaves the old or the new one, or for an instant none; a resumed run
@@ -98,6 +100,15 @@ def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[st
 
 
 def _write_files(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
+    if isinstance(runtime.model, ImageModel):
+        write_network(temporary, runtime.model, job)
+    else:
+        _write_adapter(temporary, runtime, job, state)
+    save_file({n: t.contiguous() for n, t in state.items()}, temporary / _STATE_FILE)
+    os.chmod(temporary, 0o755)  # noqa: S103 (mkdtemp makes it private; an adapter is not)
+
+
+def _write_adapter(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
     factors, rank, alpha = _peft_factors(runtime, job, state)
     prefix = "base_model.model." if runtime.task.causal_lm else ""
     # PEFT names a language model's transformer one level deeper than a bare backbone.
@@ -109,9 +120,7 @@ def _write_files(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str
     head = {n.removeprefix("head."): t.contiguous() for n, t in state.items() if n.startswith("head.")}
     if head:
         save_file(head, temporary / HEAD_FILE, metadata={"format": "pt"})
-    save_file({n: t.contiguous() for n, t in state.items()}, temporary / _STATE_FILE)
     (temporary / "README.md").write_text(_readme(runtime, job))
-    os.chmod(temporary, 0o755)  # noqa: S103 (mkdtemp makes it private; an adapter is not)
 
 
 def _swap(temporary: Path, folder: Path) -> None:
@@ -156,7 +165,7 @@ def _peft_factors(runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> tu
         return factors, job.lora.rank, job.lora.alpha
     parts = {}
     for name, (factor_a, factor_b) in modules.items():
-        product = runtime.model.scaling * (factor_b.detach().cpu().double() @ factor_a.detach().cpu().double())
+        product = _tunable(runtime).scaling * (factor_b.detach().cpu().double() @ factor_a.detach().cpu().double())
         parts[name] = torch.linalg.svd(product + residuals[name].double(), full_matrices=False)
     rank = max(int((values > 1e-7 * values.max()).sum()) for _, values, _ in parts.values())
     factors = {}
@@ -167,12 +176,17 @@ def _peft_factors(runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> tu
     return factors, rank, float(rank)
 
 
+def _tunable(runtime: Runtime) -> TunableModel:
+    assert isinstance(runtime.model, TunableModel)  # noqa: S101 (other models have no adapter)
+    return runtime.model
+
+
 def _deeper(name: str, runtime: Runtime) -> str:
     return name.replace("base_model.model.", "base_model.model.transformer.", 1)
 
 
 def _peft_config(runtime: Runtime, job: Job, rank: int, alpha: float) -> dict[str, Any]:
-    config = runtime.model.peft_model.peft_config["default"].to_dict()
+    config = _tunable(runtime).peft_model.peft_config["default"].to_dict()
     plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
     plain |= {
         "r": rank,

@@ -214,7 +214,8 @@ def _count_parameters(job: Job) -> int | None:
     from shared.errors import SilotuneError
     from shared.runtime import load_runtime
 
-    if not (job.model.backbone.startswith("embedded:") or Path(job.model.backbone).is_dir()):
+    here = job.model.is_image_network or job.model.backbone.startswith("embedded:")
+    if not (here or Path(job.model.backbone).is_dir()):
         return None
     try:
         model = load_runtime(job, ComputeConfig(device="cpu")).model

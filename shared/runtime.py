@@ -21,7 +21,8 @@ from shared.batches import Batch, Example, collate, micro_batches_of_groups
 from shared.config import ComputeConfig, Job, canonical_json
 from shared.errors import ConfigError, ModelError
 from shared.frozen_cache import FrozenCache, shared_cache
-from shared.models import RESIDUAL, TunableModel, attach_adapters
+from shared.image_models import PIXEL_STEPS, ImageModel, build_features
+from shared.models import RESIDUAL, TrainedModel, TunableModel, attach_adapters
 from shared.tasks import Evaluation, Task, task_of
 
 
@@ -30,9 +31,10 @@ class Runtime:
     """Everything needed to train or evaluate one kind of model on one device.
 
     Attributes:
-        model: backbone, adapters and head; the trainable values are whatever was loaded last.
+        model: backbone, adapters and head, or a network for images; the trainable values are whatever was loaded last.
         task: the job's task.
-        tokenizer: the backbone's own (public) tokenizer.
+        tokenizer: the backbone's own (public) tokenizer; None of images.
+        max_length: most tokens, or all pixel values, of an example.
         compute: speed settings.
         autocast_dtype: torch.bfloat16 or None for float32.
         initial: trainable values as drawn from the job's public seed, float32 on the CPU.
@@ -40,7 +42,7 @@ class Runtime:
         proven: set by the site once `client.proof` has passed.
     """
 
-    model: TunableModel
+    model: TrainedModel
     task: Task
     tokenizer: Any
     max_length: int
@@ -49,6 +51,11 @@ class Runtime:
     initial: dict[str, Tensor]
     cache: FrozenCache
     proven: bool = False
+
+    @property
+    def num_values(self) -> int:
+        """How many different numbers `input_ids` can hold: tokens of the vocabulary, or steps of a pixel value."""
+        return PIXEL_STEPS + 1 if self.tokenizer is None else int(self.tokenizer.vocab_size)
 
     def encode(self, records: Sequence[Any]) -> list[Example]:
         """Encode records with the job's task and the backbone's tokenizer."""
@@ -99,13 +106,14 @@ class Runtime:
 
     def warm_cache(self, examples: Sequence[Example]) -> None:
         """Compute the activations below the first adapted layer once, as far as the bounds on memory and file allow."""
-        if not self.compute.cache_frozen_layers or self.model.first_adapted == 0:
+        model = self.model
+        if not self.compute.cache_frozen_layers or not isinstance(model, TunableModel) or model.first_adapted == 0:
             return
 
         def compute(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            device = self.model.device
+            device = model.device
             with self.autocast():
-                return self.model.embed_frozen(input_ids.to(device), attention_mask.to(device))
+                return model.embed_frozen(input_ids.to(device), attention_mask.to(device))
 
         self.cache.fill(
             examples,
@@ -151,9 +159,37 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.
 
 @lru_cache(maxsize=2)
 def _load_runtime(_job_key: str, _compute_key: str, arguments: _Keyed) -> Runtime:
+    job, compute = arguments.job, arguments.compute
+    if job.model.is_image_network:
+        return _image_runtime(job, compute)
+    return _language_runtime(job, compute)
+
+
+_PIXELS_PER_TOKEN = 16
+"""Pixel values that take the time and memory of one token, about: 16 and 32 numbers at a place instead of hundreds."""
+
+
+def _image_runtime(job: Job, compute: ComputeConfig) -> Runtime:
+    device, task = choose_device(compute), task_of(job)
+    features, num_features = build_features(job.model, job.task, seed=job.seed)
+    head = task.build_head(features, num_features, seed=job.seed)
+    assert job.task.image_shape is not None  # noqa: S101 (checked by Job)
+    model = ImageModel(features, head, job.task.image_shape).to(device)
+    return Runtime(
+        model=model,
+        task=task,
+        tokenizer=None,
+        max_length=job.task.num_pixels,
+        compute=compute.model_copy(update={"micro_batch_tokens": compute.micro_batch_tokens * _PIXELS_PER_TOKEN}),
+        autocast_dtype=choose_dtype(compute, device),
+        initial={name: parameter.detach().cpu().clone() for name, parameter in model.trainable().items()},
+        cache=FrozenCache(),  # nothing is frozen
+    )
+
+
+def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
     from transformers import AutoTokenizer
 
-    job, compute = arguments.job, arguments.compute
     device = choose_device(compute)
     folder = backbone_folder(job.model)
     backbone, architecture, config = load_backbone(folder)

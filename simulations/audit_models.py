@@ -182,8 +182,12 @@ def audit_text_canaries(
 
 
 def canary_records(run: AuditedRun, runtime: Runtime, count: int, *, seed: int) -> list[Record]:
-    """Return `count` records of random tokens with random labels, from a public seed."""
+    """Return `count` records of random tokens or pixels with random labels, from a public seed."""
     rng = np.random.default_rng([seed, 2])
+    task = run.job.task
+    if task.pixel_range is not None:
+        images = rng.uniform(*task.pixel_range, size=(count, task.num_pixels))
+        return [{"pixels": image, "label": str(rng.choice(task.labels))} for image in images]
     special = set(runtime.tokenizer.all_special_ids)
     ordinary = np.array([token for token in range(len(runtime.tokenizer)) if token not in special])
     length = min(CANARY_TOKENS, max(runtime.max_length - 2, 1))

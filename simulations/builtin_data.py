@@ -1,7 +1,7 @@
 """Public data sets by name, for scenarios: what they hold, where they come from, which part is for evaluation.
 
-Some come inside Python packages (`simulations.archives`), some are files that whoever runs a scenario puts into a folder; each is
-read only if its SHA-256 is the recorded one.
+Some come inside Python packages (`simulations.archives`, scikit-learn), some are files that whoever runs a scenario puts into
+a folder; each is read only if its SHA-256 is the recorded one.
 """
 
 from __future__ import annotations
@@ -256,9 +256,9 @@ def load_replies() -> BuiltinData:
     return BuiltinData(records[False], records[True])
 
 
-def _is_held_out(question: str) -> bool:
-    """One question of five is for evaluation."""
-    return int(_digest(question.casefold()), 16) % 5 == 0
+def _is_held_out(text: str) -> bool:
+    """One question, or image, of five is for evaluation."""
+    return int(_digest(text.casefold()), 16) % 5 == 0
 
 
 # --- films ---
@@ -267,6 +267,33 @@ def _is_held_out(question: str) -> bool:
 def load_movie_ratings() -> BuiltinData:
     """The demo's sentences with their mean rating: `text` and `score`, from -4 to 4."""
     return BuiltinData([{"text": record["text"], "score": record["rating"]} for record in load_movie_reviews()])
+
+
+# --- handwriting ---
+
+DIGITS_SHA256 = "267f86e03ae0481efa68bbcf4dcd04133dbc88a3145b0551cb2221500a4881e0"
+
+
+def load_digits() -> BuiltinData:
+    """Handwritten digits of 8x8 pixels from 0 to 16: `pixels`, row by row, and `label`; 1,797, one in five for evaluation.
+
+    The test part of "Optical Recognition of Handwritten Digits" (UCI, CC-BY-4.0, Alpaydin and Kaynak 1998), which comes inside
+    scikit-learn. Which are for evaluation depends on their pixels alone.
+    """
+    from sklearn.datasets import load_digits as images_of_scikit_learn
+
+    images = images_of_scikit_learn()
+    pixels = images.data.astype(int)
+    digest = sha256_of(pixels.astype("<i8").tobytes() + images.target.astype("<i8").tobytes())
+    if digest != DIGITS_SHA256:
+        raise DataError(
+            f"the digits of scikit-learn have SHA-256 {digest}, expected {DIGITS_SHA256}; they were not read. Install a "
+            "scikit-learn in which they are the recorded ones."
+        )
+    records: dict[bool, Records] = {False: [], True: []}
+    for row, label in zip(pixels.tolist(), images.target.tolist(), strict=True):
+        records[_is_held_out(" ".join(map(str, row)))].append({"pixels": row, "label": str(label)})
+    return BuiltinData(records[False], records[True])
 
 
 BUILTIN: Mapping[str, Callable[[], BuiltinData]] = {
@@ -278,6 +305,7 @@ BUILTIN: Mapping[str, Callable[[], BuiltinData]] = {
     "people-daily": load_people_daily,
     "question-answers": load_question_answers,
     "replies": load_replies,
+    "digits": load_digits,
 }
 
 

@@ -121,7 +121,7 @@ def inseparable(records: Sequence[Record], *, seed: int, persons: Persons | None
 
 
 def _text_of(record: Record) -> str:
-    return str(next(record[role] for role in ("text", "prompt", "tokens") if role in record))
+    return str(next(record[role] for role in ("text", "prompt", "tokens", "pixels") if role in record))
 
 
 def parse_ratings(data: bytes) -> list[dict[str, Any]]:

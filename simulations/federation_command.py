@@ -7,13 +7,16 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
 
 from client.status import read_status
 from server.submission import Submission
+from shared.config import Job
 from shared.errors import ConfigError, RunError
+from shared.image_models import image_network_sha256
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from simulations.engine import FEDERATED, check_early_stopping, plan_arms
@@ -54,7 +57,7 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
                 composition="adaptive",
                 compute=scenario.compute,
                 evaluation_share=scenario.data.evaluation_share,
-                policy={"metrics": list(arm.job.site_metrics.names)},
+                policy=_policy(arm.job),
             )
         console.print(
             f"CA, coordinator and {len(arm.sites)} sites made in {folder}; every key was made where it is used"
@@ -116,3 +119,11 @@ def _watch(federation: Federation, submission: Submission, sites: Sequence[str],
                 if process.poll() is not None:
                     raise RunError(f"{name} ended by itself; its log says:\n{federation.log_of(name)[-2000:]}")
             time.sleep(0.2)
+
+
+def _policy(job: Job) -> dict[str, Any]:
+    """Return what the sites' engineers would change in their policies for this job: the metrics, and a network for images."""
+    changes: dict[str, Any] = {"metrics": list(job.site_metrics.names)}
+    if job.model.is_image_network:
+        changes["backbones"] = {job.model.backbone: image_network_sha256(job.model)}
+    return changes

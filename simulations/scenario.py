@@ -30,7 +30,7 @@ class DataConfig(Section):
 
     builtin: str | None = None
     """A public data set that the project knows: `movie-reviews`, `movie-ratings`, `banking77`, `bc5cdr`, `chinese-reviews`,
-    `people-daily`, `question-answers`, `replies`; see `simulations.builtin_data`."""
+    `people-daily`, `question-answers`, `replies`, `digits`; see `simulations.builtin_data`."""
     train: DataSource | None = None
     """The sites' records."""
     test: DataSource | None = None

@@ -93,11 +93,29 @@ def task_job(tiny_bert: Path, tiny_gpt2: Path) -> Callable[..., Any]:
     """Return a builder of small jobs for a given `[task]` section, whatever its kind."""
 
     def build(task: dict[str, Any], **sections: Any) -> Any:
+        if task["kind"] == "image_classification":
+            return _image_job(task, sections)
         if task["kind"] in ("causal_lm", "replies"):
             return _job_builder(tiny_gpt2, task, ["c_attn"])(**sections)
         return _job_builder(tiny_bert, task, ["query", "value"])(**sections)
 
     return build
+
+
+def _image_job(task: dict[str, Any], sections: dict[str, Any]) -> Any:
+    """A job without what only language models have."""
+    from shared.config import Job, parse
+
+    raw: dict[str, Any] = {
+        "name": "test",
+        "model": {"backbone": "cnn:small"},
+        "task": task,
+        "training": {"rounds": 3, "local_steps": 2, "learning_rate": 0.05},
+        "privacy": {"epsilon": 8.0, "delta": 1e-5, "sample_rate": 0.25},
+    }
+    for name, value in sections.items():
+        raw[name] = {**raw.get(name, {}), **value} if isinstance(value, dict) else value
+    return parse(Job, raw, source="test job")
 
 
 def _job_builder(backbone: Path, task: dict[str, Any], targets: list[str]) -> Callable[..., Any]:

@@ -16,6 +16,7 @@ from client.trainer import per_example_hooks, train_local_round
 from shared.batches import Example, collate
 from shared.config import ComputeConfig, Job
 from shared.errors import ConfigError, DataError
+from shared.image_models import PIXEL_STEPS
 from shared.peft_folder import load_state, save_peft_folder
 from shared.privacy.mechanism import per_example_gradients
 from shared.privacy.plan import PrivacyPlan
@@ -37,6 +38,8 @@ class Case:
         bad: changes of a record, and what the refusal must say beside the row.
         bad_sections: changes of `[task]`, and what the refusal must say.
         alike: records on which no site should train, or None if any record will do.
+        sections: further sections of a job.
+        one_length: whether all examples have one length.
     """
 
     section: dict[str, Any]
@@ -44,10 +47,26 @@ class Case:
     bad: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     bad_sections: list[tuple[dict[str, Any], str]] = field(default_factory=list)
     alike: list[dict[str, Any]] | None = None
+    sections: dict[str, Any] = field(default_factory=lambda: {"lora": {"train": "both"}})
+    one_length: bool = False
 
 
 def _texts() -> list[str]:
     return [" ".join(LINES[i % 6].replace(",", "").split()[: 3 + i % 4]) for i in range(16)]
+
+
+def _images() -> list[list[int]]:
+    """Two bars on 5x6 pixels, upright in odd images and lying in even ones, at changing places and with changing ink."""
+    images = []
+    for number in range(16):
+        image = torch.zeros(2, 5, 6, dtype=torch.int64)
+        if number % 2:
+            image[:, :, number % 6] = 10 + number
+        else:
+            image[:, number % 5, :] = 10 + number
+        image[1] += number % 3
+        images.append(image.flatten().tolist())
+    return images
 
 
 _TAGS = ["O", "B-film", "I-film", "B-cast"]
@@ -106,6 +125,37 @@ CASES = {
         bad=[({"response": ""}, "empty response")],
         bad_sections=[({"labels": ["a", "b"]}, "takes no labels")],
     ),
+    "image_classification": Case(
+        {"labels": ["lying", "upright"], "image_shape": [2, 5, 6], "pixel_range": [0, 32]},
+        [
+            {"pixels": pixels if i % 3 else " ".join(map(str, pixels)), "label": ["lying", "upright"][i % 2]}
+            for i, pixels in enumerate(_images())
+        ],
+        bad=[
+            ({"label": "secret"}, "label"),
+            ({"pixels": "1 secret 3"}, "no numbers"),
+            ({"pixels": [{"secret": 1}] * 60}, "no numbers"),
+            ({"pixels": [[1, 2], [3]]}, "no numbers"),
+            ({"pixels": [10**400] * 60}, "no numbers"),
+            ({"pixels": [1.0] * 59}, r"shape \[59\], expected 60"),
+            ({"pixels": [[1] * 6] * 10}, r"shape \[10, 6\], expected 60"),
+            ({"pixels": "33" + " 0" * 59}, "outside task.pixel_range, 0 to 32"),
+            ({"pixels": [float("nan")] * 60}, "outside task.pixel_range"),
+            ({"pixels": [None] * 60}, "outside task.pixel_range"),
+        ],
+        bad_sections=[
+            ({"labels": ["one"]}, "at least two"),
+            ({"image_shape": None}, "image_shape belongs"),
+            ({"pixel_range": None}, "pixel_range belongs"),
+            ({"pixel_range": [1, 1]}, "must rise"),
+            ({"image_shape": [1, 3, 8]}, "greater than or equal to 4"),
+            ({"image_shape": [16, 1024, 1024]}, "65,536 are the most"),
+            ({"target_range": [0, 1]}, "target_range"),
+        ],
+        alike=[{"pixels": pixels, "label": "lying"} for pixels in _images()],
+        sections={},
+        one_length=True,
+    ),
 }
 
 
@@ -117,7 +167,7 @@ def case(request: pytest.FixtureRequest) -> tuple[str, Case]:
 @pytest.fixture
 def job(case: tuple[str, Case], task_job: Callable[..., Job]) -> Job:
     kind, chosen = case
-    return task_job({"kind": kind, **chosen.section}, lora={"train": "both"})
+    return task_job({"kind": kind, **chosen.section}, **chosen.sections)
 
 
 @pytest.fixture
@@ -142,7 +192,7 @@ def test_every_kind_has_a_case() -> None:
 
 def test_per_example_gradients_equal_those_of_a_loop(runtime: Runtime, case: tuple[str, Case]) -> None:
     examples = runtime.encode(case[1].records[:7])
-    assert len({example.length for example in examples}) > 1
+    assert (len({example.length for example in examples}) == 1) == case[1].one_length
     runtime.load(away_from_zero(runtime))
     trainable = list(runtime.model.trainable().values())
     with per_example_hooks(runtime.model):
@@ -183,8 +233,14 @@ def test_encoding_is_repeatable_and_keeps_within_bounds(runtime: Runtime, case: 
     assert torch.equal(torch.as_tensor(single.target), torch.as_tensor(examples[0].target))
 
 
-def test_decoding_gives_back_the_words(runtime: Runtime, case: tuple[str, Case]) -> None:
+def test_decoding_gives_back_the_content(runtime: Runtime, case: tuple[str, Case], job: Job) -> None:
     record = case[1].records[0]
+    if job.task.pixel_range is not None:
+        low, high = job.task.pixel_range
+        steps = runtime.encode(case[1].records[:2])
+        found = [(low + (high - low) * example.input_ids.double() / PIXEL_STEPS).tolist() for example in steps]
+        assert found == [[float(value) for value in record["pixels"].split()], case[1].records[1]["pixels"]]
+        return
     text = runtime.tokenizer.decode(runtime.encode([record])[0].input_ids, skip_special_tokens=True)
     for role in ("text", "pair", "tokens", "prompt", "response"):
         if role in record:
@@ -255,7 +311,7 @@ def test_training_without_noise_learns(runtime: Runtime, job: Job, case: tuple[s
     """On its own few records loss and primary metric become better: loss, target and metric belong together."""
     open_job = task_job(
         {"kind": case[0], **case[1].section},
-        lora={"train": "both"},
+        **case[1].sections,
         training={"rounds": 1, "local_steps": 60, "learning_rate": 0.02},
         privacy={"mechanism": "none", "sample_rate": 1.0},
     )

@@ -36,6 +36,7 @@ from server.report.formats import (
     metric_title,
     printable,
 )
+from shared.config import Job
 from shared.privacy.statement import rounded_up
 from shared.signed_file import Signer, fingerprint
 from shared.version import silotune_version
@@ -47,6 +48,7 @@ _TASKS = {
     "regression": "scores: a number for a text",
     "causal_lm": "language modelling: the next token of a text",
     "replies": "replies: a response to a prompt",
+    "image_classification": "classification: one label for an image",
 }
 _RECORDS = {
     "sequence_classification": "texts, each with one label",
@@ -55,6 +57,7 @@ _RECORDS = {
     "regression": "texts, each with a number",
     "causal_lm": "texts",
     "replies": "prompts with responses",
+    "image_classification": "images, each with one label",
 }
 _STATUS = {
     "completed": "completed",
@@ -193,25 +196,25 @@ def _result(facts: Facts) -> str | None:
 
 def _training(facts: Facts) -> Section:
     job = facts.job
-    last = job.lora.last_layers
-    layers = "all layers" if last is None else "the last layer" if last == 1 else f"the last {last} layers"
-    factors = "factor B only; A is fixed" if job.lora.train == "b" else "both factors"
     training = job.training
+    if job.model.is_image_network:
+        what, sent = (
+            "A small network for images, all of its weights. No model that was trained before lies below it.",
+            "network",
+        )
+    else:
+        what = "A small adapter and, for a classifier, its output layer. The language model below it was not changed."
+        sent = "adapter"
     return section(
         "training",
         "What was trained",
         [
             Paragraph(
-                text="A small adapter and, for a classifier, its output layer. The language model below it was not changed. The "
-                f"coordinator sent the adapter out, sites improved it on their own records, and {_way_back(facts)}"
+                text=f"{what} The coordinator sent the {sent} out, sites improved it on their own records, and "
+                f"{_way_back(facts)}"
             ),
             entries(
-                ("Language model", printable(job.model.backbone)),
-                ("Its revision", job.model.revision),
-                (
-                    "Adapter",
-                    f"LoRA of rank {job.lora.rank} on {', '.join(job.lora.target_modules)} of {layers}; {factors}",
-                ),
+                *_model_entries(job),
                 ("Task", _TASKS.get(job.task.kind, job.task.kind)),
                 ("Labels", ", ".join(map(printable, job.task.labels))),
                 (
@@ -233,12 +236,25 @@ def _training(facts: Facts) -> Section:
     )
 
 
+def _model_entries(job: Job) -> list[tuple[str, str | None]]:
+    if job.model.is_image_network:
+        return [("Network", printable(job.model.backbone))]
+    last = job.lora.last_layers
+    layers = "all layers" if last is None else "the last layer" if last == 1 else f"the last {last} layers"
+    factors = "factor B only; A is fixed" if job.lora.train == "b" else "both factors"
+    return [
+        ("Language model", printable(job.model.backbone)),
+        ("Its revision", job.model.revision),
+        ("Adapter", f"LoRA of rank {job.lora.rank} on {', '.join(job.lora.target_modules)} of {layers}; {factors}"),
+    ]
+
+
 def _way_back(facts: Facts) -> str:
     if facts.central is not None:
         return "sent it back unprotected; the coordinator clipped each update, added noise to their sum and published only that."
     if facts.job.privacy.mechanism == "none":
         return "sent it back without noise. Such an update may give away the records that it was trained on."
-    return "every record's part was clipped and noise added before the adapter came back. No record left a site."
+    return "every record's part was clipped and noise added before it came back. No record left a site."
 
 
 def _participants(facts: Facts) -> Section:
@@ -305,7 +321,7 @@ def _data(facts: Facts) -> Section:
                     f"{dataset.train_records:,}" if facts.simulated and dataset.train_records else None,
                 ),
                 ("Declared sizes", f"{total:,} in all {_count(len(facts.sites), 'site')}" if facts.sites else None),
-                ("Longest text", f"{job.model.max_length:,} tokens; what is longer was cut"),
+                _size_of_a_record(job),
                 ("Unit of privacy", ", ".join(f"one {guarantee.unit}" for guarantee in facts.guarantees)),
                 ("Most records of one person in a step", str(most) if most else None),
                 ("Evaluation records", f"{dataset.test_records:,}, public" if dataset.test_records else None),
@@ -316,6 +332,13 @@ def _data(facts: Facts) -> Section:
             ),
         ],
     )
+
+
+def _size_of_a_record(job: Job) -> tuple[str, str]:
+    if job.task.image_shape is not None:
+        channels, height, width = job.task.image_shape
+        return "Every image", f"{height:,} x {width:,} pixels, {_count(channels, 'channel')}"
+    return "Longest text", f"{job.model.max_length:,} tokens; what is longer was cut"
 
 
 def _limits(facts: Facts) -> Section:

@@ -259,12 +259,12 @@ def _draw_lines(axes: Any, metric: str, lines: Sequence[Line]) -> None:
         elif (level := _level(line)) is not None:
             axes.axhline(level, color=color, linestyle=dash, linewidth=1.5)
     values = [y for line in lines for _, y in line.points]
-    if values and min(values) > 0 and max(values) / min(values) > 20:
+    # A share that begins near nothing, as with many labels, is still read from nothing to all.
+    if not is_share(metric) and values and min(values) > 0 and max(values) / min(values) > 20:
         axes.set_yscale("log")
-    elif not is_share(metric):
+    else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     if is_share(metric):
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
     axes.margins(y=0.1)
     axes.grid(axis="y")

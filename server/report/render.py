@@ -400,7 +400,9 @@ def _confusion(arm: Arm) -> dict[str, Any] | None:
                 ],
                 "recall": f"{100 * shares[index]:.1f} %" if total else "no records",
                 "precision": f"{100 * row[index] / columns[index]:.1f} %" if columns[index] else "never predicted",
-                "f1": f"{200 * row[index] / (total + columns[index]):.1f} %" if total + columns[index] else "no records",
+                "f1": f"{200 * row[index] / (total + columns[index]):.1f} %"
+                if total + columns[index]
+                else "no records",
                 "mistaken": f"{others[0][1]} ({-others[0][0]:,})" if others else "none",
             }
         )

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from shared.config import Job, ModelConfig, TaskConfig
 from shared.tasks.base import Evaluation, Record, Task
 from shared.tasks.causal_lm import CausalLanguageModelling
+from shared.tasks.image_classification import ImageClassification
 from shared.tasks.pair_matching import PairMatching
 from shared.tasks.regression import Regression
 from shared.tasks.replies import Replies
@@ -20,6 +21,7 @@ TASKS: Mapping[str, Callable[[TaskConfig, ModelConfig], Task]] = {
     "regression": Regression.from_config,
     "causal_lm": CausalLanguageModelling.from_config,
     "replies": Replies.from_config,
+    "image_classification": ImageClassification.from_config,
 }
 
 

@@ -52,7 +52,7 @@ class Task(Protocol):
         """True if the task needs a left-to-right backbone with its own vocabulary output."""
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
-        """Return the module from token vectors [B, T, H] and mask [B, T] to outputs, or a `TokenHead`."""
+        """Return the module from token vectors [B, T, H] and mask [B, T] to outputs, or a `TokenHead`; of images from [B, H]."""
 
     def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
         """Turn records into examples.
@@ -62,7 +62,7 @@ class Task(Protocol):
         """
 
     def probe(self, input_ids: Tensor, number: int) -> Example:
-        """Return an example with these tokens, int64 [T >= 2], and a target that changes with `number`."""
+        """Return an example with these tokens or pixels, int64 [T >= 2], and a target that changes with `number`."""
 
     def check_site(self, examples: Sequence[Example]) -> None:
         """Raise `DataError` if a site cannot train on these examples."""

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client import policy as policies
+from client.guard import _model_sha256
 from client.policy import (
     SIGNER_PLACEHOLDER,
     Policy,
@@ -376,6 +377,33 @@ def test_the_template_fills_in_the_embedded_backbone(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("shared.backbones.importlib.import_module", absent)
     assert f'# "{name}" = "..."  # after: pip install' in policy_template()
+
+
+def test_a_network_for_images_is_accepted_once_its_mark_is_taken_away(tmp_path: Path) -> None:
+    """It has no files: the hash in the template is that of what the installed program computes."""
+    job = a_job(
+        model={"backbone": "cnn:small"},
+        task={
+            "kind": "image_classification",
+            "labels": ["benign", "malignant"],
+            "image_shape": [1, 28, 28],
+            "pixel_range": [0, 255],
+        },
+    )
+    path = tmp_path / "policy.toml"
+    text = policy_template(signers={"hospital": SIGNER.verify_key.text})
+    path.write_text(text)
+    found = _model_sha256(job.model)
+    with pytest.raises(PolicyError, match="'cnn:small' is not among"):
+        check_job(load_policy(path), signed(job), now=NOW, site="st-anna")
+    with pytest.raises(PolicyError, match="'cnn:small' is not among"):
+        check_backbone(load_policy(path), job, found)
+    path.write_text(text.replace('# "cnn:small"', '"cnn:small"'))
+    check_job(load_policy(path), signed(job), now=NOW, site="st-anna")
+    check_backbone(load_policy(path), job, found)
+    path.write_text(text.replace('# "cnn:small"', '"cnn:small"').replace(found, HASH))
+    with pytest.raises(PolicyError, match=f"have SHA-256 {found}"):
+        check_backbone(load_policy(path), job, found)
 
 
 def test_no_refusal_depends_on_anything_but_job_and_policy(monkeypatch: pytest.MonkeyPatch) -> None:

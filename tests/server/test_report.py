@@ -581,3 +581,14 @@ def test_delta_is_rounded_up(value: float, text: str) -> None:
 def test_names_are_joined() -> None:
     assert formats.join_names(["b", "site-10", "site-2", "site-3", "site-1", "a"]) == "a, b, site-1 to site-3, site-10"
     assert formats.join_names(["site-07", "site-08"]) == "site-07, site-08"
+
+
+@pytest.mark.parametrize(("metric", "scale"), [("accuracy", "linear"), ("perplexity", "log")])
+def test_a_share_that_begins_near_nothing_is_still_read_from_nothing_to_all(metric: str, scale: str) -> None:
+    from matplotlib.figure import Figure
+
+    from server.report.plots import Line, _draw_lines
+
+    axes = Figure().add_subplot()
+    _draw_lines(axes, metric, [Line(title="federated", points=((0.0, 0.01), (1.0, 0.9)), final=0.9)])
+    assert axes.get_yscale() == scale

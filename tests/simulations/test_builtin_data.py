@@ -93,6 +93,21 @@ def test_replies_are_split_by_question() -> None:
     assert not {r["prompt"].casefold() for r in data.train} & {r["prompt"].casefold() for r in data.test}
 
 
+def test_digits_are_split_by_their_pixels_and_the_recorded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = BUILTIN["digits"]()
+    assert data.test is not None
+    assert (len(data.train), len(data.test)) == (1_442, 355)
+    for part in (data.train, data.test):
+        assert {record["label"] for record in part} == set("0123456789")
+        assert all(len(record["pixels"]) == 64 and 0 <= min(record["pixels"]) <= 16 for record in part)
+    images = [tuple(record["pixels"]) for record in (*data.train, *data.test)]
+    assert len(set(images)) == len(images)
+    assert max(map(max, images)) == 16
+    monkeypatch.setattr(builtin_data, "DIGITS_SHA256", "0" * 64)
+    with pytest.raises(DataError, match=r"expected 0000.*not read"):
+        BUILTIN["digits"]()
+
+
 def test_movie_ratings() -> None:
     data = load("movie-ratings")
     assert len(data.train) == 10_605

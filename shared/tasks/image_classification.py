@@ -1,0 +1,95 @@
+"""Image classification: one label per image, cross-entropy; losses and metrics are those of sequence classification.
+
+An image enters an example as its pixel values, channel by channel and row by row, each as one of `PIXEL_STEPS` + 1 steps of the
+job's public range. So batches, caches, proofs and audits see what they know: whole numbers in a row, of one length here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from shared.batches import Example
+from shared.config import ModelConfig, TaskConfig
+from shared.errors import DataError
+from shared.heads import init_linear
+from shared.image_models import PIXEL_STEPS
+from shared.tasks.base import Record
+from shared.tasks.sequence_classification import SequenceClassification
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageClassification(SequenceClassification):
+    """See `shared.tasks.base.Task`.
+
+    Attributes:
+        num_pixels: values of one image, over all channels.
+        pixel_range: lowest and highest value, public.
+    """
+
+    num_pixels: int
+    pixel_range: tuple[float, float]
+
+    roles: ClassVar[tuple[str, ...]] = ("pixels", "label")
+
+    @classmethod
+    def from_config(cls, task: TaskConfig, model: ModelConfig) -> ImageClassification:
+        """Build from the job's sections."""
+        assert task.pixel_range is not None  # noqa: S101 (checked by TaskConfig)
+        return cls(
+            labels=task.labels,
+            pooling=model.pooling,
+            label_smoothing=task.label_smoothing,
+            num_pixels=task.num_pixels,
+            pixel_range=task.pixel_range,
+        )
+
+    def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
+        """Return a linear classifier of the vectors that leave the network's other layers, drawn from the public seed."""
+        head = nn.Linear(hidden_size, len(self.labels))
+        init_linear(head, seed=seed, name="head")
+        return head
+
+    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
+        """Scale pixels by the public range and turn labels into class indices.
+
+        `pixels` is a list of numbers, or a text of numbers with spaces or commas between them, as in a CSV cell.
+        """
+        targets = self._targets(records)
+        return [
+            Example(self._steps(record["pixels"], row), target)
+            for row, (record, target) in enumerate(zip(records, targets, strict=True), start=1)
+        ]
+
+    def _steps(self, pixels: Any, row: int) -> Tensor:
+        """Return the pixel values of one record as steps of the range, int64 [num_pixels]."""
+        try:
+            values = np.asarray(pixels.replace(",", " ").split() if isinstance(pixels, str) else pixels, np.float64)
+        except (ValueError, TypeError, OverflowError):
+            # The error's text would hold a pixel value.
+            raise DataError(
+                f"record {row} has pixels that are no numbers; expected a list of {self.num_pixels} numbers, or a text of them "
+                "with spaces between."
+            ) from None
+        if values.shape != (self.num_pixels,):
+            raise DataError(
+                f"record {row} has pixels of shape {list(values.shape)}, expected {self.num_pixels} numbers in one row "
+                "(task.image_shape: channels x height x width, channel by channel and row by row)."
+            )
+        low, high = self.pixel_range
+        if not ((values >= low) & (values <= high)).all():  # NaN is in no range
+            raise DataError(
+                f"record {row} has a pixel outside task.pixel_range, {low:g} to {high:g}. Mend the data, or give the range of "
+                "the format in the job, not that of the data."
+            )
+        return torch.from_numpy(np.rint((values - low) / (high - low) * PIXEL_STEPS).astype(np.int64))
+
+    def probe(self, input_ids: Tensor, number: int) -> Example:
+        """Return an image of class `number` modulo the number of classes, filled with these values over and over."""
+        repeats = -(-self.num_pixels // len(input_ids))
+        return super().probe(input_ids.repeat(repeats)[: self.num_pixels], number)
