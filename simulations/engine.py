@@ -327,6 +327,8 @@ def _run_arm(
         # All clients at once: their few records one client after the other would be mostly padding.
         runtime = load_runtime(arm.job, scenario.compute)
         runtime.warm_cache([example for part in arm.sites.values() for example in runtime.encode(part)])
+        # The test records as well, as far as there is room: they come up in every evaluation of every arm.
+        runtime.warm_cache(runtime.encode(test))
         grid = InProcessGrid(
             client_app,
             len(arm.sites),
