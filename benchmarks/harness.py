@@ -38,9 +38,14 @@ Measure = Callable[[], float]
 MEANINGS: dict[str, str] = {
     "dp_step_time_ratio": "seconds of our DP step / of a plain PEFT step without privacy; float32, 64 x 48 tokens, train B",
     "dp_step_memory_ratio": "peak memory above the loaded model, our DP step / plain PEFT step; same setting",
-    "epoch_speedup_vs_opacus": "seconds of Opacus hooks (padded to 128) / ours, the same slice of an epoch, all layers adapted",
+    "epoch_speedup_vs_opacus": "seconds of a slice of an epoch, Opacus hooks (padded to 128, LoRA in all layers, PEFT's default) "
+    "/ ours as the demo trains (last layer, two epochs, prefix cache filled on the way)",
+    "epoch_speedup_same_last_layer": "the same, with LoRA in the last layer on both sides",
+    "epoch_speedup_same_all_layers": "the same, with LoRA in all layers on both sides: nothing to cache",
     "prefix_cache_speedup": "seconds without the prefix cache / with it warm, later epoch, last 2 of 6 layers adapted",
-    "simulation_speedup_vs_ray": "seconds of Flower's Ray simulation with per-client models / of our in-process simulation",
+    "simulation_speedup_vs_ray": "seconds of Flower's Ray simulation, a model per client (LoRA in all layers, PEFT's default) "
+    "/ of our in-process simulation as the demo trains (last layer)",
+    "simulation_speedup_same_last_layer": "the same, with LoRA in the last layer on both sides",
     "many_client_time_ratio": "seconds of many small clients / of one client with all their records and gradients",
     "uplink_bytes_ratio": "bytes of a site's encoded update / of the float32 PEFT state of A, B and head",
     "aggregate_1000_peak_mb": "MB above idle while 1,000 encoded updates of 1 MB are decoded and aggregated",

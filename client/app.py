@@ -132,12 +132,19 @@ def simulated_site(context: Context, *, sites: Path, injected_seed: str | None =
         sites: folder with one `NAME/home/site.toml` per site; partition ids follow the order of names.
         injected_seed: for tests only: reproducible randomness, which marks every release as not private.
     """
-    return _open(site_homes(sites)[int(str(context.node_config["partition-id"]))], injected_seed)
+    homes = _homes_at(sites, sites.stat().st_mtime_ns)
+    return _open(homes[int(str(context.node_config["partition-id"]))], injected_seed)
 
 
 def site_homes(sites: Path) -> list[Path]:
     """Return the homes of simulated sites in the order of their partition ids."""
     return sorted(path.parent for path in sites.glob("*/home/site.toml"))
+
+
+@functools.lru_cache(maxsize=4)
+def _homes_at(sites: Path, _changed: int) -> list[Path]:
+    """Return `site_homes`, listed again when the folder changed: not by each of a thousand sites for every message."""
+    return site_homes(sites)
 
 
 @functools.lru_cache(maxsize=4096)

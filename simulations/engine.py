@@ -99,7 +99,8 @@ def run_scenario(
     for arm in arms[1:]:
         if not (resume and _is_complete(arm)):
             _run_arm(scenario, arm, test, fold, observer, resume, None, injected_seed)
-    write_report(folder)
+    if arms[1:] or stop_after is not None:  # else it is written already
+        write_report(folder)
     return finished
 
 

@@ -76,6 +76,17 @@ def test_a_simulated_site_draws_from_the_operating_system_unless_told(sites: Pat
     assert simulated_site(context, sites=sites) is site, "a site is opened once per process"
 
 
+def test_sites_that_were_added_to_the_folder_are_seen(sites: Path, site_home: Callable[..., Path]) -> None:
+    def opened(partition: int) -> str:
+        config = {"partition-id": partition}
+        context = Context(run_id=1, node_id=1, node_config=config, state=RecordDict(), run_config={})
+        return simulated_site(context, sites=sites).config.name
+
+    assert [opened(place) for place in range(3)] == ["a", "b", "c"]
+    site_home("aa")
+    assert [opened(place) for place in range(4)] == ["a", "aa", "b", "c"]
+
+
 @pytest.mark.parametrize(
     "content",
     [
