@@ -56,7 +56,8 @@ class Batch:
         input_ids: token ids, int64 [B, T], padded on the right.
         attention_mask: True where there is a token, bool [B, T].
         targets: whatever the task's loss needs, first dimension B.
-        hidden: cached activations that enter the first adapted layer, float [B, T, H], or None.
+        hidden: cached activations that enter the first adapted layer, of the tokens alone, text after text: float [1, N, H]; or
+            None.
     """
 
     input_ids: Tensor
@@ -77,25 +78,23 @@ def collate(examples: Sequence[Example], hidden: Sequence[Tensor] | None = None)
         examples: B examples.
         hidden: cached activations [T_i, H] of each example, or None.
     """
-    size, length = len(examples), max(example.length for example in examples)
-    input_ids = torch.zeros(size, length, dtype=torch.int64)
-    mask = torch.zeros(size, length, dtype=torch.bool)
-    for row, example in enumerate(examples):
-        input_ids[row, : example.length] = example.input_ids
-        mask[row, : example.length] = True
-    states = None
-    if hidden is not None:
-        states = hidden[0].new_zeros(size, length, hidden[0].shape[-1])
-        for row, state in enumerate(hidden):
-            states[row, : len(state)] = state
+    lengths = torch.tensor([example.length for example in examples])
+    input_ids = _padded([example.input_ids for example in examples])
+    mask = torch.arange(input_ids.shape[1]) < lengths[:, None]
+    states = None if hidden is None else torch.cat(list(hidden)).unsqueeze(0)
     return Batch(input_ids, mask, _targets([example.target for example in examples]), states)
+
+
+def _padded(rows: Sequence[Tensor], value: int = 0) -> Tensor:
+    """Return rows [T_i, ...] as [B, longest, ...], filled up with `value`."""
+    return nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
 
 
 def _targets(targets: Sequence[int | float | Tensor]) -> Tensor:
     """Return the targets of B examples: int64 [B], float32 [B], or int64 [B, longest] padded with `IGNORED`."""
     rows = [target for target in targets if isinstance(target, Tensor)]
     if rows:
-        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=IGNORED)
+        return _padded(rows, IGNORED)
     return torch.tensor(targets, dtype=torch.float32 if isinstance(targets[0], float) else torch.int64)
 
 

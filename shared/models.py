@@ -142,8 +142,7 @@ class TunableModel(TrainedModel):
     def forward(self, batch: Batch) -> Tensor:
         """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
         packing = Packing(batch.attention_mask)
-        frozen = batch.hidden
-        hidden = self._embed_frozen(batch.input_ids, packing) if frozen is None else packing.pack(frozen)
+        hidden = self._embed_frozen(batch.input_ids, packing) if batch.hidden is None else batch.hidden
         return self._finish(hidden, packing, batch.attention_mask, self.first_adapted)
 
     def embeddings(self, input_ids: Tensor) -> Tensor:

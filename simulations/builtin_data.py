@@ -165,7 +165,7 @@ def load_chinese_reviews() -> BuiltinData:
 
 _PEOPLE_DAILY_KINDS = {"nr": "person", "ns": "place", "nt": "organisation"}
 _LONGEST_SENTENCE = 80
-NUM_PEOPLE_DAILY = 10_000
+NUM_PEOPLE_DAILY = 5_000
 
 
 def load_people_daily() -> BuiltinData:

@@ -23,12 +23,11 @@ def test_collate_pads_on_the_right_and_marks_real_tokens() -> None:
     assert batch.hidden is None
 
 
-def test_collate_pads_cached_activations_with_zeros() -> None:
+def test_collate_puts_cached_activations_in_a_row() -> None:
     first, second = torch.ones(3, 4), torch.full((1, 4), 2.0)
     batch = collate([example(5, 6, 7), example(8)], [first, second])
     assert batch.hidden is not None
-    assert torch.equal(batch.hidden[0], first)
-    assert torch.equal(batch.hidden[1], torch.cat([second, torch.zeros(2, 4)]))
+    assert torch.equal(batch.hidden, torch.cat([first, second]).unsqueeze(0))
 
 
 def test_a_batch_moves_as_a_whole() -> None:

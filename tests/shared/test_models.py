@@ -236,7 +236,7 @@ def test_frozen_part_plus_adapted_part_is_the_models_own_forward(
         mask = batch.attention_mask.long()
         theirs = reference(input_ids=batch.input_ids, attention_mask=mask).last_hidden_state
         cached = model.embed_frozen(batch.input_ids, batch.attention_mask)
-        batch.hidden = cached
+        batch.hidden = cached[batch.attention_mask].unsqueeze(0)
         from_cache = model(batch)
     real = batch.attention_mask
     torch.testing.assert_close(ours[real], theirs[real], rtol=1e-4, atol=1e-5)
