@@ -17,11 +17,9 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.harness import Findings, Tell
 from benchmarks.peers import Classifier, OpacusTraining
-from client.trainer import train_local_round
+from shared.batches import Example
 from shared.config import Job
-from shared.datasets import Record
 from shared.privacy.plan import PrivacyPlan
-from shared.privacy.randomness import SiteRandomness
 from simulations.demo_data import load_movie_reviews, split_public_test
 
 LAST, ALL = "ours, last layer", "ours, all layers"
@@ -31,7 +29,7 @@ _TRAINING = {"optimizer": "sgd", "momentum": MOMENTUM, "learning_rate": LEARNING
 _PRIVACY = {"noise_multiplier": None, "epsilon": EPSILON}
 DEMO_RATE = 0.06
 _DEMO = {"learning_rate": 1.5, "weight_decay": 0.02, "schedule": "linear"}
-"""What simulations/demo.toml does with all records at one place."""
+"""Rate, decay, schedule and sampling of the central-DP arm of simulations/demo.toml."""
 
 
 def run_as_the_demo(tell: Tell) -> Findings:
@@ -67,15 +65,16 @@ def run(
             training={**_TRAINING, **_DEMO, "local_steps": round(epochs / DEMO_RATE)},
             privacy={**_PRIVACY, "sample_rate": DEMO_RATE},
         )
+        # One tokenizer, task and length: what one job encodes is every side's.
+        runtime = peers.same_runtime(all_layers)
+        examples, held_out = runtime.encode(train), runtime.encode(test)
         for side in sides:
             job = {LAST: last_layer, ALL: all_layers}[side]
             tell(f"seed {seed + 1} of {seeds}: {side}, {job.training.local_steps} steps")
-            ours[side].append(trained_accuracy(job, train, test))
+            ours[side].append(trained_accuracy(job, examples, held_out))
         noise_ours.append(PrivacyPlan.from_job(all_layers).noise_multiplier)
 
         tell(f"seed {seed + 1} of {seeds}: Opacus")
-        runtime = peers.same_runtime(all_layers)
-        examples, held_out = runtime.encode(train), runtime.encode(test)
         model = Classifier()
         private = OpacusTraining(
             model,
@@ -108,24 +107,13 @@ def run(
     return Findings({}, details)
 
 
-def trained_accuracy(job: Job, train: Sequence[Record], test: Sequence[Record]) -> float:
-    """Return the share of right answers on `test` after one round of `job` at one place."""
+def trained_accuracy(job: Job, examples: list[Example], held_out: list[Example]) -> float:
+    """Return the share of right answers on `held_out` after one round of `job` at one place."""
     runtime = peers.same_runtime(job)
-    examples = runtime.encode(train)
-    if job.lora.last_layers is not None:
-        runtime.warm_cache(examples)
-    result = train_local_round(
-        runtime,
-        examples,
-        runtime.initial,
-        training=job.training,
-        plan=PrivacyPlan.from_job(job),
-        declared_records=len(examples),
-        randomness=SiteRandomness.from_os(),
-        round_number=1,
-    )
+    runtime.warm_cache(examples)
+    result = peers.local_round(runtime, job, examples)
     runtime.load({name: value + result.delta[name] for name, value in runtime.initial.items()})
-    return runtime.evaluate(runtime.encode(test)).metrics["accuracy"]
+    return runtime.evaluate(held_out).metrics["accuracy"]
 
 
 def accuracy(model: Any, data: tuple[Tensor, Tensor, Tensor]) -> float:

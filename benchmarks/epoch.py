@@ -4,7 +4,7 @@ Sampling rate, noise, clipping, optimiser and number of steps are equal. A whole
 of it are timed. Three comparisons:
 
 * ours as the demo trains (B of rank 8 on query and value of the last layer; two epochs, of which the first fills the cache of
-  frozen layers) against Opacus with B in all six layers, as PEFT adapts by default. Section `accuracy` compares what they reach.
+  frozen layers) against Opacus with B in all six layers, as PEFT adapts by default. Section `accuracy-demo` compares both.
 * the same layers on both sides: the last one alone, and all six, where there is nothing to cache.
 * a later epoch of ours with the last two of six layers adapted, without and with the cache.
 
@@ -24,12 +24,9 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.harness import Findings, Tell, alternate, seconds
 from benchmarks.peers import Classifier, OpacusTraining
-from client.trainer import train_local_round
 from shared.batches import Example
 from shared.config import Job
 from shared.frozen_cache import FrozenCache
-from shared.privacy.plan import PrivacyPlan
-from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime
 from simulations.demo_data import load_movie_reviews, split_public_test
 
@@ -101,17 +98,7 @@ def run(tell: Tell, *, runs: int = 5, steps: int = 6) -> Findings:
 def training(job: Job, examples: list[Example], *, cached: bool = True) -> Callable[..., object]:
     """Return one local round of ours over `examples`; it takes another runtime of the job if there is one."""
     own: Runtime = peers.same_runtime(job, precision="auto", cached=cached)
-    plan = PrivacyPlan.from_job(job)
-    return lambda runtime=own: train_local_round(
-        runtime,
-        examples,
-        runtime.initial,
-        training=job.training,
-        plan=plan,
-        declared_records=len(examples),
-        randomness=SiteRandomness.from_os(),
-        round_number=1,
-    )
+    return lambda runtime=own: peers.local_round(runtime, job, examples)
 
 
 def two_epochs(examples: list[Example]) -> float:

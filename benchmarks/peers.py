@@ -15,10 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from client.trainer import LocalRound, train_local_round
 from shared.backbones import backbone_folder
 from shared.batches import Example
 from shared.config import ComputeConfig, Job, ModelConfig, parse
 from shared.heads import PooledClassifier, init_linear
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 
 Train = Literal["b", "both"]
@@ -200,6 +203,20 @@ def same_runtime(job: Job, *, precision: OwnPrecision = "float32", cached: bool 
     """Return our runtime of `job` on the processor, with default settings but `compute`."""
     config = ComputeConfig(device="cpu", precision=precision, cache_frozen_layers=cached, **compute)
     return load_runtime(job, config)
+
+
+def local_round(runtime: Runtime, job: Job, examples: list[Example]) -> LocalRound:
+    """Return one local round of ours at one place."""
+    return train_local_round(
+        runtime,
+        examples,
+        runtime.initial,
+        training=job.training,
+        plan=PrivacyPlan.from_job(job),
+        declared_records=len(examples),
+        randomness=SiteRandomness.from_os(),
+        round_number=1,
+    )
 
 
 def require_same_size(model: Classifier, runtime: Runtime) -> None:

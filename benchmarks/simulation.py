@@ -38,7 +38,7 @@ RECORDS, BATCH, LOCAL_STEPS = 50, 10, 4
 
 MAX_LENGTH, NUM_TEST = 64, 100
 LEARNING_RATE = 1.0
-LAST_LAYERS = 1
+_LAST_LAYERS = 1
 _ALL, _LAST = "Flower on Ray, all layers", "Flower on Ray, last layer"
 T = TypeVar("T")
 _TRAINING = {"optimizer": "sgd", "momentum": 0.9, "learning_rate": LEARNING_RATE, "local_steps": LOCAL_STEPS}
@@ -85,7 +85,7 @@ def against_ray(clients: int, rounds: int, runs: int, tell: Tell) -> dict[str, P
             return seconds(lambda: in_own_process(simulate_on_ray, last_layers=last_layers, **arguments))
 
         return alternate(
-            {_ALL: lambda: peer(None), _LAST: lambda: peer(LAST_LAYERS)},
+            {_ALL: lambda: peer(None), _LAST: lambda: peer(_LAST_LAYERS)},
             lambda: seconds(lambda: in_own_process(simulate_in_process, **arguments)),
             runs=runs,
             tell=tell,
@@ -287,7 +287,7 @@ def local_rounds(runtime: Runtime, clients: list[list[Example]]) -> Iterator[Loc
 
 def _job(rounds: int) -> Job:
     return peers.same_job(
-        last_layers=LAST_LAYERS,
+        last_layers=_LAST_LAYERS,
         max_length=MAX_LENGTH,
         rounds=rounds,
         training=_TRAINING,
@@ -297,7 +297,7 @@ def _job(rounds: int) -> Job:
 
 def _many_job() -> Job:
     return peers.same_job(
-        last_layers=LAST_LAYERS,
+        last_layers=_LAST_LAYERS,
         max_length=MANY_TOKENS,
         training={**_TRAINING, "local_steps": MANY_STEPS},
         privacy={"sample_rate": 1 / MANY_STEPS},

@@ -15,9 +15,6 @@ import torch
 from benchmarks import harness, peers
 from benchmarks.harness import Findings, PeakMemory, Tell, alternate, in_own_process, seconds
 from benchmarks.peers import MODES, Classifier, Precision, Train
-from client.trainer import train_local_round
-from shared.privacy.plan import PrivacyPlan
-from shared.privacy.randomness import SiteRandomness
 
 BATCH, TOKENS = 64, 48
 PRECISIONS: tuple[Precision, ...] = ("float32", "bfloat16")
@@ -132,16 +129,7 @@ def our_training(setting: Setting, steps: int, *, private: bool = True, **comput
     )
     runtime = peers.same_runtime(job, precision=setting.precision, **compute)
     examples = peers.random_examples(setting.batch, TOKENS)
-    return lambda: train_local_round(
-        runtime,
-        examples,
-        runtime.initial,
-        training=job.training,
-        plan=PrivacyPlan.from_job(job),
-        declared_records=len(examples),
-        randomness=SiteRandomness.from_os(),
-        round_number=1,
-    )
+    return lambda: peers.local_round(runtime, job, examples)
 
 
 def compare_memory(setting: Setting, *, runs: int, tell: Tell) -> dict[str, list[float]]:

@@ -40,10 +40,14 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import BertConfig, BertModel, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-bert")
-    trained = BertWordPieceTokenizer(lowercase=True)
-    trained.train_from_iterator(LINES, vocab_size=200, min_frequency=1, show_progress=False)
-    trained.save_model(str(folder))
-    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), tokenizer_object=trained._tokenizer).save_pretrained(folder)
+    # Words and letters: the library's own training breaks ties differently in each process, so the model would be another one.
+    text = " ".join(LINES).replace(",", " ,")
+    letters = sorted(set(text) - {" "})
+    pieces = [*letters, *(f"##{letter}" for letter in letters), *sorted(set(text.split()) - set(letters))]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    made = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)
+    BertTokenizerFast(vocab_file=str(folder / "vocab.txt"), tokenizer_object=made._tokenizer).save_pretrained(folder)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=200,
