@@ -138,6 +138,7 @@ def assert_proof_fails(
     monkeypatch: pytest.MonkeyPatch, classification_job: Callable[..., Any], broken: type[PersonSum]
 ) -> None:
     runtime = load_runtime(classification_job(), ComputeConfig(device="cpu", precision="float32"))
+    runtime.load(runtime.initial)  # the model is shared: an earlier test may have trained it until no gradient was left
     prove_trainer(runtime)
     monkeypatch.setattr("client.proof.PersonSum", broken)
     with pytest.raises(PrivacyError, match="proof 5 failed"):
