@@ -60,6 +60,7 @@ SECTIONS: dict[str, Callable[[Tell], Findings]] = {
 
 LONG: dict[str, Callable[[Tell], Findings]] = {
     "step-bfloat16": _module("step", "run_bfloat16"),
+    "attention": _module("attention"),
     "accuracy": _module("accuracy"),
     "accuracy-demo": _module("accuracy", "run_as_the_demo"),
     "simulation-pairs": _module("simulation", "run_pairs"),

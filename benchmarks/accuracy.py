@@ -1,8 +1,8 @@
 """Accuracy at equal epsilon: ours and Opacus' hooks train the same model for the same number of steps at epsilon 8; and ours with
 the last layer alone, in the demo's setting for all records at one place.
 
-Each side calibrates its noise with its own accountant. Pairs share the split and the public seed of the model; sampling and noise
-are each side's own. Takes long, so it runs only by name or with --all.
+Ours computes in bfloat16 where the processor has it. Each side calibrates its noise with its own accountant. Pairs share split
+and public seed of the model; sampling and noise are each side's own. Takes long, so it runs only by name or with --all.
 """
 
 from __future__ import annotations
@@ -93,6 +93,8 @@ def run(
                 private.step(drawn)
         theirs.append(accuracy(private.model, peers.padded(held_out, MAX_LENGTH)))
         noise_theirs.append(float(private.optimizer.noise_multiplier))
+        reached_now = ", ".join(f"{side} {reached[-1]:.2%}" for side, reached in ours.items())
+        tell(f"seed {seed + 1} of {seeds}: {reached_now}, Opacus {theirs[-1]:.2%}")
     details: dict[str, Any] = {
         "setting": f"epsilon {EPSILON:g}, delta 1e-5, {epochs} epochs, train b; batch {batch} with all layers",
         "Opacus hooks, all layers": theirs,
@@ -109,7 +111,7 @@ def run(
 
 def trained_accuracy(job: Job, examples: list[Example], held_out: list[Example]) -> float:
     """Return the share of right answers on `held_out` after one round of `job` at one place."""
-    runtime = peers.same_runtime(job)
+    runtime = peers.same_runtime(job, precision="auto")
     runtime.warm_cache(examples)
     result = peers.local_round(runtime, job, examples)
     runtime.load({name: value + result.delta[name] for name, value in runtime.initial.items()})

@@ -38,8 +38,9 @@ def run(tell: Tell, *, runs: int = 5, steps: int = 2) -> Findings:
             continue
         comparison = compare_time(setting, runs=runs, steps=steps, tell=tell)
         findings.details[f"time, {setting}"] = comparison
-        if setting == Setting("float32", "b"):
-            findings.headlines["dp_step_time_ratio"] = comparison[f"ours / {PLAIN}"]
+        if setting.train == "b":
+            key = "dp_step_time_ratio" + ("" if setting.precision == "float32" else "_bfloat16")
+            findings.headlines[key] = comparison[f"ours / {PLAIN}"]
     for train in TRAINS:
         memory = compare_memory(Setting("float32", train), runs=runs if train == "b" else 2, tell=tell)
         findings.details[f"memory, float32, train {train}"] = memory

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 # little (shared.packing). Measured on two processor cores with MiniLM-L6; from one half to an eighth it is flat.
 _CUTS_PER_BUDGET = 4
 
+
+Lengths = Sequence[int] | Mapping[int, int]
+"""Tokens by record."""
 
 IGNORED = -100
 """Target of a token that has none; PyTorch's own default."""
@@ -98,11 +101,11 @@ def _targets(targets: Sequence[int | float | Tensor]) -> Tensor:
     return torch.tensor(targets, dtype=torch.float32 if isinstance(targets[0], float) else torch.int64)
 
 
-def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def micro_batches(lengths: Lengths, indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
     """Cut `indices` into micro-batches: padding against the fixed cost of one more; see `cut_by_length`.
 
     Args:
-        lengths: tokens of every record, indexed by the values of `indices`.
+        lengths: tokens of every record that is among `indices`.
         indices: the records of one logical batch; may be empty.
         max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
     """
@@ -110,7 +113,7 @@ def micro_batches(lengths: Sequence[int], indices: Sequence[int], max_tokens: in
 
 
 def cut_by_length(
-    lengths: Sequence[int], indices: Sequence[int], *, cost_of_cut: float, max_tokens: int = sys.maxsize
+    lengths: Lengths, indices: Sequence[int], *, cost_of_cut: float, max_tokens: int = sys.maxsize
 ) -> Iterator[list[int]]:
     """Cut `indices`, sorted by length, into parts whose padded tokens and `cost_of_cut` each are least together.
 
@@ -118,7 +121,7 @@ def cut_by_length(
     occur; a part with more than `max_tokens` padded tokens is then cut evenly.
 
     Args:
-        lengths: tokens of every record, indexed by the values of `indices`.
+        lengths: tokens of every record that is among `indices`.
         indices: may be empty.
         cost_of_cut: of every part, in padded tokens.
         max_tokens: padded tokens of a part; a single longer record still forms one of its own.
@@ -154,13 +157,11 @@ def _evenly(part: list[int], most: int) -> Iterator[list[int]]:
         yield part[len(part) * piece // pieces : len(part) * (piece + 1) // pieces]
 
 
-def micro_batches_of_groups(
-    lengths: Sequence[int], groups: Sequence[Sequence[int]], max_tokens: int
-) -> Iterator[list[int]]:
+def micro_batches_of_groups(lengths: Lengths, groups: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
     """Cut groups of records into micro-batches, so that at most one group is unfinished between two of them.
 
     Args:
-        lengths: tokens of every record.
+        lengths: tokens of every record that is in a group.
         groups: the records of each person, none of them empty; groups of one are `micro_batches`.
         max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
     """

@@ -114,6 +114,7 @@ class TunableModel(TrainedModel):
         self._backbone_name = "base_model.model"
         self.packing: Packing | None = None
         self._frozen_targets: dict[str, Tensor] = {}
+        self._even_rows = False
         self.train_mode()
 
     @property
@@ -136,13 +137,13 @@ class TunableModel(TrainedModel):
 
     def embed_frozen(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Return the activations that enter the first adapted layer, float [B, T, H]; no gradient is recorded."""
-        packing = Packing(attention_mask)
+        packing = self._packing_of(attention_mask)
         return packing.pad(self._embed_frozen(input_ids, packing))
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
-        packing = Packing(batch.attention_mask)
-        hidden = self._embed_frozen(batch.input_ids, packing) if batch.hidden is None else batch.hidden
+        packing = self._packing_of(batch.attention_mask)
+        hidden = self._embed_frozen(batch.input_ids, packing) if batch.hidden is None else packing.fit(batch.hidden)
         return self._finish(hidden, packing, batch.attention_mask, self.first_adapted)
 
     def embeddings(self, input_ids: Tensor) -> Tensor:
@@ -152,7 +153,7 @@ class TunableModel(TrainedModel):
 
     def from_embeddings(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
         """Return what `forward` does, from `embeddings` [B, T, H] and with gradients through every layer down to them."""
-        packing = Packing(attention_mask)
+        packing = self._packing_of(attention_mask)
         return self._finish(packing.pack(embeddings), packing, attention_mask, 0)
 
     def set_residuals(self, residuals: Mapping[str, Tensor]) -> None:
@@ -173,6 +174,24 @@ class TunableModel(TrainedModel):
                 weight.copy_(original)
                 if residual is not None:
                     weight.add_(_like_weight(module, residual).to(weight))
+
+    def prepare_autocast(self, dtype: torch.dtype) -> None:
+        """Hold what is frozen in the type that autocast would cast it to in every forward pass; results stay what they are.
+
+        Adapted layers keep everything in float32: `set_residuals` adds to their weights, and factors are released.
+        """
+        # Products in bfloat16 are oneDNN's on a processor.
+        self._even_rows = self.device.type == "cpu"
+        adapted = [module for _, module in self._adapted()]
+        for module in adapted:
+            # PEFT would cast what enters A to float32, for autocast to cast it back.
+            module.cast_input_dtype_enabled = False
+        keeps = {part for module in adapted for part in module.modules()}
+        for module in self.layers().modules():
+            if _is_linear(module) and module not in keeps:
+                for parameter in module.parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.to(dtype)
 
     def _adapted(self) -> Iterable[tuple[str, Any]]:
         for name, module in self.named_modules():
@@ -201,6 +220,9 @@ class TunableModel(TrainedModel):
                 output = layer(hidden, packing=packing, causal=self.architecture.causal)
                 hidden = output[0] if isinstance(output, tuple) else output
         return hidden
+
+    def _packing_of(self, attention_mask: Tensor) -> Packing:
+        return Packing(attention_mask, even=self._even_rows)
 
     @contextmanager
     def _packed(self, packing: Packing) -> Iterator[None]:

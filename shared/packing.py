@@ -2,7 +2,8 @@
 
 Guarantee (tests: tests/shared/test_packing.py, tests/shared/test_models.py): a token meets the tokens of its own text and no
 others, and what comes out is what a padded batch gives, up to floating-point rounding. What stands in a padded place of a text is
-zero or a copy of its own first token, so that not even a NaN passes from one text to another.
+zero or a copy of its own first token, so that not even a NaN passes from one text to another. What stands behind a row's last
+token is read by no one and so has no gradient.
 
 The linear layers, norms and activations of a transformer treat each token by itself. They get the tokens of all texts as
 [1, N, H]; attention alone is computed on padded texts, those of similar length together, by the function that is registered
@@ -11,7 +12,7 @@ here with transformers under the name `PACKED`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,9 @@ PACKED = "silotune_packed"
 
 # What one more call of attention costs, in padded places. Measured on two processor cores with MiniLM-L6.
 _PLACES_PER_CALL = 64
+
+# How many different lengths of an even row there are between one power of two and the next.
+_ROWS_PER_OCTAVE = 16
 
 
 @dataclass(frozen=True)
@@ -43,32 +47,41 @@ class AttentionGroup:
 
 
 class Packing:
-    """Where the tokens of B texts lie in a padded batch [B, T] and in a row of N.
+    """Where the tokens of B texts lie in a padded batch [B, T] and in a row of N places.
 
     Attributes:
-        size, length, count: B, T and N.
+        size, length, count: B, T and the number of tokens.
+        room: N, the number of tokens or, with `even`, a few more.
         groups: the texts by similar length, for attention.
     """
 
-    def __init__(self, mask: Tensor) -> None:
+    def __init__(self, mask: Tensor, *, even: bool = False) -> None:
         """Describe a batch.
 
         Args:
             mask: bool [B, T], True where there is a token; texts are padded on the right.
+            even: add up to one place for every 16 tokens, so that few different lengths of row occur: a library that compiles
+                a product for each shape (oneDNN) then seldom meets a new one.
         """
         self.size, self.length = mask.shape
         self._mask = mask
         self._lengths = mask.sum(dim=1).cpu()
         self.count = int(self._lengths.sum())
-        self._full = self.count == mask.numel()
+        step = max(1, 2 ** self.count.bit_length() // _ROWS_PER_OCTAVE // 2) if even else 1
+        self.room = -(-self.count // step) * step
+        self._full = self.count == self.room == mask.numel()
+
+    def fit(self, tokens: Tensor) -> Tensor:
+        """Return the tokens of all texts, one after the other, as a row: [1, count, ...] as [1, N, ...]."""
+        return tokens if self.room == self.count else _row(tokens.squeeze(0), None, self.room)
 
     def pack(self, padded: Tensor) -> Tensor:
-        """Return the tokens [1, N, ...] of a padded batch [B, T, ...]."""
+        """Return the row [1, N, ...] of a padded batch [B, T, ...]."""
         flat = padded.reshape(1, self.size * self.length, *padded.shape[2:])
-        return flat if self._full else _Gather.apply(flat, self._places)  # type: ignore[no-untyped-call]
+        return flat if self._full else _Gather.apply(flat, self._places, self.room)  # type: ignore[no-untyped-call]
 
     def pad(self, row: Tensor) -> Tensor:
-        """Return the batch [B, T, ...] that holds the tokens [1, N, ...], and zeros elsewhere."""
+        """Return the batch [B, T, ...] that holds the tokens of a row [1, N, ...], and zeros elsewhere."""
         if not self._full:
             row = _Scatter.apply(row, self._places, self.size * self.length)  # type: ignore[no-untyped-call]
         return row.reshape(self.size, self.length, *row.shape[2:])
@@ -84,10 +97,10 @@ class Packing:
         ]
 
     def from_attention(self, parts: Sequence[Tensor]) -> Tensor:
-        """Return the tokens [1, N, ...] of what `for_attention` gave, in the same shapes."""
+        """Return the row [1, N, ...] of what `for_attention` gave, in the same shapes."""
         rows = [part.reshape(1, -1, *part.shape[2:]) for part in parts]
         row = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
-        return row if self._full else _Gather.apply(row, self._group_places)  # type: ignore[no-untyped-call]
+        return row if self._full else _Gather.apply(row, self._group_places, self.room)  # type: ignore[no-untyped-call]
 
     @cached_property
     def groups(self) -> list[AttentionGroup]:
@@ -134,25 +147,26 @@ class Packing:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, flat: Tensor, places: Tensor) -> Tensor:
+    def forward(ctx: Any, flat: Tensor, places: Tensor, room: int) -> Tensor:
         ctx.save_for_backward(places)
         ctx.count = flat.shape[1]
-        return flat.index_select(1, places)
+        return _row(flat.squeeze(0), places, room)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _scattered(gradients[0], ctx.saved_tensors[0], ctx.count), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _scattered(gradients[0], ctx.saved_tensors[0], ctx.count), None, None
 
 
 class _Scatter(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row: Tensor, places: Tensor, count: int) -> Tensor:
         ctx.save_for_backward(places)
+        ctx.room = row.shape[1]
         return _scattered(row, places, count)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].index_select(1, ctx.saved_tensors[0]), None, None
+        return _row(gradients[0].squeeze(0), ctx.saved_tensors[0], ctx.room), None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -161,15 +175,29 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, row: Tensor, sources: Tensor, places: Tensor) -> Tensor:
         ctx.save_for_backward(places)
+        ctx.room = row.shape[1]
         return row.index_select(1, sources)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return gradients[0].index_select(1, ctx.saved_tensors[0]), None, None
+        return _row(gradients[0].squeeze(0), ctx.saved_tensors[0], ctx.room), None, None
+
+
+def _row(flat: Tensor, places: Tensor | None, room: int) -> Tensor:
+    """Return [1, room, ...]: what stands in `places` (or everywhere, if None) of [M, ...], then zeros."""
+    count = len(flat) if places is None else len(places)
+    row = flat.new_empty(room, *flat.shape[1:])
+    if places is None:
+        row[:count] = flat
+    else:
+        torch.index_select(flat, 0, places, out=row[:count])
+    row[count:] = 0
+    return row.unsqueeze(0)
 
 
 def _scattered(row: Tensor, places: Tensor, count: int) -> Tensor:
-    return row.new_zeros(1, count, *row.shape[2:]).index_copy_(1, places, row)
+    """Return [1, count, ...]: the first of the row [1, N, ...] in `places`, zeros elsewhere."""
+    return row.new_zeros(1, count, *row.shape[2:]).index_copy_(1, places, row[:, : len(places)])
 
 
 def packed_attention(
@@ -196,19 +224,29 @@ def packed_attention(
     Returns:
         (what each token attended to, [1, N, heads, d] or [B, T, heads, d]; None)
     """
+    if packing is None:
+        return _attend(module, [query, key, value], attention_mask, options), None
+    spread = (packing.for_attention(tensor.transpose(1, 2)) for tensor in (query, key, value))
+    parts = [
+        _attend(module, [tensor.transpose(1, 2) for tensor in tensors], _mask_of(group, causal), options)
+        for group, *tensors in zip(packing.groups, *spread, strict=True)
+    ]
+    return packing.from_attention(parts), None
+
+
+def _attend(module: nn.Module, tensors: list[Tensor], mask: Tensor | None, options: Mapping[str, Any]) -> Tensor:
+    """Return attention's output [G, T, heads, d] for query, key and value [G, heads, T, d], in their type."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    if packing is None:
-        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-        return output, None
-    parts = []
-    spread = (packing.for_attention(tensor.transpose(1, 2)) for tensor in (query, key, value))
-    for group, *tensors in zip(packing.groups, *spread, strict=True):
-        output, _ = sdpa_attention_forward(
-            module, *(t.transpose(1, 2) for t in tensors), attention_mask=_mask_of(group, causal), **options
-        )
-        parts.append(output)
-    return packing.from_attention(parts), None
+    dtype = tensors[0].dtype
+    if dtype != torch.bfloat16 or tensors[0].device.type != "cpu":
+        output: Tensor = sdpa_attention_forward(module, *tensors, attention_mask=mask, **options)[0]
+        return output
+    # PyTorch's backward pass on a processor is five to ten times slower in bfloat16 than in float32 at the lengths of texts
+    # (2.13.0, benchmarks/attention.py).
+    with torch.autocast("cpu", enabled=False):
+        output = sdpa_attention_forward(module, *(t.float() for t in tensors), attention_mask=mask, **options)[0]
+    return output.to(dtype)
 
 
 def _mask_of(group: AttentionGroup, causal: bool) -> Tensor | None:

@@ -98,7 +98,7 @@ class Runtime:
         self, examples: Sequence[Example], groups: Sequence[Sequence[int]]
     ) -> Iterator[tuple[list[int], Batch]]:
         """Yield (records in increasing order, micro-batch) of one logical batch; see `micro_batches_of_groups`."""
-        lengths = [example.length for example in examples]
+        lengths = {index: examples[index].length for group in groups for index in group}
         for unordered in micro_batches_of_groups(lengths, groups, self.compute.micro_batch_tokens):
             rows = sorted(unordered)
             chosen = [examples[index] for index in rows]
@@ -218,6 +218,9 @@ def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
     # To the device first: hooks that are registered before a move keep the old parameters and train nothing.
     model = TunableModel(peft_model, architecture, job.lora, first, head).to(device)
     model.train_mode()
+    dtype = choose_dtype(compute, device)
+    if dtype is not None:
+        model.prepare_autocast(dtype)
     initial = {name: parameter.detach().cpu().clone() for name, parameter in model.trainable().items()}
     return Runtime(
         model=model,
@@ -225,9 +228,9 @@ def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
         tokenizer=tokenizer,
         max_length=job.model.max_length,
         compute=compute,
-        autocast_dtype=choose_dtype(compute, device),
+        autocast_dtype=dtype,
         initial=initial,
-        cache=shared_cache(str(folder), first, device.type, str(choose_dtype(compute, device))),
+        cache=shared_cache(str(folder), first, device.type, str(dtype)),
     )
 
 

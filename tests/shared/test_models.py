@@ -248,6 +248,45 @@ def test_frozen_part_plus_adapted_part_is_the_models_own_forward(
         assert not torch.allclose(model(batch)[real], theirs[real], atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_frozen_weights_held_in_bfloat16_give_what_autocast_gives(
+    kind: str, classification_job: Callable[..., Job], language_job: Callable[..., Job]
+) -> None:
+    """To the last bit; adapted layers and all that is trained stay in float32."""
+    job = (classification_job if kind == "bert" else language_job)(seed=31)
+    plain = load_runtime(job, CPU).model
+    held = load_runtime(job, CPU.model_copy(update={"precision": "bfloat16"})).model
+    assert isinstance(held, models.TunableModel)
+    batch = padded_batch()
+    held._even_rows = False  # other shapes may be rounded otherwise
+    for model in (plain, held):
+        with torch.no_grad():
+            for _, factor_b in model.lora_factors().values():
+                factor_b.fill_(0.1)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(held(batch), plain(batch))
+    # Even rows change nothing but rounding.
+    outputs = []
+    for held._even_rows in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+            outputs.append(held(batch).float())
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=2**-6, atol=2**-6)
+
+    frozen = [
+        (name, parameter)
+        for name, parameter in held.layers().named_parameters()
+        if parameter.ndim == 2 and "lora_" not in name and "base_layer" not in name
+    ]
+    assert (
+        len(frozen) == {"bert": 14, "gpt2": 10}[kind]
+    )  # six and four in each of three layers, less what two of them adapt
+    assert {parameter.dtype for _, parameter in frozen} == {torch.bfloat16}
+    names = {name for name, parameter in held.layers().named_parameters() if parameter.dtype == torch.bfloat16}
+    kept = {name: parameter for name, parameter in held.layers().named_parameters() if name not in names}
+    assert {parameter.dtype for parameter in kept.values()} == {torch.float32}
+    assert {name.removesuffix(".weight") for name, _ in frozen} == {name.rsplit(".", 1)[0] for name in names}
+
+
 def test_an_example_does_not_depend_on_its_neighbours(classification_job: Callable[..., Job]) -> None:
     runtime = load_runtime(classification_job(), CPU)
     examples = [Example(torch.randint(5, 150, (n,), generator=torch.Generator().manual_seed(n))) for n in (3, 12, 7)]

@@ -27,10 +27,21 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def test_pack_keeps_the_tokens_and_pad_puts_them_back() -> None:
-    packing, padded = Packing(MASK), random(4, 7, 5)
+@pytest.fixture(params=[15, 16], ids=["as many places as tokens", "even"])
+def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Packing:
+    """A row of 15 tokens, with and without a place behind them."""
+    monkeypatch.setattr(packing_module, "_ROWS_PER_OCTAVE", 1)
+    packing = Packing(MASK, even=request.param == 16)
+    assert (packing.count, packing.room) == (sum(LENGTHS), request.param)
+    return packing
+
+
+def test_pack_keeps_the_tokens_and_pad_puts_them_back(packing: Packing) -> None:
+    padded = random(4, 7, 5)
     row = packing.pack(padded)
-    assert torch.equal(row, row_of(padded))
+    assert torch.equal(row[:, : packing.count], row_of(padded))
+    assert not row[:, packing.count :].any()
+    assert torch.equal(packing.fit(row_of(padded)), row)
     assert torch.equal(packing.pad(row), padded * MASK[:, :, None])
     heads = random(4, 7, 2, 3)
     assert torch.equal(packing.pad(packing.pack(heads)), heads * MASK[:, :, None, None])
@@ -40,13 +51,30 @@ def test_texts_of_one_length_are_not_copied() -> None:
     packing, padded = Packing(torch.ones(2, 3, dtype=torch.bool)), random(2, 3, 5)
     row = packing.pack(padded)
     assert row.shape == (1, 6, 5)
-    assert row.data_ptr() == padded.data_ptr() == packing.pad(row).data_ptr()
+    assert row.data_ptr() == padded.data_ptr() == packing.pad(row).data_ptr() == packing.fit(row).data_ptr()
 
 
-def test_gradients_are_those_of_indexing() -> None:
-    packing = Packing(MASK)
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 500, 1025, 2047, 4096, 100_003])
+def test_even_rows_have_few_lengths_and_little_room(tokens: int) -> None:
+    """At most a sixteenth more; 16 lengths between one power of two and the next."""
+    room = Packing(torch.ones(1, tokens, dtype=torch.bool), even=True).room
+    assert tokens <= room <= tokens * 17 / 16
+    assert room % max(1, 2 ** (tokens.bit_length() - 1) // 16) == 0
+
+
+def test_rows_that_are_even_by_chance_are_rows_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many places as the padded batch, but not its places."""
+    monkeypatch.setattr(packing_module, "_ROWS_PER_OCTAVE", 1)
+    mask = torch.arange(4) < torch.tensor([3, 4])[:, None]
+    packing, padded = Packing(mask, even=True), random(2, 4, 5)
+    assert packing.room == mask.numel()
+    assert torch.equal(packing.pad(packing.pack(padded)), padded * mask[:, :, None])
+    assert [len(part) for part in packing.for_attention(packing.pack(padded))] == [2]
+
+
+def test_gradients_are_those_of_indexing(packing: Packing) -> None:
     padded = random(4, 7, 5).double().requires_grad_()
-    row = random(1, sum(LENGTHS), 5).double().requires_grad_()
+    row = random(1, packing.room, 5).double().requires_grad_()
     assert torch.autograd.gradcheck(packing.pack, (padded,))
     assert torch.autograd.gradcheck(packing.pad, (row,))
 
@@ -57,13 +85,17 @@ def test_gradients_are_those_of_indexing() -> None:
         return packing.from_attention([part.cumsum(dim=1) for part in kept])
 
     assert torch.autograd.gradcheck(attended, (row,))
+    packing.pad(row).sum().backward()
+    assert row.grad is not None
+    assert not row.grad[:, packing.count :].any()
 
 
 @pytest.mark.parametrize("places_per_call", [0, 3, 1000])
 @pytest.mark.parametrize("causal", [False, True])
-def test_a_token_meets_only_its_own_text(monkeypatch: pytest.MonkeyPatch, causal: bool, places_per_call: int) -> None:
+def test_a_token_meets_only_its_own_text(
+    monkeypatch: pytest.MonkeyPatch, packing: Packing, causal: bool, places_per_call: int
+) -> None:
     monkeypatch.setattr(packing_module, "_PLACES_PER_CALL", places_per_call)
-    packing = Packing(MASK)
     assert len(packing.groups) == {0: 4, 3: 2, 1000: 1}[places_per_call]
     query, key, value = (random(4, 7, 2, 3, seed=seed) for seed in range(3))
 
@@ -73,7 +105,7 @@ def test_a_token_meets_only_its_own_text(monkeypatch: pytest.MonkeyPatch, causal
         return output
 
     found = attended(query, key, value)
-    assert found.shape == (1, sum(LENGTHS), 2, 3)
+    assert found.shape == (1, packing.room, 2, 3)
     begin = 0
     for text, length in enumerate(LENGTHS):
         alone = [t[text : text + 1, :length].transpose(1, 2) for t in (query, key, value)]
@@ -85,3 +117,27 @@ def test_a_token_meets_only_its_own_text(monkeypatch: pytest.MonkeyPatch, causal
         changed = attended(*(torch.cat([t[:1], t[1:] + other]) for t in (query, key, value)))
         assert torch.equal(changed[:, :3], found[:, :3])
         assert not torch.equal(changed[:, 3:], found[:, 3:])
+
+
+def test_attention_in_bfloat16_is_computed_in_float32() -> None:
+    """On a processor, also under autocast: what comes out is what float32 gives, rounded once; gradients as well."""
+    packing = Packing(MASK)
+
+    def attended(inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            output, _ = packed_attention(Attention(), *leaves, None, packing=packing)
+        output.float().pow(2).sum().backward()
+        return output, [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    half = [random(1, 2, sum(LENGTHS), 3, seed=seed).bfloat16() for seed in range(3)]
+    output, gradients = attended(half)
+    with torch.autocast("cpu", enabled=False):
+        leaves = [tensor.float().requires_grad_() for tensor in half]
+        exact, _ = packed_attention(Attention(), *leaves, None, packing=packing)
+        exact.bfloat16().float().pow(2).sum().backward()
+    assert torch.equal(output, exact.bfloat16())
+    assert [gradient.dtype for gradient in gradients] == [torch.bfloat16] * 3
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        assert leaf.grad is not None
+        assert torch.equal(gradient, leaf.grad.bfloat16())
