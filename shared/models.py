@@ -178,6 +178,8 @@ class TunableModel(TrainedModel):
     def prepare_autocast(self, dtype: torch.dtype) -> None:
         """Hold what is frozen in the type that autocast would cast it to in every forward pass; results stay what they are.
 
+        From then on forward passes run under autocast only.
+
         Adapted layers keep everything in float32: `set_residuals` adds to their weights, and factors are released.
         """
         # Products in bfloat16 are oneDNN's on a processor.

@@ -22,7 +22,7 @@ TASK = CausalLanguageModelling()
 
 @pytest.fixture(scope="module")
 def runtime(language_job: Callable[..., Job]) -> Runtime:
-    return load_runtime(language_job(), ComputeConfig(device="cpu"))
+    return load_runtime(language_job(), ComputeConfig(device="cpu", precision="float32"))
 
 
 def texts(*values: str) -> list[dict[str, str]]:
@@ -128,7 +128,7 @@ def test_the_outputs_are_those_of_transformers(runtime: Runtime, tiny_gpt2: Path
 def test_a_bert_is_refused(language_job: Callable[..., Any], tiny_bert: Path) -> None:
     job = language_job(model={"backbone": str(tiny_bert)}, lora={"target_modules": ["query"]})
     with pytest.raises(ModelError, match="left-to-right"):
-        load_runtime(job, ComputeConfig(device="cpu"))
+        load_runtime(job, ComputeConfig(device="cpu", precision="float32"))
 
 
 def test_only_the_adapter_is_trained(runtime: Runtime) -> None:

@@ -20,7 +20,7 @@ from shared.peft_folder import save_peft_folder
 from shared.runtime import Runtime, load_runtime
 from tests.conftest import LINES
 
-CPU = ComputeConfig(device="cpu")
+CPU = ComputeConfig(device="cpu", precision="float32")  # what is compared is computed outside in float32
 GREEDY = Decoding(temperature=0.0, max_new_tokens=8)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -294,6 +294,21 @@ def test_an_example_does_not_depend_on_its_neighbours(classification_job: Callab
         together = runtime.model(collate(examples))
         alone = torch.cat([runtime.model(collate([example])) for example in examples])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_looks_at_the_drawn_records_only(classification_job: Callable[..., Job]) -> None:
+    """A site may have a hundred thousand."""
+
+    class Pool(list[Example]):
+        def __iter__(self) -> Iterator[Example]:
+            raise AssertionError("all records are read")
+
+    pool = Pool([Example(torch.tensor([5 + n, 6]), n % 2) for n in range(9)])
+    runtime = load_runtime(classification_job(), CPU)
+    found = [
+        (rows, batch.input_ids[:, 0].tolist()) for rows, batch in runtime.grouped_batches(pool, [[4], [1], [7, 8]])
+    ]
+    assert found == [([1, 4, 7, 8], [6, 9, 12, 13])]
 
 
 @pytest.mark.parametrize("train", ["b", "both"])

@@ -188,7 +188,7 @@ def test_a_run_by_the_patient_on_ray(person_scenario: Callable[..., Path], tmp_p
     adapters, released = [], []
     for backend in ("in-process", "ray"):
         path = person_scenario(training={"rounds": 1}, simulation={"backend": backend, "num_actors": 1})
-        scenario = load_scenario(path)
+        scenario = load_scenario(path, ["compute.precision=float32"])
         finished = run_scenario(scenario, tmp_path / backend, observer=lambda arm: Observer(), injected_seed="the same")
         adapters.append(finished.adapter)
         released.append({site: replace(release, updates=()) for site, release in finished.releases.items()})
