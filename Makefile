@@ -10,7 +10,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 help:
 	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (3 to 4 minutes after installation)"
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
-	@echo "make bench  step, epoch, simulation, wire and aggregation beside their peers, about an hour; ARGS='step' runs one"
+	@echo "make bench  step, epoch, simulation, wire and aggregation beside their peers, about 40 minutes; ARGS='step' runs one"
 	@echo "make bench-rounds  what a round costs beyond training, beside Flower's own SuperNode"
 	@echo "make test   install, then all checks and tests"
 	@echo "make test-endurance  sites and coordinators killed, cut off and out of disk space, for a quarter of an hour"

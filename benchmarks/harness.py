@@ -40,9 +40,8 @@ MEANINGS: dict[str, str] = {
     "dp_step_time_ratio_bfloat16": "the same in bfloat16 on both sides; only where the processor has it",
     "dp_step_memory_ratio": "peak memory above the loaded model, our DP step / plain PEFT step; float32",
     "epoch_speedup_vs_opacus": "seconds of a slice of an epoch, Opacus hooks (float32, padded to 128) / ours (compute.precision "
-    "auto); LoRA in all layers on both sides, so nothing to cache",
-    "epoch_speedup_same_last_layer": "the same, with LoRA in the last layer on both sides; two epochs, ours fills its cache on "
-    "the way",
+    "auto); LoRA in the last layer on both sides, as in the demo; two epochs, ours fills its cache on the way",
+    "epoch_speedup_all_layers": "the same, with LoRA in all layers on both sides: nothing to cache",
     "epoch_speedup_as_the_demo": "Opacus with LoRA in all layers (PEFT's default) / ours with LoRA in the last, as the demo "
     "trains: not the same model",
     "prefix_cache_speedup": "seconds of our epoch with LoRA in all layers / of a later epoch with LoRA in the last 2 of 6 and "
