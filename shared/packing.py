@@ -242,8 +242,8 @@ def _attend(module: nn.Module, tensors: list[Tensor], mask: Tensor | None, optio
     if dtype != torch.bfloat16 or tensors[0].device.type != "cpu":
         output: Tensor = sdpa_attention_forward(module, *tensors, attention_mask=mask, **options)[0]
         return output
-    # PyTorch's backward pass on a processor is five to ten times slower in bfloat16 than in float32 at the lengths of texts
-    # (2.13.0, benchmarks/attention.py).
+    # On a processor both passes take two to eight times as long in bfloat16 as in float32 between casts, at the lengths of texts
+    # (PyTorch 2.13.0, benchmarks/attention.py).
     with torch.autocast("cpu", enabled=False):
         output = sdpa_attention_forward(module, *(t.float() for t in tensors), attention_mask=mask, **options)[0]
     return output.to(dtype)
