@@ -72,8 +72,8 @@ class Packing:
         self._full = self.count == self.room == mask.numel()
 
     def fit(self, tokens: Tensor) -> Tensor:
-        """Return the tokens of all texts, one after the other, as a row: [1, count, ...] as [1, N, ...]."""
-        return tokens if self.room == self.count else _row(tokens.squeeze(0), None, self.room)
+        """Return the tokens of all texts, one after the other, as a row: [1, count, H] as [1, N, H]."""
+        return tokens if self.room == self.count else nn.functional.pad(tokens, (0, 0, 0, self.room - self.count))
 
     def pack(self, padded: Tensor) -> Tensor:
         """Return the row [1, N, ...] of a padded batch [B, T, ...]."""
@@ -150,7 +150,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, flat: Tensor, places: Tensor, room: int) -> Tensor:
         ctx.save_for_backward(places)
         ctx.count = flat.shape[1]
-        return _row(flat.squeeze(0), places, room)
+        return _row(flat, places, room)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
@@ -166,7 +166,7 @@ class _Scatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _row(gradients[0].squeeze(0), ctx.saved_tensors[0], ctx.room), None, None
+        return _row(gradients[0], ctx.saved_tensors[0], ctx.room), None, None
 
 
 class _Spread(torch.autograd.Function):
@@ -180,19 +180,15 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        return _row(gradients[0].squeeze(0), ctx.saved_tensors[0], ctx.room), None, None
+        return _row(gradients[0], ctx.saved_tensors[0], ctx.room), None, None
 
 
-def _row(flat: Tensor, places: Tensor | None, room: int) -> Tensor:
-    """Return [1, room, ...]: what stands in `places` (or everywhere, if None) of [M, ...], then zeros."""
-    count = len(flat) if places is None else len(places)
-    row = flat.new_empty(room, *flat.shape[1:])
-    if places is None:
-        row[:count] = flat
-    else:
-        torch.index_select(flat, 0, places, out=row[:count])
-    row[count:] = 0
-    return row.unsqueeze(0)
+def _row(flat: Tensor, places: Tensor, room: int) -> Tensor:
+    """Return [1, room, ...]: what stands in `places` of [1, M, ...], then zeros."""
+    row = flat.new_empty(1, room, *flat.shape[2:])
+    torch.index_select(flat, 1, places, out=row[:, : len(places)])
+    row[:, len(places) :] = 0
+    return row
 
 
 def _scattered(row: Tensor, places: Tensor, count: int) -> Tensor:

@@ -128,7 +128,7 @@ def test_the_outputs_are_those_of_transformers(runtime: Runtime, tiny_gpt2: Path
 def test_a_bert_is_refused(language_job: Callable[..., Any], tiny_bert: Path) -> None:
     job = language_job(model={"backbone": str(tiny_bert)}, lora={"target_modules": ["query"]})
     with pytest.raises(ModelError, match="left-to-right"):
-        load_runtime(job, ComputeConfig(device="cpu", precision="float32"))
+        load_runtime(job, ComputeConfig(device="cpu"))
 
 
 def test_only_the_adapter_is_trained(runtime: Runtime) -> None:

@@ -277,9 +277,8 @@ def test_frozen_weights_held_in_bfloat16_give_what_autocast_gives(
         for name, parameter in held.layers().named_parameters()
         if parameter.ndim == 2 and "lora_" not in name and "base_layer" not in name
     ]
-    assert (
-        len(frozen) == {"bert": 14, "gpt2": 10}[kind]
-    )  # six and four in each of three layers, less what two of them adapt
+    # Six and four in each of three layers, less what two of them adapt.
+    assert len(frozen) == {"bert": 14, "gpt2": 10}[kind]
     assert {parameter.dtype for _, parameter in frozen} == {torch.bfloat16}
     names = {name for name, parameter in held.layers().named_parameters() if parameter.dtype == torch.bfloat16}
     kept = {name: parameter for name, parameter in held.layers().named_parameters() if name not in names}
