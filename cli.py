@@ -401,6 +401,7 @@ def _mount(module: str, name: str) -> None:
 # These modules are light; what needs PyTorch is imported by the command that needs it.
 _mount("client.commands", "site_app")
 _mount("server.commands", "coordinator_app")
+_mount("simulations.data_commands", "data_app")
 _mount("shared.pki_commands", "pki_app")
 _mount("shared.audit_log_commands", "audit_log_app")
 report_app = importlib.import_module("shared.report_commands").report_app

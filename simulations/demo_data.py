@@ -17,6 +17,7 @@ from simulations.archives import Download, PackageArchive, cache_folder, make_ca
 ARCHIVE = PackageArchive(
     requirement="vaderSentiment==3.3.2",
     file="vaderSentiment-3.3.2.tar.gz",
+    size=2_466_783,
     sha256="5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9",
 )
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"

@@ -212,7 +212,7 @@ class Scenario(Section):
     def _read(self) -> tuple[Sequence[Record], Sequence[Record] | None]:
         """Return all records, and a built-in data set's own test records."""
         if self.data.builtin is not None:
-            found = BUILTIN[self.data.builtin]()
+            found = BUILTIN[self.data.builtin].load()
             return found.train, found.test
         assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
         return read_records(self.data.train, base=self.base), None

@@ -9,12 +9,13 @@ import pytest
 from shared.errors import DataError
 from shared.tasks.token_classification import entities
 from simulations import builtin_data
-from simulations.builtin_data import BUILTIN, BuiltinData, DataFile, data_folders, tagged_sentences
+from simulations.builtin_data import BUILTIN, BuiltinData, data_folders, tagged_sentences
+from simulations.data_commands import LICENCES
 
 
 def load(name: str) -> BuiltinData:
     try:
-        return BUILTIN[name]()
+        return BUILTIN[name].load()
     except DataError as error:
         if any(reason in str(error) for reason in ("pip could not fetch", "pip needed", "is in none of")):
             pytest.skip(f"the data set cannot be had here: {error}")
@@ -96,7 +97,7 @@ def test_replies_are_split_by_question() -> None:
 
 
 def test_digits_are_split_by_their_pixels_and_the_recorded_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = BUILTIN["digits"]()
+    data = BUILTIN["digits"].load()
     assert data.test is not None
     assert (len(data.train), len(data.test)) == (1_442, 355)
     for part in (data.train, data.test):
@@ -107,7 +108,7 @@ def test_digits_are_split_by_their_pixels_and_the_recorded_ones(monkeypatch: pyt
     assert max(map(max, images)) == 16
     monkeypatch.setattr(builtin_data, "DIGITS_SHA256", "0" * 64)
     with pytest.raises(DataError, match=r"expected 0000.*not read"):
-        BUILTIN["digits"]()
+        BUILTIN["digits"].load()
 
 
 def test_movie_ratings() -> None:
@@ -117,14 +118,22 @@ def test_movie_ratings() -> None:
 
 
 def test_a_file_that_is_missing_or_another_one_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = DataFile("some.csv.gz", "0" * 64, "the data set of somebody")
     monkeypatch.setenv("SILOTUNE_DATA", str(tmp_path))
-    with pytest.raises(DataError, match=r"is in none of .*somebody.*SILOTUNE_DATA"):
-        file.text()
-    (tmp_path / "some.csv.gz").write_bytes(b"another")
-    with pytest.raises(DataError, match=r"expected 0000.*was not read"):
-        file.text()
-    assert data_folders({"SILOTUNE_DATA": "/a", "SILOTUNE_CACHE": "/b"})[:2] == [Path("/a"), Path("/b/data")]
+    monkeypatch.setattr(builtin_data, "data_folders", lambda: [tmp_path])
+    with pytest.raises(DataError, match=r"is in none of .*`silotune data fetch bc5cdr`.*CC-BY-4\.0.*put it, unchanged"):
+        BUILTIN["bc5cdr"].load()
+    (tmp_path / "bc5cdr_train.tsv").write_bytes(b"another")
+    with pytest.raises(DataError, match=r"expected b731361c.*was not read"):
+        BUILTIN["bc5cdr"].load()
+    assert data_folders({"SILOTUNE_DATA": "/a", "SILOTUNE_CACHE": "/b"})[0] == Path("/a")
+    assert data_folders({"SILOTUNE_CACHE": "/b"})[0] == Path("/b/data")
+
+
+def test_the_table_tells_the_truth() -> None:
+    for name, described in BUILTIN.items():
+        data = load(name)
+        assert described.num_records == len(data.train) + len(data.test or ()), name
+        assert described.licence in LICENCES
 
 
 def test_tagged_sentences() -> None:
