@@ -4,11 +4,14 @@ The model is linear, so a record's gradient is the record itself; everything els
 read, no ledger is charged: the records are canaries only.
 
 Guarantee (tests: tests/client/test_faults.py): the noisy sums that are returned are those that the optimiser stepped
-with, and nothing else moved the adapter; otherwise `PrivacyError` is raised.
+with, and nothing else moved the adapter or entered the optimiser's moments, whichever the optimiser is; otherwise
+`PrivacyError` is raised. Adapter and moments are computed a second time, from the noisy sums and public numbers alone, by the
+formulas of `_replay`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from client.trainer import LocalWork, train_local_rounds
+from client.trainer import LocalRound, LocalWork, train_local_rounds
 from shared.batches import Batch, Example
 from shared.config import ComputeConfig, TrainingConfig
 from shared.errors import PrivacyError
@@ -32,7 +35,7 @@ from shared.tasks import Task
 
 LEARNING_RATE = 0.5
 DECLARED_RECORDS = 64
-_ROUNDING = 1e-4  # relative to the distance that the optimiser travelled
+_ROUNDING = 1e-5  # of float32, relative to the largest value that the optimiser reached
 
 
 class CanaryModel(TrainedModel):
@@ -82,10 +85,8 @@ def canary_runtime(dimension: int, micro_batch: int) -> Runtime:
 class TrainerRelease:
     """A `shared.privacy.audit.mechanism.Release` through `train_local_rounds`.
 
-    The optimiser is plain SGD, whatever the job's: it comes after the noise, and with it every step can be checked.
-
     Attributes:
-        training: what one call executes; `local_steps` noisy steps.
+        training: what one call executes: a round of `local_steps` noisy steps by this optimiser.
         companions: sites that are trained side by side with the audited one, as in a simulation.
     """
 
@@ -97,12 +98,21 @@ class TrainerRelease:
         steps: int,
         micro_batch: int = 24,
         companions: int = 0,
+        optimizer: TrainingConfig | None = None,
     ) -> None:
+        """Prepare a release of `steps` noisy steps, by the optimiser of a job's `[training]`; without one, by plain SGD."""
         self.companions = companions
         self.runtime = canary_runtime(dimension, micro_batch)
         self.new_randomness = new_randomness
-        self.training = TrainingConfig(
-            rounds=1, local_steps=steps, optimizer="sgd", momentum=0.0, learning_rate=LEARNING_RATE
+        chosen = optimizer or TrainingConfig(rounds=1, optimizer="sgd", momentum=0.0)
+        self.training = chosen.model_copy(
+            update={
+                "rounds": 1,
+                "local_steps": steps,
+                "learning_rate": LEARNING_RATE,
+                "warmup_steps": min(chosen.warmup_steps, steps - 1),
+                "early_stopping": None,
+            }
         )
 
     def __call__(self, plan: PrivacyPlan, gradients: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -134,9 +144,13 @@ class TrainerRelease:
         finally:
             handle.remove()
         used = np.stack(seen)
-        delta = torch.cat([result.delta[name].flatten() for name in ("adapter.weight", "head.weight")]).numpy()
-        _check_moved_by(used, delta)
+        _check_moved_by(used, result, self.training, num_adapter=dimension_of_adapter(self.runtime))
         return used * plan.expected_batch_size(DECLARED_RECORDS)
+
+
+def dimension_of_adapter(runtime: Runtime) -> int:
+    """Return how many of the canary model's weights are adapter; the others are head."""
+    return cast(CanaryModel, runtime.model).adapter.in_features
 
 
 def _persons(owners: NDArray[np.intp], place: int, companions: int) -> Persons:
@@ -150,13 +164,57 @@ def _flat_gradient(optimizer: torch.optim.Optimizer) -> NDArray[np.float64]:
     return cast(NDArray[np.float64], torch.cat(parts).double().numpy())
 
 
-def _check_moved_by(used: NDArray[np.float64], delta: NDArray[np.float32]) -> None:
-    with np.errstate(invalid="ignore"):  # a faulty mechanism may hand out NaN; judging it is the audit's business
-        tolerance = _ROUNDING * LEARNING_RATE * np.abs(used).sum(axis=0).max() + 1e-6
-        if np.allclose(delta, -LEARNING_RATE * used.sum(axis=0), rtol=0, atol=tolerance, equal_nan=True):
-            return
-        if not np.isfinite(used).all():
-            return
-    raise PrivacyError(
-        "the adapter moved by something else than the noisy sums that the optimiser received; what leaves is not accounted."
-    )
+def _check_moved_by(
+    used: NDArray[np.float64], result: LocalRound, training: TrainingConfig, *, num_adapter: int
+) -> None:
+    """Raise `PrivacyError` unless a round's adapter and moments follow from the noisy sums `used` [steps, dimension]."""
+    if not np.isfinite(used).all():
+        return  # a faulty mechanism may hand out NaN; judging it is the audit's business
+    factors = np.ones(used.shape[1])
+    factors[num_adapter:] = training.head_learning_rate_factor
+    moved, moments = _replay(used, factors, training)
+    found = {"": _flat(result.delta, "")} | {key: _flat(result.optimizer_state, f"|{key}") for key in moments}
+    for key, expected in ({"": moved} | moments).items():
+        tolerance = _ROUNDING * np.abs(expected).max() + 1e-12
+        if not np.allclose(found[key], expected, rtol=0, atol=tolerance):
+            raise PrivacyError(
+                f"{'the moments ' + key if key else 'the adapter'} moved by something else than the noisy sums that the "
+                "optimiser received; what leaves is not accounted."
+            )
+
+
+def _flat(tensors: dict[str, Tensor], suffix: str) -> NDArray[np.float64]:
+    """Return the values of adapter and head, in this order, as one vector."""
+    return torch.cat([tensors[name + suffix].flatten() for name in ("adapter.weight", "head.weight")]).double().numpy()
+
+
+def _replay(
+    used: NDArray[np.float64], factors: NDArray[np.float64], training: TrainingConfig
+) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+    """Return (values, moments by PyTorch's names) that the optimiser of `training` reaches from zero, in float64.
+
+    Sources: AdamW, Loshchilov and Hutter 2019, algorithm 2, with PyTorch's beta2 0.999 and epsilon 1e-8; SGD with momentum as
+    PyTorch writes it, v = mu v + g. They read nothing but their arguments.
+    """
+    value, first, second = (np.zeros(used.shape[1]) for _ in range(3))
+    beta, decay = training.momentum, training.weight_decay
+    for step, gradient in enumerate(used):
+        rates = _public_rate(training, step) * factors
+        if training.optimizer == "adamw":
+            first = beta * first + (1 - beta) * gradient
+            second = 0.999 * second + 0.001 * gradient**2
+            corrected = np.sqrt(second / (1 - 0.999 ** (step + 1))) + 1e-8
+            value = value - rates * decay * value - rates * first / (1 - beta ** (step + 1)) / corrected
+        else:
+            first = beta * first + gradient + decay * value
+            value = value - rates * first
+    if training.optimizer == "adamw":
+        return value, {"exp_avg": first, "exp_avg_sq": second}
+    return value, {"momentum_buffer": first} if beta else {}
+
+
+def _public_rate(training: TrainingConfig, step: int) -> float:
+    """Return the learning rate of a step of the one round: it reads the job and the number of the step."""
+    progress = step / training.local_steps
+    schedule = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    return training.learning_rate * schedule[training.schedule] * min(1.0, (step + 1) / (training.warmup_steps + 1))

@@ -150,16 +150,21 @@ def audit_run_mechanism(
     """Audit the mechanism of a run in seconds and write `audit/tier1.json` into its folder.
 
     The production trainer, or the coordinator's production round, runs on canaries with the run's plan: its sampling rate,
-    noise multiplier and clipping norm, and as many steps per call as the run had, up to `STEPS_PER_CALL`. No data is read.
+    noise multiplier and clipping norm, its optimiser, and as many steps per call as the run had, up to `STEPS_PER_CALL`. No data
+    is read.
 
     Raises:
         RunError: see `open_run`.
     """
     run = open_run(folder)
     steps = min(run.plan.planned_steps, STEPS_PER_CALL)
-    release: Release = TrainerRelease(new_randomness, dimension=MECHANISM_DIMENSION, steps=steps)
+    release: Release = TrainerRelease(
+        new_randomness, dimension=MECHANISM_DIMENSION, steps=steps, optimizer=run.job.training
+    )
     if run.job.privacy.central:
-        release = SitesRelease(new_randomness, dimension=MECHANISM_DIMENSION, rounds=steps)
+        release = SitesRelease(
+            new_randomness, dimension=MECHANISM_DIMENSION, rounds=steps, optimizer=run.job.aggregation
+        )
     audit = audit_mechanism(
         release,
         replace(run.plan, planned_steps=steps),

@@ -5,6 +5,8 @@ Formal guarantees
       reaches it (test: tests/shared/test_randomness.py::test_job_seed_does_not_reach_noise).
     * Every (purpose, round, step) has its own ChaCha20 stream under a key derived by HMAC-SHA256, so no two
       releases share noise (test: tests/shared/test_randomness.py::test_streams_are_independent).
+    * A source gives each of its streams once. Whoever asks again is refused, so that the bits of a coin, of noise or of the
+      salt on the wire never serve twice (test: tests/shared/test_randomness.py::test_a_stream_is_given_once).
     * A source with an injected key says so (`origin == "injected"`); everything it produced is marked and no
       epsilon is printed for it (test: tests/shared/test_statement.py::test_injected_randomness_prints_no_epsilon).
 
@@ -24,6 +26,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher
 from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from numpy.typing import NDArray
+
+from shared.errors import PrivacyError
 
 Origin = Literal["os", "injected"]
 
@@ -65,6 +69,7 @@ class SiteRandomness:
         if len(key) != 32:
             raise ValueError(f"a randomness key has 32 bytes, not {len(key)}")
         self._key = key
+        self._given: set[bytes] = set()
         self.origin: Origin = origin
 
     @classmethod
@@ -80,6 +85,15 @@ class SiteRandomness:
     def stream(
         self, purpose: Literal["sampling", "records", "noise", "salt"], *, round_number: int, step: int
     ) -> KeyStream:
-        """Return the stream of one purpose in one step; streams of different arguments are independent."""
+        """Return the stream of one purpose in one step; streams of different arguments are independent.
+
+        Raises:
+            PrivacyError: if it was given before: equal bits in two places would tell the one from the other.
+        """
         label = f"silotune/{purpose}/{round_number}/{step}".encode()
+        if label in self._given:
+            raise PrivacyError(
+                f"the random stream {label.decode()!r} was used before; a second use would not be private."
+            )
+        self._given.add(label)
         return KeyStream(hmac.digest(self._key, label, "sha256"))

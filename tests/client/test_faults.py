@@ -6,6 +6,7 @@ noisy sums where they are used: in the gradients with which the optimiser steps.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -21,15 +22,17 @@ import client.ledger_file as ledger_file
 import client.per_example as per_example_module
 import client.trainer as trainer_module
 import shared.privacy.plan as plan_module
+from client.account import Account
 from client.ledger import Budget, Charge, Ledger
 from client.ledger_file import LedgerFile
 from client.mechanism_release import TrainerRelease
 from client.proof import prove_trainer
 from shared.batches import Batch
-from shared.config import ComputeConfig
+from shared.config import ComputeConfig, TrainingConfig
 from shared.errors import BudgetExceeded, LedgerError, PrivacyError
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.audit import MechanismAudit, audit_mechanism
+from shared.privacy.filter import Composition
 from shared.privacy.mechanism import CLIP_MARGIN, ClippedSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import KeyStream, SiteRandomness
@@ -60,9 +63,16 @@ def companions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(COMPANIONS, 0, request.param)
 
 
-def trainer_release(new_randomness: Callable[[], SiteRandomness], micro_batch: int = 24) -> TrainerRelease:
+def trainer_release(
+    new_randomness: Callable[[], SiteRandomness], micro_batch: int = 24, optimizer: TrainingConfig | None = None
+) -> TrainerRelease:
     return TrainerRelease(
-        new_randomness, dimension=DIMENSION, steps=STEPS, micro_batch=micro_batch, companions=COMPANIONS[0]
+        new_randomness,
+        dimension=DIMENSION,
+        steps=STEPS,
+        micro_batch=micro_batch,
+        companions=COMPANIONS[0],
+        optimizer=optimizer,
     )
 
 
@@ -71,8 +81,16 @@ def injected(name: str) -> Callable[[], SiteRandomness]:
     return lambda: SiteRandomness.injected(f"{name}/{next(counter)}")
 
 
-def audit(name: str = "audit", plan: PrivacyPlan = PLAN, micro_batch: int = 24, **options: Any) -> MechanismAudit:
-    return audit_mechanism(trainer_release(injected(name), micro_batch), plan, dimension=DIMENSION, **options)
+def audit(
+    name: str = "audit",
+    plan: PrivacyPlan = PLAN,
+    micro_batch: int = 24,
+    optimizer: TrainingConfig | None = None,
+    **options: Any,
+) -> MechanismAudit:
+    return audit_mechanism(
+        trainer_release(injected(name), micro_batch, optimizer), plan, dimension=DIMENSION, **options
+    )
 
 
 def assert_violated(result: MechanismAudit, *tests: str) -> None:
@@ -229,6 +247,14 @@ def test_fault_same_noise_in_every_step(monkeypatch: pytest.MonkeyPatch) -> None
         "stream",
         lambda self, purpose, *, round_number, step: stream(self, purpose, round_number=1, step=0),
     )
+    with pytest.raises(PrivacyError, match="was used before"):
+        audit()
+    # Also without that refusal.
+    monkeypatch.setattr(
+        SiteRandomness,
+        "stream",
+        lambda self, purpose, **where: stream(SiteRandomness(self._key, "injected"), purpose, round_number=1, step=0),
+    )
     assert_violated(audit(), "independence", "inclusion")
 
 
@@ -236,6 +262,112 @@ def test_fault_a_step_more_than_accounted(monkeypatch: pytest.MonkeyPatch) -> No
     release = trainer_release(injected("more"))
     release.training = release.training.model_copy(update={"local_steps": STEPS + 1})
     assert_violated(audit_mechanism(release, PLAN, dimension=DIMENSION), "steps", "accounting")
+
+
+# --- what comes after the noise: every state of every optimiser ---
+
+OPTIMIZERS = {
+    "adamw": TrainingConfig(
+        rounds=1, optimizer="adamw", weight_decay=0.3, head_learning_rate_factor=0.5, schedule="cosine"
+    ),
+    "momentum": TrainingConfig(rounds=1, optimizer="sgd", momentum=0.9, weight_decay=0.3, warmup_steps=2),
+    "sgd": TrainingConfig(rounds=1, optimizer="sgd", momentum=0.0, weight_decay=0.3, schedule="linear"),
+}
+# Of a site with canaries every second step or so is empty.
+RARE = replace(PLAN, sample_rate=0.02)
+assert_moved_otherwise = pytest.raises(PrivacyError, match="moved by something else than the noisy sums")
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("plan", [PLAN, RARE], ids=["usual", "rare"])
+def test_the_correct_mechanism_passes_with_every_optimiser(optimizer: TrainingConfig, plan: PrivacyPlan) -> None:
+    result = audit(plan=plan, optimizer=optimizer)
+    assert result.verdict == "consistent", result.text()
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> list[ClippedSum]:
+    """Return a list that grows by the sum of every site and step when its noise is drawn."""
+    seen: list[ClippedSum] = []
+    made: dict[int, ClippedSum] = {}
+    new_sum, add_noise = PrivacyPlan.new_sum, PrivacyPlan.add_noise
+
+    def remembered(self: PrivacyPlan, shapes: Sequence[torch.Size]) -> ClippedSum:
+        total = new_sum(self, shapes)
+        made[id(total.sums)] = total
+        return total
+
+    def watched(self: PrivacyPlan, sums: list[Tensor], stream: KeyStream) -> list[Tensor]:
+        seen.append(made[id(sums)])
+        return add_noise(self, sums, stream)
+
+    monkeypatch.setattr(PrivacyPlan, "new_sum", remembered)
+    monkeypatch.setattr(PrivacyPlan, "add_noise", watched)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "moment"), [("adamw", "exp_avg"), ("adamw", "exp_avg_sq"), ("momentum", "momentum_buffer")]
+)
+@pytest.mark.parametrize("only_last", [False, True], ids=["every step", "last step"])
+def test_fault_a_moment_is_fed_the_mean_without_noise(
+    monkeypatch: pytest.MonkeyPatch, optimizer: str, moment: str, only_last: bool
+) -> None:
+    """Moments stay at the site and come back in the next step and round: what they hold is released then."""
+    seen, build = watch(monkeypatch), trainer_module.build_optimizer
+
+    def leaking(trainable: Any, head: set[str], training: TrainingConfig) -> torch.optim.Optimizer:
+        made = build(trainable, head, training)
+        steps = itertools.count(1)
+
+        def feed(*_: Any) -> None:
+            if next(steps) < STEPS and only_last:
+                return
+            for place, stack in enumerate(trainable.values()):
+                clean = seen[-1].sums[place] / PLAN.expected_batch_size(64)
+                made.state[stack][moment][-1].add_(clean - stack.grad[-1])
+
+        made.register_step_post_hook(feed)
+        return made
+
+    monkeypatch.setattr(trainer_module, "build_optimizer", leaking)
+    with assert_moved_otherwise:
+        audit(optimizer=OPTIMIZERS[optimizer])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_fault_the_learning_rate_follows_the_clipped_share(
+    monkeypatch: pytest.MonkeyPatch, optimizer: TrainingConfig
+) -> None:
+    seen, set_rate = watch(monkeypatch), trainer_module.set_learning_rate
+
+    def adaptive(made: torch.optim.Optimizer, training: TrainingConfig, step: int) -> None:
+        set_rate(made, training, step)
+        for group in made.param_groups:
+            group["lr"] *= 1 - 0.01 * seen[-1].num_clipped / max(seen[-1].num_examples, 1)
+
+    monkeypatch.setattr(trainer_module, "set_learning_rate", adaptive)
+    with assert_moved_otherwise:
+        audit(optimizer=optimizer)
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+@pytest.mark.parametrize("what", ["weight_decay", "lr"])
+def test_fault_an_empty_sample_changes_the_step(
+    monkeypatch: pytest.MonkeyPatch, optimizer: TrainingConfig, what: str
+) -> None:
+    """Decay, or the step itself, is left out when nobody was drawn: whether somebody was is then seen without noise."""
+    seen, set_rate = watch(monkeypatch), trainer_module.set_learning_rate
+
+    def skipping(made: torch.optim.Optimizer, training: TrainingConfig, step: int) -> None:
+        set_rate(made, training, step)
+        for group in made.param_groups:
+            group[what] = (training.weight_decay if what == "weight_decay" else group["lr"]) * bool(
+                seen[-1].num_examples
+            )
+
+    monkeypatch.setattr(trainer_module, "set_learning_rate", skipping)
+    with assert_moved_otherwise:
+        audit(plan=RARE, optimizer=optimizer)
 
 
 # --- clipping ---
@@ -421,6 +553,40 @@ def test_fault_ledger_emptied_on_restart(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(LedgerFile, "_check_or_create_schema", emptied)
     with pytest.raises(LedgerError, match="cannot be trusted"):
         spend_and_restart(tmp_path / "ledger.db")
+
+
+@pytest.mark.parametrize("composition", ["fixed", "adaptive"])
+def test_charges_of_other_jobs_count(tmp_path: Path, composition: Composition) -> None:
+    assert jobs_that_fit(tmp_path / "ledger.db", composition) == 1
+
+
+@pytest.mark.parametrize("composition", ["fixed", "adaptive"])
+def test_fault_only_the_charges_of_this_job_count(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, composition: Composition
+) -> None:
+    """With every job on an account of its own, each passes under the cap: the check of the test above sees it."""
+    events, asked = Account.events, list[str]()
+    reserve = Ledger.reserve
+    monkeypatch.setattr(Ledger, "reserve", lambda self, charge: (asked.append(charge.job_id), reserve(self, charge))[1])
+    monkeypatch.setattr(Account, "events", lambda self, job_id=None: events(self, asked[-1]))
+    assert jobs_that_fit(tmp_path / "ledger.db", composition) == 4
+
+
+def jobs_that_fit(path: Path, composition: Composition) -> int:
+    """Charge the same for one job after the other, each alone within the cap and two of them not; return how many pass."""
+    ledger = Ledger(
+        path, dataset="notes", unit="record", budget=Budget(epsilon=1.31, delta=1e-5, composition=composition)
+    )
+    event = GaussianSteps(noise_multiplier=2.0, sample_rate=0.05, steps=80)
+    passed = 0
+    try:
+        for number in range(4):
+            with contextlib.suppress(BudgetExceeded):
+                ledger.reserve(Charge(job_id=f"job {number}", round=1, request_sha256="a" * 64, mechanism=event))
+                passed += 1
+    finally:
+        ledger.close()
+    return passed
 
 
 # --- task ---

@@ -51,6 +51,8 @@ def train(
     runtime: Runtime, works: list[LocalWork], job: Job, plan: PrivacyPlan, round_number: int = 1
 ) -> list[LocalRound]:
     start = away_from_zero(runtime)
+    # A source gives a stream once; these trainings are to meet the same coins and noise again.
+    works = [replace(work, randomness=SiteRandomness(work.randomness._key, "injected")) for work in works]
     return train_local_rounds(runtime, works, start, training=job.training, plan=plan, round_number=round_number)
 
 

@@ -17,10 +17,13 @@ from torch import Tensor
 
 import client.trainer as trainer_module
 from client.proof import prove_trainer
+from client.trainer import LocalWork
+from shared.batches import Example
 from shared.config import ComputeConfig
 from shared.errors import PrivacyError
 from shared.privacy.mechanism import ClippedSum
 from shared.privacy.persons import Persons, PersonSum
+from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 from tests.client.test_faults import PLAN, assert_violated, audit
 
@@ -97,6 +100,34 @@ def test_fault_records_are_sampled_instead_of_persons(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(Persons, "choose", by_record)
     assert_violated(audit(plan=PERSON_PLAN), "inclusion")
+
+
+def test_the_records_of_a_person_are_chosen_by_a_stream_of_their_own() -> None:
+    """Persons by the coins, their records by "records": nobody's being drawn tells which of their records came."""
+    persons = Persons(np.arange(40) % 8)
+    work = LocalWork(
+        examples=[Example(torch.tensor([row])) for row in range(40)],
+        declared_records=8,
+        randomness=SiteRandomness.injected("own"),
+        persons=persons,
+    )
+    for step in range(4):
+        fresh = SiteRandomness.injected("own")
+        drawn = PERSON_PLAN.sample(8, fresh.stream("sampling", round_number=3, step=step)).tolist()
+        expected = persons.choose(drawn, 3, fresh.stream("records", round_number=3, step=step))
+        assert trainer_module._draw(PERSON_PLAN, work, 3, step) == expected
+        assert all(len(rows) == 3 for rows in expected)
+
+
+def test_fault_the_records_of_a_person_are_chosen_by_the_coins(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SiteRandomness.stream
+    monkeypatch.setattr(
+        SiteRandomness,
+        "stream",
+        lambda self, purpose, **where: stream(self, "sampling" if purpose == "records" else purpose, **where),
+    )
+    with pytest.raises(PrivacyError, match="was used before"):
+        audit(plan=PERSON_PLAN)
 
 
 def test_fault_a_person_comes_in_two_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import re
 from collections.abc import Callable
@@ -20,7 +21,7 @@ from client.site import Site
 from client.trainer import LocalRound, train_local_round
 from shared.adapters import decode, encode, shapes_of
 from shared.config import Job
-from shared.errors import BudgetExceeded, ConfigError, DataError, LedgerError, PolicyError
+from shared.errors import BudgetExceeded, ConfigError, DataError, LedgerError, PolicyError, PrivacyError
 from shared.messages import Refusal, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.randomness import SiteRandomness
@@ -72,6 +73,25 @@ def test_a_round_is_charged_before_it_is_trained(
     commit = site.ledger().entries()[-1]
     assert commit.kind == "commit"
     assert commit.payload["release_sha256"] == hashlib.sha256(reply.update).hexdigest()
+
+
+def test_the_salt_on_the_wire_is_no_other_stream(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever reads the wire must not learn bits of noise or coins: the salt is all of it that a release shows."""
+    reply = Site(site_home(), new_randomness=injected).train(request_for(private_job()))
+    header = reply.update[reply.update.index(b"{") :]
+    salt = json.JSONDecoder().raw_decode(header.decode(errors="replace"))[0]["__metadata__"]["salt"]
+    assert salt == injected().stream("salt", round_number=1, step=0).uint64(2).tobytes().hex()
+    stream = SiteRandomness.stream
+    for other in ("noise", "sampling"):
+        monkeypatch.setattr(
+            SiteRandomness,
+            "stream",
+            lambda self, purpose, other=other, **where: stream(self, other if purpose == "salt" else purpose, **where),
+        )
+        with pytest.raises(PrivacyError, match="was used before"):
+            Site(site_home(other), new_randomness=injected).train(request_for(private_job()))
 
 
 def test_the_same_request_gets_the_same_bytes_and_one_charge(

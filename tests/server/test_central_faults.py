@@ -29,6 +29,7 @@ from server.central_release import DECLARED_SITES, SitesRelease
 from server.checkpoint import Checkpoint
 from server.rounds import run_rounds
 from shared.adapters import Shapes
+from shared.config import AggregationConfig
 from shared.errors import PrivacyError, RunError
 from shared.grid_sum import GridSum
 from shared.messages import SiteDescription
@@ -60,7 +61,12 @@ def injected(name: str) -> Callable[[], SiteRandomness]:
 
 
 def audit(name: str = "central", plan: PrivacyPlan = PLAN, **options: Any) -> MechanismAudit:
-    release = SitesRelease(options.pop("new_randomness", injected(name)), dimension=DIMENSION, rounds=ROUNDS)
+    release = SitesRelease(
+        options.pop("new_randomness", injected(name)),
+        dimension=DIMENSION,
+        rounds=ROUNDS,
+        optimizer=options.pop("optimizer", None),
+    )
     return audit_mechanism(release, plan, dimension=DIMENSION, **options)
 
 
@@ -156,6 +162,64 @@ def test_fault_noise_from_the_public_seed(monkeypatch: Monkey) -> None:
 
     monkeypatch.setattr(mechanism_module, "add_gaussian_noise", seeded)
     assert_violated(audit(), "independence")
+
+
+# --- the server optimiser ---
+
+OPTIMIZERS = {
+    "none": AggregationConfig(server_learning_rate=0.7),
+    "momentum": AggregationConfig(server_optimizer="momentum", server_momentum=0.8),
+    "adam": AggregationConfig(server_optimizer="adam", server_learning_rate=0.1),
+}
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_correct_mechanism_passes_with_every_server_optimiser(optimizer: AggregationConfig) -> None:
+    assert audit(optimizer=optimizer).verdict == "consistent"
+
+
+@pytest.mark.parametrize(("optimizer", "moment"), [("momentum", "m"), ("adam", "m"), ("adam", "v")])
+@pytest.mark.parametrize("last", [False, True], ids=["every round", "last round"])
+def test_fault_a_server_moment_is_fed_the_mean_without_noise(
+    monkeypatch: Monkey, optimizer: str, moment: str, last: bool
+) -> None:
+    clean: list[SitesSum] = []
+    add_noise, apply_update = CentralPlan.add_noise, central_module.apply_update
+
+    def watched(plan: CentralPlan, total: SitesSum, clip: float, randomness: SiteRandomness, number: int) -> SitesSum:
+        clean.append(total)
+        return add_noise(plan, total, clip, randomness, number)
+
+    def leaking(current: Any, mean: Any, state: Any, config: AggregationConfig) -> Any:
+        following, moments = apply_update(current, mean, state, config)
+        if not last or len(clean) % ROUNDS == 0:
+            for name, total in zip(mean, clean[-1].updates, strict=True):
+                moments[f"{name}|{moment}"] += 0.1 * (
+                    total.float() / PLAN.expected_batch_size(DECLARED_SITES) - mean[name]
+                )
+        return following, moments
+
+    monkeypatch.setattr(CentralPlan, "add_noise", watched)
+    monkeypatch.setattr(central_module, "apply_update", leaking)
+    with pytest.raises(PrivacyError, match="moved by something else than the noisy mean"):
+        audit(optimizer=OPTIMIZERS[optimizer])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_fault_the_server_learning_rate_follows_who_answered(monkeypatch: Monkey, optimizer: AggregationConfig) -> None:
+    arrived, apply_update = remember_arrived(monkeypatch), central_module.apply_update
+    monkeypatch.setattr(
+        central_module,
+        "apply_update",
+        lambda current, mean, state, config: apply_update(
+            current,
+            mean,
+            state,
+            config.model_copy(update={"server_learning_rate": config.server_learning_rate * (1 + arrived[-1] / 1000)}),
+        ),
+    )
+    with pytest.raises(PrivacyError, match="moved by something else than the noisy mean"):
+        audit(optimizer=optimizer)
 
 
 # --- clipping ---
@@ -366,6 +430,15 @@ def test_fault_count_that_costs_nothing(monkeypatch: Monkey) -> None:
 
 def test_fault_count_shares_the_noise_of_the_updates(monkeypatch: Monkey) -> None:
     monkeypatch.setattr(mechanism_module, "_COUNT", mechanism_module._UPDATES)
+    with pytest.raises(PrivacyError, match="was used before"):
+        audit_pair()
+    # Also without that refusal.
+    stream = SiteRandomness.stream
+    monkeypatch.setattr(
+        SiteRandomness,
+        "stream",
+        lambda self, purpose, **where: stream(SiteRandomness(self._key, "injected"), purpose, **where),
+    )
     assert "independent" in audit_pair().failed
 
 

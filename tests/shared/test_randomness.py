@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from scipy import stats
 
 from client.trainer import train_local_round
 from shared.config import ComputeConfig
+from shared.errors import PrivacyError
 from shared.privacy import randomness as randomness_module
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import KeyStream, SiteRandomness
@@ -97,6 +99,26 @@ def test_normal_tails_are_as_heavy_as_they_should_be(bound: float) -> None:
         assert stats.binomtest(wrong, COUNT, 2 * stats.norm.sf(bound)).pvalue < ALPHA
 
 
+@pytest.mark.parametrize("bit", range(11, 64))
+def test_every_one_of_53_bits_reaches_radius_and_angle(monkeypatch: pytest.MonkeyPatch, bit: int) -> None:
+    """Box and Muller on u in (0, 1] and v in [0, 1) of 53 bits each: coarser ones would cut the tails off at 6.66."""
+
+    def normals(radius_bits: int, angle_bits: int) -> np.ndarray:
+        bits = np.array([radius_bits, angle_bits], dtype=np.uint64)
+        monkeypatch.setattr(KeyStream, "uint64", lambda self, count: bits)
+        return stream().normal(2)
+
+    u, v = (2.0 ** (bit - 11) + 1) * 2.0**-53, 2.0 ** (bit - 64)
+    radius = math.sqrt(-2 * math.log(u))
+    assert normals(1 << bit, 0).tolist() == pytest.approx([radius, 0.0], rel=1e-15)
+    longest = math.sqrt(2 * 53 * math.log(2))
+    turned = [longest * math.cos(2 * math.pi * v), longest * math.sin(2 * math.pi * v)]
+    assert normals(0, 1 << bit).tolist() == pytest.approx(turned, rel=1e-12, abs=1e-14)
+    assert normals((1 << 64) - 1, 0)[0] == 0.0
+    # What lies below the 53 bits changes nothing.
+    assert normals((1 << bit) | 0x7FF, 0x7FF).tolist() == normals(1 << bit, 0).tolist()
+
+
 def test_normals_of_one_stream_are_independent() -> None:
     values = stream("pairs").normal(COUNT)
     half = COUNT // 2  # Box and Muller: value i and value i + half come from the same two uniforms
@@ -141,6 +163,31 @@ def test_a_stream_is_reproducible_only_from_its_key() -> None:
     assert SiteRandomness.from_os().origin == "os"
     with pytest.raises(ValueError, match="32 bytes"):
         SiteRandomness(b"short", "os")
+
+
+def test_a_stream_is_given_once() -> None:
+    source = SiteRandomness.injected("once")
+    where = [
+        {"purpose": purpose, "round_number": number, "step": step}
+        for purpose, number, step in itertools.product(("sampling", "records", "noise", "salt"), (1, 2), (0, 1))
+    ]
+    first = {source.stream(**place).uint64(2).tobytes() for place in where}
+    assert len(first) == len(where)
+    for place in where:
+        with pytest.raises(PrivacyError, match="was used before"):
+            source.stream(**place)
+
+
+def test_the_key_of_a_site_has_256_bits_of_the_operating_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bits_of(system: int) -> bytes:
+        monkeypatch.setattr(randomness_module.os, "urandom", lambda count: system.to_bytes(32, "little")[:count])
+        return SiteRandomness.from_os().stream("noise", round_number=1, step=0).uint64(4).tobytes()
+
+    assert (
+        bits_of(5)
+        == SiteRandomness((5).to_bytes(32, "little"), "os").stream("noise", round_number=1, step=0).uint64(4).tobytes()
+    )
+    assert len({bits_of(0), *(bits_of(1 << bit) for bit in range(256))}) == 257
 
 
 def test_job_seed_does_not_reach_noise(
