@@ -33,10 +33,12 @@ from server.run_file import evaluation_records, settings_of
 from server.submission import Submission
 from server.superlink import pull_promptly, registered_names
 from shared.audit_log import AuditLog, Event, read
+from shared.config import Job
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
 from shared.keystore import passphrase_from_environment
 from shared.messages import MetricsReply, SiteDescription, TrainReply
 from shared.signed_folder import sign_folder
+from shared.site_weights import noise_warnings
 
 log = logging.getLogger("silotune.coordinator")
 
@@ -107,7 +109,7 @@ def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) ->
     """Run or resume a submitted job over `grid` until it is complete."""
     signed, settings = submission.signed_job(), settings_of(submission)
     key = home.load_round_key(passphrase_from_environment())
-    observer = _Recorder(submission, home.open_log(key))
+    observer = _Recorder(submission, signed.job, home.open_log(key))
     authority = Authority(
         signed_job=signed, key=key, registered=lambda: registered_names(grid), asked_before=observer.asked_before
     )
@@ -132,11 +134,12 @@ def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) ->
 class _Recorder(Observer):
     """Writes what happens to the job's state and to the audit log, and reads there what an earlier process was at."""
 
-    def __init__(self, submission: Submission, log: AuditLog) -> None:
-        self._submission, self._log = submission, log
+    def __init__(self, submission: Submission, job: Job, log: AuditLog) -> None:
+        self._submission, self._job, self._log = submission, job, log
         self._refused: dict[str, str] = {}
         self._sizes: dict[str, int] = {}
-        self._job = submission.state()["job_sha256"]
+        self._job_sha256 = submission.state()["job_sha256"]
+        self._warned: set[str] = set()
 
     def asked_before(self, round_number: int) -> list[SiteDescription]:
         """Return the sites that an earlier process asked for a round, from the audit log."""
@@ -152,7 +155,7 @@ class _Recorder(Observer):
             entry.details
             for entry in read(self._log.folder)
             if entry.event == event
-            and (entry.details.get("job"), entry.details.get("round")) == (self._job, round_number)
+            and (entry.details.get("job"), entry.details.get("round")) == (self._job_sha256, round_number)
         ]
 
     def resumed(self, checkpoint: Checkpoint) -> None:
@@ -166,13 +169,18 @@ class _Recorder(Observer):
         for site in sites:
             self._refused.pop(site.site, None)
             self._sizes[site.site] = site.declared_records
+        if self._job.privacy.mechanism == "dp-sgd":
+            found = noise_warnings({site.site: site.declared_records for site in sites}, self._job.aggregation)
+            for text in sorted({*found} - self._warned):
+                log.warning("%s", text)
+            self._warned |= {*found}
         self._submission.note(sites=sorted(site.site for site in sites), refused=self._refused, waiting=None)
 
     def site_refused(self, site: str, reason: str) -> None:
         """See `Observer`."""
         log.warning("site %s refused: %s", site, reason)
         if self._refused.get(site) != reason:
-            self._log.append(Event.SITE_REFUSED, job=self._job, site=site, reason=reason)
+            self._log.append(Event.SITE_REFUSED, job=self._job_sha256, site=site, reason=reason)
         self._refused[site] = reason
         self._submission.note(refused=self._refused)
 
@@ -185,7 +193,7 @@ class _Recorder(Observer):
         """See `Observer`."""
         self._log.append(
             Event.ROUND_ASKED,
-            job=self._job,
+            job=self._job_sha256,
             round=round_number,
             sites=list(sites),
             declared_records=[self._sizes[site] for site in sites],
@@ -207,14 +215,14 @@ class _Recorder(Observer):
         if reply is not None:
             release = reply.canonical()
             facts = {"sha256": hashlib.sha256(release).hexdigest(), "bytes": len(release)}
-            self._log.append(Event.METRICS_ACCEPTED, job=self._job, site=site, **facts)
+            self._log.append(Event.METRICS_ACCEPTED, job=self._job_sha256, site=site, **facts)
         else:
             log.warning("metrics of site %s: %s", site, problem)
-            self._log.append(Event.METRICS_REFUSED, job=self._job, site=site, reason=problem)
+            self._log.append(Event.METRICS_REFUSED, job=self._job_sha256, site=site, reason=problem)
 
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """See `Observer`."""
-        facts = {"job": self._job, "round": round_number, "site": site}
+        facts = {"job": self._job_sha256, "round": round_number, "site": site}
         if reply is not None:
             facts |= {"sha256": hashlib.sha256(reply.update).hexdigest(), "bytes": len(reply.update)}
         if problem is None:
@@ -240,5 +248,5 @@ class _Recorder(Observer):
     def _round_completed(self, record: RoundRecord) -> None:
         epsilon = record.epsilon_max
         self._log.append(
-            Event.ROUND_COMPLETED, job=self._job, round=record.round, sites=record.sites, epsilon_max=epsilon
+            Event.ROUND_COMPLETED, job=self._job_sha256, round=record.round, sites=record.sites, epsilon_max=epsilon
         )

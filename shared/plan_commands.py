@@ -7,7 +7,7 @@ up. Expected utility is drawn from measurements that the user gives, and never m
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -17,7 +17,7 @@ import typer
 from shared.config import finite_or_none, parse
 from shared.errors import ConfigError
 from shared.plan_figure import UtilityFile, UtilityPoint, draw
-from shared.plan_tables import print_answers, site_warnings
+from shared.plan_tables import print_answers, print_shares, site_warnings
 
 if TYPE_CHECKING:
     from shared.config import Job
@@ -34,6 +34,7 @@ BESIDE_A_JOB = frozenset(
     }
 )
 MAX_POINTS = 100
+MAX_SIZE = 10**12
 _INTEGERS = frozenset({"records", "batch_size", "steps", "parameters"})
 
 
@@ -62,6 +63,10 @@ def plan(
     ledgers: Annotated[
         list[Path] | None,
         typer.Option("--ledger", metavar="FILE", help="Export of a site's ledger: can it afford the job? Repeatable."),
+    ] = None,
+    site_sizes: Annotated[
+        str | None,
+        typer.Option(metavar="N,N,...", help="Declared records of each site of the job: who brings the noise?"),
     ] = None,
     sweep: Annotated[
         str | None,
@@ -99,18 +104,21 @@ def plan(
             raise ConfigError(f"--unit is {unit!r}, but the job protects each {asked.privacy.unit}; leave it out.")
         settings, sites = _plan_job(asked, question, ledgers or [], sweep)
     else:
-        for given, option in ((ledgers, "--ledger"), (overrides, "--set")):
+        for given, option in ((ledgers, "--ledger"), (overrides, "--set"), (site_sizes, "--site-sizes")):
             if given:
                 raise ConfigError(f"{option} speaks of a job; add --job FILE.")
         settings, sites = _plan_numbers(question, sweep), []
     protected = asked.privacy.unit if asked is not None else unit or "record"
-    document = _document(settings, sites, points, job=asked, sweep=sweep, unit=protected)
+    sizes = _sizes(site_sizes, sites)
+    document = _document(settings, sites, points, job=asked, sweep=sweep, unit=protected, sizes=sizes)
     # In a file or a pipe there is room for more than the 80 columns that rich assumes.
     console = Console(highlight=False, markup=False)
     console = console if console.is_terminal else Console(width=120, highlight=False, markup=False)
     if not as_json:
         swept = sweep.partition("=")[0] if sweep else None
         print_answers(console, settings, sites, points, swept=swept, unit=protected)
+        if asked is not None and sizes:
+            print_shares(console, sizes, asked.aggregation)
     if out is not None:
         _write(out, document, settings, points)
         if not as_json:
@@ -294,6 +302,22 @@ def _values(spec: str) -> list[float]:
     return values
 
 
+def _sizes(given: str | None, sites: Sequence[tuple[LedgerExport, SiteAnswer]]) -> dict[str, int]:
+    """Return the declared size of every site, from `--site-sizes` or their exports; empty if fewer than two are known."""
+    if given is None:
+        found = {f"{export.site}, {export.dataset}": export.declared_records for export, _ in sites}
+        return found if len(found) > 1 else {}
+    if sites:
+        raise ConfigError("--site-sizes and --ledger both tell the sites' sizes; leave out --site-sizes.")
+    parts = given.split(",")
+    if not all(part.strip().isdecimal() and 0 < int(part) <= MAX_SIZE for part in parts) or len(parts) < 2:
+        raise ConfigError(
+            f"--site-sizes is {given!r}; expected two or more whole numbers from 1 to {MAX_SIZE:,} with commas between, for "
+            "example 64,256,1024."
+        )
+    return {f"site-{number}": int(part) for number, part in enumerate(parts, start=1)}
+
+
 # --- what is answered ---
 
 
@@ -305,9 +329,11 @@ def _document(
     job: Job | None,
     sweep: str | None,
     unit: str,
+    sizes: Mapping[str, int],
 ) -> dict[str, Any]:
     """Return the content of plan.json and of the line of `--json`."""
     from shared.privacy.statement import relation
+    from shared.site_weights import noise_warnings, site_shares
 
     return {
         "format": FORMAT,
@@ -329,6 +355,8 @@ def _document(
             }
             for export, answer in sites
         ],
+        "shares": [asdict(share) for share in site_shares(sizes, job.aggregation)] if job and sizes else [],
+        "share_warnings": noise_warnings(sizes, job.aggregation) if job and sizes else [],
         "utility": None if utility is None else [point.model_dump() for point in utility],
     }
 

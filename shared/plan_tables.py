@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from shared.config import AggregationConfig
     from shared.ledger_export import LedgerExport
     from shared.privacy.affordability import SiteAnswer
     from shared.privacy.planning import Setting
@@ -161,6 +162,31 @@ def _site_table(answers: Sequence[SiteAnswer]) -> Table:
             style=None if answer.num_runs and not answer.refusal else "bold",
         )
     return table
+
+
+def print_shares(console: Console, sizes: Mapping[str, int], aggregation: AggregationConfig) -> None:
+    """Print who brings the noise of a round, and what is to be minded about it."""
+    from rich import box
+    from rich.table import Table
+
+    from shared.site_weights import noise_warnings, site_shares
+
+    table = Table(
+        title="Who brings the noise of a round",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("site", overflow="fold")
+    for title in ("declared", "of all", "weight", "of the noise"):
+        table.add_column(title, justify="right")
+    for share in site_shares(sizes, aggregation):
+        parts = (f"{part:.1%}" for part in (share.records, share.weight, share.noise))
+        table.add_row(share.site, f"{sizes[share.site]:,}", *parts, style="bold" if share.far_above else None)
+    console.print(table)
+    for text in noise_warnings(sizes, aggregation):
+        console.print(f"warning: {text}", style="yellow")
 
 
 def _utility_table(utility: Sequence[UtilityPoint]) -> Table:

@@ -35,6 +35,7 @@ from shared.tasks import Record, task_of
 from simulations.grid import DropoutGrid, InProcessGrid
 from simulations.partitions import partition
 from simulations.ray_backend import run_on_ray
+from simulations.resumption import as_started
 from simulations.scenario import Fold, Scenario, changed_job, persons_of
 from simulations.small_gpt2 import prepare_backbone
 
@@ -88,6 +89,8 @@ def run_scenario(
     if scenario.simulation.threads is not None:
         torch.set_num_threads(scenario.simulation.threads)
     prepare_backbone(scenario.job.model.backbone)
+    if resume:
+        scenario = as_started(scenario, folder)
     train, test = (fold.train, fold.test) if fold else scenario.load_data()
     arms = plan_arms(scenario, folder, train)
     for arm in arms:

@@ -23,6 +23,7 @@ from server.checkpoint import Checkpoint
 from server.observer import Observer
 from shared.messages import SiteDescription
 from shared.privacy.statement import SiteRelease, rounded_up
+from shared.site_weights import noise_warnings
 from shared.tasks import task_of
 from simulations.engine import Arm
 
@@ -43,6 +44,7 @@ class LiveView:
             console=console,
         )
         self._releases: dict[str, SiteRelease] = {}
+        self._warned: set[str] = set()
         self._live = Live(self._render(), console=console, refresh_per_second=4, transient=False)
 
     def __enter__(self) -> LiveView:
@@ -63,6 +65,12 @@ class LiveView:
         """Print a line where there is no live display."""
         if not self._console.is_terminal:
             self._console.print(text, highlight=False)
+
+    def warn(self, text: str) -> None:
+        """Print what is to be minded, once; above the live display where there is one."""
+        if text not in self._warned:
+            self._warned.add(text)
+            self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False, soft_wrap=True)
 
     def show(self, releases: dict[str, SiteRelease]) -> None:
         """Replace the table of sites."""
@@ -92,6 +100,9 @@ class ArmObserver(Observer):
 
     def roster(self, sites: Sequence[SiteDescription]) -> None:
         """Note how many sites a round can ask."""
+        if self._arm.job.privacy.mechanism == "dp-sgd":
+            for text in noise_warnings({site.site: site.declared_records for site in sites}, self._arm.job.aggregation):
+                self._view.warn(text)
         per_round = self._arm.job.federation.sites_per_round or len(sites)
         self._per_round = min(per_round, len(sites))
         self._view.progress().update(self._bar, total=self._arm.job.training.rounds * self._per_round)

@@ -35,6 +35,7 @@ from server.report.formats import (
     shorten,
 )
 from server.report.run_data import Arm, RoundRecord, SiteRecord
+from shared.site_weights import SiteShare
 
 INK, MUTED, GRID, TRACK = "#1b2733", "#52606d", "#e3e8ee", "#dde4ec"
 MAIN, DANGER = "#0b4f8a", "#b3261e"
@@ -176,6 +177,28 @@ def site_pages(sites: Sequence[SiteRecord]) -> Iterator[Sequence[SiteRecord]]:
     each = math.ceil(len(ordered) / max(num_pages, 1))
     for page in range(num_pages):
         yield ordered[page * each : (page + 1) * each]
+
+
+def noise_shares(shares: Sequence[SiteShare], *, alt: str) -> Markup:
+    """Each site's share of the noise beside its share of the declared records; of many sites, those with most noise."""
+    loudest = sorted(shares, key=lambda share: -share.noise)[:SITES_PER_PANEL]
+    shown = [share for share in shares if share in loudest]
+    height = len(shown) * 0.34 + 0.75
+    with _figure(height) as figure:
+        axes = figure.add_axes((0.165, 0.42 / height, 0.72, (height - 0.75) / height))
+        rows = range(len(shown))
+        noise = [share.noise for share in shown]
+        colors = [DANGER if share.far_above else MAIN for share in shown]
+        axes.barh([row - 0.19 for row in rows], [share.records for share in shown], height=0.34, color="#b9c4cf")
+        bars = axes.barh([row + 0.19 for row in rows], noise, height=0.34, color=colors)
+        axes.bar_label(bars, [f"{100 * value:.1f} % of the noise" for value in noise], padding=4, fontsize=8.5)
+        axes.set_yticks(list(rows), [shorten(printable(share.site), 24) for share in shown])
+        axes.set_ylim(len(shown) - 0.5, -0.5)
+        axes.set_xlim(0, max(*noise, *(share.records for share in shown)) * 1.02)
+        axes.spines["left"].set_visible(False)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
+        axes.set_title("Share of all sites: declared records (grey), noise", loc="left", fontsize=9.5, color=MUTED)
+        return _svg(figure, prefix="shares", alt=alt)
 
 
 def traffic(rounds: Sequence[RoundRecord], *, alt: str) -> Markup:

@@ -23,9 +23,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from server.report import formats, plots
+from server.report.noise import arm_shares
 from server.report.run_data import Arm, RoundRecord, RunData, read_run
 from shared.atomic import write_bytes
 from shared.config import PERSON_UNITS
+from shared.site_weights import SiteShare
 
 REPORT_NAME = "report.html"
 MAX_MATRIX_LABELS = 12
@@ -92,7 +94,7 @@ def _view(data: RunData) -> dict[str, Any]:
     run, federated, metric = data.run, data.federated, data.primary_metric
     titles = [_title(federated), *(_title(arm) for arm in data.baselines)]
     injected = [site.site for site in federated.sites if site.randomness == "injected"]
-    rounds = federated.rounds
+    rounds, shares = federated.rounds, arm_shares(federated)
     job_name = federated.job.get("name")
     return {
         "name": formats.printable(run.name or (job_name if isinstance(job_name, str) else "") or "Run without a name"),
@@ -142,10 +144,24 @@ def _view(data: RunData) -> dict[str, Any]:
         "max_matrix_labels": MAX_MATRIX_LABELS,
         "max_printed_statements": MAX_PRINTED_STATEMENTS,
         "sites": sorted(federated.sites, key=lambda site: formats.natural_key(site.site)),
+        "shares": _share_cells(shares),
+        "loud_sites": [share.site for share in shares if share.far_above],
         "rounds": [_round_row(record, metric, data.site_names) for record in rounds],
         "show_loss": metric != "loss" and any(record.metric("loss") is not None for record in rounds),
         "settings": _settings(federated),
         "adapter": data.adapter,
+    }
+
+
+def _share_cells(shares: Sequence[SiteShare]) -> dict[str, dict[str, str]]:
+    """What each site counts in a round and what share of the noise it brings, by its name, as text."""
+    return {
+        share.site: {
+            "weight": f"{100 * share.weight:.1f} %",
+            "noise": f"{100 * share.noise:.1f} %",
+            "far_above": "bad" if share.far_above else "",
+        }
+        for share in shares
     }
 
 
@@ -318,7 +334,7 @@ def _composed(data: RunData) -> list[Any]:
 def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
     """All figures that have something to show, each with a description in words."""
     federated, metric = data.federated, data.primary_metric
-    figures: dict[str, Any] = dict.fromkeys(("rounds", "spent", "roc", "pairs", "traffic")) | {"sites": []}
+    figures: dict[str, Any] = dict.fromkeys(("rounds", "spent", "roc", "pairs", "shares", "traffic")) | {"sites": []}
     name = formats.metric_title(metric)
     finals = "; ".join(
         f"{title} {formats.format_metric(metric, arm.final(metric))}"
@@ -361,6 +377,8 @@ def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
             plots.site_spend(page, prefix=f"sites{number}", alt=_site_alt(page))
             for number, page in enumerate(plots.site_pages(federated.sites))
         ]
+    if shares := arm_shares(federated):
+        figures["shares"] = plots.noise_shares(shares, alt=_shares_alt(shares))
     measured = [r for r in federated.rounds if r.bytes_up is not None or r.bytes_down is not None]
     if measured:
         up, down = (formats.format_bytes(_total(measured, key)) for key in ("bytes_up", "bytes_down"))
@@ -375,6 +393,14 @@ def _site_alt(sites: Sequence[Any]) -> str:
     names = f"{sites[0].site} to {sites[-1].site}" if len(sites) > 1 else sites[0].site
     shown = formats.printable(names)
     return f"Bar plot of epsilon spent against the budget, {shown}. Every value is in the table below."
+
+
+def _shares_alt(shares: Sequence[SiteShare]) -> str:
+    loudest = max(shares, key=lambda share: share.noise)
+    return (
+        "Bar plot of each site's share of the declared records and of the noise. The largest share of the noise, "
+        f"{loudest.noise:.1%}, comes from {formats.printable(loudest.site)} with {loudest.records:.1%} of the records."
+    )
 
 
 def _confusion(arm: Arm) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ from server.strategies.mean import LARGEST_VALUE, WeightedMean
 from server.strategies.optimizers import apply_update
 from shared.adapters import Shapes
 from shared.config import AggregationConfig
+from shared.site_weights import SiteWeights
 
 Adapter = dict[str, Tensor]
 
@@ -42,19 +43,20 @@ class Aggregation:
         """
         self._current, self._server_state, self._config = current, server_state, config
         self._exact: ExactLoraMean | None = None
-        asked_weight = max(sum(map(self._weight, asked_records)), 1)  # nobody may have been asked
+        self._weights = SiteWeights(asked_records, config)
+        asked_weight = max(self._weights.total, 1)  # nobody may have been asked
         if exact_scaling is not None:
             self._exact = ExactLoraMean(current, shapes, asked_weight, exact_scaling)
         else:
             self._mean = WeightedMean(shapes, asked_weight)
 
     def add(self, update: Mapping[str, Tensor], declared_records: int) -> None:
-        """Add one site's checked delta; `declared_records` is its public size, by which weights "declared" weigh.
+        """Add one site's checked delta; `declared_records` is its public size, from which its weight follows.
 
         Raises:
             AdapterError: if a value is too large; nothing was added.
         """
-        (self._exact or self._mean).add(update, self._weight(declared_records))
+        (self._exact or self._mean).add(update, self._weights.of(declared_records))
 
     def result(self) -> tuple[Adapter, Adapter]:
         """Return (next global adapter, next state of the server optimiser) of what was added, at least one update."""
@@ -62,10 +64,6 @@ class Aggregation:
             return self._exact.result(), {}
         mean = {name: value.float() for name, value in self._mean.result().items()}
         return apply_update(self._current, mean, self._server_state, self._config)
-
-    def _weight(self, declared_records: int) -> int:
-        # Sizes come from the sites' own descriptions, unchecked; reading less than one would break the sums.
-        return 1 if self._config.weights == "equal" else max(declared_records, 1)
 
 
 __all__ = ["LARGEST_VALUE", "Adapter", "Aggregation", "ExactLoraMean", "WeightedMean", "apply_update"]

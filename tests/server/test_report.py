@@ -328,7 +328,7 @@ def test_sections_come_in_order(tmp_path: Path) -> None:
 def test_plots_and_tables_are_accessible(tmp_path: Path) -> None:
     page = Page(render(build_run(tmp_path / "run")))
     figures = page.having("svg")
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert all(svg["role"] == "img" and len(svg["aria-label"] or "") > 40 for svg in figures)
     assert len(page.having("caption")) == len(page.having("table")) > 6
     assert all("scope" in header for header in page.having("th"))
@@ -592,3 +592,37 @@ def test_a_share_that_begins_near_nothing_is_still_read_from_nothing_to_all(metr
     axes = Figure().add_subplot()
     _draw_lines(axes, metric, [Line(title="federated", points=((0.0, 0.01), (1.0, 0.9)), final=0.9)])
     assert axes.get_yscale() == scale
+
+
+def share_cells(page: Page) -> list[str]:
+    text = page.text
+    return re.findall(r"(\d+\.\d) %", text[text.index("Share of noise") : text.index("PRV check: the same")])
+
+
+def test_each_sites_share_of_the_noise_is_shown_and_a_loud_site_is_named(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", num_sites=3)
+    for name, size in (("site-1", 64), ("site-2", 1024), ("site-3", 1024)):
+        edit(run / "sites" / name / "privacy.json", declared_records=size)
+    page = Page(render(run))
+    assert share_cells(page) == ["33.3", "99.2", "33.3", "0.4", "33.3", "0.4"]
+    assert "site-1 brings a share of the noise far above the share of the records." in page.text
+    assert "Bar plot of each site's share of the declared records and of the noise." in str(page.having("svg"))
+    job = json.loads((run / "job.json").read_text())
+    edit(run / "job.json", aggregation=job["aggregation"] | {"weights": "declared"})
+    page = Page(render(run))
+    assert share_cells(page) == ["3.0", "33.3", "48.5", "33.3", "48.5", "33.3"]
+    assert "far above the share" not in page.text
+
+
+@pytest.mark.parametrize("case", ["one site", "not private", "weights of a later version", "no size"])
+def test_shares_are_left_out_where_they_are_not_known(tmp_path: Path, case: str) -> None:
+    run = build_run(
+        tmp_path / "run",
+        num_sites=1 if case == "one site" else 3,
+        mechanism="none" if case == "not private" else "dp-sgd",
+    )
+    if case == "weights of a later version":
+        edit(run / "job.json", aggregation={"weights": "by-mood"})
+    if case == "no size":
+        edit(run / "sites" / "site-2" / "privacy.json", declared_records=None)
+    assert "Share of noise" not in render(run)

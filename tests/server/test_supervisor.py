@@ -236,12 +236,12 @@ def test_the_recorder_finds_in_the_log_what_an_earlier_process_was_at(
     from shared.messages import SiteDescription
 
     key = home.load_round_key(None)
-    first = _Recorder(submitted, home.open_log(key))
+    first = _Recorder(submitted, submitted.signed_job().job, home.open_log(key))
     first.roster(
         [SiteDescription(site=name, declared_records=size, version="1") for name, size in (("a", 8), ("b", 64))]
     )
     first.round_started(1, ["a", "b"], b"adapter")
-    second = _Recorder(submitted, home.open_log(key))
+    second = _Recorder(submitted, submitted.signed_job().job, home.open_log(key))
     assert {site.site: site.declared_records for site in second.asked_before(1)} == {"a": 8, "b": 64}
     assert second.asked_before(2) == []
     second.resumed(checkpoint_after(1))

@@ -321,7 +321,7 @@ def test_any_rule_of_aggregation_but_the_mean_is_refused(monkeypatch: pytest.Mon
     job = make_job(aggregation={"server_optimizer": "adam", "server_learning_rate": 0.1, "server_momentum": 0.5})
     monkeypatch.setattr(config, "AggregationConfig", Robust)
     for rule in ("mean", "median"):
-        changed = job.model_copy(update={"aggregation": Robust(rule=rule)})
+        changed = job.model_copy(update={"aggregation": Robust(rule=rule, weights="equal")})
         if rule == "mean":
             changed._check_central()
         else:

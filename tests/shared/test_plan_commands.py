@@ -331,3 +331,34 @@ def test_a_plan_for_patients_counts_patients_and_says_so(tmp_path: Path) -> None
     assert "All numbers count patients, not records." in shown
     assert "patients 4,000" in shown
     assert "protected less" not in shown
+
+
+def test_a_plan_tells_who_brings_the_noise_and_warns(job_file: Path) -> None:
+    sizes = ("--site-sizes", "64, 256,1024")
+    loud = run("--job", job_file, *sizes, "--set", "aggregation.weights=equal").stdout
+    assert "Who brings the noise of a round" in loud
+    assert "warning: site-1 declares 64 records, 4.8% of all, but brings 93.8% of the noise" in " ".join(loud.split())
+    quiet = answer("--job", job_file, *sizes)
+    assert quiet["share_warnings"] == []
+    assert [share["weight"] for share in quiet["shares"]] == pytest.approx([64 / 640, 256 / 640, 320 / 640])
+    assert answer("--job", job_file)["shares"] == []
+
+
+def test_ledgers_tell_the_sizes_for_the_shares(job_file: Path, ledger: Callable[..., Path]) -> None:
+    large = ledger(site="large", declared_records=4096)
+    small = ledger(site="small", declared_records=64)
+    found = answer("--job", job_file, "--ledger", large, "--ledger", small, "--set", "aggregation.weights=equal")
+    assert [share["far_above"] for share in found["shares"]] == [False, True]
+    with pytest.raises(ConfigError, match="leave out --site-sizes"):
+        run("--job", job_file, "--ledger", large, "--site-sizes", "64,64")
+
+
+@pytest.mark.parametrize("sizes", ["64", "64,", "0,64", "-1,64", "64,many", "64,10000000000000"])
+def test_sizes_that_are_none_are_refused(job_file: Path, sizes: str) -> None:
+    with pytest.raises(ConfigError, match="expected two or more whole numbers from 1"):
+        run("--job", job_file, "--site-sizes", sizes)
+
+
+def test_sizes_without_a_job_are_refused() -> None:
+    with pytest.raises(ConfigError, match="--site-sizes speaks of a job; add --job FILE"):
+        run(*NUMBERS, "--site-sizes", "64,64")
