@@ -162,6 +162,19 @@ def test_noise_has_the_given_deviation_everywhere() -> None:
     assert len(joint.unique()) == len(joint)  # no value is used twice
 
 
+def test_noise_is_the_stream_added_in_the_order_of_the_parameters() -> None:
+    sums = [torch.full(shape, 5.0, dtype=torch.float64) for shape in SHAPES]
+    noisy = torch.cat([part.flatten() for part in add_gaussian_noise(sums, 0.5, stream("order"))])
+    assert torch.equal(noisy, 5.0 + 0.5 * torch.from_numpy(stream("order").normal(DIMENSION)))
+
+
+def test_a_gradient_as_long_as_the_bound_is_not_counted_as_clipped() -> None:
+    rows = torch.zeros(2, DIMENSION)
+    rows[0, 1], rows[1, 7] = 2.0, 2.0000002
+    _, total = clipped_sum(rows, 2.0)
+    assert (total.num_clipped, type(total.num_clipped), type(total.num_non_finite)) == (1, int, int)
+
+
 def test_poisson_sample_gives_every_record_its_own_coin() -> None:
     num, rate, repeats = 200, 0.15, 1000
     source = SiteRandomness.injected("sample")

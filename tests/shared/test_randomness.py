@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import inspect
 import itertools
 import math
@@ -134,6 +135,25 @@ def test_bernoulli_rates(probability: float) -> None:
     if probability < 1:
         for wrong in (probability * 0.7, min(probability * 1.4, 0.99)):
             assert stats.binomtest(int(drawn.sum()), COUNT, wrong).pvalue < ALPHA
+
+
+def test_a_coin_is_the_stream_below_a_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter is 2**62 of the 2**64 values, no more and no less."""
+    edge = np.array([0, 2**62 - 1, 2**62, 2**64 - 1], dtype=np.uint64)
+    monkeypatch.setattr(KeyStream, "uint64", lambda self, count: edge[:count])
+    for probability, drawn in ((0.25, [True, True, False, False]), (2.0**-64, [True, False, False, False])):
+        found = stream().bernoulli(4, probability)
+        assert (found.tolist(), found.dtype) == (drawn, np.bool_)
+    assert stream().bernoulli(4, 1.0).dtype == np.bool_
+    assert stream().bernoulli(4, 1.0).all()
+
+
+def test_a_stream_is_chacha20_under_the_hmac_of_its_label() -> None:
+    """The labels are fixed: an injected key gives the same round in every version."""
+    key = bytes(range(32))
+    for purpose, label in (("noise", b"silotune/noise/3/14"), ("records", b"silotune/records/3/14")):
+        found = SiteRandomness(key, "injected").stream(purpose, round_number=3, step=14).uint64(8).tobytes()
+        assert found == chacha20_block(hmac.digest(key, label, "sha256"), 0)
 
 
 def test_streams_are_independent() -> None:

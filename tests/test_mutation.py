@@ -1,0 +1,245 @@
+"""The mutation runs themselves, on a small project: what is a mutant, what becomes of it, and what a later run repeats."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+
+from tests.mutation.mutants import mutants_of
+from tests.mutation.runner import Findings, Verdict, report
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+def names(source: str) -> list[str]:
+    return [mutant.name for mutant in mutants_of(dedent(source))]
+
+
+# --- what a mutant is ---
+
+
+def test_comparisons_arithmetic_logic_and_constants_are_changed() -> None:
+    assert names("""
+        def f(x):
+            return x < 3 and not x
+    """) == [
+        "f: return x < 3 and (not x) -> return x < 3 or not x",
+        "f: return x < 3 and (not x) -> return x <= 3 and (not x)",
+        "f: return x < 3 and (not x) -> return x < 4 and (not x)",
+        "f: return x < 3 and (not x) -> return x < 3 and x",
+    ]
+    assert names("RATE = 0.5 * 2") == [
+        "<module>: RATE = 0.5 * 2 -> RATE = 1.0 * 2",
+        "<module>: RATE = 0.5 * 2 -> RATE = 0.25 * 2",
+        "<module>: RATE = 0.5 * 2 -> RATE = 0.5 / 2",
+        "<module>: RATE = 0.5 * 2 -> RATE = 0.5 * 3",
+    ]
+
+
+def test_effects_keywords_slices_and_conversions_are_left_out() -> None:
+    found = names("""
+        class C:
+            def f(self, x):
+                self.x = x.double()
+                g(x[:n], dtype=y)
+                if x:
+                    raise ValueError(f"{x} is 1")
+                return f"a{x}"
+    """)
+    assert found == [
+        "C.f: self.x = x.double() -> pass",
+        "C.f: self.x = x.double() -> self.x = x",
+        "C.f: g(x[:n], dtype=y) -> pass",
+        "C.f: g(x[:n], dtype=y) -> g(x[:n])",
+        "C.f: g(x[:n], dtype=y) -> g(x[:], dtype=y)",
+        "C.f: if x: -> if not x:",
+        "C.f: raise ValueError(f'{x} is 1') -> pass",
+        "C.f: return f'a{x}' -> return f'a'",
+        "C.f: return f'a{x}' -> return f'a~{x}'",
+    ]
+
+
+def test_what_no_test_should_pin_is_left_alone() -> None:
+    assert not names('''
+        """Docstring 1."""
+        from typing import Literal
+        import math
+        __all__ = ["f"]
+        Kind = Literal["a", "b"]
+
+        @decorated(1)
+        def f(x: "int | 3", y) -> "list[2]":
+            """Docstring 2."""
+            log.info("3")
+            return zip(x, y, strict=True)
+    ''')
+
+
+def test_equal_changes_are_numbered_and_every_mutant_is_a_program() -> None:
+    source = "def f(x):\n    x += 1\n    x += 1\n"
+    mutants = mutants_of(source)
+    assert [mutant.name for mutant in mutants[3:]] == [
+        "f: x += 1 -> pass (2)",
+        "f: x += 1 -> x -= 1 (2)",
+        "f: x += 1 -> x += 2 (2)",
+    ]
+    assert len({mutant.source for mutant in mutants}) == 6
+    assert [list(mutant.lines) for mutant in mutants] == [[2]] * 3 + [[3]] * 3
+    for mutant in mutants:
+        compile(mutant.source, "mutant", "exec")
+
+
+# --- what becomes of them ---
+
+MODULE = '''
+LIMIT = 10
+
+
+def count(number, *, by):
+    """Count up to a number."""
+    done = 0
+    while done < number:
+        done += by
+    return min(done, LIMIT)
+
+
+def twice(number):
+    return count(number * 2, by=1)
+
+
+def never(number):
+    return number + 1
+
+
+def idle(number):
+    return number + 0 * number
+'''
+TESTS = """
+from shared.toy import count, idle, twice
+
+
+def test_count():
+    assert count(3, by=1) == 3
+
+
+def test_twice():
+    assert twice(2) == 4
+
+
+def test_idle():
+    idle(0)
+"""
+LIMIT_TEST = "\n\ndef test_limit():\n    assert count(11, by=1) == 10\n"
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Path:
+    """A project of one module."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "tests" / "mutation").mkdir(parents=True)
+    (tmp_path / "shared" / "__init__.py").touch()
+    (tmp_path / "shared" / "toy.py").write_text(MODULE)
+    (tmp_path / "tests" / "test_toy.py").write_text(TESTS)
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\naddopts = "--import-mode=importlib"\n')
+    (tmp_path / "tests" / "mutation" / "targets.toml").write_text(
+        '["shared/toy.py"]\ntests = ["tests/test_toy.py"]\nseconds = 0\n'
+    )
+    (tmp_path / "tests" / "mutation" / "survivors.toml").touch()
+    return tmp_path
+
+
+def mutate(project: Path, *options: str) -> tuple[int, str, dict[str, dict[str, str]]]:
+    """Return (status, output, verdicts) of one run."""
+    command = [sys.executable, "-m", "tests.mutation", "--bare", "--project", str(project), *options]
+    done = subprocess.run(
+        command,
+        cwd=CHECKOUT,
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    file = project / ".mutation" / "report.json"
+    return (
+        done.returncode,
+        done.stdout + done.stderr,
+        json.loads(file.read_text())["shared/toy.py"] if file.exists() else {},
+    )
+
+
+def sources(project: Path) -> dict[str, bytes]:
+    return {
+        str(path): path.read_bytes() for path in project.rglob("*") if path.is_file() and ".mutation" not in path.parts
+    }
+
+
+def test_a_run_tells_killed_timed_out_survived_unreached_and_invalid_mutants_apart(toy: Path) -> None:
+    before = sources(toy)
+    status, output, verdicts = mutate(toy)
+    assert status == 1
+    assert sources(toy) == before  # nothing is written beside the folder of the run
+    ended = {name: verdict["status"] for name, verdict in verdicts.items()}
+    assert ended["count: while done < number: -> while done <= number:"] == "killed"
+    assert ended["twice: return count(number * 2, by=1) -> return count(number / 2, by=1)"] == "killed"
+    assert ended["count: done += by -> done -= by"] == "timeout"
+    assert ended["count: done += by -> pass"] == "timeout"
+    assert ended["twice: return count(number * 2, by=1) -> return count(number * 2)"] == "invalid"
+    assert ended["<module>: LIMIT = 10 -> LIMIT = 11"] == "survived"
+    assert ended["never: return number + 1 -> return number - 1"] == "unreached"
+    assert verdicts["count: while done < number: -> while done <= number:"]["test"].startswith("tests/test_toy.py::test_")
+    assert "survivors.toml does not say why" in output
+    assert "shared/toy.py: <module>: LIMIT = 10 -> LIMIT = 11" in output
+
+
+def test_a_later_run_repeats_what_may_have_changed_and_reads_explanations(toy: Path) -> None:
+    begin, end = MODULE.index("    done = 0"), MODULE.index("    return min(")
+    (toy / "shared" / "toy.py").write_text(MODULE[:begin] + "    done = number * by\n" + MODULE[end:])
+    _, _, first = mutate(toy)
+    store = toy / ".mutation" / "verdicts.json"
+    written = store.stat().st_mtime_ns
+    _, _, again = mutate(toy)
+    assert (again, store.stat().st_mtime_ns) == (first, written)  # no mutant was planted
+    # A test more: the survivors are tried again.
+    (toy / "tests" / "test_toy.py").write_text(TESTS + LIMIT_TEST)
+    status, _, later = mutate(toy)
+    assert status == 1
+    assert later["<module>: LIMIT = 10 -> LIMIT = 11"]["test"] == "tests/test_toy.py::test_limit"
+    # Every survivor explained, and enough of them killed.
+    alive = [name for name, verdict in later.items() if verdict["status"] in ("survived", "unreached")]
+    lines = [f"{json.dumps(name)} = 'of no use'\n" for name in alive]
+    (toy / "tests" / "mutation" / "survivors.toml").write_text('["shared/toy.py"]\n' + "".join(lines))
+    status, output, _ = mutate(toy)
+    assert "does not say why" not in output
+    assert status == 1  # explained, but too many
+
+
+def test_tests_that_fail_without_a_mutant_stop_the_run(toy: Path) -> None:
+    (toy / "tests" / "test_toy.py").write_text(TESTS + "\n\ndef test_broken():\n    assert count(2, by=1) == 3\n")
+    status, output, _ = mutate(toy)
+    assert status == 1
+    assert "do not pass without a mutant: tests/test_toy.py::test_broken" in output
+
+
+@pytest.mark.parametrize(
+    ("killed", "survived", "explained", "good"),
+    [(95, 5, 5, True), (94, 6, 6, False), (99, 1, 0, False), (100, 0, 0, True)],
+)
+def test_a_run_is_good_if_enough_are_killed_and_the_others_explained(
+    killed: int, survived: int, explained: int, good: bool
+) -> None:
+    verdicts = {f"k{n}": Verdict(status="killed") for n in range(killed)}
+    verdicts |= {f"s{n}": Verdict(status=("survived", "unreached")[n % 2]) for n in range(survived)}
+    verdicts |= {"i": Verdict(status="invalid")}
+    found = Findings(path="a.py", verdicts=verdicts)
+    text, well = report([found], {"a.py": {f"s{n}": "why" for n in range(explained)}})
+    assert well is good
+    assert f"{killed:.1f} %" in text
+    stale, well = report([found], {"a.py": {f"s{n}": "why" for n in range(survived)} | {"k1": "why"}})
+    assert "explained, but killed or gone: a.py: k1" in stale
+    assert well is (killed >= 95)
