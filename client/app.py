@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 
 from client.home import SiteHome, open_site
 from client.site import Site
+from client.slots import Slots
 from client.together import train_together
 from shared.errors import ConfigError, SilotuneError
 from shared.keystore import passphrase_from_environment
@@ -41,24 +42,36 @@ Answer = SiteDescription | TrainReply | MetricsReply | Refusal
 ResultT = TypeVar("ResultT")
 
 
-def make_client_app(open_site: OpenSite) -> ClientApp:
-    """Return a ClientApp that answers with the site that `open_site` finds for a node."""
-    app = ClientApp()
+def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> ClientApp:
+    """Return a ClientApp that answers with the site that `open_site` finds for a node.
+
+    Args:
+        slots: when answers leave, where the site's settings ask for slots.
+    """
+    app, slots = ClientApp(), slots or Slots()
+
+    def answered(message: Message, context: Context, act: Callable[[Site], Answer]) -> Message:
+        """Return the site's answer as a Flower message, in its slot; whatever is wrong becomes a refusal."""
+        opened: list[Site] = []
+
+        def act_in(site: Site) -> Answer:
+            opened.append(site)
+            return act(site)
+
+        with slots.next_after_now(lambda: opened[0].config.answers.slot_seconds if opened else 0.0):
+            return _packed(_attempt(context, open_site, act_in), message)
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
-        return _answered(message, context, open_site, lambda site: site.accept(unpack_describe(message.content)))
+        return answered(message, context, lambda site: site.accept(unpack_describe(message.content)))
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return _answered(message, context, open_site, lambda site: site.answer(unpack_request(message.content)))
+        return answered(message, context, lambda site: site.answer(unpack_request(message.content)))
 
     @app.query("metrics")
     def metrics(message: Message, context: Context) -> Message:
-        def act(site: Site) -> MetricsReply | Refusal:
-            return site.answer_metrics(unpack_request(message.content, "metrics"))
-
-        return _answered(message, context, open_site, act)
+        return answered(message, context, lambda site: site.answer_metrics(unpack_request(message.content, "metrics")))
 
     return app
 
@@ -79,17 +92,12 @@ def answer_together(messages: Sequence[tuple[Message, Context]], open_site: Open
     return [_packed(answer, message) for answer, (message, _) in zip(answers, messages, strict=True)]
 
 
-def _answered(message: Message, context: Context, open_site: OpenSite, act: Callable[[Site], Answer]) -> Message:
-    """Return the site's answer as a Flower message; whatever is wrong becomes a refusal."""
-    return _packed(_attempt(context, open_site, act), message)
-
-
 def _attempt(context: Context, open_site: OpenSite, act: Callable[[Site], ResultT]) -> ResultT | Refusal:
     try:
         site = open_site(context)
     except SilotuneError as error:
         log.error("the site cannot be opened: %s", error)
-        return Refusal(site="", code=type(error).__name__, reason="see the site's own log")
+        return Refusal.withheld("")
     try:
         return act(site)
     except SilotuneError as error:

@@ -14,11 +14,12 @@ from client.home import SiteHome, load_identity, open_log, open_site
 from client.policy import load_policy
 from shared.audit_log import verify
 from shared.certificates import expiry_warning
-from shared.config import PERSON_UNITS
+from shared.config import PERSON_UNITS, Job
 from shared.datasets import PERSON_ROLE, read_records
 from shared.deidentify.report import MaskTally
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
+from shared.privacy.sizes import default_delta
 from shared.signing import load_verify_key
 
 Outcome = Literal["ok", "warning", "failed"]
@@ -40,10 +41,13 @@ class Finding:
     text: str
 
 
-def check_site(home: SiteHome, *, passphrase: str | None, connect: bool = True) -> Iterator[Finding]:
+def check_site(
+    home: SiteHome, *, passphrase: str | None, connect: bool = True, job: Job | None = None
+) -> Iterator[Finding]:
     """Yield one finding per test, in the order in which a person would mend them; releases nothing.
 
     Args:
+        job: also tell which records this job could not use.
         connect: also connect to the coordinator; a running node of the same site would be in the way.
     """
     tests: list[tuple[str, Callable[[], tuple[Outcome, str]]]] = [
@@ -57,6 +61,8 @@ def check_site(home: SiteHome, *, passphrase: str | None, connect: bool = True) 
         ("ledger", lambda: _ledger(home, passphrase)),
         ("audit log", lambda: _audit_log(home, passphrase)),
     ]
+    if job is not None:
+        tests.append(("job", lambda: _job(home, passphrase, job)))
     if connect:
         tests += [
             ("connection", lambda: _connection(home, passphrase)),
@@ -119,7 +125,17 @@ def _data(home: SiteHome) -> tuple[Outcome, str]:
         text += f"; de-identified {tally.line()}"
     if PERSON_ROLE in config.data.columns:
         return _persons(config, records, text)
-    return ("ok" if records else "failed"), text
+    return _delta(config, len(records), text)
+
+
+def _delta(config: SiteConfig, num_units: int, text: str) -> tuple[Outcome, str]:
+    """Judge the budget's delta by the number of records or persons that there are: jobs are judged by the declared one."""
+    if config.budget.delta >= 1 / num_units:
+        return "warning", (
+            f"{text}; budget.delta is {config.budget.delta:g}, but with {num_units:,} {config.budget.unit}s it must be below "
+            f"1/n = {1 / num_units:.1e}, or a job may publish one of them: use at most {default_delta(num_units):.1e}"
+        )
+    return "ok", text
 
 
 def _persons(config: SiteConfig, records: list[dict[str, Any]], text: str) -> tuple[Outcome, str]:
@@ -136,7 +152,7 @@ def _persons(config: SiteConfig, records: list[dict[str, Any]], text: str) -> tu
     text += f", {persons.count:,} {unit}s with up to {persons.most_records:,} records"
     if persons.most_records == 1 and persons.count > 1:
         return "warning", f"{text}; every record has an id of its own: is it the {unit}'s id and not the record's?"
-    return "ok", text
+    return _delta(config, persons.count, text)
 
 
 def _device(home: SiteHome) -> tuple[Outcome, str]:
@@ -163,6 +179,13 @@ def _ledger(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
     spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon
     outcome: Outcome = "ok" if spent < cap else "warning"
     return outcome, f"chain unbroken, {len(ledger.entries())} entries, epsilon {spent:.4g} of {cap:g} spent"
+
+
+def _job(home: SiteHome, passphrase: str | None, job: Job) -> tuple[Outcome, str]:
+    left_out = open_site(home, passphrase=passphrase).examine(job)
+    if not left_out:
+        return "ok", f"{job.name} can use all {left_out.num_records:,} records that are not held out"
+    return "warning", f"{job.name}: {left_out}. It would be trained without them, and the coordinator is not told"
 
 
 def _audit_log(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:

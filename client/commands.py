@@ -149,15 +149,22 @@ def check(
     offline: Annotated[
         bool, typer.Option("--offline", help="Do not connect, for example while the node runs.")
     ] = False,
+    job: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A job (run file, scenario, signed job): which records could it not use?"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Test certificate, clock, connection, device, data, disk and ledger, and say what to mend."""
     from client.check import check_site
+    from shared.plan_commands import read_job
 
+    asked = None if job is None else read_job(job, [])
     styles = {"ok": "green", "warning": "yellow", "failed": "red"}
     console = Console()
     findings = []
-    for finding in check_site(SiteHome(home), passphrase=passphrase_from_environment(), connect=not offline):
+    passphrase = passphrase_from_environment()
+    for finding in check_site(SiteHome(home), passphrase=passphrase, connect=not offline, job=asked):
         findings.append(finding)
         if not as_json:
             mark = f"[{styles[finding.outcome]}]{finding.outcome:<8}[/]"

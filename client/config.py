@@ -25,6 +25,15 @@ class BudgetConfig(Section):
     `fixed`: holds only if the plans of all runs were fixed before the first one. `silotune site init` writes `adaptive`."""
 
 
+class AnswersConfig(Section):
+    """When answers leave."""
+
+    slot_seconds: float = Field(default=0.0, ge=0, le=86_400)
+    """Replies and refusals leave a multiple of so many seconds after their request came, so that the time to answer does not
+    tell how many records there are or how long. Choose it above the longest round, and below the job's
+    `federation.round_timeout_seconds`; the node's log warns of an answer that took longer. 0: as soon as they are ready."""
+
+
 class SiteConfig(Section):
     """`site.toml`: everything a site decides for itself."""
 
@@ -45,6 +54,10 @@ class SiteConfig(Section):
     allow_trusted_coordinator: bool = False
     """Accept jobs whose coordinator adds the noise (`privacy.mechanism = "central"`): it sees this site's updates unprotected.
     Only if everything that the data holds may be known to whoever runs it."""
+    labels: tuple[str, ...] = ()
+    """Labels (or tags) that the records may have, a public word of the site's own: a job whose `task.labels` lack one of them is
+    refused with that reason. Without it such a job is accepted and trains without the records that it cannot use."""
+    answers: AnswersConfig = AnswersConfig()
     compute: ComputeConfig = ComputeConfig()
     coordinator: str | None = None
     """Address of the coordinator's Fleet API, host:port; only a real site has one."""

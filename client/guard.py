@@ -148,6 +148,10 @@ class Guard:
         backbone = job.model.backbone
         self.log.append(Event.JOB_PREPARED, job=job.sha256, name=job.name, signer=signed.signer.text, backbone=backbone)
 
+    def left_out(self, job: Job, what: str) -> None:
+        """Note which records a job cannot use; by row and reason, for the site's own people."""
+        self.log.append(Event.RECORDS_LEFT_OUT, job=job.sha256, name=job.name, reason=what)
+
     def stored(self, request: TrainRequest, release: bytes, ledger: Ledger | None, *, seconds: float) -> None:
         """Note a release that is about to leave: an update, or after the last round the metrics."""
         self.log.append(

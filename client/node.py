@@ -23,10 +23,11 @@ from client.app import make_client_app
 from client.fleet import HEARTBEAT_SECONDS, FleetConnection, RunOver, TlsFacts, Unreachable, tls_facts
 from client.home import Identity, SiteHome, load_identity, open_site
 from client.site import Site
+from client.slots import Slots
 from client.status import StatusFile
 from shared.audit_log import Event
 from shared.errors import SilotuneError
-from shared.messages import carries_release
+from shared.messages import WITHHELD, carries_release
 
 log = logging.getLogger("silotune.node")
 
@@ -65,7 +66,8 @@ class Node:
         with self.home.locked():
             site = open_site(self.home, passphrase=self._passphrase)
             assert site.guard is not None  # noqa: S101 (open_site gives one)
-            client_app = make_client_app(lambda context: site)
+            # Whoever stops the node does not wait for the end of a slot.
+            client_app = make_client_app(lambda context: site, slots=Slots(pause=self._stop.wait))
             site.ledger()  # a broken ledger is found now, not in the first round
             site.guard.log.append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())
             self._status.say("starting")
@@ -124,7 +126,7 @@ class Node:
                 self._note_sent(site, message, reply, sent)
             except RunOver as error:
                 log.warning("a reply was not taken: %s", error)
-            self._status.say("connected")
+            self._status.say("connected", left_out=str(site.left_out) if site.left_out else None)
             with contextlib.suppress(SilotuneError):  # the next round would find out, and say so
                 site.anticipate()
             answered = time.monotonic()
@@ -197,12 +199,12 @@ class Node:
 
 
 def answer(client_app: ClientApp, message: Message, node_id: int) -> Message:
-    """Return the installed ClientApp's answer; of an exception only its type leaves, for its text may quote data."""
+    """Return the installed ClientApp's answer; of an exception nothing leaves but that there was one."""
     context = Context(
         run_id=message.metadata.run_id, node_id=node_id, node_config={}, state=RecordDict(), run_config={}
     )
     try:
         return client_app(message, context)
-    except Exception as error:
+    except Exception:
         log.exception("a message of type %r failed", message.metadata.message_type)
-        return Message(Error(code=_ERROR_IN_CLIENT_APP, reason=type(error).__name__), reply_to=message)
+        return Message(Error(code=_ERROR_IN_CLIENT_APP, reason=WITHHELD), reply_to=message)

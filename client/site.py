@@ -4,8 +4,11 @@ Guarantees (tests: tests/client/test_site.py)
     * The ledger is charged, durably, before the first noisy step; a crash keeps the charge.
     * A finished release is stored before it leaves. The same request again returns the same bytes and is not charged
       again; a request that differs in any byte is a new release, is charged, and takes the stored one's place.
-    * No exception text that could hold data leaves the site: see `Site.answer`. The ids of persons are dropped when the data
-      was read; only which records belong together stays in memory (tests/client/test_person_site.py).
+    * Whether a request is answered, and how a refusal reads, follows from the request, from what the site declares and from
+      its ledger, never from a record: a job trains without the records that it cannot use (client/usable.py), and whatever
+      fails while records are read has one code and one text (tests/client/test_oracles.py; docs/decisions/0014).
+    * The ids of persons are dropped when the data was read; only which records belong together stays in memory
+      (tests/client/test_person_site.py).
     * A job is trained only if its unit of privacy is the one by which the site's budget counts (likewise).
     * With a guard, nothing is trained that is not signed and within the policy, and nothing that the site keeps can be read
       without its storage key (tests/client/test_guard.py).
@@ -16,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -30,12 +34,13 @@ from client.held_out import held_out
 from client.ledger import Budget, Charge, Ledger
 from client.outbox import Outbox
 from client.proof import prove_trainer
+from client.terms import check_terms
 from client.trainer import LocalRound, LocalWork, train_local_round
+from client.usable import LeftOut, UsableRecords, usable_records
 from shared import adapters
-from shared.batches import Example
 from shared.config import PERSON_UNITS, Job, load_toml, parse
 from shared.datasets import PERSON_ROLE, read_records
-from shared.errors import AdapterError, BudgetExceeded, PolicyError, SilotuneError, TrustError
+from shared.errors import AdapterError, BudgetExceeded, DataError, PolicyError, SilotuneError, TrustError
 from shared.messages import MetricsReply, Refusal, SiteDescription, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.persons import Persons
@@ -50,7 +55,7 @@ from shared.version import silotune_version
 
 log = logging.getLogger("silotune.site")
 
-# Texts of these errors speak of the job or of public quantities only; all others stay at the site.
+# Texts of these errors speak of the job or of public quantities only; all others stay at the site, name and text.
 _PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError)
 
 AnswerT = TypeVar("AnswerT")
@@ -84,6 +89,7 @@ class Site:
         home: folder with `site.toml`, `ledger.db` and `rounds/`.
         config: the parsed `site.toml`.
         guard: of a real site; None in a simulation.
+        left_out: what the job that was prepared last cannot use; for the site alone. None before.
     """
 
     def __init__(
@@ -107,12 +113,16 @@ class Site:
         )
         self._records = [record for record, is_out in zip(records, out, strict=True) if not is_out]
         self._held_out = [record for record, is_out in zip(records, out, strict=True) if is_out]
+        # Numbers of the records in the file, for the site's own log.
+        self._rows = [row for row, is_out in enumerate(out, start=1) if not is_out]
+        self._held_out_rows = [row for row, is_out in enumerate(out, start=1) if is_out]
         self._persons = self._held_out_persons = None
         if by_person:
             self._persons = Persons.from_ids([i for i, is_out in zip(ids, out, strict=True) if not is_out])
             self._held_out_persons = Persons.from_ids([i for i, is_out in zip(ids, out, strict=True) if is_out])
         self._outbox = Outbox(home / "rounds", seal=guard.seal if guard else None)
-        self._prepared: tuple[Runtime, list[Example]] | None = None
+        self._prepared: tuple[Runtime, UsableRecords] | None = None
+        self.left_out: LeftOut | None = None
         self._ledger: Ledger | None = None
         self._last: GaussianSteps | None = None  # mechanism of the latest charge
 
@@ -154,7 +164,7 @@ class Site:
         def prepare() -> SiteDescription:
             if self.guard:
                 self.guard.admit_job(signed_job)
-            self._check_terms(signed_job.job)
+            check_terms(self.config, signed_job.job, declared_records=self.declared_records)
             self.prepare(signed_job.job)
             if self.guard:
                 # Central DP is accounted by the coordinator; the site keeps no account of the unit "site".
@@ -185,7 +195,9 @@ class Site:
         public = isinstance(error, TrustError)
         if self.guard:
             self.guard.refused(None, None, error, sent=public)
-        reason = f"the job's signature does not hold: {error}" if public else "see the site's own log"
+        if not public:
+            return Refusal.withheld(self.config.name)
+        reason = f"the job's signature does not hold: {error}"
         return Refusal(site=self.config.name, code=type(error).__name__, reason=reason)
 
     def guarded(self, act: Callable[[], AnswerT], *, job: Job, round_number: int | None) -> AnswerT | Refusal:
@@ -198,7 +210,9 @@ class Site:
             log.log(logging.WARNING if public else logging.ERROR, "refused %s: %s", what, error)
             if self.guard:
                 self.guard.refused(job, round_number, error, sent=public)
-            reason = str(error) if public else "see the site's own log"
+            if not public:
+                return Refusal.withheld(self.config.name)
+            reason = str(error)
             if self.guard and isinstance(error, BudgetExceeded):
                 # What a real site spent on other jobs is its own business.
                 reason = (
@@ -209,7 +223,7 @@ class Site:
             log.exception("failed: %s", what)
             if self.guard:
                 self.guard.refused(job, round_number, error, sent=False)
-            return Refusal(site=self.config.name, code=type(error).__name__, reason="see the site's own log")
+            return Refusal.withheld(self.config.name)
 
     def train(self, request: TrainRequest) -> TrainReply:
         """Execute one round of a job.
@@ -239,11 +253,10 @@ class Site:
         stored = self._outbox.stored_round(job.sha256, round_number, request_sha256=request_sha256)
         if stored is not None:
             return stored
-        # 3. Model, data and global adapter, all checked before anything is charged.
-        runtime = self.prepare(job)
-        examples = self.examples(runtime)
-        plan.check_size(self._num_units)
+        # 3. Model and global adapter, all checked before a record is read and before anything is charged.
+        runtime = self._load(job)
         start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+        usable = self.usable(runtime, job)
         # 4. Charge first.
         charge = (
             self._charge(request, request_sha256, plan.mechanism(job.training.local_steps)) if plan.private else None
@@ -255,12 +268,12 @@ class Site:
             runtime=runtime,
             start=start,
             work=LocalWork(
-                examples=examples,
+                examples=usable.examples,
                 declared_records=self.declared_records,
                 randomness=self._new_randomness(),
                 optimizer_state=self._outbox.optimizer_state(job.sha256, round_number),
                 # Under central DP the whole site is the unit.
-                persons=None if job.privacy.mechanism == "central" else self._persons,
+                persons=None if job.privacy.mechanism == "central" else usable.persons,
             ),
             charge=charge,
         )
@@ -270,18 +283,19 @@ class Site:
         # 5. Train.
         started = time.monotonic()
         work, request = begun.work, begun.request
-        result = train_local_round(
-            begun.runtime,
-            work.examples,
-            begun.start,
-            training=request.job.training,
-            plan=begun.plan,
-            declared_records=work.declared_records,
-            randomness=work.randomness,
-            round_number=request.round_number,
-            optimizer_state=work.optimizer_state,
-            persons=work.persons,
-        )
+        with _on_records():
+            result = train_local_round(
+                begun.runtime,
+                work.examples,
+                begun.start,
+                training=request.job.training,
+                plan=begun.plan,
+                declared_records=work.declared_records,
+                randomness=work.randomness,
+                round_number=request.round_number,
+                optimizer_state=work.optimizer_state,
+                persons=work.persons,
+            )
         return self.finish(begun, result, seconds=time.monotonic() - started)
 
     def finish(self, begun: BegunRound, result: LocalRound, *, seconds: float) -> TrainReply:
@@ -332,25 +346,29 @@ class Site:
         stored = self._outbox.stored_metrics(job.sha256, request_sha256=request_sha256)
         if stored is not None:
             return stored
-        # 3. Model, data and global adapter, all checked before anything is charged.
-        runtime = self.prepare(job)
-        examples = runtime.encode(self._held_out)
+        # 3. Model and global adapter, all checked before a record is read and before anything is charged.
+        runtime = self._load(job)
         adapter = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+        with _on_records():
+            usable = usable_records(runtime, self._held_out, rows=self._held_out_rows, persons=self._held_out_persons)
+        if usable.left_out.rows:
+            log.warning("job %s, held-out records: %s. The coordinator is not told.", job.name, usable.left_out)
         # 4. Charge first.
         charge = self._charge(request, request_sha256, plan.metrics)
         # 5. Evaluate; one noise event for each metric.
         started = time.monotonic()
         randomness = self._new_randomness()
         runtime.load(adapter)
-        owners = self._held_out_persons.owners if self._held_out_persons else None
-        counts = {
-            name: noisy_counts(
-                count_votes(cast, owners),
-                noise_multiplier=plan.metrics.noise_multiplier,
-                stream=randomness.stream("noise", round_number=request.round_number, step=step),
-            )
-            for step, (name, cast) in enumerate(cast_votes(runtime, examples, job).items())
-        }
+        owners = usable.persons.owners if usable.persons else None
+        with _on_records():
+            counts = {
+                name: noisy_counts(
+                    count_votes(cast, owners),
+                    noise_multiplier=plan.metrics.noise_multiplier,
+                    stream=randomness.stream("noise", round_number=request.round_number, step=step),
+                )
+                for step, (name, cast) in enumerate(cast_votes(runtime, usable.examples, job).items())
+            }
         seconds = time.monotonic() - started
         # 6. Store the release before it leaves, then close the charge.
         reply = MetricsReply(
@@ -370,7 +388,7 @@ class Site:
         if self.guard:
             self.guard.received(request)
             self.guard.admit_round(request)
-        self._check_terms(request.job)
+        check_terms(self.config, request.job, declared_records=self.declared_records)
 
     def _charge(self, request: TrainRequest, request_sha256: str, mechanism: GaussianSteps) -> tuple[Ledger, int]:
         """Charge a release, durably, and return the ledger with the reservation."""
@@ -403,51 +421,47 @@ class Site:
             self.guard.stored(request, release, ledger, seconds=seconds)
 
     def prepare(self, job: Job) -> Runtime:
-        """Load and prove the model, encode and check the data, warm the cache; idempotent, releases nothing."""
+        """Load and prove the model, encode the data, warm the cache; idempotent, releases nothing."""
+        runtime = self._load(job)
+        self.usable(runtime, job)
+        return runtime
+
+    def _load(self, job: Job) -> Runtime:
+        """Load and prove the model; reads no record."""
         runtime = load_runtime(job, self.config.compute)
         if not runtime.proven:
             prove_trainer(runtime)
             runtime.proven = True
-        self.examples(runtime)
         return runtime
 
-    def examples(self, runtime: Runtime) -> list[Example]:
-        """Return the site's records as `runtime` encodes them, checked; kept until another runtime asks."""
+    def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
+        """Return the site's records as far as `runtime`'s job can use them, encoded; kept until another runtime asks."""
         if self._prepared is None or self._prepared[0] is not runtime:
-            examples = runtime.encode(self._records)
-            runtime.task.check_site(examples)
-            runtime.warm_cache(examples)
-            self._prepared = (runtime, examples)
+            with _on_records():
+                usable = usable_records(runtime, self._records, rows=self._rows, persons=self._persons)
+                runtime.warm_cache(usable.examples)
+            self._note_left_out(usable.left_out, job)
+            self._prepared = (runtime, usable)
         return self._prepared[1]
 
-    def _check_terms(self, job: Job) -> None:
-        if job.privacy.mechanism == "none" and not self.config.allow_non_private:
-            raise PolicyError(
-                f"site {self.config.name} accepts only private jobs, but privacy.mechanism is 'none'. Use 'dp-sgd'."
-            )
-        if job.privacy.mechanism == "central":
-            if not self.config.allow_trusted_coordinator:
-                raise PolicyError(
-                    f"site {self.config.name} protects its own records, but privacy.mechanism is 'central': the coordinator "
-                    "would see unprotected updates. Use 'dp-sgd', or have the site engineer set allow_trusted_coordinator in "
-                    "site.toml."
-                )
-        else:
-            self._check_unit(job)
-        if job.privacy.delta > self.config.budget.delta:
-            raise PolicyError(
-                f"the job's delta {job.privacy.delta:g} is weaker than this site's {self.config.budget.delta:g}; lower it."
-            )
+    def examine(self, job: Job) -> LeftOut:
+        """Return what `job` could not use of this site's records, for its engineer, before the job comes; notes nothing.
 
-    def _check_unit(self, job: Job) -> None:
-        # Exactly the same: a release by the record has no bound by the person, and one account must hold every release.
-        asked, own = job.privacy.unit, self.config.budget.unit
-        if asked == own:
-            return
-        reason = f"site {self.config.name} keeps its budget by the {own}, but the job's privacy.unit is {asked!r}."
-        if asked in PERSON_UNITS and PERSON_ROLE not in self.config.data.columns:
-            reason += f" Its data has no id column, so it cannot tell which records are one {asked}'s."
-        raise PolicyError(f"{reason} It accepts only jobs with privacy.unit = {own!r}.")
+        Raises:
+            PolicyError: the job does not fit what the site declares.
+            ModelError, ConfigError: the job's model cannot be loaded here.
+        """
+        check_terms(self.config, job, declared_records=self.declared_records)
+        runtime = load_runtime(job, self.config.compute)
+        return usable_records(runtime, self._records, rows=self._rows, persons=self._persons).left_out
+
+    def _note_left_out(self, left_out: LeftOut, job: Job) -> None:
+        """Tell the site's own people what the job cannot use, or would make little of; nobody else."""
+        self.left_out = left_out
+        if left_out:
+            log.warning("job %s: %s. The coordinator is not told.", job.name, left_out)
+            if self.guard:
+                self.guard.left_out(job, str(left_out))
 
     def _reply(
         self,
@@ -472,6 +486,15 @@ class Site:
             randomness=randomness.origin,
             epsilon_budget=self.config.budget.epsilon if plan.private else 0.0,
         )
+
+
+@contextmanager
+def _on_records() -> Iterator[None]:
+    """Let no error that may be told leave what reads records: all that fails here is withheld, whatever its kind."""
+    try:
+        yield
+    except _PUBLIC_ERRORS as error:
+        raise DataError(f"while records were read: {type(error).__name__}: {error}") from error
 
 
 def _sha256(*parts: bytes) -> str:

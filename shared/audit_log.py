@@ -88,6 +88,9 @@ class Event(StrEnum):
     REQUEST_RECEIVED = "request.received"  # a message of the coordinator arrived
     REQUEST_REFUSED = "request.refused"  # the site said no, and why
     JOB_PREPARED = "job.prepared"  # model and data of an accepted job were loaded and proven
+    RECORDS_LEFT_OUT = (
+        "records.left_out"  # which records a prepared job cannot use, by row; the coordinator is not told
+    )
     POLICY_UNREADABLE = "policy.unreadable"  # the site's policy was changed and cannot be read; no job is accepted
     LEDGER_ENTRY = "ledger.entry"  # one entry of the privacy ledger, repeated here
     RELEASE_STORED = "release.stored"  # a finished update was stored; it has not left yet

@@ -28,6 +28,8 @@ TRAIN = "train"
 DESCRIBE = "query.describe"
 METRICS = "query.metrics"
 MALFORMED = "Malformed"
+WITHHELD = "Withheld"
+WITHHELD_REASON = "see the site's own log"
 _CONTENT = "silotune"
 _MOST_REASON_CHARACTERS = 600
 _MOST_METRICS_CHARACTERS = 1 << 22
@@ -143,13 +145,18 @@ class Refusal:
 
     Attributes:
         site: name of the site, or "" if it could not even be told.
-        code: name of the error's class.
+        code: name of the error's class where it was decided by declared numbers and the request alone, else `WITHHELD`.
         reason: text that reveals nothing about the data.
     """
 
     site: str
     code: str
     reason: str
+
+    @classmethod
+    def withheld(cls, site: str) -> Refusal:
+        """Return the one refusal for whatever might have to do with records: its code and text are always the same."""
+        return cls(site=site, code=WITHHELD, reason=WITHHELD_REASON)
 
 
 def describe_request(signed_job: SignedJob | None = None) -> RecordDict:

@@ -14,3 +14,12 @@ def declared_size(num_units: int) -> int:
     A site may declare any other constant; whatever it declares is public and not protected.
     """
     return 1 << (num_units.bit_length() - 1) if num_units > 0 else 0
+
+
+def least_delta_refused(declared: int) -> float:
+    """Return the delta from which on everything about one record of a site might be published: 1 / its largest size.
+
+    By the declared size alone, which may stand for up to twice as many records or persons: an answer that followed the
+    number that a site really has would tell it to whoever may choose a delta.
+    """
+    return 1 / (2 * max(declared, 1))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from shared.batches import IGNORED, Batch, Example
 from shared.config import ModelConfig, TaskConfig
-from shared.errors import DataError
+from shared.errors import DataError, ModelError
 from shared.tasks.base import Record
 from shared.tasks.causal_lm import CausalLanguageModelling
 
@@ -32,8 +32,7 @@ class Replies(CausalLanguageModelling):
 
         The prompt may fill half of `max_length`; of a longer one the end is kept. A response that is cut gets no end.
         """
-        if not records:
-            return []
+        _line_end(tokenizer)  # a fault of the backbone, whatever the records are
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         examples = []
         for row, record in enumerate(records, start=1):
@@ -62,10 +61,15 @@ def prompt_tokens(prompt: str, tokenizer: Any, max_length: int) -> list[int]:
     """Return the tokens of a prompt and the line end before its response, at most half of `max_length` but one at least.
 
     Raises:
-        DataError: if the tokenizer has no token for a line end.
+        ModelError: if the tokenizer has no token for a line end.
     """
+    ids: list[int] = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *_line_end(tokenizer)]
+    return ids[-max(1, max_length // 2) :]
+
+
+def _line_end(tokenizer: Any) -> list[int]:
+    """Return the tokens of a line end; ModelError if there are none."""
     separator: list[int] = tokenizer("\n", add_special_tokens=False)["input_ids"]
     if not separator:
-        raise DataError("the backbone's tokenizer knows no line end, which parts a prompt from its response.")
-    ids: list[int] = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *separator]
-    return ids[-max(1, max_length // 2) :]
+        raise ModelError("the backbone's tokenizer knows no line end, which parts a prompt from its response.")
+    return separator

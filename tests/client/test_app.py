@@ -22,6 +22,7 @@ from shared.errors import ConfigError, DataError
 from shared.messages import (
     DESCRIBE,
     TRAIN,
+    WITHHELD,
     Refusal,
     SiteDescription,
     TrainReply,
@@ -114,7 +115,7 @@ def test_a_site_that_cannot_be_opened_says_why_in_its_own_log_only(caplog: pytes
     with caplog.at_level(logging.ERROR, logger="silotune.site"):
         description = unpack_description(ask(app, describe_request(), DESCRIBE))
         reply = unpack_reply(ask(app, describe_request(), TRAIN))
-    expected = Refusal(site="", code="DataError", reason="see the site's own log")
+    expected = Refusal(site="", code=WITHHELD, reason="see the site's own log")
     assert description == expected
     assert isinstance(reply, Refusal)
     assert "ward-7.csv" not in f"{description} {reply}"

@@ -54,10 +54,10 @@ def test_the_site_trains_on_what_the_command_would_have_written(
     assert silotune("deidentify", *arguments).status == 0
     other = site_home("south", rows=[json.loads(line) for line in out.read_text().splitlines()])
     plain = Site(other)
-    mine, theirs = (site.examples(site.prepare(job)) for site in (masking, plain))
+    mine, theirs = (site.usable(site.prepare(job), job).examples for site in (masking, plain))
     assert [example.input_ids.tolist() for example in mine] == [example.input_ids.tolist() for example in theirs]
     unmasked = Site(site_home("east", rows=ROWS))
-    assert [e.input_ids.tolist() for e in unmasked.examples(unmasked.prepare(job))] != [
+    assert [e.input_ids.tolist() for e in unmasked.usable(unmasked.prepare(job), job).examples] != [
         e.input_ids.tolist() for e in mine
     ]
     assert isinstance(masking.answer(request_for(job)), TrainReply)

@@ -366,21 +366,18 @@ def test_what_a_site_keeps_cannot_be_read_with_another_key(world: World, asked: 
         world.site.ledger().entries()
     answer = world.site.answer(asked)
     assert isinstance(answer, Refusal)
-    assert answer.reason == "see the site's own log"
+    assert answer == Refusal.withheld("north")
 
 
-def test_a_refusal_for_the_sites_own_reasons_tells_only_its_name(
-    world: World, asked: TrainRequest, records: list[dict[str, Any]]
-) -> None:
-    write_jsonl(
-        world.home.path.parent / "notes.jsonl", [*records, {"text": "a secret sentence", "label": "unheard-of"}]
-    )
+def test_a_refusal_for_the_sites_own_reasons_tells_nothing(world: World, asked: TrainRequest) -> None:
+    assert isinstance(world.site.answer(asked), TrainReply)
+    (stored,) = world.home.path.glob("rounds/*/round-*.safetensors")
+    stored.write_bytes(b"damaged")
     answer = world.site.answer(asked)
-    assert isinstance(answer, Refusal)
-    assert answer.reason == "see the site's own log"
+    assert answer == Refusal.withheld("north")
     noted = world.entries(Event.REQUEST_REFUSED)[-1].details
-    assert noted["reason_sent"] is False
-    assert "secret" not in "".join(entry.line() for entry in audit_log.read(world.home.audit))
+    assert (noted["code"], noted["reason_sent"]) == ("LedgerError", False)
+    assert "holds a release that was already charged" in noted["reason"]
 
 
 # --- metrics ---

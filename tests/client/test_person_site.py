@@ -149,13 +149,14 @@ def test_a_job_without_noise_must_match_too(
         site.train(request_for(private_job(privacy={"mechanism": "none"})))
 
 
-def test_a_weak_delta_is_judged_by_the_number_of_persons(
+def test_a_weak_delta_is_judged_by_the_declared_number_of_persons(
     person_home: MakeHome, person_job: MakeJob, request_for: MakeRequest
 ) -> None:
     site = Site(person_home(budget=BUDGET | {"delta": 0.5}))
-    with pytest.raises(PrivacyError, match=r"with 12 patients it must be below 1/n = 8.3e-02"):
-        site.train(request_for(person_job(privacy={"delta": 0.09})))
-    assert site.train(request_for(person_job(privacy={"delta": 0.08}))).steps == 2
+    # 12 patients, declared as 8, which may stand for up to 16.
+    with pytest.raises(PolicyError, match=r"declares 8 patients and may have up to twice as many"):
+        site.train(request_for(person_job(privacy={"delta": 1 / 16})))
+    assert site.train(request_for(person_job(privacy={"delta": 0.06}))).steps == 2
 
 
 def test_the_unit_cannot_change_once_something_was_charged(
