@@ -17,6 +17,7 @@ import client.site as site_module
 from client.held_out import held_out
 from client.site import Site
 from shared.config import Job
+from shared.errors import PrivacyError
 from shared.messages import MetricsReply, Refusal, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.randomness import SiteRandomness
@@ -264,5 +265,9 @@ def test_a_planted_fault_in_the_noise_is_caught(
         )
     if fault == "fixed":
         site._new_randomness = lambda: SiteRandomness.injected("the same")
+    if fault == "shared":  # the source itself gives no stream twice
+        with pytest.raises(PrivacyError, match="was used before"):
+            residuals(site, cheap, request_for, monkeypatch)
+        return
     with np.errstate(invalid="ignore"):
         assert not is_noise_as_planned(residuals(site, cheap, request_for, monkeypatch))
