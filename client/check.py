@@ -15,7 +15,7 @@ from client.policy import load_policy
 from shared.audit_log import verify
 from shared.certificates import expiry_warning
 from shared.config import PERSON_UNITS, Job
-from shared.datasets import PERSON_ROLE, read_records
+from shared.datasets import PERSON_ROLE, FileFacts, read_records
 from shared.deidentify.report import MaskTally
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
@@ -118,9 +118,10 @@ def _certificate(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
 def _data(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
     tally = MaskTally()
-    records = read_records(config.data, base=home.path, tally=tally)
+    facts = FileFacts()
+    records = read_records(config.data, base=home.path, tally=tally, facts=facts)
     columns = ", ".join(f"{column} as {role}" for role, column in config.data.columns.items())
-    text = f"{len(records):,} records, columns {columns}"
+    text = f"{len(records):,} records, columns {columns}{facts.line()}"
     if config.data.deidentify is not None:
         text += f"; de-identified {tally.line()}"
     if PERSON_ROLE in config.data.columns:

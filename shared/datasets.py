@@ -6,26 +6,37 @@ line, so a message may enter a log that is read where the data must not be.
 
 from __future__ import annotations
 
-import codecs
-import csv
 import difflib
-import gzip
 import hashlib
-import io
 import json
-import math
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from shared import atomic
+from shared.config import Section
 from shared.deidentify.config import DeidentifyConfig, parse_short
 from shared.errors import DataError
+from shared.rows import (
+    FORMATS,
+    Fault,
+    Quoting,
+    Row,
+    RowFormat,
+    check_delimiter,
+    default_delimiter,
+    is_blank,
+    parquet_columns,
+    read_parquet,
+    read_rows,
+    shorten,
+    suffix_of,
+    value_fault,
+)
+from shared.text_lines import check_encoding
 
 if TYPE_CHECKING:
     from shared.deidentify.report import MaskTally
@@ -39,26 +50,13 @@ PERSON_ROLE = "person"
 TEXT_ROLES = frozenset({"text", "pair", "prompt", "response", "tokens"})
 """Roles that hold what a person wrote; `deidentify` masks these and no other."""
 
-MAX_CELL_CHARACTERS = 16 * 2**20
-"""A longer CSV cell is taken for a missing closing quote; the csv module's own limit is 128 KiB."""
-
-_FORMATS = {
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tab": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".parquet": "parquet",
-    ".pq": "parquet",
-}
-_GZIP_MAGIC = b"\x1f\x8b"
 _MOST_NAMES_SHOWN = 20
 _MOST_PLACES_SHOWN = 5
 
 NonBlank = Annotated[str, Field(min_length=1, pattern=r"\S")]
 
 
-class DataSource(BaseModel):
+class DataSource(Section):
     """A file and the columns that a task may see of it; every other column is dropped at once."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
@@ -73,7 +71,11 @@ class DataSource(BaseModel):
     delimiter: str | None = None
     """One character between CSV cells; None means a tab for .tsv and .tab, otherwise a comma."""
     encoding: str = "utf-8"
-    """Of CSV and JSONL; a byte order mark of UTF-8 is accepted."""
+    """Of CSV and JSONL; a byte order mark (UTF-8, UTF-16, UTF-32) decides, whatever stands here."""
+    # Not written out where it is not set: what was written by older versions stays the same.
+    quoting: Quoting = Field(default="checked", exclude_if=lambda value: value == "checked")
+    """Of CSV: `checked`, a quote at the start of a cell opens one that may go on over lines, and is refused if these look like
+    rows of the file; `trusted`, the same without that check; `none`, a quote is a character like any other, as in many TSV."""
     # Not written out where it is not set: what was written by older versions stays the same.
     deidentify: DeidentifyConfig | None = Field(default=None, exclude_if=lambda value: value is None)
     """Mask names, dates and numbers in the text of every record as it is read; the file stays as it is. `true`, a list of
@@ -97,53 +99,91 @@ class DataSource(BaseModel):
     @field_validator("delimiter")
     @classmethod
     def _check_delimiter(cls, value: str | None) -> str | None:
-        if value is not None and (len(value) != 1 or value in '"\r\n'):
-            raise ValueError('expected one character other than a quote or line end, such as ";"')
-        return value
+        return check_delimiter(value)
 
     @field_validator("encoding")
     @classmethod
     def _check_encoding(cls, value: str) -> str:
-        try:
-            "".encode(value)
-        except LookupError:
-            raise ValueError(f"unknown text encoding {value!r}; try utf-8, latin-1 or cp1252") from None
-        return value
+        return check_encoding(value)
 
     @model_validator(mode="after")
-    def _check_delimiter_is_for_csv(self) -> Self:
-        if self.delimiter is not None and self.format in ("jsonl", "parquet"):
-            raise ValueError(f"delimiter is for CSV, but format is {self.format}; remove one of the two")
+    def _check_it_is_csv(self) -> Self:
+        for name, given in (("delimiter", self.delimiter is not None), ("quoting", self.quoting != "checked")):
+            if given and self.format in ("jsonl", "parquet"):
+                raise ValueError(f"{name} is for CSV, but format is {self.format}; remove one of the two")
         return self
 
 
+class FileFacts:
+    """What a person should know of a file that was read; sizes only, no text.
+
+    Attributes:
+        longest_text: characters of the longest text.
+        longest_row: where it stands.
+        most_lines: of one row.
+        most_lines_row: where it stands.
+    """
+
+    def __init__(self) -> None:
+        self.longest_text = 0
+        self.longest_row = ""
+        self.most_lines = 1
+        self.most_lines_row = ""
+
+    def add(self, row: Row, record: Record) -> None:
+        """Take note of one row."""
+        size = max((_text_size(record[role]) for role in record.keys() & TEXT_ROLES), default=0)
+        if size > self.longest_text:
+            self.longest_text, self.longest_row = size, row.place
+        if row.lines > self.most_lines:
+            self.most_lines, self.most_lines_row = row.lines, row.place
+
+    def line(self) -> str:
+        """Return this in words, beginning with a comma; nothing where there is no text."""
+        said = f", longest text {self.longest_text:,} characters ({self.longest_row})" if self.longest_text else ""
+        if self.most_lines > 1:
+            said += f", most lines in one row {self.most_lines:,} ({self.most_lines_row})"
+        return said
+
+
+def _text_size(value: object) -> int:
+    if isinstance(value, str):
+        return len(value)
+    return sum(map(_text_size, value)) if isinstance(value, list) else 0
+
+
 def read_records(
-    source: DataSource, *, base: Path | None = None, tally: MaskTally | None = None
+    source: DataSource, *, base: Path | None = None, tally: MaskTally | None = None, facts: FileFacts | None = None
 ) -> list[dict[str, Any]]:
     """Read every row's declared columns, renamed to their role, in the order of the file.
 
-    CSV cells come as text; JSONL and Parquet keep their types. Blank lines of CSV and JSONL are skipped.
+    CSV cells come as text; JSONL and Parquet keep their types, of which each role takes only its own (see
+    `shared.rows.value_fault`). Blank lines of CSV and JSONL are skipped.
 
     Args:
         source: the file and its columns.
         base: folder that a relative path starts from; None is the working directory.
         tally: takes the counts of what `source.deidentify` masked.
+        facts: takes the sizes of what was read.
 
     Raises:
         ConfigError: if `source.deidentify` asks for Presidio and it cannot be used here.
         DataError: if the file is missing, empty, malformed, wrongly encoded or lacks a declared column; or if
-            a declared cell is missing or blank (None, white space, NaN or an empty list).
+            a declared cell is missing or blank (None, white space, NaN or an empty list), or is not what its role takes.
     """
     path = (base or Path()) / source.path
     require_file(path)
-    read = _READERS[format_of(path, source)]
     records: list[dict[str, Any]] = []
     gaps: dict[str, list[str]] = {}
-    for number, row in enumerate(read(path, source), start=1):
+    for row in rows_of(path, source):
         record = {role: row.cells.get(column) for role, column in source.columns.items()}
-        for role in (role for role, value in record.items() if _is_blank(value)):
-            place = f"row {number}" if row.line is None else f"row {number} (line {row.line})"
-            gaps.setdefault(source.columns[role], []).append(place)
+        for role, value in record.items():
+            fault = "is blank" if is_blank(value) else value_fault(role, value)
+            if fault is not None:
+                what = fault if fault == "is blank" else f"holds {fault}"
+                gaps.setdefault(f"column {source.columns[role]!r} {what}", []).append(row.place)
+        if facts is not None:
+            facts.add(row, record)
         records.append(record)
     _require_no_gaps(path, gaps)
     if not records:
@@ -151,6 +191,49 @@ def read_records(
     if source.deidentify is not None:
         _mask(records, source, path, tally)
     return records
+
+
+def rows_of(path: Path, source: DataSource, *, header: list[str] | None = None) -> Iterator[Row]:
+    """Yield the rows of a file that has the declared columns.
+
+    Args:
+        path: the file, whatever `source.path` says.
+        source: how it is read.
+        header: takes the column names of CSV.
+
+    Raises:
+        DataError: see `read_records`; naming the first row that cannot be read.
+    """
+    kind = format_of(path, source)
+    if kind == "parquet":
+        require_columns(path, source, parquet_columns(path))
+        yield from read_parquet(path, list(source.columns.values()))
+        return
+    columns: dict[str, None] = {}
+
+    def check(found: list[str]) -> None:
+        require_columns(path, source, found, shown=_looks_like_header(found))
+        if header is not None:
+            header[:] = found
+
+    for row in read_rows(path, row_format(path, source), check):
+        if isinstance(row, Fault):
+            raise DataError(f"{path}, {row.place}: {row.detail}")
+        if kind == "jsonl":
+            columns.update(dict.fromkeys(row.cells))
+        yield row
+    if columns:
+        require_columns(path, source, list(columns))
+
+
+def row_format(path: Path, source: DataSource) -> RowFormat:
+    """Return how rows stand in a file of CSV or JSONL."""
+    return RowFormat(
+        kind="csv" if format_of(path, source) == "csv" else "jsonl",
+        delimiter=source.delimiter or default_delimiter(path),
+        quoting=source.quoting,
+        encoding=source.encoding,
+    )
 
 
 def _mask(records: list[dict[str, Any]], source: DataSource, path: Path, tally: MaskTally | None) -> None:
@@ -206,140 +289,6 @@ def write_jsonl(path: Path, records: Iterable[Record]) -> None:
     atomic.write_text(path, "".join(lines))
 
 
-# --- readers: one per format, each yields rows as they stand in the file -------------------------------
-
-
-class _Row(NamedTuple):
-    line: int | None
-    """1-based line of the file on which the row ends; None where the format has no lines."""
-    cells: Record
-
-
-def _read_csv(path: Path, source: DataSource) -> Iterator[_Row]:
-    rows = csv_rows(path, source)
-    _, header = next(rows)
-    for line, cells in rows:
-        yield _Row(line, dict(zip(header, cells, strict=True)))
-
-
-def csv_rows(path: Path, source: DataSource) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line on which it ends, cells) of the header, which has the declared columns, and of every row, as long as it.
-
-    Raises:
-        DataError: see `read_records`.
-    """
-    csv.field_size_limit(max(csv.field_size_limit(), MAX_CELL_CHARACTERS))
-    delimiter = delimiter_of(path, source)
-    reader = csv.reader(text_lines(path, source), delimiter=delimiter, strict=True)
-    try:
-        header = next((cells for cells in reader if cells), None)
-        if header is None:
-            raise DataError(f"{path} is empty. Expected a header line, then one row per record.")
-        require_columns(path, source, header, shown=_looks_like_header(header))
-        yield reader.line_num, header
-        for cells in reader:
-            if not cells:
-                continue
-            if len(cells) != len(header):
-                raise DataError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells where the header has {len(header)}. "
-                    f"Quote cells that contain {delimiter!r}, or set the right delimiter."
-                )
-            yield reader.line_num, cells
-    except csv.Error:
-        raise DataError(
-            f"{path}, line {reader.line_num}: malformed CSV, such as a quote that is never closed or "
-            'text after a closing quote. Write a quote inside a cell as "", or save the file as JSONL.'
-        ) from None
-
-
-def _read_jsonl(path: Path, source: DataSource) -> Iterator[_Row]:
-    seen: dict[str, None] = {}
-    for number, line in enumerate(text_lines(path, source), start=1):
-        if not line.strip():
-            continue
-        cells = parse_object(path, number, line)
-        seen.update(dict.fromkeys(cells))
-        yield _Row(number, cells)
-    if seen:
-        require_columns(path, source, list(seen))
-
-
-def delimiter_of(path: Path, source: DataSource) -> str:
-    """Return the character between cells of a CSV file."""
-    return source.delimiter or ("\t" if suffix_of(path) in (".tsv", ".tab") else ",")
-
-
-def parse_object(path: Path, number: int, line: str) -> dict[str, Any]:
-    """Return the object on a line of JSONL.
-
-    Raises:
-        DataError: if there is none; the message names the line only.
-    """
-    try:
-        value = json.loads(line, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError):  # the error object holds the line, so it must not be chained
-        raise DataError(
-            f"{path}, line {number}: malformed JSON. Expected one object per line; a file that is one large "
-            "array must be split into lines, and NaN has no place in JSON."
-        ) from None
-    if not isinstance(value, dict):
-        raise DataError(f"{path}, line {number}: a JSON {_json_kind(value)}. Expected one object per line.")
-    return value
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _json_kind(value: object) -> str:
-    return {list: "array", str: "string", bool: "boolean", type(None): "null"}.get(type(value), "number")
-
-
-def _read_parquet(path: Path, source: DataSource) -> Iterator[_Row]:
-    import pyarrow as pa  # slow to load, and only Parquet needs it
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            require_columns(path, source, file.schema_arrow.names)
-            for batch in file.iter_batches(columns=list(dict.fromkeys(source.columns.values()))):
-                for cells in batch.to_pylist():
-                    yield _Row(None, cells)
-    except (pa.ArrowException, OSError, UnicodeError):
-        raise DataError(
-            f"{path} cannot be read as Parquet: it is cut short, damaged or another format. Copy it again "
-            "and compare checksums with its source, or set the right format."
-        ) from None
-
-
-_READERS = {"csv": _read_csv, "jsonl": _read_jsonl, "parquet": _read_parquet}
-
-
-def text_lines(path: Path, source: DataSource) -> Iterator[str]:
-    """Lines with their ends, decompressed if the content is gzip, whatever the name says."""
-    encoding = codecs.lookup(source.encoding).name
-    number = 0
-    try:
-        with path.open("rb") as raw:
-            packed = raw.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
-            raw.seek(0)
-            stream: Any = gzip.GzipFile(fileobj=raw) if packed else raw
-            text = io.TextIOWrapper(stream, "utf-8-sig" if encoding == "utf-8" else encoding, newline="")
-            for line in text:
-                number += 1
-                yield line
-    except UnicodeError:  # the error object holds bytes of the file, so it must not be chained
-        raise DataError(
-            f"{path} is not {source.encoding}: something after line {number} cannot be decoded. Set the "
-            "encoding that the file was saved in, such as latin-1, cp1252 or utf-16, or save it as UTF-8."
-        ) from None
-    except (gzip.BadGzipFile, EOFError, zlib.error):
-        raise DataError(f"{path} is damaged or cut short gzip data. Copy it again from its source.") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Mend that, then try again.") from error
-
-
 # --- checks --------------------------------------------------------------------------------------------
 
 
@@ -363,20 +312,15 @@ def format_of(path: Path, source: DataSource) -> str:
     if source.format != "auto":
         return source.format
     suffix = suffix_of(path)
-    if suffix not in _FORMATS:
+    if suffix not in FORMATS:
         raise DataError(
-            f"{path} has the unknown ending {suffix or '(none)'}. Expected one of {' '.join(_FORMATS)}, "
+            f"{path} has the unknown ending {suffix or '(none)'}. Expected one of {' '.join(FORMATS)}, "
             "CSV and JSONL also with .gz; rename the file or set format to csv, jsonl or parquet."
         )
-    if _FORMATS[suffix] == "parquet" and source.delimiter is not None:
-        raise DataError(f"{path} is Parquet, but a delimiter is set, which is for CSV. Remove the delimiter.")
-    return _FORMATS[suffix]
-
-
-def suffix_of(path: Path) -> str:
-    """Return the ending of a file's name in small letters, without .gz."""
-    name = Path(path.name.lower())
-    return Path(name.stem).suffix if name.suffix == ".gz" else name.suffix
+    for name, given in (("delimiter", source.delimiter is not None), ("quoting", source.quoting != "checked")):
+        if FORMATS[suffix] == "parquet" and given:
+            raise DataError(f"{path} is Parquet, but {name} is set, which is for CSV. Remove it.")
+    return FORMATS[suffix]
 
 
 def require_columns(path: Path, source: DataSource, present: Sequence[str], *, shown: bool = True) -> None:
@@ -389,7 +333,7 @@ def require_columns(path: Path, source: DataSource, present: Sequence[str], *, s
     if not missing:
         return
     if shown or len(missing) < len(set(source.columns.values())):
-        found = f"It has {_shorten([repr(name) for name in present], _MOST_NAMES_SHOWN)}."
+        found = f"It has {shorten([repr(name) for name in present], _MOST_NAMES_SHOWN)}."
         advice = _nearest(missing, present)
     else:
         found = f"Its first line, of {len(present)} cells, is not shown because it may be a record."
@@ -417,23 +361,11 @@ def _nearest(missing: Iterable[str], present: Sequence[str]) -> str:
 def _require_no_gaps(path: Path, gaps: Mapping[str, Sequence[str]]) -> None:
     if not gaps:
         return
-    found = "; ".join(
-        f"column {name!r} is blank at {_shorten(places, _MOST_PLACES_SHOWN)}" for name, places in gaps.items()
+    found = "; ".join(f"{what} at {shorten(places, _MOST_PLACES_SHOWN)}" for what, places in gaps.items())
+    advice = (
+        "fill or remove these rows" if all(what.endswith("blank") for what in gaps) else "mend or remove these rows"
     )
-    raise DataError(f"{path}: {found}. Expected a value in every declared column; fill or remove these rows.")
-
-
-def _is_blank(value: object) -> bool:
-    if isinstance(value, str):
-        return not value.strip()
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, list) and not value)
-
-
-def _shorten(names: Sequence[str], most: int) -> str:
-    rest = len(names) - most
-    return ", ".join(islice(names, most)) + (f" and {rest} more" if rest > 0 else "")
+    raise DataError(f"{path}: {found}. Expected a value of its kind in every declared column; {advice}.")
 
 
 # --- canonical form ------------------------------------------------------------------------------------

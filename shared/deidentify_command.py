@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -38,6 +38,10 @@ def deidentify(
     ] = None,
     delimiter: Annotated[str | None, typer.Option(help="Between CSV cells; by default a comma, or a tab.")] = None,
     encoding: Annotated[str, typer.Option(help="Of CSV, JSONL and text.")] = "utf-8",
+    quoting: Annotated[
+        Literal["checked", "trusted", "none"],
+        typer.Option(help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
+    ] = "checked",
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON line and nothing else.")
     ] = False,
@@ -58,12 +62,21 @@ def deidentify(
     config = parse(DeidentifyConfig, asked | ({"kinds": kinds} if kinds else {}), source="what was asked for")
     # The same checks as for a data source in site.toml.
     source = {"path": str(path), "columns": {"text": "text"}, "delimiter": delimiter, "encoding": encoding}
+    source |= {"quoting": quoting}
     parse(DataSource, source, source="what was asked for")
     if report is not None:
         require_another(path, report)
         if report.resolve() == out.resolve():
             raise ConfigError(f"--report and --out are both {out}; name another file for the report.")
-    tally = deidentify_file(path, out, columns or [], open_deidentifier(config), delimiter=delimiter, encoding=encoding)
+    tally = deidentify_file(
+        path,
+        out,
+        columns or [],
+        open_deidentifier(config),
+        delimiter=delimiter,
+        encoding=encoding,
+        quoting=quoting,
+    )
     if report is not None:
         atomic.write_json(report, tally.document())
     if as_json:

@@ -37,7 +37,9 @@ def monitor(
     run: Annotated[Path, typer.Argument(help="Run folder of a sequence classification.")],
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(help="Files (one text a line, CSV, JSONL) or folders of such; - or nothing is standard input."),
+        typer.Argument(
+            help="Files (one text a line, CSV, JSONL, Parquet) or folders of such; - or nothing is standard input."
+        ),
     ] = None,
     follow: Annotated[
         bool,
@@ -52,9 +54,14 @@ def monitor(
         str | None, typer.Option("--time", metavar="COLUMN", help="Column of times: ISO 8601, or seconds since 1970.")
     ] = None,
     text_format: Annotated[
-        Literal["auto", "text", "csv", "jsonl"], typer.Option("--format", help="auto goes by the name's ending.")
+        Literal["auto", "text", "csv", "jsonl", "parquet"],
+        typer.Option("--format", help="auto goes by the name's ending."),
     ] = "auto",
     delimiter: Annotated[str | None, typer.Option(help="Between CSV cells; a comma, or a tab in .tsv.")] = None,
+    quoting: Annotated[
+        Literal["checked", "trusted", "none"],
+        typer.Option(help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
+    ] = "checked",
     encoding: Annotated[str, typer.Option(help="Of the files.")] = "utf-8",
     window: Annotated[int, typer.Option(help="Texts of a window.")] = 500,
     every: Annotated[
@@ -78,7 +85,7 @@ def monitor(
 ) -> None:
     """Watch a stream of texts: the share of each label over time, and an alert when it shifts from the baseline.
 
-    INPUTS are files (one text a line, CSV or JSONL) or folders of such; without any, or with -, standard input is read.
+    INPUTS are files (one text a line, CSV, JSONL or Parquet) or folders of such; without any, or with -, standard input is read.
     """
     from rich.console import Console
 
@@ -88,7 +95,7 @@ def monitor(
     from shared.monitoring import Monitor, MonitorSettings
     from shared.text_stream import Files, Skipped, TextFormat
 
-    how = TextFormat(format=text_format, text=text, time=times, delimiter=delimiter, encoding=encoding)
+    how = TextFormat(format=text_format, text=text, time=times, delimiter=delimiter, encoding=encoding, quoting=quoting)
     sources = [] if inputs in (None, [], ["-"]) else [Path(place) for place in inputs or []]
     _check_options(sources, how, follow=follow, every=every, period=baseline_period, file=baseline_file, poll=poll)
     job = load_job(run)
@@ -354,9 +361,9 @@ class _Reporter:
 
         self.tell(windows)
         if not self._monitor.windows:
-            left = sum(self._skipped.counts.values())
+            left = "; ".join(report.left_out(self._skipped))
             raise DataError(
-                f"there is no text to label ({left:,} rows were left out); look at the input and its columns."
+                f"there is no text to label{f' ({left})' if left else ''}; look at the input and its columns."
             )
         if self._out is not None:
             self._write(stopped=stopped)

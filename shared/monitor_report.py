@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from shared.monitoring import MAX_WINDOWS, Monitor, Window, utc, wilson
+from shared.rows import shorten
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,7 +28,7 @@ LIMITS = (
 ADJUSTED_LIMIT = (
     "Adjusted shares (Forman 2008) hold if the model errs within each label as it did on the run's evaluation records."
 )
-MOST_ROWS, MOST_LABELS = 40, 4
+MOST_ROWS, MOST_LABELS, MOST_PLACES = 40, 4, 5
 
 
 def window_event(window: Window, labels: Sequence[str], adjust: AdjustedCount | None) -> dict[str, Any]:
@@ -89,6 +90,7 @@ def summary(monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, *,
         "all": share_table(settings.labels, monitor.totals, adjust),
         "test": {"method": METHOD, "level": settings.level, "false_alarm_bound": false_alarm_bound(monitor)},
         "skipped": dict(skipped.counts),
+        "skipped_places": dict(skipped.places),
         "late": monitor.late,
         "ahead": monitor.ahead,
     }
@@ -200,6 +202,15 @@ def label_table(monitor: Monitor, adjust: AdjustedCount | None) -> Table:
     return table
 
 
+def left_out(skipped: Skipped) -> list[str]:
+    """Return for each reason how many rows were left out, and where they stood; numbers only."""
+    return [
+        f"left out: {count:,} {'row' if count == 1 else 'rows'} {reason}: "
+        + shorten(skipped.places[reason], MOST_PLACES, count)
+        for reason, count in skipped.counts.items()
+    ]
+
+
 def notes(monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, ignored: int) -> list[str]:
     """Return what a reader of the tables must know."""
     settings = monitor.settings
@@ -217,8 +228,7 @@ def notes(monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, igno
         )
     lines.append(ADJUSTED_LIMIT if adjust is not None else "Shares are not adjusted for the model's errors.")
     lines.append(LIMITS[0])
-    for reason, count in skipped.counts.items():
-        lines.append(f"left out: {count:,} rows {reason}, the first in {skipped.first[reason]}.")
+    lines += [f"{line}." for line in left_out(skipped)]
     if monitor.late:
         lines.append(f"{monitor.late:,} texts came after their window was complete and are in no window.")
     if monitor.ahead:

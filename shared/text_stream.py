@@ -8,35 +8,42 @@ Guarantees (tests: tests/shared/test_text_stream.py)
 
 from __future__ import annotations
 
-import csv
-import json
 import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
 from shared.errors import ConfigError, DataError
+from shared.rows import (
+    FORMATS,
+    NO_TEXT,
+    TEXT_ENDINGS,
+    Fault,
+    Kind,
+    Quoting,
+    Row,
+    RowFormat,
+    RowReader,
+    check_delimiter,
+    default_delimiter,
+    is_blank,
+    parquet_columns,
+    read_parquet,
+    suffix_of,
+    text_fault,
+)
+from shared.text_lines import PIECE, check_encoding
 
-PIECE = 2**16
-"""Bytes that are read at once."""
-MAX_ROW_BYTES = 2**20
-"""A longer row is left out: a quote that is never closed, or no text at all."""
 _START_BYTES = 64
-ENDINGS = {
-    ".txt": "text",
-    ".text": "text",
-    ".log": "text",
-    ".csv": "csv",
-    ".tsv": "csv",
-    ".tab": "csv",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-}
+_MOST_PLACES = 20
+_PARQUET_ROWS = 256
+ENDINGS = {**dict.fromkeys(TEXT_ENDINGS, "text"), **FORMATS}
 
 
 class Item(NamedTuple):
@@ -44,10 +51,12 @@ class Item(NamedTuple):
 
     Attributes:
         time: seconds since 1970 in UTC; None if no column of times was named.
+        row: its number in the file, see `shared.rows`.
     """
 
     text: str
     time: float | None
+    row: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,32 +65,43 @@ class TextFormat:
 
     Attributes:
         format: "text" is one text a line; "auto" goes by the name's ending, and is "text" for standard input.
-        text, time: columns of CSV, keys of JSONL.
-        delimiter: between CSV cells; None is a tab for .tsv and .tab, otherwise a comma.
-        encoding: one in which a line ends with the byte 10.
+        text, time: columns of CSV and Parquet, keys of JSONL.
+        delimiter, encoding, quoting: as in `shared.datasets.DataSource`.
     """
 
-    format: Literal["auto", "text", "csv", "jsonl"] = "auto"
+    format: Literal["auto", "text", "csv", "jsonl", "parquet"] = "auto"
     text: str = "text"
     time: str | None = None
     delimiter: str | None = None
     encoding: str = "utf-8"
+    quoting: Quoting = "checked"
 
     def __post_init__(self) -> None:
-        if self.delimiter is not None and (len(self.delimiter) != 1 or self.delimiter in '"\r\n'):
-            raise ConfigError(f"--delimiter is {self.delimiter!r}; expected one character other than a quote.")
+        try:
+            check_delimiter(self.delimiter)
+        except ValueError as error:
+            raise ConfigError(f"--delimiter is {self.delimiter!r}; {error}.") from None
         if self.time is not None and self.format == "text":
             raise ConfigError("--time names a column, but plain text has none; give CSV or JSONL, or leave it out.")
         try:
-            fits = "\n".encode(self.encoding) == b"\n"
-        except LookupError:
-            raise ConfigError(f"--encoding is {self.encoding!r}, which is unknown; try utf-8 or cp1252.") from None
-        if not fits:
-            raise ConfigError(f"--encoding {self.encoding} has no lines that end with one byte; convert it to utf-8.")
+            check_encoding(self.encoding)
+        except ValueError as error:
+            raise ConfigError(f"--encoding: {error}.") from None
 
     def of(self, path: Path) -> str | None:
-        """Return "text", "csv" or "jsonl"; None if the ending is unknown."""
-        return ENDINGS.get(path.suffix.lower()) if self.format == "auto" else self.format
+        """Return "text", "csv", "jsonl" or "parquet"; None if the ending is unknown."""
+        return ENDINGS.get(suffix_of(path)) if self.format == "auto" else self.format
+
+    def rows(self, kind: str, path: Path | None) -> RowFormat:
+        """Return how the rows of a file stand; `path` is None for standard input."""
+        delimiter = self.delimiter or ("," if path is None else default_delimiter(path))
+        return RowFormat(
+            kind=cast("Kind", kind),
+            delimiter=delimiter,
+            quoting=self.quoting,
+            encoding=self.encoding,
+            text=self.text,
+        )
 
 
 @dataclass
@@ -90,107 +110,57 @@ class Skipped:
 
     Attributes:
         counts: by reason.
-        first: where the first of each reason stood, such as "mail.csv, line 7".
+        places: where they stood, such as "mail.csv, row 6 (line 7)", by reason; the first 20.
     """
 
     counts: dict[str, int] = field(default_factory=dict)
-    first: dict[str, str] = field(default_factory=dict)
+    places: dict[str, list[str]] = field(default_factory=dict)
 
-    def add(self, reason: str, name: str, line: int) -> None:
+    def add(self, reason: str, place: str) -> None:
         """Count one row."""
         self.counts[reason] = self.counts.get(reason, 0) + 1
-        self.first.setdefault(reason, f"{name}, line {line}")
+        places = self.places.setdefault(reason, [])
+        if len(places) < _MOST_PLACES:
+            places.append(place)
+
+    @property
+    def total(self) -> int:
+        """How many rows were left out."""
+        return sum(self.counts.values())
 
 
-class RowReader:
-    """Turns the bytes of one file, in whatever pieces they come, into texts."""
+class TextReader:
+    """Turns the bytes of one file, in whatever pieces they come, into texts; what cannot be read is counted."""
 
-    def __init__(self, name: str, kind: str, how: TextFormat, skipped: Skipped, *, tabs: bool = False) -> None:
+    def __init__(self, name: str, kind: str, how: TextFormat, skipped: Skipped, *, path: Path | None = None) -> None:
+        """Start a file.
+
+        Raises:
+            DataError: if times are asked for and it is plain text.
+        """
         if kind == "text" and how.time is not None:
             raise DataError(f"{name} is plain text and has no column {how.time!r} of times; give CSV or JSONL.")
-        self.name, self._kind, self._how, self._skipped = name, kind, how, skipped
-        self._delimiter = how.delimiter or ("\t" if tabs else ",")
-        self._rest = b""
-        self._line = 0
-        self._too_long = False
-        self._header: list[str] | None = None
-        self._row = ""  # lines of a CSV row that is not finished
-        self._quoted = False
+        self.name, self._how, self._skipped = name, how, skipped
+        self._rows = RowReader(name, how.rows(kind, path), self.check_header)
 
     def feed(self, piece: bytes) -> list[Item]:
         """Return the texts that `piece` completes.
 
         Raises:
-            DataError: if a CSV header lacks a column.
+            DataError: if a CSV header lacks a column or cannot be read, or the file holds no lines.
         """
-        *lines, self._rest = (self._rest + piece).split(b"\n")
-        items = [item for line in lines if (item := self._read_line(line)) is not None]
-        if len(self._rest) > MAX_ROW_BYTES:
-            self._rest, self._too_long = b"", True
-        return items
+        return self.items(self._rows.feed(piece))
 
     def finish(self) -> list[Item]:
-        """Return the text of a last line without an end."""
-        rest, self._rest = self._rest, b""
-        item = self._read_line(rest) if rest or self._too_long else None
-        if self._quoted:
-            self._drop("malformed")
-        return [] if item is None else [item]
+        """Return the texts that are left when the file ends; raises as `feed`."""
+        return self.items(self._rows.finish())
 
-    def _read_line(self, raw: bytes) -> Item | None:
-        self._line += 1
-        if self._too_long:
-            self._too_long = False
-            self._drop("too long")
-            return None
-        if self._line == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
-        try:
-            line = raw.decode(self._how.encoding).removesuffix("\r")
-        except UnicodeError:
-            self._drop("not in the encoding")
-            return None
-        if self._kind == "csv":
-            return self._read_csv(line)
-        if not line.strip():
-            return None
-        return Item(line.strip(), None) if self._kind == "text" else self._read_json(line)
+    def items(self, rows: Sequence[Row | Fault]) -> list[Item]:
+        """Return the texts of these rows."""
+        return [item for row in rows if (item := self._item(row)) is not None]
 
-    def _read_json(self, line: str) -> Item | None:
-        try:
-            cells = json.loads(line)
-        except (ValueError, RecursionError):
-            cells = None
-        if not isinstance(cells, dict):
-            self._drop("malformed")
-            return None
-        return self._item(cells.get(self._how.text), cells.get(self._how.time) if self._how.time else None)
-
-    def _read_csv(self, line: str) -> Item | None:
-        self._quoted = _quote_is_open(line, self._delimiter, self._quoted)
-        if self._quoted:
-            self._row += line + "\n"
-            if len(self._row) > MAX_ROW_BYTES:
-                self._drop("too long")
-            return None
-        row, self._row = self._row + line, ""
-        if not row:
-            return None
-        try:
-            cells = next(csv.reader([row], delimiter=self._delimiter, strict=True))
-        except (csv.Error, StopIteration):
-            self._drop("malformed")
-            return None
-        if self._header is None:
-            self._header = self._checked_header(cells)
-            return None
-        if len(cells) != len(self._header):
-            self._drop("malformed")
-            return None
-        named = dict(zip(self._header, cells, strict=True))
-        return self._item(named[self._how.text], named[self._how.time] if self._how.time else None)
-
-    def _checked_header(self, cells: list[str]) -> list[str]:
+    def check_header(self, cells: list[str]) -> None:
+        """Raise `DataError` unless the columns are there, once each."""
         for column, option in ((self._how.text, "--text"), (self._how.time, "--time")):
             if column is not None and cells.count(column) != 1:
                 # The first line may be a record where the header is missing, so it is not shown.
@@ -198,48 +168,31 @@ class RowReader:
                     f"{self.name} has {cells.count(column) or 'no'} column{'s' * (cells.count(column) > 1)} {column!r} among "
                     f"the {len(cells)} of its first line; name it by {option}, or set --delimiter."
                 )
-        return cells
 
-    def _item(self, text: Any, when: Any) -> Item | None:
-        if not isinstance(text, str) or not text.strip():
-            self._drop("without a text")
+    def _item(self, row: Row | Fault) -> Item | None:
+        place = f"{self.name}, {row.place}"
+        if isinstance(row, Fault):
+            self._skipped.add(row.reason, place)
             return None
-        if self._how.time is None:
-            return Item(text.strip(), None)
-        time = parse_time(when)
-        if time is None:
-            self._drop("without a readable time")
+        text = row.cells.get(self._how.text)
+        if is_blank(text):
+            self._skipped.add(NO_TEXT, place)
             return None
-        return Item(text.strip(), time)
-
-    def _drop(self, reason: str) -> None:
-        self._row, self._quoted = "", False
-        self._skipped.add(reason, self.name, self._line)
-
-
-def _quote_is_open(line: str, delimiter: str, inside: bool) -> bool:
-    """Return whether a quoted cell goes on after this line of CSV; `inside` says that one was open before it."""
-    place = 0
-    while True:
-        if inside:
-            end = line.find('"', place)
-            if end < 0:
-                return True
-            if line.startswith('"', end + 1):
-                place = end + 2
-            else:
-                inside, place = False, end + 1
-        elif line.startswith('"', place) and (place == 0 or line[place - 1] == delimiter):
-            inside, place = True, place + 1
-        else:
-            place = line.find(delimiter, place) + 1
-            if place == 0:
-                return False
+        if (fault := text_fault(text)) is not None:
+            self._skipped.add(f"with {fault}", place)
+            return None
+        time = None
+        if self._how.time is not None and (time := parse_time(row.cells.get(self._how.time))) is None:
+            self._skipped.add("without a readable time", place)
+            return None
+        return Item(str(text), time, row.number)
 
 
 def parse_time(value: Any) -> float | None:
     """Return seconds since 1970 of an ISO 8601 time (UTC if it names no zone) or of a number of seconds or milliseconds."""
-    if isinstance(value, bool) or value is None:
+    if isinstance(value, date):  # also with a time of day, as Parquet has them
+        value = value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = str(value).strip()
     try:
@@ -260,7 +213,9 @@ def parse_time(value: Any) -> float | None:
 def read_stream(read: Callable[[int], bytes], how: TextFormat, skipped: Skipped) -> Iterator[list[Item]]:
     """Yield the texts of a stream as they come; `read` returns what is there, up to so many bytes, and b"" at the end."""
     kind = "text" if how.format == "auto" else how.format
-    reader = RowReader("standard input", kind, how, skipped)
+    if kind == "parquet":
+        raise ConfigError("Parquet cannot be read from standard input; give the file.")
+    reader = TextReader("standard input", kind, how, skipped)
     while piece := read(PIECE):
         yield reader.feed(piece)
     yield reader.finish()
@@ -270,10 +225,11 @@ def read_stream(read: Callable[[int], bytes], how: TextFormat, skipped: Skipped)
 class _Place:
     """How far one file was read."""
 
-    reader: RowReader
+    reader: TextReader
     start: bytes = b""
     offset: int = 0
     modified: int = 0
+    rows: int = 0
     refused: bool = False
 
 
@@ -315,7 +271,7 @@ class Files:
                     raise DataError(f"{path} cannot be read: {error.strerror}; mend that, then start again.") from None
                 if path not in self._unopened:
                     self._unopened.add(path)
-                    self._skipped.add("of a file that cannot be opened", path.name, 0)
+                    self._skipped.add("of a file that cannot be opened", path.name)
         for key in self._places.keys() - present:
             yield self._finish(self._places.pop(key))
 
@@ -346,17 +302,37 @@ class Files:
             yield self._finish(place)
             place = None
         if place is None:
-            tabs = path.suffix.lower() in (".tsv", ".tab")
-            place = self._places[key] = _Place(
-                RowReader(path.name, kind or "text", self._how, self._skipped, tabs=tabs)
-            )
+            reader = TextReader(path.name, kind or "text", self._how, self._skipped, path=path)
+            place = self._places[key] = _Place(reader)
         place.modified = found.st_mtime_ns
+        if kind == "parquet":
+            place.offset = found.st_size
+            yield from self._read_parquet(path, place)
+            return
         file.seek(place.offset)
         while piece := file.read(PIECE):
             if len(place.start) < _START_BYTES and place.offset == len(place.start):
                 place.start += piece[: _START_BYTES - len(place.start)]
             place.offset += len(piece)
             yield self._guarded(place, partial(place.reader.feed, piece))
+
+    def _read_parquet(self, path: Path, place: _Place) -> Iterator[list[Item]]:
+        """Yield the texts that came since the last time; such a file is whole, or cannot be read yet."""
+        rows = islice(self._parquet_rows(path, place), place.rows, None)
+        place.refused, more = False, True
+
+        def next_items() -> list[Item]:
+            nonlocal more
+            batch = list(islice(rows, _PARQUET_ROWS))
+            place.rows, more = place.rows + len(batch), bool(batch)
+            return place.reader.items(batch)
+
+        while more and not place.refused:
+            yield self._guarded(place, next_items)
+
+    def _parquet_rows(self, path: Path, place: _Place) -> Iterator[Row]:
+        place.reader.check_header(parquet_columns(path))
+        yield from read_parquet(path, [self._how.text, *([] if self._how.time is None else [self._how.time])])
 
     def _finish(self, place: _Place) -> list[Item]:
         return self._guarded(place, place.reader.finish)
@@ -371,7 +347,7 @@ class Files:
             if not self._worked:
                 raise
             place.refused = True
-            self._skipped.add("of a file without the columns", place.reader.name, 1)
+            self._skipped.add("of a file that is no table with the columns", place.reader.name)
             return []
         self._worked = self._worked or bool(items)
         return items

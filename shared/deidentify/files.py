@@ -15,23 +15,15 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from shared import atomic
-from shared.datasets import (
-    DataSource,
-    csv_rows,
-    delimiter_of,
-    format_of,
-    parse_object,
-    require_columns,
-    require_file,
-    suffix_of,
-    text_lines,
-)
+from shared.datasets import DataSource, format_of, require_columns, require_file, row_format, rows_of
 from shared.deidentify.engine import Deidentifier
 from shared.deidentify.report import MaskTally
 from shared.errors import ConfigError, DataError
+from shared.rows import Quoting, parse_object, suffix_of, text_fault
+from shared.text_lines import Line, read_lines
 
 _TEXT_ENDINGS = (".txt", ".text")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -45,12 +37,13 @@ def deidentify_file(
     *,
     delimiter: str | None = None,
     encoding: str = "utf-8",
+    quoting: Quoting = "checked",
 ) -> MaskTally:
     """Write `path` to `out` with the named columns masked, and return the counts.
 
     Args:
         columns: that are masked; none for a text file.
-        delimiter, encoding: of the file, as in `DataSource`.
+        delimiter, encoding, quoting: of the file, as in `DataSource`.
 
     Raises:
         ConfigError: if `out` is the input, or names another format.
@@ -61,7 +54,11 @@ def deidentify_file(
     require_another(path, out)
     tally = MaskTally()
     source = DataSource(
-        path=str(path), columns={name: name for name in columns} or {"-": "-"}, delimiter=delimiter, encoding=encoding
+        path=str(path),
+        columns={name: name for name in columns} or {"-": "-"},
+        delimiter=delimiter,
+        encoding=encoding,
+        quoting=quoting,
     )
     kind = _kind_of(path, source)
     if kind != _kind_of(out, source):
@@ -88,38 +85,53 @@ def require_another(path: Path, out: Path) -> None:
 
 
 def _masked_csv(path: Path, source: DataSource, deidentifier: Deidentifier, tally: MaskTally) -> bytes:
-    rows = csv_rows(path, source)
-    _, header = next(rows)
-    places = [header.index(column) for column in source.columns]
-    first = next(iter(text_lines(path, source)))
+    how = row_format(path, source)
     text = io.StringIO(newline="")
-    writer = csv.writer(
-        text, delimiter=delimiter_of(path, source), lineterminator="\r\n" if first.endswith("\r\n") else "\n"
-    )
-    writer.writerow(header)
-    for number, (_, cells) in enumerate(rows, start=1):
-        record = {header[place]: cells[place] for place in places}
-        changed = _mask(record, deidentifier, tally, f"{path}, row {number}")
-        writer.writerow([changed.get(header[i], cell) if i in places else cell for i, cell in enumerate(cells)])
+    first = next(read_lines(path, source.encoding), None)
+    end = first.end if first is not None and first.end else "\n"
+    quoting: Literal[0, 3] = csv.QUOTE_NONE if how.quoting == "none" else csv.QUOTE_MINIMAL
+    quote = None if how.quoting == "none" else '"'
+    writer = csv.writer(text, delimiter=how.delimiter, lineterminator=end, quoting=quoting, quotechar=quote)
+    header: list[str] = []
+    for row in rows_of(path, source, header=header):
+        if row.number == 1:
+            writer.writerow(header)
+        places = [header.index(column) for column in source.columns]
+        record = {header[place]: row.values[place] for place in places}
+        changed = _mask(record, deidentifier, tally, f"{path}, {row.place}")
+        writer.writerow([changed.get(header[i], cell) if i in places else cell for i, cell in enumerate(row.values)])
+    if not tally.records:
+        raise DataError(f"{path} holds no rows. Expected at least one record; check the export.")
     return _encoded(text.getvalue(), source, path)
 
 
 def _masked_jsonl(path: Path, source: DataSource, deidentifier: Deidentifier, tally: MaskTally) -> bytes:
     lines: list[str] = []
     seen: dict[str, None] = {}
-    for number, line in enumerate(text_lines(path, source), start=1):
-        if not line.strip():
-            lines.append(line)
+    for line in _sound(path, source):
+        whole = line.text + line.end
+        if not line.text.strip():
+            lines.append(whole)
             continue
-        record = parse_object(path, number, line)
+        record = parse_object(line.text)
+        if isinstance(record, str):
+            raise DataError(f"{path}, row {tally.records + 1} (line {line.number}): {record}")
         seen.update(dict.fromkeys(record))
         own = {column: record[column] for column in source.columns if column in record}
-        changed = _mask(own, deidentifier, tally, f"{path}, line {number}")
-        lines.append(_spliced(line, {column: value for column, value in changed.items() if value != own[column]}))
+        changed = _mask(own, deidentifier, tally, f"{path}, row {tally.records + 1} (line {line.number})")
+        lines.append(_spliced(whole, {column: value for column, value in changed.items() if value != own[column]}))
     if not seen:
         raise DataError(f"{path} holds no rows. Expected at least one record; check the export.")
     require_columns(path, source, list(seen))
     return _encoded("".join(lines), source, path)
+
+
+def _sound(path: Path, source: DataSource) -> Iterator[Line]:
+    """Yield lines; DataError at the first that cannot be read."""
+    for line in read_lines(path, source.encoding):
+        if line.fault is not None:
+            raise DataError(f"{path}, line {line.number}: {line.fault.detail}")
+        yield line
 
 
 def _masked_parquet(path: Path, source: DataSource, deidentifier: Deidentifier, tally: MaskTally) -> bytes:
@@ -154,7 +166,8 @@ def _masked_parquet(path: Path, source: DataSource, deidentifier: Deidentifier, 
 
 
 def _masked_text(path: Path, source: DataSource, deidentifier: Deidentifier, tally: MaskTally) -> bytes:
-    changed = _mask({"text": "".join(text_lines(path, source))}, deidentifier, tally, str(path))
+    text = "".join(line.text + line.end for line in _sound(path, source))
+    changed = _mask({"text": text}, deidentifier, tally, str(path))
     return _encoded(changed["text"], source, path)
 
 
@@ -166,6 +179,10 @@ def _kind_of(path: Path, source: DataSource) -> str:
 
 
 def _mask(record: dict[str, Any], deidentifier: Deidentifier, tally: MaskTally, place: str) -> dict[str, Any]:
+    for column, value in record.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (fault := text_fault(text)):
+                raise DataError(f"{place}: {column!r} holds {fault}; mend the row.")
     masked = deidentifier.mask_record(record, list(record), place=place)
     tally.add(masked.counts)
     return masked.record

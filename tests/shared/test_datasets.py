@@ -243,7 +243,7 @@ def test_many_blank_cells_are_counted_not_listed(tmp_path: Path) -> None:
     ids=["open", "after", "long", "short"],
 )
 def test_malformed_csv_names_the_line(tmp_path: Path, line: str) -> None:
-    assert ", line 3: " in refused(tmp_path / "a.csv", f"review,stars\nfine,5\n{line}\n".encode())
+    assert ", row 2 (line 3): " in refused(tmp_path / "a.csv", f"review,stars\nfine,5\n{line}\n".encode())
 
 
 @pytest.mark.parametrize(
@@ -252,14 +252,17 @@ def test_malformed_csv_names_the_line(tmp_path: Path, line: str) -> None:
 )
 def test_malformed_json_names_the_line(tmp_path: Path, line: str) -> None:
     message = refused(tmp_path / "a.jsonl", f'{{"review": "a", "stars": 1}}\n\n{line}\n'.encode())
-    assert ", line 3: " in message
+    assert ", row 2 (line 3): " in message
     assert "one object per line" in message
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
 def test_wrong_encoding(tmp_path: Path, name: str) -> None:
-    message = refused(tmp_path / name, f"review,stars\n{CELL} café,5\n".encode("latin-1"))
-    assert "is not utf-8" in message
+    content = b"review,stars\nfine,5\n" if name == "a.csv" else b'{"review": "fine", "stars": 5}\n'
+    line = f"{CELL} café,5\n" if name == "a.csv" else f'{{"review": "{CELL} café", "stars": 5}}\n'
+    message = refused(tmp_path / name, content + line.encode("latin-1"))
+    place = len(content) + line.index("é")
+    assert f"row 2 (line {3 if name == 'a.csv' else 2}): it is not utf-8 at byte {place:,}." in message
     assert "latin-1" in message
 
 

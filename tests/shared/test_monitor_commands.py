@@ -142,7 +142,7 @@ def test_standard_input_in_windows_of_texts(
     said = " ".join(done.out.split())
     assert done.out.splitlines()[0].startswith("window 1  40 texts  bad 67.5 %")
     assert "10 (cut off)" in said
-    assert "left out: 1 rows not in the encoding, the first in standard input, line 92." in said
+    assert "left out: 1 row not in the encoding: standard input, row 91 (line 92)." in said
     assert "shares and counts of private texts are private" in said
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     empty = silotune("monitor", run_dir)
