@@ -12,9 +12,10 @@ import hashlib
 import json
 import math
 import tomllib
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -38,9 +39,35 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, raw: Any) -> Any:
+        """TOML has no null, so the word "none" stands for None wherever a setting can be None."""
+        if not isinstance(raw, Mapping):
+            return raw
+        fields = cls.model_fields
+        return {
+            key: None if key in fields and says_none(value) and takes_none(fields[key].annotation) else value
+            for key, value in raw.items()
+        }
+
     def set_keys(self) -> set[str]:
         """Return the keys whose value is not the default."""
         return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.get_default()}
+
+
+def says_none(value: object) -> bool:
+    """Return whether this is the word for None, in whatever case."""
+    return isinstance(value, str) and value.strip().casefold() == "none"
+
+
+def takes_none(annotation: Any) -> bool:
+    """Return whether a setting of this type can be None, and has no choice that is called "none" itself."""
+    if not isinstance(annotation, types.UnionType) and get_origin(annotation) is not Union:
+        return False
+    options = get_args(annotation)
+    names = {name for option in options if get_origin(option) is Literal for name in get_args(option)}
+    return types.NoneType in options and "none" not in names
 
 
 class ModelConfig(Section):

@@ -211,7 +211,11 @@ def rows_of(path: Path, source: DataSource, *, header: list[str] | None = None) 
         return
     columns: dict[str, None] = {}
 
+    found_header = False
+
     def check(found: list[str]) -> None:
+        nonlocal found_header
+        found_header = True
         require_columns(path, source, found, shown=_looks_like_header(found))
         if header is not None:
             header[:] = found
@@ -224,6 +228,8 @@ def rows_of(path: Path, source: DataSource, *, header: list[str] | None = None) 
         yield row
     if columns:
         require_columns(path, source, list(columns))
+    if kind == "csv" and not found_header:
+        raise DataError(f"{path} is empty. Expected a header line, then one row per record.")
 
 
 def row_format(path: Path, source: DataSource) -> RowFormat:

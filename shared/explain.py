@@ -28,6 +28,7 @@ from shared.inference import pair_record
 from shared.models import TunableModel
 from shared.runtime import Runtime
 from shared.tasks.token_classification import entities, word_places
+from shared.tasks.tokens import read_part, read_words
 
 MOST_GAP = 0.01
 """Of the sum of all absolute attributions."""
@@ -317,13 +318,15 @@ def _read(runtime: Runtime, job: Job, text: str) -> _Read:
         if not words:
             raise DataError("the text has no words.")
         record = {"tokens": words}
-        encoded = tokenizer([words], is_split_into_words=True, truncation=True, **options)
+        read = read_words(words, tokenizer, runtime.max_length)
+        encoded = tokenizer([read], is_split_into_words=True, truncation=True, **options)
     elif job.task.kind == "pair_matching":
         record = pair_record(text, "the text")
         texts = (record["text"], record["pair"])
-        encoded = tokenizer([texts[0]], [texts[1]], truncation="longest_first", **options)
+        first, second = (read_part(part, tokenizer, runtime.max_length) for part in texts)
+        encoded = tokenizer([first], [second], truncation="longest_first", **options)
     else:
-        encoded = tokenizer([text], truncation=True, **options)
+        encoded = tokenizer([read_part(text, tokenizer, runtime.max_length)], truncation=True, **options)
     (example,) = runtime.encode([record])
     if encoded["input_ids"][0] != example.input_ids.tolist():
         raise AssertionError("the task reads other tokens than those whose places are known")

@@ -21,8 +21,10 @@ from shared.tasks import task_of
 from shared.tasks.regression import Regression
 from shared.tasks.replies import Replies, prompt_tokens
 from shared.tasks.token_classification import entities, word_places
+from shared.tasks.tokens import read_part
 
 Prediction = dict[str, Any]
+MOST_WORDS_PER_TOKEN = 64
 Outputs = Callable[[Sequence[Example]], list[Tensor]]
 """Returns the head's output of every example; see `head_outputs`."""
 
@@ -148,7 +150,8 @@ def _predict_scores(runtime: Runtime, job: Job, texts: Sequence[str], outputs: O
 
 
 def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
-    places = [word_places(text) for text in texts]
+    # More words than that are beyond what the model reads, whatever its tokenizer makes of them.
+    places = [word_places(text, MOST_WORDS_PER_TOKEN * runtime.max_length) for text in texts]
     for number, words in enumerate(places, start=1):
         if not words:
             raise DataError(f"text {number} has no words.")
@@ -223,6 +226,7 @@ def _start(runtime: Runtime, text: str) -> list[int]:
     tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
     if isinstance(runtime.task, Replies):
         return prompt_tokens(text, tokenizer, runtime.max_length)
+    text = read_part(text, tokenizer, runtime.max_length, end=True)
     tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
     if not tokens:
         raise ConfigError("there is no text to continue, and the tokenizer has no token to start from; give a text.")

@@ -43,7 +43,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
 
 backbone = BACKBONE  # folder or hub id of {backbone}
-tokenizer = AutoTokenizer.from_pretrained(backbone)
+tokenizer = AutoTokenizer.from_pretrained(backbone, split_special_tokens=True)  # as in training
 model = PeftModel.from_pretrained(AutoModel.from_pretrained(backbone), ADAPTER).eval()
 head = load_file(ADAPTER + "/head.safetensors")
 batch = tokenizer(TEXTS, truncation=True, max_length={max_length}, padding=True, return_tensors="pt")
@@ -65,7 +65,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 backbone = BACKBONE  # folder or hub id of {backbone}
-tokenizer = AutoTokenizer.from_pretrained(backbone)
+tokenizer = AutoTokenizer.from_pretrained(backbone, split_special_tokens=True)  # as in training
 model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone), ADAPTER).eval()
 ```
 """

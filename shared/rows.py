@@ -480,7 +480,8 @@ def value_fault(role: str, value: object) -> str | None:
     what JSON holds.
     """
     if role in ("text", "pair", "prompt", "response"):
-        return text_fault(value)
+        nul = isinstance(value, str) and "\0" in value
+        return "a NUL character" if nul else text_fault(value)
     if role == "label":
         if isinstance(value, int) and not isinstance(value, bool):
             return None
@@ -510,11 +511,9 @@ def _any_fault(value: object) -> str | None:
 
 
 def _string_fault(value: str) -> str | None:
-    if value.isascii():
-        return "a NUL character" if "\0" in value else None
-    if surrogate(value):
+    if not value.isascii() and surrogate(value):
         return "half of a surrogate pair, which is no character"
-    return "a NUL character" if "\0" in value else None
+    return None
 
 
 def kind_of(value: object) -> str:

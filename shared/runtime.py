@@ -199,7 +199,8 @@ def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
             f"{folder} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); put the backbone's there."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # What a person wrote is text, also where it looks like a control token: only tasks and tokenizer add those.
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, split_special_tokens=True)
     except Exception as error:  # a damaged file can fail anywhere inside transformers
         raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
     if len(tokenizer) > config.vocab_size:

@@ -36,7 +36,7 @@ from shared.rows import (
     parquet_columns,
     read_parquet,
     suffix_of,
-    text_fault,
+    value_fault,
 )
 from shared.text_lines import PIECE, check_encoding
 
@@ -178,7 +178,7 @@ class TextReader:
         if is_blank(text):
             self._skipped.add(NO_TEXT, place)
             return None
-        if (fault := text_fault(text)) is not None:
+        if (fault := value_fault("text", text)) is not None:
             self._skipped.add(f"with {fault}", place)
             return None
         time = None

@@ -169,9 +169,12 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 f"task {arm.job.task.kind!r} needs the column role {missing[0]!r}; declare it in data.train.columns."
             )
         labels = {str(record["label"]) for record in records} if "label" in task.roles else set()
-        if unknown := sorted(labels - set(arm.job.task.labels)):
+        if not labels <= {*arm.job.task.labels}:
+            # A label may be a note by mistake: it is not shown.
+            unknown = sum(str(record["label"]) not in arm.job.task.labels for record in records)
             raise DataError(
-                f"the data has the label {unknown[0]!r}, which is not among task.labels ({', '.join(arm.job.task.labels)})."
+                f"{name}: {unknown:,} of {len(records):,} records have a label that is not among task.labels "
+                f"({', '.join(arm.job.task.labels)}). Mend the data, name the right column, or add the label."
             )
         if labels and len(labels) < 2:
             raise DataError(

@@ -14,9 +14,10 @@ from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from shared.datasets import PERSON_ROLE
+from shared.config import Section
+from shared.datasets import PERSON_ROLE, TEXT_ROLES
 from shared.errors import DataError
 from shared.privacy.persons import Persons
 
@@ -26,13 +27,12 @@ Indices = npt.NDArray[np.int64]
 MAX_DRAWS = 1000
 """Dirichlet draws before giving up on a label skew in which every site has `min_records`."""
 
+_MAX_NAME = 100
 _MAX_SLUG = 48
 
 
-class PartitionConfig(BaseModel):
+class PartitionConfig(Section):
     """How records are spread over sites."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
     kind: Literal["iid", "dirichlet", "quantity", "column"] = "iid"
     """`iid`: random parts; `dirichlet`: label skew; `quantity`: size skew; `column`: a site per value."""
@@ -51,6 +51,8 @@ class PartitionConfig(BaseModel):
             raise ValueError('kind "column" needs column, the role whose values name the sites, such as "hospital"')
         if self.kind != "column" and self.column is not None:
             raise ValueError(f'column is for kind "column", but kind is "{self.kind}"; remove one of the two')
+        if self.column in TEXT_ROLES:
+            raise ValueError(f'column is "{self.column}", so the sites would be called by texts; choose another role')
         if self.kind != "column" and self.num_sites is None:
             raise ValueError(f'kind "{self.kind}" needs num_sites, the number of sites')
         return self
@@ -190,6 +192,11 @@ def _cut(rows: Indices, sizes: Indices) -> list[Indices]:
 def _by_column(records: Sequence[Record], config: PartitionConfig) -> dict[str, list[int]]:
     role = config.column or ""
     groups = _rows_by_value(records, role)
+    if long := sum(len(str(value)) > _MAX_NAME for value in groups):
+        raise DataError(
+            f"{long} of {len(groups)} values of {role!r} have more than {_MAX_NAME} characters, so they are no names of sites; "
+            "check data.train.columns."
+        )
     if config.num_sites not in (None, len(groups)):
         raise DataError(
             f"{role!r} has {len(groups)} distinct values, but num_sites is {config.num_sites}. Remove "

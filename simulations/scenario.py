@@ -14,6 +14,7 @@ from shared.config import PERSON_UNITS, ComputeConfig, Job, Name, Section, apply
 from shared.datasets import PERSON_ROLE, DataSource, read_records
 from shared.errors import ConfigError, DataError
 from shared.privacy.persons import Persons
+from shared.rows import shorten
 from shared.tasks import Record
 from simulations.builtin_data import BUILTIN
 from simulations.demo_data import fold_rows, split_public_test
@@ -215,13 +216,27 @@ class Scenario(Section):
             found = BUILTIN[self.data.builtin].load()
             return found.train, found.test
         assert self.data.train is not None  # noqa: S101 (checked by DataConfig)
-        return read_records(self.data.train, base=self.base), None
+        return self._read_file(self.data.train), None
+
+    def _read_file(self, source: DataSource) -> list[dict[str, Any]]:
+        """Return the records of a file, whose labels are the task's."""
+        records = read_records(source, base=self.base)
+        labels = self.job.task.labels if self.job.task.has_classes and "label" in source.columns else ()
+        wrong = [row for row, record in enumerate(records, start=1) if labels and str(record["label"]) not in labels]
+        if wrong:
+            # A label may be a note by mistake: only rows are named.
+            raise DataError(
+                f"{source.path}: {len(wrong):,} of {len(records):,} rows have a label in column {source.columns['label']!r} that "
+                f"is not among task.labels ({', '.join(labels)}), first at row {shorten([str(row) for row in wrong], 5)}. Mend "
+                "the data, name the right column in data.train.columns or data.test.columns, or add the label."
+            )
+        return records
 
     def _split(self) -> tuple[list[Record], list[Record], list[Record]]:
         """Return the records of the sites, of the evaluation, and those that confirm it."""
         records, given = self._read()
         if self.data.test is not None:
-            given = read_records(self.data.test, base=self.base)
+            given = self._read_file(self.data.test)
         persons = persons_of(records, self.job.privacy.unit)
         train: list[Record]
         test: list[Record]

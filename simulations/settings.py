@@ -29,7 +29,8 @@ def settings_table() -> str:
     policy = "\n".join(_rows(Policy, ""))
     coordinator = "\n".join(_rows(CoordinatorConfig, ""))
     return (
-        "# Settings\n\nMade by `silotune settings`; a test compares the two.\n\n"
+        "# Settings\n\nMade by `silotune settings`; a test compares the two. Where a setting can be None, write the word: "
+        '`last_layers = "none"` in TOML, `--set lora.last_layers=none` on the command line.\n\n'
         "## Job: what a coordinator asks of the sites\n\nIn a scenario file these sections stand at the top level.\n\n"
         f"{_HEAD}\n{job}\n\n## Scenario: what only a simulation needs\n\n{_HEAD}\n{scenario}\n\n"
         f"## Site: `site.toml`, what a site decides for itself\n\n{_HEAD}\n{site}\n\n"

@@ -192,7 +192,9 @@ def test_a_run_tells_killed_timed_out_survived_unreached_and_invalid_mutants_apa
     assert ended["twice: return count(number * 2, by=1) -> return count(number * 2)"] == "invalid"
     assert ended["<module>: LIMIT = 10 -> LIMIT = 11"] == "survived"
     assert ended["never: return number + 1 -> return number - 1"] == "unreached"
-    assert verdicts["count: while done < number: -> while done <= number:"]["test"].startswith("tests/test_toy.py::test_")
+    assert verdicts["count: while done < number: -> while done <= number:"]["test"].startswith(
+        "tests/test_toy.py::test_"
+    )
     assert "survivors.toml does not say why" in output
     assert "shared/toy.py: <module>: LIMIT = 10 -> LIMIT = 11" in output
 

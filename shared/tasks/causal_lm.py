@@ -16,7 +16,7 @@ from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError, ModelError
 from shared.heads import TiedLanguageHead
 from shared.tasks.base import Evaluation, Record
-from shared.tasks.tokens import mean_over_own_tokens, token_losses
+from shared.tasks.tokens import mean_over_own_tokens, read_part, texts_of, token_losses
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CausalLanguageModelling:
         if not records:
             return []
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        texts = [str(record["text"]) for record in records]
+        texts = [read_part(text, tokenizer, max_length) for text in texts_of(records, "text")]
         encoded = tokenizer(texts, truncation=True, max_length=max_length, add_special_tokens=False)["input_ids"]
         examples = [Example(torch.tensor([*ids, *end][:max_length], dtype=torch.int64)) for ids in encoded]
         for row, example in enumerate(examples, start=1):

@@ -18,6 +18,7 @@ from torch import Tensor
 from shared.batches import Batch, Example
 from shared.tasks.base import Evaluation, Record
 from shared.tasks.sequence_classification import SequenceClassification
+from shared.tasks.tokens import read_part, texts_of
 
 RECALL_AT = (1, 3, 10)
 
@@ -35,8 +36,11 @@ class PairMatching(SequenceClassification):
         if not records:
             return []
         queries: dict[str, int] = {}
-        numbers = [queries.setdefault(str(record["text"]), len(queries)) for record in records]
-        first, second = ([str(record[role]) for record in records] for role in ("text", "pair"))
+        whole = texts_of(records, "text")
+        numbers = [queries.setdefault(text, len(queries)) for text in whole]
+        first, second = (
+            [read_part(text, tokenizer, max_length) for text in texts] for texts in (whole, texts_of(records, "pair"))
+        )
         encoded = tokenizer(first, second, truncation="longest_first", max_length=max_length)["input_ids"]
         return [
             Example(torch.tensor(ids, dtype=torch.int64), torch.tensor([target, query]))

@@ -19,6 +19,7 @@ from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
 from shared.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Record
+from shared.tasks.tokens import read_part, texts_of
 
 MOST_PAIRS = 2000
 """Pairs of true and predicted numbers that an evaluation keeps for the plot."""
@@ -62,7 +63,8 @@ class Regression:
             if not math.isfinite(score):
                 raise DataError(f"record {row} has a score that is no finite number; mend the data.")
             targets.append(2 * (min(max(score, self.low), self.high) - self.low) / (self.high - self.low) - 1)
-        encoded = tokenizer([str(r["text"]) for r in records], truncation=True, max_length=max_length)["input_ids"]
+        texts = [read_part(text, tokenizer, max_length) for text in texts_of(records, "text")]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         return [Example(torch.tensor(ids, dtype=torch.int64), t) for ids, t in zip(encoded, targets, strict=True)]
 
     def probe(self, input_ids: Tensor, number: int) -> Example:

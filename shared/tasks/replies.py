@@ -14,6 +14,7 @@ from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError, ModelError
 from shared.tasks.base import Record
 from shared.tasks.causal_lm import CausalLanguageModelling
+from shared.tasks.tokens import read_part, texts_of
 
 
 @dataclass(frozen=True)
@@ -35,9 +36,10 @@ class Replies(CausalLanguageModelling):
         _line_end(tokenizer)  # a fault of the backbone, whatever the records are
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         examples = []
-        for row, record in enumerate(records, start=1):
-            prompt = prompt_tokens(str(record["prompt"]), tokenizer, max_length)
-            response = tokenizer(str(record["response"]), add_special_tokens=False)["input_ids"]
+        pairs = zip(texts_of(records, "prompt"), texts_of(records, "response"), strict=True)
+        for row, (text, reply) in enumerate(pairs, start=1):
+            prompt = prompt_tokens(text, tokenizer, max_length)
+            response = tokenizer(read_part(reply, tokenizer, max_length), add_special_tokens=False)["input_ids"]
             if not response:
                 raise DataError(f"record {row} has an empty response, so there is nothing to learn; remove it.")
             ids = torch.tensor([*prompt, *response, *end][:max_length], dtype=torch.int64)
@@ -63,6 +65,7 @@ def prompt_tokens(prompt: str, tokenizer: Any, max_length: int) -> list[int]:
     Raises:
         ModelError: if the tokenizer has no token for a line end.
     """
+    prompt = read_part(prompt, tokenizer, max_length, end=True)
     ids: list[int] = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *_line_end(tokenizer)]
     return ids[-max(1, max_length // 2) :]
 

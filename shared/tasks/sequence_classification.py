@@ -17,6 +17,7 @@ from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
 from shared.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Record
+from shared.tasks.tokens import read_part, texts_of
 
 _ROC_POINTS = 200
 
@@ -50,7 +51,8 @@ class SequenceClassification:
         targets = self._targets(records)
         if not records:
             return []
-        encoded = tokenizer([str(r["text"]) for r in records], truncation=True, max_length=max_length)["input_ids"]
+        texts = [read_part(text, tokenizer, max_length) for text in texts_of(records, "text")]
+        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
         return [Example(torch.tensor(ids, dtype=torch.int64), t) for ids, t in zip(encoded, targets, strict=True)]
 
     def _targets(self, records: Sequence[Record]) -> list[int]:

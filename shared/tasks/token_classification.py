@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -17,8 +18,9 @@ from shared.batches import IGNORED, Batch, Example
 from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
 from shared.heads import TokenClassifier, init_linear
+from shared.rows import value_fault
 from shared.tasks.base import Evaluation, Record
-from shared.tasks.tokens import mean_over_own_tokens, token_losses
+from shared.tasks.tokens import mean_over_own_tokens, read_words, token_losses
 
 OUTSIDE = "O"
 # A run of letters and digits, a single character of a script without spaces, or a single other mark.
@@ -68,6 +70,7 @@ class TokenClassification:
                     f"record {row} has a tag that is not among task.labels ({', '.join(self.labels)}). Mend the data or add "
                     "the tag to the job."
                 )
+            words[-1] = read_words(words[-1], tokenizer, max_length)
             tags.append(own)
         encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
         examples = []
@@ -148,9 +151,10 @@ def first_pieces(word_of_piece: Sequence[int | None]) -> list[tuple[int, int]]:
     return found
 
 
-def word_places(text: str) -> list[tuple[int, int]]:
-    """Return begin and end of the words and marks of a text that nobody has cut; of Chinese and Japanese, the characters."""
-    return [found.span() for found in _WORD.finditer(text)]
+def word_places(text: str, most: int | None = None) -> list[tuple[int, int]]:
+    """Return begin and end of the first `most` words and marks of a text that nobody has cut; of Chinese and Japanese, the
+    characters."""
+    return [found.span() for found in islice(_WORD.finditer(text), most)]
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
@@ -167,7 +171,9 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 def _words(value: Any, row: int) -> list[str]:
     """Return the words of a cell: a list, or text with spaces between them."""
-    words = value.split() if isinstance(value, str) else [str(word) for word in value]
+    if (fault := value_fault("tokens", value)) is not None:
+        raise DataError(f"record {row} has {fault}; mend the data.")
+    words: list[str] = value.split() if isinstance(value, str) else list(value)
     if not words or not all(word.strip() for word in words):
         raise DataError(f"record {row} has no words, or an empty one; expected a list of words, or text with spaces.")
     return words

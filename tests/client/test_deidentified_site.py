@@ -81,7 +81,21 @@ def test_check_tells_counts_and_the_engine_and_no_text(site_home: MakeHome) -> N
 
 
 def test_check_of_a_site_that_does_not_mask_says_what_it_always_said(site_home: MakeHome) -> None:
-    assert data_finding(site_home(rows=ROWS)) == ("ok", "40 records, columns text as text, label as label")
+    longest = max(len(row["text"]) for row in ROWS)
+    row = next(i for i, row in enumerate(ROWS, start=1) if len(row["text"]) == longest)
+    assert data_finding(site_home(rows=ROWS)) == (
+        "ok",
+        f"40 records, columns text as text, label as label, longest text {longest} characters (row {row} (line {row}))",
+    )
+
+
+def test_a_value_that_is_no_text_keeps_a_site_from_opening_before_any_job(site_home: MakeHome) -> None:
+    home = site_home(rows=[*ROWS, {"text": {"nested": "Mr Fezziwig"}, "label": "bad"}])
+    with pytest.raises(
+        DataError, match=r"'text' holds an object where text is expected at row 41 \(line 41\)"
+    ) as caught:
+        Site(home)
+    assert "Fezziwig" not in str(caught.value)
 
 
 def test_only_the_kinds_that_were_chosen(site_home: MakeHome) -> None:

@@ -324,7 +324,7 @@ def test_check_finds_nothing_wrong_with_a_good_site(installed: SiteHome, silotun
     found = findings(checked)
     assert {name for name, (outcome, _) in found.items() if outcome == "failed"} == set()
     assert found["settings"][1] == "site north, budget epsilon 8 at delta 1e-05 for each record, composition adaptive"
-    assert found["data"][1] == "60 records, columns text as text, label as label"
+    assert found["data"][1].startswith("60 records, columns text as text, label as label, longest text ")
     assert found["certificate"][0] == "ok"
     assert "not begun" in found["ledger"][1]
     shown = silotune("site", "check", installed.path, "--offline")

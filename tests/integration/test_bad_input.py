@@ -52,7 +52,10 @@ def check_refused(outcome: Any, *parts: str) -> None:
         ({"lora": {"target_modules": ["attn"]}}, ["'attn', which matches no linear layer", "attention.self.query"]),
         ({"model": {"backbone": "/no/such"}}, ["'/no/such' is not a folder", "check the path"]),
         ({"model": {"backbone": "someone/bert"}}, ["needs model.revision", "40 hexadecimal digits"]),
-        ({"task": {"labels": ["bad", "great"]}}, ["the label 'good'", "not among task.labels (bad, great)"]),
+        (
+            {"task": {"labels": ["bad", "great"]}},
+            ["have a label in column 'verdict'", "not among task.labels (bad, great)"],
+        ),
         ({"partition": {"kind": "dirichlet", "num_sites": 30, "alpha": 0.05}}, ["Use"]),
         ({"simulation": {"threads": 0}}, ["simulation.threads", "found 0"]),
     ],

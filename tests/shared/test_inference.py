@@ -15,7 +15,17 @@ import torch
 from shared.batches import Example
 from shared.config import ComputeConfig, Job
 from shared.errors import AdapterError, ConfigError
-from shared.inference import Decoding, choose_tokens, distinct, generate, generate_all, load_tuned, next_logits, predict
+from shared.inference import (
+    Decoding,
+    _start,
+    choose_tokens,
+    distinct,
+    generate,
+    generate_all,
+    load_tuned,
+    next_logits,
+    predict,
+)
 from shared.peft_folder import save_peft_folder
 from shared.runtime import Runtime, load_runtime
 from tests.conftest import LINES
@@ -176,7 +186,11 @@ class TestGenerate:
         assert more
 
     def test_an_empty_text_starts_from_the_end_of_text_token(self, runtime: Runtime, job: Job) -> None:
-        assert generate(runtime, job, "", GREEDY) == generate(runtime, job, runtime.tokenizer.eos_token, GREEDY)
+        end = runtime.tokenizer.eos_token_id
+        assert _start(runtime, "") == [end]
+        # What a person wrote stays text, also where it looks like that token.
+        assert end not in _start(runtime, runtime.tokenizer.eos_token)
+        assert generate(runtime, job, "", GREEDY)
 
     def test_all_sequences_share_a_forward_pass(
         self, runtime: Runtime, job: Job, monkeypatch: pytest.MonkeyPatch

@@ -73,7 +73,11 @@ def test_a_run_leaves_a_folder_that_stands_alone(scenario_file: MakeScenario, tm
         ({"partition": {"num_sites": 49}}, DataError, "48 records cannot give 49 sites"),
         ({"federation": {"min_sites": 4}}, DataError, "the partition has 3 sites"),
         ({"privacy": {"delta": 0.07}}, PrivacyError, "site-1: privacy.delta is 0.07"),
-        ({"task": {"labels": ["bad", "fine"]}}, DataError, "the label 'good', which is not among task.labels"),
+        (
+            {"task": {"labels": ["bad", "fine"]}},
+            DataError,
+            "that is not among task.labels (bad, fine)",
+        ),
         ({"partition": {"kind": "column", "column": "label", "num_sites": 2}}, DataError, "one and the same label"),
         ({"task": {"kind": "causal_lm", "labels": []}}, ModelError, "left-to-right"),
         ({"baselines": {"arms": ["central-dp"], "central_dp": {"lora": {"rang": 1}}}}, ConfigError, "lora.rang"),
@@ -100,7 +104,7 @@ def test_a_test_file_with_a_foreign_label_is_found_before_anything_is_written(
     (tmp_path / "test.csv").write_text("review,verdict\nfine,good\nodd,unknown\n")
     columns = {"text": "review", "label": "verdict"}
     data = {"train": {"path": "train.csv", "columns": columns}, "test": {"path": "test.csv", "columns": columns}}
-    with pytest.raises(DataError, match="the evaluation data: record 2 has a label"):
+    with pytest.raises(DataError, match=r"test\.csv: 1 of 2 rows have a label in column 'verdict' .* at row 2\."):
         run(scenario_file(data=data), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -174,8 +174,14 @@ def test_slugs_never_collide_with_numbered_ones() -> None:
 
 
 def test_long_values_make_valid_names() -> None:
-    records = [{"h": "x" * 500 + end} for end in "abc"]
-    assert all(SITE_NAME.match(name) for name in partition(records, PartitionConfig(kind="column", column="h"), seed=0))
+    records = [{"h": "x" * 99 + end} for end in "abc"]
+    config = PartitionConfig(kind="column", column="h")
+    assert all(SITE_NAME.match(name) for name in partition(records, config, seed=0))
+    # Longer ones are notes by mistake, which may name no folder.
+    with pytest.raises(DataError, match="3 of 3 values of 'h' have more than 100 characters"):
+        partition([{"h": "x" * 100 + end} for end in "abc"], config, seed=0)
+    with pytest.raises(ValidationError, match="would be called by texts"):
+        PartitionConfig(kind="column", column="text")
 
 
 @pytest.mark.parametrize(
@@ -184,14 +190,14 @@ def test_long_values_make_valid_names() -> None:
         ({"num_sites": 11}, "10 records cannot give 11 sites at least 1 each. Use at most 10 sites"),
         ({"num_sites": 3, "min_records": 4, "kind": "quantity"}, "Use at most 2 sites"),
         ({"num_sites": 10, "kind": "dirichlet", "alpha": 0.01}, "Use a larger alpha"),
-        ({"num_sites": 2, "kind": "column", "column": "text"}, "10 distinct values, but num_sites is 2"),
-        ({"kind": "column", "column": "text", "min_records": 2}, "10 of 10 values"),
+        ({"num_sites": 2, "kind": "column", "column": "place"}, "10 distinct values, but num_sites is 2"),
+        ({"kind": "column", "column": "place", "min_records": 2}, "10 of 10 values"),
         ({"kind": "column", "column": "hospital"}, "record 1 has no 'hospital'"),
-        ({"kind": "column", "column": "tokens"}, "record 1 has a list as 'tokens'"),
+        ({"kind": "column", "column": "words"}, "record 1 has a list as 'words'"),
     ],
 )
 def test_impossible_partitions_say_what_to_do(config: dict[str, Any], message: str) -> None:
-    records = [record | {"tokens": ["a"]} for record in labelled(10)]
+    records = [record | {"words": ["a"], "place": record["text"]} for record in labelled(10)]
     with pytest.raises(DataError, match=re.escape(message)):
         partition(records, PartitionConfig.model_validate(config), seed=0)
 
