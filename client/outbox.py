@@ -23,9 +23,7 @@ from shared.atomic import write_bytes
 from shared.config import canonical_json
 from shared.errors import LedgerError
 from shared.keystore import Seal
-from shared.messages import MetricsReply, TrainReply
-
-_KEPT_ROUNDS = 3
+from shared.messages import KEPT_ROUNDS, MetricsReply, TrainReply
 
 
 class Outbox:
@@ -61,7 +59,7 @@ class Outbox:
         self._write(path, save({"update": update, **kept}, metadata))
         # Only rounds before this one: a coordinator that went back to a backup may ask for it once more.
         earlier = [old for old in sorted(path.parent.glob("round-*.safetensors")) if old <= path]
-        for old in earlier[:-_KEPT_ROUNDS]:
+        for old in earlier[:-KEPT_ROUNDS]:
             old.unlink(missing_ok=True)
 
     def stored_round(self, job_sha256: str, round_number: int, *, request_sha256: str) -> TrainReply | None:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from flwr.serverapp.grid import Grid
 
 from server.app import Run, execute
 from server.checkpoint import Checkpoint, RoundRecord
+from server.earlier_requests import Asked
 from server.home import CoordinatorHome
 from server.observer import Observer
 from server.roster import Authority
@@ -111,7 +113,7 @@ def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) ->
     key = home.load_round_key(passphrase_from_environment())
     observer = _Recorder(submission, signed.job, home.open_log(key))
     authority = Authority(
-        signed_job=signed, key=key, registered=lambda: registered_names(grid), asked_before=observer.asked_before
+        signed_job=signed, key=key, registered=lambda: registered_names(grid), asked_since=observer.asked_since
     )
     submission.note("running", problem=None, defect=False)
     run = Run(
@@ -141,13 +143,24 @@ class _Recorder(Observer):
         self._job_sha256 = submission.state()["job_sha256"]
         self._warned: set[str] = set()
 
-    def asked_before(self, round_number: int) -> list[SiteDescription]:
-        """Return the sites that an earlier process asked for a round, from the audit log."""
-        found: dict[str, SiteDescription] = {}
-        for details in self._earlier(Event.ROUND_ASKED, round_number):
-            for name, size in zip(details["sites"], details["declared_records"], strict=True):
-                found[name] = SiteDescription(site=name, declared_records=size, version="")
-        return list(found.values())
+    def asked_since(self, round_number: int) -> list[Asked]:
+        """Return what earlier processes asked of sites for later rounds and what came, from the audit log."""
+        found: list[Asked] = []
+        latest: dict[tuple[str, int], int] = {}
+        for entry in read(self._log.folder):
+            details = entry.details
+            if details.get("job") != self._job_sha256 or not (details.get("round") or 0) > round_number:
+                continue
+            number = int(details["round"])
+            if entry.event == Event.ROUND_ASKED:
+                for name, size in zip(details["sites"], details["declared_records"], strict=True):
+                    site = SiteDescription(site=name, declared_records=size, version="")
+                    latest[name, number] = len(found)
+                    found.append(Asked(site=site, round_number=number, adapter_sha256=details["adapter_sha256"]))
+            elif entry.event == Event.UPDATE_ACCEPTED and (details["site"], number) in latest:
+                place = latest[details["site"], number]
+                found[place] = replace(found[place], update_sha256=details["sha256"])
+        return found
 
     def _earlier(self, event: Event, round_number: int) -> list[dict[str, Any]]:
         """Return what the audit log holds of this job and round."""

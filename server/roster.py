@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from flwr.app import Message
 from flwr.serverapp.grid import Grid
 
+from server.earlier_requests import Asked
 from server.observer import Observer
 from shared.config import Job
 from shared.errors import RunError
@@ -29,13 +30,13 @@ class Authority:
         signed_job: the job as its signer signed it.
         key: the coordinator's key, which the signed job names.
         registered: returns node id -> name under which the node's key was admitted.
-        asked_before: returns the sites that an earlier process of this run asked for a round.
+        asked_since: returns what earlier processes of this run asked of sites for rounds after the given one, oldest first.
     """
 
     signed_job: SignedJob
     key: SigningKey
     registered: Callable[[], Mapping[int, str]]
-    asked_before: Callable[[int], Sequence[SiteDescription]] = lambda round_number: ()
+    asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
 
     def order(self, round_number: int, adapter: bytes) -> Order:
         """Return the signatures that go with one round's request."""

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from server.central import CentralPrivacy, SitesAggregation, SitesRound, without_participants
 from server.checkpoint import Checkpoint, RoundRecord
+from server.earlier_requests import EarlierRequests, unknown_release, with_update
 from server.early_stopping import best_round, is_over, keeps_best, stopped_early
 from server.exchange import exchange
 from server.observer import Observer
 from server.roster import Authority, Roster
-from server.site_metrics import asked_metrics_before, collect_site_metrics
+from server.site_metrics import collect_site_metrics
 from server.strategies import Aggregation
 from shared import adapters
 from shared.adapters import Shapes
@@ -114,13 +115,16 @@ def run_rounds(
         observer.resumed(resume_from)
     if resume_from and coordinator.central:
         coordinator.central.ledger.check(resume_from)
+    earlier = EarlierRequests()
     if resume_from and authority and not coordinator.central:
-        resume_from = _with_interrupted_round(resume_from, authority, job)
+        # They may have been executed, by sites that may not be there any more.
+        earlier = EarlierRequests(authority.asked_since(resume_from.round_number))
+        resume_from = replace(resume_from, releases=earlier.accounted(resume_from.releases, job))
     sites = roster.wait()
     checkpoint = resume_from or _before_training(coordinator)
     while not ended(checkpoint):
         try:
-            checkpoint = _run_round(grid, coordinator, sites, checkpoint)
+            checkpoint = _run_round(grid, coordinator, sites, checkpoint, earlier)
         except TooFewSites as error:
             # Updates that came are releases, aggregated or not.
             checkpoint = replace(checkpoint, releases=error.releases)
@@ -139,7 +143,9 @@ def run_rounds(
     if stopped_early(checkpoint, job):
         observer.stopped_early(checkpoint)
     if _metrics_due(checkpoint, job):
-        checkpoint = collect_site_metrics(grid, job, sites, checkpoint, authority=authority, observer=observer)
+        checkpoint = collect_site_metrics(
+            grid, job, sites, checkpoint, authority=authority, observer=observer, earlier=earlier
+        )
         last_round = replace(checkpoint.history[-1], epsilon_max=epsilon_max(checkpoint.releases))
         checkpoint = replace(checkpoint, history=[*checkpoint.history[:-1], last_round])
         coordinator.save(checkpoint)
@@ -167,7 +173,11 @@ def select_sites(sites: dict[int, SiteDescription], job: Job, round_number: int)
 
 
 def _run_round(
-    grid: Grid, coordinator: Coordinator, sites: dict[int, SiteDescription], checkpoint: Checkpoint
+    grid: Grid,
+    coordinator: Coordinator,
+    sites: dict[int, SiteDescription],
+    checkpoint: Checkpoint,
+    earlier: EarlierRequests,
 ) -> Checkpoint:
     job, observer, round_number = coordinator.job, coordinator.observer, checkpoint.round_number + 1
     started = time.monotonic()
@@ -239,8 +249,9 @@ def _run_round(
     releases = checkpoint.releases
     if attempt is None:
         described = {description.site: description for description in sites.values()}
-        releases = _account(checkpoint.releases, made, job, round_number)
-        releases = _account_unanswered(releases, [described[name] for name in sorted(unanswered)], job, round_number)
+        this = _ThisRequest(earlier=earlier, number=round_number, adapter_sha256=hashlib.sha256(adapter).hexdigest())
+        releases = _account(checkpoint.releases, made, job, this)
+        releases = _account_unanswered(releases, [described[name] for name in sorted(unanswered)], job, this)
     if attempt is None and len(names) < job.federation.min_sites:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(failed.items())) or "none was asked"
         raise TooFewSites(
@@ -353,13 +364,38 @@ def _check_reply(reply: TrainReply, name: str, job: Job, plan: PrivacyPlan, roun
         raise RunError(f"declares {reply.declared_records} records, expected at least 1")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _ThisRequest:
+    """The request of a round, beside those of earlier processes for the same round.
+
+    Attributes:
+        earlier: these.
+        number: of the round.
+        adapter_sha256: of the adapter that it starts from.
+    """
+
+    earlier: EarlierRequests
+    number: int
+    adapter_sha256: str
+
+    def unanswered(self, release: SiteRelease, *, came: bool) -> tuple[int, ...]:
+        """Return the rounds of unknown outcome, this one being answered, or not, after others that nobody answered."""
+        others = tuple(number for number in release.unanswered if number != self.number)
+        lost = self.earlier.lost(release.site, self.number, self.adapter_sha256)
+        if not came:
+            known = release.rounds.count(self.number)
+            known -= self.earlier.came_from_others(release.site, self.number, self.adapter_sha256)
+            lost += known <= 0  # else it came before, and this one was a repetition
+        return (*others, *[self.number] * lost)
+
+
 def _account(
-    releases: dict[str, SiteRelease], made: dict[str, _Made], job: Job, round_number: int
+    releases: dict[str, SiteRelease], made: dict[str, _Made], job: Job, asked: _ThisRequest
 ) -> dict[str, SiteRelease]:
     """Return the releases with this round's executed mechanisms added; an update that came before counts once."""
     result = dict(releases)
     for name, release_made in sorted(made.items()):
-        reply, update_sha256 = release_made.reply, release_made.update_sha256
+        reply = release_made.reply
         private = reply.noise_multiplier > 0
         release = result.get(name) or SiteRelease(
             site=name,
@@ -373,22 +409,14 @@ def _account(
             steps_planned=PrivacyPlan.from_job(job).planned_steps,
             private=private,
         )
-        unanswered = tuple(number for number in release.unanswered if number != round_number)
-        if (round_number, update_sha256) in zip(release.rounds, release.updates, strict=True):
-            result[name] = replace(release, unanswered=unanswered)
-            continue
-        events = release.events
+        release = replace(release, unanswered=asked.unanswered(release, came=True))
+        executed = None
         if private:
             executed = GaussianSteps(
                 noise_multiplier=reply.noise_multiplier, sample_rate=reply.sample_rate, steps=reply.steps
             )
-            events = _merged([*release.events, executed])
         result[name] = replace(
-            release,
-            events=events,
-            rounds=(*release.rounds, round_number),
-            updates=(*release.updates, update_sha256),
-            unanswered=unanswered,
+            with_update(release, asked.number, release_made.update_sha256, executed),
             epsilon_budget=reply.epsilon_budget,
             private=release.private and private,
             randomness=reply.randomness if release.randomness == "os" else release.randomness,
@@ -404,47 +432,14 @@ def _account_ahead(releases: dict[str, SiteRelease], plan: PrivacyPlan, steps: i
 
 
 def _account_unanswered(
-    releases: dict[str, SiteRelease], sites: Sequence[SiteDescription], job: Job, round_number: int
+    releases: dict[str, SiteRelease], sites: Sequence[SiteDescription], job: Job, asked: _ThisRequest
 ) -> dict[str, SiteRelease]:
     """Return the releases with the requests noted whose outcome nobody here knows: the site may have answered them."""
     plan = PrivacyPlan.from_job(job)
     result = dict(releases)
     for site in sites:
-        release = result.get(site.site) or SiteRelease(
-            site=site.site,
-            unit=plan.unit,
-            records_per_person=plan.records_per_person,
-            delta=plan.delta,
-            max_grad_norm=plan.max_grad_norm,
-            declared_records=site.declared_records,
-            randomness="os",
-            epsilon_budget=0.0,
-            steps_planned=plan.planned_steps,
-            private=plan.private,
-        )
-        if round_number not in (*release.unanswered, *release.rounds):
-            per_round = plan.mechanism(job.training.local_steps) if plan.private else None
-            unanswered = (*release.unanswered, round_number)
-            result[site.site] = replace(release, unanswered=unanswered, per_round=per_round)
+        release = result.get(site.site) or unknown_release(site, plan)
+        per_round = plan.mechanism(job.training.local_steps) if plan.private else None
+        unanswered = asked.unanswered(release, came=False)
+        result[site.site] = replace(release, unanswered=unanswered, per_round=per_round)
     return result
-
-
-def _merged(events: Sequence[GaussianSteps]) -> tuple[GaussianSteps, ...]:
-    """Return `events` with equal mechanisms added up, in order of first appearance."""
-    steps: dict[tuple[float, float], int] = {}
-    for event in events:
-        key = (event.noise_multiplier, event.sample_rate)
-        steps[key] = steps.get(key, 0) + event.steps
-    return tuple(GaussianSteps(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in steps.items())
-
-
-def _with_interrupted_round(checkpoint: Checkpoint, authority: Authority, job: Job) -> Checkpoint:
-    """Return the checkpoint with those noted whom an earlier process asked for the next round before it died.
-
-    They may have executed it, and may not be there any more when it is asked for again.
-    """
-    following = checkpoint.round_number + 1
-    if is_over(checkpoint, job):
-        return asked_metrics_before(checkpoint, authority, job)
-    releases = _account_unanswered(checkpoint.releases, authority.asked_before(following), job, following)
-    return replace(checkpoint, releases=releases)

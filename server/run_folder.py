@@ -101,7 +101,10 @@ class RunFolder:
         write_text(self.path / "metrics.jsonl", "\n".join(lines) + "\n")
 
     def write_run_info(self, status: str, details: Mapping[str, Any]) -> None:
-        """Write `run.json`: status ("running", "completed", "stopped"), times, versions, machine and `details`."""
+        """Write `run.json`: status ("running", "completed", "stopped"), times, versions, machine and `details`.
+
+        Under central DP no time but that of the beginning: how long a run took tells how many sites were drawn.
+        """
         path = self.path / "run.json"
         previous = json.loads(path.read_text()) if path.exists() else {}
         seconds = previous.get("seconds_before", 0.0) + time.monotonic() - self._started
@@ -120,6 +123,8 @@ class RunFolder:
             "versions": _versions(),
             "machine": {"system": platform.platform(), "cpu_count": os.cpu_count()},
         }
+        if self.job.privacy.central:
+            info |= {"finished": None, "seconds": None, "seconds_before": 0.0, "peak_rss_mb": None}
         write_json(path, info | dict(details))
 
     def write_privacy(self, checkpoint: Checkpoint, central: CentralRelease | None = None) -> None:

@@ -16,6 +16,7 @@ from flwr.app import Message
 from flwr.serverapp.grid import Grid
 
 from server.checkpoint import Checkpoint
+from server.earlier_requests import EarlierRequests
 from server.exchange import exchange
 from server.observer import Observer
 from server.roster import Authority
@@ -45,17 +46,26 @@ def collect_site_metrics(
     *,
     authority: Authority | None,
     observer: Observer,
+    earlier: EarlierRequests | None = None,
 ) -> Checkpoint:
     """Ask the sites that took part for the job's metrics and return the checkpoint with what came.
 
     Args:
         sites: node id -> description of those present.
         checkpoint: after the last round.
+        earlier: what earlier processes of this run asked. A site that they asked about another adapter, before the run was
+            put back, is not asked again: that would be a second release, where the job plans one.
     """
     # That of a round after the last planned one, also of a run that ended before it.
     number = job.training.rounds + 1
     adapter = adapters.encode(checkpoint.result)
-    asked = {node: site for node, site in sites.items() if site.site in checkpoint.releases}
+    earlier = earlier or EarlierRequests()
+    own = {hashlib.sha256(adapter).hexdigest()}
+    asked = {
+        node: site
+        for node, site in sites.items()
+        if site.site in checkpoint.releases and earlier.adapters_asked(site.site, number) <= own
+    }
     observer.metrics_asked(number, [site.site for site in asked.values()], adapter)
 
     def requests(nodes: Sequence[int]) -> list[Message]:
@@ -66,7 +76,7 @@ def collect_site_metrics(
             for node in nodes
         ]
 
-    unknown = {site.site for site in asked.values()}
+    unknown = {site.site for site in asked.values()} | earlier.sites_asked(number)
     replies: dict[str, MetricsReply] = {}
     for found in exchange(
         grid,
@@ -93,12 +103,6 @@ def collect_site_metrics(
         observer.metrics_judged(name, None if problem else replies[name], problem)
     released = _account(checkpoint.releases, replies, unknown, job)
     return replace(checkpoint, releases=released, site_metrics={name: replies[name].counts for name in sorted(replies)})
-
-
-def asked_metrics_before(checkpoint: Checkpoint, authority: Authority, job: Job) -> Checkpoint:
-    """Return the checkpoint with those noted whom an earlier process asked for metrics before it died."""
-    names = {site.site for site in authority.asked_before(job.training.rounds + 1)}
-    return replace(checkpoint, releases=_account(checkpoint.releases, {}, names, job))
 
 
 def site_metrics_record(checkpoint: Checkpoint, job: Job) -> dict[str, Any]:

@@ -30,6 +30,8 @@ METRICS = "query.metrics"
 MALFORMED = "Malformed"
 WITHHELD = "Withheld"
 WITHHELD_REASON = "see the site's own log"
+KEPT_ROUNDS = 3
+"""A site answers a repeated request for one of so many of its last rounds with what it stored, at no charge."""
 _CONTENT = "silotune"
 _MOST_REASON_CHARACTERS = 600
 _MOST_METRICS_CHARACTERS = 1 << 22

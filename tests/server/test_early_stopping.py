@@ -17,6 +17,7 @@ from flwr.clientapp import ClientApp
 
 from server.app import Run, execute
 from server.checkpoint import Checkpoint, RoundRecord, load_checkpoint, save_checkpoint
+from server.earlier_requests import Asked
 from server.early_stopping import best_round, evaluations_without_improvement, is_over, stopped_early
 from server.observer import Observer
 from server.roster import Authority
@@ -237,17 +238,19 @@ def test_a_coordinator_that_died_before_the_metrics_asks_for_them_and_for_no_rou
     run_rounds(grid_of(), coordinator(job, saved=saved), None)
     key, now, looked_up = SigningKey.generate(), datetime.now(UTC), []
 
-    def asked_before(number: int) -> list[SiteDescription]:
+    def asked_since(number: int) -> list[Asked]:
         looked_up.append(number)
-        return [SiteDescription(site="a", declared_records=8, version="1")] if number == 10 else []
+        adapter = hashlib.sha256(encode(saved[-2].result)).hexdigest()
+        site = SiteDescription(site="a", declared_records=8, version="1")
+        return [Asked(site=site, round_number=10, adapter_sha256=adapter)]
 
     signed = sign_job(
         job, signer=SigningKey.generate(), coordinator=key.verify_key, issued=now, not_after=now + timedelta(days=1)
     )
-    authority = Authority(signed_job=signed, key=key, registered=lambda: {1: "a", 2: "b"}, asked_before=asked_before)
+    authority = Authority(signed_job=signed, key=key, registered=lambda: {1: "a", 2: "b"}, asked_since=asked_since)
     asked: list[bytes] = []
     resumed = run_rounds(grid_of(asked), replace(coordinator(job), authority=authority), saved[-2])
-    assert looked_up == [10]
+    assert looked_up == [6]
     assert (resumed.round_number, len(asked)) == (6, 2)
     assert all(release.rounds == (1, 2, 3, 4, 5, 6) for release in resumed.releases.values())
     assert all(release.unanswered == () for release in resumed.releases.values())

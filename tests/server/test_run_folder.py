@@ -183,3 +183,20 @@ def test_run_info_keeps_its_beginning_over_a_resume(tmp_path: Path, job: Job) ->
     assert done["versions"]["torch"]
     assert done["mode"] == "test"
     assert done["machine"]["cpu_count"] == os.cpu_count()
+
+
+def test_the_run_file_of_central_dp_does_not_tell_how_long_it_took(
+    classification_job: Callable[..., Job], tmp_path: Path
+) -> None:
+    """The time of a run is that of its rounds, and these take as long as the sites that were drawn in secret."""
+    privacy = {"mechanism": "central", "unit": "site", "central": {"num_sites": 100}}
+    job = classification_job(privacy=privacy, federation={"min_sites": 100})
+    for resume in (False, True):
+        with RunFolder(tmp_path / "run", job, resume=resume) as folder:
+            folder.write_run_info("running", {"mode": "test"})
+            folder.write_run_info("completed", {"mode": "test"})
+        written = json.loads((tmp_path / "run" / "run.json").read_text())
+        assert [written[key] for key in ("finished", "seconds", "peak_rss_mb")] == [None, None, None]
+        assert written["seconds_before"] == 0.0
+        assert written["status"] == "completed"
+        assert written["created"]

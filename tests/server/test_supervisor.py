@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from shared.audit_log import AuditLog, Event
 from shared.config import Job, parse
 from shared.datasets import DataSource
 from shared.errors import ConfigError, RunError, TrustError
+from shared.messages import TrainReply
 from shared.signing import SigningKey, load_verify_key
 from simulations.federation import Federation
 
@@ -229,6 +231,23 @@ def _full(*_: Any) -> int:
     raise OSError(28, "No space left on device")
 
 
+def an_update() -> TrainReply:
+    return TrainReply(
+        site="a",
+        round_number=2,
+        job_sha256="0" * 64,
+        update=b"update",
+        declared_records=8,
+        noise_multiplier=1.0,
+        sample_rate=0.1,
+        max_grad_norm=1.0,
+        delta=1e-5,
+        steps=2,
+        randomness="os",
+        epsilon_budget=8.0,
+    )
+
+
 def test_the_recorder_finds_in_the_log_what_an_earlier_process_was_at(
     home: CoordinatorHome, submitted: Submission, checkpoint_after: Callable[[int], Checkpoint]
 ) -> None:
@@ -241,9 +260,24 @@ def test_the_recorder_finds_in_the_log_what_an_earlier_process_was_at(
         [SiteDescription(site=name, declared_records=size, version="1") for name, size in (("a", 8), ("b", 64))]
     )
     first.round_started(1, ["a", "b"], b"adapter")
+    first.round_started(2, ["a"], b"other")
+    reply = an_update()
+    first.update_judged(2, "a", reply, None)
+    first.round_started(2, ["a"], b"another")
     second = _Recorder(submitted, submitted.signed_job().job, home.open_log(key))
-    assert {site.site: site.declared_records for site in second.asked_before(1)} == {"a": 8, "b": 64}
-    assert second.asked_before(2) == []
+    found = second.asked_since(0)
+    assert [(one.site.site, one.site.declared_records, one.round_number) for one in found] == [
+        ("a", 8, 1),
+        ("b", 64, 1),
+        ("a", 8, 2),
+        ("a", 8, 2),
+    ]
+    assert [one.adapter_sha256[:8] for one in found] == [
+        hashlib.sha256(adapter).hexdigest()[:8] for adapter in (b"adapter", b"adapter", b"other", b"another")
+    ]
+    assert [one.update_sha256 for one in found] == [None, None, hashlib.sha256(reply.update).hexdigest(), None]
+    assert second.asked_since(1) == found[2:]
+    assert second.asked_since(2) == []
     second.resumed(checkpoint_after(1))
     second.resumed(checkpoint_after(1))
     completed = [entry for entry in audit_log.read(home.audit) if entry.event == Event.ROUND_COMPLETED]
