@@ -27,11 +27,11 @@ import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
 
-from shared.packing import Packing
+from shared.packing import Packing, whole_rows
 from shared.privacy.mechanism import ClippedSum
 from shared.privacy.persons import PersonSum
 
-Keep = Callable[[Tensor, Tensor], None]
+Keep = Callable[..., None]
 
 _MOST_HELD_BYTES = 32 * 2**20  # gradients held back to be put in order of their sites
 
@@ -145,10 +145,12 @@ class _PerExampleLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         inputs, weight = ctx.saved_tensors
         (gradient,) = gradients
-        ctx.keep(*_by_example(inputs.to(gradient.dtype), gradient, packing=ctx.packing))
+        ctx.keep(inputs.to(gradient.dtype), gradient, ctx.packing)
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, None
-        back = _linear(gradient, weight.to(gradient.dtype).transpose(-1, -2), None, ctx.packing)
+        # Of a transposed matrix with an odd number of columns MKL adds up by the place of the row.
+        turned = weight.to(gradient.dtype).transpose(-1, -2).contiguous()
+        back = _linear(gradient, turned, None, ctx.packing)
         return back.to(inputs.dtype), None, None, None, None
 
 
@@ -182,7 +184,7 @@ def _per_channel(values: Tensor, like: Tensor) -> Tensor:
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, packing: Packing | None) -> Tensor:
-    """Return the layer's output.
+    """Return the layer's output; an example's is the same to the last bit in whatever company, see `shared.packing`.
 
     Args:
         inputs: [B, ..., in], or [1, N, in] with a packing.
@@ -191,26 +193,53 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, packing: Packin
         packing: of the tokens of B examples, or None if each example has its own row.
     """
     if weight.ndim == 2:
-        return nn.functional.linear(inputs, weight, bias)
-    (rows,) = _by_example(inputs, packing=packing)
-    outputs = torch.bmm(rows, weight.transpose(1, 2))
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        missing = whole_rows(len(rows)) - len(rows)
+        filled = nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows
+        return nn.functional.linear(filled, weight, bias)[: len(rows)].view(*inputs.shape[:-1], -1)
+    parts = _by_example(inputs, packing)
+    dtype = inputs.dtype
+    if torch.is_autocast_enabled(inputs.device.type):
+        dtype = torch.get_autocast_dtype(inputs.device.type)
+    outputs = [_bmm(part.to(dtype), weight[texts].to(dtype).transpose(1, 2)).to(dtype) for texts, part in parts]
     if bias is not None:
-        outputs = outputs + bias.unsqueeze(1)
-    return outputs.view(*inputs.shape[:-1], -1) if packing is None else packing.pack(outputs)
+        outputs = [
+            output + bias[texts].to(dtype).unsqueeze(1) for output, (texts, _) in zip(outputs, parts, strict=True)
+        ]
+    return outputs[0].view(*inputs.shape[:-1], -1) if packing is None else packing.from_attention(outputs)
 
 
-def _by_example(*values: Tensor, packing: Packing | None) -> tuple[Tensor, ...]:
-    """Return each of `values`, [B, ..., width] or packed, as [B, T, width]; places without a token hold zeros."""
-    if packing is not None:
-        return tuple(packing.pad(value) for value in values)
-    return tuple(value.reshape(len(value), -1, value.shape[-1]) for value in values)
+def _by_example(values: Tensor, packing: Packing | None) -> list[tuple[Tensor | slice, Tensor]]:
+    """Return (which examples, their [G, T, width]) for [B, ..., width] or packed values; T is an example's own affair.
+
+    Places without a token hold zeros.
+    """
+    if packing is None:
+        return [(slice(None), values.reshape(len(values), -1, values.shape[-1]))]
+    return [(group.texts, part) for group, part in zip(packing.groups, packing.by_text(values), strict=True)]
 
 
-def _keep(module: nn.Linear | nn.Conv2d, inputs: Tensor, gradient: Tensor) -> None:
-    """Add one use of the layer, inputs [B, T, in] and gradient [B, T, out], to the per-example gradients on its parameters."""
-    _add(module.weight, torch.bmm(gradient.transpose(1, 2), inputs).view(-1, *module.weight.shape))
+def _keep(module: nn.Linear | nn.Conv2d, inputs: Tensor, gradient: Tensor, packing: Packing | None) -> None:
+    """Add one use of the layer, see `_linear` for the shapes, to the per-example gradients on its parameters."""
+    count = len(inputs) if packing is None else packing.size
+    weights = gradient.new_empty(count, gradient.shape[-1], inputs.shape[-1], dtype=torch.float32)
+    biases = gradient.new_empty(count, gradient.shape[-1], dtype=torch.float32)
+    for (texts, part), (_, came) in zip(_by_example(gradient, packing), _by_example(inputs, packing), strict=True):
+        weights[texts] = _bmm(part.transpose(1, 2), came)
+        if module.bias is not None:
+            biases[texts] = part.float().sum(dim=1)
+    _add(module.weight, weights.view(-1, *module.weight.shape))
     if module.bias is not None:
-        _add(module.bias, gradient.sum(dim=1))
+        _add(module.bias, biases)
+
+
+def _bmm(first: Tensor, second: Tensor) -> Tensor:
+    """Return the products of two batches of matrices in float32.
+
+    oneDNN's in bfloat16 depend in their last bit on how many there are; and a gradient should not be rounded twice.
+    """
+    with torch.autocast(first.device.type, enabled=False):
+        return torch.bmm(first.float(), second.float())
 
 
 def _keep_scale(module: nn.GroupNorm, inputs: Tensor, gradient: Tensor) -> None:

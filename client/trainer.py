@@ -6,6 +6,9 @@ Formal guarantees (unit and relation as in the plan; for a private plan)
     * The returned delta depends on the records only through `local_steps` Poisson-subsampled Gaussian releases with
       the plan's sample_rate, max_grad_norm and noise_multiplier (tests/client/test_trainer.py; planted faults:
       tests/client/test_faults.py). Everything after the noise is post-processing.
+    * One record (or person) more or less moves a step's sum by at most max_grad_norm in floating point, whatever adapter the
+      coordinator sent: the gradients of all others stay the same to the last bit, and so does their part of the sum
+      (tests/client/test_sensitivity.py).
     * Sampling and noise of a site come from its own `SiteRandomness` alone.
     * What a site gets when it is trained with others is what it gets alone, up to floating-point rounding: no other site's
       record, value or noise takes part (tests/client/test_many_sites.py).

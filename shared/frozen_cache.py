@@ -8,9 +8,8 @@ to the file, and what fits in neither is computed in every step.
 Formal guarantees (tests: tests/shared/test_frozen_cache.py)
     * What `get` returns is bit for bit what was computed, in its type (bfloat16 or float32), from either tier
       (test_both_tiers_return_what_was_computed).
-    * What was computed depends in its last bits on the texts that shared its micro-batch: other shapes are multiplied in another
-      order. So training from the cache equals training without it within float tolerance, not bit for bit
-      (tests/client/test_trainer.py::test_cached_activations_change_nothing, test_the_file_tier_trains_as_the_memory_does).
+    * What was computed of a text is the same to the last bit whichever texts shared its micro-batch (`shared.packing`), so it
+      makes no difference to a step which texts of a site are here (tests/client/test_sensitivity.py).
     * The file is a `ScratchFile`: sealed, nameless, gone with the process. A full disk, a read-only folder or changed bytes cost
       time only (test_a_full_disk_is_no_error, test_changed_bytes_are_computed_again).
 """

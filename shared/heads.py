@@ -8,6 +8,14 @@ from torch import Tensor, nn
 from shared.seeds import derived_seed
 
 
+def sum_in_order(values: Tensor) -> Tensor:
+    """Return values [B, T, ...] added up over T, one after the other from the first: zeros behind an example change no bit.
+
+    `sum` adds in an order that depends on T, and so on the longest example of the batch.
+    """
+    return values.cumsum(dim=1)[:, -1]
+
+
 class PooledClassifier(nn.Module):
     """Token vectors -> one vector -> logits.
 
@@ -25,8 +33,8 @@ class PooledClassifier(nn.Module):
         if self.pooling == "first":
             pooled = hidden[:, 0]
         else:
-            weights = attention_mask.to(hidden.dtype).unsqueeze(-1)
-            pooled = (hidden * weights).sum(dim=1) / weights.sum(dim=1)
+            weights = attention_mask.float().unsqueeze(-1)
+            pooled = sum_in_order(hidden.float() * weights) / weights.sum(dim=1)
         pooled = nn.functional.layer_norm(pooled.float(), pooled.shape[-1:])
         return self.linear(pooled)  # type: ignore[no-any-return]
 

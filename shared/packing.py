@@ -1,9 +1,14 @@
 """Texts of different lengths in one row of tokens, so that nothing but attention sees texts, and nothing pays much for padding.
 
-Guarantee (tests: tests/shared/test_packing.py, tests/shared/test_models.py): a token meets the tokens of its own text and no
-others, and what comes out is what a padded batch gives, up to floating-point rounding. What stands in a padded place of a text is
-zero or a copy of its own first token, so that not even a NaN passes from one text to another. What stands behind a row's last
-token is read by no one and so has no gradient.
+Guarantees (tests: tests/shared/test_packing.py, tests/shared/test_models.py)
+    * A token meets the tokens of its own text and no others, and what comes out is what a padded batch gives, up to
+      floating-point rounding. What stands in a padded place of a text is zero or a copy of its own first token, so that not
+      even a NaN passes from one text to another. What stands behind a row's last token is read by no one and so has no
+      gradient.
+    * The shapes in which a text is computed follow from its own length and from nothing else: `padded_length` in attention
+      and in products by text; in products over the whole row, a number of places that is one of `whole_rows`. Libraries add up
+      in an order that follows from the shape, so this is what makes a text's result the same to the last bit in whatever
+      company (tests/client/test_sensitivity.py; docs/decisions/0016).
 
 The linear layers, norms and activations of a transformer treat each token by itself. They get the tokens of all texts as
 [1, N, H]; attention alone is computed on padded texts, those of similar length together, by the function that is registered
@@ -20,12 +25,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.batches import cut_by_length
-
 PACKED = "silotune_packed"
 
-# What one more call of attention costs, in padded places. Measured on two processor cores with MiniLM-L6.
-_PLACES_PER_CALL = 64
+ROWS, FEWEST_ROWS = 16, 64
+"""Rows of a matrix product that is the same to the last bit wherever a row stands and however many there are: a multiple of
+`ROWS`, and not below `FEWEST_ROWS`. Measured for MKL and oneDNN, float32 and bfloat16; others take another way in the library."""
+
+
+def whole_rows(count: int, step: int = 0) -> int:
+    """Return how many rows a product of `count` rows gets: the next multiple of `step`, or `ROWS`, from `FEWEST_ROWS` on."""
+    step = max(step, ROWS)
+    return max(FEWEST_ROWS, -(-count // step) * step)
+
 
 # How many different lengths of an even row there are between one power of two and the next.
 _ROWS_PER_OCTAVE = 16
@@ -37,13 +48,20 @@ class AttentionGroup:
 
     Attributes:
         texts: their rows in the batch, int64 [G].
-        length: tokens of the longest of them.
-        mask: True where there is a token, bool [G, length]; None if nothing is padded.
+        length: places of each, `padded_length` of their own tokens.
+        mask: True where there is a token, bool [G, length]. There is one also if nothing is padded: without, attention would take
+            another way, and whether it can would depend on the company.
     """
 
     texts: Tensor
     length: int
-    mask: Tensor | None
+    mask: Tensor
+
+
+def padded_length(length: int) -> int:
+    """Return the places that a text of `length` tokens gets: two lengths between one power of two and the next, 8 at least."""
+    step = max(8, 2 ** ((length - 1).bit_length() - 2)) if length > 1 else 8
+    return -(-length // step) * step
 
 
 class Packing:
@@ -51,8 +69,8 @@ class Packing:
 
     Attributes:
         size, length, count: B, T and the number of tokens.
-        room: N, the number of tokens or, with `even`, a few more.
-        groups: the texts by similar length, for attention.
+        room: N, the number of tokens and a few more.
+        groups: the texts by their padded length, for attention and products by text.
     """
 
     def __init__(self, mask: Tensor, *, even: bool = False) -> None:
@@ -61,15 +79,15 @@ class Packing:
         Args:
             mask: bool [B, T], True where there is a token; texts are padded on the right.
             even: add up to one place for every 16 tokens, so that few different lengths of row occur: a library that compiles
-                a product for each shape (oneDNN) then seldom meets a new one.
+                a product for each shape (oneDNN) then seldom meets a new one. Without, it is the fewest `whole_rows`.
         """
         self.size, self.length = mask.shape
         self._mask = mask
         self._lengths = mask.sum(dim=1).cpu()
         self.count = int(self._lengths.sum())
-        step = max(1, 2 ** self.count.bit_length() // _ROWS_PER_OCTAVE // 2) if even else 1
-        self.room = -(-self.count // step) * step
-        self._full = self.count == self.room == mask.numel()
+        self.room = whole_rows(self.count, 2 ** self.count.bit_length() // _ROWS_PER_OCTAVE // 2 if even else 0)
+        # Every place of row, batch and groups is the same one.
+        self._full = self.count == self.room == mask.numel() and padded_length(self.length) == self.length
 
     def fit(self, tokens: Tensor) -> Tensor:
         """Return the tokens of all texts, one after the other, as a row: [1, count, H] as [1, N, H]."""
@@ -90,11 +108,13 @@ class Packing:
         """Return for each group its texts [G, length, ...]; a padded place holds the text's first token."""
         if not self._full:
             row = _Spread.apply(row, self._sources, self._group_places)  # type: ignore[no-untyped-call]
-        sizes = [len(group.texts) * group.length for group in self.groups]
-        return [
-            part.reshape(len(group.texts), group.length, *row.shape[2:])
-            for part, group in zip(torch.split(row, sizes, dim=1), self.groups, strict=True)
-        ]
+        return self._split(row)
+
+    def by_text(self, row: Tensor) -> list[Tensor]:
+        """Return for each group its texts [G, length, ...]; a padded place holds zeros. No derivative is recorded."""
+        if not self._full:
+            row = _scattered(row, self._group_places, self._num_places)
+        return self._split(row)
 
     def from_attention(self, parts: Sequence[Tensor]) -> Tensor:
         """Return the row [1, N, ...] of what `for_attention` gave, in the same shapes."""
@@ -105,14 +125,26 @@ class Packing:
     @cached_property
     def groups(self) -> list[AttentionGroup]:
         """See the class."""
-        lengths = self._lengths.tolist()
+        texts: dict[int, list[int]] = {}
+        for text, length in enumerate(self._lengths.tolist()):
+            texts.setdefault(padded_length(length), []).append(text)
         found = []
-        for texts in cut_by_length(lengths, range(self.size), cost_of_cut=_PLACES_PER_CALL):
-            rows, longest = torch.tensor(sorted(texts)), max(lengths[text] for text in texts)
-            own = self._mask.new_tensor(lengths, dtype=torch.int64)[rows.to(self._mask.device)]
-            mask = torch.arange(longest, device=own.device) < own[:, None]
-            found.append(AttentionGroup(rows, longest, None if bool(mask.all()) else mask))
+        for length in sorted(texts):
+            rows = torch.tensor(texts[length])
+            mask = torch.arange(length) < self._lengths[rows][:, None]
+            found.append(AttentionGroup(rows, length, mask.to(self._mask.device)))
         return found
+
+    @property
+    def _num_places(self) -> int:
+        return sum(len(group.texts) * group.length for group in self.groups)
+
+    def _split(self, row: Tensor) -> list[Tensor]:
+        sizes = [len(group.texts) * group.length for group in self.groups]
+        return [
+            part.reshape(len(group.texts), group.length, *row.shape[2:])
+            for part, group in zip(torch.split(row, sizes, dim=1), self.groups, strict=True)
+        ]
 
     @cached_property
     def _places(self) -> Tensor:
@@ -245,14 +277,14 @@ def _attend(module: nn.Module, tensors: list[Tensor], mask: Tensor | None, optio
     return output.to(dtype)
 
 
-def _mask_of(group: AttentionGroup, causal: bool) -> Tensor | None:
-    """Return which token may see which, bool [G, 1, length, length]; None if every one may see all."""
+def _mask_of(group: AttentionGroup, causal: bool) -> Tensor:
+    """Return which token may see which, bool [G, 1, length, length]."""
     size, length = len(group.texts), group.length
     if causal:
         # Right padding: a token never sees a pad to its right.
         left = torch.ones(length, length, dtype=torch.bool, device=group.texts.device).tril()
         return left.expand(size, 1, length, length)
-    return None if group.mask is None else group.mask[:, None, None, :].expand(size, 1, length, length)
+    return group.mask[:, None, None, :].expand(size, 1, length, length)
 
 
 def register_attention() -> None:

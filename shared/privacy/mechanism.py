@@ -4,7 +4,10 @@ Formal guarantees (relation: add or remove one record; each is checked in tests/
 planted faults of tests/client/test_faults.py)
     * `poisson_sample` includes each record independently with the same probability.
     * `ClippedSum` changes by at most `max_grad_norm` in L2 norm, over all parameters together, when one example
-      is added or removed, however the logical batch is cut into micro-batches and whatever the gradients hold.
+      is added or removed, however the logical batch is cut into micro-batches and whatever the gradients hold. The others'
+      part of the sum stays the same to the last bit: every clipped vector is put on a grid, and sums on a grid are exact
+      (test_the_sum_is_the_same_to_the_last_bit_in_any_order_and_cut). What the gradients themselves owe to the company is for
+      the model to rule out: `shared.packing` (tests/client/test_sensitivity.py).
     * `add_gaussian_noise` adds independent N(0, std^2) to every coordinate, drawn in float64 on the CPU.
 
 Source: DP-SGD, Abadi et al. 2016, algorithm 1, with Poisson sampling and normalisation by the expected batch size.
@@ -12,6 +15,7 @@ Source: DP-SGD, Abadi et al. 2016, algorithm 1, with Poisson sampling and normal
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -22,8 +26,15 @@ from torch import Tensor
 from shared.errors import PrivacyError
 from shared.privacy.randomness import KeyStream
 
-# This margin keeps a clipped gradient inside the ball, and a difference of two sums within it, despite rounding.
+# Vectors are clipped to this share of C. It has to hold what the grid adds to a norm, at most sqrt(d) / 2**31 of C, and the
+# rounding of the norm itself, d * 2**-52. Nothing in it depends on the precision in which gradients were computed.
 CLIP_MARGIN = 1.0 - 1e-5
+
+# Steps of the grid in C, at least; twice as many at most. In float64 sums of vectors on it are exact up to 2**22 C.
+_GRID = 2**30
+
+_MOST_COORDINATES = 10**8
+"""More would not fit into `CLIP_MARGIN`; a LoRA adapter has a ten-thousandth to a hundredth of it."""
 
 
 def poisson_sample(num_records: int, sample_rate: float, stream: KeyStream) -> NDArray[np.intp]:
@@ -69,7 +80,13 @@ class ClippedSum:
     """
 
     def __init__(self, shapes: Sequence[torch.Size], max_grad_norm: float) -> None:
-        self._sums = list(_views(torch.zeros(sum(shape.numel() for shape in shapes), dtype=torch.float64), shapes))
+        size = sum(shape.numel() for shape in shapes)
+        if size > _MOST_COORDINATES:
+            raise PrivacyError(
+                f"{size:,} trained values are more than the {_MOST_COORDINATES:,} for which the clipping bound is proven; "
+                "lower lora.rank, or adapt fewer layers."
+            )
+        self._sums = list(_views(torch.zeros(size, dtype=torch.float64), shapes))
         self._max_grad_norm = max_grad_norm
         self.num_examples = self.num_clipped = self.num_non_finite = 0
 
@@ -83,19 +100,26 @@ class ClippedSum:
         vectors = torch.cat(
             [gradient.detach().flatten(1) for gradient in gradients], dim=1
         ).double()  # [batch, coordinates]
-        norms = vectors.norm(dim=1).cpu()
+        norms = norms_of_rows(vectors)
         finite = norms.isfinite()
-        scale = CLIP_MARGIN * self._max_grad_norm / norms.clamp(min=CLIP_MARGIN * self._max_grad_norm)
+        bound = CLIP_MARGIN * self._max_grad_norm
+        scale = bound / norms.clamp(min=bound)
         if not bool(finite.all()):
             # 0 * NaN is NaN: a non-finite example is removed before the product, not by it.
             vectors = torch.where(finite[:, None].to(vectors.device), vectors, 0.0)
             scale = torch.where(finite, scale, 0.0)
-        clipped = (scale.to(vectors.device) @ vectors).cpu()
+        clipped = self.on_grid(vectors.mul_(scale.to(vectors.device)[:, None])).sum(dim=0).cpu()
         for total, part in zip(self._sums, _views(clipped, [total.shape for total in self._sums]), strict=True):
             total += part
         self.num_examples += len(norms)
         self.num_clipped += int((norms > self._max_grad_norm)[finite].sum())
         self.num_non_finite += int((~finite).sum())
+
+    def on_grid(self, vectors: Tensor) -> Tensor:
+        """Return float64 `vectors`, changed in place: every coordinate a whole multiple of one power of two, near C / 2**30."""
+        unit = 2.0 ** math.frexp(self._max_grad_norm / _GRID)[1] / 2
+        # A power of two: neither the division nor the product rounds.
+        return vectors.div_(unit).round_().mul_(unit)
 
     @property
     def max_grad_norm(self) -> float:
@@ -106,6 +130,16 @@ class ClippedSum:
     def sums(self) -> list[Tensor]:
         """The clipped sums, float64 on the CPU, one per parameter."""
         return self._sums
+
+
+def norms_of_rows(vectors: Tensor) -> Tensor:
+    """Return the L2 norm of every row of float64 `vectors` [batch, coordinates], on the CPU.
+
+    Row by row: the order of a sum over a whole matrix, and with it the last bit, depends on the number of rows.
+    """
+    if not len(vectors):
+        return torch.zeros(0, dtype=torch.float64)
+    return torch.stack([torch.linalg.vector_norm(row) for row in vectors]).cpu()
 
 
 def _views(vector: Tensor, shapes: Sequence[torch.Size]) -> Iterator[Tensor]:
@@ -119,6 +153,10 @@ class PlainSum(ClippedSum):
 
     def __init__(self, shapes: Sequence[torch.Size]) -> None:
         super().__init__(shapes, max_grad_norm=1e30)
+
+    def on_grid(self, vectors: Tensor) -> Tensor:
+        """Return `vectors` as they are."""
+        return vectors
 
 
 def add_gaussian_noise(sums: Sequence[Tensor], std: float, stream: KeyStream) -> list[Tensor]:

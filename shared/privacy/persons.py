@@ -4,7 +4,8 @@ Formal guarantees (relation: add or remove one person with all their records; te
 faults: tests/client/test_person_faults.py)
     * However many records a person has and however a step is cut into micro-batches, the sum behind `PersonSum` changes by
       at most `max_grad_norm` in L2 norm, over all parameters together, when the person is added or removed
-      (test_removing_one_person_moves_the_sum_by_at_most_the_bound).
+      (test_removing_one_person_moves_the_sum_by_at_most_the_bound). A person's mean is the same to the last bit in every cut:
+      its sum is taken on a grid (test_a_person_counts_the_same_to_the_last_bit_in_any_company).
     * Which records of a person enter a step depends on that person's records and the site's own randomness only
       (test_a_choice_is_uniform_and_independent_of_others). A step is then a mixture over such choices, and by joint
       convexity of the hockey-stick divergence no worse than its worst choice: the accountant's Poisson-subsampled Gaussian.
@@ -30,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import DataError, PrivacyError
-from shared.privacy.mechanism import ClippedSum
+from shared.privacy.mechanism import ClippedSum, norms_of_rows
 from shared.privacy.randomness import KeyStream
 
 LONGEST_RECORD = 1000.0
@@ -127,7 +128,7 @@ class PersonSum:
         self._sizes = [len(rows) for rows in groups]
         self._missing = list(self._sizes)
         self._owner = {row: person for person, rows in enumerate(groups) for row in rows}
-        self._open: dict[int, list[Tensor]] = {}
+        self._open: dict[int, Tensor] = {}
         if len(self._owner) != sum(self._sizes):
             raise PrivacyError("a record stands in a step twice; one person's influence would not be bounded.")
 
@@ -146,38 +147,41 @@ class PersonSum:
                 f"{len(rows)} records came with {len(gradients[0])} gradients; they cannot be told apart."
             )
         owners = [self._owner.pop(row, None) for row in rows]
-        flat = [gradient.detach().flatten(1).double() for gradient in gradients]
-        norms = torch.stack([part.norm(dim=1) for part in flat]).norm(dim=0)
+        vectors = torch.cat([gradient.detach().flatten(1) for gradient in gradients], dim=1).double()
+        norms = norms_of_rows(vectors)
         finite = norms.isfinite()
         if not bool(finite.all()):
             # 0 * NaN is NaN: such a record is removed before the product, not by it.
-            flat = [torch.where(finite[:, None], part, 0.0) for part in flat]
+            vectors = torch.where(finite[:, None].to(vectors.device), vectors, 0.0)
             self._total.num_non_finite += int((~finite).sum())
         longest = LONGEST_RECORD * self._total.max_grad_norm
         weights = torch.where(finite, longest / norms.clamp(min=longest), 0.0)
+        vectors = self._total.on_grid(vectors.mul_(weights.to(vectors.device)[:, None]))
         present = list(dict.fromkeys(owners))
         places = {owner: place for place, owner in enumerate(present)}
-        share = torch.zeros(len(present), len(rows), dtype=torch.float64)
+        whose = torch.zeros(len(present), len(rows), dtype=torch.float64)
         for column, owner in enumerate(owners):
             if owner is None:
                 raise PrivacyError("a record came twice or does not belong to this step; it would not be clipped.")
-            share[places[owner], column] = 1.0 / self._sizes[owner]
+            whose[places[owner], column] = 1.0
             self._missing[owner] -= 1
-        self._pass_on(
-            [owner for owner in present if owner is not None], [(share.to(part) * weights) @ part for part in flat]
-        )
+        shapes = [gradient.shape[1:] for gradient in gradients]
+        self._pass_on([owner for owner in present if owner is not None], whose.to(vectors) @ vectors, shapes)
 
-    def _pass_on(self, present: list[int], means: list[Tensor]) -> None:
+    def _pass_on(self, present: list[int], sums: Tensor, shapes: list[torch.Size]) -> None:
         done = []
         for place, person in enumerate(present):
-            for mean, earlier in zip(means, self._open.pop(person, []), strict=False):
-                mean[place] += earlier
+            earlier = self._open.pop(person, None)
+            if earlier is not None:
+                sums[place] += earlier
             if self._missing[person]:
-                self._open[person] = [mean[place].clone() for mean in means]
+                self._open[person] = sums[place].clone()
             else:
                 done.append(place)
         if done:
-            self._total.add([mean[done] for mean in means])
+            sizes = torch.tensor([self._sizes[present[place]] for place in done]).to(sums)
+            means = torch.split(sums[done] / sizes[:, None], [shape.numel() for shape in shapes], dim=1)
+            self._total.add([mean.view(len(done), *shape) for mean, shape in zip(means, shapes, strict=True)])
 
     def close(self) -> None:
         """End the step.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shared.batches import IGNORED
 from shared.errors import DataError
+from shared.heads import sum_in_order
 from shared.rows import text_fault
 
 _CHARACTERS_PER_TOKEN, _MOST_CHARACTERS_PER_TOKEN = 128, 1024
@@ -84,4 +85,4 @@ def mean_over_own_tokens(logits: Tensor, targets: Tensor, *, label_smoothing: fl
     A mean over all tokens of the batch would let a long record shrink the gradient of a short one.
     """
     nll, counts = token_losses(logits, targets, label_smoothing=label_smoothing)
-    return nll.sum(dim=1) / counts.sum(dim=1)
+    return sum_in_order(nll) / counts.sum(dim=1)

@@ -176,8 +176,8 @@ def test_a_sampler_that_shares_gradients_fails_the_proof(
     name = {"scale": "_keep_scale", "product": "_keep"}[fault]
     real = getattr(per_example_module, name)
 
-    def shared(module: nn.Module, inputs: Tensor, gradient: Tensor) -> None:
-        real(module, inputs, gradient + 0.5 * gradient.roll(1, dims=0))
+    def shared(module: nn.Module, inputs: Tensor, gradient: Tensor, *others: object) -> None:
+        real(module, inputs, gradient + 0.5 * gradient.roll(1, dims=0), *others)
 
     prove_trainer(runtime)
     monkeypatch.setattr(per_example_module, name, shared)

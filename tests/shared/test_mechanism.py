@@ -87,22 +87,45 @@ def test_long_sums_and_vectors_stay_within_the_bound() -> None:
 
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(rows=ROWS, cuts=st.lists(st.integers(0, 6), max_size=4))
-def test_micro_batches_do_not_change_the_sum(rows: list[list[float]], cuts: list[int]) -> None:
+def test_the_sum_is_the_same_to_the_last_bit_in_any_order_and_cut(rows: list[list[float]], cuts: list[int]) -> None:
     data = torch.tensor(rows, dtype=torch.float32)
     whole, a = clipped_sum(data, 1.5)
-    pieces, b = clipped_sum(data, 1.5, cuts)
-    torch.testing.assert_close(whole, pieces, rtol=0, atol=1e-12)
+    pieces, b = clipped_sum(data.flip(0), 1.5, cuts)
+    assert torch.equal(whole, pieces)
     assert (a.num_examples, a.num_clipped, a.num_non_finite) == (b.num_examples, b.num_clipped, b.num_non_finite)
+
+
+def test_the_others_part_of_a_long_sum_is_the_same_to_the_last_bit() -> None:
+    """What an example adds is what it is alone, whatever thousands of others make of the sum before it."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3_000, DIMENSION, generator=generator) * torch.logspace(-9, 9, 3_000)[:, None]
+    everyone, _ = clipped_sum(rows, 0.1, [1, 17, 1_000])
+    for row in (0, 1_500, 2_999):
+        alone, _ = clipped_sum(rows[row : row + 1], 0.1)
+        without, _ = clipped_sum(torch.cat([rows[:row], rows[row + 1 :]]), 0.1, [400])
+        assert torch.equal(everyone - without, alone)
+
+
+def test_the_grid_is_finer_than_the_margin_at_any_bound() -> None:
+    for bound in (1e-6, 0.1, 1.0, 1.9, 1e6):
+        total = ClippedSum([torch.Size([100_000])], bound)
+        total.add([torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0)) * bound])
+        assert CLIP_MARGIN * bound * (1 - 1e-6) <= float(total.sums[0].norm()) <= bound * (1 - 9e-6)
+
+
+def test_more_values_than_the_margin_is_made_for_are_refused() -> None:
+    with pytest.raises(PrivacyError, match="the clipping bound is proven"):
+        ClippedSum([torch.Size([50_000_000]), torch.Size([50_000_001])], 1.0)
 
 
 def test_clipping_scales_the_whole_vector_and_leaves_small_ones_alone() -> None:
     rows = torch.tensor([[3.0] + [0.0] * 8 + [4.0], [0.3] + [0.0] * 8 + [0.4]])
     large, _ = clipped_sum(rows[:1], 1.0)
     small, _ = clipped_sum(rows[1:], 1.0)
-    torch.testing.assert_close(large, CLIP_MARGIN * rows[0].double() / 5, rtol=1e-12, atol=0)
-    torch.testing.assert_close(small, rows[1].double(), rtol=0, atol=0)
+    torch.testing.assert_close(large, CLIP_MARGIN * rows[0].double() / 5, rtol=0, atol=2**-31)
+    torch.testing.assert_close(small, rows[1].double(), rtol=0, atol=2**-31)
     both, total = clipped_sum(rows, 1.0)
-    torch.testing.assert_close(both, large + small, rtol=1e-12, atol=0)
+    assert torch.equal(both, large + small)
     assert (total.num_examples, total.num_clipped, total.num_non_finite) == (2, 1, 0)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import shared.packing as packing_module
-from shared.packing import Packing, packed_attention
+from shared.packing import Packing, packed_attention, padded_length
 
 LENGTHS = (3, 1, 7, 4)
 MASK = torch.arange(7) < torch.tensor(LENGTHS)[:, None]
@@ -27,11 +27,11 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=[15, 16], ids=["as many places as tokens", "even"])
+@pytest.fixture(params=[16, 64], ids=["few places behind", "many places behind"])
 def packing(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Packing:
-    """A row of 15 tokens, with and without a place behind them."""
-    monkeypatch.setattr(packing_module, "_ROWS_PER_OCTAVE", 1)
-    packing = Packing(MASK, even=request.param == 16)
+    """A row of 15 tokens, with 1 and with 49 places behind them."""
+    monkeypatch.setattr(packing_module, "FEWEST_ROWS", request.param)
+    packing = Packing(MASK)
     assert (packing.count, packing.room) == (sum(LENGTHS), request.param)
     return packing
 
@@ -48,28 +48,53 @@ def test_pack_keeps_the_tokens_and_pad_puts_them_back(packing: Packing) -> None:
 
 
 def test_texts_of_one_length_are_not_copied() -> None:
-    packing, padded = Packing(torch.ones(2, 3, dtype=torch.bool)), random(2, 3, 5)
+    packing, padded = Packing(torch.ones(8, 8, dtype=torch.bool)), random(8, 8, 5)
     row = packing.pack(padded)
-    assert row.shape == (1, 6, 5)
+    assert row.shape == (1, 64, 5)
+    assert row.data_ptr() == packing.for_attention(row)[0].data_ptr() == packing.by_text(row)[0].data_ptr()
     assert row.data_ptr() == padded.data_ptr() == packing.pad(row).data_ptr() == packing.fit(row).data_ptr()
 
 
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 33, 500, 1025, 2047, 4096, 100_003])
 def test_even_rows_have_few_lengths_and_little_room(tokens: int) -> None:
-    """At most a sixteenth more; 16 lengths between one power of two and the next."""
+    """At most a sixteenth or 15 places more, from 64 on; 16 lengths between one power of two and the next."""
     room = Packing(torch.ones(1, tokens, dtype=torch.bool), even=True).room
-    assert tokens <= room <= tokens * 17 / 16
-    assert room % max(1, 2 ** (tokens.bit_length() - 1) // 16) == 0
+    assert tokens <= room <= max(tokens * 17 / 16, tokens + 15, 64)
+    assert room % max(16, 2 ** (tokens.bit_length() - 1) // 16) == 0
+    assert Packing(torch.ones(1, tokens, dtype=torch.bool)).room == max(64, -(-tokens // 16) * 16)
+
+
+@pytest.mark.parametrize(
+    ("length", "places"),
+    [(1, 8), (8, 8), (9, 16), (17, 24), (25, 32), (33, 48), (49, 64), (65, 96), (97, 128), (385, 512)],
+)
+def test_the_places_of_a_text_follow_from_its_own_length(length: int, places: int) -> None:
+    assert padded_length(length) == places
+    alone = Packing(torch.ones(1, length, dtype=torch.bool)).groups
+    mask = torch.arange(512) < torch.tensor([length, 3, length, 512])[:, None]
+    beside = [group for group in Packing(mask).groups if 0 in group.texts.tolist()]
+    assert [group.length for group in (*alone, *beside)] == [places, places]
+    # A mask also where nothing is padded.
+    assert [int(group.mask[0].sum()) for group in (*alone, *beside)] == [length, length]
 
 
 def test_rows_that_are_even_by_chance_are_rows_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many places as the padded batch, but not its places."""
-    monkeypatch.setattr(packing_module, "_ROWS_PER_OCTAVE", 1)
+    monkeypatch.setattr(packing_module, "FEWEST_ROWS", 8)
+    monkeypatch.setattr(packing_module, "ROWS", 8)
     mask = torch.arange(4) < torch.tensor([3, 4])[:, None]
-    packing, padded = Packing(mask, even=True), random(2, 4, 5)
+    packing, padded = Packing(mask), random(2, 4, 5)
     assert packing.room == mask.numel()
     assert torch.equal(packing.pad(packing.pack(padded)), padded * mask[:, :, None])
     assert [len(part) for part in packing.for_attention(packing.pack(padded))] == [2]
+
+
+def test_by_text_holds_every_token_once_and_zeros(packing: Packing) -> None:
+    padded = random(4, 7, 5)
+    (group,), (part,) = packing.groups, packing.by_text(packing.pack(padded))
+    assert group.texts.tolist() == [0, 1, 2, 3]
+    assert torch.equal(part[:, :7], padded * MASK[:, :, None])
+    assert not part[:, 7:].any()
 
 
 def test_gradients_are_those_of_indexing(packing: Packing) -> None:
@@ -81,7 +106,7 @@ def test_gradients_are_those_of_indexing(packing: Packing) -> None:
     def attended(row: Tensor) -> Tensor:
         # As attention does, whatever stands in the padding is masked.
         parts = packing.for_attention(row)
-        kept = [p if g.mask is None else p * g.mask[:, :, None] for p, g in zip(parts, packing.groups, strict=True)]
+        kept = [part * group.mask[:, :, None] for part, group in zip(parts, packing.groups, strict=True)]
         return packing.from_attention([part.cumsum(dim=1) for part in kept])
 
     assert torch.autograd.gradcheck(attended, (row,))
@@ -90,13 +115,13 @@ def test_gradients_are_those_of_indexing(packing: Packing) -> None:
     assert not row.grad[:, packing.count :].any()
 
 
-@pytest.mark.parametrize("places_per_call", [0, 3, 1000])
+@pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("causal", [False, True])
 def test_a_token_meets_only_its_own_text(
-    monkeypatch: pytest.MonkeyPatch, packing: Packing, causal: bool, places_per_call: int
+    monkeypatch: pytest.MonkeyPatch, packing: Packing, causal: bool, groups: int
 ) -> None:
-    monkeypatch.setattr(packing_module, "_PLACES_PER_CALL", places_per_call)
-    assert len(packing.groups) == {0: 4, 3: 2, 1000: 1}[places_per_call]
+    monkeypatch.setattr(packing_module, "padded_length", lambda length: 8 if groups == 1 else length)
+    assert len(packing.groups) == groups
     query, key, value = (random(4, 7, 2, 3, seed=seed) for seed in range(3))
 
     def attended(*padded: Tensor) -> Tensor:

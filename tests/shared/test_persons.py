@@ -117,6 +117,22 @@ def test_the_bound_is_reached_and_by_records_it_would_be_crossed() -> None:
     assert float(torch.cat([part.flatten() for part in by_record.sums]).norm()) == pytest.approx(20 * CLIP_MARGIN)
 
 
+def test_a_person_counts_the_same_to_the_last_bit_in_any_company() -> None:
+    """Records of very different length, in any cut and order: the others' part of the sum does not move at all."""
+    generator = torch.Generator().manual_seed(0)
+    gradients = (
+        torch.randn(40, 3, generator=generator)
+        * torch.logspace(-6, 6, 40)[torch.randperm(40, generator=generator)][:, None]
+    )
+    groups = [list(range(begin, 40, 4)) for begin in range(4)]
+    everyone, _ = person_sum(gradients, groups, cut(range(40), [3, 11, 30]))
+    for person, group in enumerate(groups):
+        rest = groups[:person] + groups[person + 1 :]
+        without, _ = person_sum(gradients, rest, cut([*chain(*rest)][::-1], [1, 2, 20]))
+        alone, _ = person_sum(gradients, [group], [group])
+        assert torch.equal(everyone - without, alone)
+
+
 def test_a_person_counts_with_the_mean_of_their_records() -> None:
     gradients = torch.tensor([[0.3, 0.0, 0.0], [0.1, 0.4, 0.0], [0.0, 0.0, 0.5], [float("inf"), 0.0, 0.0]])
     summed, total = person_sum(gradients, [[0, 1], [2, 3]], [[0, 2], [3, 1]])
