@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.config import PERSON_UNITS, ComputeConfig, Name, Section, Unit
+from shared.config import PERSON_UNITS, ComputeConfig, Delta, Name, Section, Unit
 from shared.datasets import PERSON_ROLE, DataSource
 
 
@@ -18,7 +18,7 @@ class BudgetConfig(Section):
     `privacy.unit` are accepted. It cannot change once something was charged; see docs/decisions/0010."""
     epsilon: float = Field(gt=0)
     """All releases from this data set together stay below this."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: Delta = 1e-5
     """At this failure probability; a job with a weaker one is refused."""
     composition: Literal["adaptive", "fixed"] = "fixed"
     """`adaptive`: holds also if a run is planned after seeing the results of earlier ones, and allows fewer steps.

@@ -17,14 +17,13 @@ from server.central import CentralPrivacy
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over, require_public_records
 from server.observer import Observer
-from server.report import write_report
+from server.report import write_report_if_possible
 from server.roster import Authority
 from server.rounds import Coordinator, run_rounds
 from server.run_folder import RunFolder
 from shared import adapters
 from shared.batches import Example
 from shared.config import ComputeConfig, Job
-from shared.errors import SilotuneError
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
 from shared.tasks import Evaluation, Record
@@ -107,7 +106,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
             checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
         except BaseException:
             # What went wrong first is what matters, for example a full disk.
-            with contextlib.suppress(SilotuneError):
+            with contextlib.suppress(Exception):
                 _write_unfinished(run, folder, central)
             raise
         folder.write_privacy(checkpoint, central.release() if central else None)
@@ -115,9 +114,9 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         folder.write_result(checkpoint, runtime, evaluator(checkpoint.result))
         complete = is_over(checkpoint, run.job)
         folder.write_run_info("completed" if complete else "stopped", run.details)
-        if run.report:
-            write_report(run.folder)
         run.finished = checkpoint
+        if run.report:
+            write_report_if_possible(run.folder)
         return checkpoint
 
 

@@ -20,8 +20,23 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from shared.errors import ConfigError
+from shared.limits import (
+    MAX_EPSILON,
+    MAX_LABELS,
+    MAX_NOISE_MULTIPLIER,
+    MAX_SITES,
+    MAX_STEPS,
+    MIN_DELTA,
+    MIN_EPSILON,
+    MIN_NOISE_MULTIPLIER,
+    MIN_SAMPLE_RATE,
+)
 
 Probability = Annotated[float, Field(gt=0, le=1)]
+SampleRate = Annotated[float, Field(ge=MIN_SAMPLE_RATE, le=1)]
+NoiseMultiplier = Annotated[float, Field(ge=MIN_NOISE_MULTIPLIER, le=MAX_NOISE_MULTIPLIER)]
+Epsilon = Annotated[float, Field(ge=MIN_EPSILON, le=MAX_EPSILON)]
+Delta = Annotated[float, Field(ge=MIN_DELTA, lt=1)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Unit = Literal["record", "patient", "customer"]
@@ -119,7 +134,7 @@ class TaskConfig(Section):
     """`sequence_classification` (a label for a text), `token_classification` (a tag for each word), `pair_matching` (whether two
     texts belong together), `regression` (a number for a text), `causal_lm` (the next token; GPT-2), `replies` (a response to a
     prompt; GPT-2), `image_classification` (a label for an image)."""
-    labels: tuple[str, ...] = ()
+    labels: tuple[str, ...] = Field(default=(), max_length=MAX_LABELS)
     """Names in the order of the logits: classes of `sequence_classification` and `image_classification`; IOB tags of
     `token_classification`, "O" among them; of `pair_matching` two, the second for a match. The other kinds have none."""
     # Not written out where it is not set: jobs of older versions keep their hash.
@@ -250,6 +265,15 @@ class TrainingConfig(Section):
     early_stopping: EarlyStoppingConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.planned_steps > MAX_STEPS:
+            raise ValueError(
+                f"rounds x local_steps is {self.planned_steps:,} ({self.rounds:,} x {self.local_steps:,}); at most {MAX_STEPS:,} "
+                "steps can be planned and accounted for. Lower one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_warmup(self) -> Self:
         if self.warmup_steps >= self.planned_steps:
             raise ValueError(
@@ -271,9 +295,9 @@ MIN_CENTRAL_SITES = 100
 class CentralConfig(Section):
     """Noise that a trusted coordinator adds over many sites; see `shared.privacy.central`."""
 
-    num_sites: int = Field(ge=1, le=10_000_000)
+    num_sites: int = Field(ge=1, le=MAX_SITES)
     """N: declared (public) number of sites, at least 100. The noisy sum is divided by `site_sample_rate` times this."""
-    site_sample_rate: Probability = 0.5
+    site_sample_rate: SampleRate = 0.5
     """q: probability with which each site enters a round, by a secret coin of the coordinator (Poisson sampling)."""
     clip_norm: float = Field(default=0.1, gt=0, le=1e6)
     """S: the largest L2 norm of one site's update over adapter and head together, in the first round."""
@@ -308,15 +332,15 @@ class PrivacyConfig(Section):
     records_per_person: int | None = Field(default=None, ge=1, le=1000, exclude_if=lambda value: value is None)
     """G: at most so many records of each patient or customer enter a step, drawn anew each time; their mean gradient is
     clipped. It bounds time and memory; epsilon does not depend on it. Only, and always, with these units."""
-    epsilon: float = Field(default=8.0, gt=0)
+    epsilon: Epsilon = 8.0
     """Target for a site that executes every planned step and releases all of `site_metrics`."""
-    delta: float = Field(default=1e-5, gt=0, lt=1)
+    delta: Delta = 1e-5
     """Failure probability; must be far below 1 / number of records (or patients, customers)."""
-    sample_rate: Probability = 0.05
+    sample_rate: SampleRate = 0.05
     """q: probability with which each record (or patient, customer) enters a step (Poisson sampling)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """C: the largest L2 norm of the gradient of one record (or patient, customer) over adapter and head together."""
-    noise_multiplier: float | None = Field(default=None, ge=0.2, le=1e4)
+    noise_multiplier: NoiseMultiplier | None = None
     """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps (`central`: site_sample_rate, rounds)."""
     central: CentralConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
@@ -353,7 +377,7 @@ class SiteMetricsConfig(Section):
 
     names: tuple[Literal["accuracy", "confusion", "loss"], ...] = ()
     """What is asked for; none: nothing but updates leaves a site. A site's policy may forbid any of them."""
-    noise_multiplier: float = Field(default=10.0, ge=0.2, le=1e4)
+    noise_multiplier: NoiseMultiplier = 10.0
     """Standard deviation of the noise on every count, where one record is one vote. Part of the job's epsilon."""
     largest_loss: float = Field(default=5.0, gt=0)
     """Of `loss`: a record's loss is cut here, so that one record cannot move the mean by more."""
@@ -397,9 +421,9 @@ UpdateDtype = Literal["float32", "bfloat16", "int8"]
 class FederationConfig(Section):
     """Who takes part in a round, how long the coordinator waits, and in which form updates come."""
 
-    min_sites: int = Field(default=1, ge=1)
+    min_sites: int = Field(default=1, ge=1, le=MAX_SITES)
     """A round with fewer valid replies is not aggregated and the run stops."""
-    sites_per_round: int | None = Field(default=None, ge=1)
+    sites_per_round: int | None = Field(default=None, ge=1, le=MAX_SITES)
     """Number of sites drawn for each round; None asks all of them."""
     round_timeout_seconds: float = Field(default=3600.0, gt=0)
     """After this long a round goes on without the sites that have not answered."""
@@ -629,6 +653,9 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "missing":
         return f"{where} is missing"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    for limit in detail.get("ctx", {}).values():
+        if isinstance(limit, float) and 0 < limit < 1e-3:  # else written with all its zeros
+            message = f"{message.rsplit(' ', 1)[0]} {limit:g}"
     found = detail.get("input")
     shown = "" if isinstance(found, dict | BaseModel) or found is None else f" (found {found!r})"
     return f"{where}: {message}{shown}"

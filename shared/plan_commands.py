@@ -339,7 +339,7 @@ def _document(
         "format": FORMAT,
         "relation": relation(unit),
         "unit": unit,
-        "accountant": "PLD (dp-accounting)",
+        "accountant": "PLD",
         "sampling": "poisson",
         "job": None if job is None else {"name": job.name, "sha256": job.sha256},
         "sweep": sweep,

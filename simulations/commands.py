@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from server.early_stopping import is_over, stopped_early
-from server.report import write_report
+from server.report import write_report_if_possible
 from server.run_folder import peak_rss_mb
 from shared.errors import RunError
 from shared.privacy.statement import rounded_up
@@ -98,7 +98,7 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     if complete and scenario.job.privacy.mechanism != "none":
         with console.status("auditing the mechanism on canaries"):
             audit_run_mechanism(folder)
-        write_report(folder)
+        write_report_if_possible(folder)
     figures = summary(folder, scenario, seconds=time.monotonic() - started)
     if as_json:
         typer.echo(json.dumps(figures))

@@ -20,7 +20,7 @@ from server.app import Run, make_server_app
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over, require_public_records
 from server.observer import Observer
-from server.report import write_report
+from server.report import write_report_if_possible
 from server.run_folder import check_run_folder
 from shared.atomic import write_text
 from shared.config import PERSON_UNITS, Job, canonical_json
@@ -103,7 +103,7 @@ def run_scenario(
         if not (resume and _is_complete(arm)):
             _run_arm(scenario, arm, test, fold, observer, resume, None, injected_seed)
     if arms[1:] or stop_after is not None:  # else it is written already
-        write_report(folder)
+        write_report_if_possible(folder)
     return finished
 
 
@@ -346,7 +346,7 @@ def _run_arm(
     if run.finished is None:
         raise RunError(f"the {scenario.simulation.backend} backend ended without a result; its log says why.")
     if stop_after is None:
-        write_report(arm.folder)
+        write_report_if_possible(arm.folder)
     return run.finished
 
 

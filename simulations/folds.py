@@ -16,7 +16,7 @@ from typing import Any
 
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over
-from server.report import write_report
+from server.report import write_report_if_possible
 from shared.atomic import write_json
 from shared.errors import PrivacyError
 from simulations.engine import FEDERATED, MakeObserver, run_scenario
@@ -62,7 +62,7 @@ def run_folds(
     arms = {arm: _by_metric(places, arm) for arm in [FEDERATED, *scenario.baselines.arms]}
     test_records = [len(fold.test) for fold in folds]
     write_json(folder / FOLDS_FILE, {"folds": len(folds), "test_records": test_records, "arms": arms})
-    write_report(folder)
+    write_report_if_possible(folder)
     return finished[0]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over
 from server.ensembles import composed_privacy, open_ensemble
-from server.report import write_report
+from server.report import write_report_if_possible
 from shared.atomic import write_json
 from shared.ensembles import can_be_averaged
 from shared.tasks import Record
@@ -42,7 +42,7 @@ def run_repeats(
         places = {arm: [_folder_of(place, arm) for place in folders.values()] for arm in arms}
         summary["ensembles"] = {arm: _ensemble(runs, scenario, test) for arm, runs in places.items()}
     write_json(folder / "repeats.json", summary)
-    write_report(folder)
+    write_report_if_possible(folder)
     return finished
 
 

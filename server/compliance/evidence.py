@@ -138,7 +138,7 @@ def accountant_section(facts: Facts) -> Section:
     blocks: list[Block] = [
         Paragraph(
             text="For this report every epsilon was computed anew from what was executed, by two accountants of different "
-            "construction: privacy loss distributions (PLD, dp-accounting) and the PRV accountant of Opacus. PLD is what is "
+            "construction: privacy loss distributions (PLD) and the PRV accountant of Opacus. PLD is what is "
             "stated. PRV is itself only right to about 0.01."
         )
     ]

@@ -16,7 +16,6 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,9 @@ from server.run_folder import load_job
 from server.submission import Submission
 from shared.config import Job
 from shared.errors import PrivacyError, RunError, TrustError
-from shared.privacy.accounting import GaussianSteps, check_delta, prv_epsilon
+from shared.privacy.accounting import GaussianSteps, check_delta
 from shared.privacy.central_statement import central_statement
+from shared.privacy.cross_check import prv_cross_check
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease, Statement, run_statement, site_statement
 from shared.signed_folder import SIGNATURE_FILE, verify_folder
@@ -175,16 +175,12 @@ def _later_fields(record: PrivacyRecord) -> dict[str, Any]:
     return {name: extra[name] for name in names if type(extra[name]) is int}
 
 
-@lru_cache(maxsize=1024)
 def _prv(events: tuple[GaussianSteps, ...], delta: float) -> float | None:
     steps: Counter[tuple[float, float]] = Counter()
     for event in events:
         steps[event.noise_multiplier, event.sample_rate] += event.steps
     merged = [GaussianSteps(noise_multiplier=s, sample_rate=q, steps=count) for (s, q), count in steps.items()]
-    try:
-        return prv_epsilon(merged, delta)
-    except (ValueError, RuntimeError, ArithmeticError):  # outside the range of its mesh
-        return None
+    return prv_cross_check(merged, delta).epsilon
 
 
 def _guarantees(sites: Sequence[SiteFacts], job: Job, *, stopped_early: bool) -> tuple[Guarantee, ...]:

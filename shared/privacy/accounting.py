@@ -1,47 +1,61 @@
 """Epsilon of Poisson-subsampled Gaussian steps, by privacy loss distributions (PLD).
 
 Formal guarantees
-    * `compose_epsilon` is an upper bound on epsilon, at the given delta, of running all the given events one
-      after the other on one data set, under the add-or-remove-one relation, against an observer of every
-      noisy sum (test: tests/shared/test_accounting.py, table of published noise multipliers; cross-check
-      against the PRV accountant of Opacus).
-    * `calibrate_noise_multiplier` returns a noise multiplier whose epsilon, by the same function, is at most
-      the target, and `affordable_steps` a number of steps (same tests). Estimates only decide where the searches look first.
+    * `compose_epsilon` is an upper bound on epsilon, at every delta from 1e-30 on, of running all the given events one after
+      the other on one data set, under the add-or-remove-one relation, against an observer of every noisy sum; the rounding of
+      the computation is bounded and part of it (tests/shared/test_loss_distribution.py, against exact answers;
+      tests/shared/test_accounting.py, table of published noise multipliers and the PRV accountant of Opacus).
+    * `calibrate_noise_multiplier` returns a noise multiplier whose epsilon, by the same function, is at most the target, and
+      `affordable_steps` a number of steps (same tests). Estimates only decide where the searches look first.
+    * Every answer, a refusal included, comes within seconds and a few hundred megabytes: what would take longer has no epsilon
+      that says anything, and is answered by `inf` (tests/shared/test_accounting.py::test_extremes_are_answered_in_time).
 
-Sources: Koskela, Jälkö, Honkela 2020 and Doroshenko et al. 2022 (PLD, `dp-accounting`); Gopi, Lee, Wutschitz
-2021 (PRV, Opacus); Bu, Dong, Long, Su 2020 (the central limit of many steps, from which searches start).
+Sources: Koskela, Jälkö, Honkela 2020 and Doroshenko et al. 2022 (PLD); Gopi, Lee, Wutschitz 2021 (PRV, Opacus); Bu, Dong,
+Long, Su 2020 (the central limit of many steps, from which searches start).
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import lru_cache, reduce
+from functools import lru_cache
 
 from scipy.optimize import bisect
 from scipy.special import log_ndtr, ndtr
 
 from shared.errors import PrivacyError
+from shared.limits import (
+    MAX_EPSILON,
+    MAX_NOISE_MULTIPLIER,
+    MAX_STEPS,
+    MIN_DELTA,
+    MIN_NOISE_MULTIPLIER,
+    MIN_SAMPLE_RATE,
+)
 from shared.privacy.crossing import crossing
-from shared.privacy.loss_distribution import LossDistribution
+from shared.privacy.loss_distribution import composed_epsilon, largest_loss
 
-# Width of one cell of the discretised privacy loss. The discretisation is pessimistic: a wider cell gives a larger
-# epsilon. Against cells of 1e-4, cells of 1e-3 add up to 0.01 to epsilon at very small rates and many steps, usually less
-# than 1e-4, and take a tenth of the time.
+# Widest cell of the discretised privacy loss. The discretisation is pessimistic: a wider cell gives a larger epsilon, here by
+# less than 1e-3 as a rule. Where one step loses little, cells are narrower: at most half of its standard deviation.
 PLD_DISCRETIZATION = 1e-3
+_CELLS_PER_DEVIATION = 2
+# Most cells of a composition, about: beyond them cells are wider, which only tells where epsilon is in the hundreds, or where
+# steps that lose much and steps that lose little are composed.
+_MOST_CELLS = 1 << 18
+_DEVIATIONS = 20  # width of a composition, about
+_USUAL_TAIL = 10.0  # standard deviations of the noise
 # Relative accuracy of the calibrated noise multiplier; the returned value always errs on the private side.
 SIGMA_TOLERANCE = 1e-4
-# Below this the accountant is slow and the claim is without meaning; more noise than asked for is never wrong.
-MIN_NOISE_MULTIPLIER = 0.2
-_MAX_NOISE_MULTIPLIER = 10_000
 # By which calibration stays below the target, relative: another processor may round otherwise, and must not find it exceeded.
 _ROUNDING = 1e-6
 # Of `decimals`: above 10 a noise multiplier is the least up to this share.
 _DIGITS_SLACK = 1e-5
-MOST_STEPS = 1 << 24
+MAX_MEAN_LOSS = 1000.0
+"""Mean privacy loss above which no epsilon is computed: it would be of about that size, and take gigabytes."""
+# Below this a step hides nothing; above the other one the accountant counts less noise than there is.
+_LEAST_ACCOUNTED, _MOST_ACCOUNTED = 1e-3, 1e5
 # Of the grid on which a search for noise begins, in units of epsilon; no number that is returned was found on it alone.
 _COARSE_CELL, _COARSEST_CELL, _COARSE_SLACK, _COARSE_STEPS = 1e-2, 0.05, 3e-3, 2000
 
@@ -72,9 +86,17 @@ class GaussianSteps:
 
 
 def check_delta(delta: float) -> None:
-    """Raise `PrivacyError` unless `delta` lies strictly between 0 and 1."""
-    if not 0 < delta < 1:
-        raise PrivacyError(f"delta is {delta}; expected a number strictly between 0 and 1, for example 1e-5.")
+    """Raise `PrivacyError` unless `delta` lies between 1e-30 and 1, strictly below 1."""
+    if not MIN_DELTA <= delta < 1:
+        raise PrivacyError(f"delta is {delta}; expected a number from {MIN_DELTA:g} to below 1, for example 1e-5.")
+
+
+def check_epsilon(epsilon: float) -> None:
+    """Raise `PrivacyError` unless `epsilon` is a target that can be asked for."""
+    if not 0 < epsilon <= MAX_EPSILON:
+        raise PrivacyError(
+            f"epsilon is {epsilon:g}; expected a number above 0 and at most {MAX_EPSILON:g}, for example 8."
+        )
 
 
 def compose_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:
@@ -91,29 +113,45 @@ def compose_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:
     return _epsilon_on_grid(events, delta, PLD_DISCRETIZATION)
 
 
-def _epsilon_on_grid(events: Iterable[GaussianSteps], delta: float, cell: float) -> float:
+def mean_loss(event: GaussianSteps) -> float:
+    """Return an upper bound on the mean privacy loss: KL is convex in the mixture, and at most chi-square."""
+    sigma, rate = event.noise_multiplier, event.sample_rate
+    return event.steps * min(rate / (2 * sigma**2), rate**2 * math.expm1(min(1 / sigma**2, 700.0)))
+
+
+def _epsilon_on_grid(events: Iterable[GaussianSteps], delta: float, widest: float) -> float:
     merged: Counter[tuple[float, float]] = Counter()
     for event in events:
-        merged[(event.noise_multiplier, event.sample_rate)] += event.steps
+        if event.steps and event.noise_multiplier < _LEAST_ACCOUNTED:
+            return math.inf
+        # Monotone in both: the accountant may count less noise and a higher rate.
+        counted = (min(event.noise_multiplier, _MOST_ACCOUNTED), max(event.sample_rate, MIN_SAMPLE_RATE))
+        merged[counted] += event.steps
     key = tuple(sorted((sigma, q, steps) for (sigma, q), steps in merged.items() if steps))
-    return _compose_epsilon(key, delta, cell) if key else 0.0
+    return _compose_epsilon(key, delta, widest) if key else 0.0
 
 
 @lru_cache(maxsize=4096)
-def _compose_epsilon(events: tuple[tuple[float, float, int], ...], delta: float, cell: float) -> float:
-    composed = reduce(LossDistribution.compose, (_steps_pld(*event, cell) for event in events))
-    return composed.epsilon(delta)
+def _compose_epsilon(events: tuple[tuple[float, float, int], ...], delta: float, widest: float) -> float:
+    total = sum(mean_loss(GaussianSteps(noise_multiplier=sigma, sample_rate=q, steps=n)) for sigma, q, n in events)
+    if total > MAX_MEAN_LOSS:
+        return math.inf
+    cell = _cell(events, total, widest)
+    found = composed_epsilon(events, delta, cell)
+    # Both are upper bounds: for few steps that lose next to nothing, rounding tells more than the width of cells.
+    return min(found, composed_epsilon(events, delta, widest)) if cell < widest else found
 
 
-@lru_cache(maxsize=4)
-def _steps_pld(sigma: float, q: float, steps: int, cell: float) -> LossDistribution:
-    return _step_pld(sigma, q, cell).self_compose(steps)
-
-
-# Every round asks for the same step.
-@lru_cache(maxsize=4)
-def _step_pld(sigma: float, q: float, cell: float) -> LossDistribution:
-    return LossDistribution.of_one_step(sigma, q, cell)
+def _cell(events: tuple[tuple[float, float, int], ...], total_mean_loss: float, widest: float) -> float:
+    """Return the width of cells: `widest` times a power of two, so that steps of one mechanism share a grid."""
+    deviations = (
+        1 / sigma if q == 1 else q * math.sqrt(math.expm1(min(1 / sigma**2, 700.0))) for sigma, q, _ in events
+    )
+    wanted = min(widest, *(deviation / _CELLS_PER_DEVIATION for deviation in deviations))
+    width = _DEVIATIONS * math.sqrt(2 * total_mean_loss)
+    width = max(width, *(largest_loss(sigma, q, True, _USUAL_TAIL) for sigma, q, _ in events))
+    power = max(math.floor(math.log2(wanted / widest)), math.ceil(math.log2(width / _MOST_CELLS / widest)))
+    return float(widest * 2.0**power)
 
 
 @lru_cache(maxsize=256)
@@ -135,12 +173,11 @@ def calibrate_noise_multiplier(
         PrivacyError: if a parameter is out of range or the target cannot be reached with any sensible noise.
     """
     check_delta(delta)
-    if not (math.isfinite(epsilon) and epsilon > 0):
-        raise PrivacyError(f"epsilon is {epsilon}; expected a finite number above 0, for example 8.")
+    check_epsilon(epsilon)
     if not 0 < sample_rate <= 1:
         raise PrivacyError(f"sample_rate is {sample_rate}; expected a probability in (0, 1].")
-    if steps < 1:
-        raise PrivacyError(f"steps is {steps}; at least one step is needed to calibrate noise.")
+    if not 1 <= steps <= MAX_STEPS:
+        raise PrivacyError(f"steps is {steps:,}; noise can be calibrated for 1 to {MAX_STEPS:,} of them.")
     if others and (fixed := compose_epsilon(others, delta)) >= epsilon:
         raise PrivacyError(
             f"what the plan releases besides its steps alone costs epsilon {fixed:.4g}, the target is {epsilon:g}. Raise "
@@ -156,7 +193,7 @@ def calibrate_noise_multiplier(
             step = GaussianSteps(noise_multiplier=n / scale, sample_rate=sample_rate, steps=steps)
             return _epsilon_on_grid([step, *others], delta, cell)
 
-        least, most = math.ceil(MIN_NOISE_MULTIPLIER * scale), _MAX_NOISE_MULTIPLIER * scale
+        least, most = math.ceil(MIN_NOISE_MULTIPLIER * scale), int(MAX_NOISE_MULTIPLIER) * scale
         slope = -(1 + 0.7 * (scale / guess) ** 2)  # seen over many settings; the limit's is close for much noise only
         return crossing(cost, target, rising=False, least=least, most=most, guess=guess, slope=slope, slack=slack)[1]
 
@@ -166,7 +203,7 @@ def calibrate_noise_multiplier(
     if coarse > PLD_DISCRETIZATION and steps <= _COARSE_STEPS:
         found = search(found, _COARSE_SLACK, coarse)
     found = search(found, SIGMA_TOLERANCE if decimals is None else _DIGITS_SLACK, PLD_DISCRETIZATION)
-    if found > _MAX_NOISE_MULTIPLIER * scale:
+    if found > int(MAX_NOISE_MULTIPLIER) * scale:
         raise PrivacyError(
             f"epsilon {epsilon} at delta {delta} needs a noise multiplier above 10,000 for {steps} steps at "
             f"sample_rate {sample_rate}. Raise epsilon, or lower the number of steps or sample_rate."
@@ -198,7 +235,7 @@ def affordable_steps(
     if budget <= 0:
         return 0
     guess = likely_steps(past, noise_multiplier=noise_multiplier, sample_rate=sample_rate, budget=budget, delta=delta)
-    return crossing(cost, budget, rising=True, least=1, most=MOST_STEPS, guess=guess)[0]
+    return crossing(cost, budget, rising=True, least=1, most=MAX_STEPS, guess=guess)[0]
 
 
 # --- where to look first ---
@@ -210,17 +247,20 @@ def likely_steps(
     """Return an estimate of `affordable_steps`, at least 1: where to look first, never an answer."""
     step = GaussianSteps(noise_multiplier=noise_multiplier, sample_rate=sample_rate, steps=1)
     left = _limit_mu(budget, delta) ** 2 - sum(map(_limit_mu_squared, spent))
-    return min(max(left / _limit_mu_squared(step), 1.0), float(MOST_STEPS))
+    return min(max(left / _limit_mu_squared(step), 1.0), float(MAX_STEPS))
 
 
 def _limit_mu(epsilon: float, delta: float) -> float:
-    """Return the mu of the Gaussian mechanism that is (epsilon, delta)-DP (Dong, Roth, Su 2022, corollary 2.13)."""
+    """Return the mu of the Gaussian mechanism that is (epsilon, delta)-DP (Dong, Roth, Su 2022, corollary 2.13), about."""
 
     def excess(log_mu: float) -> float:
         mu = math.exp(log_mu)
         return float(ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu)) - delta)
 
-    return math.exp(float(bisect(excess, math.log(1e-6), math.log(1e3), xtol=1e-3)))
+    least, most = math.log(1e-6), math.log(1e3)
+    if excess(least) >= 0 or excess(most) <= 0:
+        return math.exp(least if excess(least) >= 0 else most)
+    return math.exp(float(bisect(excess, least, most, xtol=1e-3)))
 
 
 def _limit_mu_squared(event: GaussianSteps) -> float:
@@ -233,21 +273,3 @@ def _limit_sigma(mu: float, sample_rate: float, steps: int, others: Iterable[Gau
     """Return the noise multiplier that, in the limit, leaves `steps` steps what `others` leave of `mu`."""
     left = max(mu**2 - sum(map(_limit_mu_squared, others)), 1e-3 * mu**2) / steps
     return 1 / math.sqrt(left if sample_rate == 1 else math.log1p(left / sample_rate**2))
-
-
-def prv_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:
-    """Return epsilon by the PRV accountant of Opacus: an independent check of `compose_epsilon`, upper bound."""
-    return _prv_epsilon(tuple(event for event in events if event.steps), delta)
-
-
-@lru_cache(maxsize=1024)  # the sites of a run mostly executed the same
-def _prv_epsilon(events: tuple[GaussianSteps, ...], delta: float) -> float:
-    from opacus.accountants import PRVAccountant
-
-    accountant = PRVAccountant()
-    accountant.history = [(e.noise_multiplier, e.sample_rate, e.steps) for e in events]
-    if not events:
-        return 0.0
-    # Opacus logs a warning about its own mesh; the caller compares the two numbers instead.
-    logging.getLogger("opacus").setLevel(logging.ERROR)
-    return float(accountant.get_epsilon(delta=delta))

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from shared.ledger_export import LedgerExport
+from shared.limits import MAX_NOISE_MULTIPLIER, MAX_STEPS
 from shared.privacy.accounting import GaussianSteps, likely_steps
 from shared.privacy.crossing import crossing
-from shared.privacy.planning import MAX_NOISE_MULTIPLIER, MAX_STEPS, SIGMA_DECIMALS
+from shared.privacy.planning import SIGMA_DECIMALS
 
 NUM_RUNS = 3
 """This run and the next two like it."""

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.config import finite_or_none
-from shared.privacy.accounting import GaussianSteps, compose_epsilon, prv_epsilon
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin
-from shared.privacy.statement import STOPPED_EARLY, Statement, relation, rounded_up
+from shared.privacy.statement import ACCOUNTANT, STOPPED_EARLY, Statement, relation, rounded_up
 
 SITE_RELATION = relation("site")
 NOT_COVERED_CENTRAL = (
@@ -86,6 +87,7 @@ def central_statement(release: CentralRelease, run: str, *, stopped_early: bool 
 
 def central_privacy_record(release: CentralRelease, run: str) -> dict[str, Any]:
     """Return the content of the coordinator's `privacy.json`: enough to recompute epsilon with an accountant alone."""
+    check = prv_cross_check(release.events, release.delta) if release.protected else CrossCheck()
     last = release.events[-1] if release.events else None
     return {
         "released_by": "coordinator",
@@ -105,8 +107,9 @@ def central_privacy_record(release: CentralRelease, run: str) -> dict[str, Any]:
         "rounds": list(release.rounds),
         "epsilon_budget": finite_or_none(release.epsilon_planned),
         "epsilon_spent": finite_or_none(release.epsilon) if release.protected else None,
-        "epsilon_spent_prv": finite_or_none(prv_epsilon(release.events, release.delta)) if release.protected else None,
-        "accountant": "PLD (dp-accounting), cross-checked with PRV (Opacus)",
+        "epsilon_spent_prv": check.epsilon,
+        "epsilon_spent_prv_missing": check.reason,
+        "accountant": ACCOUNTANT,
         "randomness": release.randomness,
         "private": True,
         "events": [

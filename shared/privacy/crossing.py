@@ -3,9 +3,11 @@
 The cost is slow (an epsilon of many steps), nearly a straight line in logarithms, and dearest far from the answer. So the
 search starts from a guess, walks by secants of the logarithms, and bisects only between numbers that it has evaluated.
 
-Formal guarantee
+Formal guarantees (tests: tests/shared/test_crossing.py)
     * Both numbers of the answer were evaluated, or lie just outside [least, most]: how good the guess is decides how long it
-      takes, never on which side of the budget they are (tests/shared/test_crossing.py).
+      takes, never on which side of the budget they are (test_both_sides_of_any_monotone_cost).
+    * The search ends whatever the cost: between two numbers that were evaluated every third evaluation at the latest halves the
+      interval in logarithms, and before that the strides grow (test_the_search_ends_soon_for_any_cost).
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Callable
 
 _LONGEST_STRIDE = 1.0  # in log n, at first: too far off, one evaluation would take gigabytes
 _GROWTH = 4.0  # of the margin beyond the expected root, as long as the cost does not cross there
+_PATIENCE = 2  # secants that may fail to halve the interval before it is bisected
 
 
 def crossing(
@@ -44,6 +47,7 @@ def crossing(
     slope = slope or (0.7 if rising else -1.2)
     logs: dict[int, float] = {}
     number, streak, last = _between(guess, low, high), 0, None
+    secants, halved = 0, math.inf
     while True:
         value = cost(number)
         logs[number] = math.log(value) if 0 < value < math.inf else math.nan
@@ -53,13 +57,17 @@ def crossing(
             return low, high
         streak = streak + 1 if crossed is last else 0
         last = crossed
-        if streak >= 2 and low in logs and high in logs:
-            number = _between(math.sqrt(low * high), low, high)
-            continue
+        if low in logs and high in logs:
+            width = math.log(high / low)
+            secants, halved = (0, width) if width <= halved / 2 else (secants + 1, halved)
+            # A cost of 0 or infinity has no logarithm, so no secant leads from it.
+            if secants >= _PATIENCE or not math.isfinite(logs[number]):
+                number = _between(math.sqrt(low * high), low, high)
+                continue
         limit = _LONGEST_STRIDE * 2 ** min(streak, 4)
         root = number * math.exp(min(max(_stride(logs, number, math.log(budget), slope, crossed), -limit), limit))
         # A little beyond the root, so that the interval closes from its other side too.
-        margin = max(root * slack / 3, 0.5) * _GROWTH**streak
+        margin = max(root * slack / 3, 0.5) * _GROWTH ** min(streak, 32)
         number = _between(root - margin if crossed else root + margin, low, high)
 
 

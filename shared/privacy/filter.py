@@ -53,6 +53,7 @@ from scipy.optimize import brentq, minimize_scalar
 from scipy.special import logsumexp
 
 from shared.errors import PrivacyError
+from shared.limits import MAX_STEPS
 from shared.privacy.accounting import GaussianSteps, affordable_steps, check_delta, compose_epsilon
 
 Composition = Literal["adaptive", "fixed"]
@@ -69,7 +70,6 @@ _LARGEST_SPEND = 1e6
 # The orders are the one that is best for plain Gaussian noise, and this share of it: sampling a small part of the
 # records with little noise makes lower orders better (docs/decisions/0008).
 _LOWER_ORDER = 0.6
-_MOST_STEPS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class SpendingRule:
             return _spend(past + steps * more, self.delta, self.orders) <= cap
 
         low, high = 0, 1  # `low` steps fit, or it is 0
-        while fits(high) and high < _MOST_STEPS:
+        while fits(high) and high < MAX_STEPS:
             low, high = high, high * 2
         while high - low > 1:
             middle = (low + high) // 2

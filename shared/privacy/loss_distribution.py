@@ -1,149 +1,341 @@
-"""Privacy loss distributions of dp-accounting, with its three loops over single cells as array arithmetic.
+"""Privacy loss distributions of Poisson-subsampled Gaussian steps, composed so that every error of the arithmetic is bounded.
 
-The distributions are dp-accounting's own objects: its grid, its pessimistic discretisation (connect the dots), its
-composition, its truncation of tails into the mass of infinite loss. Written anew, from the same formulas, is what it
-computes one cell at a time in Python, which takes nine tenths of the time: at which noise a loss is met, the Chernoff bounds
-on the support of a composition, and the sum over the tail from which epsilon follows.
+One step is discretised by connecting the dots, which is pessimistic, on a grid of cells of one width. Many steps are composed
+by Fourier transforms, whose rounding is of one size in all cells: as they stand, cells with less mass than that, the very
+ones that decide at a small delta, would be noise. So each distribution is first tilted, multiplied by exp(lambda loss), which
+moves its weight to where delta is decided. What rounding may still have taken away is bounded and added to delta before
+epsilon is found.
 
 Formal guarantee
-    * Grid, tails and transforms are dp-accounting's: probabilities agree to 1e-12, and epsilon to 1e-7 at a delta of 1e-6 or
-      more; at smaller ones the rounding of transforms shows in both (tests/shared/test_loss_distribution.py).
+    * `composed_epsilon` is an upper bound at every delta from 1e-30 on, whatever was lost to rounding and to cut tails:
+      against the closed form of the Gaussian mechanism, against one step in 40 digits, against sums of positive terms in place
+      of transforms, and against dp-accounting where its own rounding allows (tests/shared/test_loss_distribution.py).
 
-Sources: Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022 (connect the dots); Koskela, Jälkö, Honkela 2020 (Fourier
-transform); `dp_accounting.pld`, whose functions each docstring names.
+How delta(epsilon) is bounded. Let c be the tilted composition as computed, K = sum of T log Z the logarithm of what tilting
+took out, w(l) = exp(K - lambda l) (1 - exp(epsilon - l)), for l > epsilon, what the mass of a cell counts. Then delta is at most
+    sum of c w + infinite mass + mass above the window (Chernoff)
+    + |rounding of the transforms|_2 |w|_2 (Cauchy, Schwarz; for the first Higham 2002, theorem 24.2)
+    + max w (rounding of one step's cells, in L1, T times; mass below the window (Chernoff), which wraps around).
+Mass that wraps around from above is counted twice, which only adds. Why so: docs/decisions/0016.
+
+Sources: Doroshenko, Ghazi, Kamath, Kumar, Manurangsi 2022 (connect the dots; dp-accounting); Koskela, Jälkö, Honkela 2020
+(Fourier transform); Wilson, Keich 2016 (tilting against the rounding of tails); Balle, Wang 2018 (divergence of a Gaussian).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
-import dp_accounting  # noqa: F401 (its modules import one another; this order works)
 import numpy as np
-from dp_accounting.pld.pld_pmf import DensePLDPmf, create_pmf_pessimistic_connect_dots_fixed_gap
-from dp_accounting.pld.privacy_loss_mechanism import AdjacencyType, GaussianPrivacyLoss
 from numpy.typing import NDArray
 from scipy import fft
+from scipy.optimize import brentq, minimize_scalar
+from scipy.special import erfcx, log_ndtr, ndtr, ndtri_exp
 
-# Probability of the two tails of a composition that is counted as infinite loss; dp-accounting's default.
-_TAIL = 1e-15
-_CHERNOFF_ORDERS = 20
+Array = NDArray[np.float64]
 
-
-class LossDistribution:
-    """Loss of one or more steps for a record that is removed and for one that is added; the worse of the two counts."""
-
-    def __init__(self, removed: DensePLDPmf, added: DensePLDPmf | None) -> None:
-        self._removed = removed
-        self._added = added  # None: the same
-
-    @classmethod
-    def of_one_step(cls, noise_multiplier: float, sample_rate: float, cell: float) -> LossDistribution:
-        """Return the distribution of one Poisson-subsampled Gaussian step on a grid of width `cell`."""
-        removed, added = (
-            _discretised(_Gaussian(noise_multiplier, sampling_prob=sample_rate, adjacency_type=direction), cell)
-            for direction in (AdjacencyType.REMOVE, AdjacencyType.ADD)
-        )
-        # Without sampling the two are one, as in `dp_accounting.pld.privacy_loss_distribution`.
-        return cls(removed, added if sample_rate < 1 else None)
-
-    def self_compose(self, steps: int) -> LossDistribution:
-        """Return the distribution of `steps` steps like this one."""
-        return LossDistribution(
-            _self_composed(self._removed, steps), None if self._added is None else _self_composed(self._added, steps)
-        )
-
-    def compose(self, other: LossDistribution) -> LossDistribution:
-        """Return the distribution of this and the other, one after the other."""
-        removed = self._removed.compose(other._removed, _TAIL)
-        if self._added is None and other._added is None:
-            return LossDistribution(removed, None)
-        added = (self._added or self._removed).compose(other._added or other._removed, _TAIL)
-        return LossDistribution(removed, added)
-
-    def epsilon(self, delta: float) -> float:
-        """Return the smallest epsilon >= 0 at `delta`, in both directions; `inf` if there is none."""
-        return max(_epsilon(self._removed, delta), 0.0 if self._added is None else _epsilon(self._added, delta))
+_UNIT = 2.0**-53  # rounding of one operation, relative
+# Tilted mass on either side of the window; what it may hide is added to delta.
+_LOG_OUTSIDE = math.log(1e-12)
+# Mass of T steps beyond the grids of one, as a share of delta. In steps of ten, so that one step's grid can be kept.
+_LOG_BEYOND, _BEYOND_STEP, _LEAST_BEYOND = math.log(1e-6), 10, 50
+# Smallest tilt, and largest, in units of a cell: below exp(700) nothing overflows.
+_LEAST_TILT, _MOST_TILT, _MOST_LOG = 0.05, 600.0, 600.0
+# Tilted anew, up to so many times, while the bound on what was lost is more than this share of delta.
+_SHARE_LOST, _MOST_TILTS, _TILT_TOLERANCE = 1e-4, 3, 0.05
+# Of one composition, so that time and memory are bounded: about half a second and 100 MB.
+_MOST_CELLS = 1 << 19
+_ROOT_TOLERANCE, _LEAST_SHARE = 1e-9, 1e-9
 
 
-class _Gaussian(GaussianPrivacyLoss):  # type: ignore[misc]
-    """dp-accounting's subsampled Gaussian, with the divergence of all cells at once."""
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """Loss of one step in one direction, on a grid.
 
-    def get_delta_for_epsilon(self, epsilon: Any) -> NDArray[np.float64]:
-        """`AdditiveNoisePrivacyLoss.get_delta_for_epsilon` for an array, by the same formulas."""
-        q = self.sampling_prob
-        epsilons = np.asarray(epsilon, dtype=np.float64)
-        removed = self.adjacency_type == AdjacencyType.REMOVE
-        sign = 1.0 if removed else -1.0
-        if q == 1.0:
-            unsampled, possible = epsilons, np.full(epsilons.shape, True)
-        else:
-            # A loss cannot go below log(1 - q) if the record is removed, or above -log(1 - q) if it is added.
-            possible = sign * epsilons > math.log1p(-q)
-            # `common.log_a_times_exp_b_plus_c`: log(exp(b) / q - (1 / q - 1)), b = +- epsilon.
-            first = sign * epsilons[possible] + np.log(1 / q)
-            ratio = np.minimum(np.exp(np.log(1 / q - 1) - first), 1.0)  # above 1 only by rounding, at the edge
-            with np.errstate(divide="ignore"):
-                unsampled = sign * (first + np.log1p(-ratio))
-        cut = -0.5 - unsampled * self._standard_deviation**2 + (0.0 if removed else 1.0)
-        # Where no loss is above epsilon the divergence is 0, where every loss is it is 1 - exp(epsilon).
-        deltas: NDArray[np.float64] = -np.expm1(epsilons) if removed else np.zeros_like(epsilons)
-        deltas[possible] = self.mu_upper_cdf(cut) - np.exp(epsilons[possible] + self.mu_lower_log_cdf(cut))
-        return np.clip(deltas, 0.0, 1.0)
+    Attributes:
+        cell: width of a cell; the loss of cell i is (lower + i) cell.
+        lower: number of the first cell.
+        probs: mass of each cell.
+        errors: bounds on the rounding of each of `probs`.
+        infinite: mass at infinite loss.
+    """
 
+    cell: float
+    lower: int
+    probs: Array
+    errors: Array
+    infinite: float
 
-def _discretised(loss: _Gaussian, cell: float) -> DensePLDPmf:
-    """`privacy_loss_distribution._create_pld_pmf_from_monotone_privacy_loss` with connect-the-dots."""
-    bounds = loss.connect_dots_bounds()
-    low, high = math.floor(bounds.epsilon_lower / cell), math.ceil(bounds.epsilon_upper / cell)
-    deltas = loss.get_delta_for_epsilon(np.arange(low, high + 1) * cell)
-    return create_pmf_pessimistic_connect_dots_fixed_gap(cell, low, high, deltas).to_dense_pmf()
+    @cached_property
+    def losses(self) -> Array:
+        """Loss of each cell."""
+        found: Array = np.arange(self.lower, self.lower + len(self.probs), dtype=np.float64) * self.cell
+        return found
 
+    @cached_property
+    def _logs(self) -> Array:
+        with np.errstate(divide="ignore"):
+            found: Array = np.log(self.probs)
+        return found
 
-def _self_composed(pmf: DensePLDPmf, steps: int) -> DensePLDPmf:
-    """`DensePLDPmf.self_compose`, whose bounds take more time than its transforms."""
-    probs = pmf._probs
-    low, high = _chernoff_bounds(probs, steps)
-    length = high - low + 1
-    # Complex as there, though probabilities are real: the rounding of transforms is then the same to the last bit.
-    size = fft.next_fast_len(max(length, len(probs)))
-    composed = np.real(fft.ifft(fft.fft(probs, size) ** steps))
-    # What wraps around lies outside the bounds: at most the mass of the tails, which is counted as infinite loss.
-    composed = np.roll(composed, -low)[:length]
-    infinite = _TAIL - math.expm1(steps * math.log1p(-pmf._infinity_mass))
-    return DensePLDPmf(pmf._discretization, pmf._lower_loss * steps + low, composed, infinite, True)
+    def log_moment(self, tilt: float) -> float:
+        """Return log E[exp(tilt loss); loss finite]."""
+        exponents = self._logs + tilt * self.losses
+        top = float(exponents.max())
+        return top + math.log(float(np.exp(exponents - top).sum()))
+
+    def tilted(self, tilt: float) -> tuple[Array, float]:
+        """Return the distribution proportional to probs exp(tilt loss), and a bound on its rounding in L1."""
+        log_moment = self.log_moment(tilt)
+        with np.errstate(divide="ignore"):
+            errors = np.exp(np.log(self.errors) + tilt * self.losses - log_moment)
+        # An exponent of some hundred, rounded, moves the power by some hundred units.
+        return np.exp(self._logs + tilt * self.losses - log_moment), float(errors.sum()) + 1024 * _UNIT
 
 
-def _chernoff_bounds(probs: NDArray[np.float64], steps: int) -> tuple[int, int]:
-    """`common.compute_self_convolve_bounds`: outside of these cells a composition has at most the mass `_TAIL`."""
-    low, high = 0, (len(probs) - 1) * steps
-    factor = np.exp(np.arange(len(probs)) / len(probs))
-    allowed = math.log(2 / _TAIL)
-    for sign in (1, -1):
-        weighted = probs
-        for order in range(1, _CHERNOFF_ORDERS + 1):
-            weighted = weighted * factor if sign > 0 else weighted / factor
-            bound = (steps * math.log(weighted.sum()) + allowed) * len(probs) / (sign * order)
-            low, high = (low, min(high, math.ceil(bound))) if sign > 0 else (max(low, math.floor(bound)), high)
-    return low, high
+def composed_epsilon(events: Sequence[tuple[float, float, int]], delta: float, cell: float) -> float:
+    """Return an upper bound on epsilon at `delta` of all `events` composed, add-or-remove-one; `inf` if there is none.
+
+    Args:
+        events: (noise multiplier, sample rate, steps), at least one, steps >= 1.
+        delta: failure probability, from 1e-30 to below 1.
+        cell: width of a cell of the grid; a wider one gives a larger epsilon, and is taken where there would be too many.
+    """
+    while True:
+        try:
+            return _on_grid(events, delta, cell)
+        except _TooManyCells as found:
+            cell *= 2.0 ** math.ceil(math.log2(found.number / _MOST_CELLS))
 
 
-def _epsilon(pmf: DensePLDPmf, delta: float) -> float:
-    """`DensePLDPmf.get_epsilon_for_delta`: the epsilon at which mass above it, less e^epsilon times theirs, is delta."""
-    if pmf._infinity_mass > delta:
+class _TooManyCells(Exception):
+    """A composition would take more than `_MOST_CELLS`."""
+
+    def __init__(self, number: int) -> None:
+        """Keep the number that it would take."""
+        super().__init__(number)
+        self.number = number
+
+
+def _on_grid(events: Sequence[tuple[float, float, int]], delta: float, cell: float) -> float:
+    total = sum(steps for _, _, steps in events)
+    beyond = max(math.log(total) - math.log(delta) - _LOG_BEYOND, _LEAST_BEYOND)
+    beyond = math.ceil(beyond / _BEYOND_STEP) * _BEYOND_STEP
+    # Without sampling the two directions are one.
+    directions = (True, False) if any(rate < 1 for _, rate, _ in events) else (True,)
+    return max(
+        _epsilon([(step_loss(sigma, rate, removed, cell, beyond), steps) for sigma, rate, steps in events], delta)
+        for removed in directions
+    )
+
+
+# Every round asks for the same step.
+@lru_cache(maxsize=8)
+def step_loss(sigma: float, rate: float, removed: bool, cell: float, beyond: int) -> StepLoss:
+    """Return the loss of one Poisson-subsampled Gaussian step, for a record that is removed or one that is added.
+
+    About exp(-beyond) of its mass lies above the grid, at infinity, and below, in the first cell.
+
+    The mass of a cell is the second difference, over its width, of the divergence at cells around it. For losses below 0 the
+    divergence is 1 - e^epsilon, whose second difference is nothing, plus e^epsilon times the other direction's at -epsilon:
+    only the latter is computed, so that small masses keep their digits on both sides.
+    """
+    furthest = -float(ndtri_exp(-beyond - math.log(2)))
+    low = min(math.floor(-largest_loss(sigma, rate, not removed, furthest) / cell), -1)
+    high = max(math.ceil(largest_loss(sigma, rate, removed, furthest) / cell), 1)
+    above, above_errors = step_divergence(np.arange(high + 1, dtype=np.float64) * cell, sigma, rate, removed)
+    below, below_errors = step_divergence(np.arange(1, 1 - low, dtype=np.float64) * cell, sigma, rate, not removed)
+    mirrored = np.exp(np.arange(low, 0) * cell)
+    curve = np.concatenate([mirrored * below[::-1], above])
+    errors = np.concatenate([mirrored * below_errors[::-1], above_errors])
+
+    width, ratio = math.expm1(cell), math.exp(cell)
+    probs = np.empty_like(curve)
+    probs[1:-1] = (np.diff(curve[1:]) - np.diff(curve[:-1]) * ratio) / width
+    probs[0] = (curve[1] - ratio * curve[0]) / width
+    probs[-1] = (curve[-2] - curve[-1]) * ratio / width
+    probs[-low] += 1.0
+    around = np.convolve(errors, [1.0, 1.0 + ratio, ratio])[1:-1] / width
+    return StepLoss(cell, low, np.maximum(probs, 0.0), around + _UNIT * probs, float(curve[-1] + errors[-1]))
+
+
+def largest_loss(sigma: float, rate: float, removed: bool, furthest: float) -> float:
+    """Return the loss of one step at `furthest` standard deviations of the noise, on the side where it is largest."""
+    if removed:
+        exponent = furthest / sigma + 0.5 / sigma**2
+        # log(1 - q + q e^x) without overflow.
+        return float(np.logaddexp(math.log1p(-rate), math.log(rate) + exponent)) if rate < 1 else exponent
+    exponent = -furthest / sigma - 0.5 / sigma**2
+    return -math.log1p(rate * math.expm1(exponent)) if rate < 1 else -exponent
+
+
+def step_divergence(epsilons: Array, sigma: float, rate: float, removed: bool) -> tuple[Array, Array]:
+    """Return the hockey-stick divergence of one step at each of `epsilons` >= 0, and a bound on its rounding.
+
+    P - e^epsilon Q is for a removed record q (N1 - e^e' N0), e' = log(1 + (e^epsilon - 1) / q), and for an added one
+    (1 - (1 - q) e^epsilon) (N0 - e^e' N1), e' = -log(1 + (e^-epsilon - 1) / q): so written nothing cancels at small rates.
+    """
+    sign = 1.0 if removed else -1.0
+    change = np.expm1(sign * epsilons) / rate
+    ratio, rounded = 1 + change, np.abs(change)  # and what of it was rounded
+    if not removed:
+        # At large rates it is the other form that loses nothing.
+        share = np.exp(-epsilons)
+        ratio = np.where(share < 0.5, (share - (1 - rate)) / rate, ratio)
+        rounded = np.where(share < 0.5, share / rate, rounded)
+    possible = ratio > 0  # elsewhere no loss is above epsilon
+    deltas, errors = np.zeros_like(epsilons), np.zeros_like(epsilons)
+    epsilons, change, ratio, rounded = epsilons[possible], change[possible], ratio[possible], rounded[possible]
+    unsampled = sign * np.where(ratio > 0.5, np.log1p(np.maximum(change, -0.5)), np.log(ratio))
+    weight = rate if removed else rate * np.exp(epsilons) * ratio
+    near, far = unsampled * sigma - 0.5 / sigma, unsampled * sigma + 0.5 / sigma
+    density, upper = np.exp(-0.5 * near**2) / math.sqrt(2 * math.pi), ndtr(-near)
+    with np.errstate(over="ignore", invalid="ignore", under="ignore"):
+        tail = np.exp(-0.5 * near**2) * 0.5 * (erfcx(near / math.sqrt(2)) - erfcx(far / math.sqrt(2)))
+        bulk = upper - np.exp(unsampled + log_ndtr(-far))
+    deltas[possible] = weight * np.where(near > 0, tail, bulk)
+    # An argument x that is rounded moves a normal probability by about x^2 units; then the rounding of `ratio`.
+    arguments = upper * (16 + 4 * near**2 + 4 * epsilons + 2 / sigma)
+    errors[possible] = 2 * _UNIT * weight * (arguments + 4 * rounded / ratio * (sigma * density + upper))
+    return np.clip(deltas, 0.0, 1.0), errors
+
+
+def _epsilon(parts: Sequence[tuple[StepLoss, int]], delta: float) -> float:
+    """Return epsilon in one direction; see the module's text for what is added to delta."""
+
+    def log_moment(tilt: float) -> float:
+        return sum(count * part.log_moment(tilt) for part, count in parts)
+
+    cell, best = parts[0][0].cell, math.inf
+    tilt = _least(lambda tilt: (log_moment(tilt) - math.log(delta)) / tilt, cell)  # Chernoff's bound
+    for attempt in range(_MOST_TILTS):
+        try:
+            divergence = TiltedDivergence(parts, tilt, log_moment)
+        except _TooManyCells:
+            if attempt:
+                break
+            raise
+        best = min(best, _root(divergence, delta))
+        if best in (0.0, math.inf) or divergence.lost(best) <= _SHARE_LOST * delta:
+            break
+        before, tilt = tilt, _least(lambda tilt, found=best: log_moment(tilt) - tilt * found, cell)
+        if abs(math.log(tilt / before)) < _TILT_TOLERANCE:
+            break
+    return best
+
+
+def _least(value: Callable[[float], float], cell: float) -> float:
+    """Return about where `value` of a tilt is least. Every tilt gives a valid bound; this one loses little."""
+    bounds = (math.log(_LEAST_TILT), math.log(_MOST_TILT / cell))
+    found = minimize_scalar(
+        lambda log_tilt: value(math.exp(log_tilt)), bounds=bounds, options={"xatol": _TILT_TOLERANCE}
+    )
+    return math.exp(float(found.x))
+
+
+def _root(divergence: TiltedDivergence, delta: float) -> float:
+    """Return an epsilon, as small as can be found, where `divergence` was evaluated and is at most `delta`."""
+    if divergence.infinite >= delta:
         return math.inf
-    losses = (pmf._lower_loss + np.arange(len(pmf._probs) - 1, -1, -1)) * pmf._discretization
-    probs = np.flip(pmf._probs)
-    with np.errstate(over="ignore", under="ignore", divide="ignore", invalid="ignore"):
-        upper = pmf._infinity_mass + np.cumsum(probs)  # P(loss >= this one)
-        lower = np.cumsum(probs * np.exp(-losses))  # the same of the other distribution
-        crossed = np.log((upper - delta) / lower)  # epsilon, if exactly these losses are above it
-    # The first cell, from the top, that lies at or below the epsilon of those above it: it is not among them.
-    stops = np.flatnonzero((upper[:-1] > delta) & (lower[:-1] > 0) & (crossed[:-1] >= losses[1:]))
-    last = int(stops[0]) if len(stops) else len(probs) - 1
-    vanished = np.flatnonzero((upper[: last + 1] >= delta) & (lower[: last + 1] == 0))
-    if len(vanished):  # exp(-loss) is 0 in double precision
-        return max(0.0, float(losses[vanished[0]]))
-    if upper[last] <= lower[last] + delta:
+    if divergence(0.0) <= delta:
         return 0.0
-    return float(crossed[last])
+
+    def excess(epsilon: float) -> float:
+        found = divergence(epsilon)
+        return math.inf if found == math.inf else math.log(max(found, delta * _LEAST_SHARE) / delta)
+
+    low, high = 0.0, 1.0
+    while excess(high) > 0:
+        low, high = high, high * 2
+    while excess(low) == math.inf:  # too far below for the search by secants
+        middle = (low + high) / 2
+        low, high = (low, middle) if excess(middle) <= 0 else (middle, high)
+    found = float(brentq(excess, low, high, xtol=_ROOT_TOLERANCE / 4, rtol=_ROOT_TOLERANCE / 4))
+    step = _ROOT_TOLERANCE * max(found, 1.0)
+    while excess(found) > 0:
+        found, step = found + step, step * 2
+    return found
+
+
+class TiltedDivergence:
+    """Upper bound on delta as a function of epsilon >= 0: of steps composed under one tilt.
+
+    Attributes:
+        infinite: what it comes down to for large epsilons.
+    """
+
+    def __init__(
+        self, parts: Sequence[tuple[StepLoss, int]], tilt: float, log_moment: Callable[[float], float]
+    ) -> None:
+        """Compose.
+
+        Args:
+            parts: one step and how many of it, all on one grid, in one direction.
+            tilt: lambda, > 0.
+            log_moment: log E[exp(tilt loss)] of the composition.
+        """
+        self._tilt, self._log_taken, self._cell = tilt, log_moment(tilt), parts[0][0].cell
+        tilted = [(*part.tilted(tilt), part, count) for part, count in parts]
+        self._low, high, whole = self._window(log_moment, tilted)
+        num_cells = high - self._low + 1
+        if num_cells > _MOST_CELLS:
+            raise _TooManyCells(num_cells)
+        size = fft.next_fast_len(max(num_cells, *(len(part.probs) for part, _ in parts)), real=True)
+        spectrum, rounding = np.ones(size // 2 + 1, dtype=np.complex128), 1.0
+        for probs, _, _, count in tilted:
+            spectrum *= fft.rfft(probs, size) ** count
+            rounding += count * (1 + float(np.linalg.norm(probs)))
+        first = sum(part.lower * count for part, count in parts)
+        self._cells = np.maximum(np.roll(fft.irfft(spectrum, size), -((self._low - first) % size))[:num_cells], 0.0)
+        self._losses = (self._low + np.arange(num_cells)) * self._cell
+
+        in_transforms = 8 * _UNIT * (math.log2(size) + 1) * rounding * _norm_of_weights(tilt, self._cell)
+        in_steps = math.expm1(sum(count * error for _, error, _, count in tilted)) + math.exp(_LOG_OUTSIDE)
+        self._lost = in_transforms + in_steps / (1 + tilt)
+        above = 0.0 if whole else math.exp(_LOG_OUTSIDE + self._log_taken - tilt * high * self._cell)
+        # Of the sums here, and of the logarithms in `log_taken`.
+        self._slack = 1 + 1e-10 + 128 * _UNIT * sum(count for _, count in parts)
+        beyond = -math.expm1(sum(count * math.log1p(-part.infinite) for part, count in parts))
+        self.infinite = (above + beyond) * self._slack
+
+    def __call__(self, epsilon: float) -> float:
+        """Return the bound; `inf` far below the epsilons that the tilt was made for."""
+        lost = self.lost(epsilon)
+        if lost == math.inf:
+            return math.inf
+        first = max(0, min(len(self._cells), math.floor(epsilon / self._cell) + 1 - self._low))
+        losses = self._losses[first:]
+        weights = np.exp(self._log_taken - self._tilt * losses) * np.maximum(-np.expm1(epsilon - losses), 0.0)
+        return float(np.dot(self._cells[first:], weights)) * self._slack + lost + self.infinite
+
+    def lost(self, epsilon: float) -> float:
+        """Return the part of the bound that stands for rounding."""
+        exponent = self._log_taken - self._tilt * epsilon
+        return self._lost * math.exp(exponent) * self._slack if exponent < _MOST_LOG else math.inf
+
+    def _window(
+        self, log_moment: Callable[[float], float], tilted: Sequence[tuple[Array, float, StepLoss, int]]
+    ) -> tuple[int, int, bool]:
+        """Return first and last cell of the composition, and whether none lies above: Chernoff bounds on tilted mass."""
+        variance, least, most = 0.0, 0, 0
+        for probs, _, part, count in tilted:
+            mean = float(np.dot(probs, part.losses))
+            variance += count * float(np.dot(probs, (part.losses - mean) ** 2))
+            least, most = least + part.lower * count, most + (part.lower + len(part.probs) - 1) * count
+        stride = math.sqrt(-2 * _LOG_OUTSIDE / max(variance, self._cell**2))  # best for a normal distribution
+        low, high = -math.inf, math.inf
+        for theta in (stride / 4, stride / 2, stride, stride * 2):
+            low = max(low, (self._log_taken - log_moment(self._tilt - theta) + _LOG_OUTSIDE) / theta)
+            high = min(high, (log_moment(self._tilt + theta) - self._log_taken - _LOG_OUTSIDE) / theta)
+        lowest = max(least, math.floor(low / self._cell))
+        highest = max(lowest + 1, min(most, math.ceil(high / self._cell)))
+        return lowest, highest, highest >= most
+
+
+def _norm_of_weights(tilt: float, cell: float) -> float:
+    """Return a bound on the L2 norm of exp(-tilt y) (1 - exp(-y)) over the cells y > 0: integral and largest value."""
+    integral = 2 / (2 * tilt * (2 * tilt + 1) * (2 * tilt + 2))
+    return math.sqrt(integral / cell + 1 / (1 + tilt) ** 2)

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from shared.config import Job, PrivacyConfig
 from shared.errors import PrivacyError
-from shared.privacy.accounting import GaussianSteps, calibrate_noise_multiplier, compose_epsilon
+from shared.privacy.accounting import (
+    MAX_MEAN_LOSS,
+    GaussianSteps,
+    calibrate_noise_multiplier,
+    compose_epsilon,
+    mean_loss,
+)
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
 from shared.privacy.persons import Persons
 from shared.privacy.randomness import KeyStream
@@ -154,7 +160,20 @@ class PrivacyPlan:
 def _noise_multiplier(
     privacy: PrivacyConfig, sample_rate: float, steps: int, others: tuple[GaussianSteps, ...] = ()
 ) -> float:
-    """Return the job's noise multiplier, calibrated where the job gives only a target epsilon, beside `others`."""
-    return privacy.noise_multiplier or calibrate_noise_multiplier(
-        epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=sample_rate, steps=steps, others=others
-    )
+    """Return the job's noise multiplier, calibrated where the job gives only a target epsilon, beside `others`.
+
+    Raises:
+        PrivacyError: if no noise keeps to the target, or the job's own leaves no epsilon that says anything.
+    """
+    if privacy.noise_multiplier is None:
+        return calibrate_noise_multiplier(
+            epsilon=privacy.epsilon, delta=privacy.delta, sample_rate=sample_rate, steps=steps, others=others
+        )
+    event = GaussianSteps(noise_multiplier=privacy.noise_multiplier, sample_rate=sample_rate, steps=steps)
+    if mean_loss(event) > MAX_MEAN_LOSS:
+        raise PrivacyError(
+            f"no epsilon can be stated for privacy.noise_multiplier {privacy.noise_multiplier:g} at sampling rate "
+            f"{sample_rate:.4g} over {steps:,} steps: it would be about a thousand or more. Raise the noise multiplier, or "
+            "lower the number of steps or the rate."
+        )
+    return privacy.noise_multiplier

@@ -24,14 +24,23 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.errors import ConfigError
-from shared.privacy.accounting import (
+from shared.limits import (
+    MAX_EPSILON,
+    MAX_NOISE_MULTIPLIER,
+    MAX_STEPS,
+    MIN_DELTA,
+    MIN_EPSILON,
     MIN_NOISE_MULTIPLIER,
-    MOST_STEPS,
+    MIN_SAMPLE_RATE,
+)
+from shared.privacy.accounting import (
+    MAX_MEAN_LOSS,
     GaussianSteps,
     affordable_steps,
     calibrate_noise_multiplier,
     compose_epsilon,
     likely_steps,
+    mean_loss,
 )
 from shared.privacy.crossing import crossing
 from shared.privacy.sizes import default_delta
@@ -47,9 +56,6 @@ MIN_SIGNAL_TO_NOISE = 1.0
 FEWEST_PARAMETERS = 1000
 """Trainable parameters that are assumed where none are named: fewer than any useful adapter has."""
 
-MAX_NOISE_MULTIPLIER = 1e4
-MAX_STEPS = MOST_STEPS
-_MAX_LOSS = 1000.0  # mean privacy loss above which the accountant would need gigabytes for a number without meaning
 _RATE_LATTICE = 1_000_000  # without `records` a solved sample_rate is a multiple of a millionth
 _BATCH_SLACK = 1e-4  # a solved batch above 10,000 records is the largest up to this share
 SIGMA_DECIMALS = 4  # of a solved noise_multiplier, so that what is printed is what was accounted
@@ -221,7 +227,8 @@ def epsilon_by_noise(rate: float, steps: int, *, least: float, most: float, delt
     """Return (epsilon, noise multiplier) for noise multipliers from `least` to `most`, for a curve."""
     least = max(least, MIN_NOISE_MULTIPLIER)
     sigmas = [least * (most / least) ** (part / _CURVE_POINTS) for part in range(_CURVE_POINTS + 1)]
-    statable = [sigma for sigma in sigmas if _mean_loss(sigma, rate, steps) <= _MAX_LOSS]
+    events = [GaussianSteps(noise_multiplier=sigma, sample_rate=rate, steps=steps) for sigma in sigmas]
+    statable = [event.noise_multiplier for event in events if mean_loss(event) <= MAX_MEAN_LOSS]
     return [(_bounded_epsilon(sigma, rate, steps, delta), sigma) for sigma in statable]
 
 
@@ -236,7 +243,7 @@ def check_delta_for(delta: float, records: int) -> None:
 
 def check_statable(event: GaussianSteps) -> None:
     """Raise `ConfigError` where epsilon is without meaning and the accountant would need gigabytes to find it."""
-    if _mean_loss(event.noise_multiplier, event.sample_rate, event.steps) > _MAX_LOSS:
+    if mean_loss(event) > MAX_MEAN_LOSS:
         raise ConfigError(
             f"no useful epsilon can be stated for noise multiplier {event.noise_multiplier:g}, sample rate "
             f"{event.sample_rate:.4g} and {event.steps:,} steps: it would be about a thousand or more. Use more noise, fewer "
@@ -248,11 +255,11 @@ def check_statable(event: GaussianSteps) -> None:
 _RANGES: tuple[tuple[str, float, float, bool], ...] = (
     ("records", 1, 1e12, False),
     ("batch_size", 1, 1e12, False),
-    ("sample_rate", 0, 1, True),
+    ("sample_rate", MIN_SAMPLE_RATE, 1, False),
     ("steps", 1, MAX_STEPS, False),
     ("epochs", 0, 1e6, True),
     ("noise_multiplier", MIN_NOISE_MULTIPLIER, MAX_NOISE_MULTIPLIER, False),
-    ("epsilon", 0, 1000, True),
+    ("epsilon", MIN_EPSILON, MAX_EPSILON, False),
     ("parameters", 1, 1e12, False),
 )
 
@@ -263,9 +270,9 @@ def _check_ranges(question: Question) -> None:
         if value is not None and not (least < value <= most or (value == least and not open_below)):
             below = "above" if open_below else "from"
             raise ConfigError(f"{_option(name)} is {value:g}; expected a number {below} {least:g} to {most:,.12g}.")
-    if question.delta is not None and not 0 < question.delta < 1:
+    if question.delta is not None and not MIN_DELTA <= question.delta < 1:
         raise ConfigError(
-            f"--delta is {question.delta:g}; expected a number strictly between 0 and 1, for example 1e-5."
+            f"--delta is {question.delta:g}; expected a number from {MIN_DELTA:g} to below 1, for example 1e-5."
         )
 
 
@@ -352,11 +359,6 @@ def _bounded_epsilon(sigma: float, rate: float, steps: int, delta: float) -> flo
     return epsilon
 
 
-def _mean_loss(sigma: float, rate: float, steps: int) -> float:
-    """Return an upper bound on the mean privacy loss: KL is convex in the mixture, and at most chi-square."""
-    return steps * min(rate / (2 * sigma**2), rate**2 * math.expm1(min(1 / sigma**2, 700)))
-
-
 def _largest_batch(question: Question, population: int, delta: float) -> int:
     """Return the largest B whose plan keeps to epsilon, up to `_BATCH_SLACK`.
 
@@ -372,7 +374,7 @@ def _largest_batch(question: Question, population: int, delta: float) -> int:
 
     def cost(batch: int) -> float:
         length, rate = steps(batch), batch / population
-        if length > MAX_STEPS or _mean_loss(sigma, rate, length) > _MAX_LOSS:
+        if length > MAX_STEPS:
             return math.inf
         event = GaussianSteps(noise_multiplier=sigma, sample_rate=rate, steps=length)
         return compose_epsilon([event], delta)

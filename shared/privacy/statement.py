@@ -19,9 +19,11 @@ from typing import Any
 
 from shared.config import PERSON_UNITS, finite_or_none
 from shared.errors import PrivacyError
-from shared.privacy.accounting import GaussianSteps, compose_epsilon, prv_epsilon
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin
 
+ACCOUNTANT = "PLD (connect the dots, rounding bounded and added), cross-checked with PRV (Opacus)"
 RELATION = "add or remove one record"
 _SEVERAL_RECORDS = (
     "Several records of one person: the unit is one record. With k records a person is protected far less than the epsilon "
@@ -251,6 +253,7 @@ def _beyond_the_unit(unit: str) -> str:
 def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
     """Return the content of a site's `privacy.json`: enough to recompute epsilon with an accountant alone."""
     protected = release.protected
+    check = prv_cross_check(release.arrived_events, release.delta) if protected else CrossCheck()
     last = release.events[-1] if release.events else None
     return {
         "site": release.site,
@@ -266,11 +269,12 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
         "steps_executed": release.steps,
         "epsilon_budget": release.epsilon_budget or None,
         "epsilon_spent": finite_or_none(release.epsilon) if protected else None,
-        "epsilon_spent_prv": finite_or_none(prv_epsilon(release.arrived_events, release.delta)) if protected else None,
+        "epsilon_spent_prv": check.epsilon,
+        "epsilon_spent_prv_missing": check.reason,
         "epsilon_bound": finite_or_none(release.epsilon_bound) if protected else None,
         "rounds_unanswered": list(release.unanswered),
         "update_sha256": list(release.updates),
-        "accountant": "PLD (dp-accounting), cross-checked with PRV (Opacus)",
+        "accountant": ACCOUNTANT,
         "randomness": release.randomness,
         "private": release.private,
         "declared_records": release.declared_records,

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from server.report import formats, write_report
+from server import report
+from server.report import formats, write_report, write_report_if_possible
 from shared.errors import RunError
 
 STATEMENT = (
@@ -626,3 +627,17 @@ def test_shares_are_left_out_where_they_are_not_known(tmp_path: Path, case: str)
     if case == "no size":
         edit(run / "sites" / "site-2" / "privacy.json", declared_records=None)
     assert "Share of noise" not in render(run)
+
+
+def test_what_stops_a_report_does_not_stop_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The budget is spent and everything is written: figures, fonts and templates are optional."""
+
+    def fail(_: Path) -> None:
+        raise ValueError("no such font")
+
+    monkeypatch.setattr(report, "write_report", fail)
+    write_report_if_possible(tmp_path)
+    assert "no such font" in caplog.text
+    assert f"silotune report {tmp_path}" in caplog.text

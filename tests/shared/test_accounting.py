@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 
 import dp_accounting
 import pytest
@@ -10,16 +12,16 @@ from dp_accounting.pld import pld_privacy_accountant
 from scipy.optimize import brentq
 
 from shared.errors import PrivacyError
+from shared.limits import MAX_STEPS, MIN_NOISE_MULTIPLIER
 from shared.privacy.accounting import (
-    MIN_NOISE_MULTIPLIER,
     SIGMA_TOLERANCE,
     GaussianSteps,
     affordable_steps,
     calibrate_noise_multiplier,
     check_delta,
     compose_epsilon,
-    prv_epsilon,
 )
+from shared.privacy.cross_check import prv_cross_check
 
 # n, B, E; noise multipliers for epsilon 1, 3, 8 at delta = 1 / n^1.1, sample rate B / n, round(E n / B) steps (PLD).
 TABLE = [
@@ -96,7 +98,9 @@ def test_prv_accountant_agrees_within_one_percent_of_sigma(
     pld = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=num)
 
     def excess(sigma: float) -> float:
-        return prv_epsilon([steps(sigma, rate, num)], delta) - epsilon
+        found = prv_cross_check([steps(sigma, rate, num)], delta).epsilon
+        assert found is not None
+        return found - epsilon
 
     # Epsilon falls with sigma: the root lies within one percent of ours, on either side.
     assert excess(pld * 0.99) > 0 > excess(pld * 1.01)
@@ -120,7 +124,7 @@ def test_composition_ignores_order_and_grouping() -> None:
     assert compose_epsilon([a, b], 1e-5) == compose_epsilon([b, a], 1e-5) == compose_epsilon(split, 1e-5)
     assert compose_epsilon([a, b], 1e-5) > compose_epsilon([a], 1e-5) > 0
     assert compose_epsilon([], 1e-5) == compose_epsilon([steps(1.0, 0.1, 0)], 1e-5) == 0.0
-    assert prv_epsilon([], 1e-5) == prv_epsilon([steps(1.0, 0.1, 0)], 1e-5) == 0.0
+    assert prv_cross_check([], 1e-5).epsilon == prv_cross_check([steps(1.0, 0.1, 0)], 1e-5).epsilon == 0.0
 
 
 @pytest.mark.parametrize("spent", [[], [steps(1.5, 0.1, 30)]])
@@ -159,7 +163,7 @@ def test_steps_that_cannot_be_accounted_are_refused(wrong: dict[str, float]) -> 
         GaussianSteps(**{"noise_multiplier": 1.0, "sample_rate": 0.1, "steps": 1, **wrong})
 
 
-@pytest.mark.parametrize("delta", [0.0, 1.0, -1e-5, math.nan])
+@pytest.mark.parametrize("delta", [0.0, 1e-31, 1.0, -1e-5, math.nan])
 def test_a_bad_delta_is_refused(delta: float) -> None:
     with pytest.raises(PrivacyError, match="delta"):
         check_delta(delta)
@@ -177,6 +181,8 @@ def test_a_bad_delta_is_refused(delta: float) -> None:
         {"sample_rate": 0.0},
         {"sample_rate": 2.0},
         {"steps": 0},
+        {"steps": MAX_STEPS + 1},
+        {"epsilon": 1e6},
     ],
 )
 def test_a_calibration_without_meaning_is_refused(wrong: dict[str, float]) -> None:
@@ -230,3 +236,36 @@ def test_a_weak_target_is_kept_too(epsilon: float) -> None:
     sigma = calibrate_noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=1.0, steps=1)
     assert compose_epsilon([GaussianSteps(noise_multiplier=sigma, sample_rate=1.0, steps=1)], 1e-5) <= epsilon
     assert sigma >= 0.2
+
+
+EXTREMES = [
+    # (epsilon, delta, sample rate, steps)
+    (0.001, 1e-2, 0.05, 1),
+    (1e-9, 1e-5, 0.25, 1),
+    (1e-6, 1e-30, 1e-9, MAX_STEPS),
+    (1000.0, 1e-30, 1.0, MAX_STEPS),
+    (1000.0, 0.5, 1e-9, 1),
+    (8.0, 1e-5, 1e-9, MAX_STEPS),
+]
+
+
+@pytest.mark.parametrize(("epsilon", "delta", "rate", "num"), EXTREMES)
+def test_extremes_are_answered_in_time(epsilon: float, delta: float, rate: float, num: int) -> None:
+    """A number or a refusal: these searches had no end, or took gigabytes."""
+    started = time.process_time()
+    with contextlib.suppress(PrivacyError):
+        found = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=num)
+        assert compose_epsilon([steps(found, rate, num)], delta) <= epsilon
+    affordable_steps([], noise_multiplier=MIN_NOISE_MULTIPLIER, sample_rate=rate, budget=epsilon, delta=delta)
+    assert time.process_time() - started < 20
+
+
+def test_what_would_take_gigabytes_is_answered_by_infinity() -> None:
+    assert compose_epsilon([steps(0.2, 0.25, 10**10)], 1e-5) == math.inf
+    assert compose_epsilon([steps(1e-200, 1e-9, 1)], 1e-5) == math.inf
+    assert compose_epsilon([steps(1e-200, 1e-9, 0)], 1e-5) == 0.0
+
+
+def test_beyond_its_range_the_accountant_counts_less_noise_and_a_higher_rate() -> None:
+    assert compose_epsilon([steps(1e9, 1.0, 1)], 1e-5) == compose_epsilon([steps(1e5, 1.0, 1)], 1e-5)
+    assert compose_epsilon([steps(1.0, 1e-300, 1)], 1e-12) == compose_epsilon([steps(1.0, 1e-9, 1)], 1e-12)

@@ -64,3 +64,24 @@ def test_nothing_or_everything_is_crossed() -> None:
     assert crossing(lambda n: math.inf, 1.0, rising=False, least=5, most=99, guess=50) == (99, 100)
     assert crossing(lambda n: 0.0, 1.0, rising=False, least=5, most=99, guess=50) == (4, 5)
     assert crossing(lambda n: 2.0, 1.0, rising=True, least=5, most=5, guess=1) == (4, 5)
+
+
+@pytest.mark.parametrize("slope", [-1.2, 0.7, None])
+@pytest.mark.parametrize("rising", [True, False])
+@pytest.mark.parametrize("inside", [0.0, 0.99, 1.0, 1e-300])
+@pytest.mark.parametrize("outside", [1.0000001, 1e300, math.inf])
+@pytest.mark.parametrize("guess", [1.0, 3.3e7, 1e10])
+def test_the_search_ends_soon_for_any_cost(
+    slope: float | None, rising: bool, inside: float, outside: float, guess: float
+) -> None:
+    """Steps, plateaus, zeros: once a cost of exactly 0 made the search move by 1 of 30 million."""
+    for root in (2, 12_345_678, 29_999_999):
+        asked: list[int] = []
+
+        def cost(number: int, root: int = root, asked: list[int] = asked) -> float:
+            asked.append(number)
+            return inside if (number <= root) == rising else outside
+
+        found = crossing(cost, 1.0, rising=rising, least=1, most=30_000_000, guess=guess, slope=slope)
+        assert found == (root, root + 1)
+        assert len(asked) <= 110

@@ -274,3 +274,16 @@ def test_the_spend_exceeds_composition_from_the_first_step_on() -> None:
     for num in (1, 10, 100, 1000):
         charged = [steps(1.0, 0.05, num)]
         assert filter_epsilon(charged, delta=DELTA, orders=ORDERS) > compose_epsilon(charged, DELTA)
+
+
+@pytest.mark.parametrize("delta", [1e-3, 1e-6, 1e-12])
+def test_a_fixed_account_spends_at_its_own_delta(delta: float) -> None:
+    """Not at any other one, in what is spent and in what is left."""
+    charged = [GaussianSteps(noise_multiplier=s, sample_rate=0.1, steps=20) for s in (1.0, 2.0)]
+    rule = SpendingRule(composition="fixed", delta=delta, orders=filter_orders(epsilon=8.0, delta=1e-5))
+    spent = rule.epsilon(charged)
+    assert spent == compose_epsilon(charged, delta)
+    left = rule.affordable_steps(charged, noise_multiplier=1.0, sample_rate=0.1, cap=spent + 1.0)
+    more = [GaussianSteps(noise_multiplier=1.0, sample_rate=0.1, steps=left + extra) for extra in (0, 1)]
+    within, above = (compose_epsilon([*charged, step], delta) for step in more)
+    assert within <= spent + 1.0 < above

@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy import stats
 
+from shared.config import Job
 from shared.errors import PrivacyError
 from shared.privacy import plan as plan_module
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -150,3 +151,14 @@ def test_declared_size_is_a_power_of_two_not_above(records: int, bucket: int) ->
 def test_default_delta() -> None:
     assert default_delta(0) == default_delta(100) == default_delta(10_000) == 1e-5
     assert default_delta(1_000_000) == 1e-7
+
+
+def test_noise_that_leaves_no_epsilon_is_refused_wherever_a_plan_is_made(
+    classification_job: Callable[..., Job],
+) -> None:
+    """Scenario, policy and site all make their plan here, so a signed job cannot keep any of them busy."""
+    job = classification_job(
+        training={"rounds": 4000, "local_steps": 4000}, privacy={"noise_multiplier": 0.2, "sample_rate": 1.0}
+    )
+    with pytest.raises(PrivacyError, match=r"privacy\.noise_multiplier 0\.2 .* about a thousand or more"):
+        PrivacyPlan.from_job(job)

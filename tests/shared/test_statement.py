@@ -160,6 +160,27 @@ def test_privacy_record_can_be_recomputed_with_dp_accounting_alone() -> None:
     assert record["steps_executed"] == sum(event["steps"] for event in record["events"])
 
 
+def test_a_record_is_written_although_the_second_accountant_has_no_answer() -> None:
+    """At delta 1e-14 PRV raises: once that happened after the budget was spent, and no record was written."""
+    record = json.loads(json.dumps(privacy_record(replace(RELEASE, delta=1e-14), "run"), allow_nan=False))
+    assert record["epsilon_spent"] == compose_epsilon(RELEASE.events, 1e-14)
+    assert record["epsilon_spent_prv"] is None
+    assert "rounding" in record["epsilon_spent_prv_missing"]
+    assert privacy_record(RELEASE, "run")["epsilon_spent_prv_missing"] is None
+
+
+def test_each_epsilon_is_of_its_own_delta() -> None:
+    """Of what arrived, of the bound and of the table: none of them composed at another delta."""
+    events = (steps(10), steps(20))
+    for delta in (1e-3, 1e-7, 1e-12):
+        waiting = replace(RELEASE, delta=delta, unanswered=(3,), per_round=steps(10))
+        record = privacy_record(waiting, "run")
+        assert record["epsilon_spent"] == compose_epsilon(events, delta)
+        assert record["epsilon_bound"] == compose_epsilon([*events, steps(10)], delta)
+        table = run_statement([waiting, replace(waiting, site="south")], "run").up_to_m_sites
+        assert [row["epsilon"] for row in table] == [compose_epsilon([steps(40 * count)], delta) for count in (1, 2)]
+
+
 def test_an_empty_statement_has_a_text() -> None:
     assert Statement(one_site="x").as_dict()["text"].startswith("x\n\nNot covered: ")
 

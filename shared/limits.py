@@ -1,0 +1,26 @@
+"""The ranges within which a mechanism can be asked for and accounted for: the same for every path that leads to a number.
+
+A scenario, a signed job, the planner, a site's policy, its account and the accountant itself all read them here, so that none
+of them starts a computation that another would have refused.
+"""
+
+from __future__ import annotations
+
+MAX_STEPS = 1 << 24
+"""Noisy steps of one plan: rounds times local steps. About 17 million, far beyond any plan with a budget."""
+MAX_EPSILON = 1000.0
+"""Beyond it an epsilon says nothing, and the accountant would need gigabytes to find it."""
+MIN_EPSILON = 1e-6
+"""Below it no noise that is allowed would do, whatever the plan."""
+MIN_DELTA = 1e-30
+"""Smallest failure probability for which the accountant's bound on its own rounding is tested."""
+MIN_NOISE_MULTIPLIER = 0.2
+"""Below it the claim is without meaning; more noise than asked for is never wrong."""
+MAX_NOISE_MULTIPLIER = 1e4
+"""Above it nothing is learned."""
+MIN_SAMPLE_RATE = 1e-9
+"""Smallest probability with which a record enters a step; of a billion records less than one would."""
+MAX_SITES = 10_000_000
+"""Sites of one federation, declared or waited for."""
+MAX_LABELS = 10_000
+"""Labels of one task: the head, the confusion matrix and the report grow with them."""
