@@ -17,6 +17,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from shared.signed_file import Signer
+    from shared.text_stream import Skipped
 
 app = typer.Typer(
     name="silotune",
@@ -168,24 +169,31 @@ def predict(
     from server.run_folder import load_job
     from shared.config import ComputeConfig
     from shared.ensembles import Ensemble, Member
-    from shared.errors import DataError
     from shared.inference import load_tuned, shown
     from shared.inference import predict as label
+    from shared.text_stream import given_texts
 
     job = load_job(run)
+    given = given_texts(texts, sys.stdin.buffer.read)
     members = [Member(run=run, job=job), *(Member(run=other, job=load_job(other)) for other in others or [])]
-    lines = texts or [line.strip() for line in sys.stdin if line.strip()]
-    if not lines:
-        raise DataError("there is no text to label; give texts as arguments or on standard input.")
     if others:
-        predictions = Ensemble(members, ComputeConfig()).predict(lines)
+        predictions = Ensemble(members, ComputeConfig()).predict(given.texts)
     else:
-        predictions = label(load_tuned(run, job, ComputeConfig()), job, lines)
-    for prediction in predictions:
+        predictions = label(load_tuned(run, job, ComputeConfig()), job, given.texts)
+    for row, prediction in zip(given.rows, predictions, strict=True):
         if as_json:
-            typer.echo(json.dumps(prediction, ensure_ascii=False))
+            typer.echo(json.dumps({"row": row, **prediction}, ensure_ascii=False))
         else:
             typer.echo(shown(prediction))
+    _tell_left_out(given.left_out)
+
+
+def _tell_left_out(skipped: Skipped) -> None:
+    """Say on standard error which lines have no answer."""
+    from shared.text_stream import left_out
+
+    for line in left_out(skipped):
+        typer.echo(line, err=True)
 
 
 @app.command()
@@ -240,8 +248,8 @@ def generate(
     """Continue texts, or answer prompts, with the GPT-2 adapter of a run; of several the share of different words is told."""
     from server.run_folder import load_job
     from shared.config import ComputeConfig
-    from shared.errors import DataError
     from shared.inference import Decoding, distinct, generate_all, load_tuned
+    from shared.text_stream import given_texts
 
     job = load_job(run)
     decoding = Decoding(
@@ -252,15 +260,13 @@ def generate(
         num_sequences=num_sequences,
         seed=seed,
     )
-    lines = texts or [line.strip() for line in sys.stdin if line.strip()]
-    if not lines:
-        raise DataError("there is no text to continue; give texts as arguments or on standard input.")
-    found = generate_all(load_tuned(run, job, ComputeConfig()), job, lines, decoding)
+    given = given_texts(texts, sys.stdin.buffer.read)
+    found = generate_all(load_tuned(run, job, ComputeConfig()), job, given.texts, decoding)
     between = "\n" if job.task.kind == "replies" else ""
-    for text, continuations in zip(lines, found, strict=True):
+    for row, text, continuations in zip(given.rows, given.texts, found, strict=True):
         for continuation in continuations:
             typer.echo(
-                json.dumps({"text": text, "continuation": continuation}, ensure_ascii=False)
+                json.dumps({"row": row, "text": text, "continuation": continuation}, ensure_ascii=False)
                 if as_json
                 else text + between + continuation
             )
@@ -268,6 +274,7 @@ def generate(
     if len(every) > 1:
         shares = ", ".join(f"distinct-{n} {distinct(every, n):.3f}" for n in (1, 2))
         typer.echo(f"{len(every)} continuations: {shares}", err=True)
+    _tell_left_out(given.left_out)
 
 
 def write_report(

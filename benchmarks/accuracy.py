@@ -115,7 +115,7 @@ def trained_accuracy(job: Job, examples: list[Example], held_out: list[Example])
     runtime.warm_cache(examples)
     result = peers.local_round(runtime, job, examples)
     runtime.load({name: value + result.delta[name] for name, value in runtime.initial.items()})
-    return runtime.evaluate(held_out).metrics["accuracy"]
+    return runtime.evaluate(held_out).metrics["accuracy"] or 0.0
 
 
 def accuracy(model: Any, data: tuple[Tensor, Tensor, Tensor]) -> float:

@@ -38,7 +38,7 @@ class RoundRecord:
     """
 
     round: int
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: dict[str, float | None] = field(default_factory=dict)
     epsilon_max: float | None = None
     sites: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)

@@ -282,7 +282,10 @@ def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]])
         if state.get("stopped_early"):
             line += f", stopped early after round {state['stopped_early']}"
         if state.get("metrics"):
-            line += ", " + ", ".join(f"{name} {value:.4g}" for name, value in state["metrics"].items())
+            line += ", " + ", ".join(
+                f"{name} {'not defined' if value is None else f'{value:.4g}'}"
+                for name, value in state["metrics"].items()
+            )
         console.print(line, soft_wrap=True)
         for key in ("waiting", "problem"):
             if state.get(key) and (key == "problem" or state["state"] == "running"):

@@ -77,5 +77,7 @@ def _scores(history: Sequence[RoundRecord], job: Job) -> Iterator[tuple[int, flo
     for record in history:
         if record.metrics:
             value = record.metrics[task.primary_metric]
+            if value is None:  # the evaluation data leaves it undefined
+                value = math.nan
             score = value if task.higher_is_better else -value
             yield record.round, score if math.isfinite(score) else -math.inf

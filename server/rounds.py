@@ -79,7 +79,7 @@ class Coordinator:
     initial_adapter: dict[str, Tensor]
     update_shapes: Shapes
     exact_scaling: float | None
-    evaluate: Callable[[dict[str, Tensor]], dict[str, float]]
+    evaluate: Callable[[dict[str, Tensor]], dict[str, float | None]]
     evaluate_every: int
     save: Callable[[Checkpoint], None]
     observer: Observer

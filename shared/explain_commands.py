@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import typer
 
 from shared.errors import DataError
+from shared.rows import value_fault
+from shared.text_lines import LineReader
 
 
 def explain(
@@ -47,9 +49,11 @@ def explain(
     from shared.job_file import load_job
 
     job = load_job(run)
-    given = sys.stdin.read().rstrip("\n") if text is None else text
+    given = _whole_input() if text is None else text
     if not given.strip():
         raise DataError("there is no text to explain; give it as an argument or on standard input.")
+    if (fault := value_fault("text", given)) is not None:
+        raise DataError(f"the text holds {fault}; give it in UTF-8.")
     # Gradients along the path are small differences: bfloat16 would be too coarse for the sum to be right.
     runtime = load_tuned(run, job, ComputeConfig(precision="float32"))
     found = attribute(runtime, job, given, label=label, word=word, baseline=baseline, steps=steps)
@@ -65,3 +69,13 @@ def explain(
     print_explanation(console, found)
     if html is not None:
         console.print(f"written: {html}", soft_wrap=True)
+
+
+def _whole_input() -> str:
+    """Return standard input as one text; `DataError` if it is not UTF-8."""
+    reader = LineReader("standard input", "utf-8")
+    lines = [*reader.feed(sys.stdin.buffer.read()), *reader.finish()]
+    for line in lines:
+        if line.fault is not None:
+            raise DataError(f"standard input, line {line.number}: {line.fault.detail}")
+    return "".join(line.text + line.end for line in lines).rstrip("\n")

@@ -358,10 +358,11 @@ class _Reporter:
             DataError: if there was no text.
         """
         from shared import monitor_report as report
+        from shared.text_stream import left_out
 
         self.tell(windows)
         if not self._monitor.windows:
-            left = "; ".join(report.left_out(self._skipped))
+            left = "; ".join(left_out(self._skipped))
             raise DataError(
                 f"there is no text to label{f' ({left})' if left else ''}; look at the input and its columns."
             )

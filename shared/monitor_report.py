@@ -7,13 +7,12 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from shared.monitoring import MAX_WINDOWS, Monitor, Window, utc, wilson
-from shared.rows import shorten
+from shared.text_stream import Skipped, left_out
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from shared.quantification import AdjustedCount
-    from shared.text_stream import Skipped
 
 FORMAT = "silotune-monitor/1"
 METHOD = (
@@ -202,15 +201,6 @@ def label_table(monitor: Monitor, adjust: AdjustedCount | None) -> Table:
     return table
 
 
-def left_out(skipped: Skipped) -> list[str]:
-    """Return for each reason how many rows were left out, and where they stood; numbers only."""
-    return [
-        f"left out: {count:,} {'row' if count == 1 else 'rows'} {reason}: "
-        + shorten(skipped.places[reason], MOST_PLACES, count)
-        for reason, count in skipped.counts.items()
-    ]
-
-
 def notes(monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, ignored: int) -> list[str]:
     """Return what a reader of the tables must know."""
     settings = monitor.settings
@@ -228,7 +218,7 @@ def notes(monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, igno
         )
     lines.append(ADJUSTED_LIMIT if adjust is not None else "Shares are not adjusted for the model's errors.")
     lines.append(LIMITS[0])
-    lines += [f"{line}." for line in left_out(skipped)]
+    lines += [f"{line}." for line in left_out(skipped, MOST_PLACES)]
     if monitor.late:
         lines.append(f"{monitor.late:,} texts came after their window was complete and are in no window.")
     if monitor.ahead:

@@ -35,10 +35,11 @@ from shared.rows import (
     is_blank,
     parquet_columns,
     read_parquet,
+    shorten,
     suffix_of,
     value_fault,
 )
-from shared.text_lines import PIECE, check_encoding
+from shared.text_lines import PIECE, Line, LineReader, check_encoding
 
 _START_BYTES = 64
 _MOST_PLACES = 20
@@ -219,6 +220,61 @@ def read_stream(read: Callable[[int], bytes], how: TextFormat, skipped: Skipped)
     while piece := read(PIECE):
         yield reader.feed(piece)
     yield reader.finish()
+
+
+class GivenTexts(NamedTuple):
+    """Texts that were given to a command.
+
+    Attributes:
+        rows: number of each text among what was given, from 1.
+        left_out: why rows were left out, and which; numbers only.
+    """
+
+    texts: list[str]
+    rows: list[int]
+    left_out: Skipped
+
+
+def given_texts(arguments: Sequence[str] | None, read: Callable[[int], bytes]) -> GivenTexts:
+    """Return the texts of a command's arguments, or else of the lines that `read` gives.
+
+    A blank line is left out and counted like one that cannot be read: whoever counts lines must be able to go on counting.
+
+    Raises:
+        DataError: if an argument is no text, or nothing is left.
+    """
+    skipped = Skipped()
+    texts: dict[int, str] = {}
+    if arguments:
+        for number, text in enumerate(arguments, start=1):
+            if (fault := value_fault("text", text)) is not None:
+                raise DataError(f"text {number} holds {fault}; give it in UTF-8.")
+            texts[number] = text
+    else:
+        lines = LineReader("standard input", "utf-8")
+        found: list[Line] = []
+        while piece := read(PIECE):
+            found += lines.feed(piece)
+        for line in (*found, *lines.finish()):
+            if line.fault is not None:
+                skipped.add(line.fault.reason, f"line {line.number}")
+            elif not line.text.strip():
+                skipped.add("that are blank", f"line {line.number}")
+            else:
+                texts[line.number] = line.text.strip()
+    if not texts:
+        told = f" ({skipped.total:,} lines were left out)" if skipped.total else ""
+        raise DataError(f"there is no text{told}; give texts as arguments, or one a line on standard input.")
+    return GivenTexts(list(texts.values()), list(texts), skipped)
+
+
+def left_out(skipped: Skipped, most: int = 5) -> list[str]:
+    """Return for each reason how many rows were left out, and where they stood; numbers only."""
+    return [
+        f"left out: {count:,} {'row' if count == 1 else 'rows'} {reason}: "
+        + shorten(skipped.places[reason], most, count)
+        for reason, count in skipped.counts.items()
+    ]
 
 
 @dataclass

@@ -58,7 +58,8 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     for name, place in arms.items():
         evaluation = place / "evaluation.json"
         if evaluation.exists():
-            result[f"{metric}_{name}"] = round(json.loads(evaluation.read_text())["metrics"][metric], 4)
+            value = json.loads(evaluation.read_text())["metrics"][metric]
+            result[f"{metric}_{name}"] = None if value is None else round(value, 4)
     if (folder / "repeats.json").exists():
         for arm, values in json.loads((folder / "repeats.json").read_text())["arms"].items():
             name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
@@ -67,6 +68,8 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     if (folder / FOLDS_FILE).exists():
         for arm, values_of in json.loads((folder / FOLDS_FILE).read_text())["arms"].items():
             name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
+            if metric not in values_of:
+                continue  # undefined in a fold
             result[f"{metric}_{name}_fold_mean"] = round(statistics.mean(values_of[metric]), 4)
             result[f"{metric}_{name}_fold_std"] = round(statistics.stdev(values_of[metric]), 4)
     spent = [json.loads(path.read_text())["epsilon_spent"] for path in sorted(folder.glob("sites/*/privacy.json"))]

@@ -314,7 +314,9 @@ def summary(
         json.loads(p.read_text())["epsilon_bound"] for p in sorted(submission.run_folder.glob("sites/*/privacy.json"))
     ]
     return {
-        f"{metric}_federated_dp": round(evaluation["metrics"][metric], 4),
+        f"{metric}_federated_dp": None
+        if evaluation["metrics"][metric] is None
+        else round(evaluation["metrics"][metric], 4),
         "rounds": submission.progress(),
         "sites": len(sites),
         "round_overhead_seconds_median": round(statistics.median(round_overheads(federation, submission, sites)), 3),

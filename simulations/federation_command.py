@@ -111,7 +111,9 @@ def _watch(federation: Federation, submission: Submission, sites: Sequence[str],
             tell("waiting", state.get("waiting"), f"waiting: {state.get('waiting')}")
             tell("refused", state.get("refused") or None, f"refused: {state.get('refused')}")
             tell("problem", state.get("problem"), f"problem: {state.get('problem')}")
-            metrics = ", ".join(f"{name} {value:.4f}" for name, value in (state.get("metrics") or {}).items())
+            metrics = ", ".join(
+                f"{name} {value:.4f}" for name, value in (state.get("metrics") or {}).items() if value is not None
+            )
             tell("round", state.get("round"), f"round {state.get('round')}: {metrics}")
             doing = ", ".join(f"{name} {read_status(federation.site(name))['state']}" for name in sites)
             spinner.update(f"round {state.get('round', 0)} done; {doing}")

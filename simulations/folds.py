@@ -72,7 +72,11 @@ def _by_metric(places: Sequence[Path], arm: str) -> Mapping[str, list[float]]:
     for place in places:
         path = (place if arm == FEDERATED else place / "baselines" / arm) / "evaluation.json"
         found.append(json.loads(path.read_text(encoding="utf-8"))["metrics"])
-    return {name: [float(metrics[name]) for metrics in found] for name in found[0] if all(name in m for m in found)}
+    return {
+        name: [float(metrics[name]) for metrics in found]
+        for name in found[0]
+        if all(m.get(name) is not None for m in found)
+    }
 
 
 def _require_unprivate(scenario: Scenario) -> None:

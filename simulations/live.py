@@ -127,8 +127,8 @@ class ArmObserver(Observer):
         done = checkpoint.round_number * getattr(self, "_per_round", len(self._arm.sites))
         figures = [f"round {record.round}/{self._arm.job.training.rounds}"]
         if record.metrics:
-            figures.append(f"loss {record.metrics['loss']:.3f}")
-            figures.append(f"{self._metric} {record.metrics[self._metric]:.3f}")
+            figures.append(f"loss {_shown(record.metrics['loss'])}")
+            figures.append(f"{self._metric} {_shown(record.metrics[self._metric])}")
         if record.epsilon_max is not None:
             unit = " (unit: site)" if self._arm.job.privacy.central else ""
             figures.append(f"epsilon {rounded_up(record.epsilon_max, 2)}{unit}")
@@ -154,3 +154,7 @@ def _spend_table(releases: dict[str, SiteRelease]) -> Table:
     if len(ordered) > _ROWS:
         table.add_row(f"… and {len(ordered) - _ROWS} more", "", "", "")
     return table
+
+
+def _shown(value: float | None) -> str:
+    return "not defined" if value is None else f"{value:.3f}"

@@ -36,6 +36,8 @@ def run_repeats(
         run_scenario(with_seed(scenario, seed), folders[seed], observer=observer, resume=resume)
     arms = [FEDERATED, *scenario.baselines.arms]
     values = {arm: [_final_metric(place, arm) for place in folders.values()] for arm in arms}
+    if any(value is None for found in values.values() for value in found):
+        return finished  # the evaluation data leaves the metric undefined, so it has no mean
     summary: dict[str, Any] = {"seeds": list(folders), "arms": values}
     if can_be_averaged(scenario.job):
         _, test = scenario.load_data()
@@ -67,6 +69,7 @@ def _folder_of(folder: Path, arm: str) -> Path:
     return folder if arm == FEDERATED else folder / "baselines" / arm
 
 
-def _final_metric(folder: Path, arm: str) -> float:
+def _final_metric(folder: Path, arm: str) -> float | None:
     evaluation = json.loads((_folder_of(folder, arm) / "evaluation.json").read_text(encoding="utf-8"))
-    return float(evaluation["metrics"][evaluation["primary_metric"]])
+    value = evaluation["metrics"][evaluation["primary_metric"]]
+    return None if value is None else float(value)

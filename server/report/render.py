@@ -141,6 +141,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "evaluation": federated.evaluation,
         "confusion": _confusion(federated),
         "all_metrics": _all_metrics(data),
+        "metrics_note": federated.evaluation.note if federated.evaluation is not None else None,
         "max_matrix_labels": MAX_MATRIX_LABELS,
         "max_printed_statements": MAX_PRINTED_STATEMENTS,
         "sites": sorted(federated.sites, key=lambda site: formats.natural_key(site.site)),
@@ -257,7 +258,7 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
         "title_in_text": title[:1].lower() + title[1:],
         "is_run": arm is data.federated,
         "private": arm.private,
-        "value": formats.format_metric(metric, theirs),
+        "value": _final_text(arm, metric),
         "interval": _interval(metric, arm, data.run.dataset.test_records),
         "gap": formats.format_gap(metric, own, theirs),
         "verdict": verdict,
@@ -268,6 +269,10 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
     }
 
 
+def _final_text(arm: Arm, metric: str) -> str:
+    return "not defined" if arm.undefined(metric) else formats.format_metric(metric, arm.final(metric))
+
+
 def _all_metrics(data: RunData) -> list[dict[str, Any]]:
     """Every metric of every training, the primary one first."""
     finals = [{} if arm.evaluation is None else arm.evaluation.metrics for arm in _arms(data)]
@@ -275,7 +280,7 @@ def _all_metrics(data: RunData) -> list[dict[str, Any]]:
     return [
         {
             "title": formats.metric_title(name),
-            "values": [formats.format_metric(name, arm.final(name)) for arm in _arms(data)],
+            "values": [_final_text(arm, name) for arm in _arms(data)],
         }
         for name in names
     ]

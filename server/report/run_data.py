@@ -86,6 +86,7 @@ class Evaluation(_Record):
     confusion: tuple[tuple[Count, ...], ...] | None = None
     roc: Annotated[tuple[tuple[Share, Share], ...], Field(min_length=2)] | None = None
     pairs: Annotated[tuple[tuple[Finite, Finite], ...], Field(min_length=1)] | None = None
+    note: str | None = None
 
 
 class SiteRecord(_Record):
@@ -253,11 +254,15 @@ class Arm:
         recorded = [record.epsilon_max for record in self.rounds if record.epsilon_max is not None]
         return max(spent or recorded[-1:], default=None)
 
+    def undefined(self, metric: str) -> bool:
+        """Whether the evaluation data leaves the metric undefined."""
+        return self.evaluation is not None and self.evaluation.metrics.get(metric, 0.0) is None
+
     def final(self, metric: str) -> float | None:
         """The metric of the final model; before there is one, that of the last measured round."""
         if self.evaluation is not None:
             value = _number(self.evaluation.metrics.get(metric))
-            if value is not None:
+            if value is not None or self.undefined(metric):
                 return value
         measured = [value for record in self.rounds if (value := record.metric(metric)) is not None]
         return measured[-1] if measured else None
@@ -420,7 +425,9 @@ def _read_rounds(path: Path, *, complete: bool) -> tuple[RoundRecord, ...]:
 
 def _read_evaluation(path: Path) -> Evaluation:
     evaluation = _parse(Evaluation, _read(path), path)
-    if _number(evaluation.metrics.get(evaluation.primary_metric)) is None:
+    # None is a number that the evaluation data leaves undefined.
+    value = evaluation.metrics.get(evaluation.primary_metric, "missing")
+    if value is not None and _number(value) is None:
         raise _malformed(path, f"metrics has no number for the primary metric {evaluation.primary_metric!r}")
     if evaluation.confusion is not None:
         size = len(evaluation.labels) if evaluation.labels is not None else len(evaluation.confusion)

@@ -18,18 +18,20 @@ class Evaluation:
     """Result on public evaluation data.
 
     Attributes:
-        metrics: every metric by name, finite floats; always holds "loss".
+        metrics: every metric by name, finite floats; None where the data leaves it undefined; always holds "loss".
         labels: class names, or None.
         confusion: counts, rows are true classes and columns predicted ones, or None.
         roc: (false, true) positive rate at falling thresholds, the last label as positive; None unless there are two labels.
         pairs: (true, predicted) numbers of some of the data, in the task's own unit, or None.
+        note: how the metrics are counted, for whoever reads them, or None.
     """
 
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     labels: tuple[str, ...] | None = None
     confusion: list[list[int]] | None = None
     roc: list[list[float]] | None = None
     pairs: list[list[float]] | None = None
+    note: str | None = None
 
 
 class Task(Protocol):

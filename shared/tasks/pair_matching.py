@@ -76,8 +76,8 @@ class PairMatching(SequenceClassification):
         )
 
 
-def ranking_metrics(scores: Tensor, queries: Tensor, matches: Tensor) -> dict[str, float]:
-    """Return "mrr", "recall@k" and "queries", how many first texts they are a mean of; all 0 if there are none.
+def ranking_metrics(scores: Tensor, queries: Tensor, matches: Tensor) -> dict[str, float | None]:
+    """Return "mrr", "recall@k" and "queries", how many first texts they are a mean of; without any they are undefined.
 
     Args:
         scores: float [pairs], higher for a likelier match.
@@ -98,4 +98,4 @@ def ranking_metrics(scores: Tensor, queries: Tensor, matches: Tensor) -> dict[st
             values.append(float((ranks <= k).double().mean()))
     count = len(reciprocal)
     mean = {"mrr": reciprocal, **{f"recall@{k}": values for k, values in recalls.items()}}
-    return {name: sum(values) / count if count else 0.0 for name, values in mean.items()} | {"queries": float(count)}
+    return {name: sum(values) / count if count else None for name, values in mean.items()} | {"queries": float(count)}

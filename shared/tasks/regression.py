@@ -107,7 +107,7 @@ class Regression:
                 "loss": float(torch.cat(losses).mean()),
                 "mae": float(errors.abs().mean()),
                 "rmse": float(errors.square().mean().sqrt()),
-                "r2": 1 - float(errors.square().sum()) / spread if spread else 0.0,
+                "r2": 1 - float(errors.square().sum()) / spread if spread else None,
             },
             pairs=torch.stack([targets, predicted], dim=1)[:MOST_PAIRS].tolist(),
         )

@@ -105,7 +105,7 @@ class SequenceClassification:
             margins.append((outputs[:, -1] - outputs[:, 0]).float())
         truth, guess = torch.cat(targets).cpu().numpy(), torch.cat(predicted).cpu().numpy()
         matrix = confusion_matrix(truth, guess, labels=range(len(self.labels)))
-        metrics = {
+        metrics: dict[str, float | None] = {
             "loss": float(torch.cat(losses).mean()),
             "accuracy": float((truth == guess).mean()),
             "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),

@@ -129,15 +129,25 @@ class TokenClassification:
                 predicted.append([self.labels[i] for i in guessed[own].tolist()])
                 true.append([self.labels[i] for i in targets[own].tolist()])
         report = classification_report(true, predicted, output_dict=True, zero_division=0)
-        metrics = {"loss": loss / words, "accuracy": right / words}
+        metrics: dict[str, float | None] = {"loss": loss / words, "accuracy": right / words}
+        if not any(entities(tags) for tags in true):
+            return Evaluation(metrics=metrics | dict.fromkeys(_MEASURES), note=f"{_COUNTED} {_NO_ENTITY}")
         overall = report.pop("micro avg")
         metrics |= {name: float(overall[key]) for name, key in _MEASURES.items()}
         kinds = [kind for kind in report if not kind.endswith(" avg")]
         for kind in sorted(kinds):
-            metrics |= {f"{name} {kind}": float(report[kind][key]) for name, key in _MEASURES.items()}
-        return Evaluation(metrics=metrics)
+            known = report[kind]["support"] > 0
+            metrics |= {
+                f"{name} {kind}": float(report[kind][key]) if known else None for name, key in _MEASURES.items()
+            }
+        return Evaluation(metrics=metrics, note=_COUNTED)
 
 
+_COUNTED = (
+    "Entities count as whole ones: kind, first and last word must be right. Tags are read leniently, as seqeval and conlleval "
+    "do by default: an I- tag that continues nothing begins an entity."
+)
+_NO_ENTITY = "The evaluation data has no entity, so precision, recall and F1 are not defined."
 _MEASURES = {"precision": "precision", "recall": "recall", "f1": "f1-score"}
 
 

@@ -51,8 +51,8 @@ class TrialResult(BaseModel):
     metric: str
     higher_is_better: bool
     score: float | None = None
-    metrics: dict[str, float] = {}
-    confirmation: dict[str, float] | None = None
+    metrics: dict[str, float | None] = {}
+    confirmation: dict[str, float | None] | None = None
     seconds: float
     job_sha256: str
 

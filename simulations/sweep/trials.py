@@ -111,12 +111,17 @@ class _Rounds(Observer):
 def _scores(folder: Path) -> dict[str, Any]:
     evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     metrics = evaluation["metrics"]
-    if not all(math.isfinite(value) for value in metrics.values()):
+    if not all(math.isfinite(value) for value in metrics.values() if value is not None):
         raise RunError("the training diverged: a metric is not a finite number. Try a smaller learning rate.")
+    if metrics[evaluation["primary_metric"]] is None:
+        raise RunError(
+            f"the evaluation data leaves {evaluation['primary_metric']} undefined, so settings cannot be compared by it; give "
+            "other evaluation data."
+        )
     return {"score": metrics[evaluation["primary_metric"]], "metrics": metrics}
 
 
-def _confirm(scenario: Scenario, finished: Checkpoint, records: list[Record]) -> dict[str, float]:
+def _confirm(scenario: Scenario, finished: Checkpoint, records: list[Record]) -> dict[str, float | None]:
     runtime = load_runtime(scenario.job, scenario.compute)
     examples = runtime.encode(records)
     runtime.warm_cache(examples)

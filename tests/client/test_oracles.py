@@ -200,7 +200,6 @@ def test_the_site_s_own_people_are_told_what_a_job_cannot_use(
     make_world: MakeWorld, private_job: Callable[..., Job], caplog: pytest.LogCaptureFixture
 ) -> None:
     rows = rows_with(label=MARKER)
-    rows[20] = rows[20] | {"text": [MARKER]}
     world, job = make_world(rows), private_job(federation={"min_sites": 2})
     with caplog.at_level(logging.WARNING, logger="silotune.site"):
         assert isinstance(world.site.accept(world.signed(job)), SiteDescription)

@@ -46,10 +46,33 @@ def test_predict_answers_arguments_in_order(silotune: Silotune, finished_run: Pa
     assert [line[1] for line in lines] == [f"{p['probability']:.3f}" for p in expected]
 
 
+def stdin(text: str | bytes) -> io.TextIOWrapper:
+    return io.TextIOWrapper(io.BytesIO(text if isinstance(text, bytes) else text.encode()))
+
+
+def test_predict_keeps_row_numbers_and_tells_what_it_leaves_out(
+    silotune: Silotune, finished_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", stdin(b"fine\r\n\r\nPRIVATE \xff\r\nPRIVATE \0\r\rlast"))
+    outcome = silotune("predict", finished_run, "--json")
+    assert outcome.status == 0, outcome.err
+    answers = [json.loads(line) for line in outcome.out.splitlines()]
+    assert [(answer["row"], answer["text"]) for answer in answers] == [(1, "fine"), (6, "last")]
+    assert outcome.err.splitlines() == [
+        "left out: 2 rows that are blank: line 2, line 5",
+        "left out: 1 row not in the encoding: line 3",
+        "left out: 1 row with a NUL character: line 4",
+    ]
+    wrong = silotune("predict", finished_run, "fine", "PRIVATE \udcff")
+    assert wrong.status == 1
+    assert "text 2 holds half of a surrogate pair" in wrong.err
+    assert "PRIVATE" not in wrong.err
+
+
 def test_predict_reads_standard_input_and_writes_json_lines(
     silotune: Silotune, finished_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sys.stdin", io.StringIO("a quiet joy\n\n  it bores \nschön\n"))
+    monkeypatch.setattr("sys.stdin", stdin("a quiet joy\n\n  it bores \nschön\n"))
     outcome = silotune("predict", finished_run, "--json")
     assert outcome.status == 0
     answers = [json.loads(line) for line in outcome.out.splitlines()]
@@ -59,10 +82,12 @@ def test_predict_reads_standard_input_and_writes_json_lines(
         assert sum(answer["probabilities"].values()) == pytest.approx(1)
         assert answer["probability"] == max(answer["probabilities"].values())
         assert answer["probabilities"][answer["label"]] == answer["probability"]
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert [answer["row"] for answer in answers] == [1, 3, 4]
+    assert outcome.err.strip() == "left out: 1 row that are blank: line 2"
+    monkeypatch.setattr("sys.stdin", stdin("\n"))
     empty = silotune("predict", finished_run)
     assert empty.status == 1
-    assert "there is no text to label" in empty.err
+    assert "there is no text (1 lines were left out)" in empty.err
 
 
 def test_simulate_stops_resumes_and_prints_one_json_line(

@@ -443,12 +443,12 @@ def test_the_command(
     assert json.loads(line) == json.loads(json.dumps(as_json(expected, "test")))
     assert json.loads(line)["sum"] == pytest.approx(sum(w["attribution"] for w in json.loads(line)["words"]), abs=1e-6)
     assert (tmp_path / "page.html").read_bytes() == render_html(expected, "test")
-    monkeypatch.setattr("sys.stdin", io.StringIO(TEXT + "\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(f"{TEXT}\n".encode())))
     piped = silotune("explain", run_dir, "--baseline", "mask")
     assert piped.status == 0
     assert "replaced by [MASK]" in " ".join(piped.out.split())
     assert "completeness gap" in piped.out
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
     assert silotune("explain", run_dir).status == 1
     wrong = silotune("explain", run_dir, TEXT, "--label", "goood")
     assert (wrong.status, wrong.out) == (2, "")

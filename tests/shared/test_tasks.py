@@ -104,6 +104,30 @@ def test_entities_are_counted_whole() -> None:
     assert metrics["accuracy"] == pytest.approx(4 / 8)
 
 
+@pytest.mark.parametrize("guess", ["O", "B-film"])
+def test_without_an_entity_their_measures_are_undefined_and_not_zero(guess: str) -> None:
+    task = TokenClassification(labels=TAGS)
+    targets = torch.full((2, 4), TAGS.index("O"))
+    logits = 9.0 * torch.nn.functional.one_hot(torch.full((2, 4), TAGS.index(guess)), 5)
+    batch = Batch(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool), targets)
+    found = task.evaluate([(logits, batch)])
+    assert {name: found.metrics[name] for name in ("precision", "recall", "f1")} == dict.fromkeys(
+        ("precision", "recall", "f1")
+    )
+    assert found.metrics["accuracy"] == float(guess == "O")
+    assert found.note is not None
+    assert "no entity, so precision, recall and F1 are not defined" in found.note
+
+
+def test_a_kind_that_is_only_guessed_has_no_measures_of_its_own() -> None:
+    task = TokenClassification(labels=TAGS)
+    targets = torch.tensor([[TAGS.index(tag) for tag in ("B-film", "O")]])
+    logits = 9.0 * torch.nn.functional.one_hot(torch.tensor([[TAGS.index(tag) for tag in ("B-film", "B-cast")]]), 5)
+    batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool), targets)
+    metrics = task.evaluate([(logits, batch)]).metrics
+    assert (metrics["precision"], metrics["f1 film"], metrics["f1 cast"]) == (0.5, 1.0, None)
+
+
 def test_text_is_cut_into_words_and_chinese_into_characters() -> None:
     def words(text: str) -> list[str]:
         return [text[a:b] for a, b in word_places(text)]
@@ -178,7 +202,7 @@ def test_rankings_by_hand() -> None:
     assert found["mrr"] == pytest.approx((1 / 2 + 1 / 2) / 2)
     assert found["recall@1"] == 0
     assert found["recall@3"] == 1
-    assert ranking_metrics(scores[:1], queries[:1], matches[:1])["mrr"] == 0
+    assert ranking_metrics(scores[:1], queries[:1], matches[:1])["mrr"] is None
 
 
 def test_pairs_are_predicted_from_lines_with_a_tab(task_job: Callable[..., Job]) -> None:
