@@ -156,7 +156,7 @@ def toy(tmp_path: Path) -> Path:
 
 def mutate(project: Path, *options: str) -> tuple[int, str, dict[str, dict[str, str]]]:
     """Return (status, output, verdicts) of one run."""
-    command = [sys.executable, "-m", "tests.mutation", "--bare", "--project", str(project), *options]
+    command = [sys.executable, "-m", "tests.mutation", "--project", str(project), *options]
     done = subprocess.run(
         command,
         cwd=CHECKOUT,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import json
 import os
 import random
@@ -288,7 +289,40 @@ def test_bad_arguments_are_refused(path: Path) -> None:
             ledger.commit(reservation, executed_steps=1, release_sha256="b" * 63)
 
 
+def test_arguments_at_their_limits_are_accepted(path: Path) -> None:
+    with opened(path, dataset="x" * 500, epsilon=1e-9 + epsilon_of(30)) as ledger:
+        assert Charge(job_id="x" * 500, round=0, request_sha256="0" * 64, mechanism=steps(1)).round == 0
+        nothing, everything = (ledger.reserve(charge(10)) for _ in range(2))
+        ledger.commit(nothing, executed_steps=0, release_sha256=RELEASE)
+        ledger.commit(everything, executed_steps=10, release_sha256=RELEASE)
+        assert ledger.events() == [steps(0), steps(10)]
+
+
 # --- the file ---
+
+
+def test_the_format_of_the_file_stands(path: Path) -> None:
+    """Every later version has to read it, and the hashes are over these very texts."""
+    with opened(path, clock=lambda: datetime(2031, 5, 4, 12, tzinfo=UTC)) as ledger:
+        ledger.reserve(charge(7, round=3))
+    with closing(sqlite3.connect(path)) as file:
+        rows = file.execute("SELECT * FROM entries ORDER BY sequence").fetchall()
+        assert file.execute("PRAGMA application_id").fetchone() == (int.from_bytes(b"SILO"),)
+        assert file.execute("PRAGMA user_version").fetchone() == (2,)
+        assert file.execute("SELECT * FROM head").fetchall() == [(3, rows[-1][5])]
+    assert [row[:3] for row in rows] == [
+        (number, kind, "2031-05-04T12:00:00.000+00:00") for number, kind in ((1, "open"), (2, "budget"), (3, "reserve"))
+    ]
+    assert rows[2][3] == (
+        '{"dataset":"notes","job_id":"job","mechanism":{"noise_multiplier":1.0,"sample_rate":0.05,"steps":7},'
+        f'"request_sha256":"{REQUEST}","round":3,"unit":"record"}}'
+    )
+    previous = "0" * 64
+    for sequence, kind, time_text, payload, link, digest in rows:
+        assert link == previous
+        text = json.dumps([previous, sequence, kind, time_text, payload])
+        assert digest == hashlib.sha256(text.encode()).hexdigest()
+        previous = digest
 
 
 def test_new_file_is_private_and_stands_alone(path: Path) -> None:

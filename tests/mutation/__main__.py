@@ -11,7 +11,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from tests.mutation.runner import MutationRun, Store, Target, report
-from tests.mutation.workers import load_libraries
 
 PROJECT = Path(__file__).parents[2]
 
@@ -33,20 +32,19 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="mutants at a time")
     parser.add_argument("--again", action="store_true", help="also repeat what was found before")
     parser.add_argument("--project", type=Path, default=PROJECT, help="whose modules; with tests/mutation/*.toml")
-    parser.add_argument("--bare", action="store_true", help="load no library first: for a project that needs none")
+    parser.add_argument("--seconds", type=float, help="of processor time, then stop; the next run goes on from there")
     arguments = parser.parse_args()
     project = arguments.project.resolve()
     settings, folder = project / "tests" / "mutation", project / ".mutation"
     chosen = targets(settings / "targets.toml", arguments.modules)
     if not chosen:
         parser.error(f"no module of {settings / 'targets.toml'} is named like {arguments.modules}")
-    if not arguments.bare:
-        load_libraries()
     run = MutationRun(
         project,
         folder / "copies",
         Store(folder / "verdicts.json"),
         jobs=arguments.jobs,
+        seconds=arguments.seconds,
         say=lambda line: print(line, flush=True),
     )
     findings = []
@@ -54,6 +52,9 @@ def main() -> int:
         started = time.monotonic()
         findings.append(run.examine(target, again=arguments.again))
         print(f"{target.path}: {time.monotonic() - started:.0f} s", flush=True)
+        if not findings[-1].complete:
+            print("stopped in the middle; run it again to go on")
+            return 2
     explained = tomllib.loads((settings / "survivors.toml").read_text(encoding="utf-8"))
     text, good = report(findings, explained)
     print(text)

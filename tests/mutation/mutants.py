@@ -3,7 +3,7 @@
 What is changed: comparisons, arithmetic and logic; numbers, booleans and texts; conditions. What is left out, one at a time:
 keyword arguments, bounds of slices, values in formatted texts, conversions, and statements with an effect, among them every
 `raise`. Functions are exchanged for their opposite. What stays: annotations, imports, decorators, docstrings, log calls, the
-wording of errors (a `raise` counts as one thing, whatever it says), and `zip(strict=True)`.
+wording of sentences (a `raise` counts as one thing, whatever it says), and `zip(strict=True)`.
 
 A mutant is named by the function that it stands in and by its statement before and after, so the name outlives edits elsewhere.
 """
@@ -48,6 +48,7 @@ _CONVERSIONS = {"abs", "clone", "copy", "double", "float", "flatten", "resolve",
 _FUNCTIONS = {"abs", "sorted", "round"}
 _BELTS = {"strict"}  # of `zip`: a second check of lengths that the lines before have made equal
 _UNTOUCHED = {"annotation", "returns", "decorator_list", "type_comment", "format_spec", "ctx", "type_params"}
+_SENTENCE = 4  # spaces that make a text one for people
 _LOGS = {"log", "logging", "warnings"}
 
 
@@ -217,7 +218,7 @@ def _other_values(value: object) -> Iterator[object]:
         yield value + 1
     elif isinstance(value, float):
         yield from (2 * value, value / 2) if value else (1.0,)
-    elif isinstance(value, str):
+    elif isinstance(value, str) and value.count(" ") < _SENTENCE:
         yield value + "~"
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import resource
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -67,10 +68,11 @@ class Verdict:
 
 @dataclass(kw_only=True)
 class Findings:
-    """Verdicts on the mutants of one module, by their names."""
+    """Verdicts on the mutants of one module, by their names; `complete` unless the run was cut short."""
 
     path: str
     verdicts: dict[str, Verdict] = field(default_factory=dict)
+    complete: bool = True
 
     def survivors(self) -> list[str]:
         """Names of the mutants that no test noticed."""
@@ -96,7 +98,9 @@ class Store:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._content: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self._content: dict[str, dict[str, Any]] = content.get("verdicts", {})
+        self._baselines: dict[str, Any] = content.get("baselines", {})
 
     def get(self, module: str, name: str) -> Verdict | None:
         """Return the verdict on a mutant, if there is one."""
@@ -107,11 +111,22 @@ class Store:
         """Keep a verdict."""
         self._content.setdefault(module, {})[name] = asdict(verdict)
 
+    def baseline(self, module: str, state: str) -> Run | None:
+        """Return how the tests of a module went without a mutant, if they and the module were the same then."""
+        found = self._baselines.get(module)
+        return Run(**found["run"]) if found is not None and found["state"] == state else None
+
+    def keep_baseline(self, module: str, state: str, run: Run) -> None:
+        """Keep how the tests of a module went."""
+        self._baselines[module] = {"state": state, "run": run.__dict__}
+        self.save()
+
     def save(self) -> None:
         """Write the file."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_suffix(".part")
-        part.write_text(json.dumps(self._content, indent=1), encoding="utf-8")
+        content = {"verdicts": self._content, "baselines": self._baselines}
+        part.write_text(json.dumps(content), encoding="utf-8")
         part.replace(self._path)
 
 
@@ -119,9 +134,18 @@ class MutationRun:
     """Mutants of modules of `project`, planted in copies under `scratch`."""
 
     def __init__(
-        self, project: Path, scratch: Path, store: Store, *, jobs: int = 2, say: Callable[[str], None] = print
+        self,
+        project: Path,
+        scratch: Path,
+        store: Store,
+        *,
+        jobs: int = 2,
+        seconds: float | None = None,
+        say: Callable[[str], None] = print,
     ) -> None:
+        """Prepare runs of `jobs` mutants at a time; after so many `seconds` of processor time no other is planted."""
         self._project, self._scratch, self._store, self._jobs, self._say = project, scratch, store, jobs, say
+        self._seconds = seconds
 
     def examine(self, target: Target, *, again: bool = False) -> Findings:
         """Return the verdicts on every mutant of a module.
@@ -180,6 +204,25 @@ class MutationRun:
                     self._say(f"  {done} of {len(open_ones)} mutants of {target.path}")
         self._store.save()
 
+    def _baseline(self, target: Target, copy: Copy) -> Run:
+        """Return the run of all tests without a mutant."""
+        state = self._state(target)
+        known = self._store.baseline(target.path, state)
+        if known is not None:
+            return known
+        baseline = Child(copy, target.tests, watch=target.path, deselect=target.deselect).wait()
+        if baseline.status != "passed":
+            raise RuntimeError(
+                f"the tests of {target.path} do not pass without a mutant: {baseline.test} {baseline.reason}; see "
+                f"{copy.folder / 'log.txt'}"
+            )
+        self._store.keep_baseline(target.path, state, baseline)
+        return baseline
+
+    def _state(self, target: Target) -> str:
+        parts = [repr(target).encode(), *(_content(self._project / path) for path in (target.path, *target.tests))]
+        return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
     def _depends(self, target: Target, mutant: Mutant, verdict: Verdict) -> str:
         """Return the hash of what a verdict stands on.
 
@@ -190,7 +233,7 @@ class MutationRun:
         if verdict.status in ("killed", "invalid") and killer:
             parts = [mutant.top.encode(), _content(self._project / killer)]
         else:
-            parts = [_content(self._project / path) for path in (target.path, *target.tests)]
+            parts = [self._state(target).encode()]
         return hashlib.sha256(b"\0".join([mutant.name.encode(), *parts])).hexdigest()[:16]
 
 
@@ -229,10 +272,14 @@ def tests_that_reach(mutant: Mutant, baseline: Run) -> list[str]:
     """Return the tests that run a line of the mutant, fastest first; all of them for what runs while the module is imported."""
     reaching: set[str] = set()
     for line in mutant.lines:
-        # Contexts come through JSON, so lines are texts there.
-        reaching |= set(baseline.contexts.get(str(line), []))  # type: ignore[call-overload]
+        reaching |= set(baseline.contexts.get(str(line), []))
     chosen = set(baseline.seconds) if "" in reaching else reaching & set(baseline.seconds)
     return sorted(chosen, key=lambda name: (baseline.seconds[name], name))
+
+
+def _processor_seconds() -> float:
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
 def _content(path: Path) -> bytes:

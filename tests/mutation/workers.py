@@ -18,6 +18,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,58 +26,27 @@ from typing import Any
 
 PACKAGES = ("client", "server", "shared", "simulations", "tests", "benchmarks")
 _FILES = ("cli.py", "pyproject.toml")
-_LIBRARIES = (
-    "torch",
-    "torch.utils._pytree",
-    "transformers.models.bert.modeling_bert",
-    "transformers.models.gpt2.modeling_gpt2",
-    "transformers",
-    "peft",
-    "opacus",
-    "opacus.optimizers",
-    "dp_accounting",
-    "dp_accounting.pld.privacy_loss_distribution",
-    "scipy.stats",
-    "scipy.optimize",
-    "safetensors.torch",
-    "sklearn.metrics",
-    "hypothesis",
-    "pydantic",
-    "cryptography.hazmat.primitives.ciphers",
-    "pytest",
-    "pytest_timeout",
-    "coverage",
-    "rich.console",
-    "typer",
-)
-_TIME_FACTOR, _LEAST_SECONDS = (
-    5,
-    15,
-)  # of processor time that tests may take on a mutant, beside what they take without it
+_OF_EACH_RUN = {"grpc", "ray", "flwr"}  # start threads, which a fork does not survive
 
 
-def load_libraries() -> None:
-    """Import what the tests need beside the project."""
-    for name in _LIBRARIES:
-        with contextlib.suppress(ImportError):
-            importlib.import_module(name)
+def load_libraries(names: Iterable[str]) -> None:
+    """Import modules that tests need beside the project, so that no run of theirs has to."""
+    top = {*PACKAGES, "cli", "conftest", "__main__", *_OF_EACH_RUN}
+    for name in names:
+        if name.partition(".")[0] not in top and name not in sys.modules:
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                importlib.import_module(name)
     gc.freeze()  # else every fork walks over, and so copies, what was loaded here
 
 
 class Copy:
-    """The project's sources in a folder of their own."""
+    """The project's sources in a folder of their own; one that is there already is brought up to date."""
 
     def __init__(self, project: Path, folder: Path, *, with_bytecode: bool = False) -> None:
         self.folder = folder
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        skipped = shutil.ignore_patterns(".*", *(() if with_bytecode else ("__pycache__",)))
-        for name in PACKAGES:
-            if (project / name).is_dir():
-                shutil.copytree(project / name, folder / name, ignore=skipped)
-        for name in _FILES:
-            if (project / name).is_file():
-                shutil.copy2(project / name, folder / name)
+        for name in (*PACKAGES, *_FILES):
+            _bring_up_to_date(project / name, folder / name, with_bytecode=with_bytecode)
 
     @contextlib.contextmanager
     def changed(self, module: str, source: str) -> Any:
@@ -91,6 +61,31 @@ class Copy:
             yield
         finally:
             path.write_bytes(original)
+
+
+def _bring_up_to_date(source: Path, target: Path, *, with_bytecode: bool) -> None:
+    """Copy what is new or changed of a file or folder, and remove what is gone."""
+    if source.is_file():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not target.is_file() or _stamp(source) != _stamp(target):
+            shutil.copy2(source, target)
+    elif source.is_dir():
+        here = {child.name for child in source.iterdir() if not child.name.startswith(".")}
+        if not with_bytecode:
+            here.discard("__pycache__")
+        for name in here:
+            _bring_up_to_date(source / name, target / name, with_bytecode=with_bytecode)
+        gone = [child for child in target.iterdir() if child.name not in here] if target.is_dir() else []
+        for child in gone:
+            if child.is_file():
+                child.unlink()
+            elif child.name != "__pycache__":
+                shutil.rmtree(child)
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 @dataclass(eq=False)
@@ -155,14 +150,16 @@ class Run:
         status: "passed", "failed" or "timeout".
         test, reason: the first test that failed, and why.
         seconds: of each test.
-        contexts: tests that ran each line of the watched file, if one was.
+        contexts: tests that ran each line of the watched file, if one was; lines are texts, as in JSON.
+        modules: names of all modules that were imported in the meantime, if a file was watched.
     """
 
     status: str
     test: str = ""
     reason: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
-    contexts: Mapping[int, list[str]] = field(default_factory=dict)
+    contexts: Mapping[str, list[str]] = field(default_factory=dict)
+    modules: Sequence[str] = ()
 
 
 class Child:
@@ -247,12 +244,15 @@ def _run_tests(
     options += ["-p", "no:unraisableexception", "-W", "ignore::pytest.PytestWarning", "-m", "not endurance and not gpu"]
     options += [f"--deselect={name}" for name in deselect]
     status = pytest.main([*options, f"--rootdir={folder}", *files], plugins=[selection])
-    contexts: dict[int, list[str]] = {}
+    contexts: dict[str, list[str]] = {}
+    modules: list[str] = []
     if tracer is not None:
         tracer.stop()
-        contexts = tracer.get_data().contexts_by_lineno(str(folder / watch)) if watch else {}
+        found = tracer.get_data().contexts_by_lineno(str(folder / str(watch)))
+        contexts = {str(line): names for line, names in found.items()}
+        modules = [name for name, module in sys.modules.items() if getattr(module, "__spec__", None) is not None]
     if status in (0, 5):  # 5: all chosen tests were skipped
-        return Run(status="passed", seconds=selection.seconds, contexts=contexts)
+        return Run(status="passed", seconds=selection.seconds, contexts=contexts, modules=modules)
     return Run(status="failed", test=selection.failed, reason=selection.reason, seconds=selection.seconds)
 
 

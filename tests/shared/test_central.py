@@ -221,7 +221,42 @@ def test_noise_has_the_promised_scale_and_no_other() -> None:
     assert abs(np.corrcoef(updates.reshape(300, -1)[:, 0], counts)[0, 1]) < 0.25
 
 
+@pytest.mark.parametrize("adaptive", [True, False])
+def test_noise_is_that_of_the_round_s_two_streams(adaptive: bool) -> None:
+    plan = make_plan(z=1.2, count_noise=2.5, target=0.5 if adaptive else None)
+    total = clipped_sum(plan, [update_of([3.0] * DIMENSION)] * 4, SHAPES, 0.37)
+    noisy = plan.add_noise(total, 0.37, SiteRandomness.injected("two"), 9)
+    source = SiteRandomness.injected("two")
+    updates, counts = (source.stream("noise", round_number=9, step=step) for step in (0, 1))
+    scale = plan.update_noise_multiplier * 0.37
+    assert torch.equal(flat(noisy.updates), flat(total.updates) + scale * torch.from_numpy(updates.normal(DIMENSION)))
+    assert (total.count, noisy.count) == (-2.0, -2.0 + 2.5 * counts.normal(1)[0] if adaptive else 0.0)
+
+
 # --- after the noise ---
+
+
+@pytest.mark.parametrize(
+    ("count", "share"), [(0.0, 0.5), (10.0, 0.7), (-10.0, 0.3), (25.0, 1.0), (1e3, 1.0), (-25.0, 0.0), (-1e3, 0.0)]
+)
+def test_the_bound_moves_by_the_share_of_unclipped_updates(count: float, share: float) -> None:
+    """S exp(-rate (share - target)) with rate 0.2, and share 1/2 + count / 50 cut to [0, 1], by hand."""
+    plan = make_plan(q=0.5, clip=0.1, target=0.3)
+    empty = SitesSum(updates=[torch.zeros(shape) for shape in SHAPES.values()], count=count)
+    for clip in (0.1, 0.05):
+        assert plan.finish(empty, SHAPES, clip).clip_norm == pytest.approx(
+            clip * math.exp(0.06 - 0.2 * share), rel=1e-12
+        )
+    assert plan.finish(empty, SHAPES, 1e9).clip_norm == 1e5
+    assert plan.finish(empty, SHAPES, 1e-9).clip_norm == pytest.approx(1e-7)
+
+
+def test_no_more_updates_come_than_sites_were_declared() -> None:
+    total = make_plan().new_sum(SHAPES, 0.1)
+    for _ in range(100):
+        total.add(update_of([1.0] * DIMENSION))
+    with pytest.raises(ValueError, match="an update after those of all 100 sites"):
+        total.add(update_of([1.0] * DIMENSION))
 
 
 def test_the_divisor_does_not_depend_on_who_answered() -> None:

@@ -140,11 +140,20 @@ def test_a_person_counts_with_the_mean_of_their_records() -> None:
     assert (total.num_examples, total.num_clipped, total.num_non_finite) == (2, 0, 1)
 
 
-def test_a_record_far_beyond_the_bound_is_shortened_before_the_mean() -> None:
+def test_the_mean_is_exact_to_the_grid_however_its_records_come() -> None:
+    gradients = torch.randn(7, 3, generator=torch.Generator().manual_seed(0)) / 10
+    expected = gradients.double().mean(dim=0)
+    for cuts in ([], [1, 2, 3, 4, 5, 6], [3]):
+        summed, _ = person_sum(gradients, [list(range(7))], cut(range(7), cuts))
+        torch.testing.assert_close(summed, expected, rtol=0, atol=2e-9)  # steps of the grid are 2**-30
+
+
+@pytest.mark.parametrize("bound", [1.0, 0.25, 4.0])
+def test_a_record_far_beyond_the_bound_is_shortened_before_the_mean(bound: float) -> None:
     """It keeps its direction; without that, what is left of cancelling giants would depend on the order of addition."""
-    gradients = torch.tensor([[2 * LONGEST_RECORD, 0.0, 0.0], [-LONGEST_RECORD, 0.5, 0.0]])
-    summed, _ = person_sum(gradients, [[0, 1]], [[0], [1]])
-    assert summed.tolist() == pytest.approx([0.0, 0.25, 0.0], abs=1e-3)
+    gradients = bound * torch.tensor([[2 * LONGEST_RECORD, 0.0, 0.0], [-LONGEST_RECORD, 0.5, 0.0]])
+    summed, _ = person_sum(gradients, [[0, 1]], [[0], [1]], bound)
+    assert (summed / bound).tolist() == pytest.approx([0.0, 0.25, 0.0], abs=1e-3)
 
 
 def test_what_would_break_the_bound_is_refused() -> None:
@@ -160,6 +169,10 @@ def test_what_would_break_the_bound_is_refused() -> None:
     total = ClippedSum(SHAPES, 1.0)
     with pytest.raises(PrivacyError, match="cannot be told apart"):
         PersonSum(total, [[0, 1]]).add(parts_of(gradients), [0, 1])
+    for short in (0, 1):  # also of one parameter alone
+        parts = [part[: 1 if place == short else 2] for place, part in enumerate(parts_of(gradients))]
+        with pytest.raises(PrivacyError, match="cannot be told apart"):
+            PersonSum(total, [[0, 1]]).add(parts, [0, 1])
     assert total.num_examples == 0
 
 
@@ -242,8 +255,16 @@ def test_an_id_that_is_none_is_refused_without_showing_any(bad: object) -> None:
     assert "zyxomma" not in str(refused.value)
 
 
+def test_records_of_every_person_increase() -> None:
+    owners = np.random.default_rng(0).integers(0, 3, size=3000)
+    persons = Persons(owners)
+    for person, rows in enumerate(persons.rows):
+        assert rows.tolist() == np.flatnonzero(owners == person).tolist()
+
+
 def test_nobody_and_strangers() -> None:
     nobody = Persons.from_ids([])
+    assert nobody.owners.dtype == np.intp
     assert (nobody.count, nobody.most_records, nobody.rows) == (0, 0, [])
     assert Persons.from_ids(["a", "b", "a"]).with_strangers(2).owners.tolist() == [0, 1, 0, 2, 3]
     assert nobody.with_strangers(1).owners.tolist() == [0]
