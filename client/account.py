@@ -101,7 +101,7 @@ class Charged:
     mechanism: GaussianSteps
     committed: bool
     time: str
-    imported: bool = False
+    imported: bool
 
 
 @dataclass(kw_only=True)

@@ -81,7 +81,7 @@ def test_noise_is_calibrated_to_the_clipping_norm(plan: PrivacyPlan) -> None:
         noisy = plan.add_noise(total.sums, stream(f"plan {rows}"))
         clean = torch.cat([part.flatten() for part in total.sums])
         noise = (torch.cat([part.flatten() for part in noisy]) - clean).numpy()
-        assert float(clean.norm()) == pytest.approx(rows * CLIP_MARGIN * 0.3, rel=1e-9)
+        assert float(clean.norm()) == pytest.approx(rows * CLIP_MARGIN * 0.3, rel=1e-7)  # cut to the grid
         for factor, right in ((1.0, True), (0.95, False), (1.05, False), (1 / 0.3, False), (0.3, False)):
             std = plan.noise_multiplier * plan.max_grad_norm * factor
             p = stats.chi2.cdf(float((noise**2).sum()) / std**2, noise.size)
