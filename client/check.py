@@ -184,9 +184,14 @@ def _ledger(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
 
 def _job(home: SiteHome, passphrase: str | None, job: Job) -> tuple[Outcome, str]:
     left_out = open_site(home, passphrase=passphrase).examine(job)
+    cut = (
+        f"; {left_out.num_full:,} fill model.max_length {job.model.max_length} and are cut there"
+        if left_out.num_full
+        else ""
+    )
     if not left_out:
-        return "ok", f"{job.name} can use all {left_out.num_records:,} records that are not held out"
-    return "warning", f"{job.name}: {left_out}. It would be trained without them, and the coordinator is not told"
+        return "ok", f"{job.name} can use all {left_out.num_records:,} records that are not held out{cut}"
+    return "warning", f"{job.name}: {left_out}. It would be trained without them, and the coordinator is not told{cut}"
 
 
 def _audit_log(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:

@@ -26,7 +26,7 @@ from client.site import Site
 from client.slots import Slots
 from client.status import StatusFile
 from shared.audit_log import Event
-from shared.errors import SilotuneError
+from shared.errors import SilotuneError, place_of
 from shared.messages import WITHHELD, carries_release
 
 log = logging.getLogger("silotune.node")
@@ -205,6 +205,6 @@ def answer(client_app: ClientApp, message: Message, node_id: int) -> Message:
     )
     try:
         return client_app(message, context)
-    except Exception:
-        log.exception("a message of type %r failed", message.metadata.message_type)
+    except Exception as error:
+        log.error("a message of type %r failed: %s", message.metadata.message_type, place_of(error))
         return Message(Error(code=_ERROR_IN_CLIENT_APP, reason=WITHHELD), reply_to=message)

@@ -40,7 +40,7 @@ from client.usable import LeftOut, UsableRecords, usable_records
 from shared import adapters
 from shared.config import PERSON_UNITS, Job, load_toml, parse
 from shared.datasets import PERSON_ROLE, read_records
-from shared.errors import AdapterError, BudgetExceeded, DataError, PolicyError, SilotuneError, TrustError
+from shared.errors import AdapterError, BudgetExceeded, DataError, PolicyError, SilotuneError, TrustError, place_of
 from shared.messages import MetricsReply, Refusal, SiteDescription, TrainReply, TrainRequest
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.persons import Persons
@@ -220,7 +220,7 @@ class Site:
                 )
             return Refusal(site=self.config.name, code=type(error).__name__, reason=reason)
         except Exception as error:  # its text may quote data
-            log.exception("failed: %s", what)
+            log.error("failed: %s: %s", what, place_of(error))
             if self.guard:
                 self.guard.refused(job, round_number, error, sent=False)
             return Refusal.withheld(self.config.name)

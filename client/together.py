@@ -13,6 +13,7 @@ from functools import partial
 
 from client.site import BegunRound, Site
 from client.trainer import LocalRound, steps_taken, train_local_rounds
+from shared.errors import place_of
 from shared.messages import Refusal, TrainReply, TrainRequest
 
 log = logging.getLogger("silotune.site")
@@ -59,6 +60,6 @@ def _trained(group: Sequence[Begun]) -> Sequence[LocalRound | None]:
             plan=first.plan,
             round_number=first.request.round_number,
         )
-    except Exception:  # whose fault it is shows when each is trained alone
-        log.exception("%d sites could not be trained together; each is trained alone", len(group))
+    except Exception as error:  # whose fault it is shows when each is trained alone
+        log.error("%d sites could not be trained together; each is trained alone: %s", len(group), place_of(error))
         return [None] * len(group)

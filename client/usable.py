@@ -38,11 +38,13 @@ class LeftOut:
         rows: numbers of the records left out, in the order of the file, by reason.
         num_records: how many records there were.
         doubt: why the job would make little of the records that are left, or None.
+        num_full: usable texts that fill the job's `model.max_length`, beyond which they are cut off.
     """
 
     rows: dict[str, list[int]]
     num_records: int
     doubt: str | None = None
+    num_full: int = 0
 
     @property
     def count(self) -> int:
@@ -105,7 +107,7 @@ def usable_records(
     return UsableRecords(
         examples=examples,
         persons=None if persons is None else Persons(_renumbered(persons, kept)),
-        left_out=LeftOut(rows=by_reason, num_records=len(records), doubt=doubt),
+        left_out=LeftOut(rows=by_reason, num_records=len(records), doubt=doubt, num_full=_num_full(runtime, examples)),
     )
 
 
@@ -125,6 +127,12 @@ def _unusable(
     middle = len(records) // 2
     yield from _unusable(encode, records[:middle], first)
     yield from _unusable(encode, records[middle:], first + middle)
+
+
+def _num_full(runtime: Runtime, examples: Sequence[Example]) -> int:
+    if runtime.tokenizer is None:  # images have one size
+        return 0
+    return sum(example.length >= runtime.max_length for example in examples)
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
     require_public_records(run.job, len(run.public_records))
     runtime = load_runtime(run.job, run.compute)
     examples = runtime.encode(run.public_records)
+    run = replace(run, details=_with_lengths(run.details, runtime, examples))
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
         central = None
         if run.job.privacy.mechanism == "central":
@@ -140,6 +141,14 @@ def _write_unfinished(run: Run, folder: RunFolder, central: CentralPrivacy | Non
     if checkpoint is not None:
         folder.write_privacy(checkpoint, central.release() if central else None)
     folder.write_run_info("stopped", run.details)
+
+
+def _with_lengths(details: Mapping[str, Any], runtime: Runtime, examples: Sequence[Example]) -> Mapping[str, Any]:
+    """Return the details with how many public texts fill `model.max_length`: what they have beyond it is cut off."""
+    if runtime.tokenizer is None or not isinstance(details.get("dataset"), Mapping):
+        return details
+    full = sum(example.length >= runtime.max_length for example in examples)
+    return {**details, "dataset": {**details["dataset"], "test_records_at_max_length": full}}
 
 
 def _coordinator(

@@ -6,6 +6,8 @@ without a traceback; anything that is not a `SilotuneError` is a defect and keep
 
 from __future__ import annotations
 
+import traceback
+
 
 class SilotuneError(Exception):
     """Base of all errors that a user can act on."""
@@ -61,3 +63,15 @@ class BudgetExceeded(LedgerError):
 
 class RunError(SilotuneError):
     """A run folder cannot be created, resumed or completed."""
+
+
+def place_of(error: BaseException) -> str:
+    """Return kind and place of an unexpected error, and of what led to it, without their texts, which may quote a record."""
+    told: list[str] = []
+    found: BaseException | None = error
+    while found is not None and len(told) < 5:
+        frames = traceback.extract_tb(found.__traceback__)
+        places = "".join(f"\n  {frame.filename}, line {frame.lineno}, in {frame.name}" for frame in frames)
+        told.append(f"{type(found).__name__}{places}")
+        found = found.__cause__ or found.__context__
+    return "\nled to by ".join(told)

@@ -41,6 +41,7 @@ class Dataset(_Record):
     name: str | None = None
     train_records: Count | None = None
     test_records: Count | None = None
+    test_records_at_max_length: Count | None = None
 
 
 class RunRecord(_Record):
