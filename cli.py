@@ -415,6 +415,8 @@ report_app = importlib.import_module("shared.report_commands").report_app
 report_app.command("write")(write_report)
 report_app.command("sign")(sign_report)
 app.add_typer(report_app)
+if importlib.util.find_spec("simulations") is not None:
+    app.command("new")(importlib.import_module("simulations.new_commands").new)
 app.command("plan")(importlib.import_module("shared.plan_commands").plan)
 app.command("monitor")(importlib.import_module("shared.monitor_commands").monitor)
 app.command("explain")(importlib.import_module("shared.explain_commands").explain)

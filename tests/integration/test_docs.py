@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -77,11 +80,36 @@ def test_documented_overrides_are_valid() -> None:
             load_scenario(ROOT / "simulations" / "demo.toml", overrides)
 
 
-def test_example_scenario_is_valid(tmp_path: Path) -> None:
+def write_notes(path: Path, count: int = 3_000) -> None:
+    """The made-up notes of docs/simulation.md."""
+    openings = ("Seen in clinic today", "Called the ward at night", "Reviewed after surgery", "Admitted from home")
+    findings = ("chest pain on exertion", "a mild cough for three days", "fever and confusion", "a sprained ankle")
+    plans = (
+        "observe and repeat bloods",
+        "discharge with advice",
+        "transfer for imaging",
+        "start antibiotics",
+        "see again",
+    )
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["note", "triage", "ward"])
+        for i in range(count):
+            text = f"{openings[i % 4]}: {findings[i // 4 % 4]}, day {i // 16 % 200}, {plans[i * 7 % 5]}."
+            writer.writerow([text, ["routine", "urgent"][i // 4 % 2], ["east", "north", "west"][i % 3]])
+
+
+def test_example_scenario_is_what_the_command_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silotune: Callable[..., Any]
+) -> None:
     (example,) = blocks(ROOT / "docs" / "simulation.md", "toml")
-    path = tmp_path / "wards.toml"
-    path.write_text(example)
-    scenario = load_scenario(path)
+    (command,) = [arguments for arguments in commands() if arguments[0] == "new" and "wards.toml" in arguments]
+    monkeypatch.chdir(tmp_path)
+    write_notes(tmp_path / "notes.csv")
+    done = silotune(*command)
+    assert done.status == 0, done.err
+    assert (tmp_path / "wards.toml").read_text(encoding="utf-8") == example
+    scenario = load_scenario(tmp_path / "wards.toml")
     assert isinstance(scenario, Scenario)
     assert scenario.partition.kind == "column"
     assert tomllib.loads(example)["name"] == scenario.name

@@ -1,0 +1,293 @@
+"""The scenario file that `silotune new` writes: every setting with a comment that says why."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+
+from shared.datasets import PERSON_ROLE
+from simulations.new_scenario.lengths import Backbone
+from simulations.new_scenario.looking import Findings
+from simulations.new_scenario.question import SITE_ROLE, Question
+from simulations.new_scenario.rule import Settings
+
+_COMMENT_COLUMN = 38
+_WIDTH = 110
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """Everything that the file says.
+
+    Attributes:
+        name: of the run.
+        max_length: tokens; None for images.
+        length_reason: why.
+        num_test: records held out for evaluation; None with a test file.
+        num_sites: sites of the partition; None where a column names them.
+    """
+
+    question: Question
+    found: Findings
+    settings: Settings
+    backbone: Backbone | None
+    name: str
+    delta: float
+    max_length: int | None
+    length_reason: str
+    num_test: int | None
+    num_sites: int | None
+
+
+def document(draft: Draft) -> str:
+    """Return the TOML text."""
+    sections = [
+        _head(draft),
+        *_model(draft),
+        _task(draft),
+        _training(draft),
+        _privacy(draft),
+        _federation(draft),
+        *_data(draft),
+        _partition(draft),
+        _simulation(draft),
+    ]
+    return "\n".join(sections)
+
+
+def _head(draft: Draft) -> str:
+    question = draft.question
+    if question.declared_only:
+        origin = "No record was read for it: labels, lengths and sizes are what was declared."
+    else:
+        origin = "Labels, lengths and sizes were looked up in the file, on this machine; no other setting looked at a record."
+    said = [f"Written by `silotune new` from {_plain(question.data.name)}. {origin}"]
+    if question.data_kind == "private" and not question.declared_only:
+        said.append(
+            "The records count as private, and what is looked up in private records is itself a release: rounded lengths and "
+            "sizes tell little, but read [task] before this file leaves the house, or declare everything (`silotune new "
+            "--declared`)."
+        )
+    said += draft.found.remarks
+    comments = "".join(
+        textwrap.fill(_plain(one), _WIDTH, initial_indent="# ", subsequent_indent="# ") + "\n" for one in said
+    )
+    return comments + _lines([("name", draft.name, ""), ("seed", 0, "public: partition and first weights")])
+
+
+def _model(draft: Draft) -> list[str]:
+    if draft.backbone is None:
+        return [_section("model", [("backbone", "cnn:small", "a small network for images; all of it is trained")])]
+    backbone = draft.backbone
+    model: list[tuple[str, Any, str]] = [("backbone", backbone.name, "")]
+    model += [("revision", backbone.revision, "")] if backbone.revision else []
+    model.append(("max_length", draft.max_length, draft.length_reason))
+    lora = [
+        ("rank", 8, "more ranks learn more and gather more noise"),
+        ("alpha", 8.0, "the update is scaled by alpha / rank"),
+        ("target_modules", list(draft.backbone.target_modules), ""),
+        ("last_layers", 2 if draft.backbone.model_type == "gpt2" else 1, "what lies below is frozen and computed once"),
+        ("train", "b", "FFA-LoRA: half as many weights to noise, and averaging is exact"),
+    ]
+    return [
+        _section("model", model),
+        _section("lora", lora),
+    ]
+
+
+def _task(draft: Draft) -> str:
+    found, question = draft.found, draft.question
+    rows: list[tuple[str, Any, str]] = [("kind", found.kind, "")]
+    if found.labels:
+        why = "declared" if question.labels else "found in the file"
+        rows.append(("labels", list(found.labels), f"{why}; public from here on, for every site gets them"))
+    if found.kind == "regression":
+        why = "declared" if question.value_range else "lowest and highest in the file"
+        rows.append(("target_range", _range(found), f"{why}; what lies outside is clipped"))
+    if found.kind == "image_classification":
+        rows.append(("image_shape", list(question.image_shape or ()), "channels, height, width"))
+        rows.append(("pixel_range", _range(found), "of the format, not of these images"))
+    return _section("task", rows)
+
+
+def _training(draft: Draft) -> str:
+    settings = draft.settings
+    noise = f"{settings.noise_on_a_step:.2g}"
+    why_rate = (
+        f"fits the noise: {noise} on a weight in a step, over all sites"
+        if settings.optimizer == "sgd"
+        else "steps of AdamW do not grow with the noise"
+    )
+    return _section(
+        "training",
+        [
+            (
+                "rounds",
+                settings.rounds,
+                f"{settings.steps} noisy steps a site, about {settings.epochs:g} passes over its records",
+            ),
+            ("local_steps", settings.local_steps, "steps between two averages"),
+            (
+                "optimizer",
+                settings.optimizer,
+                "averages over sites better than Adam under noise" * (settings.optimizer == "sgd"),
+            ),
+            ("momentum", settings.momentum, ""),
+            ("learning_rate", settings.learning_rate, why_rate),
+            ("schedule", settings.schedule, "falls to 0: the last steps' noise weighs least"),
+        ],
+    )
+
+
+def _privacy(draft: Draft) -> str:
+    settings, question = draft.settings, draft.question
+    unit = question.unit or "record"
+    rows: list[tuple[str, Any, str]] = [
+        ("epsilon", question.epsilon, "asked for (--epsilon); each site's promise for the whole run"),
+        (
+            "delta",
+            draft.delta,
+            f"below 1 / (10 x number of {unit}s)" if question.delta is None else "asked for (--delta)",
+        ),
+        ("unit", unit, "what the promise protects"),
+    ]
+    if question.protects_persons:
+        rows.append(("records_per_person", 4, "of one person, at most so many enter a step"))
+    rows += [
+        ("sample_rate", settings.sample_rate, f"large samples: the same noise for more {unit}s"),
+        (
+            "max_grad_norm",
+            settings.max_grad_norm,
+            f"clipping bound; noise multiplier {settings.noise_multiplier:.3g} follows",
+        ),
+    ]
+    return _section("privacy", rows)
+
+
+def _federation(draft: Draft) -> str:
+    sites = draft.num_sites or len(draft.found.units_at_sites)
+    return _section(
+        "federation",
+        [
+            ("min_sites", max(1, sites // 2), "a round with fewer answers does not count"),
+            ("update_dtype", "int8" if draft.backbone else "float32", "numbers in which updates travel"),
+        ],
+    )
+
+
+def _data(draft: Draft) -> list[str]:
+    question, found = draft.question, draft.found
+    rows: list[tuple[str, Any, str]] = [
+        (
+            "kind",
+            question.data_kind,
+            "what the records are declared to be; a sweep tunes on public and synthetic ones only",
+        ),
+    ]
+    if draft.num_test is not None:
+        note = "held out of training; figures on them are published, so they stand for public ones"
+        if question.data_kind == "private":
+            note = "held out of training; the report's figures on them are not protected: keep it in the house"
+        rows.append(("num_test", draft.num_test, note))
+    parts = [_section("data", rows), _source("train", question.data, found.columns, question.out)]
+    if question.test is not None:
+        columns = {role: name for role, name in found.columns.items() if role not in (SITE_ROLE, PERSON_ROLE)}
+        parts.append(_source("test", question.test, columns, question.out))
+    return parts
+
+
+def _source(part: str, path: Path, columns: dict[str, str], out: Path) -> str:
+    rows = [("path", _relative(path, out), "relative to this file")]
+    body = _section(f"data.{part}", rows)
+    return body + "columns = { " + ", ".join(f"{role} = {_value(name)}" for role, name in columns.items()) + " }\n"
+
+
+def _partition(draft: Draft) -> str:
+    if draft.num_sites is None:
+        column = draft.question.columns[SITE_ROLE]
+        return _section(
+            "partition",
+            [
+                ("kind", "column", ""),
+                ("column", SITE_ROLE, f"a site for each value of {_plain(column)!r}, as in reality"),
+            ],
+        )
+    return _section(
+        "partition",
+        [
+            ("kind", "iid", "no column says which site has a record (--site); real sites differ: try dirichlet"),
+            (
+                "num_sites",
+                draft.num_sites,
+                "asked for (--sites)" if draft.question.sites else "so that each has enough records",
+            ),
+        ],
+    )
+
+
+def _simulation(draft: Draft) -> str:
+    return (
+        _section("simulation", [("evaluate_every", max(1, draft.settings.rounds // 4), "rounds")])
+        + "\n"
+        + _section(
+            "baselines",
+            [("arms", ["central-dp", "non-private"], "the same budget, and none, with all records at one place")],
+        )
+    )
+
+
+# --- TOML ---
+
+
+def _section(title: str, rows: Iterable[tuple[str, Any, str]]) -> str:
+    return f"[{title}]\n" + _lines(rows)
+
+
+def _lines(rows: Iterable[tuple[str, Any, str]]) -> str:
+    text = ""
+    for key, value, why in rows:
+        line = f"{key} = {_value(value)}"
+        if not why:
+            text += f"{line}\n"
+        elif "\n" in line or len(line) > 60 or max(len(line), _COMMENT_COLUMN) + len(why) + 4 > _WIDTH:
+            text += textwrap.fill(why, _WIDTH, initial_indent="# ", subsequent_indent="# ") + f"\n{line}\n"
+        else:
+            text += f"{line:<{_COMMENT_COLUMN}}  # {why}\n"
+    return text
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, list):
+        inner = ", ".join(map(_value, value))
+        return f"[{inner}]" if len(inner) <= 100 else "[\n" + _wrapped(list(map(_value, value))) + "\n]"
+    return tomli_w.dumps({"x": value}).partition("=")[2].strip()
+
+
+def _wrapped(items: list[str]) -> str:
+    lines = [""]
+    for item in items:
+        if lines[-1] and len(lines[-1]) + len(item) > 100:
+            lines.append("")
+        lines[-1] += f"{item}, "
+    return "\n".join(f"    {line.rstrip()}" for line in lines)
+
+
+def _range(found: Findings) -> list[float]:
+    return [int(end) if float(end).is_integer() else float(end) for end in found.value_range or ()]
+
+
+def _relative(path: Path, out: Path) -> str:
+    """Return the path from the scenario's folder, or the whole one if they have little in common."""
+    relative = os.path.relpath(path.resolve(), out.resolve().parent)
+    return relative if not relative.startswith(os.path.join("..", "..", "..")) else str(path.resolve())
+
+
+def _plain(text: str) -> str:
+    """Return `text` for a comment: on one line, without control characters."""
+    return "".join(character if character.isprintable() else "?" for character in text)

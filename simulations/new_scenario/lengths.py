@@ -1,0 +1,105 @@
+"""How long texts are in the tokens of a backbone: its tokenizer and configuration are read, not its weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from shared.backbones import backbone_folder
+from shared.config import ModelConfig, parse
+from shared.errors import ModelError
+
+LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+"""What `model.max_length` is rounded up to, so that it tells next to nothing about single records."""
+LONGEST = 256
+"""Longer texts are cut unless --max-length says otherwise: time grows faster than length, accuracy hardly."""
+SHARE = 0.95
+"""Share of the texts that is to fit in full."""
+_MOST_MEASURED = 5_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """What a scenario has to know of a backbone.
+
+    Attributes:
+        name, revision: as in `model`.
+        model_type: family, such as "bert".
+        positions: longest text, in tokens, that it can read.
+        folder: where it is; None for one that the first run makes.
+    """
+
+    name: str
+    model_type: str
+    positions: int
+    folder: Path | None
+    revision: str | None = None
+
+    @property
+    def target_modules(self) -> tuple[str, ...]:
+        """The linear modules that LoRA adapts in such a backbone."""
+        return ("c_attn", "c_proj", "c_fc") if self.model_type == "gpt2" else ("query", "value")
+
+
+def look_at_backbone(name: str, revision: str | None = None) -> Backbone:
+    """Return what `name` stands for.
+
+    Raises:
+        ModelError: if it cannot be had, or its configuration cannot be read.
+        ConfigError: if it is no name of a backbone.
+    """
+    from simulations.small_gpt2 import NAME, resolve_backbone
+
+    path = resolve_backbone(name)
+    if path != name and not Path(path).is_dir():  # `cache:` names a folder that the first run makes
+        return Backbone(name=name, model_type="gpt2" if NAME in path else "unknown", positions=128, folder=None)
+    wanted = {"backbone": path} | ({"revision": revision} if revision else {})
+    folder = backbone_folder(parse(ModelConfig, wanted, source="--backbone"))
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        kind, positions = (
+            str(config["model_type"]),
+            int(config.get("max_position_embeddings", config.get("n_positions", 512))),
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder} holds no usable config.json ({type(error).__name__}); is it a backbone?") from None
+    if kind in ("roberta", "xlm-roberta", "camembert"):
+        positions -= 2  # the first two rows of their table are for padding
+    return Backbone(name=name, model_type=kind, positions=positions, folder=folder, revision=revision)
+
+
+def fitting_length(backbone: Backbone, texts: Sequence[Any]) -> tuple[int, float]:
+    """Return the smallest of `LENGTHS` into which `SHARE` of the texts fit, at most `LONGEST`, and the share that does.
+
+    Args:
+        backbone: whose tokenizer measures; one that is not made yet is taken to need a token for three characters.
+        texts: texts, pairs of texts, or lists of words.
+    """
+    step = max(1, len(texts) // _MOST_MEASURED)
+    measured = np.array(_lengths(backbone, texts[::step]))
+    needed = float(np.quantile(measured, SHARE))
+    most = min(LONGEST, backbone.positions)
+    length = next((length for length in LENGTHS if needed <= length <= most), most)
+    return length, float((measured <= length).mean())
+
+
+def _lengths(backbone: Backbone, texts: Sequence[Any]) -> list[int]:
+    if backbone.folder is None:
+        return [2 + sum(map(len, text if isinstance(text, tuple) else (text,))) // 3 for text in texts]
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(backbone.folder, local_files_only=True)
+    except Exception as error:  # a damaged file can fail anywhere inside transformers
+        raise ModelError(f"no usable tokenizer in {backbone.folder}: {error}") from None
+    if isinstance(texts[0], tuple):
+        firsts, seconds = zip(*texts, strict=True)
+        encoded = tokenizer(list(firsts), list(seconds))
+    else:
+        encoded = tokenizer(list(texts), is_split_into_words=isinstance(texts[0], list))
+    return [len(ids) for ids in encoded["input_ids"]]

@@ -1,0 +1,149 @@
+"""What `silotune new` was asked: a file, what its columns are, and whatever the engineer declares instead of looking it up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shared.config import PERSON_UNITS
+from shared.datasets import PERSON_ROLE
+from shared.errors import ConfigError
+
+TaskKind = Literal[
+    "sequence_classification",
+    "token_classification",
+    "pair_matching",
+    "regression",
+    "causal_lm",
+    "replies",
+    "image_classification",
+]
+
+SITE_ROLE = "site"
+"""Role of the column whose values name the sites."""
+
+ROLES_OF: Mapping[TaskKind, frozenset[str]] = {
+    "sequence_classification": frozenset({"text", "label"}),
+    "regression": frozenset({"text", "score"}),
+    "pair_matching": frozenset({"text", "pair", "label"}),
+    "token_classification": frozenset({"tokens", "tags"}),
+    "causal_lm": frozenset({"text"}),
+    "replies": frozenset({"prompt", "response"}),
+    "image_classification": frozenset({"pixels", "label"}),
+}
+"""Columns that each kind of task needs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """What was asked; None is left to `silotune new`.
+
+    Attributes:
+        data: the file.
+        out: the scenario file.
+        columns: role -> column, those of the task, and `site` and `person`.
+        test: public evaluation records with the same columns.
+        kind: kind of task.
+        backbone, revision: as in `model`.
+        epsilon, delta: the promise.
+        unit: what it protects.
+        sites: number of sites, where no column says it.
+        data_kind: what the records are declared to be.
+        labels, value_range, max_length, num_records: declared, public; the records are not asked for them.
+        image_shape: channels, height and width.
+        declared_only: nothing may be looked up in the records.
+    """
+
+    data: Path
+    out: Path
+    columns: Mapping[str, str]
+    test: Path | None = None
+    kind: TaskKind | None = None
+    backbone: str | None = None
+    revision: str | None = None
+    epsilon: float = 8.0
+    delta: float | None = None
+    unit: Literal["record", "patient", "customer"] | None = None
+    sites: int | None = None
+    data_kind: Literal["public", "synthetic", "private"] = "private"
+    labels: tuple[str, ...] = ()
+    value_range: tuple[float, float] | None = None
+    max_length: int | None = None
+    num_records: int | None = None
+    image_shape: tuple[int, int, int] | None = None
+    declared_only: bool = False
+
+    @property
+    def task_columns(self) -> dict[str, str]:
+        """Columns of the task alone."""
+        return {role: column for role, column in self.columns.items() if role not in (SITE_ROLE, PERSON_ROLE)}
+
+    @property
+    def protects_persons(self) -> bool:
+        """True if the unit of privacy is a person."""
+        return self.unit in PERSON_UNITS
+
+
+def kind_of(question: Question) -> TaskKind:
+    """Return the kind of task that the named columns are for; a `label` of numbers may still be a score.
+
+    Raises:
+        ConfigError: if no kind has these columns, or not the one that was asked for.
+    """
+    given = frozenset(question.task_columns)
+    if question.kind == "regression" and given == {"text", "label"}:
+        return "regression"
+    fitting = [kind for kind, roles in ROLES_OF.items() if roles == given]
+    if question.kind is not None and question.kind not in fitting:
+        raise ConfigError(
+            f"--task {question.kind} needs {_options(ROLES_OF[question.kind])}; found {_options(given) or 'no column'}."
+        )
+    if not fitting:
+        known = "; ".join(f"{_options(roles)} ({kind})" for kind, roles in ROLES_OF.items())
+        raise ConfigError(f"found {_options(given) or 'no column'}; name the columns of a task, one of: {known}.")
+    return fitting[0]
+
+
+def check_question(question: Question) -> None:
+    """Raise `ConfigError` if the question contradicts itself, before any record is read."""
+    named: dict[str, str] = {}
+    for role, column in question.columns.items():
+        if column in named:
+            raise ConfigError(f"--{named[column]} and --{role} both name the column {column!r}; name two columns.")
+        named[column] = role
+    if SITE_ROLE in question.columns and question.sites is not None and not question.declared_only:
+        raise ConfigError(
+            "--site names the column that says which site has a record, so --sites has no place; leave one out."
+        )
+    if question.protects_persons and PERSON_ROLE not in question.columns:
+        raise ConfigError(f"--unit {question.unit} needs --person, the column that says whose record it is.")
+    if question.unit == "record" and PERSON_ROLE in question.columns:
+        raise ConfigError("--person says whose record it is, but --unit record protects single records; leave one out.")
+    if question.out.suffix != ".toml":
+        raise ConfigError(f"--out is {str(question.out)!r}; a scenario is a TOML file, so its name ends in .toml.")
+    if question.declared_only:
+        _check_declared(question)
+
+
+def _check_declared(question: Question) -> None:
+    """Raise `ConfigError` unless everything is declared that would be looked up otherwise."""
+    kind = kind_of(question)
+    needed: dict[str, object] = {"--records": question.num_records, "--sites": question.sites}
+    if kind != "image_classification":
+        needed["--max-length"] = question.max_length
+    if kind in ("sequence_classification", "pair_matching", "token_classification", "image_classification"):
+        needed["--labels"] = question.labels
+    if kind in ("regression", "image_classification"):
+        needed["--range"] = question.value_range
+    if missing := [option for option, value in needed.items() if not value]:
+        raise ConfigError(
+            f"--declared looks nothing up in the records, so {', '.join(missing)} must say it. Leave --declared "
+            "out to look it up on this machine."
+        )
+
+
+def _options(roles: frozenset[str]) -> str:
+    order = ("text", "pair", "pixels", "tokens", "prompt", "label", "score", "tags", "response")
+    return " and ".join(f"--{role}" for role in order if role in roles)

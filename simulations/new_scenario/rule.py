@@ -1,0 +1,177 @@
+"""Which settings follow from public counts: declared sizes, number of sites, kind of task, epsilon.
+
+No record is asked. What stands here was found by a study on public data (docs/decisions/0018-settings-from-counts.md), on records
+that no figure is reported on:
+
+    * **Large samples.** At one epsilon the noise on the sum of all steps, against what the records can add up to, falls as
+      q sqrt(T) / sigma grows; for T = 32 and epsilon 8 that is 0.9 at q 1/8, 1.5 at q 1/2 and 1.7 at q 1. So q is 1/2, until a
+      step sees more records than it needs.
+    * **A learning rate that fits the noise.** Heads see vectors normalised to the length sqrt(hidden size), so
+      what the noise of all steps adds to an output has one scale whatever the data: the rate is chosen so that
+      this noise is `Rates.noise` on a weight, and is cut where little noise would allow a rate that clipped
+      gradients cannot use.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shared.privacy.accounting import calibrate_noise_multiplier
+from simulations.new_scenario.question import TaskKind
+
+ROUNDS = 8
+LOCAL_STEPS = 4
+MOMENTUM = 0.9
+MOST_RECORDS_IN_A_STEP = 16_384
+"""At all sites together; more average nothing that noise has not blurred already."""
+SAMPLE_RATES = (0.5, 0.25, 0.125, 0.0625)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """What differs between kinds of task.
+
+    Attributes:
+        noise: standard deviation, on one trained weight, of the noise of all steps together at the learning rate.
+        most: largest learning rate.
+        max_grad_norm: clipping bound C.
+    """
+
+    noise: float
+    most: float
+    max_grad_norm: float
+
+
+RATES: dict[TaskKind, Rates] = {
+    "sequence_classification": Rates(noise=0.11, most=4.0, max_grad_norm=1.0),
+    "pair_matching": Rates(noise=0.11, most=4.0, max_grad_norm=1.0),
+    "token_classification": Rates(noise=0.065, most=4.0, max_grad_norm=0.5),
+    "regression": Rates(noise=0.014, most=0.4, max_grad_norm=1.0),
+    "image_classification": Rates(noise=0.7, most=2.0, max_grad_norm=1.0),
+}
+"""A language model is trained by AdamW, whose steps do not grow with the noise; see `language_settings`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Counts:
+    """What the rule reads; all of it public.
+
+    Attributes:
+        kind: kind of task.
+        sites: declared number of records, or persons, of each site.
+        epsilon, delta: the promise of each site.
+    """
+
+    kind: TaskKind
+    sites: tuple[int, ...]
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Keys of a scenario that the rule chooses.
+
+    Attributes:
+        noise_multiplier: that they lead to; not written, for the job calibrates it.
+        noise_on_a_step: standard deviation of the noise on one weight of the mean gradient of a step, over all sites.
+        enough: False if the noise is so large that little can be learned.
+    """
+
+    rounds: int
+    local_steps: int
+    optimizer: str
+    momentum: float
+    learning_rate: float
+    schedule: str
+    sample_rate: float
+    max_grad_norm: float
+    noise_multiplier: float
+    noise_on_a_step: float
+    enough: bool
+
+    @property
+    def steps(self) -> int:
+        """Noisy steps of a site."""
+        return self.rounds * self.local_steps
+
+    @property
+    def epochs(self) -> float:
+        """Expected passes over a site's records."""
+        return self.steps * self.sample_rate
+
+
+def settings_for(counts: Counts) -> Settings:
+    """Return the settings that follow from the counts."""
+    if counts.kind in ("causal_lm", "replies"):
+        return language_settings(counts)
+    rates = RATES[counts.kind]
+    rounds = ROUNDS if counts.kind != "image_classification" else 20
+    rate = sample_rate(counts.sites)
+    steps = rounds * LOCAL_STEPS
+    sigma = calibrate_noise_multiplier(epsilon=counts.epsilon, delta=counts.delta, sample_rate=rate, steps=steps)
+    noise = sigma * rates.max_grad_norm * noise_share(counts.sites) / rate
+    wanted = rates.noise / (noise * accumulated(steps, MOMENTUM))
+    return Settings(
+        rounds=rounds,
+        local_steps=LOCAL_STEPS,
+        optimizer="sgd",
+        momentum=MOMENTUM,
+        learning_rate=two_digits(min(wanted, rates.most)),
+        schedule="linear",
+        sample_rate=rate,
+        max_grad_norm=rates.max_grad_norm,
+        noise_multiplier=sigma,
+        noise_on_a_step=noise,
+        enough=wanted >= rates.most / 20,
+    )
+
+
+def language_settings(counts: Counts) -> Settings:
+    """Return settings of next-token prediction: few steps of AdamW, and a narrow bound, for such gradients are short."""
+    rate, rounds, bound = 0.125, 4, 0.05
+    steps = rounds * LOCAL_STEPS
+    sigma = calibrate_noise_multiplier(epsilon=counts.epsilon, delta=counts.delta, sample_rate=rate, steps=steps)
+    noise = sigma * bound * noise_share(counts.sites) / rate
+    return Settings(
+        rounds=rounds,
+        local_steps=LOCAL_STEPS,
+        optimizer="adamw",
+        momentum=MOMENTUM,
+        learning_rate=0.1,
+        schedule="linear",
+        sample_rate=rate,
+        max_grad_norm=bound,
+        noise_multiplier=sigma,
+        noise_on_a_step=noise,
+        enough=sum(counts.sites) >= 2_000,
+    )
+
+
+def sample_rate(sites: tuple[int, ...]) -> float:
+    """Return the largest of `SAMPLE_RATES` at which a step sees at most `MOST_RECORDS_IN_A_STEP` records, or the smallest."""
+    total = sum(sites)
+    return next((rate for rate in SAMPLE_RATES if rate * total <= MOST_RECORDS_IN_A_STEP), SAMPLE_RATES[-1])
+
+
+def noise_share(sites: tuple[int, ...]) -> float:
+    """Return the standard deviation of the mean of the sites' noise, where each adds 1 / size and weighs by its size."""
+    return math.sqrt(len(sites)) / sum(sites)
+
+
+def accumulated(steps: int, momentum: float) -> float:
+    """Return the standard deviation that noise of 1 in every step has in the end, at learning rate 1.
+
+    A step's noise moves the weights in all later steps, by momentum, at their linearly falling rates.
+    """
+    total, pull = 0.0, 0.0
+    for step in reversed(range(steps)):
+        pull = momentum * pull + (1 - step / steps)
+        total += pull**2
+    return math.sqrt(total)
+
+
+def two_digits(value: float) -> float:
+    """Return `value` rounded to two significant digits."""
+    return float(f"{value:.2g}")
