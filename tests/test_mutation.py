@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from textwrap import dedent
 
@@ -93,6 +94,18 @@ def test_equal_changes_are_numbered_and_every_mutant_is_a_program() -> None:
     assert [list(mutant.lines) for mutant in mutants] == [[2]] * 3 + [[3]] * 3
     for mutant in mutants:
         compile(mutant.source, "mutant", "exec")
+
+
+def test_the_modules_and_tests_of_the_settings_exist() -> None:
+    settings = CHECKOUT / "tests" / "mutation"
+    explained = tomllib.loads((settings / "survivors.toml").read_text(encoding="utf-8"))
+    content = tomllib.loads((settings / "targets.toml").read_text(encoding="utf-8"))
+    assert set(explained) <= set(content)
+    for path, entry in content.items():
+        assert (CHECKOUT / path).is_file(), path
+        for name in (*entry["tests"], *entry.get("deselect", ())):
+            file, _, function = name.partition("::")
+            assert f"def {function}" in (CHECKOUT / file).read_text(encoding="utf-8"), name
 
 
 # --- what becomes of them ---

@@ -14,6 +14,7 @@ from opacus.optimizers import DPOptimizer
 from scipy import stats
 from torch import Tensor
 
+import shared.privacy.mechanism as mechanism_module
 from shared.errors import PrivacyError
 from shared.privacy.mechanism import (
     CLIP_MARGIN,
@@ -106,16 +107,27 @@ def test_the_others_part_of_a_long_sum_is_the_same_to_the_last_bit() -> None:
         assert torch.equal(everyone - without, alone)
 
 
+@pytest.mark.parametrize(("bound", "unit"), [(1.0, 2.0**-30), (0.75, 2.0**-31), (3.0, 2.0**-29), (1e-3, 2.0**-40)])
+def test_the_grid_is_the_power_of_two_below_2_to_the_minus_30_of_the_bound(bound: float, unit: float) -> None:
+    total = ClippedSum(SHAPES, bound)
+    given = torch.tensor([0.0, 0.49, 0.51, -0.51, 1.49, -7.0, 2.0**20 + 0.3], dtype=torch.float64) * unit
+    assert (total.on_grid(given.clone()) / unit).tolist() == [0.0, 0.0, 1.0, -1.0, 1.0, -7.0, 2.0**20]
+
+
+def test_more_coordinates_than_the_margin_is_for_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(PrivacyError, match="100,000,001 trained values are more than the 100,000,000"):
+        ClippedSum([torch.Size([10**8]), torch.Size([1])], 1.0)
+    monkeypatch.setattr(mechanism_module, "_MOST_COORDINATES", DIMENSION)
+    ClippedSum(SHAPES, 1.0)
+    with pytest.raises(PrivacyError, match="11 trained values"):
+        ClippedSum([*SHAPES, torch.Size([1])], 1.0)
+
+
 def test_the_grid_is_finer_than_the_margin_at_any_bound() -> None:
     for bound in (1e-6, 0.1, 1.0, 1.9, 1e6):
         total = ClippedSum([torch.Size([100_000])], bound)
         total.add([torch.randn(1, 100_000, generator=torch.Generator().manual_seed(0)) * bound])
         assert CLIP_MARGIN * bound * (1 - 1e-6) <= float(total.sums[0].norm()) <= bound * (1 - 9e-6)
-
-
-def test_more_values_than_the_margin_is_made_for_are_refused() -> None:
-    with pytest.raises(PrivacyError, match="the clipping bound is proven"):
-        ClippedSum([torch.Size([50_000_000]), torch.Size([50_000_001])], 1.0)
 
 
 def test_clipping_scales_the_whole_vector_and_leaves_small_ones_alone() -> None:
