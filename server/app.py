@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
     require_public_records(run.job, len(run.public_records))
     runtime = load_runtime(run.job, run.compute)
     examples = runtime.encode(run.public_records)
-    run = replace(run, details=_with_lengths(run.details, runtime, examples))
+    run.details = _with_lengths(run.details, runtime, examples)
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
         central = None
         if run.job.privacy.mechanism == "central":
