@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -36,6 +37,7 @@ OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; by de
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON line at the end, and nothing else on standard output.")
 ]
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
 
 
@@ -52,12 +54,13 @@ def _root(verbose: Annotated[bool, typer.Option("--verbose", help="Show log mess
 def demo(
     out: OutOption = None,
     overrides: Overrides = None,
+    resume: ResumeOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Eight sites tune a real BERT on movie reviews under differential privacy, with baselines and a report."""
     from simulations.commands import simulate_builtin
 
-    simulate_builtin("demo", out=out, overrides=overrides or [], as_json=as_json)
+    simulate_builtin("demo", out=out, overrides=overrides or [], resume=resume, as_json=as_json)
 
 
 @app.command()
@@ -65,7 +68,7 @@ def simulate(
     scenario: Annotated[Path, typer.Argument(help="Scenario file (TOML).")],
     out: OutOption = None,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    resume: ResumeOption = False,
     stop_after: Annotated[
         int | None, typer.Option("--stop-after", min=1, help="Stop after this round; continue with --resume.")
     ] = None,
@@ -405,44 +408,68 @@ def _mount(module: str, name: str) -> None:
         app.add_typer(getattr(importlib.import_module(module), name))
 
 
-# These modules are light; what needs PyTorch is imported by the command that needs it.
-_mount("client.commands", "site_app")
-_mount("server.commands", "coordinator_app")
-_mount("simulations.data_commands", "data_app")
-_mount("shared.pki_commands", "pki_app")
-_mount("shared.audit_log_commands", "audit_log_app")
-report_app = importlib.import_module("shared.report_commands").report_app
-report_app.command("write")(write_report)
-report_app.command("sign")(sign_report)
-app.add_typer(report_app)
-if importlib.util.find_spec("simulations") is not None:
-    app.command("new")(importlib.import_module("simulations.new_commands").new)
-app.command("plan")(importlib.import_module("shared.plan_commands").plan)
-app.command("monitor")(importlib.import_module("shared.monitor_commands").monitor)
-app.command("explain")(importlib.import_module("shared.explain_commands").explain)
-app.command("deidentify")(importlib.import_module("shared.deidentify_command").deidentify)
+@functools.cache
+def command_line() -> typer.Typer:
+    """Return the whole command line: `app` and the commands in modules of their own.
+
+    All these modules are light; what needs PyTorch is imported by the command that needs it.
+    """
+    _mount("client.commands", "site_app")
+    _mount("server.commands", "coordinator_app")
+    _mount("simulations.data_commands", "data_app")
+    _mount("shared.pki_commands", "pki_app")
+    _mount("shared.audit_log_commands", "audit_log_app")
+    report_app = importlib.import_module("shared.report_commands").report_app
+    report_app.command("write")(write_report)
+    report_app.command("sign")(sign_report)
+    app.add_typer(report_app)
+    app.command("plan")(importlib.import_module("shared.plan_commands").plan)
+    app.command("monitor")(importlib.import_module("shared.monitor_commands").monitor)
+    app.command("explain")(importlib.import_module("shared.explain_commands").explain)
+    app.command("deidentify")(importlib.import_module("shared.deidentify_command").deidentify)
+    if importlib.util.find_spec("simulations") is not None:
+        app.command("new")(importlib.import_module("simulations.new_commands").new)
+    return app
 
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; a user's mistake ends with a message and a status, never with a traceback."""
     from shared.errors import SilotuneError
+    from shared.stopping import Stopped, signal_of, terminable
 
     try:
-        app(args=arguments, standalone_mode=True)
+        with terminable():
+            _run(arguments)
+    except KeyboardInterrupt as stop:
+        stopped = Stopped("start the command again to do it from the beginning.", number=signal_of(stop))
+        _say(str(stopped))
+        raise SystemExit(stopped.exit_code) from None
     except SilotuneError as error:
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(f"error: {error}")
+        _say(str(error) if isinstance(error, Stopped) else f"error: {error}")
         raise SystemExit(error.exit_code) from None
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("client", "server", "simulations"):
             raise
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(
+        _say(
             f"error: this command needs the part {error.name.partition('.')[0]!r} of Silotune, which this installation does not "
             "have: images of sites and coordinators hold only what they need. Run it from a full installation."
         )
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped; continue with --resume.")
-        raise SystemExit(130) from None
+
+
+def _run(arguments: list[str] | None) -> None:
+    try:
+        command_line()(args=arguments, standalone_mode=True)
+    except SystemExit as end:
+        # typer ends with a status of its own where it meets Ctrl-C; the interruption itself is what `main` explains.
+        cause = end.__context__.__cause__ if end.__context__ is not None else None
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise
+
+
+def _say(text: str) -> None:
+    Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
 
 
 def _quiet_libraries() -> None:

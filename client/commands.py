@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,8 +24,10 @@ from shared.config import parse
 from shared.errors import RunError, TrustError
 from shared.keystore import new_key, passphrase_from_environment, save_secret
 from shared.node_keys import load_private_key, save_private_key
+from shared.outputs import check_new_files
 from shared.pki import make_request
 from shared.signing import SigningKey, VerifyKey, load_verify_key, save_signing_key
+from shared.stopping import orderly
 from shared.trust_store import verify_certificate
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def init(
         "budget": {"unit": unit, "epsilon": epsilon, "composition": composition},
     }
     parse(SiteConfig, config, source="what was asked for")
+    made = (place.key, place.storage_key, place.log_key, home / "log.pub", home / f"{name}.csr", place.policy)
+    check_new_files(home, [path.relative_to(home).as_posix() for path in made])
     policy_text = policy_template(signers=signers or None, max_epsilon_per_job=epsilon)
     passphrase = passphrase_from_environment()
     for folder in (home, home / "keys"):
@@ -183,9 +186,8 @@ def start(home: HomeArgument) -> None:
     from client.node import Node
 
     node = Node(SiteHome(home), passphrase=passphrase_from_environment())
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: node.stop())
-    node.run()
+    with orderly(node.stop, f"go on with: silotune site start {home}"):
+        node.run()
 
 
 @site_app.command()
@@ -221,7 +223,10 @@ def ledger(
     """Show the privacy budget: what was charged, for which job, and the cap; export it, or import it from another machine."""
     from client.home import open_site
     from shared.ledger_export import load_export, save_export
+    from shared.outputs import JSON_MARK, check_file
 
+    if export is not None:
+        check_file(export, JSON_MARK)
     if from_dataset is not None and import_from is None:
         raise RunError("--from-dataset says what an export is called; give the export with --import.")
     site = open_site(SiteHome(home), passphrase=passphrase_from_environment())

@@ -43,7 +43,7 @@ def read_status(home: SiteHome) -> dict[str, Any]:
         with contextlib.suppress(PermissionError):  # it lives, and is another user's
             os.kill(int(said["pid"]), 0)
         alive = age < STALE_AFTER_SECONDS and said["state"] != "stopped"
-    except (OSError, OverflowError, ValueError, KeyError, TypeError):
+    except (OSError, OverflowError, ValueError, KeyError, TypeError, RecursionError):
         return {"state": "not running", "healthy": False}
     if not alive:
         said["state"] = "not running"

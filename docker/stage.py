@@ -4,9 +4,10 @@
     python docker/stage.py site --list          print them, one a line
     python docker/stage.py site --requirements  print what pip has to install first
 
-The Dockerfiles and tests/integration/test_docker.py share this list, so what is tested is what is shipped: a site gets
-neither `server/` nor `simulations/`, a coordinator no `client/`, and nobody tests or data. It needs only the standard
-library, since it runs before anything is installed.
+Every file of a folder is code or read by it (templates, style sheets), so all are copied. The Dockerfiles and
+tests/integration/test_docker.py share this list, so what is tested is what is shipped: a site gets neither `server/` nor
+`simulations/`, a coordinator no `client/`, and nobody tests or data. It needs only the standard library, since it runs
+before anything is installed.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = {"site": ("client", "shared"), "coordinator": ("server", "shared")}
 # Files of the repository root that both have.
 ROOT_FILES = ("LICENSE", "cli.py")
-SUFFIXES = (".html", ".py", ".toml", ".typed")
+# What a folder of code may hold that is no part of it.
+LEFT_OUT = (".pyc", ".pyo", ".swp", ".orig", ".rej")
 
 
 def image_files(image: str, root: Path = ROOT) -> list[Path]:
     """Return the files of an image, relative to `root`, sorted."""
-    code = [path for folder in IMAGES[image] for path in (root / folder).rglob("*") if path.suffix in SUFFIXES]
+    found = [path for folder in IMAGES[image] for path in (root / folder).rglob("*") if path.is_file()]
+    code = [path for path in found if path.suffix not in LEFT_OUT and "__pycache__" not in path.parts]
     return sorted([*(Path(name) for name in ROOT_FILES), *(path.relative_to(root) for path in code)])
 
 
@@ -58,7 +61,8 @@ def image_pyproject(image: str, root: Path = ROOT) -> str:
         {path.parent.as_posix().replace("/", ".") for path in image_files(image, root) if len(path.parts) > 1}
     )
     lines += ["", "[tool.setuptools]", 'py-modules = ["cli"]', f"packages = {json.dumps(packages)}"]
-    lines += ["", "[tool.setuptools.package-data]", '"*" = ["*.html", "*.toml", "py.typed"]', ""]
+    data = sorted({f"*{path.suffix}" for path in image_files(image, root) if len(path.parts) > 1} - {"*.py"})
+    lines += ["", "[tool.setuptools.package-data]", f'"*" = {json.dumps(data)}', ""]
     return "\n".join(lines)
 
 

@@ -123,7 +123,7 @@ class CentralLedger:
                 # Refuses what could not be accounted for.
                 GaussianSteps(noise_multiplier=charge["noise_multiplier"], sample_rate=charge["sample_rate"], steps=1)
                 previous = charge["sha256"]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, PrivacyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, PrivacyError) as error:
             raise RunError(
                 f"{self._path} cannot be trusted ({type(error).__name__}: {error}); it is the account of the noise that was "
                 "executed. Restore it from a backup, or start a new run."

@@ -18,7 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from shared.atomic import write_bytes
-from shared.errors import RunError
+from shared.errors import PrivacyError, RunError
+from shared.json_files import parse_object
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.statement import SiteRelease
 
@@ -102,9 +103,10 @@ def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
         return None
     try:
         with safe_open(path, framework="pt") as file:
-            header: dict[str, Any] = json.loads((file.metadata() or {})["checkpoint"])
+            header = parse_object((file.metadata() or {})["checkpoint"])
         tensors = load(path.read_bytes())
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        found = _built(header, tensors)
+    except _UNREADABLE as error:
         raise RunError(
             f"the checkpoint {path} cannot be read ({type(error).__name__}); restore it from a backup or start a new run."
         ) from None
@@ -113,8 +115,27 @@ def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
             f"the run in {path.parent} was started with another configuration (job {header['job_sha256'][:12]}, now "
             f"{job_sha256[:12]}). Resume with the job.json that lies there, or choose another run folder."
         )
+    return found
+
+
+_UNREADABLE = (
+    OSError,
+    SafetensorError,
+    LookupError,
+    TypeError,
+    ValueError,
+    AttributeError,
+    RecursionError,
+    PrivacyError,
+)
+
+
+def _built(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:
+    """Return the checkpoint of a file's parts; what is wrong with them raises one of `_UNREADABLE`."""
+    if type(header["round_number"]) is not int or header["round_number"] < 0:
+        raise ValueError("the round number is none")
     return Checkpoint(
-        job_sha256=job_sha256,
+        job_sha256=str(header["job_sha256"]),
         round_number=header["round_number"],
         adapter=_part(tensors, "adapter/"),
         server_state=_part(tensors, "server/"),

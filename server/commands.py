@@ -25,9 +25,11 @@ from shared.certificates import expiry_warning, fingerprint, load_certificate
 from shared.errors import RunError, TrustError
 from shared.keystore import passphrase_from_environment
 from shared.node_keys import write_plain_pem_key
+from shared.outputs import check_new_files
 from shared.pki import make_request
 from shared.revocation import load_crl
 from shared.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
+from shared.stopping import orderly, saying
 from shared.trust_store import TrustStore, verify_certificate
 
 coordinator_app = typer.Typer(
@@ -56,6 +58,8 @@ def init(
     config = CoordinatorConfig(
         hosts=tuple(host), fleet_host=fleet_host, fleet_port=fleet_port, control_port=control_port
     )
+    made = (place.server_key, place.round_key, home / "round.pub", home / "server.csr")
+    check_new_files(home, [path.relative_to(home).as_posix() for path in made])
     for folder in (home, place.trust / "sites", place.jobs, home / "keys", home / "logs"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key, request = make_request(name=config.name, role="server", hosts=config.hosts)
@@ -115,13 +119,12 @@ def start(home: HomeArgument) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     place = CoordinatorHome(home)
     supervisor = Supervisor(place)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: supervisor.stop())
     if place.server_certificate.exists() and (
         warning := expiry_warning(load_certificate(place.server_certificate), datetime.now(UTC))
     ):
         logging.getLogger("silotune.coordinator").warning(warning)
-    supervisor.run()
+    with orderly(supervisor.stop, f"go on with: silotune coordinator start {home}; its jobs resume then"):
+        supervisor.run()
 
 
 @coordinator_app.command("submit")
@@ -152,8 +155,9 @@ def submit_job(
         typer.echo(f"submitted {submission.name} (job {job.sha256[:12]})")
         if not _alive(place.read_status()):
             typer.echo(f"the coordinator does not run; start it with: silotune coordinator start {home}")
-    while wait and submission.is_open:
-        time.sleep(0.5)
+    with saying(lambda: f"{submission.name} goes on; watch it with: silotune coordinator status {home}"):
+        while wait and submission.is_open:
+            time.sleep(0.5)
     if wait and not as_json:
         typer.echo(f"{submission.name}: {submission.state()['state']}; its run folder is {submission.run_folder}")
     if as_json:

@@ -144,7 +144,7 @@ class CoordinatorHome:
         """Return what the coordinator last said of itself, or {}."""
         try:
             return dict(json.loads(self.status.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return {}
 
     @contextmanager

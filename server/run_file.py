@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -17,7 +16,8 @@ from server.submission import Submission, now_text, submissions
 from shared.atomic import sync_folder, write_json, write_text
 from shared.config import ComputeConfig, Job, Section, apply_overrides, load_toml, parse
 from shared.datasets import DataSource, read_records, write_jsonl
-from shared.errors import DataError, RunError
+from shared.errors import ConfigError, DataError, RunError
+from shared.json_files import read_object
 from shared.privacy.central import CentralPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.signing import SigningKey, VerifyKey, sign_job
@@ -46,6 +46,11 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> tuple[Job, RunSe
     own = {key: raw.pop(key) for key in list(raw) if key in RunSettings.model_fields}
     job = parse(Job, raw, source=str(path))
     settings = parse(RunSettings, own, source=str(path))
+    if job.model.backbone.startswith("."):
+        raise ConfigError(
+            f"model.backbone {job.model.backbone!r} is relative, and every site would look for it in another folder. Name an "
+            "absolute path that all sites have, or a hub id with model.revision."
+        )
     if job.privacy.mechanism == "dp-sgd":
         PrivacyPlan.from_job(job).epsilon()
     elif job.privacy.mechanism == "central":
@@ -110,7 +115,7 @@ def submit(
 
 def settings_of(submission: Submission) -> RunSettings:
     """Return the coordinator's part of the run file."""
-    raw = json.loads((submission.path / "settings.json").read_text(encoding="utf-8"))
+    raw = read_object(submission.path / "settings.json")
     return parse(RunSettings, raw, source=str(submission.path / "settings.json"))
 
 

@@ -2,6 +2,8 @@
 
 Guarantees (tests/server/test_run_folder.py)
     * One process writes to a folder at a time; a second one is refused.
+    * A folder that holds anything but a run is refused before any work, and nothing in it is touched. In a run's own
+      folder only the names in `OWN_FILES` and `OWN_FOLDERS` are written; whatever else lies there stays.
     * `metrics.jsonl` and the privacy records are derived from the checkpoint, so they cannot disagree with it for
       longer than it takes to write them again on resume.
 """
@@ -9,7 +11,6 @@ Guarantees (tests/server/test_run_folder.py)
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import resource
@@ -22,6 +23,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import BaseModel, Field
+
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from server.early_stopping import best_round, stopped_early
 from server.site_metrics import site_metrics_record
@@ -29,6 +32,8 @@ from shared.atomic import write_json, write_text
 from shared.config import Job, canonical_json
 from shared.errors import RunError
 from shared.job_file import load_job as load_job
+from shared.json_files import read_record
+from shared.outputs import check_own_folder
 from shared.peft_folder import save_peft_folder
 from shared.privacy.central_statement import CentralRelease, central_privacy_record, central_statement
 from shared.privacy.statement import privacy_record, run_statement
@@ -46,6 +51,38 @@ _PACKAGES = (
     "cryptography",
     "numpy",
 )
+
+
+OWN_FILES = frozenset(
+    {
+        ".lock",
+        "job.json",
+        "run.json",
+        "checkpoint.safetensors",
+        "metrics.jsonl",
+        "privacy.json",
+        "statement.json",
+        "site_metrics.json",
+        "evaluation.json",
+        "repeats.json",
+        "folds.json",
+        "report.html",
+        "compliance-report.html",
+        "compliance-report.html.sig.json",
+        "compliance-report.pdf",
+        "compliance-report.pdf.sig.json",
+        "central_ledger.json",
+    }
+)
+OWN_FOLDERS = frozenset({"adapter", "sites", "baselines", "audit", "repeats", "folds"})
+
+
+class _Before(BaseModel):
+    """What an earlier `run.json` tells about the time before a resume."""
+
+    created: str | None = None
+    seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    seconds_before: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class RunFolder:
@@ -106,19 +143,17 @@ class RunFolder:
         Under central DP no time but that of the beginning: how long a run took tells how many sites were drawn.
         """
         path = self.path / "run.json"
-        previous = json.loads(path.read_text()) if path.exists() else {}
-        seconds = previous.get("seconds_before", 0.0) + time.monotonic() - self._started
+        previous = read_record(path, _Before) if path.exists() else _Before()
+        seconds = previous.seconds_before + time.monotonic() - self._started
         now = datetime.now(UTC).isoformat(timespec="seconds")
         info = {
             "name": self.job.name,
             "job_sha256": self.job.sha256,
-            "created": previous.get("created", now),
+            "created": previous.created or now,
             "finished": None if status == "running" else now,
             "status": status,
             "seconds": round(seconds, 3),
-            "seconds_before": previous.get("seconds", 0.0)
-            if status == "running"
-            else previous.get("seconds_before", 0.0),
+            "seconds_before": (previous.seconds or 0.0) if status == "running" else previous.seconds_before,
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "versions": _versions(),
             "machine": {"system": platform.platform(), "cpu_count": os.cpu_count()},
@@ -169,16 +204,41 @@ def peak_rss_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+def check_place(path: Path) -> None:
+    """Find what speaks against a run of whatever job in `path`; writes nothing, and is quick.
+
+    Raises:
+        RunError: if it is no folder, cannot be written, or holds anything but a run of ours.
+    """
+    check_own_folder(path, marker="job.json", own=(".lock",), what="run of Silotune")
+    if not (path / "job.json").exists():
+        return
+    for names, kind, fits in ((OWN_FILES, "file", Path.is_file), (OWN_FOLDERS, "folder", Path.is_dir)):
+        for place in (path / name for name in sorted(names)):
+            if place.is_symlink() or (place.exists() and not fits(place)):
+                raise RunError(f"{place} is not a {kind}, as a run has it; move it away or choose another folder.")
+
+
+def foreign_entries(path: Path) -> list[str]:
+    """Return the names in a run folder that no run has, sorted; half-written files of ours are none."""
+    known = OWN_FILES | OWN_FOLDERS
+    half_written = tuple(f".{name}." for name in known)
+    return sorted(
+        entry.name for entry in path.iterdir() if entry.name not in known and not entry.name.startswith(half_written)
+    )
+
+
 def check_run_folder(path: Path, job: Job, *, resume: bool) -> None:
     """Find what speaks against running `job` in `path`; writes nothing.
 
     Raises:
-        RunError: if it is a file, holds a run already and `resume` is False, or belongs to another job.
+        RunError: see `check_place`; or if it holds a run already and `resume` is False, or belongs to another job.
     """
-    if path.exists() and not path.is_dir():
-        raise RunError(f"{path} is a file; choose a folder for the run.")
+    check_place(path)
     if not (path / "job.json").exists():
         return
+    if (path / "run.json").exists():
+        read_record(path / "run.json", _Before)
     known = load_job(path)
     if known.sha256 != job.sha256:
         raise RunError(

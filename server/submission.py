@@ -11,7 +11,6 @@ run/              the run folder
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 from shared.atomic import write_json, write_text
 from shared.errors import RunError
+from shared.json_files import damaged, read_object
 from shared.signing import SignedJob
 
 State = Literal["submitted", "running", "completed", "failed", "stopped"]
@@ -51,13 +51,20 @@ class Submission:
         file = self.path / "signed_job.json"
         try:
             text = file.read_text(encoding="utf-8")
-        except OSError as error:
-            raise RunError(f"{file} cannot be read ({error.strerror}).") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise RunError(f"{file} cannot be read ({error}); restore it, or submit the job again.") from None
         return SignedJob.from_json(text, source=str(file))
 
     def state(self) -> dict[str, Any]:
-        """Return the content of `state.json`."""
-        return dict(json.loads((self.path / "state.json").read_text(encoding="utf-8")))
+        """Return the content of `state.json`.
+
+        Raises:
+            RunError: if it is damaged.
+        """
+        found = read_object(self.path / "state.json")
+        if not isinstance(found.get("state"), str) or not isinstance(found.get("job_sha256"), str):
+            raise damaged(self.path / "state.json", "it has no state or no job_sha256")
+        return found
 
     def note(self, state: State | None = None, **facts: Any) -> None:
         """Write `state.json` anew with what changed."""

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """
     temporary = ""
     try:
+        _require_file_or_nothing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
@@ -38,6 +40,16 @@ def write_bytes(path: Path, data: bytes) -> None:
             f"could not write {path}: {error.strerror or error}. The old content is untouched; free space or mend "
             "the permissions, then resume the run."
         ) from error
+
+
+def _require_file_or_nothing(path: Path) -> None:
+    """Raise if a link, a folder or a device lies at `path`: a rename would put a file in its place."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(mode):
+        raise RunError(f"{path} is no plain file, so it is not replaced; name another file, or move it away.")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -154,6 +154,19 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
     return backbone, architecture, backbone.config
 
 
+def usable_positions(backbone: nn.Module) -> int:
+    """Return how many tokens the backbone's table of positions can number.
+
+    Models of RoBERTa's kind (XLM-R, CamemBERT) count from the padding token's number + 1, which costs 2 of 514 positions.
+    """
+    table = next(
+        module
+        for name, module in backbone.named_modules()
+        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding)
+    )
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
 def refuse_batch_norm(model: nn.Module) -> None:
     """Raise `ModelError` if `model` has a BatchNorm layer: it mixes the records of a batch."""
     for name, module in model.named_modules():

@@ -7,6 +7,7 @@ stand in `ComputeConfig`, belong to each site, and are not part of the job.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -26,6 +27,7 @@ from shared.limits import (
     MAX_NOISE_MULTIPLIER,
     MAX_SITES,
     MAX_STEPS,
+    MAX_TABLE_LABELS,
     MIN_DELTA,
     MIN_EPSILON,
     MIN_NOISE_MULTIPLIER,
@@ -476,6 +478,11 @@ class Job(Section):
             raise ValueError(
                 f"task.kind {self.task.kind!r} has no classes; of site_metrics.names it can release 'loss'"
             )
+        if "confusion" in self.site_metrics.names and len(self.task.labels) > MAX_TABLE_LABELS:
+            raise ValueError(
+                f"site_metrics.names asks for 'confusion', a noisy count for each pair of {len(self.task.labels):,} labels; it "
+                f"can be had for at most {MAX_TABLE_LABELS} labels. Ask for 'accuracy' or 'loss'"
+            )
         limit = self.federation.sites_per_round
         if limit is not None and limit < self.federation.min_sites:
             raise ValueError(
@@ -590,6 +597,8 @@ def parse(model: type[SectionT], raw: Mapping[str, Any], *, source: str) -> Sect
     Raises:
         ConfigError: naming `source`, every bad key with what was found and, for unknown keys, the nearest known one.
     """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source} is not valid: it holds a {type(raw).__name__}; expected named keys.")
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
@@ -607,7 +616,9 @@ def load_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; check the path.") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read as TOML: it is nested too deep.") from None
+    except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
 
 
@@ -617,7 +628,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         ConfigError: if an item has no `=` or runs through something that is not a section.
     """
-    result: dict[str, Any] = json.loads(json.dumps(raw))
+    result: dict[str, Any] = copy.deepcopy(dict(raw))
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not key.strip():
@@ -641,7 +652,7 @@ def nearest(name: str, known: Sequence[str]) -> str:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, KeyError, RecursionError):
         return text
 
 

@@ -42,6 +42,7 @@ def deidentify(
         Literal["checked", "trusted", "none"],
         typer.Option(help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
     ] = "checked",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out and --report if they exist.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON line and nothing else.")
     ] = False,
@@ -54,6 +55,7 @@ def deidentify(
     from shared.deidentify.engine import open_deidentifier
     from shared.deidentify.files import deidentify_file, require_another
     from shared.errors import ConfigError
+    from shared.outputs import JSON_MARK, check_file
 
     named = [model.partition("=") for model in models or []]
     if wrong := [model for model, (left, _, right) in zip(models or [], named, strict=True) if not left or not right]:
@@ -64,10 +66,16 @@ def deidentify(
     source = {"path": str(path), "columns": {"text": "text"}, "delimiter": delimiter, "encoding": encoding}
     source |= {"quoting": quoting}
     parse(DataSource, source, source="what was asked for")
+    require_another(path, out)
     if report is not None:
         require_another(path, report)
         if report.resolve() == out.resolve():
             raise ConfigError(f"--report and --out are both {out}; name another file for the report.")
+    if not overwrite:
+        way_out = "choose another file, or add --overwrite"
+        check_file(out, None, way_out=way_out)
+        if report is not None:
+            check_file(report, JSON_MARK, way_out=way_out)
     tally = deidentify_file(
         path,
         out,

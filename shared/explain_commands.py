@@ -47,7 +47,10 @@ def explain(
     from shared.explain_report import print_explanation, render_html
     from shared.inference import load_tuned
     from shared.job_file import load_job
+    from shared.outputs import HTML_MARK, check_file
 
+    if html is not None:
+        check_file(html, HTML_MARK)
     job = load_job(run)
     given = _whole_input() if text is None else text
     if not given.strip():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from shared.config import Job, parse
 from shared.errors import RunError
+from shared.json_files import parse_object
 
 
 def load_job(run_dir: Path) -> Job:
@@ -17,7 +17,7 @@ def load_job(run_dir: Path) -> Job:
     """
     file = run_dir / "job.json"
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = parse_object(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{run_dir} holds no readable job.json ({type(error).__name__}); is it a run folder?") from None
     return parse(Job, raw, source=str(file))

@@ -93,6 +93,7 @@ def monitor(
     from shared.inference import load_tuned
     from shared.job_file import load_job
     from shared.monitoring import Monitor, MonitorSettings
+    from shared.outputs import JSON_MARK, PNG_MARK, check_file
     from shared.text_stream import Files, Skipped, TextFormat
 
     how = TextFormat(format=text_format, text=text, time=times, delimiter=delimiter, encoding=encoding, quoting=quoting)
@@ -115,6 +116,9 @@ def monitor(
         min_shift=min_shift,
         grace=length if follow or not sources else None,
     )
+    if out is not None:
+        check_file(out / "monitor.json", JSON_MARK, way_out="choose another folder")
+        check_file(out / "monitor.png", PNG_MARK, way_out="choose another folder")
     skipped = Skipped()
     files = Files(sources, how, skipped) if sources else None
     label = _labeller(load_tuned(run, job, ComputeConfig()), job)
@@ -146,7 +150,7 @@ def load_adjustment(run: Path, job: Job) -> AdjustedCount | None:
         if tuple(found["labels"]) != job.task.labels:
             return None
         return AdjustedCount(found["confusion"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
@@ -376,6 +380,11 @@ class _Reporter:
         for note in report.notes(self._monitor, self._skipped, self._adjust, ignored):
             self._console.print(note)
         if self._out is not None:
+            from shared.fonts import HOW_TO_GET_FONTS, readable_figures
+
+            with readable_figures() as readable:
+                if any(readable(label) != label for label in self._monitor.settings.labels):
+                    self._console.print(HOW_TO_GET_FONTS, soft_wrap=True)
             self._console.print(f"written: {self._out / 'monitor.json'}, {self._out / 'monitor.png'}", soft_wrap=True)
 
     def _line(self, event: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ Colours are Okabe and Ito's, which colour-blind eyes tell apart; marks and dashe
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -14,7 +14,9 @@ from matplotlib.dates import AutoDateLocator, ConciseDateFormatter, date2num
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from shared.monitoring import Monitor, Window, utc, wilson
+from shared.fonts import readable_figures
+from shared.intervals import wilson
+from shared.monitoring import Monitor, Window, utc
 from shared.quantification import AdjustedCount
 
 SHARE, BASELINE, ALERT, ADJUSTED = "#0072B2", "#4b5563", "#D55E00", "#009E73"
@@ -23,6 +25,18 @@ INK, MUTED, GRID = "#1b2733", "#52606d", "#e3e8ee"
 
 def draw_monitor(monitor: Monitor, shown: Sequence[int], *, name: str, adjust: AdjustedCount | None) -> bytes:
     """Return a PNG with a panel for each label in `shown` (at least one), of the windows that are kept (at least one)."""
+    with readable_figures() as readable:
+        return _draw(monitor, shown, name=readable(name), adjust=adjust, readable=readable)
+
+
+def _draw(
+    monitor: Monitor,
+    shown: Sequence[int],
+    *,
+    name: str,
+    adjust: AdjustedCount | None,
+    readable: Callable[[str], str],
+) -> bytes:
     windows = list(monitor.windows)
     dated = all(window.begin is not None for window in windows)
     columns = min(2, len(shown))
@@ -36,7 +50,7 @@ def draw_monitor(monitor: Monitor, shown: Sequence[int], *, name: str, adjust: A
     for axes, label in zip(panels, shown, strict=False):
         _draw_label(axes, monitor, windows, places, label, adjust)
         axes.set_title(
-            f"{name}: share of “{monitor.settings.labels[label]}”",
+            f"{name}: share of “{readable(monitor.settings.labels[label])}”",
             loc="left",
             fontsize=10.5,
             color=INK,

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from shared.monitoring import MAX_WINDOWS, Monitor, Window, utc, wilson
+from shared.intervals import wilson
+from shared.monitoring import MAX_WINDOWS, Monitor, Window, utc
 from shared.text_stream import Skipped, left_out
 
 if TYPE_CHECKING:

@@ -321,14 +321,6 @@ def fisher_p_value(count: int, total: int, reference_count: int, reference_total
     return float(fisher_exact(table)[1])
 
 
-def wilson(count: int, total: int) -> tuple[float, float]:
-    """Return Wilson's score interval at 95 % of a share counted over `total` independent texts (Wilson 1927)."""
-    share, square = count / total, _Z95**2
-    centre = (share + square / (2 * total)) / (1 + square / total)
-    half = _Z95 / (1 + square / total) * math.sqrt(share * (1 - share) / total + square / (4 * total**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def utc(seconds: float) -> str:
     """Return a time as ISO 8601 in UTC."""
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="seconds")

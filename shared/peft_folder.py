@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -72,28 +71,24 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone)
 
 
 def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
-    """Write `folder` anew: PEFT's two files and the head, or a network's weights; Silotune's exact state, and a README.
+    """Write into `folder`: PEFT's two files and the head, or a network's weights; Silotune's exact state, and a README.
 
     Args:
-        folder: replaced as a whole. A kill leaves the old or the new one, or for an instant none; a resumed run
-            writes it again.
+        folder: its files of these names are replaced, one after the other; whatever else lies there stays. A kill
+            between two of them leaves older ones beside newer ones, and a resumed run writes all of them again.
         state: global adapter.
 
     Raises:
         RunError: if the disk is full or the folder cannot be written; `folder` keeps its old content.
     """
     runtime.load(state)
-    temporary: Path | None = None
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left_behind in folder.parent.glob(".adapter.*"):
-            shutil.rmtree(left_behind, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".adapter."))
-        _write_files(temporary, runtime, job, state)
-        _swap(temporary, folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        # All files are complete on the same disk before the first one is replaced.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".silotune-") as temporary:
+            _write_files(Path(temporary), runtime, job, state)
+            _replace_files(Path(temporary), folder)
     except (OSError, SafetensorError) as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
             f"could not write {folder}: {error}. Free space or mend the permissions, then resume the run."
         ) from error
@@ -105,7 +100,6 @@ def _write_files(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str
     else:
         _write_adapter(temporary, runtime, job, state)
     save_file({n: t.contiguous() for n, t in state.items()}, temporary / _STATE_FILE)
-    os.chmod(temporary, 0o755)  # noqa: S103 (mkdtemp makes it private; an adapter is not)
 
 
 def _write_adapter(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
@@ -123,15 +117,13 @@ def _write_adapter(temporary: Path, runtime: Runtime, job: Job, state: Mapping[s
     (temporary / "README.md").write_text(_readme(runtime, job))
 
 
-def _swap(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+def _replace_files(temporary: Path, folder: Path) -> None:
+    """Move the files in `temporary` into `folder`, in the place of older ones of the same names."""
+    for new in sorted(temporary.iterdir()):
+        with new.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(new, folder / new.name)
+    sync_folder(folder)
 
 
 def load_state(folder: Path, runtime: Runtime, job: Job) -> dict[str, Tensor]:
@@ -145,9 +137,11 @@ def load_state(folder: Path, runtime: Runtime, job: Job) -> dict[str, Tensor]:
     try:
         adapters.check_length(path.stat().st_size, expected)
         state: dict[str, Tensor] = load_file(path)
+        adapters.check(state, expected)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read ({type(error).__name__}); give the run's adapter folder.") from None
-    adapters.check(state, expected)
+    except AdapterError as error:
+        raise AdapterError(f"{path}: {error}") from None
     return state
 
 

@@ -89,7 +89,7 @@ def create_ca(
     if not (0 < len(name) <= 64 and name.isprintable() and name.strip() == name):
         raise TrustError(f"the CA's name is {name!r}; expected 1 to 64 printable characters.")
     _check_days(days)
-    for file in ("ca.key", "ca.crt"):
+    for file in ("ca.key", "ca.crt", "crl.pem"):
         if os.path.lexists(folder / file):
             raise TrustError(f"{folder} holds a CA already ({file}); choose another folder.")
     now = whole_seconds(now)

@@ -72,10 +72,12 @@ def request(
 ) -> None:
     """Make a private key, which stays here, and a request for its certificate, which goes to the CA."""
     from shared import certificates, node_keys, pki
+    from shared.outputs import CSR_MARK, check_file
 
     passphrase = _passphrase(passphrase_file)
     key, csr = pki.make_request(name=name, role=role.value, hosts=hosts or ())
     key_path, csr_path = out_dir / f"{name}.key", out_dir / f"{name}.csr"
+    check_file(csr_path, CSR_MARK)
     node_keys.save_private_key(key_path, key, passphrase)
     certificates.write_public(csr_path, csr)
     _say_protection(key_path, passphrase)
@@ -101,11 +103,13 @@ def approve(
     from cryptography.hazmat.primitives.serialization import Encoding
 
     from shared import certificates, pki
+    from shared.outputs import CERTIFICATE_MARK, check_file
 
     csr = _read(request_file)
     asked = pki.read_request(csr)
-    certificate = pki.approve(ca_dir, csr, days=days, passphrase=_passphrase(passphrase_file), rotate=rotate)
     path = out or request_file.with_suffix(".crt")
+    check_file(path, CERTIFICATE_MARK, way_out="choose another file with --out")
+    certificate = pki.approve(ca_dir, csr, days=days, passphrase=_passphrase(passphrase_file), rotate=rotate)
     certificates.write_public(path, certificate.public_bytes(Encoding.PEM))
     typer.echo(f"certificate: {path}")
     typer.echo(f"{asked.role} {asked.name}, serial {certificate.serial_number:x}")

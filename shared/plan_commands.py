@@ -81,8 +81,12 @@ def plan(
     """Plan a privacy budget: give all but one of batch, epochs, noise and epsilon, and the missing one is found."""
     from rich.console import Console
 
+    from shared.outputs import JSON_MARK, PNG_MARK, check_file
     from shared.privacy.planning import Question
 
+    if out is not None:
+        check_file(out / "plan.json", JSON_MARK, way_out="choose another folder")
+        check_file(out / "plan.png", PNG_MARK, way_out="choose another folder")
     question = Question(
         records=records,
         batch_size=batch_size,

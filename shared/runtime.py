@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from shared import adapters
-from shared.backbones import backbone_folder, load_backbone
+from shared.backbones import backbone_folder, load_backbone, usable_positions
 from shared.batches import Batch, Example, collate, micro_batches_of_groups
 from shared.config import ComputeConfig, Job, canonical_json
 from shared.errors import ConfigError, ModelError
@@ -208,10 +208,10 @@ def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
             f"the tokenizer in {folder} knows {len(tokenizer):,} tokens, the backbone only {config.vocab_size:,}; they do not "
             "belong together."
         )
-    limit = getattr(config, "max_position_embeddings", job.model.max_length)
+    limit = usable_positions(backbone)
     if job.model.max_length > limit:
         raise ConfigError(
-            f"model.max_length is {job.model.max_length}, but the backbone has {limit} positions; use at most that."
+            f"model.max_length is {job.model.max_length}, but the backbone has {limit} positions for tokens; use at most that."
         )
     task = task_of(job)
     head = task.build_head(backbone, config.hidden_size, seed=job.seed)

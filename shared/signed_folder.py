@@ -38,7 +38,7 @@ def verify_folder(folder: Path, key: VerifyKey | None = None) -> VerifyKey:
         files, text = dict(content["files"]), str(content["signer"])
         signature = base64.b64decode(content["signature"], validate=True)
         signed = canonical_json(files).encode()
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise TrustError(
             f"{folder} carries no readable {SIGNATURE_FILE}; it was not signed by a coordinator."
         ) from None

@@ -8,7 +8,6 @@ Guarantees (tests: tests/simulations/test_audit.py)
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from server.run_folder import load_job
 from shared.atomic import write_json
 from shared.config import Job
 from shared.errors import RunError
+from shared.json_files import read_object
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.audit import AuditResult, MechanismAudit, audit_mechanism
 from shared.privacy.audit.canaries import train_on_gradient_canaries
@@ -118,11 +118,7 @@ def _executed_plan(job: Job, record: dict[str, Any]) -> PrivacyPlan:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path} cannot be read ({type(error).__name__}); restore it or repeat the run.") from None
-    return content
+    return read_object(path)
 
 
 def check_simulation(run: AuditedRun) -> None:

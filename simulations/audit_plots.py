@@ -40,7 +40,7 @@ def write_figure(path: Path, result: AuditResult, trainings: Sequence[Training] 
         axes.tick_params(labelsize=9)
     figure.suptitle(f"Audit tier {result.tier}: {result.verdict} at significance {result.alpha:g}", fontsize=12)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
+    figure.savefig(buffer, format="png", metadata={"Software": "silotune"})
     write_bytes(path, buffer.getvalue())
 
 

@@ -15,9 +15,12 @@ from rich.console import Console
 
 from server.early_stopping import is_over, stopped_early
 from server.report import write_report_if_possible
-from server.run_folder import peak_rss_mb
+from server.report.run_data import read_evaluation, read_folds, read_repeats, read_site
+from server.run_folder import check_place, peak_rss_mb
 from shared.errors import RunError
+from shared.json_files import read_object
 from shared.privacy.statement import rounded_up
+from shared.stopping import saying
 from shared.tasks import task_of
 from simulations.audit import audit_run_mechanism
 from simulations.folds import FOLDS_FILE, run_folds
@@ -27,10 +30,9 @@ from simulations.scenario import Scenario, builtin_scenario, load_scenario
 from simulations.small_gpt2 import prepare_backbone
 
 
-def simulate_builtin(name: str, *, out: Path | None, overrides: Sequence[str], as_json: bool) -> None:
-    """Run a scenario that ships with the package."""
-    scenario = builtin_scenario(name, overrides)
-    _simulate(scenario, out or _new_folder(scenario.name), resume=False, stop_after=None, as_json=as_json)
+def simulate_builtin(name: str, *, out: Path | None, overrides: Sequence[str], resume: bool, as_json: bool) -> None:
+    """Run a scenario that ships with the package, or continue it."""
+    _start(builtin_scenario(name, overrides), out, resume=resume, stop_after=None, as_json=as_json)
 
 
 def simulate_file(
@@ -42,11 +44,8 @@ def simulate_file(
     stop_after: int | None,
     as_json: bool,
 ) -> None:
-    """Run a scenario file."""
-    scenario = load_scenario(path, overrides)
-    if resume and out is None:
-        raise RunError("--resume needs --out, the folder of the run to continue.")
-    _simulate(scenario, out or _new_folder(scenario.name), resume=resume, stop_after=stop_after, as_json=as_json)
+    """Run a scenario file, or continue it."""
+    _start(load_scenario(path, overrides), out, resume=resume, stop_after=stop_after, as_json=as_json)
 
 
 def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
@@ -58,41 +57,57 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     for name, place in arms.items():
         evaluation = place / "evaluation.json"
         if evaluation.exists():
-            value = json.loads(evaluation.read_text())["metrics"][metric]
+            value = read_evaluation(evaluation).metrics[metric]
             result[f"{metric}_{name}"] = None if value is None else round(value, 4)
-    if (folder / "repeats.json").exists():
-        for arm, values in json.loads((folder / "repeats.json").read_text())["arms"].items():
+    if (repeats := read_repeats(folder / "repeats.json")) is not None:
+        for arm, values in repeats.arms.items():
             name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
             result[f"{metric}_{name}_mean"] = round(statistics.mean(values), 4)
             result[f"{metric}_{name}_std"] = round(statistics.stdev(values), 4)
-    if (folder / FOLDS_FILE).exists():
-        for arm, values_of in json.loads((folder / FOLDS_FILE).read_text())["arms"].items():
+    if (folds := read_folds(folder / FOLDS_FILE)) is not None:
+        for arm, values_of in folds.arms.items():
             name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
             if metric not in values_of:
                 continue  # undefined in a fold
             result[f"{metric}_{name}_fold_mean"] = round(statistics.mean(values_of[metric]), 4)
             result[f"{metric}_{name}_fold_std"] = round(statistics.stdev(values_of[metric]), 4)
-    spent = [json.loads(path.read_text())["epsilon_spent"] for path in sorted(folder.glob("sites/*/privacy.json"))]
+    spent = [read_site(path, private=False).epsilon_spent for path in sorted(folder.glob("sites/*/privacy.json"))]
     known = [epsilon for epsilon in spent if epsilon is not None]
     result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
     if scenario.job.privacy.central and (folder / "privacy.json").exists():
-        record = json.loads((folder / "privacy.json").read_text())
+        record = read_object(folder / "privacy.json")
         result |= {
-            "unit": record["unit"],
-            "epsilon": record["epsilon_spent"],
-            "num_sites": record["num_sites_declared"],
+            "unit": record.get("unit"),
+            "epsilon": record.get("epsilon_spent"),
+            "num_sites": record.get("num_sites_declared"),
         }
     result["delta"] = scenario.job.privacy.delta
     audited = folder / "audit" / "tier1.json"
-    result["audit"] = json.loads(audited.read_text())["verdict"] if audited.exists() else None
+    result["audit"] = read_object(audited).get("verdict") if audited.exists() else None
     result["seconds"] = round(seconds, 1)
     result["peak_rss_mb"] = round(peak_rss_mb())
     return result
 
 
+def _start(scenario: Scenario, out: Path | None, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
+    if resume and out is None:
+        raise RunError("--resume needs --out, the folder of the run to continue.")
+    folder = out or _new_folder(scenario.name)
+    with saying(lambda: how_to_continue(folder)):
+        _simulate(scenario, folder, resume=resume, stop_after=stop_after, as_json=as_json)
+
+
+def how_to_continue(folder: Path) -> str:
+    """Return what to tell when a simulation was stopped."""
+    if not (folder / "job.json").exists():
+        return "nothing was written; start the command again."
+    return f"continue with the same command and --resume --out {folder}"
+
+
 def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
     started = time.monotonic()
     console = Console(stderr=as_json)
+    check_place(folder)  # before a backbone is trained or data is read
     prepare_backbone(scenario.job.model.backbone, console)
     with LiveView(console) as view:
         run = run_repeats if scenario.simulation.folds is None else run_folds
@@ -121,9 +136,7 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
         )
         return
     console.print(f"\nreport: {folder / 'report.html'}", soft_wrap=True)
-    console.print(
-        (folder / "statement.json").exists() and json.loads((folder / "statement.json").read_text())["one_site"]
-    )
+    console.print((folder / "statement.json").exists() and read_object(folder / "statement.json").get("one_site"))
 
 
 def _new_folder(name: str) -> Path:

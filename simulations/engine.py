@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from shared.atomic import write_text
 from shared.config import PERSON_UNITS, Job, canonical_json
 from shared.datasets import PERSON_ROLE, dataset_fingerprint, write_jsonl
 from shared.errors import ConfigError, DataError, RunError, SilotuneError
+from shared.json_files import parse_object
 from shared.privacy.central import CentralPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -252,13 +252,14 @@ def _check_site_home(scenario: Scenario, arm: Arm, name: str) -> None:
     try:
         kept = tomllib.loads((home / "site.toml").read_text(encoding="utf-8"))
         with (home / "data.jsonl").open(encoding="utf-8") as lines:
-            records = [json.loads(line) for line in lines]
-    except (OSError, ValueError) as error:
+            records = [parse_object(line) for line in lines]
+        same_data = dataset_fingerprint(records) == dataset_fingerprint(_columns(arm, name))
+        found = canonical_json(kept)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise RunError(f"{home} cannot be read ({type(error).__name__}); restore it or start a new run.") from None
     # Settings that change speed may change on the way.
     wanted = {**site_config(scenario, arm, name), "compute": kept.get("compute")}
-    same_data = dataset_fingerprint(records) == dataset_fingerprint(_columns(arm, name))
-    if canonical_json(kept) != canonical_json(wanted) or not same_data:
+    if found != canonical_json(wanted) or not same_data:
         raise RunError(
             f"{home} was made from other data or settings than the scenario has now; resume with the scenario that the run "
             "was started with, or choose another folder."
@@ -371,9 +372,19 @@ def _details(scenario: Scenario, arm: Arm, test: Sequence[Record], fold: Fold | 
             "train_records": sum(len(records) for records in arm.sites.values()),
             "test_records": len(test),
             "partition": scenario.partition.model_dump(mode="json"),
+            **({"site_names": names} if (names := _real_names(scenario, arm)) else {}),
             **({"fold": fold.number, "folds": fold.of} if fold else {}),
         },
     }
+
+
+def _real_names(scenario: Scenario, arm: Arm) -> dict[str, str]:
+    """Return what the data calls each site whose folder and certificate have another name."""
+    column = scenario.partition.column if scenario.partition.kind == "column" else None
+    if column is None or arm.name not in (FEDERATED, "federated-non-private"):
+        return {}
+    real = {name: str(records[0][column]) for name, records in arm.sites.items() if records}
+    return {name: value for name, value in real.items() if value != name}
 
 
 def _is_complete(arm: Arm) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -17,8 +18,10 @@ from server.submission import Submission
 from shared.config import Job
 from shared.errors import ConfigError, RunError
 from shared.image_models import image_network_sha256
+from shared.outputs import check_folder, make_folder
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
+from shared.stopping import saying
 from simulations.engine import FEDERATED, check_early_stopping, plan_arms
 from simulations.federation import Federation, now, summary
 from simulations.scenario import builtin_scenario, load_scenario
@@ -37,16 +40,19 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
             "simulate`."
         )
     folder = out or Path("runs") / f"federation-{now()}"
-    if folder.exists() and any(folder.iterdir()):
+    check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; choose another folder.")
-    folder.mkdir(parents=True, exist_ok=True)
     check_early_stopping(scenario, scenario.job)
     train, test = scenario.load_data()
     arm = next(arm for arm in plan_arms(scenario, folder, train) if arm.name == FEDERATED)
     budget = _budget_for(PrivacyPlan.from_job(arm.job))
+    make_folder(folder)
     # All processes share this machine's cores.
     federation = Federation(folder, environment={"OMP_NUM_THREADS": "1"})
-    try:
+    how_to_go_on = f"its processes are ended; what they left is in {folder}. Start again with another --out."
+    with saying(lambda: how_to_go_on), contextlib.ExitStack() as closing:
+        closing.callback(federation.stop)
         federation.found()
         for name, records in arm.sites.items():
             federation.join(
@@ -70,8 +76,6 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
         submission = federation.submit(arm.job, test, compute=scenario.compute)
         console.print(f"job {submission.name}, signed by {federation.signer.verify_key.text}")
         _watch(federation, submission, list(arm.sites), console)
-    finally:
-        federation.stop()
     state = submission.state()
     if state["state"] != "completed":
         raise RunError(f"the run {state['state']}: {state.get('problem') or 'see the logs in ' + str(folder)}")

@@ -9,7 +9,6 @@ or synthetic are cross-validated, as in a sweep.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over
 from server.report import write_report_if_possible
+from server.report.run_data import read_evaluation
 from shared.atomic import write_json
 from shared.errors import PrivacyError
 from simulations.engine import FEDERATED, MakeObserver, run_scenario
@@ -71,7 +71,7 @@ def _by_metric(places: Sequence[Path], arm: str) -> Mapping[str, list[float]]:
     found: list[dict[str, Any]] = []
     for place in places:
         path = (place if arm == FEDERATED else place / "baselines" / arm) / "evaluation.json"
-        found.append(json.loads(path.read_text(encoding="utf-8"))["metrics"])
+        found.append(dict(read_evaluation(path).metrics))
     return {
         name: [float(metrics[name]) for metrics in found]
         for name in found[0]

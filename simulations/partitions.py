@@ -78,8 +78,9 @@ def partition(
           (Li et al. 2022, arXiv:2102.02079, "quantity skew").
         - `column`: one site per distinct value of a role, such as the hospital that wrote the text.
 
-    Sites are called site-1, site-2 and so on, padded with zeros so that they sort; with `column`, by the
-    value in lower-case ASCII. Equal arguments give equal results under the same major version of NumPy.
+    Sites are called site-1, site-2 and so on, padded with zeros so that they sort; with `column`, by the value in lower-case
+    ASCII, or, of a value without any, in Punycode (RFC 3492: `北京` is `xn--1lq90i`). Two values never share a name, and
+    `run.json` keeps the value of each name. Equal arguments give equal results under the same major version of NumPy.
 
     Args:
         records: the data set; only its length, its labels or one role are read.
@@ -227,7 +228,7 @@ def _rows_by_value(records: Sequence[Record], role: str) -> dict[Hashable, list[
 
 
 def _site_names(values: Iterable[object]) -> list[str]:
-    """Names for folders and logs: lower-case ASCII letters, digits and hyphens, all distinct."""
+    """Names for folders, logs and certificates: lower-case ASCII letters, digits and hyphens, all distinct."""
     names: dict[str, None] = {}
     for value in values:
         slug = name = _slug(str(value))
@@ -241,4 +242,8 @@ def _site_names(values: Iterable[object]) -> list[str]:
 
 def _slug(text: str) -> str:
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
-    return re.sub(r"[^a-z0-9]+", "-", plain)[:_MAX_SLUG].strip("-") or "site"
+    if slug := re.sub(r"[^a-z0-9]+", "-", plain)[:_MAX_SLUG].strip("-"):
+        return slug
+    letters = "".join(character for character in text if character.isalnum())
+    encoded = letters.encode("punycode").decode().lower() if letters else ""
+    return f"xn--{encoded}"[:_MAX_SLUG].strip("-") if encoded else "site"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from server.checkpoint import Checkpoint
 from server.early_stopping import is_over
 from server.ensembles import composed_privacy, open_ensemble
 from server.report import write_report_if_possible
+from server.report.run_data import read_evaluation
 from shared.atomic import write_json
 from shared.ensembles import can_be_averaged
 from shared.tasks import Record
@@ -70,6 +70,6 @@ def _folder_of(folder: Path, arm: str) -> Path:
 
 
 def _final_metric(folder: Path, arm: str) -> float | None:
-    evaluation = json.loads((_folder_of(folder, arm) / "evaluation.json").read_text(encoding="utf-8"))
-    value = evaluation["metrics"][evaluation["primary_metric"]]
+    evaluation = read_evaluation(_folder_of(folder, arm) / "evaluation.json")
+    value = evaluation.metrics[evaluation.primary_metric]
     return None if value is None else float(value)

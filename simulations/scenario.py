@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -12,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.config import PERSON_UNITS, ComputeConfig, Job, Name, Section, apply_overrides, load_toml, nearest, parse
 from shared.datasets import PERSON_ROLE, DataSource, read_records
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, DataError, ModelError
 from shared.privacy.persons import Persons
 from shared.rows import shorten
 from shared.tasks import Record
@@ -328,6 +329,24 @@ def changed_job(job: Job, changes: dict[str, Any], *, source: str) -> Job:
     return parse(Job, raw, source=source)
 
 
+def _backbone(backbone: str, base: Path) -> str:
+    """Return a backbone with the path of a relative folder made absolute, so that a run works from every folder.
+
+    A relative path starts from the scenario file, as those of the data do; one that is not there, from the current folder.
+    """
+    if ":" in backbone or backbone.startswith("~") or Path(backbone).is_absolute():
+        return backbone
+    for folder in (base, Path.cwd()):
+        try:
+            if (folder / backbone).is_dir():
+                return os.path.abspath(folder / backbone)
+        except (OSError, ValueError):
+            break  # no path at all; what it is instead is found out later
+    if backbone.startswith("."):
+        raise ModelError(f"model.backbone {backbone!r} is not a folder below {base} nor {Path.cwd()}; check the path.")
+    return backbone
+
+
 def build_scenario(raw: dict[str, Any], *, source: str, base: Path) -> Scenario:
     """Return the scenario in the content of a scenario file; `source` names it in errors, `base` starts relative paths.
 
@@ -342,6 +361,6 @@ def build_scenario(raw: dict[str, Any], *, source: str, base: Path) -> Scenario:
     rest = {key: value for key, value in raw.items() if key not in _JOB_SECTIONS}
     model = job.get("model")
     if isinstance(model, dict) and isinstance(model.get("backbone"), str):
-        job["model"] = {**model, "backbone": resolve_backbone(model["backbone"])}
+        job["model"] = {**model, "backbone": _backbone(resolve_backbone(model["backbone"]), base)}
     parsed = parse(Job, job, source=source)
     return parse(Scenario, {**rest, "job": parsed, "base": base}, source=source)

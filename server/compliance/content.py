@@ -7,7 +7,7 @@ from “shared.privacy.statement”.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from server.compliance import evidence, spending
@@ -37,6 +37,7 @@ from server.report.formats import (
     printable,
 )
 from shared.config import Job
+from shared.limits import MAX_TABLE_LABELS
 from shared.privacy.statement import rounded_up
 from shared.signed_file import Signer, fingerprint
 from shared.version import silotune_version
@@ -216,7 +217,7 @@ def _training(facts: Facts) -> Section:
             entries(
                 *_model_entries(job),
                 ("Task", _TASKS.get(job.task.kind, job.task.kind)),
-                ("Labels", ", ".join(map(printable, job.task.labels))),
+                ("Labels", _labels(job.task.labels)),
                 (
                     "Length",
                     f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'step')} at each site"
@@ -249,6 +250,12 @@ def _model_entries(job: Job) -> list[tuple[str, str | None]]:
     ]
 
 
+def _labels(labels: Sequence[str]) -> str:
+    """The names of few labels; of many the first ones and how many there are."""
+    shown = ", ".join(map(printable, labels[:MAX_TABLE_LABELS]))
+    return shown if len(labels) <= MAX_TABLE_LABELS else f"{shown} … ({len(labels):,} in all)"
+
+
 def _way_back(facts: Facts) -> str:
     if facts.central is not None:
         return "sent it back unprotected; the coordinator clipped each update, added noise to their sum and published only that."
@@ -260,7 +267,7 @@ def _way_back(facts: Facts) -> str:
 def _participants(facts: Facts) -> Section:
     rows = tuple(
         (
-            printable(site.release.site),
+            printable(facts.data.called(site.release.site)),
             f"{site.release.declared_records:,}",
             str(len(site.release.rounds)),
             str(len(site.release.unanswered)) if site.release.unanswered else "0",

@@ -20,6 +20,7 @@ from server.compliance.ledgers import Account
 from server.compliance.reading import read_facts
 from shared.atomic import write_bytes
 from shared.errors import RunError
+from shared.outputs import HTML_MARK, JSON_MARK, PDF_MARK, check_file
 from shared.signed_file import Signer, sign_file, signature_file
 
 Format = Literal["html", "pdf"]
@@ -46,9 +47,11 @@ def write_compliance_report(
         now: the time in the report, with a time zone.
 
     Raises:
-        RunError: if the run folder is malformed or the file cannot be written.
+        RunError: if the run folder is malformed, or the file cannot be written or is somebody else's.
     """
     path = out or run_dir / f"{FILE_STEM}.{format}"
+    check_file(path, HTML_MARK if format == "html" else PDF_MARK, way_out="choose another file with --out")
+    check_file(signature_file(path), JSON_MARK, way_out="choose another file with --out")
     moment = now or datetime.now(UTC)
     facts = read_facts(run_dir, accounts)
     document = compose_document(facts, now=moment, signer=signer, file_name=path.name)

@@ -139,15 +139,6 @@ def format_gap(name: str, value: float | None, reference: float | None) -> str:
     return text.replace("-", "−")
 
 
-def interval_95(share: float, num_records: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share counted over `num_records` independent records."""
-    z = 1.959964
-    centre = (share + z * z / (2 * num_records)) / (1 + z * z / num_records)
-    spread = math.sqrt(share * (1 - share) / num_records + z * z / (4 * num_records**2))
-    half = z * spread / (1 + z * z / num_records)
-    return centre - half, centre + half
-
-
 def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
     """Sort key that puts site-2 before site-10."""
     parts = re.split(r"([0-9]{1,18})", name)

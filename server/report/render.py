@@ -14,6 +14,7 @@ import base64
 import hashlib
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +25,16 @@ from markupsafe import Markup
 
 from server.report import formats, plots
 from server.report.noise import arm_shares
-from server.report.run_data import Arm, RoundRecord, RunData, read_run
+from server.report.run_data import Arm, RoundRecord, RunData, read_run, with_real_names
 from shared.atomic import write_bytes
 from shared.config import PERSON_UNITS
+from shared.intervals import wilson
+from shared.outputs import HTML_MARK, check_file
 from shared.site_weights import SiteShare
 
 REPORT_NAME = "report.html"
 MAX_MATRIX_LABELS = 12
+MAX_LABEL_ROWS = 200
 MAX_COMPOSED_ROWS = 12
 MAX_PRINTED_STATEMENTS = 12
 _ARM_TITLES = {
@@ -50,7 +54,8 @@ def write_report(run_dir: Path) -> Path:
     Raises:
         RunError: if a required file is missing or any file is malformed; an older report is left as it was.
     """
-    data = read_run(run_dir)
+    data = with_real_names(read_run(run_dir))
+    check_file(run_dir / REPORT_NAME, HTML_MARK, way_out="move it away")
     html = _environment().get_template(REPORT_NAME).render(view=_view(data))
     path = run_dir / REPORT_NAME
     write_bytes(path, html.encode("utf-8", errors="replace"))
@@ -143,6 +148,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "all_metrics": _all_metrics(data),
         "metrics_note": federated.evaluation.note if federated.evaluation is not None else None,
         "max_matrix_labels": MAX_MATRIX_LABELS,
+        "max_label_rows": MAX_LABEL_ROWS,
         "max_printed_statements": MAX_PRINTED_STATEMENTS,
         "sites": sorted(federated.sites, key=lambda site: formats.natural_key(site.site)),
         "shares": _share_cells(shares),
@@ -242,7 +248,7 @@ def _interval(metric: str, arm: Arm, num_records: int | None) -> str | None:
     value = arm.final(metric)
     if metric != "accuracy" or value is None or not 0 <= value <= 1 or not num_records:
         return None
-    low, high = formats.interval_95(value, num_records)
+    low, high = wilson(round(value * num_records), num_records)
     return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
@@ -409,35 +415,52 @@ def _shares_alt(shares: Sequence[SiteShare]) -> str:
 
 
 def _confusion(arm: Arm) -> dict[str, Any] | None:
-    """Counts with the share of their row, and what they say about each label."""
+    """What the counts of true and predicted labels say about each label, and the full table of few labels."""
     evaluation = arm.evaluation
-    if evaluation is None or evaluation.confusion is None:
+    if evaluation is None or (evaluation.confusion is None and evaluation.confusion_cells is None):
         return None
-    counts = evaluation.confusion
-    labels = evaluation.labels or tuple(str(index) for index in range(len(counts)))
-    columns = [sum(row[index] for row in counts) for index in range(len(counts))]
-    rows = []
-    for index, (label, row) in enumerate(zip(labels, counts, strict=True)):
-        total = sum(row)
-        shares = [count / total if total else 0.0 for count in row]
-        others = sorted((-count, labels[other]) for other, count in enumerate(row) if other != index and count)
-        rows.append(
-            {
-                "label": label,
-                "total": total,
-                "cells": [
-                    {"count": count, "percent": f"{100 * share:.0f} %", "shade": round(share * 9)}
-                    for count, share in zip(row, shares, strict=True)
-                ],
-                "recall": f"{100 * shares[index]:.1f} %" if total else "no records",
-                "precision": f"{100 * row[index] / columns[index]:.1f} %" if columns[index] else "never predicted",
-                "f1": f"{200 * row[index] / (total + columns[index]):.1f} %"
-                if total + columns[index]
-                else "no records",
-                "mistaken": f"{others[0][1]} ({-others[0][0]:,})" if others else "none",
-            }
-        )
+    table = evaluation.confusion or ()
+    cells = evaluation.confusion_cells or [
+        (true, predicted, count) for true, row in enumerate(table) for predicted, count in enumerate(row) if count
+    ]
+    labels = evaluation.labels or tuple(str(index) for index in range(len(table)))
+    by_row: dict[int, dict[int, int]] = {}
+    columns: Counter[int] = Counter()
+    for true, predicted, count in cells:
+        by_row.setdefault(true, {})[predicted] = count
+        columns[predicted] += count
+    order: Sequence[int] = range(len(labels))
+    if len(labels) > MAX_LABEL_ROWS:  # those with the most records, in the labels' own order
+        most = sorted(order, key=lambda index: (-sum(by_row.get(index, {}).values()), -columns[index], index))
+        order = sorted(most[:MAX_LABEL_ROWS])
+    rows = [_label_row(index, by_row.get(index, {}), columns[index], labels) for index in order]
+    if len(labels) <= MAX_MATRIX_LABELS:
+        for index, row in zip(order, rows, strict=True):
+            row["cells"] = _matrix_row([by_row.get(index, {}).get(other, 0) for other in range(len(labels))])
     return {"labels": labels, "rows": rows}
+
+
+def _label_row(index: int, counts: Mapping[int, int], column: int, labels: Sequence[str]) -> dict[str, Any]:
+    """What one row of the table, the sum of the label's column and the names say about label number `index`."""
+    total, right = sum(counts.values()), counts.get(index, 0)
+    others = sorted((-count, labels[other]) for other, count in counts.items() if other != index and count)
+    return {
+        "label": labels[index],
+        "total": total,
+        "recall": f"{100 * right / total:.1f} %" if total else "no records",
+        "precision": f"{100 * right / column:.1f} %" if column else "never predicted",
+        "f1": f"{200 * right / (total + column):.1f} %" if total + column else "no records",
+        "mistaken": f"{others[0][1]} ({-others[0][0]:,})" if others else "none",
+    }
+
+
+def _matrix_row(counts: Sequence[int]) -> list[dict[str, Any]]:
+    total = sum(counts)
+    shares = [count / total if total else 0.0 for count in counts]
+    return [
+        {"count": count, "percent": f"{100 * share:.0f} %", "shade": round(share * 9)}
+        for count, share in zip(counts, shares, strict=True)
+    ]
 
 
 def _round_row(record: RoundRecord, metric: str, all_sites: Sequence[str]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import hashlib
 import json
 import stat
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -42,6 +42,8 @@ class Dataset(_Record):
     train_records: Count | None = None
     test_records: Count | None = None
     test_records_at_max_length: Count | None = None
+    site_names: dict[str, str] = {}
+    """What the data calls a site whose folder has another name, such as one in ASCII."""
 
 
 class RunRecord(_Record):
@@ -85,6 +87,7 @@ class Evaluation(_Record):
     metrics: dict[str, Any]
     labels: tuple[str, ...] | None = None
     confusion: tuple[tuple[Count, ...], ...] | None = None
+    confusion_cells: tuple[tuple[Count, Count, Count], ...] | None = None
     roc: Annotated[tuple[tuple[Share, Share], ...], Field(min_length=2)] | None = None
     pairs: Annotated[tuple[tuple[Finite, Finite], ...], Field(min_length=1)] | None = None
     note: str | None = None
@@ -186,7 +189,7 @@ class Repeats(_Record):
     """`repeats.json`: the same scenario under several seeds; final value of the primary metric by arm."""
 
     seeds: tuple[int, ...]
-    arms: dict[str, tuple[float, ...]]
+    arms: dict[str, Annotated[tuple[Finite, ...], Field(min_length=2)]]
     ensembles: dict[str, EnsembleRecord] = {}
 
 
@@ -195,7 +198,7 @@ class Folds(_Record):
 
     folds: Annotated[int, Field(ge=2)]
     test_records: tuple[Count, ...]
-    arms: dict[str, dict[str, tuple[float, ...]]]
+    arms: dict[str, dict[str, Annotated[tuple[Finite, ...], Field(min_length=2)]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -283,6 +286,11 @@ class RunData:
     job_sha256_matches: bool | None
     """Whether job.json is the job that run.json names; None if run.json names none."""
 
+    def called(self, site: str) -> str:
+        """What people call a site: its name in the data with the folder's in brackets, or the one that it has."""
+        real = self.run.dataset.site_names.get(site)
+        return site if real is None else f"{real} ({site})"
+
     @property
     def complete(self) -> bool:
         return self.run.status == "completed"
@@ -314,6 +322,27 @@ class RunData:
         for record in self.federated.rounds:
             names.update(record.sites, record.failed)
         return tuple(sorted(names, key=natural_key))
+
+
+def with_real_names(data: RunData) -> RunData:
+    """Return `data` with every site called as `RunData.called` says, for pages that people read."""
+    if not data.run.dataset.site_names:
+        return data
+    called = data.called
+    arms = []
+    for arm in (data.federated, *data.baselines):
+        rounds = tuple(
+            record.model_copy(
+                update={
+                    "sites": tuple(map(called, record.sites)),
+                    "failed": {called(site): reason for site, reason in record.failed.items()},
+                }
+            )
+            for record in arm.rounds
+        )
+        sites = tuple(site.model_copy(update={"site": called(site.site)}) for site in arm.sites)
+        arms.append(replace(arm, rounds=rounds, sites=sites))
+    return replace(data, federated=arms[0], baselines=tuple(arms[1:]))
 
 
 def read_run(run_dir: Path) -> RunData:
@@ -348,8 +377,8 @@ def read_run(run_dir: Path) -> RunData:
         ),
         statement=statement,
         adapter=tuple(_adapter_files(run_dir / "adapter")),
-        repeats=_read_repeats(run_dir / "repeats.json"),
-        folds=_read_folds(run_dir / "folds.json"),
+        repeats=read_repeats(run_dir / "repeats.json"),
+        folds=read_folds(run_dir / "folds.json"),
         audits=tuple(
             _parse(AuditRecord, _read(path), path) for path in sorted((run_dir / "audit").glob("tier[123].json"))
         ),
@@ -374,17 +403,17 @@ def _read_arm(folder: Path, *, name: str, complete: bool) -> Arm:
     private = job["privacy"]["mechanism"] != "none"
     rounds = _read_rounds(folder / "metrics.jsonl", complete=complete)
     path = folder / "evaluation.json"
-    evaluation = _read_evaluation(path) if complete or path.exists() else None
+    evaluation = read_evaluation(path) if complete or path.exists() else None
     # A site that never answered released nothing and has no record.
     released = {name for record in rounds for name in record.sites} if complete else set()
     sites = tuple(
-        _read_site(site / "privacy.json", private=private)
+        read_site(site / "privacy.json", private=private)
         for site in _folders(folder / "sites")
         if site.name in released or (site / "privacy.json").exists()
     )
     if job["privacy"]["mechanism"] == "central":
         path = folder / "privacy.json"
-        sites = (_read_site(path, private=True, kind=CoordinatorRecord),) if path.exists() else ()
+        sites = (read_site(path, private=True, kind=CoordinatorRecord),) if path.exists() else ()
     names = [site.site for site in sites]
     for twice in {site for site in names if names.count(site) > 1}:
         raise RunError(
@@ -424,7 +453,12 @@ def _read_rounds(path: Path, *, complete: bool) -> tuple[RoundRecord, ...]:
     return tuple(records)
 
 
-def _read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> Evaluation:
+    """Read and check an `evaluation.json`.
+
+    Raises:
+        RunError: if it is missing or malformed.
+    """
     evaluation = _parse(Evaluation, _read(path), path)
     # None is a number that the evaluation data leaves undefined.
     value = evaluation.metrics.get(evaluation.primary_metric, "missing")
@@ -434,18 +468,25 @@ def _read_evaluation(path: Path) -> Evaluation:
         size = len(evaluation.labels) if evaluation.labels is not None else len(evaluation.confusion)
         if len(evaluation.confusion) != size or any(len(row) != size for row in evaluation.confusion):
             raise _malformed(path, f"confusion is not a square of {size} rows and columns, one for each label")
+    elif evaluation.confusion_cells is not None:
+        size = len(evaluation.labels or ())
+        if any(true >= size or predicted >= size for true, predicted, _ in evaluation.confusion_cells):
+            raise _malformed(path, f"confusion_cells names a label beyond the {size:,} in labels")
     return evaluation
 
 
-def _read_repeats(path: Path) -> Repeats | None:
+def read_repeats(path: Path) -> Repeats | None:
+    """Read a `repeats.json`, None if there is none; raises `RunError` if it is malformed."""
     return _parse(Repeats, _read(path), path) if path.exists() else None
 
 
-def _read_folds(path: Path) -> Folds | None:
+def read_folds(path: Path) -> Folds | None:
+    """Read a `folds.json`, None if there is none; raises `RunError` if it is malformed."""
     return _parse(Folds, _read(path), path) if path.exists() else None
 
 
-def _read_site(path: Path, *, private: bool, kind: type[SiteRecord] = SiteRecord) -> SiteRecord:
+def read_site(path: Path, *, private: bool, kind: type[SiteRecord] = SiteRecord) -> SiteRecord:
+    """Read a `privacy.json`; raises `RunError` if it is malformed, or lacks what a private one must state."""
     site = _parse(kind, _read(path), path)
     if private:
         # With injected randomness there is no epsilon to state; the report says so.
@@ -510,7 +551,7 @@ def _job_matches(path: Path, expected: str | None) -> bool | None:
     """Compare the hash of the job file, with or without its last line break, to the recorded one."""
     if expected is None:
         return None
-    data = path.read_bytes()
+    data = _read(path).encode()
     return expected.lower() in {hashlib.sha256(part).hexdigest() for part in (data, data.rstrip(b"\n"))}
 
 

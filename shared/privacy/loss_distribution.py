@@ -221,7 +221,11 @@ def _epsilon(parts: Sequence[tuple[StepLoss, int]], delta: float) -> float:
         best = min(best, _root(divergence, delta))
         if best in (0.0, math.inf) or divergence.lost(best) <= _SHARE_LOST * delta:
             break
-        before, tilt = tilt, _least(lambda tilt, found=best: log_moment(tilt) - tilt * found, cell)
+
+        def exponent(tilt: float, found: float = best) -> float:
+            return log_moment(tilt) - tilt * found
+
+        before, tilt = tilt, _least(exponent, cell)
         if abs(math.log(tilt / before)) < _TILT_TOLERANCE:
             break
     return best

@@ -20,7 +20,9 @@ class Evaluation:
     Attributes:
         metrics: every metric by name, finite floats; None where the data leaves it undefined; always holds "loss".
         labels: class names, or None.
-        confusion: counts, rows are true classes and columns predicted ones, or None.
+        confusion: counts, rows are true classes and columns predicted ones; None without labels, or with more than
+            `MAX_TABLE_LABELS`.
+        confusion_cells: with so many labels [true, predicted, count] of the cells that are not 0, else None.
         roc: (false, true) positive rate at falling thresholds, the last label as positive; None unless there are two labels.
         pairs: (true, predicted) numbers of some of the data, in the task's own unit, or None.
         note: how the metrics are counted, for whoever reads them, or None.
@@ -29,6 +31,7 @@ class Evaluation:
     metrics: dict[str, float | None]
     labels: tuple[str, ...] | None = None
     confusion: list[list[int]] | None = None
+    confusion_cells: list[list[int]] | None = None
     roc: list[list[float]] | None = None
     pairs: list[list[float]] | None = None
     note: str | None = None

@@ -9,13 +9,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score, roc_curve
+from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from shared.batches import Batch, Example
 from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
 from shared.heads import PooledClassifier, init_linear
+from shared.limits import MAX_TABLE_LABELS
 from shared.tasks.base import Evaluation, Record
 from shared.tasks.tokens import read_part, texts_of
 
@@ -104,7 +105,8 @@ class SequenceClassification:
             targets.append(true)
             margins.append((outputs[:, -1] - outputs[:, 0]).float())
         truth, guess = torch.cat(targets).cpu().numpy(), torch.cat(predicted).cpu().numpy()
-        matrix = confusion_matrix(truth, guess, labels=range(len(self.labels)))
+        cells = _confusion_cells(truth, guess)
+        whole = len(self.labels) <= MAX_TABLE_LABELS
         metrics: dict[str, float | None] = {
             "loss": float(torch.cat(losses).mean()),
             "accuracy": float((truth == guess).mean()),
@@ -118,9 +120,24 @@ class SequenceClassification:
         return Evaluation(
             metrics=metrics,
             labels=self.labels,
-            confusion=matrix.tolist(),
+            confusion=_table(cells, len(self.labels)) if whole else None,
+            confusion_cells=None if whole else cells,
             roc=curve,
         )
+
+
+def _confusion_cells(truth: NDArray[np.int64], guess: NDArray[np.int64]) -> list[list[int]]:
+    """Return [true, predicted, count] of every pair of classes that occurs: as many as records, however many classes."""
+    pairs, counts = np.unique(np.stack([truth, guess], axis=1), axis=0, return_counts=True)
+    return [[*pair, count] for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True)]
+
+
+def _table(cells: Sequence[Sequence[int]], size: int) -> list[list[int]]:
+    """Return the cells as a full table, rows are true classes."""
+    table = [[0] * size for _ in range(size)]
+    for true, predicted, count in cells:
+        table[true][predicted] = count
+    return table
 
 
 def _thinned(points: NDArray[np.float64]) -> list[list[float]]:

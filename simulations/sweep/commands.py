@@ -15,11 +15,12 @@ from rich.console import Console
 from shared.datasets import dataset_fingerprint
 from shared.errors import ConfigError, PrivacyError, RunError
 from shared.privacy.plan import PrivacyPlan
+from shared.stopping import saying
 from shared.tasks import Record
 from simulations.engine import check_arm, plan_arms
 from simulations.scenario import Scenario
 from simulations.small_gpt2 import prepare_backbone
-from simulations.sweep import results
+from simulations.sweep import private, results
 from simulations.sweep.journal import Journal, TrialResult
 from simulations.sweep.private import Selection, plan_selection, run_selection
 from simulations.sweep.progress import SweepProgress
@@ -58,43 +59,53 @@ def run_sweep(
         raise RunError("--resume needs --out, the folder of the sweep to continue.")
     sweep = load_sweep(path, axes=axes, seeds=seeds, search=search_by, trials=trials, overrides=overrides)
     folder = out or Path("sweeps") / f"{sweep.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    scenario = sweep.scenario(sweep.first(), sweep.seeds[0])
-    if account_tuning:
-        law = _law(mean_trials, trial_distribution)
-        with console.status("the settings are checked and their noise is calibrated"):
-            selection = plan_selection(sweep, law)
-        _select(selection, scenario, folder, resume=resume, console=console, as_json=as_json)
-        return
-    if mean_trials is not None or trial_distribution is not None:
-        raise ConfigError("--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out.")
-    require_unprivate_data(scenario)
-    if sweep.config.search == "optuna":
-        require_optuna()
-    data_sha256, confirmation = _prepare(sweep, scenario, console)
-    settings = sweep.settings(data_sha256)
-    results.check_folder(folder, settings, resume=resume)
-    with results.locked(folder):
-        results.check_folder(folder, settings, resume=resume)  # another process may have been quicker
-        results.write_start(folder, sweep, settings)
-        journal = Journal(folder / results.TRIALS)
-        _run_trials(sweep, folder, journal, confirmation, console)
-        points, notes = results.write_results(folder, sweep, settings, journal)
-    if as_json:
-        figures = {
-            "sweep_dir": str(folder),
-            "frontier": [point.as_dict() for point in points],
-            "trials": len(journal.results),
-            "failed": sum(not result.completed for result in journal.results.values()),
-            "seconds": round(time.monotonic() - started, 1),
-        }
-        typer.echo(json.dumps(figures, allow_nan=False))
-        return
-    console.print(trials_table(list(journal.results.values())))
-    console.print(frontier_table(points))
-    for note in notes:
-        console.print(note, soft_wrap=True)
-    files = [name for name in (results.SWEEP, results.FIGURE, results.UTILITY) if (folder / name).exists()]
-    console.print(f"\nwritten to {folder}: {', '.join(files)}", soft_wrap=True)
+    with saying(lambda: _how_to_continue(folder)):
+        (private if account_tuning else results).check_place(folder)
+        scenario = sweep.scenario(sweep.first(), sweep.seeds[0])
+        if account_tuning:
+            law = _law(mean_trials, trial_distribution)
+            with console.status("the settings are checked and their noise is calibrated"):
+                selection = plan_selection(sweep, law)
+            _select(selection, scenario, folder, resume=resume, console=console, as_json=as_json)
+            return
+        if mean_trials is not None or trial_distribution is not None:
+            raise ConfigError(
+                "--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out."
+            )
+        require_unprivate_data(scenario)
+        if sweep.config.search == "optuna":
+            require_optuna()
+        data_sha256, confirmation = _prepare(sweep, scenario, console)
+        settings = sweep.settings(data_sha256)
+        results.check_folder(folder, settings, resume=resume)
+        with results.locked(folder):
+            results.check_folder(folder, settings, resume=resume)  # another process may have been quicker
+            results.write_start(folder, sweep, settings)
+            journal = Journal(folder / results.TRIALS)
+            _run_trials(sweep, folder, journal, confirmation, console)
+            points, notes = results.write_results(folder, sweep, settings, journal)
+        if as_json:
+            figures = {
+                "sweep_dir": str(folder),
+                "frontier": [point.as_dict() for point in points],
+                "trials": len(journal.results),
+                "failed": sum(not result.completed for result in journal.results.values()),
+                "seconds": round(time.monotonic() - started, 1),
+            }
+            typer.echo(json.dumps(figures, allow_nan=False))
+            return
+        console.print(trials_table(list(journal.results.values())))
+        console.print(frontier_table(points))
+        for note in notes:
+            console.print(note, soft_wrap=True)
+        files = [name for name in (results.SWEEP, results.FIGURE, results.UTILITY) if (folder / name).exists()]
+        console.print(f"\nwritten to {folder}: {', '.join(files)}", soft_wrap=True)
+
+
+def _how_to_continue(folder: Path) -> str:
+    if not folder.exists():
+        return "nothing was written; start the command again."
+    return f"continue with the same command and --resume --out {folder}; finished trials are kept"
 
 
 def require_unprivate_data(scenario: Scenario) -> None:

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from shared.fonts import readable_figures
 from simulations.sweep.frontier import FrontierPoint, SettingResult
 from simulations.sweep.spec import EPSILON, shown
 
@@ -25,6 +26,18 @@ def draw_frontier(
     points: Sequence[FrontierPoint], settings: Sequence[SettingResult], *, name: str, higher_is_better: bool
 ) -> bytes:
     """Return a PNG; `points` holds at least one point, `settings` everything that was tried."""
+    with readable_figures() as readable:
+        return _draw(points, settings, name=readable(name), higher_is_better=higher_is_better, readable=readable)
+
+
+def _draw(
+    points: Sequence[FrontierPoint],
+    settings: Sequence[SettingResult],
+    *,
+    name: str,
+    higher_is_better: bool,
+    readable: Callable[[str], str],
+) -> bytes:
     figure = Figure(figsize=(7.6, 5.0), dpi=160, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -43,7 +56,7 @@ def draw_frontier(
     if confirmed:
         label = "the same, on records that chose nothing"
         _draw_series(axes, points, place, label=label, colour=CONFIRMED, marker="s", dash=(0, (5, 2)), factor=shift)
-    _name_settings(axes, points, place, above=higher_is_better)
+    _name_settings(axes, points, place, above=higher_is_better, readable=readable)
     _scale(axes, points, place, above=higher_is_better)
     better = "higher" if higher_is_better else "lower"
     spread = f"mean and one sd over {seeds} seeds" if seeds > 1 else "one seed"
@@ -98,13 +111,21 @@ def _draw_others(
         axes.plot(x, y, linestyle="none", marker="x", markersize=6, color=OTHER, label="other settings", zorder=2)
 
 
-def _name_settings(axes: Any, points: Sequence[FrontierPoint], place: dict[float | str, float], *, above: bool) -> None:
+def _name_settings(
+    axes: Any,
+    points: Sequence[FrontierPoint],
+    place: dict[float | str, float],
+    *,
+    above: bool,
+    readable: Callable[[str], str],
+) -> None:
     """Write beside each point what was best there, if the sweep varied anything but the budget."""
     for point in points:
         rest = {key: value for key, value in point.best.setting.items() if key != EPSILON}
         if not rest or len(points) > 8:
             continue
-        text = "\n".join(f"{key.rpartition('.')[2].replace('_', ' ')} {shown(value)}" for key, value in rest.items())
+        lines = [f"{key.rpartition('.')[2].replace('_', ' ')} {shown(value)}" for key, value in rest.items()]
+        text = readable("\n".join(lines))
         edge = point.best.mean + (1 if above else -1) * (point.best.sd or 0.0)
         axes.annotate(
             text,

@@ -10,7 +10,6 @@ Guarantees (tests: tests/simulations/test_sweep_private.py)
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import secrets
@@ -22,6 +21,8 @@ from typing import Any
 
 from shared.atomic import sync_folder, write_json
 from shared.errors import ConfigError, PrivacyError, RunError
+from shared.json_files import damaged, read_object
+from shared.outputs import check_own_folder
 from shared.privacy.accounting import compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import RELATION, rounded_up
@@ -121,6 +122,17 @@ def plan_selection(sweep: Sweep, law: NumTrials) -> Selection:
     return Selection(sweep=sweep, law=law, delta=delta, epsilon=epsilon, epsilon_one_trial=one)
 
 
+def check_place(folder: Path) -> None:
+    """Find what speaks against a selection in `folder`; writes nothing, and is quick.
+
+    Raises:
+        RunError: if it is no folder, or holds anything but a selection of ours.
+    """
+    if not (folder / OUTCOME).exists():
+        check_own_folder(folder, marker=f"{_WORK}/{_STATE}", own=(".lock", _WORK), what="selection")
+        check_own_folder(folder / _WORK, marker=_STATE, own=(), what="selection")
+
+
 def run_selection(
     selection: Selection, folder: Path, *, run_one: RunOne, data_sha256: str, resume: bool
 ) -> dict[str, Any]:
@@ -140,13 +152,12 @@ def run_selection(
             raise RunError(
                 f"{folder} holds a finished selection; choose another folder. Mind that a second one costs again."
             )
-        outcome: dict[str, Any] = json.loads((folder / OUTCOME).read_text(encoding="utf-8"))
-        if outcome["settings_sha256"] != _public_identity(selection):
+        outcome = read_object(folder / OUTCOME)
+        if outcome.get("settings_sha256") != _public_identity(selection):
             raise RunError(f"{folder} holds a selection with other settings; choose another folder.")
         shutil.rmtree(work, ignore_errors=True)
         return outcome
-    if not work.exists() and any(place.name != ".lock" for place in folder.glob("*")):
-        raise RunError(f"{folder} is not empty and holds no selection; choose another folder.")
+    check_place(folder)
     choices = _drawn(selection, work, data_sha256, resume=resume)
     results = _run_all(selection, work, choices, run_one)
     best = _best(results)
@@ -185,14 +196,17 @@ def _drawn(selection: Selection, work: Path, data_sha256: str, *, resume: bool) 
     identity = settings_sha256({"asked": _public_identity(selection), "data": data_sha256})
     state = work / _STATE
     if state.exists():
-        kept = json.loads(state.read_text(encoding="utf-8"))
+        kept = read_object(state)
         if not resume:
             raise RunError(
                 f"{work.parent} holds an unfinished selection; continue it with --resume, or remove the folder."
             )
-        if kept["identity"] != identity:
+        if kept.get("identity") != identity:
             raise RunError(f"{work.parent} holds a selection with other settings or other data; resume with those.")
-        return [(int(setting), int(seed)) for setting, seed in kept["choices"]]
+        try:
+            return [(int(setting), int(seed)) for setting, seed in kept["choices"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise damaged(state, f"its choices cannot be read ({type(error).__name__})") from None
     number = draw_num_trials(selection.law)
     seeds = selection.sweep.seeds
     choices = [(secrets.randbelow(selection.num_settings), secrets.randbelow(len(seeds))) for _ in range(number)]

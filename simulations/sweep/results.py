@@ -7,7 +7,6 @@ Formal guarantees (tests: tests/simulations/test_sweep.py)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any
 
 from shared.atomic import exclusive_lock, write_bytes, write_json
 from shared.errors import RunError
+from shared.json_files import read_object
+from shared.outputs import check_own_folder, make_folder
 from simulations.sweep.figure import draw_frontier
 from simulations.sweep.frontier import FrontierPoint, SettingResult, by_setting, caution, frontier, utility_points
 from simulations.sweep.journal import Journal, TrialResult
@@ -30,23 +31,29 @@ SWEEP, TRIALS, RUNS, FIGURE, UTILITY = (
 )
 
 
+def check_place(folder: Path) -> None:
+    """Find what speaks against a sweep of whatever settings in `folder`; writes nothing, and is quick.
+
+    Raises:
+        RunError: if it is no folder, or holds anything but a sweep of ours.
+    """
+    check_own_folder(folder, marker=SWEEP, own=(".lock",), what="sweep")
+
+
 def check_folder(folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
     """Find what speaks against running a sweep in `folder`; writes nothing.
 
     Raises:
         RunError: if it is a file, holds something else, a sweep already and `resume` is False, or one with other settings.
     """
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file; choose a folder for the sweep.")
+    check_place(folder)
     path = folder / SWEEP
     if not path.exists():
-        if folder.exists() and any(place.name != ".lock" for place in folder.iterdir()):
-            raise RunError(f"{folder} is not empty and holds no sweep; choose another folder.")
         return
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_object(path)
         kept, digest = dict(known["settings"]), str(known["settings_sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise RunError(
             f"{path} cannot be read ({type(error).__name__}); restore it or choose another folder."
         ) from None
@@ -69,10 +76,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         RunError: if another process holds it, or it cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise RunError(f"{folder} cannot be made: {error.strerror}; choose another folder.") from None
+    make_folder(folder)
     with exclusive_lock(folder / ".lock", f"another process is running a sweep in {folder}; wait for it."):
         yield
 

@@ -6,7 +6,6 @@ number of its result comes from the files of its run; the epsilon is the execute
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -17,7 +16,10 @@ from typing import Any, Literal
 from client.app import forget_simulated_sites
 from server.checkpoint import Checkpoint
 from server.observer import Observer
+from server.run_folder import foreign_entries
 from shared.errors import RunError
+from shared.json_files import read_object
+from shared.outputs import listed
 from shared.runtime import load_runtime
 from shared.tasks import Record, task_of
 from simulations.engine import run_scenario
@@ -90,7 +92,7 @@ def executed_epsilon(folder: Path) -> float | None:
     Raises:
         RunError: if the run folder holds no privacy record.
     """
-    records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("sites/*/privacy.json"))]
+    records = [read_object(path) for path in sorted(folder.glob("sites/*/privacy.json"))]
     if not records:
         raise RunError(f"{folder} holds no privacy record of a site; no epsilon can be stated for it.")
     found = [record["epsilon_spent"] for record in records]
@@ -109,7 +111,7 @@ class _Rounds(Observer):
 
 
 def _scores(folder: Path) -> dict[str, Any]:
-    evaluation = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+    evaluation = read_object(folder / "evaluation.json")
     metrics = evaluation["metrics"]
     if not all(math.isfinite(value) for value in metrics.values() if value is not None):
         raise RunError("the training diverged: a metric is not a finite number. Try a smaller learning rate.")
@@ -131,6 +133,8 @@ def _confirm(scenario: Scenario, finished: Checkpoint, records: list[Record]) ->
 
 def _remove(folder: Path) -> None:
     try:
+        if folder.exists() and (foreign := foreign_entries(folder)):
+            raise RunError(f"{folder} would be emptied, but holds {listed(foreign)}; move that away, then resume.")
         if folder.exists():
             shutil.rmtree(folder)
     except OSError as error:

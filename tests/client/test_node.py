@@ -254,6 +254,19 @@ def test_a_node_waits_for_its_coordinator_and_ends_when_it_is_told(
     assert CONFIDENTIAL not in output + home.status.read_text() + "".join(e.line() for e in audit_log.read(home.audit))
 
 
+def test_ctrl_c_ends_a_node_and_says_how_to_go_on(
+    home: SiteHome, start: Callable[[SiteHome], subprocess.Popen[str]]
+) -> None:
+    process = start(home)
+    eventually(lambda: process.poll() is None and read_status(home)["state"] == "waiting")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert output.strip().endswith(f"stopped; go on with: silotune site start {home.path}")
+    assert json.loads(home.status.read_text())["state"] == "stopped"
+
+
 def test_a_folder_is_free_again_when_its_node_has_ended(home: SiteHome) -> None:
     with home.locked(), pytest.raises(RunError, match="another node works in"), home.locked():
         pass

@@ -61,7 +61,7 @@ def test_there_are_commands_in_the_documents() -> None:
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_documented_commands_parse(arguments: list[str]) -> None:
-    command, name, rest = get_command(cli.app), "", arguments
+    command, name, rest = get_command(cli.command_line()), "", arguments
     while isinstance(command, click.Group):
         default = getattr(command, "default_command", None)  # `report RUN` is `report write RUN`
         name, *rest = rest if rest[0] in command.commands or default is None else [default, *rest]

@@ -30,7 +30,7 @@ from server.compliance.reading import central_guarantee, read_central, read_fact
 from server.home import CoordinatorHome
 from server.observer import Observer
 from server.run_folder import load_job
-from shared import audit_log
+from shared import audit_log, fonts
 from shared.audit_log import Event
 from shared.config import Job, parse
 from shared.errors import LedgerError, RunError
@@ -584,7 +584,9 @@ def test_texts_of_a_run_are_never_read_as_code(run: Path) -> None:
         assert "#panic(" in done.stdout.decode().replace("\u200b", "")
 
 
-def test_letters_that_no_font_has_are_an_error_with_a_way_out(facts: Facts, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_that_cannot_be_laid_out_is_an_error_with_a_way_out(
+    facts: Facts, monkeypatch: pytest.MonkeyPatch
+) -> None:
     tried = []
 
     def refuse(*_: object, ignore_system_fonts: bool, **__: object) -> bytes:
@@ -596,7 +598,34 @@ def test_letters_that_no_font_has_are_an_error_with_a_way_out(facts: Facts, monk
     monkeypatch.setattr(typst, "compile", refuse)
     with pytest.raises(RunError, match=r"no such letter.*--format html"):
         render_pdf(compose(facts), NOW)
-    assert tried == [True, False]
+    assert tried == [True, False, True], "without the machine's fonts, with them, with code points"
+
+
+@pytest.mark.parametrize("extra", [True, False])
+def test_a_pdf_shows_every_script_or_its_code_points(run: Path, monkeypatch: pytest.MonkeyPatch, extra: bool) -> None:
+    if extra:
+        pytest.importorskip(fonts.CJK_PACKAGE)
+    else:
+        monkeypatch.setattr("server.compliance.pdf.packaged_cjk_font", lambda: None)
+        monkeypatch.setattr(fonts, "packaged_cjk_font", lambda: None)
+    real = typst.compile
+
+    def alone(*arguments: Any, **settings: Any) -> Any:
+        return real(*arguments, **settings | {"ignore_system_fonts": True})  # as on a machine without fonts
+
+    monkeypatch.setattr(typst, "compile", alone)
+    info = json.loads((run / "run.json").read_text())
+    edit(run / "run.json", dataset=info["dataset"] | {"name": "紧急 ひらがな 한국어 \U0001f600"})
+    content = render_pdf(compose(read_facts(run)), NOW)
+    assert content.startswith(b"%PDF-")
+    assert (b"NotoSansCJK" in content) == extra
+    if shutil.which("pdftotext"):
+        done = subprocess.run(["pdftotext", "-raw", "-", "-"], input=content, capture_output=True, check=True)
+        text = done.stdout.decode().replace("\u200b", "")
+        assert ("紧急 ひらがな 한국어" in text) == extra
+        assert ("U+7D27 U+6025" in text) == (not extra)
+        assert "U+1F600" in text
+        assert "silotune[cjk]" in text
 
 
 @pytest.mark.parametrize("name", ["html", "pdf"])

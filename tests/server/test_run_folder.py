@@ -118,7 +118,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_for_people(tmp_path: Path, job
     (tmp_path / "file").write_text("x")
     with pytest.raises(RunError, match="is a file; choose a folder"):
         RunFolder(tmp_path / "file", job, resume=False)
-    with pytest.raises(RunError, match="cannot be created"):
+    with pytest.raises(RunError, match=r"cannot be made: .*file is a file"):
         RunFolder(tmp_path / "file" / "run", job, resume=False)
 
 

@@ -170,8 +170,32 @@ def test_a_tokenizer_of_another_model_is_refused(
 
 
 def test_texts_cannot_be_longer_than_the_backbone_sees(classification_job: Callable[..., Job]) -> None:
-    with pytest.raises(ConfigError, match="max_length is 65, but the backbone has 64 positions"):
+    with pytest.raises(ConfigError, match="max_length is 65, but the backbone has 64 positions for tokens"):
         load_runtime(classification_job(model={"max_length": 65}), CPU)
+
+
+@pytest.mark.parametrize(("kind", "usable"), [("roberta", 18), ("xlm-roberta", 18), ("camembert", 18), ("bert", 20)])
+def test_positions_that_number_no_token_are_not_counted(
+    tiny_bert: Path, tmp_path: Path, classification_job: Callable[..., Job], kind: str, usable: int
+) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    folder = copied(tiny_bert, tmp_path / kind)
+    tiny = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = AutoConfig.for_model(kind, vocab_size=200, max_position_embeddings=20, pad_token_id=1, **tiny)
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer | {"tokenizer_class": "BertTokenizerFast"}))
+
+    def runtime(max_length: int) -> Runtime:
+        return load_runtime(classification_job(model={"backbone": str(folder), "max_length": max_length}), CPU)
+
+    with pytest.raises(ConfigError, match=f"{usable + 1}, but the backbone has {usable} positions for tokens"):
+        runtime(usable + 1)
+    longest = runtime(usable)
+    examples = longest.encode([{"text": "a dull plot " * 20, "label": "bad"}] * 2)
+    assert {example.length for example in examples} == {usable}
+    assert torch.isfinite(torch.tensor(longest.evaluate(examples).metrics["loss"]))
 
 
 def test_a_causal_task_needs_a_causal_backbone(language_job: Callable[..., Job], tiny_bert: Path) -> None:

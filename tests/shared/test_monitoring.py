@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from shared.errors import ConfigError, DataError
-from shared.monitoring import MAX_WINDOWS, Monitor, MonitorSettings, Window, fisher_p_value, wilson
+from shared.intervals import wilson
+from shared.monitoring import MAX_WINDOWS, Monitor, MonitorSettings, Window, fisher_p_value
 
 DAY = 86_400.0
 MONDAY = 4 * DAY  # 1970-01-05
@@ -43,6 +44,13 @@ def test_wilson_solves_the_score_equation(count: int, total: int) -> None:
 
 def test_wilson_s_interval_of_a_known_example() -> None:
     assert wilson(7, 20) == pytest.approx((0.1812, 0.5671), abs=1e-4)
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 7, 10, 29, 100, 12_345])
+def test_an_interval_at_none_and_at_all_reaches_exactly_to_the_end(total: int) -> None:
+    assert wilson(0, total)[0] == 0.0
+    assert wilson(total, total)[1] == 1.0
+    assert all(wilson(n, total)[0] <= n / total <= wilson(n, total)[1] for n in range(0, total + 1, max(1, total // 7)))
 
 
 def test_fisher_against_the_sum_over_all_tables() -> None:

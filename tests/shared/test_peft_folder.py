@@ -68,14 +68,19 @@ def test_peft_finds_its_own_two_files(folder: Path, state: dict[str, torch.Tenso
             assert torch.equal(factors[name], tensor)
 
 
-def test_saving_again_replaces_the_folder_and_clears_what_a_kill_left(
+def test_saving_again_replaces_our_files_and_no_other(
     folder: Path, runtime: Runtime, job: Job, state: dict[str, torch.Tensor]
 ) -> None:
-    (folder / "stale").write_text("x")
-    (folder.parent / ".adapter.left").mkdir()
+    # Somebody's own files, beside ours and with names like those of our temporary folders.
+    foreign = [folder / "notes.txt", folder / "merged" / "model.bin", folder.parent / ".adapter.backup" / "a"]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    before = sorted(os.listdir(folder))
     save_peft_folder(folder, runtime, job, {name: t + 1 for name, t in state.items()})
-    assert not (folder / "stale").exists()
-    assert os.listdir(folder.parent) == ["adapter"]
+    assert all(path.read_text() == "mine" for path in foreign)
+    assert sorted(os.listdir(folder)) == before
+    assert sorted(os.listdir(folder.parent)) == [".adapter.backup", "adapter"]
     assert torch.equal(load_state(folder, runtime, job)["head.linear.bias"], state["head.linear.bias"] + 1)
 
 
@@ -88,7 +93,7 @@ def test_a_full_disk_keeps_the_old_folder(
     monkeypatch.setattr(peft_folder, "save_file", full)
     with pytest.raises(RunError, match="No space left on device"):
         save_peft_folder(folder, runtime, job, {name: t + 1 for name, t in state.items()})
-    assert os.listdir(folder.parent) == ["adapter"]
+    assert not [name for name in os.listdir(folder) if name.startswith(".")]
     assert torch.equal(load_state(folder, runtime, job)["head.linear.bias"], state["head.linear.bias"])
 
 

@@ -163,8 +163,14 @@ def test_column_names_sites_by_value() -> None:
         "koln": [1, 3],
         "st-mary-s": [0],
         "st-mary-s-2": [2],
-        "site-2": [5],
+        "xn--1lq90i": [5],
     }
+    assert b"1lq90i".decode("punycode") == "北京"
+    # Names that lose letters, or all of them, stay apart.
+    values = ["北京", "上海", "北京医院", "Köln", "Koln", "köln!", "!", "?", "医" * 90, "医" * 89]
+    parts = partition([{"h": value} for value in values], PartitionConfig(kind="column", column="h"), seed=0)
+    assert sorted(rows[0] for rows in parts.values()) == list(range(len(values)))
+    assert all(SITE_NAME.match(name) for name in parts)
 
 
 def test_slugs_never_collide_with_numbered_ones() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import csv
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, DataError, ModelError
 from simulations.scenario import Scenario, builtin_scenario, changed_job, load_scenario
 
 
@@ -95,3 +98,56 @@ def test_a_changed_job_keeps_what_is_not_named(scenario_file: Callable[..., Path
     assert changed.training.learning_rate == job.training.learning_rate
     with pytest.raises(ConfigError, match=r"unknown key 'training\.round'"):
         changed_job(job, {"training": {"round": 8}}, source="x")
+
+
+def test_a_relative_backbone_starts_from_the_scenario_or_from_where_one_stands(
+    scenario_file: Callable[..., Path], tiny_bert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside, elsewhere = tmp_path / "models" / "bert", tmp_path / "elsewhere"
+    shutil.copytree(tiny_bert, beside)
+    shutil.copytree(tiny_bert, elsewhere / "here")
+    path = scenario_file(model={"backbone": "models/bert"})
+    monkeypatch.chdir(elsewhere)
+    assert load_scenario(path).job.model.backbone == str(beside)
+    assert load_scenario(path, ["model.backbone=./here"]).job.model.backbone == str(elsewhere / "here")
+    assert load_scenario(path, ["model.backbone=someone/bert"]).job.model.backbone == "someone/bert"
+    with pytest.raises(ModelError, match=r"'\./gone' is not a folder below .* nor .*elsewhere; check the path"):
+        load_scenario(path, ["model.backbone=./gone"])
+
+
+def test_a_run_with_a_relative_backbone_works_from_every_folder(
+    silotune: Callable[..., Any],
+    scenario_file: Callable[..., Path],
+    tiny_bert: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    shutil.copytree(tiny_bert, tmp_path / "bert")
+    path, run = scenario_file(model={"backbone": "./bert"}), tmp_path / "run"
+    monkeypatch.chdir(tmp_path)
+    assert silotune("simulate", path.name, "--out", "run", "--stop-after", 1).status == 0
+    monkeypatch.chdir("/")
+    for words in (["simulate", path, "--out", run, "--resume"], ["predict", run, "a dull plot"], ["report", run]):
+        outcome = silotune(*words)
+        assert outcome.status == 0, outcome.err
+    assert json.loads((run / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "bert"
+    )
+
+
+def test_sites_are_shown_by_their_own_names(
+    silotune: Callable[..., Any], scenario_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = scenario_file(partition={"kind": "column", "column": "place", "num_sites": 4})
+    names = ["北京", "上海", "Köln", "Koln"]
+    rows = [(f"a dull plot {i}", ["good", "bad"][i % 2], names[i // 2 % 4]) for i in range(80)]
+    with (tmp_path / "train.csv").open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("review", "verdict", "place"), *rows])
+    outcome = silotune("simulate", path, "--out", tmp_path / "run", "--set", "data.train.columns.place=place")
+    assert outcome.status == 0, outcome.err
+    kept = json.loads((tmp_path / "run" / "run.json").read_text())["dataset"]["site_names"]
+    assert kept == {"xn--1lq90i": "北京", "xn--fhqz97e": "上海", "koln": "Koln", "koln-2": "Köln"}
+    assert silotune("report", tmp_path / "run", "--format", "html").status == 0
+    for page in ("report.html", "compliance-report.html"):
+        text = (tmp_path / "run" / page).read_text(encoding="utf-8")
+        assert all(f"{real} ({name})" in text for name, real in kept.items()), page

