@@ -68,12 +68,14 @@ class Charge:
         round: number of the round within the job, >= 0.
         request_sha256: SHA-256 of the request for the round, 64 lower-case hexadecimal digits.
         mechanism: the declared noisy steps, at least one.
+        records: keyed fingerprint of the records, see `client.charged_records`; None in a simulation.
     """
 
     job_id: str
     round: int
     request_sha256: str
     mechanism: GaussianSteps
+    records: str | None = None
 
     def __post_init__(self) -> None:
         check_name("job_id", self.job_id)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from client.config import SiteConfig
 from client.fleet import FleetConnection, NotAdmitted, tls_facts
@@ -15,12 +16,16 @@ from client.policy import load_policy
 from shared.audit_log import verify
 from shared.certificates import expiry_warning
 from shared.config import PERSON_UNITS, Job
-from shared.datasets import PERSON_ROLE, FileFacts, read_records
+from shared.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
 from shared.deidentify.report import MaskTally
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
+from shared.overlap import num_shared
 from shared.privacy.sizes import default_delta
 from shared.signing import load_verify_key
+
+if TYPE_CHECKING:
+    from client.site import Site
 
 Outcome = Literal["ok", "warning", "failed"]
 _LEAST_FREE_BYTES = 2 * 2**30
@@ -42,14 +47,21 @@ class Finding:
 
 
 def check_site(
-    home: SiteHome, *, passphrase: str | None, connect: bool = True, job: Job | None = None
+    home: SiteHome,
+    *,
+    passphrase: str | None,
+    connect: bool = True,
+    job: Job | None = None,
+    public: DataSource | None = None,
 ) -> Iterator[Finding]:
     """Yield one finding per test, in the order in which a person would mend them; releases nothing.
 
     Args:
         job: also tell which records this job could not use.
+        public: also tell how many of the records stand in this file, such as the coordinator's evaluation records.
         connect: also connect to the coordinator; a running node of the same site would be in the way.
     """
+    opened = functools.cache(lambda: open_site(home, passphrase=passphrase))
     tests: list[tuple[str, Callable[[], tuple[Outcome, str]]]] = [
         ("settings", lambda: _settings(home)),
         ("policy", lambda: _policy(home)),
@@ -58,11 +70,14 @@ def check_site(
         ("data", lambda: _data(home)),
         ("device", lambda: _device(home)),
         ("disk", lambda: _disk(home)),
-        ("ledger", lambda: _ledger(home, passphrase)),
+        ("ledger", lambda: _ledger(home, opened)),
+        ("records", lambda: _known_records(home, opened)),
         ("audit log", lambda: _audit_log(home, passphrase)),
     ]
     if job is not None:
-        tests.append(("job", lambda: _job(home, passphrase, job)))
+        tests.append(("job", lambda: _job(opened(), job)))
+    if public is not None:
+        tests.append(("public records", lambda: _public(home, public)))
     if connect:
         tests += [
             ("connection", lambda: _connection(home, passphrase)),
@@ -173,17 +188,40 @@ def _disk(home: SiteHome) -> tuple[Outcome, str]:
     return ("ok", text) if free > _LEAST_FREE_BYTES else ("warning", f"{text}; keep at least 2 GiB free")
 
 
-def _ledger(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+def _ledger(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:
     if not (home.path / "ledger.db").exists():
         return "ok", "not begun; the first accepted job begins it"
-    ledger = open_site(home, passphrase=passphrase).ledger()
+    ledger = opened().ledger()
     spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon
     outcome: Outcome = "ok" if spent < cap else "warning"
     return outcome, f"chain unbroken, {len(ledger.entries())} entries, epsilon {spent:.4g} of {cap:g} spent"
 
 
-def _job(home: SiteHome, passphrase: str | None, job: Job) -> tuple[Outcome, str]:
-    left_out = open_site(home, passphrase=passphrase).examine(job)
+def _known_records(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:
+    """Judge the declared size, and whether the records were charged under another name."""
+    site = opened()
+    if (home.path / "ledger.db").exists() and (found := site.warnings()):
+        return "warning", "; ".join(found)
+    if found := site.size_warnings():
+        return "warning", "; ".join(found)
+    return "ok", f"declared to the coordinator as {site.declared_records:,}; not charged under another name here"
+
+
+def _public(home: SiteHome, public: DataSource) -> tuple[Outcome, str]:
+    config = home.load_config()
+    own = read_records(config.data, base=home.path)
+    found = num_shared(own, read_records(public))
+    text = f"{found:,} of the {len(own):,} records stand in {public.path} as well"
+    if not found:
+        return "ok", text
+    return "warning", (
+        f"{text}. What is measured on it is then too good, and a decision by it (early stopping, which run is kept) reads "
+        "private records without noise: tell the coordinator's operator to take other public records"
+    )
+
+
+def _job(site: Site, job: Job) -> tuple[Outcome, str]:
+    left_out = site.examine(job)
     cut = (
         f"; {left_out.num_full:,} fill model.max_length {job.model.max_length} and are cut there"
         if left_out.num_full

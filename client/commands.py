@@ -21,6 +21,7 @@ from client.status import read_status
 from shared.atomic import write_bytes, write_text
 from shared.certificates import fingerprint, load_certificate
 from shared.config import parse
+from shared.datasets import PERSON_ROLE, DataSource
 from shared.errors import RunError, TrustError
 from shared.keystore import new_key, passphrase_from_environment, save_secret
 from shared.node_keys import load_private_key, save_private_key
@@ -156,6 +157,16 @@ def check(
         Path | None,
         typer.Option(metavar="FILE", help="A job (run file, scenario, signed job): which records could it not use?"),
     ] = None,
+    public: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Public records, such as the coordinator's: how many are this site's as well?"
+        ),
+    ] = None,
+    public_column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ROLE=COLUMN", help="Columns of --public; by default those of the site's own file."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Test certificate, clock, connection, device, data, disk and ledger, and say what to mend."""
@@ -167,7 +178,13 @@ def check(
     console = Console()
     findings = []
     passphrase = passphrase_from_environment()
-    for finding in check_site(SiteHome(home), passphrase=passphrase, connect=not offline, job=asked):
+    for finding in check_site(
+        SiteHome(home),
+        passphrase=passphrase,
+        connect=not offline,
+        job=asked,
+        public=None if public is None else _public_source(SiteHome(home), public, public_column or []),
+    ):
         findings.append(finding)
         if not as_json:
             mark = f"[{styles[finding.outcome]}]{finding.outcome:<8}[/]"
@@ -254,6 +271,14 @@ def policy(home: HomeArgument) -> None:
 
     loaded = load_policy(SiteHome(home).policy)
     typer.echo(json.dumps(loaded.model_dump(mode="json"), indent=2, ensure_ascii=False))
+
+
+def _public_source(home: SiteHome, file: Path, columns: Sequence[str]) -> DataSource:
+    own = home.load_config().data.columns
+    named = dict(_pair(item, "--public-column") for item in columns)
+    return DataSource(
+        path=str(file.resolve()), columns=named or {role: own[role] for role in own if role != PERSON_ROLE}
+    )
 
 
 def _pair(item: str, option: str) -> tuple[str, str]:

@@ -45,7 +45,7 @@ class SiteConfig(Section):
     budget: BudgetConfig
     declared_records: int | None = Field(default=None, ge=1)
     """The public size of the data set, in records, or in patients or customers where they are `budget.unit`; None declares
-    the largest power of two that is not above it."""
+    the largest power of two that was not above it at first use, which then stays (`declared.json`)."""
     evaluation_share: float = Field(default=0.0, ge=0, lt=1)
     """Share of the records (or of the patients or customers, with all their records) that no job trains on, for
     `site_metrics`: 0.1 holds about a tenth out. Once set, keep it."""

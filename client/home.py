@@ -8,6 +8,8 @@ keys/          site.key (proves who the site is), storage.key (reads what it kee
                made here, never leave
 log.pub        lets others check the audit log
 ledger.db      the privacy budget, sealed
+records.sealed which records were charged under which data set's name, as keyed digests, sealed
+declared.json  the public size that the site declares
 rounds/        stored releases and optimiser states, sealed
 audit/         the audit log
 node.json      what the running node says of itself

@@ -130,7 +130,7 @@ class Ledger:
                     "round": charge.round,
                     "request_sha256": charge.request_sha256,
                     "mechanism": asdict(charge.mechanism),
-                }
+                } | ({} if charge.records is None else {"records": charge.records})
                 reservation = self._append(entries, "reserve", payload).sequence
         if reservation is not None:
             self._call_mirror()

@@ -69,6 +69,8 @@ class Node:
             # Whoever stops the node does not wait for the end of a slot.
             client_app = make_client_app(lambda context: site, slots=Slots(pause=self._stop.wait))
             site.ledger()  # a broken ledger is found now, not in the first round
+            for text in site.warnings():
+                log.warning("%s.", text)
             site.guard.log.append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())
             self._status.say("starting")
             wait = _FIRST_WAIT_SECONDS

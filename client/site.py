@@ -28,7 +28,9 @@ from typing import TypeVar
 from torch import Tensor
 
 from client.audit_mirror import AuditMirror
+from client.charged_records import RECORDS_FILE, ChargedRecords
 from client.config import SiteConfig
+from client.declared import drift, durable_size
 from client.guard import Guard
 from client.held_out import held_out
 from client.ledger import Budget, Charge, Ledger
@@ -121,6 +123,13 @@ class Site:
             self._persons = Persons.from_ids([i for i, is_out in zip(ids, out, strict=True) if not is_out])
             self._held_out_persons = Persons.from_ids([i for i, is_out in zip(ids, out, strict=True) if is_out])
         self._outbox = Outbox(home / "rounds", seal=guard.seal if guard else None)
+        self._declared: int | None = None
+        self._charged_records: ChargedRecords | None = None
+        if guard is not None:
+            # All of them: a record that is held out is measured, and charged as well.
+            self._charged_records = ChargedRecords(
+                home / RECORDS_FILE, seal=guard.seal, dataset=self.config.dataset, records=records
+            )
         self._prepared: tuple[Runtime, UsableRecords] | None = None
         self.left_out: LeftOut | None = None
         self._ledger: Ledger | None = None
@@ -129,7 +138,25 @@ class Site:
     @property
     def declared_records(self) -> int:
         """The public size of the data that is trained on, in the unit of the site's budget: records, or persons."""
-        return self.config.declared_records or max(declared_size(self._num_units), 1)
+        if self.config.declared_records is not None:
+            return self.config.declared_records
+        if self.guard is None:  # the data of a simulated site never changes
+            return max(declared_size(self._num_units), 1)
+        if self._declared is None:
+            self._declared = durable_size(
+                self.home, dataset=self.config.dataset, unit=self.config.budget.unit, num_units=self._num_units
+            )
+        return self._declared
+
+    def warnings(self) -> list[str]:
+        """Return what the site's own people should know of its data; begins the ledger, and never leaves the site."""
+        found = self._charged_records.warnings(self.ledger().entries()) if self._charged_records else []
+        return [*self.size_warnings(), *found]
+
+    def size_warnings(self) -> list[str]:
+        """Return what they should know of its declared size."""
+        found = drift(self.declared_records, self._num_units, self.config.budget.unit)
+        return [] if found is None else [found]
 
     @property
     def _num_units(self) -> int:
@@ -395,8 +422,16 @@ class Site:
         job, ledger = request.job, self.ledger()
         if self.guard:
             self.guard.admit_spend(ledger, job, mechanism)
+        if self._charged_records is not None:
+            self._charged_records.note()
         reservation = ledger.reserve(
-            Charge(job_id=job.sha256, round=request.round_number, request_sha256=request_sha256, mechanism=mechanism)
+            Charge(
+                job_id=job.sha256,
+                round=request.round_number,
+                request_sha256=request_sha256,
+                mechanism=mechanism,
+                records=self._charged_records.fingerprint if self._charged_records else None,
+            )
         )
         self._last = mechanism
         return ledger, reservation

@@ -17,6 +17,8 @@ from typing import Any
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.hashes import SHA256
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from shared import atomic
@@ -144,7 +146,14 @@ class Seal:
     def __init__(self, key: bytes) -> None:
         if len(key) != KEY_BYTES:
             raise TrustError(f"the key has {len(key)} bytes; expected {KEY_BYTES}, as `new_key` makes them.")
+        self._key = key
         self._cipher = AESGCM(key)
+
+    def derived_key(self, purpose: str) -> bytes:
+        """Return another key, 32 bytes, that follows from this one and `purpose` (HKDF, RFC 5869) and tells nothing of it."""
+        return HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=None, info=f"silotune: {purpose}".encode()).derive(
+            self._key
+        )
 
     def seal(self, plaintext: bytes, *, context: str) -> bytes:
         """Return `plaintext` encrypted; `context` says what it is and is not part of the result."""

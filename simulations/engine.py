@@ -26,6 +26,7 @@ from shared.config import PERSON_UNITS, Job, canonical_json
 from shared.datasets import PERSON_ROLE, dataset_fingerprint, write_jsonl
 from shared.errors import ConfigError, DataError, RunError, SilotuneError
 from shared.json_files import parse_object
+from shared.overlap import num_shared
 from shared.privacy.central import CentralPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -187,6 +188,7 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
             plan.check_size(size)
         except SilotuneError as error:
             raise type(error)(f"{name}: {error} (for this data set: {default_delta(size):.1e})") from None
+    _warn_of_overlap(arm, test)
     runtime = load_runtime(arm.job, scenario.compute)
     for name, part in {**arm.sites, "the evaluation data": list(test)}.items():
         try:
@@ -195,6 +197,18 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 task.check_site(examples)
         except SilotuneError as error:
             raise type(error)(f"{name}: {error}") from None
+
+
+def _warn_of_overlap(arm: Arm, test: Sequence[Record]) -> None:
+    """Tell whoever simulates that evaluation records are trained on as well; a real site asks `site check --public`."""
+    training = [record for records in arm.sites.values() for record in records]
+    if shared := num_shared(test, training):
+        log.warning(
+            "%s: %s of %s evaluation records stand in the sites' training data as well, so metrics on them are too good.",
+            arm.name,
+            f"{shared:,}",
+            f"{len(test):,}",
+        )
 
 
 def check_early_stopping(scenario: Scenario, job: Job) -> None:
