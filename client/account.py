@@ -69,6 +69,7 @@ class Charge:
         request_sha256: SHA-256 of the request for the round, 64 lower-case hexadecimal digits.
         mechanism: the declared noisy steps, at least one.
         records: keyed fingerprint of the records, see `client.charged_records`; None in a simulation.
+        planned_steps: all steps of the job, if it may stop early: when depends on what it releases. None if it does not.
     """
 
     job_id: str
@@ -76,6 +77,7 @@ class Charge:
     request_sha256: str
     mechanism: GaussianSteps
     records: str | None = None
+    planned_steps: int | None = None
 
     def __post_init__(self) -> None:
         check_name("job_id", self.job_id)
@@ -84,6 +86,8 @@ class Charge:
             raise LedgerError(f"round is {self.round}; expected 0 or more.")
         if operator.index(self.mechanism.steps) < 1:
             raise LedgerError(f"the charge is {self.mechanism.steps} steps; expected at least one.")
+        if self.planned_steps is not None and operator.index(self.planned_steps) < 1:
+            raise LedgerError(f"the job plans {self.planned_steps} steps; expected at least one.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +100,7 @@ class Charged:
         committed: whether the round is known to be over.
         time: when it was charged, UTC, ISO 8601.
         imported: whether it was made in another ledger.
+        planned_steps: see `Charge`.
     """
 
     job_id: str
@@ -104,6 +109,7 @@ class Charged:
     committed: bool
     time: str
     imported: bool
+    planned_steps: int | None = None
 
 
 @dataclass(kw_only=True)
@@ -148,6 +154,7 @@ class Account:
                 committed=payload["committed"] if imported else False,
                 time=payload["charged_at"] if imported else time,
                 imported=imported,
+                planned_steps=payload.get("planned_steps"),
             )
         elif kind == "commit":
             reserved = self.charges[payload["reservation"]]
@@ -162,6 +169,29 @@ class Account:
     def events(self, job_id: str | None = None) -> list[GaussianSteps]:
         """Return the charges, or those of one job, oldest first."""
         return [charged.mechanism for charged in self.charges.values() if job_id in (None, charged.job_id)]
+
+    def counted(self, composition: Composition, further: Charge | None = None) -> list[GaussianSteps]:
+        """Return what the cap has to hold: everything charged, `further`, and what is held back of plans that may stop early.
+
+        Under "fixed" the cap holds for plans that were fixed in advance, and where such a job stops depends on what it
+        released: had the steps that it leaves been given to a later job, that job's plan would depend on it too. So its whole
+        plan counts from its first round on. The filter of "adaptive" is valid under such choices, so there nothing is held.
+        """
+        charges = [(c.job_id, c.mechanism, c.planned_steps) for c in self.charges.values()]
+        if further is not None:
+            charges.append((further.job_id, further.mechanism, further.planned_steps))
+        return [mechanism for _, mechanism, _ in charges] + _held_back(charges, composition)
+
+    def held_back(self, composition: Composition) -> dict[str, GaussianSteps]:
+        """Return by job the steps that `counted` holds back."""
+        jobs = dict.fromkeys(charged.job_id for charged in self.charges.values())
+        held = {
+            job: _held_back(
+                [(job, c.mechanism, c.planned_steps) for c in self.charges.values() if c.job_id == job], composition
+            )
+            for job in jobs
+        }
+        return {job: steps[0] for job, steps in held.items() if steps}
 
     def orders_for(self, budget: Budget) -> tuple[int, ...]:
         """Return the orders of the filter once `budget` is the cap: those fixed before the first charge, if there is one."""
@@ -182,6 +212,24 @@ class Account:
         """Return how spending is measured; by default by the composition that was recorded last."""
         recorded: Composition = self.caps[-1].get("composition", "fixed")
         return SpendingRule(composition=composition or recorded, delta=delta, orders=self.orders)
+
+
+def _held_back(
+    charges: Iterable[tuple[str, GaussianSteps, int | None]], composition: Composition
+) -> list[GaussianSteps]:
+    """Return, for each job that may stop early, the planned steps that were not charged.
+
+    Args:
+        charges: (job, mechanism, planned steps or None).
+    """
+    if composition != "fixed":
+        return []
+    left: dict[str, GaussianSteps] = {}
+    for job, mechanism, planned in charges:
+        if planned is not None:
+            before = left.get(job) or replace(mechanism, steps=planned)
+            left[job] = replace(before, steps=max(0, before.steps - mechanism.steps))
+    return [mechanism for mechanism in left.values() if mechanism.steps]
 
 
 def check_name(name: str, value: str) -> None:

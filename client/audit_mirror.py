@@ -117,7 +117,8 @@ def recount(log_folder: Path, *, delta: float, dataset: str, unit: str, job_id: 
     events = account.events(job_id)
     if job_id is not None or not account.caps:
         return compose_epsilon(events, delta)
-    return account.rule(delta=delta).epsilon(events)
+    rule = account.rule(delta=delta)
+    return rule.epsilon(account.counted(rule.composition))
 
 
 def _misplaced(folder: Path, entry: audit_log.Entry, what: str) -> NoReturn:

@@ -322,6 +322,11 @@ def _show_account(account: LedgerExport, *, as_json: bool) -> None:
         steps = sum(event.steps for event in events)
         table.add_row(job[:12], str(len(events)), str(steps), f"{compose_epsilon(events, account.delta):.4f}")
     console.print(table)
+    for held in account.held_back:
+        console.print(
+            f"job {held.job_id[:12]} may stop early, or did: the {held.steps} steps that it has not taken count as spent, and no "
+            "other job gets them (composition fixed)"
+        )
 
 
 def _explain_composition(composition: str, orders: Sequence[int]) -> str:

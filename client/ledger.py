@@ -13,7 +13,8 @@ Formal guarantees (tests in tests/client/test_ledger.py, unless another file is 
       test_two_processes_race_for_the_last_affordable_charge, also with the filter).
     * With composition "adaptive", what the account has released is (epsilon, delta)-DP at its cap also if each run was
       planned after seeing the results of earlier ones (shared/privacy/filter.py and its tests). With "fixed", only if the
-      plans of all runs were fixed before the first started: PLD composition of all declared events.
+      plans of all runs were fixed before the first started: PLD composition of all declared events. There a job that may stop
+      early counts with its whole plan from its first round on (tests/client/test_unspent_steps.py).
     * A data set is charged by one unit only: once it was, its account by another unit cannot be opened or charged, so no cap
       overlooks a release (test_a_charged_data_set_keeps_its_unit; docs/decisions/0010).
     * An uncommitted reservation counts in full (test_uncommitted_reservation_counts_in_full).
@@ -116,21 +117,24 @@ class Ledger:
         """
         # 1. Compose before taking the lock, so that nobody waits for the accountant: step 2 then finds the
         #    sum in the accountant's cache, unless another process charged in between.
-        self.anticipate(charge.mechanism)
+        account = self._account()
+        self._rule(account).epsilon(account.counted(self.budget.composition, charge))
 
         # 2. Check and charge under one lock. An epsilon that is not a number is refused too.
         reservation = None
         with self._file.transaction("IMMEDIATE"):
             entries = self._file.read_chain()
             account = self._account(entries)
-            epsilon = self._rule(account).epsilon([*account.events(), charge.mechanism])
+            epsilon = self._rule(account).epsilon(account.counted(self.budget.composition, charge))
             if epsilon <= self.budget.epsilon:
-                payload = {
+                payload: dict[str, Any] = {
                     "job_id": charge.job_id,
                     "round": charge.round,
                     "request_sha256": charge.request_sha256,
                     "mechanism": asdict(charge.mechanism),
-                } | ({} if charge.records is None else {"records": charge.records})
+                }
+                further = {"records": charge.records, "planned_steps": charge.planned_steps}
+                payload |= {name: value for name, value in further.items() if value is not None}
                 reservation = self._append(entries, "reserve", payload).sequence
         if reservation is not None:
             self._call_mirror()
@@ -179,7 +183,7 @@ class Ledger:
     def anticipate(self, mechanism: GaussianSteps) -> None:
         """Do now, while nobody waits, the accounting that the next charge of `mechanism` will ask for; charges nothing."""
         account = self._account()
-        self._rule(account).epsilon([*account.events(), mechanism])
+        self._rule(account).epsilon([*account.counted(self.budget.composition), mechanism])
 
     def events(self, job_id: str | None = None) -> list[GaussianSteps]:
         """Return the charges of the account, or of one job: executed steps; reserved until committed."""
@@ -193,13 +197,16 @@ class Ledger:
         account = self._account()
         if job_id is not None:
             return compose_epsilon(account.events(job_id), self.budget.delta)
-        return self._rule(account).epsilon(account.events())
+        return self._rule(account).epsilon(account.counted(self.budget.composition))
 
     def affordable_steps(self, *, noise_multiplier: float, sample_rate: float) -> int:
         """Return how many more steps of one mechanism fit under the cap; takes seconds of accounting."""
         account = self._account()
         return self._rule(account).affordable_steps(
-            account.events(), noise_multiplier=noise_multiplier, sample_rate=sample_rate, cap=self.budget.epsilon
+            account.counted(self.budget.composition),
+            noise_multiplier=noise_multiplier,
+            sample_rate=sample_rate,
+            cap=self.budget.epsilon,
         )
 
     def export(self, *, site: str, declared_records: int) -> LedgerExport:
@@ -221,6 +228,11 @@ class Ledger:
             )
             for charged in account.charges.values()
         ]
+        # It counts for whoever plans, and goes along to another machine.
+        held_back = [
+            ChargedSteps(job_id=job, round=0, **asdict(mechanism), committed=False, time=self._file.now())
+            for job, mechanism in account.held_back(self.budget.composition).items()
+        ]
         return LedgerExport(
             site=site,
             dataset=self._names["dataset"],
@@ -231,6 +243,7 @@ class Ledger:
             composition=self.budget.composition,
             orders=account.orders,
             charges=tuple(charges),
+            held_back=tuple(held_back),
             num_entries=len(entries),
             head_sha256=entries[-1].entry_sha256,
             exported_at=self._file.now(),
@@ -258,13 +271,13 @@ class Ledger:
             source = {
                 "site": export.site,
                 "from_dataset": export.dataset,
-                "num_charges": len(export.charges),
+                "num_charges": len(export.charges) + len(export.held_back),
                 "num_entries": export.num_entries,
                 "head_sha256": export.head_sha256,
                 "exported_at": export.exported_at,
             }
             entries.append(self._append(entries, "import", source))
-            for charged in export.charges:
+            for charged in (*export.charges, *export.held_back):
                 payload = {
                     "job_id": charged.job_id,
                     "round": charged.round,
@@ -320,7 +333,7 @@ class Ledger:
                 f"the export is of the data set {export.dataset!r}, this account of {dataset!r}. If these are the same records "
                 "under another name, say so by naming the export's (--from-dataset); else they keep separate budgets."
             )
-        for charged in export.charges:
+        for charged in (*export.charges, *export.held_back):
             check_name("job_id of a charge in the export", charged.job_id)
 
     def _cap(self, orders: tuple[int, ...]) -> dict[str, Any]:

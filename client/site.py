@@ -285,9 +285,7 @@ class Site:
         start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
         usable = self.usable(runtime, job)
         # 4. Charge first.
-        charge = (
-            self._charge(request, request_sha256, plan.mechanism(job.training.local_steps)) if plan.private else None
-        )
+        charge = self._charge_round(request, request_sha256, plan) if plan.private else None
         return BegunRound(
             request=request,
             request_sha256=request_sha256,
@@ -417,7 +415,20 @@ class Site:
             self.guard.admit_round(request)
         check_terms(self.config, request.job, declared_records=self.declared_records)
 
-    def _charge(self, request: TrainRequest, request_sha256: str, mechanism: GaussianSteps) -> tuple[Ledger, int]:
+    def _charge_round(self, request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> tuple[Ledger, int]:
+        """Charge a round; of a job that may stop early, the ledger is told the whole plan."""
+        training = request.job.training
+        planned = None if training.early_stopping is None else plan.planned_steps
+        return self._charge(request, request_sha256, plan.mechanism(training.local_steps), planned_steps=planned)
+
+    def _charge(
+        self,
+        request: TrainRequest,
+        request_sha256: str,
+        mechanism: GaussianSteps,
+        *,
+        planned_steps: int | None = None,
+    ) -> tuple[Ledger, int]:
         """Charge a release, durably, and return the ledger with the reservation."""
         job, ledger = request.job, self.ledger()
         if self.guard:
@@ -431,6 +442,7 @@ class Site:
                 request_sha256=request_sha256,
                 mechanism=mechanism,
                 records=self._charged_records.fingerprint if self._charged_records else None,
+                planned_steps=planned_steps,
             )
         )
         self._last = mechanism

@@ -62,6 +62,8 @@ class LedgerExport(Section):
     composition: Composition
     orders: tuple[int, ...] = ()
     charges: tuple[ChargedSteps, ...]
+    held_back: tuple[ChargedSteps, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """Under "fixed": the rest of the plan of every job that may stop early, as its round 0. It was not executed, and counts."""
     num_entries: int = Field(ge=0)
     head_sha256: str
     exported_at: str
@@ -83,8 +85,8 @@ class LedgerExport(Section):
 
     @property
     def mechanisms(self) -> Sequence[GaussianSteps]:
-        """Everything that was charged, oldest first."""
-        return [charge.mechanism for charge in self.charges]
+        """Everything that counts against the cap: what was charged, oldest first, then what is held back."""
+        return [charge.mechanism for charge in (*self.charges, *self.held_back)]
 
 
 def save_export(path: Path, export: LedgerExport) -> None:

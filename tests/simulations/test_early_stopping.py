@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,10 @@ def test_everything_follows_the_executed_rounds(
             budget=Budget(epsilon=99, delta=1e-5),
         )
         assert sum(event.steps for event in ledger.events()) == 4
-        assert ledger.spent_epsilon() == pytest.approx(epsilon, rel=1e-9)
+        # Charged is what was executed; the account, whose composition is "fixed", has to hold the plan.
+        job_id = json.loads((folder / "run.json").read_text())["job_sha256"]
+        assert ledger.spent_epsilon(job_id) == pytest.approx(epsilon, rel=1e-9)
+        assert ledger.spent_epsilon() == pytest.approx(compose_epsilon([replace(executed, steps=10)], 1e-5), rel=1e-9)
         record = json.loads((site / "privacy.json").read_text())
         assert (record["steps_executed"], record["steps_planned"]) == (4, 10)
         assert record["epsilon_spent"] == record["epsilon_bound"] == epsilon
