@@ -17,16 +17,18 @@ from server.central import CentralPrivacy
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over, require_public_records
 from server.observer import Observer
+from server.public_records import PublicRecords, hold_back
 from server.report import write_report_if_possible
 from server.roster import Authority
 from server.rounds import Coordinator, run_rounds
-from server.run_folder import RunFolder
+from server.run_folder import RunFolder, public_counts
 from shared import adapters
-from shared.batches import Example
+from shared.batches import Batch, Example
+from shared.calibration import calibrate
 from shared.config import ComputeConfig, Job
 from shared.privacy.randomness import SiteRandomness
-from shared.runtime import Runtime, load_runtime
-from shared.tasks import Evaluation, Record
+from shared.runtime import Runtime, load_runtime, on_cpu
+from shared.tasks import Evaluation, Record, task_of
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Run:
         new_randomness: of the coordinator under central DP; replaced only by tests.
         prepare: called once everything was checked and the folder is locked, before the first message; a simulation
             makes its sites here.
+        may_fit: whether the public records may decide how sure the handed-out model is. They must be nobody's: records of the
+            sites would need a budget for it.
         finished: the last checkpoint, once the run has ended.
     """
 
@@ -64,6 +68,7 @@ class Run:
     authority: Authority | None = None
     new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os
     prepare: Callable[[], None] = lambda: None
+    may_fit: bool = True
     finished: Checkpoint | None = None
 
 
@@ -87,34 +92,42 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
     # Model and data first: what is wrong with them is found before anything is written.
     require_public_records(run.job, len(run.public_records))
     runtime = load_runtime(run.job, run.compute)
-    examples = runtime.encode(run.public_records)
-    run.details = _with_lengths(run.details, runtime, examples)
+    parts = _public_parts(run)
+    examples = runtime.encode(parts.reported)
+    deciding = runtime.encode(parts.deciding) if parts.deciding else []
+    details = {**_with_lengths(run.details, runtime, examples), "public_records": parts.counts}
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
         central = None
         if run.job.privacy.mechanism == "central":
             central = CentralPrivacy(run.job, run.folder, new_randomness=run.new_randomness)
         run.prepare()
-        folder.write_run_info("running", run.details)
+        folder.write_run_info("running", details)
         runtime.warm_cache(examples)
+        runtime.warm_cache(deciding)
         checkpoint = folder.load_checkpoint()
         if checkpoint is not None and central:
             central.ledger.check(checkpoint)  # before anything is stated from an account that was lost
         if checkpoint is not None:
             folder.save_checkpoint(checkpoint)
-        evaluator = _Evaluator(runtime, examples)
-        coordinator = _coordinator(run, folder, runtime, evaluator, central)
+        classes = run.job.task.has_classes
+        evaluator, decider = (_Evaluator(runtime, some, classes=classes) for some in (examples, deciding))
+        coordinator = _coordinator(run, folder, runtime, evaluator, decider if deciding else None, central)
         try:
             checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
         except BaseException:
             # What went wrong first is what matters, for example a full disk.
             with contextlib.suppress(Exception):
-                _write_unfinished(run, folder, central)
+                _write_unfinished(run, folder, details, central)
             raise
         folder.write_privacy(checkpoint, central.release() if central else None)
         folder.write_site_metrics(checkpoint)
-        folder.write_result(checkpoint, runtime, evaluator(checkpoint.result))
+        calibration = None
+        if classes:
+            fit_by = decider.parts(checkpoint.result) if deciding and run.may_fit else []
+            calibration = calibrate(runtime.task, fit_by, evaluator.parts(checkpoint.result))
+        folder.write_result(checkpoint, runtime, evaluator(checkpoint.result), calibration)
         complete = is_over(checkpoint, run.job)
-        folder.write_run_info("completed" if complete else "stopped", run.details)
+        folder.write_run_info("completed" if complete else "stopped", details)
         run.finished = checkpoint
         if run.report:
             write_report_if_possible(run.folder)
@@ -122,25 +135,44 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
 
 
 class _Evaluator:
-    """Evaluates adapters on public data; the last answer is kept, for the end asks for it again."""
+    """Evaluates adapters on public data; the last answer is kept, for the end asks for it again, and so are logits of classes."""
 
-    def __init__(self, runtime: Runtime, examples: Sequence[Example]) -> None:
-        self._runtime, self._examples = runtime, examples
+    def __init__(self, runtime: Runtime, examples: Sequence[Example], *, classes: bool) -> None:
+        self._runtime, self._examples, self._classes = runtime, examples, classes
         self._last: tuple[Mapping[str, Tensor], Evaluation] | None = None
+        self._parts: list[tuple[Tensor, Batch]] = []
 
     def __call__(self, adapter: Mapping[str, Tensor]) -> Evaluation:
         if self._last is None or self._last[0] is not adapter:
             self._runtime.load(adapter)
-            self._last = (adapter, self._runtime.evaluate(self._examples))
+            self._last = (adapter, self._evaluate())
         return self._last[1]
 
+    def parts(self, adapter: Mapping[str, Tensor]) -> Sequence[tuple[Tensor, Batch]]:
+        """Return (logits, batch) of all examples, on the CPU; of a task with classes."""
+        self(adapter)
+        return self._parts
 
-def _write_unfinished(run: Run, folder: RunFolder, central: CentralPrivacy | None) -> None:
+    def _evaluate(self) -> Evaluation:
+        if not self._classes:
+            return self._runtime.evaluate(self._examples)
+        self._parts = list(on_cpu(self._runtime.outputs(self._examples)))
+        return self._runtime.task.evaluate(self._parts)
+
+
+def _public_parts(run: Run) -> PublicRecords:
+    """Return the public records that are reported and those that decide; a resumed run keeps the parts it was started with."""
+    if run.resume and (started := public_counts(run.folder)) is not None and not started.get("deciding"):
+        return PublicRecords(reported=run.public_records, deciding=())
+    return hold_back(run.public_records, task_of(run.job).roles[0])
+
+
+def _write_unfinished(run: Run, folder: RunFolder, details: Mapping[str, Any], central: CentralPrivacy | None) -> None:
     """Write what the sites have released so far: a run that never goes on has spent it all the same."""
     checkpoint = folder.load_checkpoint()
     if checkpoint is not None:
         folder.write_privacy(checkpoint, central.release() if central else None)
-    folder.write_run_info("stopped", run.details)
+    folder.write_run_info("stopped", details)
 
 
 def _with_lengths(details: Mapping[str, Any], runtime: Runtime, examples: Sequence[Example]) -> Mapping[str, Any]:
@@ -152,7 +184,12 @@ def _with_lengths(details: Mapping[str, Any], runtime: Runtime, examples: Sequen
 
 
 def _coordinator(
-    run: Run, folder: RunFolder, runtime: Runtime, evaluator: _Evaluator, central: CentralPrivacy | None
+    run: Run,
+    folder: RunFolder,
+    runtime: Runtime,
+    evaluator: _Evaluator,
+    decider: _Evaluator | None,
+    central: CentralPrivacy | None,
 ) -> Coordinator:
     exact = run.job.lora.train == "both"
     return Coordinator(
@@ -166,4 +203,5 @@ def _coordinator(
         observer=run.observer,
         authority=run.authority,
         central=central,
+        decide=(lambda adapter: decider(adapter).metrics) if decider and run.job.training.early_stopping else None,
     )

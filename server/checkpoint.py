@@ -31,6 +31,7 @@ class RoundRecord:
     Attributes:
         round: 0 is before training.
         metrics: on public evaluation data; empty for rounds that were not evaluated.
+        deciding: on the public records that decide and are not reported; empty if there are none, or nothing is decided.
         epsilon_max: largest epsilon spent by a site so far; None if nothing private was released.
         sites: sites whose update was aggregated.
         failed: other sites that were asked, with the reason.
@@ -40,6 +41,7 @@ class RoundRecord:
 
     round: int
     metrics: dict[str, float | None] = field(default_factory=dict)
+    deciding: dict[str, float | None] = field(default_factory=dict)
     epsilon_max: float | None = None
     sites: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)

@@ -1,8 +1,8 @@
 """When a run ends before its planned rounds, and which round's adapter it hands out; decided on public records.
 
 Guarantees (tests: tests/server/test_early_stopping.py)
-    * Both read the metrics in the run's history and nothing else. They are of public evaluation records and of adapters that
-      were released anyway: post-processing, free of charge.
+    * Both read the metrics in the run's history and nothing else. They are of public records, of the part that decides and is
+      not reported where one was held back, and of adapters that were released anyway: post-processing, free of charge.
     * The history lies in the checkpoint, so a run that was killed and resumed decides as one that never stopped.
     * Nothing is accounted here. Epsilon follows the executed rounds, as everywhere; the plan stays that of all rounds.
 """
@@ -45,7 +45,7 @@ def evaluations_without_improvement(history: Sequence[RoundRecord], job: Job) ->
 
 
 def best_round(history: Sequence[RoundRecord], job: Job) -> int:
-    """Return the round with the best primary metric, the first of equals; 0 is before training, and so is no evaluation."""
+    """Return the round with the best metric, the first of equals; 0 is before training, and so is no evaluation."""
     best, found = -math.inf, 0
     for number, score in _scores(history, job):
         if score > best:
@@ -72,12 +72,15 @@ def require_public_records(job: Job, num_records: int) -> None:
 
 
 def _scores(history: Sequence[RoundRecord], job: Job) -> Iterator[tuple[int, float]]:
-    """Yield (round, primary metric, larger is better) of every evaluation; what is no number is worse than any."""
-    task = task_of(job)
+    """Yield (round, metric that decides, larger is better) of every evaluation; what is no number is worse than any."""
+    task, rule = task_of(job), job.training.early_stopping
+    by_loss = rule is not None and rule.metric == "loss"
+    rises = task.higher_is_better and not by_loss
     for record in history:
-        if record.metrics:
-            value = record.metrics[task.primary_metric]
+        # Of a few records none was held back, and older versions held none back.
+        if metrics := record.deciding or record.metrics:
+            value = metrics["loss" if by_loss else task.primary_metric]
             if value is None:  # the evaluation data leaves it undefined
                 value = math.nan
-            score = value if task.higher_is_better else -value
+            score = value if rises else -value
             yield record.round, score if math.isfinite(score) else -math.inf

@@ -68,6 +68,7 @@ class Coordinator:
         update_shapes: names and shapes that a site's update must have.
         exact_scaling: alpha / rank if both LoRA factors are trained.
         evaluate: metrics of an adapter on public data.
+        decide: the same on the public records that decide; None if there are none, or there is nothing to decide.
         evaluate_every: evaluate after every so many rounds, and always after the last.
         save: makes a checkpoint durable.
         observer: is told about progress.
@@ -85,6 +86,7 @@ class Coordinator:
     observer: Observer
     authority: Authority | None = None
     central: CentralPrivacy | None = None
+    decide: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
 
 
 def run_rounds(
@@ -266,10 +268,12 @@ def _run_round(
     before_evaluation = time.monotonic()
     due = round_number % coordinator.evaluate_every == 0 or round_number == job.training.rounds
     metrics = coordinator.evaluate(following) if due else {}
+    deciding = coordinator.decide(following) if due and coordinator.decide else {}
     finished = time.monotonic()
     record = RoundRecord(
         round=round_number,
         metrics=metrics,
+        deciding=deciding,
         epsilon_max=coordinator.central.epsilon() if coordinator.central else epsilon_max(releases),
         sites=names,
         failed=dict(sorted(failed.items())),
@@ -334,8 +338,9 @@ def epsilon_max(releases: dict[str, SiteRelease]) -> float | None:
 def _before_training(coordinator: Coordinator) -> Checkpoint:
     started = time.monotonic()
     metrics = coordinator.evaluate(coordinator.initial_adapter)
+    deciding = coordinator.decide(coordinator.initial_adapter) if coordinator.decide else {}
     seconds = time.monotonic() - started
-    first = RoundRecord(round=0, metrics=metrics, seconds=seconds, seconds_evaluation=seconds)
+    first = RoundRecord(round=0, metrics=metrics, deciding=deciding, seconds=seconds, seconds_evaluation=seconds)
     checkpoint = Checkpoint(
         job_sha256=coordinator.job.sha256,
         round_number=0,

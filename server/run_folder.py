@@ -26,9 +26,11 @@ from typing import Any
 from pydantic import BaseModel, Field
 
 from server.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from server.convergence import DIVERGED_FILE
 from server.early_stopping import best_round, stopped_early
 from server.site_metrics import site_metrics_record
 from shared.atomic import write_json, write_text
+from shared.calibration import Calibration
 from shared.config import Job, canonical_json
 from shared.errors import RunError
 from shared.job_file import load_job as load_job
@@ -72,9 +74,16 @@ OWN_FILES = frozenset(
         "compliance-report.pdf",
         "compliance-report.pdf.sig.json",
         "central_ledger.json",
+        DIVERGED_FILE,
     }
 )
 OWN_FOLDERS = frozenset({"adapter", "sites", "baselines", "audit", "repeats", "folds"})
+
+
+class _Public(BaseModel):
+    """What `run.json` tells about the parts of the public records."""
+
+    public_records: dict[str, int] = {}
 
 
 class _Before(BaseModel):
@@ -184,9 +193,12 @@ class RunFolder:
         if checkpoint.site_metrics is not None:
             write_json(self.path / "site_metrics.json", site_metrics_record(checkpoint, self.job))
 
-    def write_result(self, checkpoint: Checkpoint, runtime: Runtime, evaluation: Evaluation) -> None:
+    def write_result(
+        self, checkpoint: Checkpoint, runtime: Runtime, evaluation: Evaluation, calibration: Calibration | None = None
+    ) -> None:
         """Write the adapter in PEFT's own format and `evaluation.json`, which names the round that it is of."""
-        save_peft_folder(self.path / "adapter", runtime, self.job, checkpoint.result)
+        temperature = calibration.temperature if calibration else 1.0
+        save_peft_folder(self.path / "adapter", runtime, self.job, checkpoint.result, temperature=temperature)
         best = best_round(checkpoint.history, self.job) if checkpoint.best_adapter else checkpoint.round_number
         write_json(
             self.path / "evaluation.json",
@@ -195,6 +207,7 @@ class RunFolder:
                 "higher_is_better": runtime.task.higher_is_better,
                 "round": best,
                 **asdict(evaluation),
+                "calibration": asdict(calibration) if calibration else None,
             },
         )
 
@@ -202,6 +215,16 @@ class RunFolder:
 def peak_rss_mb() -> float:
     """Return the largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def public_counts(path: Path) -> dict[str, int] | None:
+    """Return how many public records the run in `path` is judged by and how many decide, if there is a run.
+
+    Older versions held none back and did not say.
+    """
+    if not (path / "run.json").exists():
+        return None
+    return read_record(path / "run.json", _Public).public_records
 
 
 def check_place(path: Path) -> None:

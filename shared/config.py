@@ -230,7 +230,8 @@ class TaskConfig(Section):
 
 
 class EarlyStoppingConfig(Section):
-    """When a run ends before its planned rounds, decided by the task's primary metric on the coordinator's public records."""
+    """When a run ends before its planned rounds, decided by a metric on a part of the coordinator's public records, of which no
+    figure is (`server.public_records`)."""
 
     patience: int = Field(ge=1, le=100_000)
     """The run ends after so many evaluations in a row (one before training, then one every `evaluate_every` rounds) without
@@ -240,6 +241,9 @@ class EarlyStoppingConfig(Section):
     keep: Literal["last", "best"] = "last"
     """The adapter that the run hands out: the `last` round's, or that of the evaluation with the `best` metric. Both were
     released anyway, and the records that choose are public, so neither costs privacy."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    metric: Literal["primary", "loss"] = Field(default="primary", exclude_if=lambda value: value == "primary")
+    """What decides: the task's `primary` metric, or the `loss`, which also tells when a model becomes too sure of itself."""
 
 
 class TrainingConfig(Section):

@@ -9,8 +9,8 @@ that several runs trained on has the composition of their epsilons, not that of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from shared.batches import Batch, Example
 from shared.config import ComputeConfig, Job
 from shared.errors import ConfigError
 from shared.inference import Prediction, head_outputs, load_tuned, predict
-from shared.runtime import Runtime, load_runtime
+from shared.runtime import Runtime, load_runtime, on_cpu
 from shared.tasks import Evaluation, Record, task_of
 
 _WHY: dict[str, Callable[[Job], Any]] = {
@@ -83,7 +83,7 @@ class Ensemble:
         for member in self._members:
             runtime = self._load(member)
             runtime.warm_cache(examples)
-            parts = list(_on_cpu(runtime.outputs(examples)))
+            parts = list(on_cpu(runtime.outputs(examples)))
             single.append(runtime.task.evaluate(parts))
             # The cut into batches follows from the lengths alone, so it is the same for all members.
             outputs = [output.double() for output, _ in parts]
@@ -133,12 +133,6 @@ def can_be_averaged(job: Job) -> bool:
 
 def _mean(rows: Sequence[Tensor]) -> Tensor:
     return torch.stack([row.double() for row in rows]).mean(dim=0).float()
-
-
-def _on_cpu(parts: Iterator[tuple[Tensor, Batch]]) -> Iterator[tuple[Tensor, Batch]]:
-    """Yield the outputs and what a task reads of their batches; cached activations are not kept."""
-    for output, batch in parts:
-        yield output.float().cpu(), replace(batch, hidden=None).to(torch.device("cpu"))
 
 
 def _shown(value: object) -> str:

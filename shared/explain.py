@@ -240,7 +240,8 @@ def _choose(runtime: Runtime, job: Job, read: _Read, outputs: Tensor, label: str
             "the score, before it is put on the range's border",
         )
     if job.task.kind != "token_classification":
-        return _log_odds(job.task.labels, outputs[0], label, lambda found: found, "")
+        warmth = runtime.temperature
+        return _log_odds(job.task.labels, outputs[0] / warmth, label, lambda found: found / warmth, "")
     place, name = _place_of_word(job.task.labels, read, outputs[0], word)
     return _log_odds(job.task.labels, outputs[0, place], label, lambda found: found[:, place], f" at word {name}")
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from shared.batches import IGNORED, Example
+from shared.calibration import load_temperature
 from shared.config import ComputeConfig, Job
 from shared.errors import ConfigError, DataError
 from shared.peft_folder import load_state
@@ -74,13 +75,14 @@ class Decoding:
 
 
 def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
-    """Return the runtime of a run with its final adapter loaded.
+    """Return the runtime of a run with its final adapter loaded, and with its temperature if it has one.
 
     Raises:
         AdapterError: if the run has none.
     """
     runtime = load_runtime(job, compute)
-    runtime.load(load_state(run_dir / "adapter", runtime, job))
+    folder = run_dir / "adapter"
+    runtime.load(load_state(folder, runtime, job), temperature=load_temperature(folder))
     return runtime
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from shared import adapters
 from shared.atomic import sync_folder
+from shared.calibration import CALIBRATION_FILE, save_temperature
 from shared.config import Job
 from shared.errors import AdapterError, RunError
 from shared.image_folder import write_network
@@ -70,13 +71,16 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone)
 """
 
 
-def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
+def save_peft_folder(
+    folder: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor], *, temperature: float = 1.0
+) -> None:
     """Write into `folder`: PEFT's two files and the head, or a network's weights; Silotune's exact state, and a README.
 
     Args:
         folder: its files of these names are replaced, one after the other; whatever else lies there stays. A kill
             between two of them leaves older ones beside newer ones, and a resumed run writes all of them again.
         state: global adapter.
+        temperature: by which logits are divided before they are probabilities; written if it is not 1.
 
     Raises:
         RunError: if the disk is full or the folder cannot be written; `folder` keeps its old content.
@@ -87,6 +91,8 @@ def save_peft_folder(folder: Path, runtime: Runtime, job: Job, state: Mapping[st
         # All files are complete on the same disk before the first one is replaced.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".silotune-") as temporary:
             _write_files(Path(temporary), runtime, job, state)
+            if temperature != 1 or (folder / CALIBRATION_FILE).exists():
+                save_temperature(Path(temporary), temperature)
             _replace_files(Path(temporary), folder)
     except (OSError, SafetensorError) as error:
         raise RunError(

@@ -6,9 +6,9 @@ It is not safe to train two clients at the same time on one runtime.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -40,6 +40,7 @@ class Runtime:
         initial: trainable values as drawn from the job's public seed, float32 on the CPU.
         cache: activations below the first adapted layer, shared by all models on the same backbone.
         proven: set by the site once `client.proof` has passed.
+        temperature: outputs are divided by it (`shared.calibration`); 1 but where a run's calibrated model is used.
     """
 
     model: TrainedModel
@@ -51,6 +52,7 @@ class Runtime:
     initial: dict[str, Tensor]
     cache: FrozenCache
     proven: bool = False
+    temperature: float = 1.0
 
     @property
     def num_values(self) -> int:
@@ -61,8 +63,9 @@ class Runtime:
         """Encode records with the job's task and the backbone's tokenizer."""
         return self.task.encode(records, self.tokenizer, self.max_length)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], *, temperature: float = 1.0) -> None:
         """Put a global adapter into the model: trainable values, and residuals of an exact aggregation if there are."""
+        self.temperature = temperature
         trainable = self.model.trainable()
         with torch.no_grad():
             for name, parameter in trainable.items():
@@ -129,10 +132,17 @@ class Runtime:
         return self.task.evaluate(self.outputs(examples))
 
     def outputs(self, examples: Sequence[Example]) -> Iterator[tuple[Tensor, Batch]]:
-        """Yield (outputs, batch) over `examples`, sorted by length, without gradients."""
+        """Yield (outputs over the temperature, batch) over `examples`, sorted by length, without gradients."""
         for batch in self.batches(examples, range(len(examples))):
             with torch.no_grad(), self.autocast():
-                yield self.model(batch), batch
+                outputs = self.model(batch)
+            yield outputs if self.temperature == 1 else outputs.float() / self.temperature, batch
+
+
+def on_cpu(parts: Iterable[tuple[Tensor, Batch]]) -> Iterator[tuple[Tensor, Batch]]:
+    """Yield the outputs and what a task reads of their batches; cached activations are not kept."""
+    for output, batch in parts:
+        yield output.float().cpu(), replace(batch, hidden=None).to(torch.device("cpu"))
 
 
 def load_runtime(job: Job, compute: ComputeConfig) -> Runtime:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from server.early_stopping import is_over, stopped_early
-from server.report import write_report_if_possible
+from server.report import read_arm, write_report_if_possible
 from server.report.run_data import read_evaluation, read_folds, read_repeats, read_site
 from server.run_folder import check_place, peak_rss_mb
 from shared.errors import RunError
@@ -84,6 +84,8 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     result["delta"] = scenario.job.privacy.delta
     audited = folder / "audit" / "tier1.json"
     result["audit"] = read_object(audited).get("verdict") if audited.exists() else None
+    result |= _calibration(folder)
+    result["diverged"] = {name: reason for name, place in arms.items() if (reason := _diverged(place, name))}
     result["seconds"] = round(seconds, 1)
     result["peak_rss_mb"] = round(peak_rss_mb())
     return result
@@ -102,6 +104,19 @@ def how_to_continue(folder: Path) -> str:
     if not (folder / "job.json").exists():
         return "nothing was written; start the command again."
     return f"continue with the same command and --resume --out {folder}"
+def _calibration(folder: Path) -> dict[str, float]:
+    """Return the run's temperature and what it did to the expected calibration error, where it has one."""
+    path = folder / "evaluation.json"
+    found = read_evaluation(path).calibration if path.exists() else None
+    if found is None:
+        return {}
+    after = {"temperature": round(found.temperature, 4), "calibration_error": round(found.error_after, 4)}
+    return (after if found.fitted_on else {}) | {"calibration_error_without_temperature": round(found.error_before, 4)}
+
+
+def _diverged(folder: Path, name: str) -> str | None:
+    """Return why the arm in `folder` counts as diverged, or None."""
+    return read_arm(folder, name=name).diverged if (folder / "job.json").exists() else None
 
 
 def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
@@ -121,6 +136,8 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     if as_json:
         typer.echo(json.dumps(figures))
         return
+    for name, reason in figures.pop("diverged").items():
+        console.print(f"warning: {name} diverged: {reason}", style="yellow", highlight=False, soft_wrap=True)
     for key, value in figures.items():
         console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
     if stopped_early(finished, scenario.job):

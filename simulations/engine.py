@@ -17,11 +17,14 @@ from flwr.serverapp.grid import Grid
 from client.app import answer_together, make_client_app, simulated_site, site_homes
 from server.app import Run, make_server_app
 from server.checkpoint import Checkpoint
+from server.convergence import DIVERGED_FILE
 from server.early_stopping import is_over, require_public_records
 from server.observer import Observer
 from server.report import write_report_if_possible
+from server.rounds import TooFewSites
 from server.run_folder import check_run_folder
-from shared.atomic import write_text
+from server.strategies.mean import DIVERGED
+from shared.atomic import write_json, write_text
 from shared.config import PERSON_UNITS, Job, canonical_json
 from shared.datasets import PERSON_ROLE, dataset_fingerprint, write_jsonl
 from shared.errors import ConfigError, DataError, RunError, SilotuneError
@@ -33,10 +36,11 @@ from shared.privacy.randomness import SiteRandomness
 from shared.privacy.sizes import default_delta
 from shared.runtime import load_runtime
 from shared.tasks import Record, task_of
+from simulations.baselines import arm_changes, merged
 from simulations.grid import DropoutGrid, InProcessGrid
 from simulations.partitions import partition
 from simulations.ray_backend import run_on_ray
-from simulations.resumption import as_started
+from simulations.resumption import arm_as_started, as_started
 from simulations.scenario import Fold, Scenario, changed_job, persons_of
 from simulations.small_gpt2 import prepare_backbone
 
@@ -94,6 +98,9 @@ def run_scenario(
         scenario = as_started(scenario, folder)
     train, test = (fold.train, fold.test) if fold else scenario.load_data()
     arms = plan_arms(scenario, folder, train)
+    if resume:
+        for arm in arms[1:]:
+            arm.job = arm_as_started(scenario, arm.name, arm.job, arm.folder)
     for arm in arms:
         check_arm(scenario, arm, test)
         check_run_folder(arm.folder, arm.job, resume=resume)
@@ -102,7 +109,7 @@ def run_scenario(
         return finished
     for arm in arms[1:]:
         if not (resume and _is_complete(arm)):
-            _run_arm(scenario, arm, test, fold, observer, resume, None, injected_seed)
+            _run_baseline(scenario, arm, test, fold, observer, resume, injected_seed)
     if arms[1:] or stop_after is not None:  # else it is written already
         write_report_if_possible(folder)
     return finished
@@ -121,20 +128,18 @@ def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list
     sites = {name: [train[index] for index in indices] for name, indices in parts.items()}
     arms = [Arm(FEDERATED, scenario.job, folder, sites)]
     for name in scenario.baselines.arms:
-        changes: dict[str, Any] = {}
-        if scenario.job.privacy.central and name == "central-dp":
-            raise ConfigError(
-                "the baseline central-dp protects single records of one data set, the job's mechanism 'central' whole sites: "
-                "their epsilons cannot be compared. Leave it out of baselines.arms."
-            )
-        if name != "federated-non-private":
-            changes["federation"] = {"min_sites": 1, "sites_per_round": None}
-        if name != "central-dp":
-            changes |= {"privacy": {"mechanism": "none"}, "site_metrics": {"names": []}}
-            if scenario.job.privacy.central:
-                changes["privacy"] |= {"unit": "record", "central": None}
-        job = changed_job(scenario.job, changes, source=f"baseline {name}")
-        job = changed_job(job, scenario.baselines.changes(name), source=f"baselines.{name.replace('-', '_')}")
+        changes = arm_changes(
+            name,
+            scenario.job,
+            num_records=len(train) if persons is None else persons.count,
+            num_sites=len(sites),
+            evaluate_every=scenario.simulation.evaluate_every,
+        )
+        job = changed_job(
+            scenario.job,
+            merged(changes, scenario.baselines.changes(name)),
+            source=f"baselines.{name.replace('-', '_')}",
+        )
         units = {job.privacy.unit, scenario.job.privacy.unit}
         if len(units) > 1 and units & {*PERSON_UNITS}:
             # Whose records are held out, and which site has whose, was settled by the scenario's own unit.
@@ -217,7 +222,8 @@ def check_early_stopping(scenario: Scenario, job: Job) -> None:
     Raises:
         ConfigError: saying what to declare.
     """
-    if job.training.early_stopping is not None and scenario.data.evaluation_kind == "private":
+    protected = job.privacy.mechanism != "none"  # else there is no budget that could pay
+    if protected and job.training.early_stopping is not None and scenario.data.evaluation_kind == "private":
         key = "data.kind" if scenario.data.test is None else "data.test_kind"
         raise ConfigError(
             "training.early_stopping decides by the evaluation records, and these count as private (a file does unless it is "
@@ -337,6 +343,7 @@ def _run_arm(
         stop_after=stop_after,
         report=False,
         observer=observer(arm),
+        may_fit=arm.job.privacy.mechanism == "none" or scenario.data.evaluation_kind != "private",
         new_randomness=_coordinator_randomness(injected_seed),
         prepare=functools.partial(write_site_homes, scenario, arm),
     )
@@ -363,6 +370,27 @@ def _run_arm(
     if stop_after is None:
         write_report_if_possible(arm.folder)
     return run.finished
+
+
+def _run_baseline(
+    scenario: Scenario,
+    arm: Arm,
+    test: Sequence[Record],
+    fold: Fold | None,
+    observer: MakeObserver,
+    resume: bool,
+    injected_seed: str | None,
+) -> None:
+    """Run a baseline; if one without noise diverges so far that nothing can be aggregated, note that and let the run go on."""
+    try:
+        _run_arm(scenario, arm, test, fold, observer, resume, None, injected_seed)
+    except TooFewSites as error:
+        if arm.job.privacy.mechanism != "none" or DIVERGED not in str(error):
+            raise
+        write_json(
+            arm.folder / DIVERGED_FILE, {"reason": "no update could be aggregated, for its values grew too large"}
+        )
+        log.warning("baseline %s diverged: %s", arm.name, error)
 
 
 def _coordinator_randomness(injected_seed: str | None) -> Callable[[], SiteRandomness]:
@@ -402,7 +430,7 @@ def _real_names(scenario: Scenario, arm: Arm) -> dict[str, str]:
 
 
 def _is_complete(arm: Arm) -> bool:
-    return (arm.folder / "evaluation.json").exists()
+    return (arm.folder / "evaluation.json").exists() or (arm.folder / DIVERGED_FILE).exists()
 
 
 __all__ = ["Arm", "run_scenario"]

@@ -59,7 +59,7 @@ def run_folds(
         finished.append(checkpoint)
         if not is_over(checkpoint, scenario.job):
             return finished[0]
-    arms = {arm: _by_metric(places, arm) for arm in [FEDERATED, *scenario.baselines.arms]}
+    arms = {arm: found for arm in [FEDERATED, *scenario.baselines.arms] if (found := _by_metric(places, arm))}
     test_records = [len(fold.test) for fold in folds]
     write_json(folder / FOLDS_FILE, {"folds": len(folds), "test_records": test_records, "arms": arms})
     write_report_if_possible(folder)
@@ -71,6 +71,8 @@ def _by_metric(places: Sequence[Path], arm: str) -> Mapping[str, list[float]]:
     found: list[dict[str, Any]] = []
     for place in places:
         path = (place if arm == FEDERATED else place / "baselines" / arm) / "evaluation.json"
+        if arm != FEDERATED and not path.exists():
+            return {}  # a baseline that diverged so far that it could not go on
         found.append(dict(read_evaluation(path).metrics))
     return {
         name: [float(metrics[name]) for metrics in found]

@@ -34,7 +34,12 @@ def run_repeats(
     for seed in range(scenario.seed + 1, scenario.seed + scenario.simulation.repeats):
         folders[seed] = folder / "repeats" / f"seed-{seed}"
         run_scenario(with_seed(scenario, seed), folders[seed], observer=observer, resume=resume)
-    arms = [FEDERATED, *scenario.baselines.arms]
+    # A baseline that diverged so far that it could not go on has no figure.
+    arms = [
+        arm
+        for arm in (FEDERATED, *scenario.baselines.arms)
+        if all((_folder_of(place, arm) / "evaluation.json").exists() for place in folders.values())
+    ]
     values = {arm: [_final_metric(place, arm) for place in folders.values()] for arm in arms}
     if any(value is None for found in values.values() for value in found):
         return finished  # the evaluation data leaves the metric undefined, so it has no mean

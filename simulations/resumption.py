@@ -13,6 +13,7 @@ from typing import Any
 from server.run_folder import load_job
 from shared.config import Job
 from shared.errors import ConfigError
+from simulations.baselines import merged
 from simulations.scenario import Scenario, changed_job
 
 
@@ -20,6 +21,12 @@ def as_started(scenario: Scenario, folder: Path) -> Scenario:
     """Return `scenario` with what it leaves open as the run in `folder` was started, if there is one."""
     said = scenario.job.model_dump(mode="json", exclude_unset=True)
     return scenario.model_copy(update={"job": job_as_started(scenario.job, said, folder)})
+
+
+def arm_as_started(scenario: Scenario, name: str, job: Job, folder: Path) -> Job:
+    """Return `job`, that of baseline `name`, with what the scenario leaves open as the arm in `folder` was started."""
+    said = scenario.job.model_dump(mode="json", exclude_unset=True, include={"name", "seed", "model", "lora", "task"})
+    return job_as_started(job, merged(said, scenario.baselines.changes(name)), folder)
 
 
 def job_as_started(job: Job, said: Mapping[str, Any], folder: Path) -> Job:

@@ -23,6 +23,7 @@ from simulations.partitions import PartitionConfig
 from simulations.small_gpt2 import resolve_backbone
 
 DataKind = Literal["public", "synthetic", "private"]
+BaselineName = Literal["central-dp", "non-private", "non-private-all-layers", "federated-non-private"]
 
 _JOB_SECTIONS = ("model", "lora", "task", "training", "privacy", "aggregation", "federation", "site_metrics")
 
@@ -83,12 +84,16 @@ class DataConfig(Section):
 class BaselinesConfig(Section):
     """Arms that run after the federated one, on the same data, for comparison."""
 
-    arms: tuple[Literal["central-dp", "non-private", "federated-non-private"], ...] = ()
+    arms: tuple[BaselineName, ...] = ()
     """`central-dp`: all records at one trusted site; `non-private`: the same without clipping and noise;
-    `federated-non-private`: the same sites without clipping and noise."""
+    `non-private-all-layers`: that with LoRA in all layers, the best that the data give without a budget;
+    `federated-non-private`: the same sites without clipping and noise. Arms without noise have settings of their own, which
+    converge (`simulations.baselines`), and none of the job's `training`."""
     central_dp: dict[str, Any] = Field(default_factory=dict)
     """Job keys to change in that arm, for example {"training": {"learning_rate": 0.003}}."""
     non_private: dict[str, Any] = Field(default_factory=dict)
+    """Likewise."""
+    non_private_all_layers: dict[str, Any] = Field(default_factory=dict)
     """Likewise."""
     federated_non_private: dict[str, Any] = Field(default_factory=dict)
     """Likewise."""

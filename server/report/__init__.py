@@ -9,6 +9,7 @@ import logging
 from pathlib import Path
 
 from server.report.render import write_report
+from server.report.run_data import read_arm
 
 
 def write_report_if_possible(run_dir: Path) -> None:
@@ -25,4 +26,4 @@ def write_report_if_possible(run_dir: Path) -> None:
         )
 
 
-__all__ = ["write_report", "write_report_if_possible"]
+__all__ = ["read_arm", "write_report", "write_report_if_possible"]

@@ -34,7 +34,7 @@ from server.report.formats import (
     printable,
     shorten,
 )
-from server.report.run_data import Arm, RoundRecord, SiteRecord
+from server.report.run_data import Arm, ReliabilityBin, RoundRecord, SiteRecord
 from shared.site_weights import SiteShare
 
 INK, MUTED, GRID, TRACK = "#1b2733", "#52606d", "#e3e8ee", "#dde4ec"
@@ -243,6 +243,34 @@ def roc_curve(points: Sequence[Sequence[float]], *, positive: str, alt: str) -> 
             axis.set_major_locator(MaxNLocator(nbins=5))
             axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
         return _svg(figure, prefix="roc", alt=alt)
+
+
+def reliability(before: Sequence[ReliabilityBin], after: Sequence[ReliabilityBin] | None, *, alt: str) -> Markup:
+    """How often answers are right against how sure the model is of them; on the diagonal it is as good as it says."""
+    lines: list[tuple[Sequence[ReliabilityBin], str, str, Any]] = [
+        (before, "without a temperature" if after else "as it is", MUTED, (0, (4, 2)))
+    ]
+    if after:
+        lines.append((after, "with it", MAIN, "-"))
+    with _figure(3.6) as figure:
+        axes = figure.add_axes((0.085, 0.145, 0.42, 0.8))
+        axes.plot([0, 1], [0, 1], color=GRID, linewidth=1.2)
+        total = max(sum(one.count for one in before), 1)
+        for bins, title, color, dash in lines:
+            shown = [one for one in bins if one.count]
+            x, y = [one.confidence for one in shown], [one.accuracy for one in shown]
+            axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, label=title)
+            axes.scatter(x, y, s=[8 + 220 * one.count / total for one in shown], color=color, alpha=0.55, linewidths=0)
+        axes.set_xlim(0, 1)
+        axes.set_ylim(0, 1.02)
+        axes.grid()
+        axes.set_xlabel("Probability that the model gives its answer")
+        axes.set_ylabel("Answers that are right")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=5))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+        axes.legend(loc="upper left", bbox_to_anchor=(1.03, 1), frameon=False)
+        return _svg(figure, prefix="reliability", alt=alt)
 
 
 def true_and_predicted(pairs: Sequence[Sequence[float]], *, alt: str) -> Markup:

@@ -41,6 +41,7 @@ _ARM_TITLES = {
     "central-dp": "Central DP",
     "central": "Central, not private",
     "non-private": "Non-private",
+    "non-private-all-layers": "Non-private, LoRA in all layers",
     "federated-non-private": "Federated, not private",
     "local-only": "Local only",
 }
@@ -114,8 +115,9 @@ def _view(data: RunData) -> dict[str, Any]:
         "metric_title": formats.metric_title(metric),
         "higher_is_better": data.higher_is_better,
         "value": formats.format_metric(metric, federated.final(metric)),
-        "interval": _interval(metric, federated, run.dataset.test_records),
+        "interval": _interval(metric, federated, run.test_records),
         "comparison": [_comparison_row(data, title, arm) for title, arm in zip(titles, _arms(data), strict=True)],
+        "cards": _cards(data),
         "repeats": _repeat_rows(data),
         "folds": _fold_rows(data),
         "num_folds": data.folds.folds if data.folds else 0,
@@ -131,6 +133,9 @@ def _view(data: RunData) -> dict[str, Any]:
         "rounds_planned": federated.rounds_planned,
         "stopped_early": data.stopped_early,
         "early_stopping": federated.early_stopping,
+        "decided_by": "Loss"
+        if (federated.early_stopping or {}).get("metric") == "loss"
+        else formats.metric_title(metric),
         "kept_round": federated.kept_round,
         "central": federated.central_sites is not None,
         "num_sites": federated.central_sites or len(data.site_names),
@@ -144,6 +149,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "site_metrics": _site_metric_rows(data),
         "figures": _figures(data, titles),
         "evaluation": federated.evaluation,
+        "calibration": _calibration_rows(data),
         "confusion": _confusion(federated),
         "all_metrics": _all_metrics(data),
         "metrics_note": federated.evaluation.note if federated.evaluation is not None else None,
@@ -261,11 +267,12 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
     verdict = "" if math.isnan(gap) or gap == 0 else ("better" if gap > 0 else "worse")
     return {
         "title": title,
+        "diverged": arm.diverged,
         "title_in_text": title[:1].lower() + title[1:],
         "is_run": arm is data.federated,
         "private": arm.private,
         "value": _final_text(arm, metric),
-        "interval": _interval(metric, arm, data.run.dataset.test_records),
+        "interval": _interval(metric, arm, data.run.test_records),
         "gap": formats.format_gap(metric, own, theirs),
         "verdict": verdict,
         "epsilon": arm.epsilon,
@@ -277,6 +284,60 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
 
 def _final_text(arm: Arm, metric: str) -> str:
     return "not defined" if arm.undefined(metric) else formats.format_metric(metric, arm.final(metric))
+def _calibration_rows(data: RunData) -> list[dict[str, str]]:
+    """How sure each training is of its answers, before and after its temperature."""
+    found = [(arm, arm.evaluation.calibration) for arm in _arms(data) if arm.evaluation and arm.evaluation.calibration]
+    return [
+        {
+            "title": _title(arm),
+            "temperature": f"{record.temperature:.2f}" if record.fitted_on else "none fitted",
+            "error_before": f"{100 * record.error_before:.1f} points",
+            "error_after": f"{100 * record.error_after:.1f} points" if record.fitted_on else "–",
+            "loss_before": formats.format_metric("loss", record.loss_before),
+            "loss_after": formats.format_metric("loss", record.loss_after) if record.fitted_on else "–",
+        }
+        for arm, record in found
+    ]
+
+
+def _cards(data: RunData) -> list[dict[str, str]]:
+    """What stands beside the run's own figure: its gap to each private baseline, and to the best training without privacy."""
+    metric, cards = data.primary_metric, []
+    for arm in data.baselines:
+        if arm.private or arm.diverged:
+            cards.append(_card(data, _title(arm), arm))
+    open_arms = [arm for arm in data.baselines if not arm.private and not arm.diverged]
+    measured = [arm for arm in open_arms if arm.final(metric) is not None]
+    if measured:
+        sign = 1 if data.higher_is_better else -1
+        best = max(measured, key=lambda arm: sign * (arm.final(metric) or 0.0))
+        card = _card(data, _title(best), best)
+        several = len(measured) > 1
+        cards.append(card | ({"title": "Gap to the best without privacy"} if several else {}))
+        if several:
+            cards[-1]["note"] += f" ({_title(best)})"
+    else:
+        cards += [_card(data, _title(arm), arm) for arm in open_arms]
+    return cards
+
+
+def _card(data: RunData, title: str, arm: Arm) -> dict[str, str]:
+    row = _comparison_row(data, title, arm)
+    if arm.diverged:
+        return {
+            "title": title,
+            "value": "Diverged",
+            "note": f"no yardstick: {arm.diverged}",
+            "kind": " key-words key-danger",
+        }
+    verdict = f"{row['verdict']} than" if row["verdict"] else "baseline:"
+    kind = " key-words" if row["gap"] == formats.NOT_RECORDED else ""
+    return {
+        "title": f"Gap to {row['title_in_text']}",
+        "value": str(row["gap"]),
+        "note": f"{verdict} {row['value']}",
+        "kind": kind,
+    }
 
 
 def _all_metrics(data: RunData) -> list[dict[str, Any]]:
@@ -345,7 +406,9 @@ def _composed(data: RunData) -> list[Any]:
 def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
     """All figures that have something to show, each with a description in words."""
     federated, metric = data.federated, data.primary_metric
-    figures: dict[str, Any] = dict.fromkeys(("rounds", "spent", "roc", "pairs", "shares", "traffic")) | {"sites": []}
+    figures: dict[str, Any] = dict.fromkeys(("rounds", "spent", "roc", "reliability", "pairs", "shares", "traffic")) | {
+        "sites": []
+    }
     name = formats.metric_title(metric)
     finals = "; ".join(
         f"{title} {formats.format_metric(metric, arm.final(metric))}"
@@ -377,6 +440,13 @@ def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
                 evaluation.roc,
                 positive=evaluation.labels[-1],
                 alt=f"ROC curve. {formats.metric_title('auc')} {formats.format_metric('auc', federated.final('auc'))}.",
+            )
+        if (found := evaluation.calibration) is not None:
+            figures["reliability"] = plots.reliability(
+                found.bins_before,
+                found.bins_after if found.fitted_on else None,
+                alt="Reliability diagram: how often answers are right against how sure the model is of them. Expected "
+                f"calibration error {found.error_before:.1%} before, {found.error_after:.1%} after the temperature.",
             )
         if evaluation.pairs is not None:
             figures["pairs"] = plots.true_and_predicted(

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from server.convergence import DIVERGED_FILE, constant_loss, why_diverged
 from server.report.formats import LOWER_IS_BETTER, natural_key
 from shared.errors import RunError
 
@@ -46,6 +47,13 @@ class Dataset(_Record):
     """What the data calls a site whose folder has another name, such as one in ASCII."""
 
 
+class PublicCounts(_Record):
+    """The public records in two parts: those that figures are of, and those by which something was chosen."""
+
+    reported: Count
+    deciding: Count
+
+
 class RunRecord(_Record):
     """`run.json`: what happened around the training."""
 
@@ -60,6 +68,12 @@ class RunRecord(_Record):
     versions: dict[str, str | None] = {}
     machine: Machine = Machine()
     dataset: Dataset = Dataset()
+    public_records: PublicCounts | None = None
+
+    @property
+    def test_records(self) -> int | None:
+        """How many records every figure of the run is of."""
+        return self.dataset.test_records if self.public_records is None else self.public_records.reported
 
 
 class RoundRecord(_Record):
@@ -78,6 +92,28 @@ class RoundRecord(_Record):
         return _number(self.metrics.get(name))
 
 
+class ReliabilityBin(_Record):
+    """One bin of a reliability diagram."""
+
+    count: Count
+    confidence: Share
+    accuracy: Share
+
+
+class CalibrationRecord(_Record):
+    """What a temperature did on public records that it was not fitted on."""
+
+    temperature: Annotated[float, Field(gt=0)]
+    fitted_on: Count
+    reported_on: Count
+    loss_before: Finite
+    loss_after: Finite
+    error_before: Share
+    error_after: Share
+    bins_before: tuple[ReliabilityBin, ...]
+    bins_after: tuple[ReliabilityBin, ...]
+
+
 class Evaluation(_Record):
     """`evaluation.json`: the final model on the test set."""
 
@@ -91,6 +127,7 @@ class Evaluation(_Record):
     roc: Annotated[tuple[tuple[Share, Share], ...], Field(min_length=2)] | None = None
     pairs: Annotated[tuple[tuple[Finite, Finite], ...], Field(min_length=1)] | None = None
     note: str | None = None
+    calibration: CalibrationRecord | None = None
 
 
 class SiteRecord(_Record):
@@ -201,6 +238,12 @@ class Folds(_Record):
     arms: dict[str, dict[str, Annotated[tuple[Finite, ...], Field(min_length=2)]]]
 
 
+class DivergedRecord(_Record):
+    """`diverged.json` of a baseline that could not go on."""
+
+    reason: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterFile:
     name: str
@@ -219,6 +262,8 @@ class Arm:
     evaluation: Evaluation | None
     sites: tuple[SiteRecord, ...]
     """Who released under a guarantee: the sites, or the coordinator alone under central DP."""
+    problem: str | None = None
+    """Why a baseline could not go on, if its training diverged so far that no update could be aggregated."""
 
     @property
     def central_sites(self) -> int | None:
@@ -248,6 +293,24 @@ class Arm:
         """The round whose adapter is handed out."""
         kept = self.evaluation.round if self.evaluation is not None else None
         return self.rounds_done if kept is None else kept
+
+    @property
+    def diverged(self) -> str | None:
+        """Why this training counts as diverged, or None."""
+        if self.problem is not None:
+            return self.problem
+        losses = [(record.round, loss) for record in self.rounds if (loss := record.metric("loss")) is not None]
+        started = next((loss for number, loss in losses if number == 0), None)
+        if self.evaluation is not None and self.evaluation.confusion is not None and started is not None:
+            constant = constant_loss([sum(row) for row in self.evaluation.confusion])
+            started = max(started, constant or 0.0)
+        return why_diverged(
+            started=started,
+            final=self.final("loss"),
+            losses=[loss for number, loss in losses if number],
+            kept_round=self.kept_round,
+            private=self.private,
+        )
 
     @property
     def epsilon(self) -> float | None:
@@ -358,7 +421,7 @@ def read_run(run_dir: Path) -> RunData:
         )
     run = _parse(RunRecord, _read(run_dir / "run.json"), run_dir / "run.json")
     complete = run.status == "completed"
-    federated = _read_arm(run_dir, name="federated", complete=complete)
+    federated = read_arm(run_dir, name="federated", complete=complete)
     statement_path = run_dir / "statement.json"
     statement = None
     if federated.private and (complete or statement_path.exists()):
@@ -373,7 +436,7 @@ def read_run(run_dir: Path) -> RunData:
         run=run,
         federated=federated,
         baselines=tuple(
-            _read_arm(folder, name=folder.name, complete=False) for folder in _folders(run_dir / "baselines")
+            read_arm(folder, name=folder.name, complete=False) for folder in _folders(run_dir / "baselines")
         ),
         statement=statement,
         adapter=tuple(_adapter_files(run_dir / "adapter")),
@@ -397,7 +460,7 @@ def job_value(job: Mapping[str, Any], section: str, key: str) -> Any:
     return values.get(key) if isinstance(values, Mapping) else None
 
 
-def _read_arm(folder: Path, *, name: str, complete: bool) -> Arm:
+def read_arm(folder: Path, *, name: str, complete: bool = False) -> Arm:
     """Read one training; a completed one must have its rounds and its evaluation."""
     job = _read_job(folder / "job.json")
     private = job["privacy"]["mechanism"] != "none"
@@ -420,7 +483,9 @@ def _read_arm(folder: Path, *, name: str, complete: bool) -> Arm:
             f"two records under {folder / 'sites'} claim to be of site {twice!r}; expected one each. "
             "Remove the one that does not belong to this run."
         )
-    return Arm(name=name, job=job, private=private, rounds=rounds, evaluation=evaluation, sites=sites)
+    path = folder / DIVERGED_FILE
+    problem = _parse(DivergedRecord, _read(path), path).reason if path.exists() else None
+    return Arm(name=name, job=job, private=private, rounds=rounds, evaluation=evaluation, sites=sites, problem=problem)
 
 
 def _read_job(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from shared.grid_sum import GridSum
 
 LARGEST_VALUE = 4096.0
 """No trained weight moves as far in one round; the bound makes a grid possible on which sums are exact."""
+DIVERGED = "site's training diverged"
 
 
 class WeightedMean:
@@ -67,7 +68,7 @@ class WeightedMean:
             if not largest <= LARGEST_VALUE:
                 raise AdapterError(
                     f"tensor {name!r} holds values up to {largest:g}, expected at most {LARGEST_VALUE:g} in magnitude: the "
-                    "site's training diverged. Lower training.learning_rate."
+                    f"{DIVERGED}. Lower training.learning_rate."
                 )
 
     def result(self) -> dict[str, Tensor]:
