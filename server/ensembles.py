@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from server.compliance.reading import read_facts
+from server.public_records import hold_back
 from server.report.formats import format_metric, metric_title
 from server.run_folder import load_job
 from shared.config import ComputeConfig
@@ -125,6 +126,8 @@ def measure_ensemble(
     found = open_ensemble(runs)
     if records is None:
         records = public_records(runs, data, _parse_columns(columns))
+    if data is None:  # of the runs' own public records a part has decided about their members
+        records = hold_back(records, task_of(load_job(runs[0])).roles[0]).reported
     together, single = found.evaluate(records)
     privacy = composed_privacy(runs)
     task = task_of(load_job(runs[0]))

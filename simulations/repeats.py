@@ -9,11 +9,12 @@ from typing import Any
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over
 from server.ensembles import composed_privacy, open_ensemble
+from server.public_records import hold_back
 from server.report import write_report_if_possible
 from server.report.run_data import read_evaluation
 from shared.atomic import write_json
 from shared.ensembles import can_be_averaged
-from shared.tasks import Record
+from shared.tasks import Record, task_of
 from simulations.engine import FEDERATED, MakeObserver, run_scenario
 from simulations.scenario import Scenario
 
@@ -45,7 +46,8 @@ def run_repeats(
         return finished  # the evaluation data leaves the metric undefined, so it has no mean
     summary: dict[str, Any] = {"seeds": list(folders), "arms": values}
     if can_be_averaged(scenario.job):
-        _, test = scenario.load_data()
+        _, public = scenario.load_data()
+        test = hold_back(public, task_of(scenario.job).roles[0]).reported
         places = {arm: [_folder_of(place, arm) for place in folders.values()] for arm in arms}
         summary["ensembles"] = {arm: _ensemble(runs, scenario, test) for arm, runs in places.items()}
     write_json(folder / "repeats.json", summary)

@@ -190,7 +190,7 @@ def _result(facts: Facts) -> str | None:
     value = federated.final(metric)
     if value is None:
         return None
-    records = facts.data.run.dataset.test_records
+    records = facts.data.run.test_records
     where = f" on {records:,} public evaluation records" if records else " on public evaluation records"
     return f"{metric_title(metric)} {format_metric(metric, value)}{where}"
 
@@ -331,7 +331,10 @@ def _data(facts: Facts) -> Section:
                 _size_of_a_record(job),
                 ("Unit of privacy", ", ".join(f"one {guarantee.unit}" for guarantee in facts.guarantees)),
                 ("Most records of one person in a step", str(most) if most else None),
-                ("Evaluation records", f"{dataset.test_records:,}, public" if dataset.test_records else None),
+                (
+                    "Evaluation records",
+                    f"{facts.data.run.test_records:,}, public" if facts.data.run.test_records else None,
+                ),
             ),
             Paragraph(
                 text="What the records say, whom they concern and on what legal basis they are processed is known to the sites "

@@ -65,7 +65,7 @@ def test_arms_without_noise_converge_where_the_jobs_own_settings_would_not(
         arm = folder / "baselines" / name
         job, found = load_job(arm), evaluation(arm)
         assert (job.privacy.mechanism, job.training.optimizer) == ("none", "adamw")
-        assert found["metrics"]["accuracy"] > 0.95, name
+        assert found["metrics"]["accuracy"] > 0.9, name
         assert found["metrics"]["loss"] < 0.5, name
         assert found["calibration"]["reported_on"] == reported == 250 - found["calibration"]["fitted_on"]
         assert read_arm(arm, name=name).diverged is None
