@@ -21,7 +21,7 @@ from simulations.audit import audit_run_mechanism, check_simulation, open_run
 from simulations.engine import run_scenario
 from simulations.scenario import load_scenario
 
-COLUMNS = {"text": "review", "label": "verdict"}
+COLUMNS = {"text": "review", "label": "verdict", "film": "review"}
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def many_sites(write_scenario: Callable[..., Path], tmp_path: Path) -> Callable[
                 "train": {"path": "train.csv", "columns": COLUMNS},
                 "test": {"path": "test.csv", "columns": COLUMNS},
             },
-            "partition": {"kind": "column", "column": "text", "num_sites": texts},
+            "partition": {"kind": "column", "column": "film", "num_sites": texts},
         }
         return write_scenario(tmp_path, rows=rows, **given | sections)
 
