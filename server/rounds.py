@@ -86,7 +86,7 @@ class Coordinator:
     observer: Observer
     authority: Authority | None = None
     central: CentralPrivacy | None = None
-    decide: Callable[[dict[str, Tensor]], dict[str, float]] | None = None
+    decide: Callable[[dict[str, Tensor]], dict[str, float | None]] | None = None
 
 
 def run_rounds(

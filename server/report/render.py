@@ -284,6 +284,8 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
 
 def _final_text(arm: Arm, metric: str) -> str:
     return "not defined" if arm.undefined(metric) else formats.format_metric(metric, arm.final(metric))
+
+
 def _calibration_rows(data: RunData) -> list[dict[str, str]]:
     """How sure each training is of its answers, before and after its temperature."""
     found = [(arm, arm.evaluation.calibration) for arm in _arms(data) if arm.evaluation and arm.evaluation.calibration]
