@@ -104,6 +104,8 @@ def how_to_continue(folder: Path) -> str:
     if not (folder / "job.json").exists():
         return "nothing was written; start the command again."
     return f"continue with the same command and --resume --out {folder}"
+
+
 def _calibration(folder: Path) -> dict[str, float]:
     """Return the run's temperature and what it did to the expected calibration error, where it has one."""
     path = folder / "evaluation.json"
