@@ -18,6 +18,7 @@ from shared.certificates import expiry_warning
 from shared.config import PERSON_UNITS, Job
 from shared.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
 from shared.deidentify.report import MaskTally
+from shared.epsilons import as_set, rounded_up
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
 from shared.overlap import num_shared
@@ -97,8 +98,8 @@ def _settings(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
     budget = config.budget
     text = (
-        f"site {config.name}, budget epsilon {budget.epsilon:g} at delta {budget.delta:g} for each {budget.unit}, composition "
-        f"{budget.composition}"
+        f"site {config.name}, budget epsilon {as_set(budget.epsilon)} at delta {budget.delta:g} for each {budget.unit}, "
+        f"composition {budget.composition}"
     )
     if budget.composition == "fixed":
         return "warning", (
@@ -110,7 +111,7 @@ def _settings(home: SiteHome) -> tuple[Outcome, str]:
 def _policy(home: SiteHome) -> tuple[Outcome, str]:
     policy = load_policy(home.policy)
     return "ok", (
-        f"jobs signed by {', '.join(policy.signers)}; epsilon at most {policy.max_epsilon_per_job:g} a job, "
+        f"jobs signed by {', '.join(policy.signers)}; epsilon at most {as_set(policy.max_epsilon_per_job)} a job, "
         f"{len(policy.backbones)} backbones, at least {policy.min_sites} sites"
     )
 
@@ -194,7 +195,10 @@ def _ledger(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:
     ledger = opened().ledger()
     spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon
     outcome: Outcome = "ok" if spent < cap else "warning"
-    return outcome, f"chain unbroken, {len(ledger.entries())} entries, epsilon {spent:.4g} of {cap:g} spent"
+    return (
+        outcome,
+        f"chain unbroken, {len(ledger.entries())} entries, epsilon {rounded_up(spent)} of {as_set(cap)} spent",
+    )
 
 
 def _known_records(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:

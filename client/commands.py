@@ -22,6 +22,7 @@ from shared.atomic import write_bytes, write_text
 from shared.certificates import fingerprint, load_certificate
 from shared.config import parse
 from shared.datasets import PERSON_ROLE, DataSource
+from shared.epsilons import as_set, rounded_up
 from shared.errors import RunError, TrustError
 from shared.keystore import new_key, passphrase_from_environment, save_secret
 from shared.node_keys import load_private_key, save_private_key
@@ -253,7 +254,7 @@ def ledger(
         opened.import_account(taken, from_dataset=from_dataset)
         typer.echo(
             f"took over {len(taken.charges)} charges of site {taken.site}, {taken.dataset}, as of {taken.exported_at} (its cap: "
-            f"epsilon {taken.epsilon:g}). The cap here is that of {home / 'site.toml'}. Stop the other machine for good: "
+            f"epsilon {as_set(taken.epsilon)}). The cap here is that of {home / 'site.toml'}. Stop the other machine for good: "
             "what it charges from now on is not counted here.",
             err=as_json,
         )
@@ -313,14 +314,14 @@ def _show_account(account: LedgerExport, *, as_json: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"epsilon {spent:.4f} of {account.epsilon:g} spent at delta {account.delta:g} for each {account.unit}; the chain is "
-        "unbroken"
+        f"epsilon {rounded_up(spent, 4)} of {as_set(account.epsilon)} spent at delta {account.delta:g} for each "
+        f"{account.unit}; the chain is unbroken"
     )
     console.print(_explain_composition(account.composition, account.orders))
     table = Table("job", "rounds", "steps", "epsilon alone", box=None)
     for job, events in jobs.items():
         steps = sum(event.steps for event in events)
-        table.add_row(job[:12], str(len(events)), str(steps), f"{compose_epsilon(events, account.delta):.4f}")
+        table.add_row(job[:12], str(len(events)), str(steps), rounded_up(compose_epsilon(events, account.delta), 4))
     console.print(table)
     for held in account.held_back:
         console.print(

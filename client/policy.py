@@ -31,6 +31,7 @@ from shared.config import (
     nearest,
     parse,
 )
+from shared.epsilons import as_set, rounded_up
 from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
 from shared.image_models import IMAGE_NETWORKS, image_network_sha256
 from shared.privacy.plan import PrivacyPlan
@@ -238,7 +239,7 @@ def check_spend(policy: Policy, job_epsilon_after: float) -> None:
     if _exceeds(job_epsilon_after, policy.max_epsilon_per_job):
         raise PolicyError(
             f"with this round, repeated ones included, the job would exceed this site's limit of epsilon "
-            f"{policy.max_epsilon_per_job:g} per job. Stop the run, or plan fewer repetitions."
+            f"{as_set(policy.max_epsilon_per_job)} per job. Stop the run, or plan fewer repetitions."
         )
 
 
@@ -310,8 +311,8 @@ def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
         return
     if _exceeds(epsilon, policy.max_epsilon_per_job):
         yield (
-            f"its plan{cut} costs epsilon {epsilon:.4g} at delta {plan.delta:g}; this site accepts at most "
-            f"{policy.max_epsilon_per_job:g} per job."
+            f"its plan{cut} costs epsilon {rounded_up(epsilon)} at delta {plan.delta:g}; this site accepts at most "
+            f"{as_set(policy.max_epsilon_per_job)} per job."
         )
     if plan.noise_multiplier < policy.min_noise_multiplier:
         yield (

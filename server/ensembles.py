@@ -23,9 +23,9 @@ from server.run_folder import load_job
 from shared.config import ComputeConfig
 from shared.datasets import DataSource, read_records
 from shared.ensembles import Ensemble, Member
+from shared.epsilons import rounded_up
 from shared.errors import ConfigError, DataError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.statement import rounded_up
 from shared.tasks import Record, task_of
 
 

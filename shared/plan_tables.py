@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from shared.epsilons import as_set, rounded_up
 from shared.plan_figure import UtilityPoint, noise, number
 
 if TYPE_CHECKING:
@@ -77,8 +78,6 @@ def _setting_table(setting: Setting, unit: str) -> Table:
     from rich import box
     from rich.table import Table
 
-    from shared.privacy.statement import rounded_up
-
     rows = [
         (f"{unit}s", "" if setting.records is None else f"{setting.records:,}", ""),
         ("expected batch size", number(setting.batch_size), "rate"),
@@ -105,8 +104,6 @@ def _setting_table(setting: Setting, unit: str) -> Table:
 def _sweep_table(settings: Sequence[Setting]) -> Table:
     from rich import box
     from rich.table import Table
-
-    from shared.privacy.statement import rounded_up
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found = settings[0].solved_for
@@ -156,7 +153,7 @@ def _site_table(answers: Sequence[SiteAnswer]) -> Table:
         table.add_row(
             f"{answer.site}, {answer.dataset} ({answer.composition})",
             *(_spend(epsilon) for epsilon in (answer.epsilon_now, *answer.epsilon_after)),
-            f"{answer.cap:g}",
+            as_set(answer.cap),
             f"{answer.steps_affordable:,}",
             answer.verdict,
             style=None if answer.num_runs and not answer.refusal else "bold",
@@ -198,13 +195,9 @@ def _utility_table(utility: Sequence[UtilityPoint]) -> Table:
         table.add_column(title, justify="right")
     table.add_column("name", overflow="fold")
     for point in utility:
-        table.add_row(f"{point.epsilon:g}", f"{point.mean:.4g}", f"{point.sd:.2g}", point.title)
+        table.add_row(as_set(point.epsilon), f"{point.mean:.4g}", f"{point.sd:.2g}", point.title)
     return table
 
 
 def _spend(epsilon: float) -> str:
-    import math
-
-    from shared.privacy.statement import rounded_up
-
-    return rounded_up(epsilon) if math.isfinite(epsilon) else "unbounded"
+    return rounded_up(epsilon)

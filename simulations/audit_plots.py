@@ -15,6 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from shared.atomic import write_bytes
+from shared.epsilons import rounded_up
 from shared.privacy.audit import AuditResult
 from shared.privacy.audit.lira import FALSE_POSITIVE_RATE, roc
 from shared.privacy.audit.one_run import Training
@@ -61,7 +62,9 @@ def _noise(axes: Any, result: AuditResult) -> None:
     axes.set_xlabel("p-value of each test (0 is drawn at 1e-8)", fontsize=9)
     low, high = result.details["noise_multiplier_in_effect"]
     claimed = result.details["noise_multiplier"]
-    axes.set_title(f"noise multiplier {claimed:.3f}, in effect {low:.3f} to {high:.3f}", fontsize=10, loc="left")
+    axes.set_title(
+        f"noise multiplier {rounded_up(claimed)}, in effect {low:.3f} to {high:.3f}", fontsize=10, loc="left"
+    )
 
 
 def _histogram(axes: Any, trainings: Sequence[Training]) -> None:
@@ -87,7 +90,12 @@ def _roc(axes: Any, result: AuditResult, trainings: Sequence[Training]) -> None:
     grid = np.geomspace(least, 1, 200)
     allowed = np.minimum(np.exp(min(result.claim, 50.0)) * grid + result.delta, 1.0)
     axes.plot(
-        grid, allowed, color=CLAIM, linestyle="--", linewidth=1.4, label=f"claim allows (epsilon {result.claim:.2f})"
+        grid,
+        allowed,
+        color=CLAIM,
+        linestyle="--",
+        linewidth=1.4,
+        label=f"claim allows (epsilon {rounded_up(result.claim, 2)})",
     )
     axes.plot(grid, grid, color=CEILING, linestyle=":", linewidth=1.4, label="guessing")
     axes.step(np.maximum(false, least), true, where="post", color=OUT, linewidth=1.8, label="attack")

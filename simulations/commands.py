@@ -17,9 +17,9 @@ from server.early_stopping import is_over, stopped_early
 from server.report import read_arm, write_report_if_possible
 from server.report.run_data import read_evaluation, read_folds, read_repeats, read_site
 from server.run_folder import check_place, peak_rss_mb
+from shared.epsilons import rounded_up
 from shared.errors import RunError
 from shared.json_files import read_object
-from shared.privacy.statement import rounded_up
 from shared.stopping import saying
 from shared.tasks import task_of
 from simulations.audit import audit_run_mechanism

@@ -36,6 +36,7 @@ from shared.atomic import write_text
 from shared.audit_log import Event
 from shared.config import ComputeConfig, Job, Unit, load_toml
 from shared.datasets import DataSource, write_jsonl
+from shared.epsilons import rounded_up
 from shared.errors import RunError
 from shared.pki import approve, create_ca, publish, revoke
 from shared.privacy.filter import Composition
@@ -320,7 +321,7 @@ def summary(
         "rounds": submission.progress(),
         "sites": len(sites),
         "round_overhead_seconds_median": round(statistics.median(round_overheads(federation, submission, sites)), 3),
-        "epsilon_max_site": round(max(spent), 4),
+        "epsilon_max_site": float(rounded_up(max(spent), 4)),
         "tls_version": facts.tls_version,
         "alpn": facts.alpn,
     }

@@ -21,8 +21,9 @@ from rich.text import Text
 
 from server.checkpoint import Checkpoint
 from server.observer import Observer
+from shared.epsilons import as_set, rounded_up
 from shared.messages import SiteDescription
-from shared.privacy.statement import SiteRelease, rounded_up
+from shared.privacy.statement import SiteRelease
 from shared.site_weights import noise_warnings
 from shared.tasks import task_of
 from simulations.engine import Arm
@@ -150,7 +151,7 @@ def _spend_table(releases: dict[str, SiteRelease]) -> Table:
         filled = min(round(20 * share), 20)
         colour = "green" if share < 0.75 else "yellow" if share <= 1 else "red"
         bar = Text("━" * filled, style=colour) + Text("━" * (20 - filled), style="bright_black")
-        table.add_row(release.site, rounded_up(release.epsilon, 2), f"{release.epsilon_budget:g}", bar)
+        table.add_row(release.site, rounded_up(release.epsilon, 2), as_set(release.epsilon_budget), bar)
     if len(ordered) > _ROWS:
         table.add_row(f"… and {len(ordered) - _ROWS} more", "", "", "")
     return table

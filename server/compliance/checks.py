@@ -14,6 +14,7 @@ from server.compliance.log import LogFacts
 from server.compliance.records import AuditRecord
 from server.report.run_data import RunData
 from shared.config import Job
+from shared.epsilons import as_set, rounded_up
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease, Statement
 from shared.signing import SignedJob
@@ -62,7 +63,7 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
                 f"{shown(site.epsilon_prv)})."
             )
         if site.over_budget:
-            yield f"{name} spent more in this run than its cap of {release.epsilon_budget:g}."
+            yield f"{name} spent more in this run than its cap of {as_set(release.epsilon_budget)}."
         if release.unit != job.privacy.unit:
             yield f"{name}: recorded for the unit {release.unit}, the job's unit is {job.privacy.unit}."
         if plan is not None and plan.private and release.private:
@@ -196,4 +197,4 @@ def shown(value: float | None) -> str:
     """Return an epsilon for comparison, four decimals rounded up, or "none"."""
     if value is None:
         return "none"
-    return f"{math.ceil(value * 1e4 - 1e-6) / 1e4:.4f}" if math.isfinite(value) else "unbounded"
+    return rounded_up(value, 4)

@@ -37,8 +37,8 @@ from server.report.formats import (
     printable,
 )
 from shared.config import Job
+from shared.epsilons import rounded_up
 from shared.limits import MAX_TABLE_LABELS
-from shared.privacy.statement import rounded_up
 from shared.signed_file import Signer, fingerprint
 from shared.version import silotune_version
 

@@ -26,7 +26,7 @@ from server.report.formats import (
     format_delta,
     printable,
 )
-from shared.privacy.statement import rounded_up
+from shared.epsilons import rounded_up
 
 # More statements than these would fill page after page with the words of the table above them.
 MAX_SITE_STATEMENTS = 24

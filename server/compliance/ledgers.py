@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from shared.epsilons import as_set, rounded_up
 from shared.ledger_export import ChargedSteps, LedgerExport, load_export
 from shared.privacy.statement import SiteRelease
 
@@ -96,7 +97,7 @@ def _problems(
     about = f"The ledger of site {export.site} ({export.dataset})"
     found = []
     if now > export.epsilon * (1 + 1e-9):
-        found.append(f"{about} stands at {now:.4f}, above its cap of {export.epsilon:g}.")
+        found.append(f"{about} stands at {rounded_up(now, 4)}, above its cap of {as_set(export.epsilon)}.")
     release = next((release for release in releases if release.site == export.site), None)
     if release is None:
         return [*found, f"{about}: the run has no record of a site of this name."]

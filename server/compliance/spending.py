@@ -9,7 +9,7 @@ from server.compliance.document import HASH, Block, Bullets, Column, Paragraph, 
 from server.compliance.facts import Facts, Release
 from server.compliance.ledgers import LedgerFacts
 from server.report.formats import NOT_RECORDED, format_delta, printable
-from shared.privacy.statement import rounded_up
+from shared.epsilons import as_set, rounded_up
 
 
 def ledger_section(facts: Facts) -> Section:
@@ -57,7 +57,7 @@ def _ledger_table(ledgers: Sequence[LedgerFacts]) -> Table:
                 f"{printable(ledger.export.site)}, {printable(ledger.export.dataset)}",
                 ledger.export.unit,
                 ledger.export.composition,
-                f"{ledger.export.epsilon:g}",
+                as_set(ledger.export.epsilon),
                 _spend(ledger.before),
                 _spend(ledger.after),
                 _spend(ledger.now),

@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from shared.epsilons import as_set, rounded_up_short
+
 NOT_RECORDED = "not recorded"
 
 # Metrics that are shares of one and read better in percent; the gap between two of them is in points.
@@ -30,17 +32,12 @@ def format_epsilon(value: float | None) -> str:
     """Two decimals, two significant digits below 0.1; rounded up."""
     if value is None:
         return NOT_RECORDED
-    if math.isinf(value):
-        return "∞"
-    if value == 0 or value >= 0.1:
-        return f"{_ceil(value, 2):.2f}"
-    digits = 1 - math.floor(math.log10(value))
-    return f"{_ceil(value, digits):.{digits}f}"
+    return "∞" if math.isinf(value) else rounded_up_short(value)
 
 
 def format_budget(value: float | None) -> str:
-    """A budget as it was set: up to six significant digits, no trailing zeros."""
-    return NOT_RECORDED if value is None else f"{value:.6g}"
+    """A budget as it was set."""
+    return NOT_RECORDED if value is None else as_set(value)
 
 
 def format_delta(value: float | None) -> str:

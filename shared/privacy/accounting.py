@@ -25,6 +25,7 @@ from functools import lru_cache
 from scipy.optimize import bisect
 from scipy.special import log_ndtr, ndtr
 
+from shared.epsilons import as_set, rounded_up
 from shared.errors import PrivacyError
 from shared.limits import (
     MAX_EPSILON,
@@ -95,7 +96,7 @@ def check_epsilon(epsilon: float) -> None:
     """Raise `PrivacyError` unless `epsilon` is a target that can be asked for."""
     if not 0 < epsilon <= MAX_EPSILON:
         raise PrivacyError(
-            f"epsilon is {epsilon:g}; expected a number above 0 and at most {MAX_EPSILON:g}, for example 8."
+            f"epsilon is {as_set(epsilon)}; expected a number above 0 and at most {MAX_EPSILON:g}, for example 8."
         )
 
 
@@ -180,8 +181,8 @@ def calibrate_noise_multiplier(
         raise PrivacyError(f"steps is {steps:,}; noise can be calibrated for 1 to {MAX_STEPS:,} of them.")
     if others and (fixed := compose_epsilon(others, delta)) >= epsilon:
         raise PrivacyError(
-            f"what the plan releases besides its steps alone costs epsilon {fixed:.4g}, the target is {epsilon:g}. Raise "
-            "site_metrics.noise_multiplier, name fewer metrics, or raise epsilon."
+            f"what the plan releases besides its steps alone costs epsilon {rounded_up(fixed)}, the target is "
+            f"{as_set(epsilon)}. Raise site_metrics.noise_multiplier, name fewer metrics, or raise epsilon."
         )
 
     # In whole multiples of a millionth, or of the last decimal.

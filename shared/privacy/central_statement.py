@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.config import finite_or_none
+from shared.epsilons import rounded_up
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin
-from shared.privacy.statement import ACCOUNTANT, STOPPED_EARLY, Statement, relation, rounded_up
+from shared.privacy.statement import ACCOUNTANT, STOPPED_EARLY, Statement, relation
 
 SITE_RELATION = relation("site")
 NOT_COVERED_CENTRAL = (

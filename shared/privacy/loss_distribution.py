@@ -209,6 +209,9 @@ def _epsilon(parts: Sequence[tuple[StepLoss, int]], delta: float) -> float:
     def log_moment(tilt: float) -> float:
         return sum(count * part.log_moment(tilt) for part, count in parts)
 
+    def exponent_at(epsilon: float) -> Callable[[float], float]:
+        return lambda tilt: log_moment(tilt) - tilt * epsilon
+
     cell, best = parts[0][0].cell, math.inf
     tilt = _least(lambda tilt: (log_moment(tilt) - math.log(delta)) / tilt, cell)  # Chernoff's bound
     for attempt in range(_MOST_TILTS):
@@ -221,11 +224,7 @@ def _epsilon(parts: Sequence[tuple[StepLoss, int]], delta: float) -> float:
         best = min(best, _root(divergence, delta))
         if best in (0.0, math.inf) or divergence.lost(best) <= _SHARE_LOST * delta:
             break
-
-        def exponent(tilt: float, found: float = best) -> float:
-            return log_moment(tilt) - tilt * found
-
-        before, tilt = tilt, _least(exponent, cell)
+        before, tilt = tilt, _least(exponent_at(best), cell)
         if abs(math.log(tilt / before)) < _TILT_TOLERANCE:
             break
     return best

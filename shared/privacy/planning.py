@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
+from shared.epsilons import as_set, rounded_up
 from shared.errors import ConfigError
 from shared.limits import (
     MAX_EPSILON,
@@ -44,7 +45,6 @@ from shared.privacy.accounting import (
 )
 from shared.privacy.crossing import crossing
 from shared.privacy.sizes import default_delta
-from shared.privacy.statement import rounded_up
 
 Quantity = Literal["noise", "epsilon", "steps", "rate"]
 WEAK_EPSILON = 10.0
@@ -202,8 +202,8 @@ def solve(question: Question) -> Setting:
         steps = affordable_steps([], noise_multiplier=sigma, sample_rate=rate, budget=epsilon, delta=delta)
         if not steps:
             raise ConfigError(
-                f"not even one step fits in epsilon {epsilon:g} with noise multiplier {sigma:g} and sample rate {rate:.4g}. "
-                "Give more epsilon, more noise or a smaller batch."
+                f"not even one step fits in epsilon {as_set(epsilon)} with noise multiplier {sigma:g} and sample rate "
+                f"{rate:.4g}. Give more epsilon, more noise or a smaller batch."
             )
     return Setting(
         noise_multiplier=sigma,
@@ -394,7 +394,7 @@ def _largest_batch(question: Question, population: int, delta: float) -> int:
     longest = largest(lambda b: steps(b) >= 1, first, population)
     if not (steps(first) >= 1 and fits(first)):
         raise ConfigError(
-            f"no batch is small enough for epsilon {epsilon:g} with noise multiplier {sigma:g} over that many steps. Give "
+            f"no batch is small enough for epsilon {as_set(epsilon)} with noise multiplier {sigma:g} over that many steps. Give "
             "more epsilon, more noise or fewer steps."
         )
     batch = largest_from(first, population * _likely_rate(question, sigma, epsilon, delta))

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shared.config import PERSON_UNITS, finite_or_none
+from shared.epsilons import rounded_up
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
@@ -335,11 +336,6 @@ def run_statement(releases: Sequence[SiteRelease], run: str, *, stopped_early: b
         sentence += " Requests that were never answered here are counted as executed."
     uncovered = (*not_covered(worst.unit), *([STOPPED_EARLY] if stopped_early else []))
     return Statement(one_site=sentence, up_to_m_sites=table, unit=worst.unit, not_covered=uncovered)
-
-
-def rounded_up(epsilon: float, decimals: int = 3) -> str:
-    """Return epsilon with so many decimals, never below its value: a rounded-down guarantee would be false."""
-    return f"{math.ceil(epsilon * 10**decimals) / 10**decimals:.{decimals}f}"
 
 
 def _counts(sites: int) -> list[int]:

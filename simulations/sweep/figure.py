@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
+from shared.epsilons import rounded_up
 from shared.fonts import readable_figures
 from simulations.sweep.frontier import FrontierPoint, SettingResult
 from simulations.sweep.spec import EPSILON, shown
@@ -144,7 +145,7 @@ def _name_settings(
 def _scale(axes: Any, points: Sequence[FrontierPoint], place: dict[float | str, float], *, above: bool) -> None:
     axes.set_xscale("log")
     where = [place[point.best.budget] for point in points]
-    names = ["inf\n(no noise)" if p.best.epsilon is None else f"{p.best.epsilon:.3g}" for p in points]
+    names = ["inf\n(no noise)" if p.best.epsilon is None else rounded_up(p.best.epsilon, 2) for p in points]
     axes.xaxis.set_major_locator(FixedLocator(where))
     axes.xaxis.set_major_formatter(FixedFormatter(names))
     axes.xaxis.set_minor_locator(NullLocator())

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from shared.privacy.statement import rounded_up
+from shared.epsilons import rounded_up
 from simulations.sweep.journal import TrialResult
 from simulations.sweep.spec import NO_BUDGET, Setting
 

@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from shared.atomic import sync_folder, write_json
+from shared.epsilons import rounded_up
 from shared.errors import ConfigError, PrivacyError, RunError
 from shared.json_files import damaged, read_object
 from shared.outputs import check_own_folder
 from shared.privacy.accounting import compose_epsilon
 from shared.privacy.plan import PrivacyPlan
-from shared.privacy.statement import RELATION, rounded_up
+from shared.privacy.statement import RELATION
 from simulations.scenario import Scenario
 from simulations.sweep.journal import Journal, TrialResult
 from simulations.sweep.selection import NumTrials, draw_num_trials, selection_epsilon

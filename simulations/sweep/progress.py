@@ -14,6 +14,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from shared.epsilons import rounded_up
 from simulations.sweep.journal import TrialResult
 from simulations.sweep.spec import Setting, describe
 
@@ -79,5 +80,5 @@ def outcome(result: TrialResult) -> str:
     """Return what a trial came to, in words."""
     if not result.completed:
         return f"failed: {result.reason}"
-    epsilon = "inf" if result.epsilon is None else f"{result.epsilon:.3f}"
+    epsilon = "inf" if result.epsilon is None else rounded_up(result.epsilon)
     return f"{result.metric} {result.value():.4f}, epsilon {epsilon}"

@@ -8,7 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from shared.privacy.statement import rounded_up
+from shared.epsilons import rounded_up
 from simulations.sweep.frontier import FrontierPoint
 from simulations.sweep.journal import TrialResult
 from simulations.sweep.spec import shown

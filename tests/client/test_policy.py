@@ -27,6 +27,7 @@ from client.policy import (
 )
 from shared.backbones import backbone_folder, backbone_sha256
 from shared.config import Job, ModelConfig, parse
+from shared.epsilons import rounded_up
 from shared.errors import ConfigError, PolicyError
 from shared.privacy.plan import PrivacyPlan
 from shared.signing import SignedJob, SigningKey, sign_job
@@ -158,7 +159,7 @@ def test_the_limits_bind_what_a_trusted_coordinator_adds() -> None:
     assert whole == PrivacyPlan.of_coordinator(job(rounds=10, local_steps=1).job).epsilon()
     check_job(a_policy(max_epsilon_per_job=whole), job(rounds=10, local_steps=4), now=NOW, site="north")
     (rule,) = refusal(a_policy(max_epsilon_per_job=0.99 * whole), job(rounds=10, local_steps=4))
-    assert f"costs epsilon {whole:.4g}" in rule
+    assert f"costs epsilon {rounded_up(whole)}" in rule
     (rule,) = refusal(a_policy(min_noise_multiplier=4.1), job(rounds=10, local_steps=4))
     assert "noise multiplier is 4; this site accepts no less than 4.1" in rule
 

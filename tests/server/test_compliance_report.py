@@ -33,10 +33,10 @@ from server.run_folder import load_job
 from shared import audit_log, fonts
 from shared.audit_log import Event
 from shared.config import Job, parse
+from shared.epsilons import rounded_up
 from shared.errors import LedgerError, RunError
 from shared.ledger_export import LedgerExport, save_export
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.statement import rounded_up
 from shared.signed_file import Signer, signature_file
 from shared.signing import SigningKey, save_signing_key, sign_job
 from simulations.accounts import simulated_accounts

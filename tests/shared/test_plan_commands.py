@@ -20,12 +20,12 @@ from typer.testing import CliRunner, Result
 import cli
 from server.run_file import RunSettings
 from shared.config import Job
+from shared.epsilons import rounded_up
 from shared.errors import ConfigError, LedgerError, SilotuneError
 from shared.ledger_export import ChargedSteps, LedgerExport, save_export
 from shared.plan_commands import BESIDE_A_JOB, parse_sweep, plan, read_job
 from shared.plan_figure import UtilityPoint
 from shared.privacy.plan import PrivacyPlan
-from shared.privacy.statement import rounded_up
 from simulations.scenario import Scenario, load_scenario
 
 DEMO = Path(str(files("simulations"))) / "demo.toml"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.config import finite_or_none
+from shared.epsilons import rounded_up
 from shared.errors import PrivacyError
 
 Verdict = Literal["consistent", "violated", "inconclusive"]
@@ -46,7 +47,7 @@ class AuditResult:
     def text(self) -> str:
         """Return the result in one line."""
         return (
-            f"CLAIM epsilon {self.claim:.3f} at delta {self.delta:g} / LOWER BOUND {self.lower_bound:.3f} / "
+            f"CLAIM epsilon {rounded_up(self.claim)} at delta {self.delta:g} / LOWER BOUND {self.lower_bound:.3f} / "
             f"CEILING {self.ceiling:.3f} / {self.verdict} at alpha {self.alpha:g}"
         )
 
@@ -73,11 +74,11 @@ def judge(*, claim: float, lower_bound: float, ceiling: float) -> tuple[Verdict,
     could not have refuted it. "consistent": it could have, and did not.
     """
     if lower_bound >= claim:
-        return "violated", (f"epsilon is at least {lower_bound:.3f}, not below the claimed {claim:.3f}.",)
+        return "violated", (f"epsilon is at least {lower_bound:.3f}, not below the claimed {rounded_up(claim)}.",)
     if claim > ceiling:
         return "inconclusive", (
             f"this audit cannot show more than epsilon {ceiling:.3f}, however bad the mechanism is, so it cannot falsify the "
-            f"claimed {claim:.3f}. More canaries raise the ceiling.",
+            f"claimed {rounded_up(claim)}. More canaries raise the ceiling.",
         )
     return "consistent", ("the observations do not contradict the claim; that proves nothing.",)
 

@@ -1,0 +1,55 @@
+"""Every printed epsilon rounds up, and there is one place that prints one."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+from fractions import Fraction
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.epsilons import as_set, rounded_up, rounded_up_short
+
+ROOT = Path(__file__).parents[2]
+AN_EPSILON = re.compile(r"epsilon|spent|claim|\bcap\b")
+
+
+@given(st.floats(0, 1e4), st.integers(0, 8))
+def test_no_epsilon_is_printed_below_its_value(epsilon: float, decimals: int) -> None:
+    text = rounded_up(epsilon, decimals)
+    assert 0 <= Fraction(text) - Fraction(epsilon) < Fraction(1, 10**decimals)
+    assert Fraction(rounded_up_short(epsilon)) >= Fraction(epsilon)
+    assert float(as_set(epsilon)) == pytest.approx(epsilon, rel=1e-14)
+
+
+def test_examples() -> None:
+    assert [rounded_up(e) for e in (0.0, 1e-12, 3.0, 7.9999999, 8.0000000001)] == [
+        "0.000",
+        "0.001",
+        "3.000",
+        "8.000",
+        "8.001",
+    ]
+    assert [rounded_up_short(e) for e in (0.0, 0.0123, 2.341)] == ["0.00", "0.013", "2.35"]
+    assert [as_set(e) for e in (8.0, 0.3, 1234567.0)] == ["8", "0.3", "1234567"]
+    assert rounded_up(math.inf) == rounded_up(math.nan) == "unbounded"
+
+
+def test_nothing_else_in_the_code_formats_an_epsilon() -> None:
+    """No f-string with a format, and no `round`, takes one: these round down half of the time."""
+    found = []
+    for path in (p for folder in ("shared", "client", "server", "simulations") for p in (ROOT / folder).rglob("*.py")):
+        if path.name == "epsilons.py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            formatted = (
+                isinstance(node, ast.FormattedValue) and node.format_spec is not None and ast.unparse(node.value)
+            )
+            rounded = isinstance(node, ast.Call) and ast.unparse(node.func) == "round" and ast.unparse(node)
+            if (text := formatted or rounded) and AN_EPSILON.search(text) and "delta" not in text.split(".")[-1]:
+                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {text}")
+    assert not [line for line in found if "lower_bound" not in line]  # a lower bound is no promise
