@@ -176,16 +176,17 @@ class RunFolder:
 
         Under central DP only the coordinator released anything under a guarantee: one `privacy.json` beside the statement.
         """
-        early = stopped_early(checkpoint, self.job)
+        how = {
+            "stopped_early": stopped_early(checkpoint, self.job),
+            "pretrained": not self.job.model.is_image_network,
+        }
         if central is not None:
-            write_json(self.path / "privacy.json", central_privacy_record(central, self.job.name))
-            write_json(
-                self.path / "statement.json", central_statement(central, self.job.name, stopped_early=early).as_dict()
-            )
+            write_json(self.path / "privacy.json", central_privacy_record(central, self.job.name, **how))
+            write_json(self.path / "statement.json", central_statement(central, self.job.name, **how).as_dict())
             return
         for name, release in checkpoint.releases.items():
-            write_json(self.path / "sites" / name / "privacy.json", privacy_record(release, self.job.name))
-        statement = run_statement(list(checkpoint.releases.values()), self.job.name, stopped_early=early)
+            write_json(self.path / "sites" / name / "privacy.json", privacy_record(release, self.job.name, **how))
+        statement = run_statement(list(checkpoint.releases.values()), self.job.name, **how)
         write_json(self.path / "statement.json", statement.as_dict())
 
     def write_site_metrics(self, checkpoint: Checkpoint) -> None:

@@ -71,14 +71,16 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
                 continue  # undefined in a fold
             result[f"{metric}_{name}_fold_mean"] = round(statistics.mean(values_of[metric]), 4)
             result[f"{metric}_{name}_fold_std"] = round(statistics.stdev(values_of[metric]), 4)
-    spent = [read_site(path, private=False).epsilon_spent for path in sorted(folder.glob("sites/*/privacy.json"))]
-    known = [epsilon for epsilon in spent if epsilon is not None]
+    records = [read_site(path, private=False) for path in sorted(folder.glob("sites/*/privacy.json"))]
+    # A run that ended early promises the epsilon of its whole plan.
+    stated = [r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in records]
+    known = [epsilon for epsilon in stated if epsilon is not None]
     result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
     if scenario.job.privacy.central and (folder / "privacy.json").exists():
         record = read_object(folder / "privacy.json")
         result |= {
             "unit": record.get("unit"),
-            "epsilon": record.get("epsilon_spent"),
+            "epsilon": record.get("epsilon_planned") or record.get("epsilon_spent"),
             "num_sites": record.get("num_sites_declared"),
         }
     result["delta"] = scenario.job.privacy.delta
@@ -145,7 +147,7 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     if stopped_early(finished, scenario.job):
         console.print(
             f"stopped early after round {finished.round_number} of {scenario.job.training.rounds}: no improvement on the public "
-            "records; epsilon is of the executed rounds",
+            "records; the epsilon of all planned rounds is what was promised, and the statement names both",
             soft_wrap=True,
         )
     if not complete:

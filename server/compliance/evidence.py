@@ -139,7 +139,8 @@ def accountant_section(facts: Facts) -> Section:
         Paragraph(
             text="For this report every epsilon was computed anew from what was executed, by two accountants of different "
             "construction: privacy loss distributions (PLD) and the PRV accountant of Opacus. PLD is what is "
-            "stated. PRV is itself only right to about 0.01."
+            "stated. PRV gives an upper bound that is itself only right to about 0.01, so it may lie a little above a cap that "
+            "PLD keeps to. Where it would take long, or delta is too small for it, it gives none."
         )
     ]
     if facts.private:

@@ -207,17 +207,24 @@ class Facts:
         if self.central is not None and self.central.epsilon is not None:
             record = self.central.record
             where = f"over {record.num_sites_declared:,} declared sites, the coordinator being trusted"
-            return Headline(epsilon=self.central.epsilon, delta=record.delta, unit=record.unit, where=where)
+            epsilon = record.release.epsilon_promised if self.data.stopped_early else self.central.epsilon
+            return Headline(epsilon=epsilon, delta=record.delta, unit=record.unit, where=where)
         epsilon, _, worst = max(
-            ((site.epsilon or 0.0, -index, site.release) for index, site in enumerate(self.sites)),
+            ((self._stated(site), -index, site.release) for index, site in enumerate(self.sites)),
             key=lambda item: item[:2],
         )
         where = f"at one site; the largest of all sites, {printable(worst.site)}"
         return Headline(epsilon=epsilon, delta=worst.delta, unit=worst.unit, where=where)
 
+    def _stated(self, site: SiteFacts) -> float:
+        """A run that its own rule ended early promised the epsilon of its whole plan."""
+        return site.release.epsilon_planned if self.data.stopped_early else site.epsilon or 0.0
+
 
 def accountants_agree(pld: float | None, prv: float | None) -> bool:
-    """Whether PRV gives the same as PLD, within its own error; both None where nothing is stated."""
-    if pld is None or prv is None:
-        return pld == prv
+    """Whether PRV says nothing else than PLD, within its own error; None of PRV is no number, so nothing to disagree with."""
+    if prv is None:
+        return True
+    if pld is None:
+        return False
     return abs(pld - prv) <= max(PRV_TOLERANCE, 0.01 * pld)

@@ -110,7 +110,9 @@ def read_central(path: Path) -> CentralFacts:
 
 def central_guarantee(central: CentralFacts, job: Job, *, stopped_early: bool = False) -> Guarantee:
     """Return the statement, made anew from the record's numbers."""
-    statement = central_statement(central.record.release, job.name, stopped_early=stopped_early)
+    statement = central_statement(
+        central.record.release, job.name, stopped_early=stopped_early, pretrained=not job.model.is_image_network
+    )
     return Guarantee(unit=central.record.unit, sites=(), statement=statement, composed=())
 
 
@@ -188,27 +190,33 @@ def _guarantees(sites: Sequence[SiteFacts], job: Job, *, stopped_early: bool) ->
     found = []
     for unit in units:
         releases = [site.release for site in sites if site.release.unit == unit]
-        statement = run_statement(releases, job.name, stopped_early=stopped_early)
+        statement = run_statement(
+            releases, job.name, stopped_early=stopped_early, pretrained=not job.model.is_image_network
+        )
         found.append(
             Guarantee(
                 unit=unit,
                 sites=tuple(release.site for release in releases),
                 statement=statement,
-                composed=tuple(_composed(statement, releases)),
+                composed=tuple(_composed(statement, releases, stopped_early=stopped_early)),
             )
         )
     return tuple(found)
 
 
-def _composed(statement: Statement, releases: Sequence[SiteRelease]) -> list[ComposedEpsilon]:
+def _composed(statement: Statement, releases: Sequence[SiteRelease], *, stopped_early: bool) -> list[ComposedEpsilon]:
     """Return the statement's table, with PRV's epsilon of the same releases: those of the largest epsilons."""
-    worst = sorted(releases, key=lambda release: release.epsilon_bound, reverse=True)
+
+    def events(release: SiteRelease) -> tuple[GaussianSteps, ...]:
+        return release.planned_events if stopped_early else release.possible_events
+
+    worst = sorted(releases, key=lambda r: r.epsilon_planned if stopped_early else r.epsilon_bound, reverse=True)
     return [
         ComposedEpsilon(
             sites=int(row["sites"]),
             epsilon=float(row["epsilon"]),
             epsilon_prv=_prv(
-                tuple(event for release in worst[: int(row["sites"])] for event in release.possible_events),
+                tuple(event for release in worst[: int(row["sites"])] for event in events(release)),
                 worst[0].delta,
             ),
         )

@@ -146,6 +146,8 @@ class SiteRecord(_Record):
     epsilon_spent: Positive | None = None
     epsilon_spent_prv: Positive | None = None
     epsilon_bound: Positive | None = None
+    epsilon_planned: Positive | None = None
+    """Of a run that ended early: epsilon of the whole plan, which is what it promised."""
     rounds_unanswered: tuple[int, ...] = ()
     accountant: str | None = None
     randomness: Literal["os", "injected"] | None = None
@@ -154,7 +156,9 @@ class SiteRecord(_Record):
 
     @property
     def epsilon_stated(self) -> float | None:
-        """What the site has spent at most: requests that were never answered count as executed."""
+        """What the site has spent at most (requests that were never answered count as executed), or was promised."""
+        if self.epsilon_planned is not None:
+            return self.epsilon_planned
         return self.epsilon_spent if self.epsilon_bound is None else self.epsilon_bound
 
     @property

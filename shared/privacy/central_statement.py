@@ -18,9 +18,13 @@ from shared.epsilons import rounded_up
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin
-from shared.privacy.statement import ACCOUNTANT, STOPPED_EARLY, Statement, relation
+from shared.privacy.statement import ACCOUNTANT, PRE_TRAINING, STOPPED_EARLY, Statement, relation
 
 SITE_RELATION = relation("site")
+CHOICE_OF_SETTINGS_CENTRAL = (
+    "The choice of settings: whoever tries several over the same sites and keeps the best releases more than the epsilon of the "
+    "one run that is kept."
+)
 NOT_COVERED_CENTRAL = (
     "The coordinator: it receives every drawn site's update without noise, and so does whoever can read its memory. It is "
     "trusted to clip, to add the noise, to draw sites by secret coins, and to keep updates and draws to itself.",
@@ -29,7 +33,8 @@ NOT_COVERED_CENTRAL = (
     "The list of declared sites, their number, the job's settings and the backbone: all of these are public.",
     "Several sites of one organisation, and a person whose records lie at several sites: the unit is one site.",
     "Metrics that were not released through a private mechanism. Silotune releases none; training losses stay at the site.",
-    "The text on which the backbone was pre-trained.",
+    PRE_TRAINING,
+    CHOICE_OF_SETTINGS_CENTRAL,
     "The finite precision of floating-point noise: it is drawn in float64 and rounded to float32 after it was added; "
     "the accountant assumes real numbers.",
     "Other runs with the same sites: this account is of one run. Anything that a site or the coordinator published otherwise.",
@@ -79,14 +84,27 @@ class CentralRelease:
         """Epsilon of everything that was published; infinite without protection."""
         return compose_epsilon(self.events, self.delta) if self.protected else math.inf
 
+    @property
+    def epsilon_promised(self) -> float:
+        """Epsilon of all planned rounds, never below that of the executed ones: of a run that its own rule may end early."""
+        return max(self.epsilon, self.epsilon_planned) if self.protected else math.inf
 
-def central_statement(release: CentralRelease, run: str, *, stopped_early: bool = False) -> Statement:
-    """Return the statement of a run under central DP; see `run_statement` for `stopped_early`."""
-    uncovered = (*NOT_COVERED_CENTRAL, *([STOPPED_EARLY] if stopped_early and release.protected else []))
-    return Statement(one_site=_sentence(release, run), not_covered=uncovered)
+
+def central_statement(
+    release: CentralRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True
+) -> Statement:
+    """Return the statement of a run under central DP; see `run_statement` for the two flags."""
+    uncovered = (*_not_covered(pretrained), *([STOPPED_EARLY] if stopped_early and release.protected else []))
+    return Statement(one_site=_sentence(release, run, stopped_early), not_covered=uncovered)
 
 
-def central_privacy_record(release: CentralRelease, run: str) -> dict[str, Any]:
+def _not_covered(pretrained: bool) -> tuple[str, ...]:
+    return tuple(item for item in NOT_COVERED_CENTRAL if pretrained or item is not PRE_TRAINING)
+
+
+def central_privacy_record(
+    release: CentralRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True
+) -> dict[str, Any]:
     """Return the content of the coordinator's `privacy.json`: enough to recompute epsilon with an accountant alone."""
     check = prv_cross_check(release.events, release.delta) if release.protected else CrossCheck()
     last = release.events[-1] if release.events else None
@@ -117,11 +135,13 @@ def central_privacy_record(release: CentralRelease, run: str) -> dict[str, Any]:
             {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps}
             for e in release.events
         ],
-        "statement": _sentence(release, run),
+        "epsilon_planned": finite_or_none(release.epsilon_promised) if release.protected and stopped_early else None,
+        "statement": _sentence(release, run, stopped_early),
+        "not_covered": list(_not_covered(pretrained)),
     }
 
 
-def _sentence(release: CentralRelease, run: str) -> str:
+def _sentence(release: CentralRelease, run: str, stopped_early: bool) -> str:
     if not release.protected:
         return (
             f"NOT PRIVATE: the randomness of the coordinator in run {run} was injected for a test. Whoever knows the seed can "
@@ -136,10 +156,17 @@ def _sentence(release: CentralRelease, run: str) -> str:
     )
     repeated = len(release.rounds) - len(set(release.rounds))
     again = f" ({repeated} of them recomputed after an interruption and counted again)" if repeated else ""
+    epsilon = release.epsilon_promised if stopped_early else release.epsilon
+    planned = ""
+    if stopped_early:
+        planned = (
+            f" The run ended early: this is the epsilon of all {release.rounds_planned} planned rounds, which is what was "
+            f"promised; of the executed ones it is {rounded_up(release.epsilon)}."
+        )
     return (
         f"Unit: one site with everything that it holds. Everything that the coordinator published in run {run}, which is all "
-        f"global adapters and clipping bounds, is ({rounded_up(release.epsilon)}, {release.delta:g})-differentially private "
+        f"global adapters and clipping bounds, is ({rounded_up(epsilon)}, {release.delta:g})-differentially private "
         f"under {SITE_RELATION} of {release.num_sites:,} declared ones, for {parts}{again}, by PLD accounting, against any "
-        "number of other sites and the public. TRUSTED COORDINATOR: this does not protect against the coordinator itself, "
-        "which received the sites' updates unprotected, and it says nothing about single records at a site of their own."
+        f"number of other sites and the public.{planned} TRUSTED COORDINATOR: this does not protect against the coordinator "
+        "itself, which received the sites' updates unprotected, and it says nothing about single records at a site of their own."
     )

@@ -26,15 +26,25 @@ from shared.privacy.randomness import Origin
 
 ACCOUNTANT = "PLD (connect the dots, rounding bounded and added), cross-checked with PRV (Opacus)"
 RELATION = "add or remove one record"
+AS_REPORTED = (
+    "Epsilon is computed from the steps that sites reported as executed; what a site executed, its own account alone can "
+    "tell."
+)
 _SEVERAL_RECORDS = (
     "Several records of one person: the unit is one record. With k records a person is protected far less than the epsilon "
     "says."
 )
+PRE_TRAINING = "The text on which the backbone was pre-trained."
+CHOICE_OF_SETTINGS = (
+    "The choice of settings: whoever tries several on private records and keeps the best releases more than the epsilon of the "
+    "one run that is kept. Each run at a site is charged to its account there; runs elsewhere are not."
+)
 NOT_COVERED = (
     "Metrics that were not released through a private mechanism. Silotune releases none such; training losses and clip "
     "fractions stay at the site.",
-    "The text on which the backbone was pre-trained.",
+    PRE_TRAINING,
     _SEVERAL_RECORDS,
+    CHOICE_OF_SETTINGS,
     "The declared size of each site, the job's settings, the backbone, the names of sites and the rounds in which they "
     "took part: all of these are public.",
     "How long a site takes to answer, and whether it answers at all: timing and failures carry no noise.",
@@ -43,9 +53,9 @@ NOT_COVERED = (
     "Runs on the same data that are not in the same ledger, and anything that a site published by other means.",
 )
 STOPPED_EARLY = (
-    "When this run ended: before its planned rounds, by a rule that reads what had been released. Epsilon is of the executed "
-    "steps, and holds of the run having ended there, for each round that it could have ended after. What bounded the run "
-    "before anybody knew where it would end is the epsilon of all planned steps."
+    "When this run ended, as far as the executed steps are concerned: it ended before its planned rounds, by a rule that reads "
+    "what had been released. What is promised is the epsilon of all planned steps, which bounded the run before anybody knew "
+    "where it would end. The epsilon of the executed steps holds of the run having ended there, and is a figure beside it."
 )
 
 
@@ -75,11 +85,16 @@ def relation(unit: str) -> str:
     return _RELATIONS[unit]
 
 
-def not_covered(unit: str) -> tuple[str, ...]:
-    """Return what no statement for this unit covers."""
+def not_covered(unit: str, *, pretrained: bool = True) -> tuple[str, ...]:
+    """Return what no statement for this unit covers.
+
+    Args:
+        pretrained: the model has a backbone that was trained on something before.
+    """
+    items = (item for item in NOT_COVERED if pretrained or item is not PRE_TRAINING)
     if unit not in PERSON_UNITS:
-        return NOT_COVERED
-    return tuple(_SEVERAL_IDS.format(unit=unit) if item is _SEVERAL_RECORDS else item for item in NOT_COVERED)
+        return tuple(items)
+    return tuple(_SEVERAL_IDS.format(unit=unit) if item is _SEVERAL_RECORDS else item for item in items)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +173,20 @@ class SiteRelease:
         return (*possible, unknown)
 
     @property
+    def planned_events(self) -> tuple[GaussianSteps, ...]:
+        """`possible_events` and the planned steps that were not taken: what bounded a run that could have ended anywhere."""
+        possible = self.possible_events
+        last = self.per_round or (self.events[-1] if self.events else None)
+        taken = self.steps + (self.per_round.steps * len(self.unanswered) if self.per_round else 0)
+        left = self.steps_planned - taken
+        return (*possible, replace(last, steps=left)) if last and left > 0 else possible
+
+    @property
+    def epsilon_planned(self) -> float:
+        """Epsilon of the whole plan, never below `epsilon_bound`: what a run promises that its own rule may end early."""
+        return compose_epsilon(self.planned_events, self.delta) if self.protected else math.inf
+
+    @property
     def epsilon_bound(self) -> float:
         """Epsilon if every request of unknown outcome was executed; never below `epsilon`."""
         return compose_epsilon(self.possible_events, self.delta) if self.protected else math.inf
@@ -196,8 +225,8 @@ class Statement:
         }
 
 
-def site_statement(release: SiteRelease, run: str) -> str:
-    """Return the statement of one site in words."""
+def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True) -> str:
+    """Return the statement of one site in words; see `run_statement` for the two flags."""
     if not release.private:
         return (
             f"Site {release.site} released updates of run {run} WITHOUT noise. Nothing about its records is protected."
@@ -226,11 +255,18 @@ def site_statement(release: SiteRelease, run: str) -> str:
         parts += f"{release.metrics_mechanism.noise_multiplier:g}" + (
             "" if release.metrics_sha256 else ", which was asked for and never arrived here"
         )
+    epsilon = release.epsilon_planned if stopped_early else release.epsilon_bound
+    planned = ""
+    if stopped_early:
+        planned = (
+            f"That is the epsilon of all {release.steps_planned} planned steps, which is what was promised; of the executed ones "
+            f"it is {rounded_up(release.epsilon_bound)}. "
+        )
     return (
-        f"Everything site {release.site} released in run {run} is ({rounded_up(release.epsilon_bound)}, {release.delta:g})-"
+        f"Everything site {release.site} released in run {run} is ({rounded_up(epsilon)}, {release.delta:g})-"
         f"differentially private under {relation(release.unit)}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
-        f"accounting, against an observer of every update. {_sampling_in_words(release)}It does not cover: metrics released "
-        f"without a private mechanism, the pre-training corpus of the backbone, {_beyond_the_unit(release.unit)}."
+        f"accounting, against an observer of every update. {planned}{AS_REPORTED} {_sampling_in_words(release)}"
+        f"Not covered: {' '.join(not_covered(release.unit, pretrained=pretrained))}"
     )
 
 
@@ -247,11 +283,9 @@ def _sampling_in_words(release: SiteRelease) -> str:
     )
 
 
-def _beyond_the_unit(unit: str) -> str:
-    return f"a {unit} under several ids" if unit in PERSON_UNITS else "several records of one person"
-
-
-def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
+def privacy_record(
+    release: SiteRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True
+) -> dict[str, Any]:
     """Return the content of a site's `privacy.json`: enough to recompute epsilon with an accountant alone."""
     protected = release.protected
     check = prv_cross_check(release.arrived_events, release.delta) if protected else CrossCheck()
@@ -273,6 +307,7 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
         "epsilon_spent_prv": check.epsilon,
         "epsilon_spent_prv_missing": check.reason,
         "epsilon_bound": finite_or_none(release.epsilon_bound) if protected else None,
+        "epsilon_planned": finite_or_none(release.epsilon_planned) if protected and stopped_early else None,
         "rounds_unanswered": list(release.unanswered),
         "update_sha256": list(release.updates),
         "accountant": ACCOUNTANT,
@@ -285,7 +320,8 @@ def privacy_record(release: SiteRelease, run: str) -> dict[str, Any]:
             for e in release.arrived_events
         ],
         "metrics": _metrics_record(release),
-        "statement": site_statement(release, run),
+        "statement": site_statement(release, run, stopped_early=stopped_early, pretrained=pretrained),
+        "not_covered": list(not_covered(release.unit, pretrained=pretrained)),
     }
 
 
@@ -297,11 +333,14 @@ def _metrics_record(release: SiteRelease) -> dict[str, Any] | None:
     return {"names": list(release.metrics), **asdict(mechanism), "sha256": release.metrics_sha256}
 
 
-def run_statement(releases: Sequence[SiteRelease], run: str, *, stopped_early: bool = False) -> Statement:
+def run_statement(
+    releases: Sequence[SiteRelease], run: str, *, stopped_early: bool = False, pretrained: bool = True
+) -> Statement:
     """Return the statement of a whole run over disjoint or overlapping sites.
 
     Args:
-        stopped_early: the run ended before its planned rounds because of what it had released.
+        stopped_early: the run ended before its planned rounds because of what it had released: the planned epsilon is stated.
+        pretrained: the model has a backbone that was trained on something before.
 
     Raises:
         PrivacyError: if the releases are of different units; their epsilons say different things.
@@ -310,17 +349,27 @@ def run_statement(releases: Sequence[SiteRelease], run: str, *, stopped_early: b
         return Statement(one_site=f"Run {run} released nothing yet.")
     if any(not release.protected for release in releases):
         worst = next(release for release in releases if not release.protected)
-        return Statement(one_site=site_statement(worst, run), unit=worst.unit, not_covered=not_covered(worst.unit))
+        uncovered = not_covered(worst.unit, pretrained=pretrained)
+        return Statement(
+            one_site=site_statement(worst, run, pretrained=pretrained), unit=worst.unit, not_covered=uncovered
+        )
     if len(units := {release.unit for release in releases}) > 1:
         raise PrivacyError(
             f"the releases of run {run} are by different units ({', '.join(sorted(units))}); none is stated."
         )
-    by_epsilon = sorted(releases, key=lambda release: release.epsilon_bound, reverse=True)
+
+    def stated(release: SiteRelease) -> float:
+        return release.epsilon_planned if stopped_early else release.epsilon_bound
+
+    by_epsilon = sorted(releases, key=stated, reverse=True)
     worst = by_epsilon[0]
     table: list[dict[str, float | int]] = [
         {
             "sites": count,
-            "epsilon": compose_epsilon([e for r in by_epsilon[:count] for e in r.possible_events], worst.delta),
+            "epsilon": compose_epsilon(
+                [e for r in by_epsilon[:count] for e in (r.planned_events if stopped_early else r.possible_events)],
+                worst.delta,
+            ),
         }
         for count in _counts(len(by_epsilon))
     ]
@@ -329,12 +378,18 @@ def run_statement(releases: Sequence[SiteRelease], run: str, *, stopped_early: b
         about = f"A {worst.unit} whose records are all at one site: everything released about them is"
     sentence = (
         f"Run {run}, {len(releases)} sites. {about} "
-        f"({rounded_up(worst.epsilon_bound)}, {worst.delta:g})-differentially private under {relation(worst.unit)}, by PLD "
-        f"accounting, against an observer of every update of every site; the largest epsilon of a site, {worst.site}."
+        f"({rounded_up(stated(worst))}, {worst.delta:g})-differentially private under {relation(worst.unit)}, by PLD "
+        f"accounting, against an observer of every update of every site; the largest epsilon of a site, {worst.site}. "
+        f"{AS_REPORTED}"
     )
+    if stopped_early:
+        sentence += (
+            f" The run ended early: this is the epsilon of all {worst.steps_planned} planned steps, which is what was "
+            f"promised; of the executed ones it is {rounded_up(max(release.epsilon_bound for release in releases))}."
+        )
     if any(release.unanswered for release in releases):
         sentence += " Requests that were never answered here are counted as executed."
-    uncovered = (*not_covered(worst.unit), *([STOPPED_EARLY] if stopped_early else []))
+    uncovered = (*not_covered(worst.unit, pretrained=pretrained), *([STOPPED_EARLY] if stopped_early else []))
     return Statement(one_site=sentence, up_to_m_sites=table, unit=worst.unit, not_covered=uncovered)
 
 

@@ -162,3 +162,17 @@ def test_noise_that_leaves_no_epsilon_is_refused_wherever_a_plan_is_made(
     )
     with pytest.raises(PrivacyError, match=r"privacy\.noise_multiplier 0\.2 .* about a thousand or more"):
         PrivacyPlan.from_job(job)
+
+
+def test_everything_that_is_planned_counts_site_metrics_too(classification_job: Callable[..., Job]) -> None:
+    """The promise of a job is for its steps and its metrics together, in events, in epsilon and in calibrated noise."""
+    metrics = {"names": ["accuracy", "loss"], "noise_multiplier": 3.0}
+    plan = PrivacyPlan.from_job(classification_job(site_metrics=metrics, privacy={"noise_multiplier": 1.0}))
+    release = GaussianSteps(noise_multiplier=3.0, sample_rate=1.0, steps=2)
+    assert plan.events == (plan.mechanism(plan.planned_steps), release)
+    assert plan.epsilon() == compose_epsilon([plan.mechanism(plan.planned_steps), release], plan.delta)
+    assert plan.epsilon() > plan.epsilon(plan.planned_steps)
+    asked = PrivacyPlan.from_job(
+        classification_job(site_metrics=metrics, privacy={"noise_multiplier": None, "epsilon": 4.0})
+    )
+    assert compose_epsilon(asked.events, asked.delta) <= 4.0

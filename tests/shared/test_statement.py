@@ -17,6 +17,7 @@ from shared.privacy.statement import (
     NOT_COVERED,
     SiteRelease,
     Statement,
+    not_covered,
     privacy_record,
     run_statement,
     site_statement,
@@ -73,7 +74,8 @@ def test_the_statement_says_everything_it_must() -> None:
     for part in (
         "site north", "run run-7", "differentially private", "add or remove one record", "sampling rate 0.05",
         "noise multiplier 1.0000", "10 executed steps", "20 executed steps", "clipping norm 0.5", "PLD",
-        "observer of every update", "several records of one person", "pre-training",
+        "observer of every update", "Several records of one person", "pre-trained",
+        "The choice of settings", "sites reported as executed",
     ):  # fmt: skip
         assert part in text
     full = run_statement([RELEASE], "run-7").as_dict()
@@ -169,6 +171,38 @@ def test_a_record_is_written_although_the_second_accountant_has_no_answer() -> N
     assert privacy_record(RELEASE, "run")["epsilon_spent_prv_missing"] is None
 
 
+def test_a_run_that_ended_early_promises_what_was_planned() -> None:
+    """30 of 40 steps were executed: the first number is that of 40, everywhere; that of 30 stands beside it."""
+    planned, executed = (compose_epsilon([steps(count)], 1e-5) for count in (40, 30))
+    assert RELEASE.epsilon_planned == planned > executed
+    record = privacy_record(RELEASE, "run", stopped_early=True)
+    assert (record["epsilon_planned"], record["epsilon_spent"]) == (planned, executed)
+    run = run_statement([RELEASE, replace(RELEASE, site="south")], "run", stopped_early=True)
+    for text in (record["statement"], run.one_site):
+        assert f"({at_least(planned)}, 1e-05)" in text
+        assert f"of the executed ones it is {at_least(executed)}" in text
+    assert [row["epsilon"] for row in run.up_to_m_sites] == [planned, compose_epsilon([steps(80)], 1e-5)]
+    assert privacy_record(RELEASE, "run")["epsilon_planned"] is None
+    # Rounds that were asked for twice count beyond the plan; nothing is promised below what was spent.
+    more = replace(RELEASE, events=(steps(50),))
+    assert more.epsilon_planned == more.epsilon_bound
+
+
+@pytest.mark.parametrize("unit", ["record", "patient"])
+@pytest.mark.parametrize("pretrained", [True, False])
+def test_every_text_lists_all_that_is_not_covered(unit: str, pretrained: bool) -> None:
+    """One list for the run's statement and each site's; a network for images was trained on nothing before."""
+    release = replace(RELEASE, unit=unit, records_per_person=2 if unit == "patient" else None)
+    uncovered = not_covered(unit, pretrained=pretrained)
+    record = privacy_record(release, "run", pretrained=pretrained)
+    whole = run_statement([release], "run", pretrained=pretrained).as_dict()
+    assert record["not_covered"] == whole["not_covered"] == list(uncovered)
+    for text in (record["statement"], whole["text"]):
+        assert all(item in text for item in uncovered)
+        assert "The choice of settings" in text
+        assert ("pre-trained" in text) == pretrained
+
+
 def test_each_epsilon_is_of_its_own_delta() -> None:
     """Of what arrived, of the bound and of the table: none of them composed at another delta."""
     events = (steps(10), steps(20))
@@ -237,7 +271,7 @@ def test_a_statement_by_the_person_says_so(unit: str) -> None:
     for part in (
         f"({at_least(RELEASE.epsilon)}, 1e-05)", f"under add or remove one {unit} with all their records",
         f"Each {unit} enters a step by one coin, with at most 4 records of theirs, drawn anew each time",
-        f"Epsilon holds for a {unit} with any number of records", f"a {unit} under several ids",
+        f"Epsilon holds for a {unit} with any number of records", f"A {unit} under several ids",
     ):  # fmt: skip
         assert part in text
     whole = run_statement([release, replace(release, site="south")], "run").as_dict()
