@@ -15,6 +15,7 @@ from server.checkpoint import Checkpoint, load_checkpoint
 from server.observer import Observer
 from server.run_folder import load_job
 from shared.config import ComputeConfig
+from shared.epsilons import rounded_up
 from shared.errors import ConfigError
 from shared.inference import load_tuned
 from shared.peft_folder import load_state
@@ -44,6 +45,7 @@ def test_everything_follows_the_executed_rounds(
     assert run(path, folder).round_number == 2
     executed = GaussianSteps(noise_multiplier=1.0, sample_rate=0.25, steps=4)
     epsilon = compose_epsilon([executed], 1e-5)
+    promised = compose_epsilon([replace(executed, steps=10)], 1e-5)
     for number in (1, 2, 3):
         site = folder / "sites" / f"site-{number}"
         ledger = Ledger(
@@ -60,9 +62,12 @@ def test_everything_follows_the_executed_rounds(
         record = json.loads((site / "privacy.json").read_text())
         assert (record["steps_executed"], record["steps_planned"]) == (4, 10)
         assert record["epsilon_spent"] == record["epsilon_bound"] == epsilon
+        assert record["epsilon_planned"] == promised > epsilon
         assert "4 executed steps" in record["statement"]
     statement = json.loads((folder / "statement.json").read_text())
-    assert statement["up_to_m_sites"][0]["epsilon"] == epsilon
+    assert statement["up_to_m_sites"][0]["epsilon"] == promised
+    assert f"({rounded_up(promised)}, 1e-05)" in statement["one_site"]
+    assert f"of the executed ones it is {rounded_up(epsilon)}" in statement["one_site"]
     assert statement["not_covered"][-1] == STOPPED_EARLY
     assert json.loads((folder / "run.json").read_text())["status"] == "completed"
     # The baseline has settings and a rule of its own, and ran because the federated arm had ended.
