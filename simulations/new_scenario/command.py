@@ -18,6 +18,7 @@ from rich.console import Console
 
 from shared.atomic import write_text
 from shared.datasets import PERSON_ROLE, Record
+from shared.epsilons import as_set
 from shared.errors import ConfigError, DataError
 from shared.privacy.sizes import declared_size, default_delta
 from simulations.demo_data import inseparable
@@ -135,7 +136,7 @@ def _warnings(settings: Settings, sites: Sequence[int], question: Question) -> l
         return []
     return [
         f"{sum(sites):,} {question.unit or 'record'}s at {len(sites)} sites are few for epsilon "
-        f"{question.epsilon:g}: the noise will hide most of what they say. More records, fewer sites or a larger "
+        f"{as_set(question.epsilon)}: the noise will hide most of what they say. More records, fewer sites or a larger "
         "epsilon help; see docs/planning.md."
     ]
 
@@ -197,7 +198,7 @@ def _tell(draft: Draft, console: Console) -> None:
     sites = draft.num_sites or len(found.units_at_sites) or question.sites
     what = f"{len(found.labels)} labels" if found.labels else "no labels"
     console.print(
-        f"{question.out}: {found.kind}, {what}, {sites} sites, epsilon {question.epsilon:g} for each {question.unit or 'record'}"
+        f"{question.out}: {found.kind}, {what}, {sites} sites, epsilon {as_set(question.epsilon)} for each {question.unit or 'record'}"
     )
     console.print(
         f"{settings.steps} steps a site at sampling rate {settings.sample_rate:g}, learning rate "
