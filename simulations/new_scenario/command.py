@@ -198,7 +198,8 @@ def _tell(draft: Draft, console: Console) -> None:
     sites = draft.num_sites or len(found.units_at_sites) or question.sites
     what = f"{len(found.labels)} labels" if found.labels else "no labels"
     console.print(
-        f"{question.out}: {found.kind}, {what}, {sites} sites, epsilon {as_set(question.epsilon)} for each {question.unit or 'record'}"
+        f"{question.out}: {found.kind}, {what}, {sites} sites, epsilon {as_set(question.epsilon)} for each "
+        f"{question.unit or 'record'}"
     )
     console.print(
         f"{settings.steps} steps a site at sampling rate {settings.sample_rate:g}, learning rate "
