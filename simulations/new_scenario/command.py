@@ -55,6 +55,7 @@ def new_scenario(question: Question, *, force: bool, console: Console) -> Path:
         else look_at_backbone(question.backbone or _usual_backbone(kind), question.revision)
     )
     records: list[dict[str, Any]] = []
+    _check_family(kind, backbone)
     if question.declared_only:
         columns = _role_columns(question)
         found = Findings(kind=kind, columns=columns, labels=question.labels, value_range=question.value_range)
@@ -153,6 +154,18 @@ def _check(scenario: Scenario, question: Question, backbone: Backbone | None) ->
     arms = plan_arms(scenario, question.out.parent, train)
     if backbone is None or backbone.folder is not None:
         check_arm(scenario, arms[0], test)
+
+
+def _check_family(kind: str, backbone: Backbone | None) -> None:
+    """Raise `ConfigError` if the backbone reads in the other direction than the task needs."""
+    if backbone is None:
+        return
+    writes, wanted = backbone.model_type == "gpt2", kind in ("causal_lm", "replies")
+    if writes != wanted:
+        raise ConfigError(
+            f"--backbone {backbone.name!r} is of the family {backbone.model_type}, and {kind} needs "
+            f"{'one that writes, such as GPT-2' if wanted else 'one that reads, such as BERT'}."
+        )
 
 
 def _check_target(question: Question, *, force: bool) -> None:

@@ -125,6 +125,8 @@ def check_question(question: Question) -> None:
         raise ConfigError(f"--out is {str(question.out)!r}; a scenario is a TOML file, so its name ends in .toml.")
     if question.declared_only:
         _check_declared(question)
+    elif question.num_records is not None:
+        raise ConfigError("--records declares how many there are, for --declared; without it they are counted.")
 
 
 def _check_declared(question: Question) -> None:

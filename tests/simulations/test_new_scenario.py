@@ -321,6 +321,10 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "range": (("--text", "note", "--score", "stars", "--range", "1"), r"expected 2 numbers"),
     "length": ((*TASK, "--max-length", "4000"), r"the backbone reads 64 tokens"),
     "delta": ((*TASK, "--delta", "0.5"), r"must be below 1/n"),
+    "records": ((*TASK, "--records", "1000"), r"for --declared"),
+    "a backbone that writes": ((*TASK, "--backbone", "cache:small-gpt2"), r"needs one that reads"),
+    "a backbone that reads": (("--text", "note", "--backbone", "embedded:all-minilm-l6-v2"), r"needs one that writes"),
+    "a budget of nothing": ((*TASK, "--epsilon", "0"), r"epsilon is 0"),
     "no toml": ((*TASK, "--out", "notes.csv"), r"ends in \.toml"),
 }  # fmt: skip
 
