@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from client.account import Account, Budget, Charge, Charged, check_name, check_sha256
+from client.ledger_file import Entry
 from shared.errors import LedgerError, PrivacyError
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.filter import filter_orders
@@ -42,6 +43,16 @@ def test_each_kind_of_entry_means_what_it_says() -> None:
     assert read.events() == [fewer, STEPS, STEPS]
     assert read.events("a") == [fewer, STEPS]
     assert (read.events("b"), read.events("c")) == ([STEPS], [])
+
+
+def test_the_entries_of_a_file_are_taken_in_their_order() -> None:
+    commit = ("commit", {"reservation": 2, "executed_steps": 7})
+    written = [("budget", CAP), RESERVE, commit]
+    entries = [
+        Entry(sequence, kind, str(sequence), OURS | payload, "", "")
+        for sequence, (kind, payload) in enumerate(written, start=1)
+    ]
+    assert Account.read(entries, **OURS) == account(*written) != account(*written[:2])
 
 
 def test_an_imported_round_that_was_not_over_counts_in_full() -> None:
