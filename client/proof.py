@@ -43,8 +43,10 @@ def prove_trainer(runtime: Runtime) -> None:
     # Away from the start, where B = 0 makes the gradient of A vanish.
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter in parameters:
-            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter) * 0.02)
+        for name, parameter in model.trainable().items():
+            # From the public start: values that another round left here may be such that no gradient is long enough.
+            drawn = torch.randn(parameter.shape, generator=generator) * 0.02
+            parameter.copy_(runtime.initial[name] + drawn)
     try:
         together = _gradients(runtime, parameters, examples)
         for name, gradient in zip(names, together, strict=True):

@@ -27,12 +27,14 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from client.adapter_bounds import check_bounds
 from client.audit_mirror import AuditMirror
 from client.charged_records import RECORDS_FILE, ChargedRecords
 from client.config import SiteConfig
 from client.declared import drift, durable_size
 from client.guard import Guard
 from client.held_out import held_out
+from client.independence import check_adapter, settle_company
 from client.ledger import Budget, Charge, Ledger
 from client.outbox import Outbox
 from client.proof import prove_trainer
@@ -282,7 +284,7 @@ class Site:
             return stored
         # 3. Model and global adapter, all checked before a record is read and before anything is charged.
         runtime = self._load(job)
-        start = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+        start = self._adapter(runtime, plan, request)
         usable = self.usable(runtime, job)
         # 4. Charge first.
         charge = self._charge_round(request, request_sha256, plan) if plan.private else None
@@ -373,7 +375,7 @@ class Site:
             return stored
         # 3. Model and global adapter, all checked before a record is read and before anything is charged.
         runtime = self._load(job)
-        adapter = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+        adapter = self._adapter(runtime, plan, request)
         with _on_records():
             usable = usable_records(runtime, self._held_out, rows=self._held_out_rows, persons=self._held_out_persons)
         if usable.left_out.rows:
@@ -478,8 +480,21 @@ class Site:
         runtime = load_runtime(job, self.config.compute)
         if not runtime.proven:
             prove_trainer(runtime)
+            settle_company(runtime)
             runtime.proven = True
         return runtime
+
+    def _adapter(self, runtime: Runtime, plan: PrivacyPlan, request: TrainRequest) -> dict[str, Tensor]:
+        """Return the global adapter of a request, checked: names, shapes, size, and what company makes of it here."""
+        job = request.job
+        adapter = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+        check_bounds(job, plan, runtime.initial, adapter, rounds_before=request.round_number - 1)
+        sha256 = hashlib.sha256(request.adapter).hexdigest()
+        # Simulated sites share one runtime and get the same bytes.
+        if plan.private and runtime.tried_adapter != sha256:
+            check_adapter(runtime, adapter)
+            runtime.tried_adapter = sha256
+        return adapter
 
     def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         """Return the site's records as far as `runtime`'s job can use them, encoded; kept until another runtime asks."""

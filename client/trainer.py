@@ -8,7 +8,8 @@ Formal guarantees (unit and relation as in the plan; for a private plan)
       tests/client/test_faults.py). Everything after the noise is post-processing.
     * One record (or person) more or less moves a step's sum by at most max_grad_norm in floating point, whatever adapter the
       coordinator sent: the gradients of all others stay the same to the last bit, and so does their part of the sum
-      (tests/client/test_sensitivity.py).
+      (tests/client/test_sensitivity.py). That this machine's libraries play along is tried out before a job is trained, and on
+      every round's own adapter (`client.independence`).
     * Sampling and noise of a site come from its own `SiteRandomness` alone.
     * What a site gets when it is trained with others is what it gets alone, up to floating-point rounding: no other site's
       record, value or noise takes part (tests/client/test_many_sites.py).

@@ -8,7 +8,8 @@ Guarantees (tests: tests/shared/test_packing.py, tests/shared/test_models.py)
     * The shapes in which a text is computed follow from its own length and from nothing else: `padded_length` in attention
       and in products by text; in products over the whole row, a number of places that is one of `whole_rows`. Libraries add up
       in an order that follows from the shape, so this is what makes a text's result the same to the last bit in whatever
-      company (tests/client/test_sensitivity.py; docs/decisions/0016).
+      company (tests/client/test_sensitivity.py; docs/decisions/0017). That this machine's do is tried out by
+      `client.independence`.
 
 The linear layers, norms and activations of a transformer treat each token by itself. They get the tokens of all texts as
 [1, N, H]; attention alone is computed on padded texts, those of similar length together, by the function that is registered

@@ -315,7 +315,7 @@ def test_repeated_rounds_count_towards_the_limit_of_the_job(
     change_toml(world.home.policy, max_epsilon_per_job=6.0)
     answers = []
     for number in range(12):  # other bytes each time, so each is a release of its own
-        answers.append(world.site.answer(world.order(request_for(job, shift=number / 100))))
+        answers.append(world.site.answer(world.order(request_for(job, shift=number * 1e-6))))
         if isinstance(answers[-1], Refusal):
             break
     assert isinstance(answers[0], TrainReply)

@@ -80,7 +80,7 @@ def test_the_salt_on_the_wire_is_no_other_stream(
 ) -> None:
     """Whoever reads the wire must not learn bits of noise or coins: the salt is all of it that a release shows."""
     reply = Site(site_home(), new_randomness=injected).train(request_for(private_job()))
-    header = reply.update[reply.update.index(b"{") :]
+    header = reply.update[reply.update.index(b'{"__metadata__"') :]
     salt = json.JSONDecoder().raw_decode(header.decode(errors="replace"))[0]["__metadata__"]["salt"]
     assert salt == injected().stream("salt", round_number=1, step=0).uint64(2).tobytes().hex()
     stream = SiteRandomness.stream
@@ -433,7 +433,7 @@ def test_what_an_encoding_lost_comes_with_the_next_round(
     home, results = site_home(allow_non_private=True), observed(monkeypatch)
     sent = []
     for number in (1, 2, 3):
-        request = request_for(job, number, shift=0.01 * number)
+        request = request_for(job, number, shift=0.01 * (number - 1))
         reply = Site(home).train(request)
         assert Site(home).train(request) == reply, "a repeated request is answered with what was stored"
         sent.append(decode_update(reply.update, shapes_of(results[0].delta), dtype))
