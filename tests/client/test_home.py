@@ -20,6 +20,7 @@ from shared.backbones import backbone_sha256
 from shared.certificates import load_certificate
 from shared.config import Job, load_toml
 from shared.datasets import write_jsonl
+from shared.epsilons import rounded_up
 from shared.errors import ConfigError, TrustError
 from shared.messages import Order, TrainReply, TrainRequest
 from shared.node_keys import load_private_key
@@ -484,7 +485,9 @@ def test_the_ledger_shows_what_was_spent_and_for_which_job(
     spent = site.ledger().spent_epsilon()
     shown = silotune("site", "ledger", home.path)
     assert shown.status == 0
-    assert f"epsilon {spent:.4f} of 8 spent at delta 1e-05 for each record; the chain is unbroken" in shown.out
+    assert (
+        f"epsilon {rounded_up(spent, 4)} of 8 spent at delta 1e-05 for each record; the chain is unbroken" in shown.out
+    )
     assert job.sha256[:12] in shown.out
     said = json.loads(silotune("site", "ledger", home.path, "--json").out)
     assert said["epsilon_spent"] == pytest.approx(spent)

@@ -12,6 +12,7 @@ import pytest
 from client.home import SiteHome, open_site
 from client.ledger import Charge
 from shared.datasets import write_jsonl
+from shared.epsilons import rounded_up
 from shared.ledger_export import load_export
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.filter import filter_orders
@@ -56,7 +57,7 @@ def test_a_new_site_is_adaptive_and_says_so(silotune: Command, site: Callable[..
     assert SiteHome(home).load_config().budget.composition == "adaptive"
     spent = spend(home, 20)
     shown = silotune("site", "ledger", home).out
-    assert f"epsilon {spent:.4f} of 8 spent at delta 1e-05" in shown
+    assert f"epsilon {rounded_up(spent, 4)} of 8 spent at delta 1e-05" in shown
     assert "composition adaptive: a Rényi filter of orders 3, 4" in shown
     assert "dddddddddddd" in shown
     said = json.loads(silotune("site", "ledger", home, "--json").out)
