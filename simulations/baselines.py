@@ -20,9 +20,10 @@ EXAMPLES = 30_000
 """Examples that an arm without noise sees: small data sets are passed over more often."""
 FEWEST_PASSES, MOST_PASSES = 3, 30
 EVALUATIONS = 12
-PATIENCE = 3
+PATIENCE = 5
 _LEARNING_RATES = {"causal_lm": 1e-2, "replies": 1e-2, "image_classification": 5e-3}
 _LEARNING_RATE = 2e-3
+_FEDERATED_ROUNDS, _FEDERATED_STEPS = 40, 4
 
 
 def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evaluate_every: int) -> dict[str, Any]:
@@ -55,6 +56,8 @@ def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evalua
     per_site = max(num_records if alone else num_records // num_sites, 1)
     passes = min(max(EXAMPLES / num_records, FEWEST_PASSES), MOST_PASSES)
     changes |= _without_noise(job, records=per_site, passes=passes, evaluate_every=evaluate_every)
+    if not alone and job.task.kind not in _LEARNING_RATES:
+        _average_gently(changes, passes=passes, evaluate_every=evaluate_every)
     if name == "non-private-all-layers":
         changes["lora"] = {"last_layers": None}
     if changes.get("lora", job.lora.model_dump())["last_layers"] is None and not job.model.is_image_network:
@@ -87,6 +90,18 @@ def _without_noise(job: Job, *, records: int, passes: float, evaluate_every: int
             "early_stopping": {"patience": PATIENCE, "keep": "best", "metric": "loss"},
         },
     }
+
+
+def _average_gently(changes: dict[str, Any], *, passes: float, evaluate_every: int) -> None:
+    """Let sites whose labels differ take few steps between two averages, by an optimiser that averages linearly.
+
+    Adam takes steps of one length whatever the gradient, so each site walks towards its own labels (decision 0015).
+    """
+    rounds = math.ceil(_FEDERATED_ROUNDS / evaluate_every) * evaluate_every
+    training = changes["training"]
+    training |= {"rounds": rounds, "local_steps": _FEDERATED_STEPS, "optimizer": "sgd", "learning_rate": 0.1}
+    training["early_stopping"] |= {"patience": 2 * PATIENCE}
+    changes["privacy"]["sample_rate"] = min(1.0, round(passes / (rounds * _FEDERATED_STEPS), 6))
 
 
 def merged(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:
