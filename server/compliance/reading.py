@@ -48,7 +48,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     """
     # 1. What the run wrote, and what each site executed.
     data, job = read_run(run_dir), load_job(run_dir)
-    sites = _sites(run_dir, job)
+    sites = _sites(run_dir, job, stopped_early=data.stopped_early)
     central = read_central(run_dir / "privacy.json") if job.privacy.central else None
     if central is None:
         guarantees = _guarantees(sites, job, stopped_early=data.stopped_early)
@@ -116,18 +116,18 @@ def central_guarantee(central: CentralFacts, job: Job, *, stopped_early: bool = 
     return Guarantee(unit=central.record.unit, sites=(), statement=statement, composed=())
 
 
-def _sites(run_dir: Path, job: Job) -> tuple[SiteFacts, ...]:
+def _sites(run_dir: Path, job: Job, *, stopped_early: bool) -> tuple[SiteFacts, ...]:
     records = [(path, parse_record(PrivacyRecord, path)) for path in run_dir.glob("sites/*/privacy.json")]
     facts = []
     for path, record in sorted(records, key=lambda item: natural_key(item[1].site)):
         try:
-            facts.append(_site(record, job))
+            facts.append(_site(record, job, stopped_early=stopped_early))
         except PrivacyError as error:
             raise RunError(f"{path} cannot be accounted for: {error}; no report is made of it.") from None
     return tuple(facts)
 
 
-def _site(record: PrivacyRecord, job: Job) -> SiteFacts:
+def _site(record: PrivacyRecord, job: Job, *, stopped_early: bool) -> SiteFacts:
     events = record.training
     check_delta(record.delta)
     if len(record.rounds) != len(record.update_sha256):
@@ -162,7 +162,9 @@ def _site(record: PrivacyRecord, job: Job) -> SiteFacts:
         raise PrivacyError("its epsilon cannot be bounded")
     return SiteFacts(
         release=release,
-        statement=site_statement(release, job.name),
+        statement=site_statement(
+            release, job.name, stopped_early=stopped_early, pretrained=not job.model.is_image_network
+        ),
         epsilon=release.epsilon_bound if stated else None,
         epsilon_arrived=release.epsilon if stated else None,
         epsilon_prv=_prv(release.possible_events, release.delta) if stated else None,

@@ -81,6 +81,8 @@ def test_everything_follows_the_executed_rounds(
     compliance = (folder / "compliance-report.html").read_text()
     assert "ended by the job&#39;s rule of early stopping" in compliance
     assert "none found" in compliance
+    # Each site's own statement, too, promises the plan.
+    assert compliance.count(f"of the executed ones it is {rounded_up(epsilon)}") == 4
     audited = silotune("audit", folder, "--json")
     assert json.loads(audited.out)["claim"] == pytest.approx(epsilon)
 
