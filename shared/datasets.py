@@ -345,7 +345,9 @@ def require_columns(path: Path, source: DataSource, present: Sequence[str], *, s
         found = f"Its first line, of {len(present)} cells, is not shown because it may be a record."
         advice = "Add a header line with column names."
     if len(present) == 1 and (marks := [mark for mark in ";\t|," if mark in present[0]]):
-        advice = f"Its cells seem to be separated by {marks[0]!r}: set delimiter to that."
+        advice = (
+            f"Its cells seem to be separated by {marks[0]!r}: set delimiter to that (on the command line: --delimiter)."
+        )
     raise DataError(f"{path} has no column {', '.join(map(repr, missing))}. {found} {advice}")
 
 

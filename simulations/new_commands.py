@@ -50,6 +50,12 @@ def new(
     revision: Annotated[str | None, typer.Option(help="Commit of a hub id, 40 hexadecimal digits.")] = None,
     public: Annotated[bool, typer.Option("--public", help="The records are public.")] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="The records are nobody's.")] = False,
+    delimiter: Annotated[str | None, typer.Option(help="Between CSV cells; a comma, or a tab in .tsv.")] = None,
+    quoting: Annotated[
+        Literal["checked", "trusted", "none"] | None,
+        typer.Option(help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
+    ] = None,
+    encoding: Annotated[str | None, typer.Option(help="Of the files; UTF-8 if not given.")] = None,
     declared: Annotated[
         bool, typer.Option("--declared", help="Read no record: everything is declared by the options below.")
     ] = False,
@@ -81,6 +87,7 @@ def new(
         "text": text, "label": label, "score": score, "pair": pair, "tokens": tokens, "tags": tags, "prompt": prompt,
         "response": response, "pixels": pixels, SITE_ROLE: site, "person": person,
     }  # fmt: skip
+    file_format = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
     numbers = _numbers(value_range, "--range", 2)
     sizes = _numbers(shape, "--shape", 3)
     question = Question(
@@ -96,6 +103,7 @@ def new(
         unit=unit or ("patient" if person is not None else None),
         sites=sites,
         data_kind="public" if public else "synthetic" if synthetic else "private",
+        file_format={key: value for key, value in file_format.items() if value is not None},
         labels=tuple(name.strip() for name in labels.split(",")) if labels else (),
         value_range=(numbers[0], numbers[1]) if numbers else None,
         max_length=max_length,

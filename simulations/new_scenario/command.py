@@ -136,9 +136,9 @@ def _warnings(settings: Settings, sites: Sequence[int], question: Question) -> l
     if settings.enough:
         return []
     return [
-        f"{sum(sites):,} {question.unit or 'record'}s at {len(sites)} sites are few for epsilon "
-        f"{as_set(question.epsilon)}: the noise will hide most of what they say. More records, fewer sites or a larger "
-        "epsilon help; see docs/planning.md."
+        f"{len(sites)} sites train on about {sum(sites):,} {question.unit or 'record'}s (what they declare, each rounded "
+        f"down to a power of two): few for epsilon {as_set(question.epsilon)}, the noise will hide most of what they say. "
+        f"More {question.unit or 'record'}s, fewer sites or a larger epsilon help; see docs/planning.md."
     ]
 
 

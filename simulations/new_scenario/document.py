@@ -195,15 +195,16 @@ def _data(draft: Draft) -> list[str]:
         if question.data_kind == "private":
             note = "held out of training; the report's figures on them are not protected: keep it in the house"
         rows.append(("num_test", draft.num_test, note))
-    parts = [_section("data", rows), _source("train", question.data, found.columns, question.out)]
+    parts = [_section("data", rows), _source("train", question.data, found.columns, question)]
     if question.test is not None:
         columns = {role: name for role, name in found.columns.items() if role not in (SITE_ROLE, PERSON_ROLE)}
-        parts.append(_source("test", question.test, columns, question.out))
+        parts.append(_source("test", question.test, columns, question))
     return parts
 
 
-def _source(part: str, path: Path, columns: dict[str, str], out: Path) -> str:
-    rows = [("path", _relative(path, out), "relative to this file")]
+def _source(part: str, path: Path, columns: dict[str, str], question: Question) -> str:
+    rows = [("path", _relative(path, question.out), "relative to this file")]
+    rows += [(key, value, f"asked for (--{key})") for key, value in question.file_format.items()]
     body = _section(f"data.{part}", rows)
     return body + "columns = { " + ", ".join(f"{role} = {_value(name)}" for role, name in columns.items()) + " }\n"
 

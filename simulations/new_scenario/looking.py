@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared.config import parse
 from shared.datasets import PERSON_ROLE, DataSource, Record, read_records
 from shared.errors import DataError
 from shared.privacy.persons import Persons
-from shared.privacy.sizes import declared_size
 from simulations.new_scenario.question import SITE_ROLE, Question, TaskKind
 
 LEAST_RECORDS = 100
@@ -41,7 +41,8 @@ class Findings:
         labels: of the task, in the order of the logits; () where it has none.
         value_range: of regression or pixels.
         num_records: in the file; None if nothing was looked up.
-        units_at_sites: records, or persons, of each site by the column `site`; () where a partition makes the sites.
+        units_at_sites: records, or persons, of each site by the column `site`; () where a partition makes the sites. Exact:
+            only what sites would declare of it may be written or decide (`declared_size`).
         num_units: records or persons in all.
         texts: what a tokenizer has to measure; () for images.
         remarks: what the engineer should know, one sentence each.
@@ -67,7 +68,8 @@ def look(question: Question, kind: TaskKind) -> tuple[Findings, list[dict[str, A
     columns = dict(question.columns)
     if kind == "regression" and "label" in columns:
         columns["score"] = columns.pop("label")
-    records = read_records(DataSource(path=str(question.data), columns=columns), base=Path())
+    described = {"path": str(question.data), "columns": columns, **question.file_format}
+    records = read_records(parse(DataSource, described, source="what the options say of the file"), base=Path())
     if len(records) < LEAST_RECORDS:
         raise DataError(
             f"{question.data} holds {len(records)} records; a scenario needs {LEAST_RECORDS} at least, and some thousands for a "
@@ -257,8 +259,10 @@ def _label_remarks(column: str, counts: Mapping[str, int]) -> list[str]:
         remarks.append(f"Labels that differ in case or spaces only: {_shown(twins[0])}; they count as different ones.")
     if rare := [label for label, count in counts.items() if count < 20]:
         remarks.append(
-            f"{len(rare)} labels of {column!r} have fewer than 20 records ({_shown(sorted(rare))}): under noise they will hardly "
-            "be learned."
+            f"fewer than 20 records have the label {_shown(sorted(rare))} of {column!r}: under noise it will hardly be learned."
+            if len(rare) == 1
+            else f"{len(rare)} labels of {column!r} have fewer than 20 records each ({_shown(sorted(rare))}): under noise "
+            "they will hardly be learned."
         )
     return remarks
 
@@ -314,7 +318,7 @@ def _with_sites(question: Question, found: Findings, records: Sequence[Record]) 
             f"{len(small)} sites of column {column!r} have fewer than {LEAST_AT_A_SITE} {question.unit or 'record'}s "
             f"({_shown(sorted(small))}); leave them out of the file, or merge them with others."
         )
-    return replace(found, units_at_sites=tuple(declared_size(size) for _, size in sizes.most_common()))
+    return replace(found, units_at_sites=tuple(size for _, size in sizes.most_common()))
 
 
 # --- values ---

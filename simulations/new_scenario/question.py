@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -51,6 +51,7 @@ class Question:
         unit: what it protects.
         sites: number of sites, where no column says it.
         data_kind: what the records are declared to be.
+        file_format: how both files are written, as keys of `data.train`: delimiter, encoding, quoting.
         labels, value_range, max_length, num_records: declared, public; the records are not asked for them.
         image_shape: channels, height and width.
         declared_only: nothing may be looked up in the records.
@@ -68,6 +69,7 @@ class Question:
     unit: Literal["record", "patient", "customer"] | None = None
     sites: int | None = None
     data_kind: Literal["public", "synthetic", "private"] = "private"
+    file_format: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     value_range: tuple[float, float] | None = None
     max_length: int | None = None

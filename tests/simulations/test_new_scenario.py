@@ -170,6 +170,30 @@ def test_a_site_column(new: Run, tmp_path: Path) -> None:
     assert {record["site"] for record in scenario.load_data()[0]} == {"North", "South", "East"}
 
 
+def test_sites_of_a_column_count_like_as_many_equal_ones(new: Run, tmp_path: Path) -> None:
+    """Sizes are rounded down once, as sites do it when they declare theirs."""
+    data = write_csv(tmp_path / "notes.csv", rows())
+    named = new(data, "--text", "note", "--label", "triage", "--site", "hospital", out=tmp_path / "a.toml")
+    made = new(data, "--text", "note", "--label", "triage", "--sites", 3, out=tmp_path / "b.toml")
+    assert named.job.training == made.job.training
+
+
+def test_a_file_with_other_delimiter_and_encoding(new: Run, refused: Run, tmp_path: Path) -> None:
+    """As a German spreadsheet writes it."""
+    data = tmp_path / "notes.csv"
+    lines = [f"{row['note']} f\u00fcr K\u00f6ln;{row['triage']};{row['hospital']}" for row in rows()]
+    data.write_text("\n".join(["note;triage;Haus", *lines]), encoding="cp1252")
+    columns = ("--text", "note", "--label", "triage", "--site", "Haus")
+    assert "separated by ';'" in refused(data, *columns, "--encoding", "cp1252")
+    assert "delimiter: expected one character" in refused(data, *columns, "--delimiter", ";;")
+    assert "encoding: unknown text encoding" in refused(data, *columns, "--encoding", "klingon")
+    scenario = new(data, *columns, "--delimiter", ";", "--encoding", "cp1252", "--quoting", "none")
+    train = scenario.data.train
+    assert train is not None
+    assert (train.delimiter, train.encoding, train.quoting) == (";", "cp1252", "none")
+    assert all(record["text"].endswith(" f\u00fcr K\u00f6ln") for record in scenario.load_data()[0])
+
+
 def test_a_person_column_protects_persons(new: Run, tmp_path: Path) -> None:
     data = write_csv(tmp_path / "notes.csv", rows())
     scenario = new(data, "--text", "note", "--label", "triage", "--person", "patient_id", "--unit", "customer")
