@@ -92,12 +92,14 @@ class AdapterBounds:
         """Return the largest distance from the initial value, for any coordinate of a tensor."""
         job = self._job
         head = name.startswith("head.")
+        if not rounds_before:  # nothing has moved, also where a round has no bound: zero times infinity is no number
+            return _ROUNDING
         if name.endswith(RESIDUAL):
             per_round = 2 * job.lora.alpha * self._round**2
         else:
             per_round = self._of_server(self._round * (job.training.head_learning_rate_factor if head else 1.0))
         shrunk = 2 * largest_initial if job.training.weight_decay else 0.0
-        return min(_SLACK * rounds_before * per_round + shrunk * bool(rounds_before) + _ROUNDING, MOST)
+        return min(_SLACK * rounds_before * per_round + shrunk + _ROUNDING, MOST)
 
     def _of_server(self, mean: float) -> float:
         aggregation = self._job.aggregation

@@ -91,6 +91,27 @@ def test_before_the_first_round_only_the_public_adapter_passes(private_job: Call
     check(job, {name: value + 0.01 for name, value in initial.items()}, 1)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"training": {"optimizer": "adamw", "momentum": 0.9995}},
+        {"aggregation": {"server_optimizer": "adam", "server_momentum": 0.995}},
+    ],
+    ids=["site", "server"],
+)
+def test_moments_without_a_bound_leave_the_first_round_as_it_is(
+    private_job: Callable[..., Job], changed: dict[str, dict[str, Any]]
+) -> None:
+    """No rounds of a step without a bound are still no step: zero times infinity made the limit NaN, which nothing is within."""
+    job = private_job(**changed)
+    initial = load_runtime(job, COMPUTE).initial
+    check(job, dict(initial), 0)
+    for name, value in initial.items():
+        with pytest.raises(AdapterError, match="away from where the job's seed puts it"):
+            check(job, initial | {name: value + 0.01}, 0)
+    check(job, {name: value + 1.0 for name, value in initial.items()}, 1)
+
+
 @pytest.mark.parametrize("strength", [1e5, 1e6, 1e8])
 def test_no_learning_rate_opens_the_way_for_any_value(private_job: Callable[..., Job], strength: float) -> None:
     job = private_job(training={"learning_rate": 1e12, "optimizer": "sgd"})
