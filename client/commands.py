@@ -22,7 +22,7 @@ from shared.atomic import write_bytes, write_text
 from shared.certificates import fingerprint, load_certificate
 from shared.config import parse
 from shared.datasets import PERSON_ROLE, DataSource
-from shared.epsilons import as_set, rounded_up
+from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.errors import RunError, TrustError
 from shared.keystore import new_key, passphrase_from_environment, save_secret
 from shared.node_keys import load_private_key, save_private_key
@@ -314,7 +314,7 @@ def _show_account(account: LedgerExport, *, as_json: bool) -> None:
         return
     console = Console(highlight=False, soft_wrap=True)
     console.print(
-        f"epsilon {rounded_up(spent, 4)} of {as_set(account.epsilon)} spent at delta {account.delta:g} for each "
+        f"epsilon {rounded_up(spent, 4)} of {as_set(account.epsilon)} spent at delta {delta_rounded_up(account.delta)} for each "
         f"{account.unit}; the chain is unbroken"
     )
     console.print(_explain_composition(account.composition, account.orders))

@@ -23,7 +23,7 @@ from server.run_folder import load_job
 from shared.config import ComputeConfig
 from shared.datasets import DataSource, read_records
 from shared.ensembles import Ensemble, Member
-from shared.epsilons import rounded_up
+from shared.epsilons import delta_rounded_up, rounded_up
 from shared.errors import ConfigError, DataError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.tasks import Record, task_of
@@ -161,7 +161,7 @@ def _privacy_in_words(privacy: ComposedPrivacy | None) -> str:
         return "No epsilon is stated for the ensemble: a member is not protected, or they are of different units of privacy."
     return (
         f"Privacy of the ensemble: a {privacy.unit} that was at one site in each of the {privacy.runs} runs is protected with "
-        f"epsilon {rounded_up(privacy.epsilon)} at delta {privacy.delta:g}, the composition of the runs."
+        f"epsilon {rounded_up(privacy.epsilon)} at delta {delta_rounded_up(privacy.delta)}, the composition of the runs."
     )
 
 

@@ -1,7 +1,8 @@
 """How an epsilon is written, everywhere: on screens, in statements, reports and refusals.
 
 Guarantee (tests: tests/shared/test_epsilons.py, which also looks for any other way to write one in the code)
-    * What was computed is never written below its value: a guarantee that was rounded down would be false.
+    * What was computed is never written below its value: a guarantee that was rounded down would be false. The delta that it
+      is stated with neither: an epsilon holds at its own delta and above, not below.
 """
 
 from __future__ import annotations
@@ -29,3 +30,12 @@ def rounded_up_short(epsilon: float) -> str:
 def as_set(epsilon: float) -> str:
     """Return a cap or a target as somebody set it: every digit, no trailing zeros."""
     return f"{epsilon:.15g}"
+
+
+def delta_rounded_up(delta: float, digits: int = 6) -> str:
+    """Return the delta of a guarantee with so many significant digits at most, never below what stands in the job.
+
+    1e-5 is not a number of a computer; what is meant is the shortest decimal number that stands for it.
+    """
+    context = Context(prec=digits, rounding=ROUND_CEILING)
+    return f"{float(context.create_decimal(repr(float(delta)))):.{digits}g}"

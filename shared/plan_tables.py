@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shared.epsilons import as_set, rounded_up
+from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.plan_figure import UtilityPoint, noise, number
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ _FILTER = (
     "than PLD does."
 )
 _CLAIM = (
-    "Epsilon is an upper bound by PLD accounting, at delta {delta:g}, under {relation}, by a site that takes every step with "
+    "Epsilon is an upper bound by PLD accounting, at delta {delta}, under {relation}, by a site that takes every step with "
     "Poisson sampling."
 )
 _CLAIM_OF_RECORDS = " A person with several records is protected less."
@@ -71,7 +71,7 @@ def print_answers(
         console.print(_utility_table(utility))
     beyond = _CLAIM_OF_RECORDS if unit == "record" else _CLAIM_OF_PERSONS
     delta = max(setting.delta for setting in settings)
-    console.print((_CLAIM + beyond).format(delta=delta, relation=relation(unit), unit=unit))
+    console.print((_CLAIM + beyond).format(delta=delta_rounded_up(delta), relation=relation(unit), unit=unit))
 
 
 def _setting_table(setting: Setting, unit: str) -> Table:
@@ -86,7 +86,7 @@ def _setting_table(setting: Setting, unit: str) -> Table:
         ("epochs", number(setting.epochs), "steps"),
         ("noise multiplier", noise(setting.noise_multiplier), "noise"),
         ("epsilon", rounded_up(setting.epsilon), "epsilon"),
-        ("delta", f"{setting.delta:.3g}", ""),
+        ("delta", delta_rounded_up(setting.delta, 3), ""),
         ("trainable parameters", "" if setting.parameters is None else f"{setting.parameters:,}", ""),
         ("signal to noise, one coordinate", number(setting.signal_to_noise), ""),
         ("signal to noise, all parameters", number(setting.signal_to_noise_vector), ""),
@@ -127,7 +127,7 @@ def _sweep_table(settings: Sequence[Setting]) -> Table:
             f"{setting.sample_rate:.6g}",
             noise(setting.noise_multiplier),
             rounded_up(setting.epsilon),
-            f"{setting.delta:.3g}",
+            delta_rounded_up(setting.delta, 3),
             number(setting.signal_to_noise),
             ", ".join(setting.warnings()),
         )

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.config import finite_or_none
-from shared.epsilons import rounded_up
+from shared.epsilons import delta_rounded_up, rounded_up
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin
@@ -165,8 +165,8 @@ def _sentence(release: CentralRelease, run: str, stopped_early: bool) -> str:
         )
     return (
         f"Unit: one site with everything that it holds. Everything that the coordinator published in run {run}, which is all "
-        f"global adapters and clipping bounds, is ({rounded_up(epsilon)}, {release.delta:g})-differentially private "
-        f"under {SITE_RELATION} of {release.num_sites:,} declared ones, for {parts}{again}, by PLD accounting, against any "
+        f"global adapters and clipping bounds, is ({rounded_up(epsilon)}, {delta_rounded_up(release.delta)})-differentially "
+        f"private under {SITE_RELATION} of {release.num_sites:,} declared ones, for {parts}{again}, by PLD accounting, against any "
         f"number of other sites and the public.{planned} TRUSTED COORDINATOR: this does not protect against the coordinator "
         "itself, which received the sites' updates unprotected, and it says nothing about single records at a site of their own."
     )

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shared.config import PERSON_UNITS, finite_or_none
-from shared.epsilons import rounded_up
+from shared.epsilons import delta_rounded_up, rounded_up
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
@@ -263,7 +263,7 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
             f"it is {rounded_up(release.epsilon_bound)}. "
         )
     return (
-        f"Everything site {release.site} released in run {run} is ({rounded_up(epsilon)}, {release.delta:g})-"
+        f"Everything site {release.site} released in run {run} is ({rounded_up(epsilon)}, {delta_rounded_up(release.delta)})-"
         f"differentially private under {relation(release.unit)}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
         f"accounting, against an observer of every update. {planned}{AS_REPORTED} {_sampling_in_words(release)}"
         f"Not covered: {' '.join(not_covered(release.unit, pretrained=pretrained))}"
@@ -378,8 +378,9 @@ def run_statement(
         about = f"A {worst.unit} whose records are all at one site: everything released about them is"
     sentence = (
         f"Run {run}, {len(releases)} sites. {about} "
-        f"({rounded_up(stated(worst))}, {worst.delta:g})-differentially private under {relation(worst.unit)}, by PLD "
-        f"accounting, against an observer of every update of every site; the largest epsilon of a site, {worst.site}. "
+        f"({rounded_up(stated(worst))}, {delta_rounded_up(worst.delta)})-differentially private under "
+        f"{relation(worst.unit)}, by PLD accounting, against an observer of every update of every site; the largest epsilon of a "
+        f"site, {worst.site}. "
         f"{AS_REPORTED}"
     )
     if stopped_early:

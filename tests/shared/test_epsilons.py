@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.epsilons import as_set, rounded_up, rounded_up_short
+from shared.epsilons import as_set, delta_rounded_up, rounded_up, rounded_up_short
 
 ROOT = Path(__file__).parents[2]
 AN_EPSILON = re.compile(r"epsilon|spent|claim|\bcap\b")
@@ -37,6 +37,25 @@ def test_examples() -> None:
     assert [rounded_up_short(e) for e in (0.0, 0.0123, 2.341)] == ["0.00", "0.013", "2.35"]
     assert [as_set(e) for e in (8.0, 0.3, 1234567.0)] == ["8", "0.3", "1234567"]
     assert rounded_up(math.inf) == rounded_up(math.nan) == "unbounded"
+
+
+@given(st.floats(1e-30, 0.999), st.integers(2, 8))
+def test_no_delta_of_a_guarantee_is_printed_below_its_value(delta: float, digits: int) -> None:
+    text = delta_rounded_up(delta, digits)
+    assert Fraction(repr(delta)) <= Fraction(text) <= Fraction(repr(delta)) * (1 + Fraction(1, 10 ** (digits - 1)))
+
+
+def test_a_delta_that_somebody_chose_is_printed_as_it_was_chosen() -> None:
+    assert [delta_rounded_up(d) for d in (1e-5, 5e-6, 1.25e-12, 1e-30, 0.05)] == [
+        "1e-05",
+        "5e-06",
+        "1.25e-12",
+        "1e-30",
+        "0.05",
+    ]
+    # The default for 300,000 records: 3.33333e-07 is below it, and there the stated epsilon does not hold.
+    assert delta_rounded_up(1 / 3_000_000) == "3.33334e-07"
+    assert delta_rounded_up(1 / 300_000, 3) == "3.34e-06"
 
 
 def test_nothing_else_in_the_code_formats_an_epsilon() -> None:
