@@ -166,7 +166,7 @@ def _sentence(release: CentralRelease, run: str, stopped_early: bool) -> str:
     return (
         f"Unit: one site with everything that it holds. Everything that the coordinator published in run {run}, which is all "
         f"global adapters and clipping bounds, is ({rounded_up(epsilon)}, {delta_rounded_up(release.delta)})-differentially "
-        f"private under {SITE_RELATION} of {release.num_sites:,} declared ones, for {parts}{again}, by PLD accounting, against any "
-        f"number of other sites and the public.{planned} TRUSTED COORDINATOR: this does not protect against the coordinator "
+        f"private under {SITE_RELATION} of {release.num_sites:,} declared ones, for {parts}{again}, by PLD accounting, against "
+        f"any number of other sites and the public.{planned} TRUSTED COORDINATOR: this does not protect against the coordinator "
         "itself, which received the sites' updates unprotected, and it says nothing about single records at a site of their own."
     )
