@@ -177,21 +177,14 @@ class Account:
         released: had the steps that it leaves been given to a later job, that job's plan would depend on it too. So its whole
         plan counts from its first round on. The filter of "adaptive" is valid under such choices, so there nothing is held.
         """
-        charges = [(c.job_id, c.mechanism, c.planned_steps) for c in self.charges.values()]
+        charges: list[Charge | Charged] = list(self.charges.values())
         if further is not None:
-            charges.append((further.job_id, further.mechanism, further.planned_steps))
-        return [mechanism for _, mechanism, _ in charges] + _held_back(charges, composition)
+            charges.append(further)
+        return [charged.mechanism for charged in charges] + list(_held_back(charges, composition).values())
 
     def held_back(self, composition: Composition) -> dict[str, GaussianSteps]:
         """Return by job the steps that `counted` holds back."""
-        jobs = dict.fromkeys(charged.job_id for charged in self.charges.values())
-        held = {
-            job: _held_back(
-                [(job, c.mechanism, c.planned_steps) for c in self.charges.values() if c.job_id == job], composition
-            )
-            for job in jobs
-        }
-        return {job: steps[0] for job, steps in held.items() if steps}
+        return _held_back(self.charges.values(), composition)
 
     def orders_for(self, budget: Budget) -> tuple[int, ...]:
         """Return the orders of the filter once `budget` is the cap: those fixed before the first charge, if there is one."""
@@ -214,22 +207,23 @@ class Account:
         return SpendingRule(composition=composition or recorded, delta=delta, orders=self.orders)
 
 
-def _held_back(
-    charges: Iterable[tuple[str, GaussianSteps, int | None]], composition: Composition
-) -> list[GaussianSteps]:
-    """Return, for each job that may stop early, the planned steps that were not charged.
+def _held_back(charges: Iterable[Charge | Charged], composition: Composition) -> dict[str, GaussianSteps]:
+    """Return by job, for those that may stop early, the planned steps of rounds that were not charged.
 
-    Args:
-        charges: (job, mechanism, planned steps or None).
+    A round that was charged twice is beyond the plan: were its second charge taken from what is held back, then how much of the
+    cap is left for others would depend on where the job stops after all.
     """
     if composition != "fixed":
-        return []
-    left: dict[str, GaussianSteps] = {}
-    for job, mechanism, planned in charges:
-        if planned is not None:
-            before = left.get(job) or replace(mechanism, steps=planned)
-            left[job] = replace(before, steps=max(0, before.steps - mechanism.steps))
-    return [mechanism for mechanism in left.values() if mechanism.steps]
+        return {}
+    plans: dict[str, GaussianSteps] = {}
+    rounds: dict[str, dict[int, int]] = {}
+    for charged in charges:
+        if charged.planned_steps is not None:
+            plans.setdefault(charged.job_id, replace(charged.mechanism, steps=charged.planned_steps))
+            of_job = rounds.setdefault(charged.job_id, {})
+            of_job[charged.round] = max(of_job.get(charged.round, 0), charged.mechanism.steps)
+    left = {job: max(0, plan.steps - sum(rounds[job].values())) for job, plan in plans.items()}
+    return {job: replace(plans[job], steps=steps) for job, steps in left.items() if steps}
 
 
 def check_name(name: str, value: str) -> None:

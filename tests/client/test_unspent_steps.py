@@ -80,6 +80,17 @@ def test_under_fixed_the_whole_plan_counts_from_the_first_round_on(
     assert recount(tmp_path / "audit", delta=1e-5, dataset="notes", unit="record") == again.spent_epsilon()
 
 
+def test_a_round_that_is_charged_twice_takes_nothing_from_what_is_held_back(ledger: Callable[..., Ledger]) -> None:
+    """Else a run of four rounds would end at ten steps, and one that stopped after three had left eight: the cap would tell."""
+    opened = ledger(steps=20)
+    run(opened, "may-stop", 1, planned=8)
+    run(opened, "may-stop", 1, planned=8)
+    assert opened.spent_epsilon() == pytest.approx(epsilon_of(2 + 8))
+    for number in (2, 3, 4):
+        opened.reserve(charge("may-stop", number, 8))
+        assert opened.spent_epsilon() == pytest.approx(epsilon_of(2 + 8))
+
+
 def test_a_plan_that_does_not_fit_as_a_whole_does_not_begin(ledger: Callable[..., Ledger]) -> None:
     opened = ledger(steps=6)
     with pytest.raises(BudgetExceeded, match="Nothing was charged"):
