@@ -144,6 +144,11 @@ def load_state(folder: Path, runtime: Runtime, job: Job) -> dict[str, Tensor]:
         adapters.check_length(path.stat().st_size, expected)
         state: dict[str, Tensor] = load_file(path)
         adapters.check(state, expected)
+    except FileNotFoundError:
+        raise AdapterError(
+            f"{folder} holds no tuned adapter ({path.name} is missing): it is written when a run ends. Finish the run first, "
+            "or give the folder of a finished one."
+        ) from None
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{path} cannot be read ({type(error).__name__}); give the run's adapter folder.") from None
     except AdapterError as error:

@@ -64,7 +64,8 @@ def split_public_test(
     their order. Records with the same text, up to case and white space, stay on the same side.
 
     With `persons`, all records of a person stay on the same side instead: those of a person whose other records train are
-    not public. The persons with the smallest SHA-256 of a text are held out; different persons may have the same text.
+    not public. The persons with the smallest SHA-256 of all their texts are held out, so that each is as likely to be, however
+    many records they have; different persons may have the same text.
 
     Raises:
         DataError: if `num_test` leaves no record on one side, or cannot be met with these records together.
@@ -114,7 +115,11 @@ def inseparable(records: Sequence[Record], *, seed: int, persons: Persons | None
     """
     digests = [sha256_of(f"{seed}:{' '.join(_text_of(record).casefold().split())}".encode()) for record in records]
     if persons is not None:
-        return sorted((rows.tolist() for rows in persons.rows), key=lambda rows: min(digests[row] for row in rows))
+        # Of all texts together: the smallest digest of a person would put those with many records first.
+        def of_all(rows: list[int]) -> str:
+            return sha256_of("".join(sorted(digests[row] for row in rows)).encode())
+
+        return sorted((rows.tolist() for rows in persons.rows), key=of_all)
     groups: dict[str, list[int]] = {}
     for index, digest in enumerate(digests):
         groups.setdefault(digest, []).append(index)

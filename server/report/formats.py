@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -17,7 +18,15 @@ NOT_RECORDED = "not recorded"
 # Metrics that are shares of one and read better in percent; the gap between two of them is in points.
 _SHARES = frozenset({"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"})
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
-_ABBREVIATIONS = {"auc": "AUC", "mae": "MAE", "rmse": "RMSE", "r2": "R²", "mrr": "MRR"}
+_ABBREVIATIONS = {
+    "auc": "AUC",
+    "mae": "MAE",
+    "rmse": "RMSE",
+    "r2": "R²",
+    "mrr": "MRR",
+    "macro_f1": "Macro F1",
+    "micro_f1": "Micro F1",
+}
 
 _TRAILING_NUMBER = re.compile(r"^(.*?)(\d{1,9})$", re.DOTALL)
 
@@ -101,7 +110,7 @@ def is_share(name: str) -> bool:
 
 
 def metric_title(name: str) -> str:
-    """`macro_f1` -> `Macro f1`; `f1 Disease` -> `F1 Disease`."""
+    """`macro_f1` -> `Macro F1`; `f1 Disease` -> `F1 Disease`."""
     if name in _ABBREVIATIONS:
         return _ABBREVIATIONS[name]
     measure, space, kind = name.partition(" ")
@@ -163,6 +172,13 @@ def shorten(name: str, length: int) -> str:
         return name
     tail = (length - 1) // 2
     return f"{name[: length - 1 - tail]}…{name[-tail:]}"
+
+
+def short_label(name: str, width: int) -> str:
+    """Name a site in a figure, in `width` Latin letters (Chinese ones take two), without the folder in brackets."""
+    name = printable(re.sub(r" \([a-z0-9._-]+\)$", "", name))
+    wide = sum(unicodedata.east_asian_width(character) in "WF" for character in name)
+    return shorten(name, max(3, width * len(name) // (len(name) + wide)) if name else width)
 
 
 def printable(text: str) -> str:

@@ -32,6 +32,7 @@ from server.report.formats import (
     metric_title,
     natural_key,
     printable,
+    short_label,
     shorten,
 )
 from server.report.run_data import Arm, ReliabilityBin, RoundRecord, SiteRecord
@@ -179,7 +180,7 @@ def site_pages(sites: Sequence[SiteRecord]) -> Iterator[Sequence[SiteRecord]]:
         yield ordered[page * each : (page + 1) * each]
 
 
-def noise_shares(shares: Sequence[SiteShare], *, alt: str) -> Markup:
+def noise_shares(shares: Sequence[SiteShare], *, units: str, alt: str) -> Markup:
     """Each site's share of the noise beside its share of the declared records; of many sites, those with most noise."""
     loudest = sorted(shares, key=lambda share: -share.noise)[:SITES_PER_PANEL]
     shown = [share for share in shares if share in loudest]
@@ -192,12 +193,12 @@ def noise_shares(shares: Sequence[SiteShare], *, alt: str) -> Markup:
         axes.barh([row - 0.19 for row in rows], [share.records for share in shown], height=0.34, color="#b9c4cf")
         bars = axes.barh([row + 0.19 for row in rows], noise, height=0.34, color=colors)
         axes.bar_label(bars, [f"{100 * value:.1f} % of the noise" for value in noise], padding=4, fontsize=8.5)
-        axes.set_yticks(list(rows), [shorten(printable(share.site), 24) for share in shown])
+        axes.set_yticks(list(rows), [short_label(share.site, 21) for share in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlim(0, max(*noise, *(share.records for share in shown)) * 1.02)
         axes.spines["left"].set_visible(False)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.4g} %"))
-        axes.set_title("Share of all sites: declared records (grey), noise", loc="left", fontsize=9.5, color=MUTED)
+        axes.set_title(f"Share of all sites: declared {units} (grey), noise", loc="left", fontsize=9.5, color=MUTED)
         return _svg(figure, prefix="shares", alt=alt)
 
 
@@ -260,7 +261,15 @@ def reliability(before: Sequence[ReliabilityBin], after: Sequence[ReliabilityBin
             shown = [one for one in bins if one.count]
             x, y = [one.confidence for one in shown], [one.accuracy for one in shown]
             axes.plot(x, y, color=color, linestyle=dash, linewidth=1.6, label=title)
-            axes.scatter(x, y, s=[8 + 220 * one.count / total for one in shown], color=color, alpha=0.55, linewidths=0)
+            axes.scatter(
+                x,
+                y,
+                s=[8 + 220 * one.count / total for one in shown],
+                color=color,
+                alpha=0.55,
+                linewidths=0,
+                clip_on=False,
+            )
         axes.set_xlim(0, 1)
         axes.set_ylim(0, 1.02)
         axes.grid()
@@ -370,7 +379,7 @@ def _draw_site_bars(axes: Any, sites: Sequence[SiteRecord], *, rows: int, reach:
             hatch="////" if void else None,
         )
         axes.annotate(
-            shorten(printable(site.site), 15 if compact else 24),
+            short_label(site.site, 14 if compact else 21),
             (0, row),
             xycoords=("axes fraction", "data"),
             xytext=(-5, 0),

@@ -128,7 +128,7 @@ def _view(data: RunData) -> dict[str, Any]:
         "delta": _delta(federated),
         "same_delta": len({site.delta for site in federated.sites}) == 1,
         "unit": _unit(federated),
-        "declared": f"{_unit(federated)}s" if _unit(federated) in PERSON_UNITS else "records",
+        "declared": _declared(federated),
         "rounds_done": federated.rounds_done,
         "rounds_planned": federated.rounds_planned,
         "stopped_early": data.stopped_early,
@@ -222,6 +222,12 @@ def _delta(arm: Arm) -> float | None:
     if not deltas and isinstance(wanted, float):
         deltas = [wanted]
     return max(deltas, default=None)
+
+
+def _declared(arm: Arm) -> str:
+    """What sites declare a number of."""
+    unit = _unit(arm)
+    return f"{unit}s" if unit in PERSON_UNITS else "records"
 
 
 def _unit(arm: Arm) -> str | None:
@@ -461,7 +467,7 @@ def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
             for number, page in enumerate(plots.site_pages(federated.sites))
         ]
     if shares := arm_shares(federated):
-        figures["shares"] = plots.noise_shares(shares, alt=_shares_alt(shares))
+        figures["shares"] = plots.noise_shares(shares, units=_declared(federated), alt=_shares_alt(shares))
     measured = [r for r in federated.rounds if r.bytes_up is not None or r.bytes_down is not None]
     if measured:
         up, down = (formats.format_bytes(_total(measured, key)) for key in ("bytes_up", "bytes_down"))

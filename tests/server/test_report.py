@@ -641,3 +641,17 @@ def test_what_stops_a_report_does_not_stop_the_run(
     write_report_if_possible(tmp_path)
     assert "no such font" in caplog.text
     assert f"silotune report {tmp_path}" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("site-1", "site-1"),
+        ("北京协和医院 (xn--1lq90ied7cz2fk78r)", "北京协和医院"),
+        ("St. Mary's (st-mary-s)", "St. Mary's"),
+        ("Universitätsklinikum Köln (universitatsklinikum-koln)", "Universitä…nikum Köln"),
+        ("中国医学科学院北京协和医院 (xn--x)", "中国医学科…协和医院"),
+    ],
+)
+def test_names_in_figures_fit_beside_their_bars(name: str, shown: str) -> None:
+    assert formats.short_label(name, 21) == shown

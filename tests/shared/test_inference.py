@@ -271,7 +271,7 @@ class TestPredict:
 
 
 def test_a_run_without_an_adapter_is_named(job: Job, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match="adapter folder"):
+    with pytest.raises(AdapterError, match=r"holds no tuned adapter .* Finish the run first"):
         load_tuned(tmp_path, job, CPU)
 
 

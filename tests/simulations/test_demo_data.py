@@ -14,6 +14,7 @@ import pytest
 
 from shared.datasets import dataset_fingerprint
 from shared.errors import DataError
+from shared.privacy.persons import Persons
 from simulations import archives, demo_data
 from simulations.demo_data import ARCHIVE, MOVIE_REVIEWS, load_movie_reviews, split_public_test
 
@@ -211,3 +212,13 @@ def test_split_that_cannot_be() -> None:
             split_public_test(texts("a", "b", "c", "d"), num_test=num_test, seed=0)
     with pytest.raises(DataError, match="without parting equal texts; 2 can"):
         split_public_test(texts("a", "a", "b", "b"), num_test=3, seed=0)
+
+
+def test_persons_are_held_out_whatever_number_of_records_they_have() -> None:
+    """With the smallest text of each, 400 persons of five records would go before 400 of one: 320 of 400 test records."""
+    ids = [f"many-{number // 5}" for number in range(2_000)] + [f"one-{number}" for number in range(400)]
+    records = [{"text": f"text {number}", "person": one} for number, one in enumerate(ids)]
+    _, test = split_public_test(records, num_test=400, seed=0, persons=Persons.from_ids(ids))
+    held_out = {record["person"] for record in test}
+    many = sum(one.startswith("many") for one in held_out)
+    assert 0.35 < many / len(held_out) < 0.65
