@@ -226,6 +226,7 @@ class Ledger:
                 **asdict(charged.mechanism),
                 committed=charged.committed,
                 time=charged.time,
+                planned_steps=charged.planned_steps,
             )
             for charged in account.charges.values()
         ]
@@ -261,6 +262,9 @@ class Ledger:
             LedgerError: if this account has charges, or the export is of another data set or unit.
         """
         self._check_import(export, from_dataset)
+        # What a plan holds back follows from its charges, by the composition here; exports once did not tell the plan.
+        told = {charged.job_id for charged in export.charges if charged.planned_steps is not None}
+        charges = [*export.charges, *(held for held in export.held_back if held.job_id not in told)]
         with self._file.transaction("IMMEDIATE"):
             entries = self._file.read_chain()
             account = self._account(entries)
@@ -272,13 +276,13 @@ class Ledger:
             source = {
                 "site": export.site,
                 "from_dataset": export.dataset,
-                "num_charges": len(export.charges) + len(export.held_back),
+                "num_charges": len(charges),
                 "num_entries": export.num_entries,
                 "head_sha256": export.head_sha256,
                 "exported_at": export.exported_at,
             }
             entries.append(self._append(entries, "import", source))
-            for charged in (*export.charges, *export.held_back):
+            for charged in charges:
                 payload = {
                     "job_id": charged.job_id,
                     "round": charged.round,
@@ -286,6 +290,8 @@ class Ledger:
                     "committed": charged.committed,
                     "charged_at": charged.time,
                 }
+                if charged.planned_steps is not None:
+                    payload["planned_steps"] = charged.planned_steps
                 entries.append(self._append(entries, "imported", payload))
             # The filter's orders were fixed there, before the first of these charges.
             self._append(entries, "budget", self._cap(export.rule.orders))

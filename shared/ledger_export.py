@@ -26,7 +26,8 @@ FORMAT: Literal["silotune-ledger/1"] = "silotune-ledger/1"
 class ChargedSteps(Section):
     """One charge: the executed steps once committed, the reserved ones until then.
 
-    `round` is the round of the job; `committed` tells which of the two `steps` are.
+    `round` is the round of the job; `committed` tells which of the two `steps` are; `planned_steps` are all steps of a job that
+    may stop early.
     """
 
     job_id: str
@@ -36,6 +37,7 @@ class ChargedSteps(Section):
     steps: int = Field(ge=0)
     committed: bool
     time: str
+    planned_steps: int | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
 
     @property
     def mechanism(self) -> GaussianSteps:

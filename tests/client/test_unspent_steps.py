@@ -121,6 +121,27 @@ def test_an_export_and_an_import_take_along_what_is_held_back(ledger: Callable[.
     assert moved.spent_epsilon() == pytest.approx(epsilon_of(8))
 
 
+@pytest.mark.parametrize("composition", ["adaptive", "fixed"])
+def test_an_imported_plan_counts_by_the_composition_here_and_its_rounds_once(
+    ledger: Callable[..., Ledger], tmp_path: Path, composition: str
+) -> None:
+    """From an adaptive account the rest of the plan was lost, and from a fixed one every further round of it counted twice."""
+    opened = ledger(steps=40, composition=composition)
+    run(opened, "may-stop", 1, planned=8)
+    save_export(tmp_path / "export.json", opened.export(site="north", declared_records=32))
+    here = Ledger(
+        tmp_path / "here.db",
+        dataset="notes",
+        unit="record",
+        budget=Budget(epsilon=epsilon_of(40), delta=1e-5, composition="fixed"),
+    )
+    here.import_account(load_export(tmp_path / "export.json"))
+    assert here.spent_epsilon() == pytest.approx(epsilon_of(8))
+    for number in (2, 3, 4):
+        here.reserve(charge("may-stop", number, 8))
+        assert here.spent_epsilon() == pytest.approx(epsilon_of(8))
+
+
 def test_a_plan_without_steps_is_no_plan() -> None:
     with pytest.raises(LedgerError, match="plans 0 steps"):
         charge("x", 1, 0)
