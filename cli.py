@@ -447,6 +447,12 @@ def main(arguments: list[str] | None = None) -> Any:
     except SilotuneError as error:
         _say(str(error) if isinstance(error, Stopped) else f"error: {error}")
         raise SystemExit(error.exit_code) from None
+    except (OSError, RuntimeError) as error:
+        if (refused := _refused_path(error)) is None:
+            raise
+        logging.getLogger(__name__).info("where it happened:", exc_info=True)
+        _say(f"error: {refused}. Check the path, this account's rights and the space on its disk.")
+        raise SystemExit(1) from None
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in ("client", "server", "simulations"):
             raise
@@ -455,6 +461,16 @@ def main(arguments: list[str] | None = None) -> Any:
             "have: images of sites and coordinators hold only what they need. Run it from a full installation."
         )
         raise SystemExit(1) from None
+
+
+def _refused_path(error: OSError | RuntimeError) -> str | None:
+    """Return which path the system refuses and why; None if the error is of another kind, thus a defect."""
+    from shared.errors import excerpt
+
+    if isinstance(error, OSError):
+        return None if error.filename is None else f"{excerpt(str(error.filename))}: {error.strerror}"
+    # What `Path.resolve` raises for links that lead in a circle, up to Python 3.12.
+    return str(error) if str(error).startswith("Symlink loop") else None
 
 
 def _run(arguments: list[str] | None) -> None:

@@ -165,6 +165,7 @@ def _open(home: Path, injected_seed: str | None) -> Site:
 def forget_simulated_sites() -> None:
     """Close all simulated sites: one process may run many simulations, and none needs the sites of the last one."""
     _open.cache_clear()
+    _homes_at.cache_clear()
 
 
 app = make_client_app(this_site)

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, excerpt
 from shared.limits import (
     MAX_EPSILON,
     MAX_LABELS,
@@ -617,7 +617,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         ConfigError: if it is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; check the path.") from None
     except RecursionError:
@@ -632,7 +632,10 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
     Raises:
         ConfigError: if an item has no `=` or runs through something that is not a section.
     """
-    result: dict[str, Any] = copy.deepcopy(dict(raw))
+    try:
+        result: dict[str, Any] = copy.deepcopy(dict(raw))
+    except RecursionError:
+        raise ConfigError("the settings are nested too deep; sections hold values, lists and sections.") from None
     for item in overrides:
         key, separator, text = item.partition("=")
         if not separator or not key.strip():
@@ -672,7 +675,7 @@ def _explain(model: type[BaseModel], detail: Any) -> str:
         if isinstance(limit, float) and 0 < limit < 1e-3:  # else written with all its zeros
             message = f"{message.rsplit(' ', 1)[0]} {limit:g}"
     found = detail.get("input")
-    shown = "" if isinstance(found, dict | BaseModel) or found is None else f" (found {found!r})"
+    shown = "" if isinstance(found, dict | BaseModel) or found is None else f" (found {excerpt(found)})"
     return f"{where}: {message}{shown}"
 
 

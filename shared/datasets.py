@@ -304,6 +304,10 @@ def require_file(path: Path) -> None:
         raise DataError(f"{path} is a folder. Expected a CSV, JSONL or Parquet file; name one in it.")
     if not path.exists():
         raise DataError(f"{path} does not exist. Check the name, and the folder that a relative path starts from.")
+    if not path.is_file():
+        raise DataError(
+            f"{path} is a pipe or a device, which may have no end and cannot be read twice. Write its content to a file."
+        )
     try:
         with path.open("rb"):
             pass

@@ -9,6 +9,15 @@ from __future__ import annotations
 import traceback
 
 
+def excerpt(value: object, most: int = 80) -> str:
+    """Return a setting's value as Python writes it, for a message; a long one is cut."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]} ({len(text):,} characters)"
+
+
 class SilotuneError(Exception):
     """Base of all errors that a user can act on."""
 

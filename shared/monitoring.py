@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, DataError, excerpt
 
 MAX_WINDOWS = 2000
 """Complete windows that are kept; earlier ones stay in the totals."""
@@ -31,6 +31,10 @@ MAX_OPEN = 100_000
 _MONDAY = 4 * 86_400
 """Seconds of the first Monday after 1970 began: weeks begin on one."""
 _Z95 = 1.959963984540054
+
+
+MOST = 10**9
+"""Of windows, and of texts in one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,10 @@ class MonitorSettings:
             raise ConfigError(
                 f"--window {self.window}, --baseline-windows {self.baseline_windows} and --horizon {self.horizon} must be at "
                 "least 1."
+            )
+        if (largest := max(self.window, self.baseline_windows, self.horizon)) > MOST:
+            raise ConfigError(
+                f"--window, --baseline-windows and --horizon go up to {MOST:,}; found {excerpt(largest)}."
             )
         if self.every is not None and not 1 <= self.every < math.inf:
             raise ConfigError(f"--every is {self.every:g} seconds; give one second or more.")

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -223,6 +224,8 @@ class RowReader:
         if cells is None:
             found.append(self._fault(first, MALFORMED, _MALFORMED_ADVICE + _over(size)))
         elif self.header is None:
+            if len(lines) == 1 and _SEPARATOR_HINT.fullmatch(first.text.strip()):
+                raise DataError(_HINT_ADVICE.format(name=self._name, separator=first.text.strip()[-1:]))
             if self._check_header is not None:
                 self._check_header(cells)
             self.header = cells
@@ -236,6 +239,8 @@ class RowReader:
                     f"or set the right delimiter{_over(size)}.",
                 )
             )
+        elif len(cells) > 1 and [cells[0].lstrip("\ufeff"), *cells[1:]] == self.header:
+            found.append(self._fault(first, MALFORMED, _HEADER_AGAIN))
         else:
             self._number += 1
             self._seen.add(cells, size)
@@ -256,6 +261,14 @@ _SWALLOWED_ADVICE = (
     "a quoted cell spans {lines:,} lines (to line {last:,}) that look like rows of their own, so a quote was not meant as one. "
     f'{_ADVICE}; if the cell is right, set quoting = "trusted".'
 )
+
+
+_SEPARATOR_HINT = re.compile("(?i)sep=.?")
+_HINT_ADVICE = (
+    "{name} begins with a line for Excel, sep={separator}, which is no header. Remove that line, and set delimiter to what "
+    "stands between the cells."
+)
+_HEADER_AGAIN = "the header again, as where files were joined. Remove the row."
 
 
 def _over(lines: int) -> str:

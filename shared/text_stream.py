@@ -309,6 +309,10 @@ class Files:
         for path in paths:
             if not path.exists():
                 raise DataError(f"{path} does not exist; give a file, a folder or - for standard input.")
+            if path.is_char_device() or path.is_block_device():
+                raise DataError(
+                    f"{path} is a device, which may have no end; give a file, a folder or - for standard input."
+                )
             if not path.is_dir() and how.of(path) is None:
                 raise DataError(f"{path} has an unknown ending; expected one of {' '.join(ENDINGS)}, or give --format.")
 

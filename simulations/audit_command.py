@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, excerpt
 from shared.privacy.audit import AuditResult
 from shared.privacy.audit.one_run import Training
 from shared.privacy.audit.result import check_alpha
@@ -23,6 +23,7 @@ from simulations.audit_plots import write_figure
 
 VIOLATED_STATUS = 3
 LEAST_SHADOWS, LEAST_CANARIES = 64, 32
+MOST_OF_AN_AUDIT = 1_000_000
 _COLOURS = {"consistent": "cyan", "violated": "bold red", "inconclusive": "yellow"}
 
 Canaries = Literal["gradient", "text"]
@@ -105,6 +106,9 @@ def _check_options(tier: int, canaries: str, num_canaries: int, trainings: int, 
         raise ConfigError(
             f"--num-canaries is {num_canaries} and --trainings {trainings}; expected at least {LEAST_CANARIES} and 1."
         )
+    for name, value in (("num-canaries", num_canaries), ("trainings", trainings), ("shadows", shadows)):
+        if value > MOST_OF_AN_AUDIT:
+            raise ConfigError(f"--{name} is {excerpt(value)}; expected at most {MOST_OF_AN_AUDIT:,}.")
     if shadows < LEAST_SHADOWS:
         raise ConfigError(
             f"--shadows is {shadows}; fewer than {LEAST_SHADOWS} shadow models make the attack too weak to mean anything."

@@ -14,7 +14,7 @@ import tomli_w
 import torch
 from flwr.serverapp.grid import Grid
 
-from client.app import answer_together, make_client_app, simulated_site, site_homes
+from client.app import answer_together, forget_simulated_sites, make_client_app, simulated_site, site_homes
 from server.app import Run, make_server_app
 from server.checkpoint import Checkpoint
 from server.convergence import DIVERGED_FILE
@@ -347,6 +347,7 @@ def _run_arm(
         new_randomness=_coordinator_randomness(injected_seed),
         prepare=functools.partial(write_site_homes, scenario, arm),
     )
+    forget_simulated_sites()  # of an earlier run in this process, whose folder may have had the same name
     open_site = functools.partial(simulated_site, sites=arm.folder / "sites", injected_seed=injected_seed)
     client_app = make_client_app(open_site)
     server_app = make_server_app(run, wrap_grid=functools.partial(with_dropouts, scenario=scenario))

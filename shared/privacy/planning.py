@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from shared.epsilons import as_set, rounded_up
-from shared.errors import ConfigError
+from shared.errors import ConfigError, excerpt
 from shared.limits import (
     MAX_EPSILON,
     MAX_NOISE_MULTIPLIER,
@@ -269,7 +269,9 @@ def _check_ranges(question: Question) -> None:
         value = getattr(question, name)
         if value is not None and not (least < value <= most or (value == least and not open_below)):
             below = "above" if open_below else "from"
-            raise ConfigError(f"{_option(name)} is {value:g}; expected a number {below} {least:g} to {most:,.12g}.")
+            # A whole number of 400 digits is no float.
+            shown = excerpt(value) if isinstance(value, int) else f"{value:g}"
+            raise ConfigError(f"{_option(name)} is {shown}; expected a number {below} {least:g} to {most:,.12g}.")
     if question.delta is not None and not MIN_DELTA <= question.delta < 1:
         raise ConfigError(
             f"--delta is {question.delta:g}; expected a number from {MIN_DELTA:g} to below 1, for example 1e-5."

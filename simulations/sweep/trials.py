@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from client.app import forget_simulated_sites
 from server.checkpoint import Checkpoint
 from server.observer import Observer
 from server.run_folder import foreign_entries
@@ -54,7 +53,6 @@ def run_trial(
     scenario = sweep.scenario(setting, seed)
     key, started = sweep.key(setting, seed), time.monotonic()
     _remove(folder)
-    forget_simulated_sites()
     task = task_of(scenario.job)
     result: dict[str, Any] = {
         "key": key,

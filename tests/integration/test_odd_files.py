@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ import pytest
 
 from client.check import _data
 from client.home import SiteHome
+from shared.datasets import DataSource, read_records
 from shared.errors import DataError
 from simulations.scenario import load_scenario
 
@@ -95,6 +97,14 @@ ODD = [
         strict="no column 'review', 'verdict'", read=0),
     Odd(name="twice.csv", content=csv(*[f"{line},x" for line in LINES], head="review,verdict,review\n"),
         strict="2 columns 'review'", read=0),
+    Odd(name="excel-hint.csv", content=b"sep=;\r\n" + csv(*LINES).replace(b",", b";"), strict="sep=;, which is no header",
+        read=0),
+    Odd(name="excel-hint-told.csv", content=b"sep=;\n" + csv(*LINES).replace(b",", b";"), strict="Remove that line", read=0,
+        options={"delimiter": ";"}),
+    Odd(name="joined.csv", content=csv(*LINES[:30]) + csv(*LINES[30:]), strict="row 31 (line 32): the header again",
+        read=60, left_out=1),
+    Odd(name="joined-bom.csv", content=b"\xef\xbb\xbf" + csv(*LINES[:30]) + b"\xef\xbb\xbf" + csv(*LINES[30:]),
+        strict="row 31 (line 32): the header again", read=60, left_out=1),
     Odd(name="semicolons.csv", content=csv(*LINES).replace(b",", b";"), strict="set delimiter", read=0),
     Odd(name="stray-quote.csv", content=swallowed(5, 50), strict="row 6 (line 7): a quoted cell spans 46 lines",
         read=59, left_out=1),
@@ -224,3 +234,91 @@ def test_predict_gives_each_line_its_number_or_says_which_it_leaves_out(
         assert rows == sorted({*rows})
     else:
         assert outcome.err.startswith("error: ")
+
+
+@pytest.mark.parametrize("name", ["pipe.csv", "device.csv"])
+@pytest.mark.parametrize("command", ["simulate", "new", "deidentify", "site"])
+def test_what_may_have_no_end_is_refused(
+    command: str, name: str, silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if name == "pipe.csv":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    columns = {"text": "review", "label": "verdict"}
+    if command == "site":
+        with pytest.raises(DataError, match="a pipe or a device"):
+            read_records(DataSource(path=str(path), columns=columns))
+        return
+    arguments: list[object] = {
+        "simulate": [scenario_file(data={"train": {"path": name, "columns": columns}}), "--out", tmp_path / "run"],
+        "new": [path, "--text", "review", "--label", "verdict", "--out", tmp_path / "new.toml"],
+        "deidentify": [path, "--out", tmp_path / "out.csv", "--column", "review", "--engine", "rules"],
+    }[command]
+    outcome = silotune(command, *arguments)
+    assert outcome.status == 1
+    assert "a pipe or a device" in outcome.err
+
+
+def test_monitor_refuses_a_device(silotune: Silotune, finished_run: Path) -> None:
+    outcome = silotune("monitor", finished_run, "/dev/zero", "--format", "text")
+    assert outcome.status == 1
+    assert "is a device, which may have no end" in outcome.err
+
+
+@pytest.mark.parametrize("name", ["loop.csv", "n" * 300 + ".csv"])
+@pytest.mark.parametrize("command", ["simulate", "scenario", "monitor", "new", "deidentify"])
+def test_a_path_that_the_system_refuses_ends_with_a_message(
+    command: str,
+    name: str,
+    silotune: Silotune,
+    finished_run: Path,
+    scenario_file: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / name
+    if name == "loop.csv":
+        path.symlink_to(name)
+    columns = {"text": "review", "label": "verdict"}
+    arguments: list[object] = {
+        "simulate": [scenario_file(data={"train": {"path": name, "columns": columns}}), "--out", tmp_path / "run"],
+        "scenario": [path, "--out", tmp_path / "run"],
+        "monitor": [finished_run, path, "--text", "review"],
+        "new": [path, "--text", "review", "--label", "verdict", "--out", tmp_path / "new.toml"],
+        "deidentify": [path, "--out", tmp_path / "out.csv", "--column", "review", "--engine", "rules"],
+    }[command]
+    outcome = silotune("simulate" if command == "scenario" else command, *arguments)
+    assert outcome.status in (1, 2)
+    assert outcome.err.startswith("error: ")
+    assert name[-12:] in outcome.err
+
+
+def test_settings_with_a_mark_before_utf8_or_nested_without_end(
+    silotune: Silotune, scenario_file: Callable[..., Path]
+) -> None:
+    path = scenario_file()
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_scenario(path).name == "small"
+    path.write_text(f"[{'.'.join('a' * 20_000)}]\n")
+    outcome = silotune("simulate", path)
+    assert outcome.status == 2
+    assert "nested too deep" in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("monitor", ["--horizon"]),
+        ("monitor", ["--window"]),
+        ("audit", ["--tier", 2, "--num-canaries"]),
+        ("audit", ["--tier", 2, "--trainings"]),
+        ("audit", ["--tier", 3, "--shadows"]),
+    ],
+)
+def test_numbers_of_hundreds_of_digits_are_refused(
+    command: str, options: list[object], silotune: Silotune, finished_run: Path
+) -> None:
+    outcome = silotune(command, finished_run, *options, 10**400)
+    assert outcome.status == 2
+    assert "(401 characters)" in outcome.err

@@ -30,6 +30,8 @@ def job(**changes: Any) -> Job:
         ({"lorra": {}}, "unknown key 'lorra'", "did you mean 'lora'?"),
         ({"privacy": {"epsilonn": 1}}, "unknown key 'privacy.epsilonn'", "did you mean 'epsilon'?"),
         ({"training": {"rounds": 1, "zzz": 1}}, "unknown key 'training.zzz'", "known: "),
+        ({"training": {"rounds": 16**5000}}, "training.rounds", "thousands of digits"),
+        ({"name": "n" * 5000}, "name", "(5,002 characters)"),
         ({"name": "../evil"}, "name", "found '../evil'"),
         ({"training": {}}, "training.rounds is missing", ""),
         ({"privacy": {"epsilon": 0}}, "privacy.epsilon", "found 0"),

@@ -226,6 +226,8 @@ def test_warnings(changes: dict[str, Any], subject: str, text: str) -> None:
             replace(BASE, delta=None, records=None, batch_size=None, sample_rate=0.1),
             "delta is not known; give --records",
         ),
+        (replace(BASE, records=10**400), r"--records is 10{39}\.\.\.0{20} \(401 characters\); expected"),
+        (replace(BASE, steps=10**400, epochs=None), r"--steps is 10{39}\.\.\.0{20} \(401 characters\); expected"),
         (replace(BASE, records=0), "--records is 0; expected a number from 1"),
         (replace(BASE, epochs=-1.0), "--epochs is -1; expected a number above 0"),
         (replace(BASE, epochs=math.inf), "--epochs is inf"),

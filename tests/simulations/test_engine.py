@@ -206,3 +206,21 @@ def test_site_metrics_are_released_once_and_paid_for(scenario_file: MakeScenario
     for path in (tmp_path / "run").glob("sites/*/privacy.json"):
         path.write_text(json.dumps(claimed | {"epsilon_spent": training_alone}))
     assert "accounting" in audit_run_mechanism(tmp_path / "run").failed
+
+
+def test_runs_in_one_process_never_meet_each_others_sites(
+    write_scenario: MakeScenario, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, name in enumerate(("first", "second")):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        scenario = write_scenario(Path(), name=name, partition={"num_sites": 2 + number}, training={"rounds": 1})
+        run(scenario, Path("run"))
+        for home in sorted(Path("run/sites").glob("*/home")):
+            ledger = Ledger(
+                home / "ledger.db",
+                dataset=f"{name}-{home.parent.name}",
+                unit="record",
+                budget=Budget(epsilon=99, delta=1e-5),
+            )
+            assert sum(event.steps for event in ledger.events()) == 2
