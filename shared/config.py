@@ -23,6 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from shared.errors import ConfigError, excerpt
 from shared.limits import (
     MAX_EPSILON,
+    MAX_GRAD_NORM,
     MAX_LABELS,
     MAX_NOISE_MULTIPLIER,
     MAX_SITES,
@@ -30,6 +31,7 @@ from shared.limits import (
     MAX_TABLE_LABELS,
     MIN_DELTA,
     MIN_EPSILON,
+    MIN_GRAD_NORM,
     MIN_NOISE_MULTIPLIER,
     MIN_SAMPLE_RATE,
 )
@@ -344,7 +346,7 @@ class PrivacyConfig(Section):
     """Failure probability; must be far below 1 / number of records (or patients, customers)."""
     sample_rate: SampleRate = 0.05
     """q: probability with which each record (or patient, customer) enters a step (Poisson sampling)."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
+    max_grad_norm: float = Field(default=1.0, ge=MIN_GRAD_NORM, le=MAX_GRAD_NORM)
     """C: the largest L2 norm of the gradient of one record (or patient, customer) over adapter and head together."""
     noise_multiplier: NoiseMultiplier | None = None
     """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps (`central`: site_sample_rate, rounds)."""

@@ -18,6 +18,8 @@ MIN_NOISE_MULTIPLIER = 0.2
 """Below it the claim is without meaning; more noise than asked for is never wrong."""
 MAX_NOISE_MULTIPLIER = 1e4
 """Above it nothing is learned."""
+MIN_GRAD_NORM, MAX_GRAD_NORM = 1e-12, 1e12
+"""Clipping bounds. Near the smallest numbers of double precision a clipped vector would be longer than its bound."""
 MIN_SAMPLE_RATE = 1e-9
 """Smallest probability with which a record enters a step; of a billion records less than one would."""
 MAX_SITES = 10_000_000

@@ -11,11 +11,14 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from opacus.optimizers import DPOptimizer
+from pydantic import ValidationError
 from scipy import stats
 from torch import Tensor
 
 import shared.privacy.mechanism as mechanism_module
+from shared.config import PrivacyConfig
 from shared.errors import PrivacyError
+from shared.limits import MAX_GRAD_NORM, MIN_GRAD_NORM
 from shared.privacy.mechanism import (
     CLIP_MARGIN,
     ClippedSum,
@@ -246,3 +249,18 @@ def test_a_gradient_that_would_escape_clipping_is_refused(gradient: object, foun
     parameter = SimpleNamespace(grad_sample=gradient, shape=torch.Size([3]), grad=None)
     with pytest.raises(PrivacyError, match=f"per-example gradient {found}, expected shape"):
         per_example_gradients([parameter], 2)
+
+
+@pytest.mark.parametrize("bound", [MIN_GRAD_NORM, MAX_GRAD_NORM])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e20, 1e37])
+def test_no_vector_is_longer_than_any_bound_that_a_job_may_ask_for(bound: float, size: float) -> None:
+    """At 1e-314, where numbers have few digits left, it was 1.002 times as long."""
+    total = ClippedSum([torch.Size([100])], bound)
+    total.add([size * torch.randn(1, 100, generator=torch.Generator().manual_seed(0))])
+    assert float((total.sums[0] / bound).norm()) <= 1.0
+
+
+@pytest.mark.parametrize("bound", [1e-314, 1e-13, 1e13])
+def test_a_job_cannot_ask_for_another_bound(bound: float) -> None:
+    with pytest.raises(ValidationError, match="max_grad_norm"):
+        PrivacyConfig(max_grad_norm=bound)
