@@ -191,8 +191,10 @@ def _result(facts: Facts) -> str | None:
     if value is None:
         return None
     records = facts.data.run.test_records
-    where = f" on {records:,} public evaluation records" if records else " on public evaluation records"
-    return f"{metric_title(metric)} {format_metric(metric, value)}{where}"
+    kind = facts.data.run.dataset.test_kind or "public"
+    where = f" on {records:,} {kind} evaluation records" if records else f" on {kind} evaluation records"
+    uncovered = "; this figure has no noise, and no epsilon covers it" if kind == "private" else ""
+    return f"{metric_title(metric)} {format_metric(metric, value)}{where}{uncovered}"
 
 
 def _training(facts: Facts) -> Section:
@@ -333,7 +335,9 @@ def _data(facts: Facts) -> Section:
                 ("Most records of one person in a step", str(most) if most else None),
                 (
                     "Evaluation records",
-                    f"{facts.data.run.test_records:,}, public" if facts.data.run.test_records else None,
+                    f"{facts.data.run.test_records:,}, {dataset.test_kind or 'public'}"
+                    if facts.data.run.test_records
+                    else None,
                 ),
             ),
             Paragraph(

@@ -193,7 +193,7 @@ def noise_shares(shares: Sequence[SiteShare], *, units: str, alt: str) -> Markup
         axes.barh([row - 0.19 for row in rows], [share.records for share in shown], height=0.34, color="#b9c4cf")
         bars = axes.barh([row + 0.19 for row in rows], noise, height=0.34, color=colors)
         axes.bar_label(bars, [f"{100 * value:.1f} % of the noise" for value in noise], padding=4, fontsize=8.5)
-        axes.set_yticks(list(rows), [short_label(share.site, 21) for share in shown])
+        axes.set_yticks(list(rows), [short_label(share.site, 19) for share in shown])
         axes.set_ylim(len(shown) - 0.5, -0.5)
         axes.set_xlim(0, max(*noise, *(share.records for share in shown)) * 1.02)
         axes.spines["left"].set_visible(False)
@@ -379,7 +379,7 @@ def _draw_site_bars(axes: Any, sites: Sequence[SiteRecord], *, rows: int, reach:
             hatch="////" if void else None,
         )
         axes.annotate(
-            short_label(site.site, 14 if compact else 21),
+            short_label(site.site, 14 if compact else 19),
             (0, row),
             xycoords=("axes fraction", "data"),
             xytext=(-5, 0),

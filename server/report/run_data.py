@@ -43,6 +43,8 @@ class Dataset(_Record):
     train_records: Count | None = None
     test_records: Count | None = None
     test_records_at_max_length: Count | None = None
+    test_kind: Literal["public", "synthetic", "private"] | None = None
+    """What a simulation's evaluation records were declared to be; a coordinator's own are public, and nothing is recorded."""
     site_names: dict[str, str] = {}
     """What the data calls a site whose folder has another name, such as one in ASCII."""
 

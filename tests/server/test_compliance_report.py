@@ -745,3 +745,14 @@ def test_the_audit_log_is_only_read(coordinator: CoordinatorHome) -> None:
     before = audit_log.verify(coordinator.audit)
     read_facts(coordinator.jobs / "0001-small" / "run")
     assert audit_log.verify(coordinator.audit) == before
+
+
+def test_evaluation_records_are_called_what_they_were_declared(run: Path) -> None:
+    """Records held out of private ones are private: their figures have no noise."""
+    info = json.loads((run / "run.json").read_text())
+    edit(run / "run.json", dataset=info["dataset"] | {"test_kind": "private"})
+    page = page_of(run)
+    assert "private evaluation records; this figure has no noise, and no epsilon covers it" in page
+    assert "public evaluation records" not in page
+    edit(run / "run.json", dataset=info["dataset"] | {"test_kind": "public"})
+    assert "public evaluation records" in page_of(run)

@@ -649,9 +649,18 @@ def test_what_stops_a_report_does_not_stop_the_run(
         ("site-1", "site-1"),
         ("北京协和医院 (xn--1lq90ied7cz2fk78r)", "北京协和医院"),
         ("St. Mary's (st-mary-s)", "St. Mary's"),
-        ("Universitätsklinikum Köln (universitatsklinikum-koln)", "Universitä…nikum Köln"),
-        ("中国医学科学院北京协和医院 (xn--x)", "中国医学科…协和医院"),
+        ("Universitätsklinikum Köln (universitatsklinikum-koln)", "Universit…ikum Köln"),
+        ("中国医学科学院北京协和医院 (xn--x)", "中国医学…协和医院"),
     ],
 )
 def test_names_in_figures_fit_beside_their_bars(name: str, shown: str) -> None:
-    assert formats.short_label(name, 21) == shown
+    assert formats.short_label(name, 19) == shown
+
+
+@pytest.mark.parametrize("kind", ["public", "private"])
+def test_figures_on_private_records_are_called_unprotected(tmp_path: Path, kind: str) -> None:
+    run = build_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    write(run / "run.json", info | {"dataset": info["dataset"] | {"test_kind": kind}})
+    text = Page(render(run)).text
+    assert ("The test records are private ones that were held out of training" in text) == (kind == "private")
