@@ -8,7 +8,7 @@ Guarantee (tests: tests/shared/test_epsilons.py, which also looks for any other 
 from __future__ import annotations
 
 import math
-from decimal import ROUND_CEILING, Context, Decimal
+from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal
 
 _EXACT = Context(prec=400)  # a float has its value as a decimal number, of so many digits
 
@@ -18,6 +18,13 @@ def rounded_up(epsilon: float, decimals: int = 3) -> str:
     if not math.isfinite(epsilon):
         return "unbounded"
     return f"{Decimal(epsilon).quantize(Decimal(1).scaleb(-decimals), ROUND_CEILING, _EXACT):f}"
+
+
+def bound_rounded_down(bound: float, decimals: int = 3) -> str:
+    """Return what an audit found that epsilon is at least, or can find at most: never above its value, or it would claim more."""
+    if not math.isfinite(bound):
+        return "unbounded"
+    return f"{Decimal(bound).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR, _EXACT):f}"
 
 
 def rounded_up_short(epsilon: float) -> str:

@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from shared.atomic import write_bytes
-from shared.epsilons import rounded_up
+from shared.epsilons import bound_rounded_down, rounded_up
 from shared.privacy.audit import AuditResult
 from shared.privacy.audit.lira import FALSE_POSITIVE_RATE, roc
 from shared.privacy.audit.one_run import Training
@@ -127,9 +127,10 @@ def _epsilons(axes: Any, result: AuditResult) -> None:
         ("LOWER BOUND", result.lower_bound, BOUND, "^"),
     )
     for row, (name, value, colour, marker) in enumerate(values):
+        shown = rounded_up(value) if name == "CLAIM" else bound_rounded_down(value)
         axes.barh(row, value, height=0.32, color=colour, alpha=0.25)
         axes.plot(value, row, marker, color=colour, markersize=10, clip_on=False, zorder=3)
-        axes.text(0.0, row + 0.26, f" {name}  {value:.3f}", ha="left", va="bottom", fontsize=10, color=INK)
+        axes.text(0.0, row + 0.26, f" {name}  {shown}", ha="left", va="bottom", fontsize=10, color=INK)
     # A ceiling far above the claim would squeeze the two figures that matter.
     axes.set_xscale("symlog", linthresh=1)
     axes.set_xlim(left=0)

@@ -26,7 +26,7 @@ from server.report.formats import (
     format_delta,
     printable,
 )
-from shared.epsilons import rounded_up
+from shared.epsilons import bound_rounded_down, rounded_up
 
 # More statements than these would fill page after page with the words of the table above them.
 MAX_SITE_STATEMENTS = 24
@@ -284,7 +284,7 @@ def _each(values: Iterator[str]) -> str:
 
 
 def _bound(value: float | None) -> str:
-    return "none" if value is None else f"{value:.3f}"
+    return "none" if value is None else bound_rounded_down(value)
 
 
 def _yes_no(value: bool) -> str:

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from shared.epsilons import as_set, rounded_up_short
+from shared.epsilons import as_set, bound_rounded_down, rounded_up_short
 
 NOT_RECORDED = "not recorded"
 
@@ -42,6 +42,11 @@ def format_epsilon(value: float | None) -> str:
     if value is None:
         return NOT_RECORDED
     return "∞" if math.isinf(value) else rounded_up_short(value)
+
+
+def format_bound(value: float | None) -> str:
+    """An audit's bound: two decimals, rounded down."""
+    return NOT_RECORDED if value is None else bound_rounded_down(value, 2)
 
 
 def format_budget(value: float | None) -> str:

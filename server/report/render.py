@@ -74,6 +74,7 @@ def _environment() -> Environment:
     )
     environment.filters |= {
         "epsilon": formats.format_epsilon,
+        "bound": formats.format_bound,
         "budget": formats.format_budget,
         "delta": formats.format_delta,
         "number": formats.format_number,

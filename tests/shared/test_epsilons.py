@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.epsilons import as_set, delta_rounded_up, rounded_up, rounded_up_short
+from shared.epsilons import as_set, bound_rounded_down, delta_rounded_up, rounded_up, rounded_up_short
+from shared.privacy.audit import AuditResult
+from simulations.audit_command import result_table
 
 ROOT = Path(__file__).parents[2]
 AN_EPSILON = re.compile(r"epsilon|spent|claim|\bcap\b")
@@ -72,3 +74,19 @@ def test_nothing_else_in_the_code_formats_an_epsilon() -> None:
             if (text := formatted or rounded) and AN_EPSILON.search(text) and "delta" not in text.split(".")[-1]:
                 found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {text}")
     assert not [line for line in found if "lower_bound" not in line]  # a lower bound is no promise
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"), [(1.6888, "1.688"), (2.0, "2.000"), (0.0, "0.000"), (math.inf, "unbounded")]
+)
+def test_bounds_of_an_audit_are_never_above_their_value(bound: float, shown: str) -> None:
+    assert bound_rounded_down(bound) == shown
+
+
+def test_an_audits_table_rounds_away_from_comfort() -> None:
+    """The claim up, what was found down."""
+    result = AuditResult(
+        tier=1, claim=2.9991, lower_bound=1.6888, ceiling=5.0999, delta=1e-5, alpha=1e-3, verdict="consistent",
+        audited="x", reasons=(), details={},
+    )  # fmt: skip
+    assert [next(iter(column.cells)) for column in result_table(result).columns[:3]] == ["3.000", "1.688", "5.099"]

@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from shared.epsilons import rounded_up
+from shared.epsilons import bound_rounded_down, rounded_up
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.audit.result import AuditResult, Verdict, check_alpha
@@ -105,8 +105,10 @@ class MechanismAudit:
         low, high = self.noise_multiplier_interval
         found = f" ({', '.join(self.failed)})" if self.failed else ""
         return (
-            f"CLAIM epsilon {rounded_up(self.claim)} at delta {self.delta:g} / LOWER BOUND {self.epsilon_lower_bound:.3f} / "
-            f"CEILING {self.ceiling:.3f} / noise multiplier {self.noise_multiplier:.4f}, in effect {low:.4f} to {high:.4f} / "
+            f"CLAIM epsilon {rounded_up(self.claim)} at delta {self.delta:g} / "
+            f"LOWER BOUND {bound_rounded_down(self.epsilon_lower_bound)} / "
+            f"CEILING {bound_rounded_down(self.ceiling)} / "
+            f"noise multiplier {self.noise_multiplier:.4f}, in effect {low:.4f} to {high:.4f} / "
             f"{self.verdict}{found} at alpha {self.alpha:g}"
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.config import finite_or_none
-from shared.epsilons import rounded_up
+from shared.epsilons import bound_rounded_down, rounded_up
 from shared.errors import PrivacyError
 
 Verdict = Literal["consistent", "violated", "inconclusive"]
@@ -47,8 +47,9 @@ class AuditResult:
     def text(self) -> str:
         """Return the result in one line."""
         return (
-            f"CLAIM epsilon {rounded_up(self.claim)} at delta {self.delta:g} / LOWER BOUND {self.lower_bound:.3f} / "
-            f"CEILING {self.ceiling:.3f} / {self.verdict} at alpha {self.alpha:g}"
+            f"CLAIM epsilon {rounded_up(self.claim)} at delta {self.delta:g} / "
+            f"LOWER BOUND {bound_rounded_down(self.lower_bound)} / "
+            f"CEILING {bound_rounded_down(self.ceiling)} / {self.verdict} at alpha {self.alpha:g}"
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -74,10 +75,13 @@ def judge(*, claim: float, lower_bound: float, ceiling: float) -> tuple[Verdict,
     could not have refuted it. "consistent": it could have, and did not.
     """
     if lower_bound >= claim:
-        return "violated", (f"epsilon is at least {lower_bound:.3f}, not below the claimed {rounded_up(claim)}.",)
+        return "violated", (
+            f"epsilon is at least {bound_rounded_down(lower_bound)}, not below the claimed {rounded_up(claim)}.",
+        )
     if claim > ceiling:
         return "inconclusive", (
-            f"this audit cannot show more than epsilon {ceiling:.3f}, however bad the mechanism is, so it cannot falsify the "
+            f"this audit cannot show more than epsilon {bound_rounded_down(ceiling)}, "
+            "however bad the mechanism is, so it cannot falsify the "
             f"claimed {rounded_up(claim)}. More canaries raise the ceiling.",
         )
     return "consistent", ("the observations do not contradict the claim; that proves nothing.",)
