@@ -455,7 +455,7 @@ def test_a_central_epsilon_that_differs_is_not_repeated(facts: Facts, tmp_path: 
     central = central_record(tmp_path / "privacy.json", epsilon_spent=0.1, statement=statement)
     page = central_page(facts, central)
     assert statement not in page
-    assert "The coordinator recorded epsilon 0.1000" in page
+    assert "The coordinator recorded epsilon 0.1001" in page  # the float 0.1 lies above 1/10
     injected = central_record(
         tmp_path / "privacy.json", randomness="injected", epsilon_spent=None, statement="NOT PRIVATE"
     )
@@ -561,6 +561,8 @@ def test_pdf_is_tagged_and_says_the_same(facts: Facts) -> None:
     if shutil.which("pdftotext"):
         done = subprocess.run(["pdftotext", "-raw", "-", "-"], input=content, capture_output=True, check=True)
         told = re.sub(r"[\s\u200b-]", "", done.stdout.decode())
+        # A statement may go on over the foot of a page.
+        told = re.sub(r"Compliancereport:small,madeon[\d:]+UTCPage\d+of\d+", "", told)
         for section in document.sections:
             assert re.sub(r"[\s-]", "", section.title) in told
         for site in facts.sites:
