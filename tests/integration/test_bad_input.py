@@ -45,9 +45,9 @@ def check_refused(outcome: Any, *parts: str) -> None:
     [
         ({"trainning": {"rounds": 1}}, ["unknown key 'trainning'", "did you mean 'training'?"]),
         ({"training": {"round": 1}}, ["unknown key 'training.round'", "did you mean 'rounds'?"]),
-        ({"privacy": {"epsilon": 0}}, ["privacy.epsilon", "greater than 0", "found 0"]),
-        ({"privacy": {"epsilon": -3.0}}, ["privacy.epsilon", "greater than 0", "found -3.0"]),
-        ({"privacy": {"delta": 0.0}}, ["privacy.delta", "greater than 0"]),
+        ({"privacy": {"epsilon": 0}}, ["privacy.epsilon", "greater than or equal to 1e-06", "found 0"]),
+        ({"privacy": {"epsilon": -3.0}}, ["privacy.epsilon", "greater than or equal to 1e-06", "found -3.0"]),
+        ({"privacy": {"delta": 0.0}}, ["privacy.delta", "greater than or equal to 1e-30"]),
         ({"privacy": {"delta": 0.0625}}, ["site-1", "delta is 0.0625", "16 records", "use at most 1.0e-05"]),
         ({"lora": {"target_modules": ["attn"]}}, ["'attn', which matches no linear layer", "attention.self.query"]),
         ({"model": {"backbone": "/no/such"}}, ["'/no/such' is not a folder", "check the path"]),

@@ -35,7 +35,7 @@ from shared.grid_sum import GridSum
 from shared.messages import SiteDescription
 from shared.privacy.audit import MechanismAudit, audit_mechanism
 from shared.privacy.central import CentralPlan, CentralRound, ClippedSites, SitesSum
-from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
+from shared.privacy.mechanism import PlainSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import KeyStream, SiteRandomness
 from tests.server.central_sites import SHAPES, coordinator, grid_of, make_job
@@ -225,11 +225,11 @@ def test_fault_the_server_learning_rate_follows_who_answered(monkeypatch: Monkey
 # --- clipping ---
 
 
-class NotClipped(ClippedSum):
+class NotClipped(PlainSum):
     """Adds updates as they are, like ordinary averaging."""
 
     def __init__(self, shapes: Sequence[torch.Size], max_grad_norm: float) -> None:
-        super().__init__(shapes, 1e30)
+        super().__init__(shapes)
 
 
 def test_fault_clip_after_averaging(monkeypatch: Monkey) -> None:
