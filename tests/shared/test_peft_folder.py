@@ -126,7 +126,7 @@ def test_a_missing_or_damaged_state_is_refused(folder: Path, runtime: Runtime, j
     with pytest.raises(AdapterError, match="cannot be read"):
         load_state(folder, runtime, job)
     (folder / STATE).unlink()
-    with pytest.raises(AdapterError, match="holds no tuned adapter .*is missing"):
+    with pytest.raises(AdapterError, match=r"holds no tuned adapter .*is missing"):
         load_state(folder, runtime, job)
 
 
