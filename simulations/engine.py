@@ -427,6 +427,8 @@ def _real_names(scenario: Scenario, arm: Arm) -> dict[str, str]:
     column = scenario.partition.column if scenario.partition.kind == "column" else None
     if column is None or arm.name not in (FEDERATED, "federated-non-private"):
         return {}
+    if scenario.job.privacy.central:
+        return {}  # who takes part is what is protected
     real = {name: str(records[0][column]) for name, records in arm.sites.items() if records}
     return {name: value for name, value in real.items() if value != name}
 
