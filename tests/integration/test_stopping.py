@@ -21,6 +21,11 @@ ROOT = Path(__file__).parents[2]
 MakeScenario = Callable[..., Path]
 
 
+def _heed_ctrl_c() -> None:
+    # Whoever runs the tests in the background of a shell has them ignore it, and every process inherits that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def command(*arguments: object) -> Iterator[subprocess.Popen[str]]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -30,6 +35,7 @@ def command(*arguments: object) -> Iterator[subprocess.Popen[str]]:
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        preexec_fn=_heed_ctrl_c,
     ) as process:
         try:
             yield process
