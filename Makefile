@@ -8,7 +8,7 @@ export RAY_USAGE_STATS_ENABLED := 0
 
 .PHONY: help demo federation bench results bench-rounds test test-endurance mutants check install lock clean
 help:
-	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (3 to 4 minutes after installation)"
+	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (about 6 minutes after installation)"
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
 	@echo "make bench  step, epoch, simulation, wire and aggregation beside their peers, about 40 minutes; ARGS='step' runs one"
 	@echo "make results  the README's accuracy tables, three seeds of every scenario, hours; ARGS='digits' measures one row"
