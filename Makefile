@@ -6,7 +6,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo federation bench results bench-rounds test test-endurance mutants check install lock clean
+.PHONY: help demo federation bench results bench-rounds test test-endurance mutants golden check install lock clean
 help:
 	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (about 6 minutes after installation)"
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
@@ -16,6 +16,7 @@ help:
 	@echo "make test   install, then all checks and tests"
 	@echo "make test-endurance  sites and coordinators killed, cut off and out of disk space, for a quarter of an hour"
 	@echo "make mutants  plant faults in the privacy code one by one and list those that no test notices; ARGS='persons ledger' for some modules"
+	@echo "make golden BASE=COMMIT  record what that commit and this working tree do, and list what differs; ARGS='--cases demo' for some"
 	@echo "make check  formatter, linter, types, import rule, without tests"
 	@echo "make clean  remove the virtual environment"
 
@@ -59,6 +60,10 @@ test-endurance: $(BIN)/.installed
 # Not part of `make test`. What was found before is kept in .mutation/ and repeated only where module or tests changed.
 mutants: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation $(ARGS)
+
+# Randomness and clocks are replaced, so two checkouts that behave the same leave the same bytes; see tests/golden.
+golden: $(BIN)/.installed
+	$(BIN)/python -m tests.golden against $(BASE) $(ARGS)
 
 lock: $(BIN)/.installed
 	@{ echo "# Versions that were tested together (Python 3.11). Regenerate: make lock"; \
