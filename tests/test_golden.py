@@ -57,7 +57,7 @@ def test_random_bytes_keys_signatures_and_times_are_those_of_the_label() -> None
     first = random_things("a")
     assert random_things("a") == first
     other = random_things("b")
-    assert "2027-01-15 08:00:00+00:00" in first[0]
+    assert "2026-11-02 08:00:00+00:00" in first[0]
     assert first[1] == other[1] == "1000.0 True"
     assert all(one != another for one, another in zip(first[::2], other[::2], strict=True))
     assert first[3] != other[3]

@@ -15,6 +15,7 @@ import platform
 import random
 import resource
 import shutil
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -23,8 +24,8 @@ from typing import Any
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
-START = 1_800_000_000.0
-"""Seconds since 1970 at which every clock stands: 15 January 2027. Only `time.sleep` moves it."""
+START = 1_793_606_400.0
+"""Seconds since 1970 at which every clock stands: 2 November 2026. Only the main thread's `time.sleep` moves it."""
 
 _real_datetime = datetime.datetime
 _real_sleep = time.sleep
@@ -55,9 +56,11 @@ class Clock:
         self.seconds = START
 
     def sleep(self, seconds: float, /) -> None:
-        """Advance the clock. A little is slept, so that a thread that polls leaves room for others."""
-        self.seconds += seconds
-        _real_sleep(min(seconds, 0.001))
+        """Advance the clock, and sleep a little for the sake of other threads; these sleep as they ask."""
+        if threading.current_thread() is threading.main_thread():
+            self.seconds += seconds
+            seconds = min(seconds, 0.001)
+        _real_sleep(seconds)
 
     def now(self, zone: datetime.tzinfo | None = None) -> datetime.datetime:
         """Return the time as `datetime.now` does."""
