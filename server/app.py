@@ -95,7 +95,11 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
     parts = _public_parts(run)
     examples = runtime.encode(parts.reported)
     deciding = runtime.encode(parts.deciding) if parts.deciding else []
-    details = {**_with_lengths(run.details, runtime, examples), "public_records": parts.counts}
+    details = {
+        **_with_lengths(run.details, runtime, examples),
+        "public_records": parts.counts,
+        "machine": runtime.machine,
+    }
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
         central = None
         if run.job.privacy.mechanism == "central":

@@ -149,6 +149,7 @@ class RunFolder:
     def write_run_info(self, status: str, details: Mapping[str, Any]) -> None:
         """Write `run.json`: status ("running", "completed", "stopped"), times, versions, machine and `details`.
 
+        What `details` tell of the machine stands beside what is found out here.
         Under central DP no time but that of the beginning: how long a run took tells how many sites were drawn.
         """
         path = self.path / "run.json"
@@ -165,11 +166,11 @@ class RunFolder:
             "seconds_before": (previous.seconds or 0.0) if status == "running" else previous.seconds_before,
             "peak_rss_mb": round(peak_rss_mb(), 1),
             "versions": _versions(),
-            "machine": {"system": platform.platform(), "cpu_count": os.cpu_count()},
+            "machine": {"system": platform.platform(), "cpu_count": os.cpu_count(), **details.get("machine", {})},
         }
         if self.job.privacy.central:
             info |= {"finished": None, "seconds": None, "seconds_before": 0.0, "peak_rss_mb": None}
-        write_json(path, info | dict(details))
+        write_json(path, info | {key: value for key, value in details.items() if key != "machine"})
 
     def write_privacy(self, checkpoint: Checkpoint, central: CentralRelease | None = None) -> None:
         """Write every site's `privacy.json` and the run's `statement.json` from the executed mechanisms.

@@ -61,6 +61,13 @@ class Runtime:
         """How many different numbers `input_ids` can hold: tokens of the vocabulary, or steps of a pixel value."""
         return PIXEL_STEPS + 1 if self.tokenizer is None else int(self.tokenizer.vocab_size)
 
+    @property
+    def machine(self) -> dict[str, str]:
+        """What the model computes on, and in which numbers, in words."""
+        device = self.model.device
+        name = f"{device.type} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+        return {"device": name, "precision": str(self.autocast_dtype or torch.float32).removeprefix("torch.")}
+
     def encode(self, records: Sequence[Any]) -> list[Example]:
         """Encode records with the job's task and the backbone's tokenizer."""
         return self.task.encode(records, self.tokenizer, self.max_length)

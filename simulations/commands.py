@@ -118,6 +118,13 @@ def _calibration(folder: Path) -> dict[str, float]:
     return (after if found.fitted_on else {}) | {"calibration_error_without_temperature": round(found.error_before, 4)}
 
 
+def _what_took(scenario: Scenario) -> str:
+    """Return what the seconds of the command are of."""
+    trainings = 1 + len(scenario.baselines.arms)
+    times = scenario.simulation.folds or scenario.simulation.repeats
+    return f"{trainings * times} training{'s' if trainings * times > 1 else ''} with evaluation, audit and report"
+
+
 def _diverged(folder: Path, name: str) -> str | None:
     """Return why the arm in `folder` counts as diverged, or None."""
     return read_arm(folder, name=name).diverged if (folder / "job.json").exists() else None
@@ -142,6 +149,9 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
         return
     for name, reason in figures.pop("diverged").items():
         console.print(f"warning: {name} diverged: {reason}", style="yellow", highlight=False, soft_wrap=True)
+    figures["seconds"] = (
+        f"{figures['seconds']} (this command: {_what_took(scenario)}; the report's time is of one training)"
+    )
     for key, value in figures.items():
         console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
     if stopped_early(finished, scenario.job):

@@ -32,7 +32,6 @@ from server.report.formats import (
     format_metric,
     format_seconds,
     format_time,
-    join_names,
     metric_title,
     printable,
 )
@@ -136,7 +135,7 @@ def _why_not_private(facts: Facts) -> str:
     if not facts.sites:
         return "No site has released anything yet."
     return (
-        f"{join_names(map(printable, facts.unprotected))}: updates were released without noise, or with randomness that was "
+        f"{facts.join_sites(facts.unprotected)}: updates were released without noise, or with randomness that was "
         "injected for a test. Whoever knows its seed can remove the noise. No epsilon is stated for the run."
     )
 
@@ -269,7 +268,7 @@ def _way_back(facts: Facts) -> str:
 def _participants(facts: Facts) -> Section:
     rows = tuple(
         (
-            printable(facts.data.called(site.release.site)),
+            facts.called(site.release.site),
             f"{site.release.declared_records:,}",
             str(len(site.release.rounds)),
             str(len(site.release.unanswered)) if site.release.unanswered else "0",
@@ -370,10 +369,9 @@ def _limits(facts: Facts) -> Section:
                 "a judgement, and not one of mathematics."
             )
         )
-    not_covered = dict.fromkeys(text for guarantee in facts.guarantees for text in guarantee.statement.not_covered)
     blocks += [
         Paragraph(text="The guarantee does not cover:"),
-        Bullets(items=tuple(not_covered)),
+        Bullets(items=facts.not_covered),
         Paragraph(text="Beyond that:"),
         Bullets(
             items=(

@@ -9,8 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from server.report.formats import join_names, printable
-
 
 @dataclass(frozen=True, kw_only=True)
 class Paragraph:
@@ -133,8 +131,3 @@ def section(anchor: str, title: str, blocks: Sequence[Block]) -> Section:
 def entries(*rows: tuple[str, str | None], mono: Sequence[str] = ()) -> Entries:
     """Return names and values; what is None or empty is left out, terms in `mono` have a fixed width."""
     return Entries(rows=tuple(Entry(term=term, value=value, mono=term in mono) for term, value in rows if value))
-
-
-def join_sites(names: Sequence[str]) -> str:
-    """Return names of sites in one phrase, runs of numbers shortened."""
-    return join_names(map(printable, names))

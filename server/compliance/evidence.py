@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from server.compliance.checks import shown
 from server.compliance.document import (
@@ -15,7 +15,6 @@ from server.compliance.document import (
     Section,
     Table,
     entries,
-    join_sites,
     section,
 )
 from server.compliance.facts import CentralFacts, Facts, Guarantee, SiteFacts, accountants_agree
@@ -27,6 +26,7 @@ from server.report.formats import (
     printable,
 )
 from shared.epsilons import bound_rounded_down, rounded_up
+from shared.privacy.statement import without_uncovered
 
 # More statements than these would fill page after page with the words of the table above them.
 MAX_SITE_STATEMENTS = 24
@@ -38,18 +38,20 @@ def guarantee_section(facts: Facts) -> Section:
     for guarantee in facts.guarantees:
         if len(facts.guarantees) > 1:
             blocks.append(
-                Paragraph(text=f"Unit of privacy: one {guarantee.unit}. Sites: {join_sites(guarantee.sites)}.")
+                Paragraph(text=f"Unit of privacy: one {guarantee.unit}. Sites: {facts.join_sites(guarantee.sites)}.")
             )
-        blocks.append(Paragraph(text=guarantee.statement.one_site, role="statement"))
+        blocks.append(Paragraph(text=facts.data.named(guarantee.statement.one_site), role="statement"))
         if len(guarantee.composed) > 1:
             blocks.append(_sites_table(guarantee))
     if facts.central is not None:
         return section("guarantee", "The guarantee", [*blocks, _central_table(facts.central)])
     if facts.sites:
-        blocks.append(_mechanism_table(facts.sites))
+        blocks.append(_mechanism_table(facts))
     if len(facts.sites) <= MAX_SITE_STATEMENTS:
-        blocks.append(Paragraph(text="The statement of each site:"))
-        blocks.append(Bullets(items=tuple(site.statement for site in facts.sites)))
+        blocks.append(
+            Paragraph(text="The statement of each site; what they do not cover stands under “Limits of the guarantee”:")
+        )
+        blocks.append(Bullets(items=tuple(_claim(facts, site) for site in facts.sites)))
     else:
         blocks.append(
             Paragraph(
@@ -59,6 +61,11 @@ def guarantee_section(facts: Facts) -> Section:
             )
         )
     return section("guarantee", "The guarantee", blocks)
+
+
+def _claim(facts: Facts, site: SiteFacts) -> str:
+    """The statement of one site, without what is not covered."""
+    return facts.data.named(without_uncovered(site.statement, facts.not_covered))
 
 
 def _sites_table(guarantee: Guarantee) -> Table:
@@ -102,14 +109,14 @@ def _central_table(central: CentralFacts) -> Table:
     )
 
 
-def _mechanism_table(sites: Sequence[SiteFacts]) -> Table:
+def _mechanism_table(facts: Facts) -> Table:
     rows = []
-    for site in sites:
+    for site in facts.sites:
         release = site.release
         events = release.possible_events if release.private else ()
         rows.append(
             (
-                printable(release.site),
+                facts.called(release.site),
                 release.unit,
                 _each(f"{event.sample_rate:g}" for event in events),
                 _each(f"{event.noise_multiplier:.4f}" for event in events),
@@ -159,7 +166,7 @@ def accountant_section(facts: Facts) -> Section:
                 ),
                 rows=tuple(
                     (
-                        printable(site.release.site),
+                        facts.called(site.release.site),
                         shown(site.epsilon),
                         shown(site.epsilon_prv),
                         shown(site.recorded),
@@ -239,7 +246,7 @@ def audit_section(facts: Facts) -> Section:
 def version_section(facts: Facts) -> Section:
     """Software, machine, and the hash of every file that was read or produced."""
     run, log = facts.data.run, facts.log
-    machine = ", ".join(filter(None, [run.machine.system, run.machine.device]))
+    machine = ", ".join(filter(None, [run.machine.system, run.machine.device, run.machine.precision]))
     packages = ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items()) if version)
     blocks: list[Block] = [
         entries(

@@ -5,13 +5,14 @@ Every epsilon in here was composed anew from what was executed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.compliance import checks
 from server.compliance.ledgers import LedgerFacts
 from server.compliance.log import LogFacts
 from server.compliance.records import AuditRecord, CentralRecord
-from server.report.formats import printable
+from server.report.formats import join_names, printable
 from server.report.run_data import RunData
 from shared.config import Job
 from shared.privacy.statement import SiteRelease, Statement
@@ -182,6 +183,14 @@ class Facts:
     sources: tuple[FileHash, ...]
     discrepancies: tuple[str, ...]
 
+    def called(self, site: str) -> str:
+        """What people call a site, for a page; see `RunData.called`."""
+        return printable(self.data.called(site))
+
+    def join_sites(self, sites: Iterable[str]) -> str:
+        """Names of sites in one phrase, runs of numbers shortened."""
+        return join_names(map(self.called, sites))
+
     @property
     def simulated(self) -> bool:
         """Whether all sites were simulated on one machine."""
@@ -191,6 +200,11 @@ class Facts:
     def unprotected(self) -> tuple[str, ...]:
         """Sites about which no privacy can be stated."""
         return tuple(site.release.site for site in self.sites if not site.release.protected)
+
+    @property
+    def not_covered(self) -> tuple[str, ...]:
+        """What the guarantees do not cover, each sentence once."""
+        return tuple(dict.fromkeys(text for one in self.guarantees for text in one.statement.not_covered))
 
     @property
     def private(self) -> bool:
@@ -213,7 +227,7 @@ class Facts:
             ((self._stated(site), -index, site.release) for index, site in enumerate(self.sites)),
             key=lambda item: item[:2],
         )
-        where = f"at one site; the largest of all sites, {printable(worst.site)}"
+        where = f"at one site; the largest of all sites, {self.called(worst.site)}"
         return Headline(epsilon=epsilon, delta=worst.delta, unit=worst.unit, where=where)
 
     def _stated(self, site: SiteFacts) -> float:

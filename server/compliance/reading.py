@@ -85,7 +85,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
         audits=audits,
         adapter_signer=signer,
         sources=_sources(run_dir, submission, accounts),
-        discrepancies=tuple(problems),
+        discrepancies=tuple(map(data.named, problems)),
     )
 
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from server.compliance.document import HASH, Block, Bullets, Column, Paragraph, Section, Table, join_sites, section
+from server.compliance.document import HASH, Block, Bullets, Column, Paragraph, Section, Table, section
 from server.compliance.facts import Facts, Release
-from server.compliance.ledgers import LedgerFacts
 from server.report.formats import NOT_RECORDED, format_delta, printable
 from shared.epsilons import as_set, rounded_up
 
@@ -25,23 +24,23 @@ def ledger_section(facts: Facts) -> Section:
                 "refuses what would cross the cap. Before: up to this job's first charge. After: up to its last one."
             )
         )
-        blocks.append(_ledger_table(facts.ledgers))
-        blocks.append(_ledger_hashes(facts.ledgers))
-        blocks += _ledger_notes(facts.ledgers)
+        blocks.append(_ledger_table(facts))
+        blocks.append(_ledger_hashes(facts))
+        blocks += _ledger_notes(facts)
     given = {ledger.export.site for ledger in facts.ledgers}
     missing = [site.release.site for site in facts.sites if site.release.site not in given]
     if missing:
         blocks.append(
             Paragraph(
-                text=f"Not given: the {'ledger' if len(missing) == 1 else 'ledgers'} of {join_sites(missing)}. A ledger stays at "
-                "its site; what it holds before and after this job is not known here. The site can hand out an export "
+                text=f"Not given: the {'ledger' if len(missing) == 1 else 'ledgers'} of {facts.join_sites(missing)}. A ledger "
+                "stays at its site; what it holds before and after this job is not known here. The site can hand out an export "
                 "(“silotune site ledger HOME --export FILE”), and this report be made again with “--ledger FILE”."
             )
         )
     return section("ledger", "The sites' ledgers before and after", blocks)
 
 
-def _ledger_table(ledgers: Sequence[LedgerFacts]) -> Table:
+def _ledger_table(facts: Facts) -> Table:
     numbers = ("Cap", "Before", "After", "At export", "Charged steps")
     return Table(
         caption="Epsilon spent of each account, by the account's own rule, at its delta.",
@@ -54,7 +53,7 @@ def _ledger_table(ledgers: Sequence[LedgerFacts]) -> Table:
         ),
         rows=tuple(
             (
-                f"{printable(ledger.export.site)}, {printable(ledger.export.dataset)}",
+                f"{facts.called(ledger.export.site)}, {printable(ledger.export.dataset)}",
                 ledger.export.unit,
                 ledger.export.composition,
                 as_set(ledger.export.epsilon),
@@ -64,24 +63,24 @@ def _ledger_table(ledgers: Sequence[LedgerFacts]) -> Table:
                 str(ledger.steps),
                 format_delta(ledger.export.delta),
             )
-            for ledger in ledgers
+            for ledger in facts.ledgers
         ),
     )
 
 
-def _ledger_hashes(ledgers: Sequence[LedgerFacts]) -> Table:
+def _ledger_hashes(facts: Facts) -> Table:
     return Table(
         caption="The state of each ledger: its last entry names all before it. Compare it with the ledger at the site.",
         columns=(Column(title="Site", width="wide"), Column(title="Entries", number=True), HASH),
         rows=tuple(
-            (printable(ledger.export.site), str(ledger.export.num_entries), ledger.export.head_sha256)
-            for ledger in ledgers
+            (facts.called(ledger.export.site), str(ledger.export.num_entries), ledger.export.head_sha256)
+            for ledger in facts.ledgers
         ),
     )
 
 
-def _ledger_notes(ledgers: Sequence[LedgerFacts]) -> Iterator[Block]:
-    notes = []
+def _ledger_notes(facts: Facts) -> Iterator[Block]:
+    ledgers, notes = facts.ledgers, []
     if any(ledger.export.composition == "adaptive" for ledger in ledgers):
         notes.append(
             "Rule adaptive: a Rényi filter, which holds also if a run is planned on the results of earlier ones. What it has "
@@ -92,7 +91,7 @@ def _ledger_notes(ledgers: Sequence[LedgerFacts]) -> Iterator[Block]:
             "Rule fixed: PLD over all charges, valid if the plans of all runs were fixed before the first one started."
         )
     for ledger in ledgers:
-        site = printable(ledger.export.site)
+        site = facts.called(ledger.export.site)
         if ledger.others_between:
             notes.append(f"{site}: {ledger.others_between} charges of other jobs lie between and count into after.")
         if ledger.uncommitted:
@@ -121,7 +120,7 @@ def release_section(facts: Facts) -> Section:
         )
     ]
     if released:
-        blocks.append(_release_table(released, notes=facts.log is not None))
+        blocks.append(_release_table(facts, released))
     if others:
         blocks.append(
             Table(
@@ -136,7 +135,7 @@ def release_section(facts: Facts) -> Section:
                 rows=tuple(
                     (
                         str(release.round),
-                        printable(release.site),
+                        facts.called(release.site),
                         release.outcome,
                         printable(release.reason) or NOT_RECORDED,
                     )
@@ -149,7 +148,7 @@ def release_section(facts: Facts) -> Section:
     return section("releases", "Every release", blocks)
 
 
-def _release_table(releases: Sequence[Release], *, notes: bool) -> Table:
+def _release_table(facts: Facts, releases: Sequence[Release]) -> Table:
     sized = any(release.num_bytes is not None for release in releases)
     rows = []
     for release in releases:
@@ -157,8 +156,8 @@ def _release_table(releases: Sequence[Release], *, notes: bool) -> Table:
         if release.outcome == "refused" and release.reason:
             outcome += f": {printable(release.reason)}"
         size = ("unknown" if release.num_bytes is None else f"{release.num_bytes:,}",) if sized else ()
-        rows.append((str(release.round), printable(release.site), outcome, *size, release.sha256 or ""))
-    source = " Compared with the coordinator's audit log." if notes else ""
+        rows.append((str(release.round), facts.called(release.site), outcome, *size, release.sha256 or ""))
+    source = " Compared with the coordinator's audit log." if facts.log is not None else ""
     return Table(
         caption=f"{len(releases):,} updates.{source}",
         columns=(

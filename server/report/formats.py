@@ -14,6 +14,9 @@ from datetime import datetime
 from shared.epsilons import as_set, bound_rounded_down, rounded_up_short
 
 NOT_RECORDED = "not recorded"
+"""Of a fact that the run's files do not tell."""
+NOT_EVALUATED = "not evaluated"
+"""Of a metric that was not measured, or not yet."""
 
 # Metrics that are shares of one and read better in percent; the gap between two of them is in points.
 _SHARES = frozenset({"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"})
@@ -126,7 +129,7 @@ def metric_title(name: str) -> str:
 
 def format_metric(name: str, value: float | None) -> str:
     if value is None:
-        return NOT_RECORDED
+        return NOT_EVALUATED
     if not math.isfinite(value):
         return "not finite"
     if is_share(name):
@@ -141,8 +144,10 @@ def format_spread(name: str, deviation: float) -> str:
 
 def format_gap(name: str, value: float | None, reference: float | None) -> str:
     """`value` minus `reference`: percentage points for shares, the metric's own unit otherwise."""
-    if value is None or reference is None or not math.isfinite(value - reference):
-        return NOT_RECORDED
+    if value is None or reference is None:
+        return NOT_EVALUATED
+    if not math.isfinite(value - reference):
+        return "not finite"
     gap = value - reference
     text = f"{100 * gap:+.1f} points" if is_share(name) else f"{gap:+.2f}"
     if not any(digit in text for digit in "123456789"):

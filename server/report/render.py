@@ -30,6 +30,7 @@ from shared.atomic import write_bytes
 from shared.config import PERSON_UNITS
 from shared.intervals import wilson
 from shared.outputs import HTML_MARK, check_file
+from shared.privacy.statement import without_uncovered
 from shared.site_weights import SiteShare
 
 REPORT_NAME = "report.html"
@@ -145,12 +146,14 @@ def _view(data: RunData) -> dict[str, Any]:
         "bytes_down": _total(rounds, "bytes_down"),
         "bytes_up_each": _bytes_up_each(rounds),
         "statement": data.statement,
+        "statement_text": without_uncovered(data.statement.text, data.statement.not_covered) if data.statement else "",
         "composed": _composed(data),
         "audits": data.audits,
         "site_metrics": _site_metric_rows(data),
         "figures": _figures(data, titles),
         "evaluation": federated.evaluation,
         "calibration": _calibration_rows(data),
+        "fitted": [_title(arm) for arm in _arms(data) if _fitted(arm)],
         "confusion": _confusion(federated),
         "all_metrics": _all_metrics(data),
         "metrics_note": federated.evaluation.note if federated.evaluation is not None else None,
@@ -158,6 +161,8 @@ def _view(data: RunData) -> dict[str, Any]:
         "max_label_rows": MAX_LABEL_ROWS,
         "max_printed_statements": MAX_PRINTED_STATEMENTS,
         "sites": sorted(federated.sites, key=lambda site: formats.natural_key(site.site)),
+        "statements": _site_statements(data),
+        "all_from_os": all(site.randomness == "os" for site in federated.sites),
         "shares": _share_cells(shares),
         "loud_sites": [share.site for share in shares if share.far_above],
         "rounds": [_round_row(record, metric, data.site_names) for record in rounds],
@@ -165,6 +170,20 @@ def _view(data: RunData) -> dict[str, Any]:
         "settings": _settings(federated),
         "adapter": data.adapter,
     }
+
+
+def _site_statements(data: RunData) -> list[dict[str, Any]]:
+    """What every site says itself; what none of the statements covers is listed once, with the run's."""
+    listed = data.statement.not_covered if data.statement is not None else ()
+    return [
+        {
+            "site": site.site,
+            "void": site.randomness == "injected",
+            "text": without_uncovered(site.statement, listed),
+        }
+        for site in sorted(data.federated.sites, key=lambda site: formats.natural_key(site.site))
+        if site.statement
+    ]
 
 
 def _share_cells(shares: Sequence[SiteShare]) -> dict[str, dict[str, str]]:
@@ -185,7 +204,7 @@ def _site_metric_rows(data: RunData) -> list[dict[str, Any]]:
     return [
         {
             "title": formats.metric_title(found.metric),
-            "value": formats.format_metric(found.metric, found.value),
+            "value": "not defined" if found.value is None else formats.format_metric(found.metric, found.value),
             "margin": None
             if found.standard_error is None
             else formats.format_metric(found.metric, 1.96 * found.standard_error),
@@ -293,17 +312,23 @@ def _final_text(arm: Arm, metric: str) -> str:
     return "not defined" if arm.undefined(metric) else formats.format_metric(metric, arm.final(metric))
 
 
+def _fitted(arm: Arm) -> bool:
+    """Whether a temperature was fitted for this training."""
+    found = arm.evaluation.calibration if arm.evaluation is not None else None
+    return found is not None and found.fitted_on > 0
+
+
 def _calibration_rows(data: RunData) -> list[dict[str, str]]:
     """How sure each training is of its answers, before and after its temperature."""
     found = [(arm, arm.evaluation.calibration) for arm in _arms(data) if arm.evaluation and arm.evaluation.calibration]
     return [
         {
             "title": _title(arm),
-            "temperature": f"{record.temperature:.2f}" if record.fitted_on else "none fitted",
+            "temperature": f"{record.temperature:.2f}" if _fitted(arm) else "none fitted",
             "error_before": f"{100 * record.error_before:.1f} points",
-            "error_after": f"{100 * record.error_after:.1f} points" if record.fitted_on else "–",
+            "error_after": f"{100 * record.error_after:.1f} points" if _fitted(arm) else "–",
             "loss_before": formats.format_metric("loss", record.loss_before),
-            "loss_after": formats.format_metric("loss", record.loss_after) if record.fitted_on else "–",
+            "loss_after": formats.format_metric("loss", record.loss_after) if _fitted(arm) else "–",
         }
         for arm, record in found
     ]
@@ -340,7 +365,7 @@ def _card(data: RunData, title: str, arm: Arm) -> dict[str, str]:
             "kind": " key-words key-danger",
         }
     verdict = f"{row['verdict']} than" if row["verdict"] else "baseline:"
-    kind = " key-words" if row["gap"] == formats.NOT_RECORDED else ""
+    kind = " key-words" if row["gap"] in (formats.NOT_EVALUATED, "not finite") else ""
     return {
         "title": f"Gap to {row['title_in_text']}",
         "value": str(row["gap"]),
@@ -455,7 +480,8 @@ def _figures(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
                 found.bins_before,
                 found.bins_after if found.fitted_on else None,
                 alt="Reliability diagram: how often answers are right against how sure the model is of them. Expected "
-                f"calibration error {found.error_before:.1%} before, {found.error_after:.1%} after the temperature.",
+                f"calibration error {found.error_before:.1%}"
+                + (f" before, {found.error_after:.1%} after the temperature." if found.fitted_on else "."),
             )
         if evaluation.pairs is not None:
             figures["pairs"] = plots.true_and_predicted(
@@ -549,8 +575,8 @@ def _round_row(record: RoundRecord, metric: str, all_sites: Sequence[str]) -> di
         reasons.setdefault(reason or "no reason recorded", []).append(formats.printable(site))
     return {
         "round": record.round,
-        "value": formats.format_metric(metric, record.metric(metric)),
-        "loss": formats.format_metric("loss", record.metric("loss")),
+        "value": _measured(record, metric),
+        "loss": _measured(record, "loss"),
         "epsilon": record.epsilon_max,
         "num_replied": len(record.sites),
         "replied": "all" if everyone else formats.join_names(map(formats.printable, record.sites)),
@@ -559,6 +585,11 @@ def _round_row(record: RoundRecord, metric: str, all_sites: Sequence[str]) -> di
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,
     }
+
+
+def _measured(record: RoundRecord, metric: str) -> str:
+    undefined = record.metrics.get(metric, 0.0) is None
+    return "not defined" if undefined else formats.format_metric(metric, record.metric(metric))
 
 
 @dataclass(frozen=True, kw_only=True)

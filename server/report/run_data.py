@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,6 +37,7 @@ class Machine(_Record):
     system: str | None = None
     cpu_count: int | None = None
     device: str | None = None
+    precision: str | None = None
 
 
 class Dataset(_Record):
@@ -360,6 +362,10 @@ class RunData:
         real = self.run.dataset.site_names.get(site)
         return site if real is None else f"{real} ({site})"
 
+    def named(self, text: str) -> str:
+        """Return a sentence of ours about sites, such as a statement, with every site called as `called` says."""
+        return _SITE_IN_TEXT.sub(lambda found: found[1] + self.called(found[2]), text)
+
     @property
     def complete(self) -> bool:
         return self.run.status == "completed"
@@ -393,11 +399,15 @@ class RunData:
         return tuple(sorted(names, key=natural_key))
 
 
+# In a sentence a name ends before the full stop; a comma stands in "of a site, NAME".
+_SITE_IN_TEXT = re.compile(r"\b([Ss]ite,? )([A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*)")
+
+
 def with_real_names(data: RunData) -> RunData:
     """Return `data` with every site called as `RunData.called` says, for pages that people read."""
     if not data.run.dataset.site_names:
         return data
-    called = data.called
+    called, named = data.called, data.named
     arms = []
     for arm in (data.federated, *data.baselines):
         rounds = tuple(
@@ -409,9 +419,16 @@ def with_real_names(data: RunData) -> RunData:
             )
             for record in arm.rounds
         )
-        sites = tuple(site.model_copy(update={"site": called(site.site)}) for site in arm.sites)
+        sites = tuple(
+            site.model_copy(update={"site": called(site.site), "statement": site.statement and named(site.statement)})
+            for site in arm.sites
+        )
         arms.append(replace(arm, rounds=rounds, sites=sites))
-    return replace(data, federated=arms[0], baselines=tuple(arms[1:]))
+    statement = data.statement
+    if statement is not None:
+        words = {"one_site": statement.one_site and named(statement.one_site), "text": named(statement.text)}
+        statement = statement.model_copy(update=words)
+    return replace(data, federated=arms[0], baselines=tuple(arms[1:]), statement=statement)
 
 
 def read_run(run_dir: Path) -> RunData:

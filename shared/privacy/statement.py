@@ -13,7 +13,7 @@ Formal guarantees
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -39,6 +39,7 @@ CHOICE_OF_SETTINGS = (
     "The choice of settings: whoever tries several on private records and keeps the best releases more than the epsilon of the "
     "one run that is kept. Each run at a site is charged to its account there; runs elsewhere are not."
 )
+_NOT_COVERED = "Not covered: "
 NOT_COVERED = (
     "Metrics that were not released through a private mechanism. Silotune releases none such; training losses and clip "
     "fractions stay at the site.",
@@ -216,13 +217,24 @@ class Statement:
             rows = ", ".join(f"{row['sites']}: {rounded_up(row['epsilon'])}" for row in self.up_to_m_sites)
             who = f"A {self.unit} with records" if self.unit in PERSON_UNITS else "A person with one record"
             parts.append(f"{who} at each of m sites is protected with epsilon (m: epsilon) {rows}.")
-        parts.append("Not covered: " + " ".join(self.not_covered))
+        parts.append(_NOT_COVERED + " ".join(self.not_covered))
         return {
             "one_site": self.one_site,
             "up_to_m_sites": self.up_to_m_sites,
             "not_covered": list(self.not_covered),
             "text": "\n\n".join(parts),
         }
+
+
+def without_uncovered(statement: str, listed: Iterable[str]) -> str:
+    """Return a statement without its last part, what is not covered, if the reader has every item of it in `listed`.
+
+    A document that quotes many statements lists once what none of them covers.
+    """
+    claim, _, rest = statement.rpartition(_NOT_COVERED)
+    for item in listed:
+        rest = rest.replace(item, "", 1)
+    return statement if rest.strip() else claim.rstrip() or statement
 
 
 def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True) -> str:
@@ -266,7 +278,7 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
         f"Everything site {release.site} released in run {run} is ({rounded_up(epsilon)}, {delta_rounded_up(release.delta)})-"
         f"differentially private under {relation(release.unit)}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
         f"accounting, against an observer of every update. {planned}{AS_REPORTED} {_sampling_in_words(release)}"
-        f"Not covered: {' '.join(not_covered(release.unit, pretrained=pretrained))}"
+        f"{_NOT_COVERED}{' '.join(not_covered(release.unit, pretrained=pretrained))}"
     )
 
 

@@ -37,6 +37,7 @@ from shared.epsilons import rounded_up
 from shared.errors import LedgerError, RunError
 from shared.ledger_export import LedgerExport, save_export
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.statement import without_uncovered
 from shared.signed_file import Signer, signature_file
 from shared.signing import SigningKey, save_signing_key, sign_job
 from simulations.accounts import simulated_accounts
@@ -168,7 +169,7 @@ def test_the_report_has_every_part(facts: Facts) -> None:
     places = [page.index(f"{number}. {title}") for number, title in enumerate(titles, start=2)]
     assert places == sorted(places)
     for site in facts.sites:
-        assert site.statement in page
+        assert without_uncovered(site.statement, facts.not_covered) in page
         assert all(sha256 in page for sha256 in site.release.updates)
     for limit in facts.guarantees[0].statement.not_covered:
         assert limit in page
@@ -566,7 +567,7 @@ def test_pdf_is_tagged_and_says_the_same(facts: Facts) -> None:
         for section in document.sections:
             assert re.sub(r"[\s-]", "", section.title) in told
         for site in facts.sites:
-            assert re.sub(r"[\s-]", "", site.statement) in told
+            assert re.sub(r"[\s-]", "", without_uncovered(site.statement, facts.not_covered)) in told
             assert all(sha256 in told for sha256 in site.release.updates)
 
 
@@ -747,6 +748,32 @@ def test_the_audit_log_is_only_read(coordinator: CoordinatorHome) -> None:
     before = audit_log.verify(coordinator.audit)
     read_facts(coordinator.jobs / "0001-small" / "run")
     assert audit_log.verify(coordinator.audit) == before
+
+
+def test_sites_are_called_by_their_names_in_the_data(run: Path) -> None:
+    dataset = json.loads((run / "run.json").read_text())["dataset"]
+    edit(run / "run.json", dataset=dataset | {"site_names": {"site-1": "北京协和医院", "site-2": "Ελλάδα"}})
+    edit(run / "sites" / "site-2" / "privacy.json", epsilon_spent=1.0, epsilon_bound=1.0)
+    page = page_of(run, *simulated_accounts(run))
+    paths = r"sites/site-\d|of site-\d: data|small-site-\d|ledger of site-\d"
+    assert not re.search(r"(?<!\()\bsite-[12]\b", re.sub(paths, "", page)), (
+        "a folder's name where a site's should stand"
+    )
+    assert "Site Ελλάδα (site-2): the run recorded epsilon" in page
+    assert "Everything site 北京协和医院 (site-1) released" in page
+
+
+def test_what_is_not_covered_stands_once(facts: Facts) -> None:
+    page = text_of(render_html(compose(facts), NOW))
+    assert facts.not_covered
+    assert [page.count(item) for item in facts.not_covered] == [1] * len(facts.not_covered)
+
+
+def test_the_run_tells_what_it_computed_on(small_run: Path) -> None:
+    machine = json.loads((small_run / "run.json").read_text())["machine"]
+    assert machine["device"] == "cpu"
+    assert machine["precision"] in ("float32", "bfloat16")
+    assert f"cpu, {machine['precision']}" in page_of(small_run)
 
 
 def test_evaluation_records_are_called_what_they_were_declared(run: Path) -> None:

@@ -316,6 +316,84 @@ def test_statement_is_verbatim(tmp_path: Path) -> None:
     assert formats.format_epsilon(7.9841 * 8**0.62) in text
 
 
+def test_what_is_not_covered_stands_once(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    items = json.loads((folder / "statement.json").read_text())["not_covered"]
+    end = "Not covered: " + " ".join(items)
+    edit(folder / "statement.json", text=f"A person is protected.\n\n{end}")
+    for path in folder.glob("sites/*/privacy.json"):
+        edit(path, statement=f"What {path.parent.name} released is private. {end}")
+    text = Page(render(folder)).text
+    assert "What site-8 released is private." in text
+    assert [text.count(item) for item in items] == [1, 1, 1]
+    own = "Not covered: something of this site alone."
+    edit(folder / "sites" / "site-1" / "privacy.json", statement=f"What site-1 released is private. {own}")
+    assert Page(render(folder)).text.count(own) == 1, "what no list holds is not left out"
+
+
+def test_sites_are_called_by_their_names_in_statements(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    run = json.loads((folder / "run.json").read_text())
+    edit(folder / "run.json", dataset=run["dataset"] | {"site_names": {"site-1": "北京", "site-2": "Ελλάδα"}})
+    edit(folder / "statement.json", one_site="The largest epsilon of a site, site-1.", text="Of a site, site-1. So.")
+    edit(folder / "sites" / "site-2" / "privacy.json", statement="Site site-2 released nothing in run site-2-of-all.")
+    text = Page(render(folder)).text
+    assert "Of a site, 北京 (site-1). So." in text
+    assert "Site Ελλάδα (site-2) released nothing in run site-2-of-all." in text
+    assert not re.search(r"(?<!\()site-[12](?![\w-])", text.replace("site-1 to", ""))
+
+
+def calibrated(folder: Path, *, fitted_on: int) -> None:
+    """Say how sure an arm is of its answers; on no record, nothing was fitted."""
+    bins = [{"count": 10, "confidence": 0.5, "accuracy": 0.5}] * 15
+    found = {"temperature": 1.34 if fitted_on else 1.0, "fitted_on": fitted_on, "reported_on": 1600}
+    found |= {"loss_before": 0.6, "loss_after": 0.55, "error_before": 0.1, "error_after": 0.03}
+    edit(folder / "evaluation.json", calibration=found | {"bins_before": bins, "bins_after": bins})
+
+
+def test_a_temperature_is_said_to_be_of_the_training_that_has_it(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    calibrated(folder, fitted_on=0)
+    calibrated(folder / "baselines" / "non-private", fitted_on=400)
+    text = Page(render(folder)).text
+    assert "1.34" in text
+    assert "None was fitted for this run itself" in text
+    assert "The temperatures above are of Non-private," in text
+    calibrated(folder / "baselines" / "non-private", fitted_on=0)
+    text = Page(render(folder)).text
+    assert "1.34" not in text
+    assert "after the temperature" not in text
+    assert "temperatures above" not in text
+    calibrated(folder, fitted_on=400)
+    text = Page(render(folder)).text
+    assert "It was fitted on 400 other public records" in text
+    assert "None was fitted" not in text
+
+
+def test_a_round_without_evaluation_is_called_that(tmp_path: Path) -> None:
+    folder = build_run(tmp_path / "run")
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines[0]["epsilon_max"] = None
+    lines[3]["metrics"] = {}
+    lines[4]["metrics"]["accuracy"] = None
+    write(folder / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    run = json.loads((folder / "run.json").read_text())
+    edit(folder / "run.json", machine={"system": "Linux", "cpu_count": 2})
+    text = Page(render(folder)).text
+    assert text.count("not evaluated") == 2, "accuracy and loss of round 3"
+    assert text.count("not defined") == 1, "accuracy of round 4"
+    assert "not recorded" not in text
+    assert "Device" not in text
+    edit(folder / "run.json", machine=run["machine"] | {"precision": "bfloat16"})
+    assert "Device cpu, bfloat16" in Page(render(folder)).text
+
+
+def test_it_is_said_what_a_time_is_of(tmp_path: Path) -> None:
+    assert "2 min 36 s this training alone, baselines not counted" in Page(render(build_run(tmp_path / "run"))).text
+    alone = Page(render(build_run(tmp_path / "alone", baselines=False))).text
+    assert "this training alone" not in alone
+
+
 def test_sections_come_in_order(tmp_path: Path) -> None:
     html = render(build_run(tmp_path / "run"))
     ids = ["privacy", "quality", "sites", "traffic", "rounds", "job", "adapter", "machine"]

@@ -21,6 +21,7 @@ from shared.privacy.statement import (
     privacy_record,
     run_statement,
     site_statement,
+    without_uncovered,
 )
 
 
@@ -50,6 +51,14 @@ def at_least(epsilon: float) -> str:
     """Three decimals, written out apart from the product: the printed number must not be below the computed one."""
     text = f"{epsilon:.3f}"
     return text if float(text) >= epsilon else f"{float(text) + 0.001:.3f}"
+
+
+def test_what_is_not_covered_is_left_out_only_where_the_reader_has_it() -> None:
+    assert without_uncovered("It is private. Not covered: A. B.", ["A.", "B.", "C."]) == "It is private."
+    kept = "It is private. Not covered: A. B."
+    assert without_uncovered(kept, ["A."]) == kept
+    assert without_uncovered("Nothing was released.", ["A."]) == "Nothing was released."
+    assert without_uncovered("Not covered: A.", ["A."]) == "Not covered: A."
 
 
 def test_epsilon_follows_executed_steps() -> None:
