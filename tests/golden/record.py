@@ -41,8 +41,11 @@ _ENVIRONMENT = {
 }
 
 
-def record(out: Path, *, project: Path = CHECKOUT, cases: Sequence[str] = ()) -> None:
+def record(out: Path, *, project: Path = CHECKOUT, cases: Sequence[str] = (), keep: Path | None = None) -> None:
     """Record `cases` (all by default) of the checkout `project` into the new folder `out`.
+
+    Args:
+        keep: a new folder for the files of the cases as the product left them.
 
     Raises:
         FileExistsError: if `out` is there already.
@@ -58,6 +61,8 @@ def record(out: Path, *, project: Path = CHECKOUT, cases: Sequence[str] = ()) ->
             cwd=work,
             check=True,
         )
+        if keep is not None:
+            shutil.copytree(work, keep)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,8 @@ from typing import Any
 from . import inputs
 from .inputs import BACKBONE, texts, write_scenario
 
+Command = tuple[str, ...] | Callable[[Path], None]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -22,14 +24,14 @@ class Case:
     Attributes:
         name: of the case, and of its folder.
         write: writes the inputs and returns the names of those that are not recorded.
-        commands: arguments of `silotune`.
+        commands: arguments of `silotune`, or a step that has no command, called with the folder.
         stdin: what each command reads.
         helps: print the help of every command instead.
     """
 
     name: str
     write: Callable[[Path], tuple[str, ...]] | None = None
-    commands: tuple[tuple[str, ...], ...] = ()
+    commands: tuple[Command, ...] = ()
     stdin: str = ""
     helps: bool = False
 
@@ -250,6 +252,78 @@ _CONSORTIUM = (
 )
 
 
+def _federation(folder: Path) -> tuple[str, ...]:
+    """Two sites with homes of their own, a job that asks for metrics which neither releases."""
+    rows = [(text, inputs.label(number)) for number, text in enumerate(texts(130))]
+    for name, part in (("clinic", rows[:48]), ("practice", rows[48:112])):
+        inputs.write_table(folder / f"{name}.csv", ("review", "verdict"), part)
+    inputs.write_table(folder / "test.csv", ("review", "verdict"), rows[112:])
+    write_scenario(
+        folder,
+        "job",
+        model={"backbone": "embedded:all-minilm-l6-v2"},
+        lora={"last_layers": 1, "train": "b"},
+        privacy={"noise_multiplier": None, "epsilon": 3.0},
+        federation={"min_sites": 2, "update_dtype": "int8"},
+        site_metrics={"names": ["accuracy"], "noise_multiplier": 2.0},
+        data=None,
+        partition=None,
+        simulation=None,
+        evaluation={"path": "test.csv", "columns": {"text": "review", "label": "verdict"}},
+    )
+    return ()
+
+
+def _join(name: str) -> tuple[Command, ...]:
+    """Return what makes a site, has its request approved and admits it."""
+    home, certificate = f"homes/{name}", f"{name}.crt"
+    place = ("--name", name, "--coordinator", "localhost:9092", "--data", f"{name}.csv")
+    return (
+        ("site", "init", home, *place, *_COLUMNS, "--signer", "consortium=consortium.pub"),
+        ("pki", "approve", "ca", f"{home}/{name}.csr", "--out", certificate, "--days", "3000"),
+        ("site", "install", home, "--certificate", certificate, "--ca", "ca/ca.crt"),
+        ("coordinator", "install", "coordinator", "--site", certificate),
+    )
+
+
+def _serve(folder: Path) -> None:
+    """Run the submitted job."""
+    from . import federation  # Flower is imported where something is recorded, not where cases are listed
+
+    homes = [folder / "homes" / name for name in ("clinic", "practice")]
+    federation.serve(folder / "coordinator", homes, "0001-golden")
+
+
+_RUN = "coordinator/jobs/0001-golden/run"
+_FEDERATION: tuple[Command, ...] = (
+    ("pki", "init", "ca", "--name", "Consortium"),
+    ("pki", "signer", "consortium"),
+    ("coordinator", "init", "coordinator", "--host", "localhost"),
+    ("pki", "publish", "ca", "coordinator/trust"),
+    *_join("clinic"),
+    *_join("practice"),
+    ("coordinator", "submit", "coordinator", "job.toml", "--signer", "consortium.key"),
+    _serve,
+    ("coordinator", "status", "coordinator", "--json"),
+    ("coordinator", "logs", "coordinator"),
+    ("coordinator", "verify", f"{_RUN}/adapter", "--key", "coordinator/round.pub"),
+    ("site", "ledger", "homes/clinic", "--json", "--export", "account.json"),
+    ("site", "check", "homes/practice", "--offline", "--job", "job.toml", "--json"),
+    ("plan", "--job", "job.toml", "--ledger", "account.json"),
+    ("audit-log", "verify", "homes/clinic/audit", "--key", "homes/clinic/log.pub", "--json"),
+    ("audit-log", "show", "coordinator/audit", "--json"),
+    (
+        *("report", _RUN, "--format", "html", "--out", "report.html"),
+        *("--ledger", "account.json", "--sign", "coordinator"),
+    ),
+    ("report", "verify", "report.html", "--key", "coordinator/round.pub", "--json"),
+    ("report", _RUN, "--format", "html", "--out", "site-report.html"),
+    ("report", "sign", "site-report.html", "homes/clinic"),
+    ("report", "sign", "report.html", "homes/clinic"),
+    ("predict", _RUN, "a quiet joy", "--json"),
+)
+
+
 def _tools(folder: Path) -> tuple[str, ...]:
     """Commands beside a run, and what a user reads who made a mistake."""
     inputs.labelled_texts(folder, 120)
@@ -364,6 +438,7 @@ _ALL = (
         stdin="a quiet joy\n\nit bores\n",
     ),
     Case(name="consortium", write=_consortium, commands=_CONSORTIUM),
+    Case(name="federation", write=_federation, commands=_FEDERATION),
     Case(name="tools", write=_tools, commands=_TOOLS),
 )
 

@@ -8,7 +8,6 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from .wire import note_messages
 _LIBRARIES = (
     "flwr.clientapp",
     "flwr.serverapp",
+    "flwr.superlink.grid.http_grid",
     "matplotlib.pyplot",
     "opacus",
     "peft",
@@ -89,6 +89,9 @@ def _record(case: Case, folder: Path, out: Path, source: RandomBytes) -> None:
     (out / "commands").mkdir(parents=True)
     commands = _all_helps() if case.helps else case.commands
     for number, command in enumerate(commands, start=1):
+        if callable(command):
+            command(folder)
+            continue
         text = _run(list(command), case.stdin)
         name = " ".join(command[:-1]) or "silotune" if case.helps else f"{number:02d} {command[0]}"
         (out / "commands" / f"{name}.txt").write_text(text, encoding="utf-8")
@@ -96,7 +99,6 @@ def _record(case: Case, folder: Path, out: Path, source: RandomBytes) -> None:
     (out / "messages.jsonl").write_text("".join(lines), encoding="utf-8")
     os.chdir("/")
     gather(folder, out / "files", without=inputs)
-    shutil.rmtree(folder)
 
 
 def _run(command: list[str], stdin: str) -> str:
