@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Return 0 if everything is equal or recorded, 1 if something differs."""
     asked = _parser().parse_args(arguments)
     if asked.command == "record":
-        record(asked.out, project=asked.project, cases=asked.cases)
+        record(asked.out, project=asked.project, cases=asked.cases, keep=asked.keep)
         return 0
     if asked.command == "compare":
         return _told(compare(asked.before, asked.after, ignored=asked.ignore))
@@ -32,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     recording = commands.add_parser("record", help="record a checkout into a new folder")
     recording.add_argument("out", type=Path)
     recording.add_argument("--project", type=Path, default=CHECKOUT, help="another checkout")
+    recording.add_argument("--keep", type=Path, help="new folder for the files as they were left")
     comparing = commands.add_parser("compare", help="say what differs between two records")
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
