@@ -401,7 +401,11 @@ _ALL = (
         write=_persons,
         commands=((*SIMULATE, "--stop-after", "1"), (*SIMULATE, "--resume")),
     ),
-    Case(name="images", write=_images, commands=(SIMULATE,)),
+    Case(
+        name="images",
+        write=_images,
+        commands=(SIMULATE, ("simulate", "scenario.toml", "--out", "stopped", "--stop-after", "1")),
+    ),
     Case(
         name="replies",
         write=_task({"kind": "replies"}, _REPLIES, gpt2=True),
