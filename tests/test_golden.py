@@ -32,6 +32,8 @@ now = datetime.datetime.now(datetime.UTC)
 made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now)
 certificate = made.sign(key, SHA256())
 certificate.verify_directly_issued_by(certificate)
+from pydantic import TypeAdapter
+assert TypeAdapter(datetime.datetime | None).validate_json('"2026-11-02T08:00:00Z"') == now
 before = time.monotonic()
 time.sleep(1000)
 print(os.urandom(5), secrets.token_bytes(32), secrets.randbelow(1000), uuid.uuid4(), now)

@@ -132,6 +132,10 @@ def _stop_clocks(clock: Clock) -> None:
         def today(cls) -> Any:
             return clock.now()
 
+        @classmethod
+        def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+            return handler.generate_schema(_real_datetime)
+
     datetime.datetime = Still  # type: ignore[misc]
     for name in ("time", "monotonic", "perf_counter", "process_time"):
         setattr(time, name, lambda: clock.seconds)
