@@ -21,6 +21,7 @@ from tests.golden.recorder.wire import note_messages
 
 RANDOM_THINGS = """
 import datetime, os, secrets, sys, time, uuid
+from pydantic import TypeAdapter
 from tests.golden.recorder.stillness import be_still
 be_still(sys.argv[1])
 from cryptography import x509
@@ -32,7 +33,6 @@ now = datetime.datetime.now(datetime.UTC)
 made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now)
 certificate = made.sign(key, SHA256())
 certificate.verify_directly_issued_by(certificate)
-from pydantic import TypeAdapter
 assert TypeAdapter(datetime.datetime | None).validate_json('"2026-11-02T08:00:00Z"') == now
 before = time.monotonic()
 time.sleep(1000)
