@@ -18,7 +18,7 @@ from shared.certificates import expiry_warning
 from shared.config import PERSON_UNITS, Job
 from shared.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
 from shared.deidentify.report import MaskTally
-from shared.epsilons import as_set, rounded_up
+from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.errors import SilotuneError
 from shared.keystore import Seal, load_secret
 from shared.overlap import num_shared
@@ -98,7 +98,8 @@ def _settings(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
     budget = config.budget
     text = (
-        f"site {config.name}, budget epsilon {as_set(budget.epsilon)} at delta {budget.delta:g} for each {budget.unit}, "
+        f"site {config.name}, budget epsilon {as_set(budget.epsilon)} at delta {delta_rounded_up(budget.delta)} for "
+        f"each {budget.unit}, "
         f"composition {budget.composition}"
     )
     if budget.composition == "fixed":
@@ -149,7 +150,8 @@ def _delta(config: SiteConfig, num_units: int, text: str) -> tuple[Outcome, str]
     """Judge the budget's delta by the number of records or persons that there are: jobs are judged by the declared one."""
     if config.budget.delta >= 1 / num_units:
         return "warning", (
-            f"{text}; budget.delta is {config.budget.delta:g}, but with {num_units:,} {config.budget.unit}s it must be below "
+            f"{text}; budget.delta is {delta_rounded_up(config.budget.delta)}, but with {num_units:,} "
+            f"{config.budget.unit}s it must be below "
             f"1/n = {1 / num_units:.1e}, or a job may publish one of them: use at most {default_delta(num_units):.1e}"
         )
     return "ok", text

@@ -45,7 +45,7 @@ from typing import Any
 
 from client.account import CHARGING_KINDS, MAX_NAME, Account, Budget, Charge, Charged, check_name, check_sha256
 from client.ledger_file import LOCK_TIMEOUT, SCHEMA_VERSION, Cipher, Entry, LedgerFile
-from shared.epsilons import as_set, rounded_up
+from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import BudgetExceeded, LedgerError
 from shared.ledger_export import ChargedSteps, LedgerExport
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -380,9 +380,11 @@ class Ledger:
         steps = self.affordable_steps(noise_multiplier=sigma, sample_rate=q)
         return BudgetExceeded(
             f"round {charge.round} of job {charge.job_id} asks for {charge.mechanism.steps} steps at noise "
-            f"multiplier {sigma:g} and sample rate {q:g}. That would bring {self._name()} from epsilon "
+            f"multiplier {noise_rounded_down(sigma)} and sample rate {rate_rounded_up(q)}. That would bring "
+            f"{self._name()} from epsilon "
             f"{rounded_up(self.spent_epsilon(), 6)} to {rounded_up(epsilon, 6)} at delta "
-            f"{self.budget.delta:g} ({self.budget.composition} composition); the site's cap is {as_set(self.budget.epsilon)}. "
+            f"{delta_rounded_up(self.budget.delta)} ({self.budget.composition} composition); the site's cap is "
+            f"{as_set(self.budget.epsilon)}. "
             f"Nothing was charged. {steps} such steps still fit: ask for no more than "
             "that, for more noise or a smaller sample rate, or raise the site's cap in its settings.",
             steps_affordable=steps,

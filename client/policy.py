@@ -31,7 +31,7 @@ from shared.config import (
     nearest,
     parse,
 )
-from shared.epsilons import as_set, rounded_up
+from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
 from shared.image_models import IMAGE_NETWORKS, image_network_sha256
 from shared.privacy.plan import PrivacyPlan
@@ -222,8 +222,8 @@ def check_metrics(policy: Policy, job: Job) -> None:
         )
     if asked.noise_multiplier < policy.min_noise_multiplier:
         raise PolicyError(
-            f"site_metrics.noise_multiplier is {asked.noise_multiplier:g}; this site accepts no less than "
-            f"{policy.min_noise_multiplier:g}."
+            f"site_metrics.noise_multiplier is {as_set(asked.noise_multiplier)}; this site accepts no less than "
+            f"{as_set(policy.min_noise_multiplier)}."
         )
 
 
@@ -285,7 +285,10 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
             f"accepts at most {policy.max_steps:,}."
         )
     if _exceeds(job.privacy.sample_rate, policy.max_sample_rate):
-        yield f"its privacy.sample_rate is {job.privacy.sample_rate:g}; this site accepts at most {policy.max_sample_rate:g}."
+        yield (
+            f"its privacy.sample_rate is {as_set(job.privacy.sample_rate)}; this site accepts at most "
+            f"{as_set(policy.max_sample_rate)}."
+        )
     if job.federation.min_sites < policy.min_sites:
         yield (
             f"its federation.min_sites is {job.federation.min_sites}; this site takes part only from "
@@ -311,13 +314,14 @@ def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
         return
     if _exceeds(epsilon, policy.max_epsilon_per_job):
         yield (
-            f"its plan{cut} costs epsilon {rounded_up(epsilon)} at delta {plan.delta:g}; this site accepts at most "
+            f"its plan{cut} costs epsilon {rounded_up(epsilon)} at delta {delta_rounded_up(plan.delta)}; this site "
+            f"accepts at most "
             f"{as_set(policy.max_epsilon_per_job)} per job."
         )
     if plan.noise_multiplier < policy.min_noise_multiplier:
         yield (
-            f"its noise multiplier{cut} is {plan.noise_multiplier:.4g}; this site accepts no less than "
-            f"{policy.min_noise_multiplier:g}. Lower privacy.epsilon or raise privacy.noise_multiplier."
+            f"its noise multiplier{cut} is {noise_rounded_down(plan.noise_multiplier)}; this site accepts no less than "
+            f"{as_set(policy.min_noise_multiplier)}. Lower privacy.epsilon or raise privacy.noise_multiplier."
         )
 
 

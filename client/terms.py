@@ -9,6 +9,7 @@ from __future__ import annotations
 from client.config import SiteConfig
 from shared.config import PERSON_UNITS, Job
 from shared.datasets import PERSON_ROLE
+from shared.epsilons import delta_rounded_up
 from shared.errors import PolicyError
 from shared.privacy.sizes import default_delta, least_delta_refused
 from shared.tasks import task_of
@@ -54,12 +55,16 @@ def _check_unit(config: SiteConfig, job: Job) -> None:
 def _check_delta(config: SiteConfig, job: Job, declared_records: int) -> None:
     delta = job.privacy.delta
     if delta > config.budget.delta:
-        raise PolicyError(f"the job's delta {delta:g} is weaker than this site's {config.budget.delta:g}; lower it.")
+        raise PolicyError(
+            f"the job's delta {delta_rounded_up(delta)} is weaker than this site's "
+            f"{delta_rounded_up(config.budget.delta)}; lower it."
+        )
     limit = least_delta_refused(declared_records)
     if job.privacy.mechanism == "dp-sgd" and delta >= limit:
         raise PolicyError(
             f"site {config.name} declares {declared_records:,} {config.budget.unit}s and may have up to twice as many, so the "
-            f"job's delta {delta:g} must be below {limit:.1e}; use at most {default_delta(2 * declared_records):.1e}."
+            f"job's delta {delta_rounded_up(delta)} must be below {limit:.1e}; use at most "
+            f"{default_delta(2 * declared_records):.1e}."
         )
 
 

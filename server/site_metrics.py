@@ -22,6 +22,7 @@ from server.observer import Observer
 from server.roster import Authority
 from shared import adapters
 from shared.config import Job
+from shared.epsilons import noise_rounded_down
 from shared.errors import RunError
 from shared.messages import (
     MALFORMED,
@@ -130,7 +131,8 @@ def _check(reply: MetricsReply, name: str, job: Job, adapter: bytes) -> None:
     asked = job.site_metrics
     if not math.isclose(reply.noise_multiplier, asked.noise_multiplier, rel_tol=1e-6):
         raise RunError(
-            f"the metrics carry noise of {reply.noise_multiplier:g}, but the job's plan is {asked.noise_multiplier:g}"
+            f"the metrics carry noise of {noise_rounded_down(reply.noise_multiplier)}, but the job's plan is "
+            f"{noise_rounded_down(asked.noise_multiplier)}"
         )
     sizes = {metric: num_bins(metric, job) for metric in asked.names}
     if {metric: len(values) for metric, values in reply.counts.items()} != sizes:

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from shared.epsilons import delta_rounded_up
 from shared.errors import ConfigError, excerpt
 from shared.limits import (
     MAX_EPSILON,
@@ -374,7 +375,7 @@ class PrivacyConfig(Section):
             )
         if self.central is not None and self.delta >= 1 / self.central.num_sites:
             raise ValueError(
-                f"delta is {self.delta:g}, but with {self.central.num_sites:,} sites it must be below 1/N = "
+                f"delta is {delta_rounded_up(self.delta)}, but with {self.central.num_sites:,} sites it must be below 1/N = "
                 f"{1 / self.central.num_sites:.1e}, best a tenth of it"
             )
         return self

@@ -1,8 +1,8 @@
-"""How an epsilon is written, everywhere: on screens, in statements, reports and refusals.
+"""How an epsilon and what it was computed from are written, everywhere: on screens, in statements, reports and refusals.
 
 Guarantee (tests: tests/shared/test_epsilons.py, which also looks for any other way to write one in the code)
-    * What was computed is never written below its value: a guarantee that was rounded down would be false. The delta that it
-      is stated with neither: an epsilon holds at its own delta and above, not below.
+    * What is written never claims more privacy than was computed or executed. An epsilon is never written below its value, and
+      neither is its delta, a sampling rate or a clipping bound; a noise multiplier is never written above.
 """
 
 from __future__ import annotations
@@ -39,10 +39,21 @@ def as_set(epsilon: float) -> str:
     return f"{epsilon:.15g}"
 
 
-def delta_rounded_up(delta: float, digits: int = 6) -> str:
-    """Return the delta of a guarantee with so many significant digits at most, never below what stands in the job.
+# Settings such as 1e-5 are no numbers of a computer; what is meant is the shortest decimal number that stands for each.
 
-    1e-5 is not a number of a computer; what is meant is the shortest decimal number that stands for it.
-    """
+
+def delta_rounded_up(delta: float, digits: int = 6) -> str:
+    """Return the delta of a guarantee with so many significant digits at most, never below what stands in the job."""
     context = Context(prec=digits, rounding=ROUND_CEILING)
     return f"{float(context.create_decimal(repr(float(delta)))):.{digits}g}"
+
+
+def rate_rounded_up(rate: float, digits: int = 6) -> str:
+    """Return a sampling rate or a clipping bound likewise: a larger one hides a record less."""
+    return delta_rounded_up(rate, digits)
+
+
+def noise_rounded_down(noise_multiplier: float, decimals: int = 4) -> str:
+    """Return a noise multiplier, or the standard deviation of noise, with so many decimals, never above what was added."""
+    exact = Decimal(repr(float(noise_multiplier)))
+    return f"{exact.quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR, _EXACT):f}"

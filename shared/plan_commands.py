@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from shared.config import finite_or_none, parse
-from shared.epsilons import delta_rounded_up, rounded_up
+from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import ConfigError
 from shared.plan_figure import UtilityFile, UtilityPoint, draw
 from shared.plan_tables import print_answers, print_shares, site_warnings
@@ -195,8 +195,8 @@ def _plan_job(
         central = PrivacyPlan.of_coordinator(job)
         raise ConfigError(
             "the planner answers for the noise of sites; this job's is added by a trusted coordinator (privacy.mechanism "
-            f"'central'). Its plan: noise multiplier {central.noise_multiplier:.4f}, {central.planned_steps} rounds at sampling "
-            f"rate {central.sample_rate:g}, epsilon {rounded_up(central.epsilon())} at delta "
+            f"'central'). Its plan: noise multiplier {noise_rounded_down(central.noise_multiplier)}, {central.planned_steps} "
+            f"rounds at sampling rate {rate_rounded_up(central.sample_rate)}, epsilon {rounded_up(central.epsilon())} at delta "
             f"{delta_rounded_up(central.delta)}, unit site."
         )
     made = PrivacyPlan.from_job(job)

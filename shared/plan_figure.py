@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up
 
 if TYPE_CHECKING:
     from shared.privacy.planning import Setting
@@ -84,7 +85,7 @@ def draw(settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None) ->
         if utility is not None:
             _draw_utility(axes[2], utility)
         delta = max(setting.delta for setting in settings)
-        note = f"Epsilon: upper bound by PLD, one record added or removed, delta {delta:g}."
+        note = f"Epsilon: upper bound by PLD, one record added or removed, delta {delta_rounded_up(delta)}."
         note += " No measured utility was given." if utility is None else " Utility: as measured elsewhere."
         figure.supxlabel(note, x=0.01, ha="left", fontsize=9, color=MUTED)
         buffer = io.BytesIO()
@@ -100,7 +101,7 @@ def _draw_epochs(axes: Any, settings: Sequence[Setting]) -> None:
     rates = len({rate for _, rate in kinds})
     for (sigma, rate), (colour, dash, _) in zip(_spread(kinds), LINE_STYLES, strict=False):
         curve = epsilon_by_steps(sigma, rate, most=max(1, round(longest / rate)), delta=settings[0].delta)
-        label = f"noise {noise(sigma)}" + (f", rate {rate:.4g}" if rates > 1 else "")
+        label = f"noise {noise_rounded_down(sigma)}" + (f", rate {rate_rounded_up(rate, 4)}" if rates > 1 else "")
         axes.plot(
             [steps * rate for steps, _ in curve], [e for _, e in curve], color=colour, linestyle=dash, label=label
         )
@@ -121,7 +122,9 @@ def _draw_noise(axes: Any, settings: Sequence[Setting]) -> None:
     rates = len({rate for rate, _ in kinds})
     for (rate, steps), (colour, dash, _) in zip(_spread(kinds), LINE_STYLES, strict=False):
         curve = epsilon_by_noise(rate, steps, least=least / 1.4, most=most * 1.6, delta=settings[0].delta)
-        label = f"{number(steps * rate)} epochs, {steps:,} steps" + (f", rate {rate:.4g}" if rates > 1 else "")
+        label = f"{number(steps * rate)} epochs, {steps:,} steps" + (
+            f", rate {rate_rounded_up(rate, 4)}" if rates > 1 else ""
+        )
         axes.plot([e for e, _ in curve], [sigma for _, sigma in curve], color=colour, linestyle=dash, label=label)
     _draw_settings(axes, [(s.epsilon, s.noise_multiplier) for s in settings])
     axes.set(title="Noise multiplier against epsilon", xlabel="Epsilon (logarithmic)", ylabel="Noise multiplier")
@@ -181,8 +184,3 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-
-
-def noise(value: float) -> str:
-    """Return four decimals, rounded up, so that the epsilon beside it is an upper bound for the printed noise too."""
-    return f"{math.ceil(value * 10_000 - 1e-7) / 10_000:.4f}"

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from shared.epsilons import as_set, delta_rounded_up, rounded_up
-from shared.plan_figure import UtilityPoint, noise, number
+from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
+from shared.plan_figure import UtilityPoint, number
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,10 +81,10 @@ def _setting_table(setting: Setting, unit: str) -> Table:
     rows = [
         (f"{unit}s", "" if setting.records is None else f"{setting.records:,}", ""),
         ("expected batch size", number(setting.batch_size), "rate"),
-        ("sample rate", f"{setting.sample_rate:.6g}", "rate"),
+        ("sample rate", rate_rounded_up(setting.sample_rate), "rate"),
         ("steps", f"{setting.steps:,}", "steps"),
         ("epochs", number(setting.epochs), "steps"),
-        ("noise multiplier", noise(setting.noise_multiplier), "noise"),
+        ("noise multiplier", noise_rounded_down(setting.noise_multiplier), "noise"),
         ("epsilon", rounded_up(setting.epsilon), "epsilon"),
         ("delta", delta_rounded_up(setting.delta, 3), ""),
         ("trainable parameters", "" if setting.parameters is None else f"{setting.parameters:,}", ""),
@@ -124,8 +124,8 @@ def _sweep_table(settings: Sequence[Setting]) -> Table:
             number(setting.epochs),
             f"{setting.steps:,}",
             number(setting.batch_size),
-            f"{setting.sample_rate:.6g}",
-            noise(setting.noise_multiplier),
+            rate_rounded_up(setting.sample_rate),
+            noise_rounded_down(setting.noise_multiplier),
             rounded_up(setting.epsilon),
             delta_rounded_up(setting.delta, 3),
             number(setting.signal_to_noise),

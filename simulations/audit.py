@@ -20,6 +20,7 @@ from server.central_release import SitesRelease
 from server.run_folder import load_job
 from shared.atomic import write_json
 from shared.config import Job
+from shared.epsilons import noise_rounded_down, rate_rounded_up
 from shared.errors import RunError
 from shared.json_files import read_object
 from shared.privacy.accounting import GaussianSteps
@@ -180,9 +181,10 @@ def mechanism_result(run: AuditedRun, audit: MechanismAudit) -> AuditResult:
     audited = "coordinator's round (with a fixed clipping bound)" if run.job.privacy.central else "trainer"
     return audit.result(
         f"the {audited} of this installation under the plan of {run.site} (unit {run.plan.unit}, sampling rate "
-        f"{run.plan.sample_rate:g}, noise "
-        f"multiplier {run.plan.noise_multiplier:.4f}, clipping norm {run.plan.max_grad_norm:g}), on canaries, {steps} of "
-        f"{run.plan.planned_steps} steps per call, {audit.observed_steps} noisy steps in all; the accounting of all "
+        f"{rate_rounded_up(run.plan.sample_rate)}, noise "
+        f"multiplier {noise_rounded_down(run.plan.noise_multiplier)}, clipping norm "
+        f"{rate_rounded_up(run.plan.max_grad_norm)}), on canaries, "
+        f"{steps} of {run.plan.planned_steps} steps per call, {audit.observed_steps} noisy steps in all; the accounting of all "
         f"{run.plan.planned_steps} steps"
     )
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from shared.epsilons import bound_rounded_down, rounded_up
+from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
 from shared.errors import ConfigError, excerpt
 from shared.privacy.audit import AuditResult
 from shared.privacy.audit.one_run import Training
@@ -94,7 +94,7 @@ def result_table(result: AuditResult) -> Table:
     table.add_column("alpha", justify="right")
     table.add_column("verdict", style=_COLOURS[result.verdict])
     numbers = (rounded_up(result.claim), bound_rounded_down(result.lower_bound), bound_rounded_down(result.ceiling))
-    table.add_row(*numbers, f"{result.delta:g}", f"{result.alpha:g}", result.verdict)
+    table.add_row(*numbers, delta_rounded_up(result.delta), f"{result.alpha:g}", result.verdict)
     return table
 
 

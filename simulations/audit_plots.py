@@ -15,7 +15,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from shared.atomic import write_bytes
-from shared.epsilons import bound_rounded_down, rounded_up
+from shared.epsilons import bound_rounded_down, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.privacy.audit import AuditResult
 from shared.privacy.audit.lira import FALSE_POSITIVE_RATE, roc
 from shared.privacy.audit.one_run import Training
@@ -63,7 +63,9 @@ def _noise(axes: Any, result: AuditResult) -> None:
     low, high = result.details["noise_multiplier_in_effect"]
     claimed = result.details["noise_multiplier"]
     axes.set_title(
-        f"noise multiplier {rounded_up(claimed)}, in effect {low:.3f} to {high:.3f}", fontsize=10, loc="left"
+        f"noise multiplier {noise_rounded_down(claimed, 3)}, in effect {noise_rounded_down(low, 3)} to {rounded_up(high)}",
+        fontsize=10,
+        loc="left",
     )
 
 
@@ -99,16 +101,16 @@ def _roc(axes: Any, result: AuditResult, trainings: Sequence[Training]) -> None:
     )
     axes.plot(grid, grid, color=CEILING, linestyle=":", linewidth=1.4, label="guessing")
     axes.step(np.maximum(false, least), true, where="post", color=OUT, linewidth=1.8, label="attack")
-    rate = result.details["tpr_at_0.1%_fpr"]
+    share = result.details["tpr_at_0.1%_fpr"]
     axes.axvline(FALSE_POSITIVE_RATE, color=INK, linewidth=0.8)
     axes.plot(
         FALSE_POSITIVE_RATE,
-        max(rate, least),
+        max(share, least),
         "D",
         color=IN,
         markersize=7,
         clip_on=False,
-        label=f"TPR {rate:.2%} at 0.1 % FPR",
+        label=f"TPR {share:.2%} at 0.1 % FPR",
     )
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -137,5 +139,5 @@ def _epsilons(axes: Any, result: AuditResult) -> None:
     axes.set_ylim(-0.5, 2.75)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
-    axes.set_xlabel(f"epsilon at delta {result.delta:g} (linear to 1, then logarithmic)", fontsize=9)
+    axes.set_xlabel(f"epsilon at delta {delta_rounded_up(result.delta)} (linear to 1, then logarithmic)", fontsize=9)
     axes.set_title("an audit can refute a claim, not prove it", fontsize=10, loc="left")

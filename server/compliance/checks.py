@@ -14,7 +14,7 @@ from server.compliance.log import LogFacts
 from server.compliance.records import AuditRecord
 from server.report.run_data import RunData
 from shared.config import Job
-from shared.epsilons import as_set, rounded_up
+from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease, Statement
 from shared.signing import SignedJob
@@ -75,11 +75,11 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
 def _plan_discrepancies(name: str, release: SiteRelease, job: Job, plan: PrivacyPlan) -> Iterator[str]:
     """Is what the record names as executed what the job plans? The coordinator accepts nothing else."""
     if any(not _close(event.noise_multiplier, plan.noise_multiplier) for event in release.events):
-        yield f"{name} did not add the noise that the job says (noise multiplier {plan.noise_multiplier:.4f})."
+        yield f"{name} did not add the noise that the job says (noise multiplier {noise_rounded_down(plan.noise_multiplier)})."
     if any(not _close(event.sample_rate, plan.sample_rate) for event in release.events):
-        yield f"{name} did not sample at the job's rate, {plan.sample_rate:g}."
+        yield f"{name} did not sample at the job's rate, {rate_rounded_up(plan.sample_rate)}."
     if not _close(release.delta, plan.delta):
-        yield f"{name}: recorded at delta {release.delta:g}, the job's delta is {plan.delta:g}."
+        yield f"{name}: recorded at delta {delta_rounded_up(release.delta)}, the job's delta is {delta_rounded_up(plan.delta)}."
     expected = len(release.rounds) * job.training.local_steps
     if release.steps != expected:
         yield f"{name}: {release.steps} steps are recorded for {len(release.rounds)} updates, which took {expected}."
@@ -120,11 +120,15 @@ def central_discrepancies(central: CentralFacts | None, job: Job) -> Iterator[st
     for event in record.events:
         if not (_close(event.noise_multiplier, plan.noise_multiplier) and _close(event.sample_rate, plan.sample_rate)):
             yield (
-                f"The coordinator's record has noise multiplier {event.noise_multiplier:g} at rate {event.sample_rate:g}, the "
-                f"job's plan {plan.noise_multiplier:.4f} at {plan.sample_rate:g}."
+                f"The coordinator's record has noise multiplier {noise_rounded_down(event.noise_multiplier)} at rate "
+                f"{rate_rounded_up(event.sample_rate)}, the job's plan {noise_rounded_down(plan.noise_multiplier)} at "
+                f"{rate_rounded_up(plan.sample_rate)}."
             )
     if not _close(record.delta, plan.delta):
-        yield f"The coordinator's record is at delta {record.delta:g}, the job's is {plan.delta:g}."
+        yield (
+            f"The coordinator's record is at delta {delta_rounded_up(record.delta)}, the job's is "
+            f"{delta_rounded_up(plan.delta)}."
+        )
     if not central.record_agrees:
         yield (
             f"The coordinator recorded epsilon {shown(central.record.epsilon_spent)}, recomputed from the executed rounds it is "

@@ -25,7 +25,7 @@ from server.report.formats import (
     format_delta,
     printable,
 )
-from shared.epsilons import bound_rounded_down, rounded_up
+from shared.epsilons import bound_rounded_down, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.privacy.statement import without_uncovered
 
 # More statements than these would fill page after page with the words of the table above them.
@@ -99,8 +99,8 @@ def _central_table(central: CentralFacts) -> Table:
         rows=(
             (
                 record.unit,
-                _each(f"{event.sample_rate:g}" for event in record.events),
-                _each(f"{event.noise_multiplier:.4f}" for event in record.events),
+                _each(rate_rounded_up(event.sample_rate) for event in record.events),
+                _each(noise_rounded_down(event.noise_multiplier) for event in record.events),
                 _each(str(event.steps) for event in record.events),
                 format_delta(record.delta),
                 "none" if central.epsilon is None else rounded_up(central.epsilon),
@@ -118,10 +118,10 @@ def _mechanism_table(facts: Facts) -> Table:
             (
                 facts.called(release.site),
                 release.unit,
-                _each(f"{event.sample_rate:g}" for event in events),
-                _each(f"{event.noise_multiplier:.4f}" for event in events),
+                _each(rate_rounded_up(event.sample_rate) for event in events),
+                _each(noise_rounded_down(event.noise_multiplier) for event in events),
                 _each(str(event.steps) for event in events),
-                f"{release.max_grad_norm:g}",
+                rate_rounded_up(release.max_grad_norm),
                 format_delta(release.delta),
                 "none" if site.epsilon is None else rounded_up(site.epsilon),
                 format_budget(release.epsilon_budget or None),

@@ -11,7 +11,14 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from shared.epsilons import as_set, bound_rounded_down, rounded_up_short
+from shared.epsilons import (
+    as_set,
+    bound_rounded_down,
+    delta_rounded_up,
+    noise_rounded_down,
+    rate_rounded_up,
+    rounded_up_short,
+)
 
 NOT_RECORDED = "not recorded"
 """Of a fact that the run's files do not tell."""
@@ -63,11 +70,18 @@ def format_delta(value: float | None) -> str:
         return NOT_RECORDED
     if value <= 0:
         return "0"
-    exponent = math.floor(math.log10(value))
-    mantissa = _ceil(value / 10.0**exponent, 2)
-    if mantissa >= 10:
-        mantissa, exponent = mantissa / 10, exponent + 1
-    return f"{mantissa:g}e{exponent}" if exponent < -3 else f"{mantissa * 10.0**exponent:.3g}"
+    mantissa, _, exponent = delta_rounded_up(value, 3).partition("e")
+    return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+
+
+def format_rate(value: float | None) -> str:
+    """Four significant digits, rounded up."""
+    return NOT_RECORDED if value is None else rate_rounded_up(value, 4)
+
+
+def format_noise(value: float | None) -> str:
+    """Four decimals, rounded down."""
+    return NOT_RECORDED if value is None else noise_rounded_down(value)
 
 
 def format_number(value: float | None, digits: int = 4) -> str:

@@ -79,6 +79,8 @@ def _environment() -> Environment:
         "budget": formats.format_budget,
         "delta": formats.format_delta,
         "number": formats.format_number,
+        "rate": formats.format_rate,
+        "noise": formats.format_noise,
         "bytes": formats.format_bytes,
         "seconds": formats.format_seconds,
         "time": formats.format_time,

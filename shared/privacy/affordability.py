@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from shared.epsilons import as_set, delta_rounded_up
 from shared.ledger_export import LedgerExport
 from shared.limits import MAX_NOISE_MULTIPLIER, MAX_STEPS
 from shared.privacy.accounting import GaussianSteps, likely_steps
@@ -70,12 +71,12 @@ class SiteAnswer:
             return (
                 "The budget is spent: no noise makes room. Only a higher cap would, and that is the site's to decide."
             )
-        ways = [f"with privacy.noise_multiplier = {self.noise_multiplier:.2f} or more"]
+        ways = [f"with privacy.noise_multiplier = {as_set(self.noise_multiplier)} or more"]
         if self.rounds:
             # With epsilon in place of the noise multiplier, fewer rounds would be calibrated to less noise.
             lattice = 10**SIGMA_DECIMALS
             sigma = math.ceil(self.run.noise_multiplier * lattice - 1e-7) / lattice
-            ways.append(f"with training.rounds = {self.rounds} or less and privacy.noise_multiplier = {sigma:g}")
+            ways.append(f"with training.rounds = {self.rounds} or less and privacy.noise_multiplier = {as_set(sigma)}")
         which = "All three would fit" if self.num_runs else "It would fit"
         return f"{which} {', or '.join(ways)}."
 
@@ -125,7 +126,8 @@ def can_afford(export: LedgerExport, run: GaussianSteps, *, local_steps: int, de
     refusal = ""
     if delta > export.delta:
         refusal = (
-            f"The job's delta {delta:g} is weaker than the site's {export.delta:g}, so the site refuses it. Lower it."
+            f"The job's delta {delta_rounded_up(delta)} is weaker than the site's {delta_rounded_up(export.delta)}, so the "
+            "site refuses it. Lower it."
         )
     return SiteAnswer(
         site=export.site,

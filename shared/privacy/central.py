@@ -34,6 +34,7 @@ from torch import Tensor
 
 from shared.adapters import Shapes
 from shared.config import Job
+from shared.epsilons import as_set, rounded_up
 from shared.errors import PrivacyError
 from shared.grid_sum import GridSum
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
@@ -144,8 +145,8 @@ class CentralPlan:
     def __post_init__(self) -> None:
         if self.adaptive and self.count_noise <= self.plan.noise_multiplier / 2:
             raise PrivacyError(
-                f"privacy.central.count_noise is {self.count_noise:g}, but the count alone needs more than half the noise "
-                f"multiplier, {self.plan.noise_multiplier / 2:.4g}. Raise it, leave it out, or remove "
+                f"privacy.central.count_noise is {as_set(self.count_noise)}, but the count alone needs more than half the noise "
+                f"multiplier, {rounded_up(self.plan.noise_multiplier / 2, 4)}. Raise it, leave it out, or remove "
                 "privacy.central.target_quantile to keep the clipping bound fixed."
             )
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from shared.config import finite_or_none
-from shared.epsilons import delta_rounded_up, rounded_up
+from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin
@@ -30,6 +30,7 @@ NOT_COVERED_CENTRAL = (
     "trusted to clip, to add the noise, to draw sites by secret coins, and to keep updates and draws to itself.",
     "Who was drawn in which round, as far as network, timing or the coordinator's own logs show it. If an observer knows the "
     "draws, epsilon is that of a sampling rate of 1.",
+    "What a site's people do about a job or a warning that they read there, as far as it shows outside.",
     "The list of declared sites, their number, the job's settings and the backbone: all of these are public.",
     "Several sites of one organisation, and a person whose records lie at several sites: the unit is one site.",
     "Metrics that were not released through a private mechanism. Silotune releases none; training losses stay at the site.",
@@ -150,8 +151,8 @@ def _sentence(release: CentralRelease, run: str, stopped_early: bool) -> str:
     if not release.events:
         return f"The coordinator published nothing in run {run} that depends on a site."
     parts = "; ".join(
-        f"Poisson sampling of sites at rate {e.sample_rate:g}, noise multiplier {e.noise_multiplier:.4f}, {e.steps} executed "
-        "rounds"
+        f"Poisson sampling of sites at rate {rate_rounded_up(e.sample_rate)}, noise multiplier "
+        f"{noise_rounded_down(e.noise_multiplier)}, {e.steps} executed rounds"
         for e in release.events
     )
     repeated = len(release.rounds) - len(set(release.rounds))

@@ -19,6 +19,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from shared.epsilons import delta_rounded_up
 from shared.privacy.accounting import GaussianSteps
 
 _MOST_CELLS = 1 << 20  # of the grid, summed over distinct mechanisms
@@ -72,7 +73,9 @@ def _computed(events: tuple[GaussianSteps, ...], delta: float) -> CrossCheck:
         if domain.size * len(events) > _MOST_CELLS:
             return CrossCheck(reason="The PRV accountant would need a grid too large for a cross-check.")
         if np.finfo(np.float64).eps * domain.size > delta * (1 - _DELTA_SHARE):
-            return CrossCheck(reason=f"At delta {delta:g} the PRV accountant would be ruled by its own rounding.")
+            return CrossCheck(
+                reason=f"At delta {delta_rounded_up(delta)} the PRV accountant would be ruled by its own rounding."
+            )
         found = float(accountant.get_epsilon(delta=delta))
     if not math.isfinite(found):
         return CrossCheck(reason="The PRV accountant found no finite bound.")

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.config import Job, PrivacyConfig
+from shared.epsilons import as_set, delta_rounded_up, rate_rounded_up
 from shared.errors import PrivacyError
 from shared.privacy.accounting import (
     MAX_MEAN_LOSS,
@@ -108,7 +109,7 @@ class PrivacyPlan:
         """Raise `PrivacyError` if delta would allow to publish everything about one of this many records or persons."""
         if self.private and num_units > 0 and self.delta >= 1 / num_units:
             raise PrivacyError(
-                f"privacy.delta is {self.delta:g}, but with {num_units:,} {self.unit}s it must be below 1/n = "
+                f"privacy.delta is {delta_rounded_up(self.delta)}, but with {num_units:,} {self.unit}s it must be below 1/n = "
                 f"{1 / num_units:.1e}; use at most {default_delta(num_units):.1e}."
             )
 
@@ -172,8 +173,9 @@ def _noise_multiplier(
     event = GaussianSteps(noise_multiplier=privacy.noise_multiplier, sample_rate=sample_rate, steps=steps)
     if mean_loss(event) > MAX_MEAN_LOSS:
         raise PrivacyError(
-            f"no epsilon can be stated for privacy.noise_multiplier {privacy.noise_multiplier:g} at sampling rate "
-            f"{sample_rate:.4g} over {steps:,} steps: it would be about a thousand or more. Raise the noise multiplier, or "
+            f"no epsilon can be stated for privacy.noise_multiplier {as_set(privacy.noise_multiplier)} at sampling rate "
+            f"{rate_rounded_up(sample_rate)} over {steps:,} steps: it would be about a thousand or more. Raise the "
+            f"noise multiplier, or "
             "lower the number of steps or the rate."
         )
     return privacy.noise_multiplier

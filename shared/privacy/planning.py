@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.epsilons import as_set, rounded_up
+from shared.epsilons import as_set, delta_rounded_up, rate_rounded_up, rounded_up
 from shared.errors import ConfigError, excerpt
 from shared.limits import (
     MAX_EPSILON,
@@ -140,7 +140,7 @@ class Setting:
         if self.records is None or self.delta <= 1 / (10 * self.records):
             return None
         return (
-            f"delta {self.delta:g} is weak for {self.records:,} records: it is above 1/(10 n) = "
+            f"delta {delta_rounded_up(self.delta)} is weak for {self.records:,} records: it is above 1/(10 n) = "
             f"{1 / (10 * self.records):.1e}. Use --delta {default_delta(self.records):.1e} or less."
         )
 
@@ -156,7 +156,8 @@ class Setting:
         if self.sample_rate <= LITTLE_AMPLIFICATION:
             return None
         return (
-            f"sample_rate {self.sample_rate:.3g} leaves no amplification by sampling: every record is in most of the steps "
+            f"sample_rate {rate_rounded_up(self.sample_rate, 3)} leaves no amplification by sampling: every record is "
+            f"in most of the steps "
             f"(above {LITTLE_AMPLIFICATION:g}). Use a smaller batch with more steps, or count on its price."
         )
 
@@ -202,8 +203,8 @@ def solve(question: Question) -> Setting:
         steps = affordable_steps([], noise_multiplier=sigma, sample_rate=rate, budget=epsilon, delta=delta)
         if not steps:
             raise ConfigError(
-                f"not even one step fits in epsilon {as_set(epsilon)} with noise multiplier {sigma:g} and sample rate "
-                f"{rate:.4g}. Give more epsilon, more noise or a smaller batch."
+                f"not even one step fits in epsilon {as_set(epsilon)} with noise multiplier {as_set(sigma)} and sample rate "
+                f"{rate_rounded_up(rate)}. Give more epsilon, more noise or a smaller batch."
             )
     return Setting(
         noise_multiplier=sigma,
@@ -236,7 +237,8 @@ def check_delta_for(delta: float, records: int) -> None:
     """Raise `ConfigError` if `delta` would allow to publish a whole record of this many."""
     if delta >= 1 / records:
         raise ConfigError(
-            f"delta is {delta:g}, which would allow to publish a whole record: with {records:,} records it must be below "
+            f"delta is {delta_rounded_up(delta)}, which would allow to publish a whole record: with {records:,} "
+            f"records it must be below "
             f"1/n = {1 / records:.1e}; use at most {default_delta(records):.1e}."
         )
 
@@ -245,8 +247,9 @@ def check_statable(event: GaussianSteps) -> None:
     """Raise `ConfigError` where epsilon is without meaning and the accountant would need gigabytes to find it."""
     if mean_loss(event) > MAX_MEAN_LOSS:
         raise ConfigError(
-            f"no useful epsilon can be stated for noise multiplier {event.noise_multiplier:g}, sample rate "
-            f"{event.sample_rate:.4g} and {event.steps:,} steps: it would be about a thousand or more. Use more noise, fewer "
+            f"no useful epsilon can be stated for noise multiplier {as_set(event.noise_multiplier)}, sample rate "
+            f"{rate_rounded_up(event.sample_rate)} and {event.steps:,} steps: it would be about a thousand or more. "
+            f"Use more noise, fewer "
             "steps or a smaller batch."
         )
 
@@ -274,7 +277,7 @@ def _check_ranges(question: Question) -> None:
             raise ConfigError(f"{_option(name)} is {shown}; expected a number {below} {least:g} to {most:,.12g}.")
     if question.delta is not None and not MIN_DELTA <= question.delta < 1:
         raise ConfigError(
-            f"--delta is {question.delta:g}; expected a number from {MIN_DELTA:g} to below 1, for example 1e-5."
+            f"--delta is {as_set(question.delta)}; expected a number from {MIN_DELTA:g} to below 1, for example 1e-5."
         )
 
 
@@ -345,7 +348,8 @@ def _steps_of(question: Question, batch: float, population: float) -> int:
     steps = round(question.epochs * population / batch)
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(
-            f"--epochs {question.epochs:g} at sample rate {batch / population:.4g} is {steps:,} steps; expected 1 to "
+            f"--epochs {question.epochs:g} at sample rate {rate_rounded_up(batch / population)} is {steps:,} steps; "
+            f"expected 1 to "
             f"{MAX_STEPS:,}. Change one of the two."
         )
     return steps
@@ -357,7 +361,9 @@ def _bounded_epsilon(sigma: float, rate: float, steps: int, delta: float) -> flo
     check_statable(event)
     epsilon = compose_epsilon([event], delta)
     if not math.isfinite(epsilon):
-        raise ConfigError(f"the accountant cannot bound epsilon at delta {delta:g}; use a larger delta or more noise.")
+        raise ConfigError(
+            f"the accountant cannot bound epsilon at delta {delta_rounded_up(delta)}; use a larger delta or more noise."
+        )
     return epsilon
 
 
@@ -396,7 +402,8 @@ def _largest_batch(question: Question, population: int, delta: float) -> int:
     longest = largest(lambda b: steps(b) >= 1, first, population)
     if not (steps(first) >= 1 and fits(first)):
         raise ConfigError(
-            f"no batch is small enough for epsilon {as_set(epsilon)} with noise multiplier {sigma:g} over that many steps. Give "
+            f"no batch is small enough for epsilon {as_set(epsilon)} with noise multiplier {as_set(sigma)} over that "
+            f"many steps. Give "
             "more epsilon, more noise or fewer steps."
         )
     batch = largest_from(first, population * _likely_rate(question, sigma, epsilon, delta))

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from shared.config import PERSON_UNITS, finite_or_none
-from shared.epsilons import delta_rounded_up, rounded_up
+from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
@@ -48,7 +48,10 @@ NOT_COVERED = (
     CHOICE_OF_SETTINGS,
     "The declared size of each site, the job's settings, the backbone, the names of sites and the rounds in which they "
     "took part: all of these are public.",
-    "How long a site takes to answer, and whether it answers at all: timing and failures carry no noise.",
+    "How long a site takes to answer, and whether it answers at all: timing and failures carry no noise. A site with "
+    "answers.slot_seconds hides the time of answers that fit into their slot; that one took a slot more is seen.",
+    "What a site's people do about a job that was refused or a warning that they read there: whether they mend data, change "
+    "their policy, or stop, shows outside, and they may have known the records when they decided.",
     "The finite precision of floating-point noise: it is drawn in float64 and rounded to float32 after it was added; "
     "the accountant assumes real numbers.",
     "Runs on the same data that are not in the same ledger, and anything that a site published by other means.",
@@ -251,7 +254,8 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
     if not release.possible_events and not release.unanswered:
         return f"Site {release.site} released nothing in run {run}."
     parts = "; ".join(
-        f"Poisson sampling rate {e.sample_rate:g}, noise multiplier {e.noise_multiplier:.4f}, {e.steps} executed steps"
+        f"Poisson sampling rate {rate_rounded_up(e.sample_rate)}, noise multiplier {noise_rounded_down(e.noise_multiplier)}, "
+        f"{e.steps} executed steps"
         for e in release.events
     )
     if release.unanswered:
@@ -264,7 +268,7 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
     if release.metrics_mechanism is not None:
         names = ", ".join(release.metrics)
         parts += f"; and one release of counts ({names}) with noise of standard deviation "
-        parts += f"{release.metrics_mechanism.noise_multiplier:g}" + (
+        parts += noise_rounded_down(release.metrics_mechanism.noise_multiplier) + (
             "" if release.metrics_sha256 else ", which was asked for and never arrived here"
         )
     epsilon = release.epsilon_planned if stopped_early else release.epsilon_bound
@@ -276,8 +280,9 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
         )
     return (
         f"Everything site {release.site} released in run {run} is ({rounded_up(epsilon)}, {delta_rounded_up(release.delta)})-"
-        f"differentially private under {relation(release.unit)}, for {parts}, clipping norm {release.max_grad_norm:g}, by PLD "
-        f"accounting, against an observer of every update. {planned}{AS_REPORTED} {_sampling_in_words(release)}"
+        f"differentially private under {relation(release.unit)}, for {parts}, clipping norm "
+        f"{rate_rounded_up(release.max_grad_norm)}, by PLD accounting, against an observer of every update. "
+        f"{planned}{AS_REPORTED} {_sampling_in_words(release)}"
         f"{_NOT_COVERED}{' '.join(not_covered(release.unit, pretrained=pretrained))}"
     )
 

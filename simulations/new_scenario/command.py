@@ -18,7 +18,7 @@ from rich.console import Console
 
 from shared.atomic import write_text
 from shared.datasets import PERSON_ROLE, Record
-from shared.epsilons import as_set
+from shared.epsilons import as_set, noise_rounded_down, rate_rounded_up
 from shared.errors import ConfigError, DataError
 from shared.privacy.sizes import declared_size, default_delta
 from simulations.demo_data import inseparable
@@ -215,8 +215,9 @@ def _tell(draft: Draft, console: Console) -> None:
         f"{question.unit or 'record'}"
     )
     console.print(
-        f"{settings.steps} steps a site at sampling rate {settings.sample_rate:g}, learning rate "
-        f"{settings.learning_rate:g}, noise multiplier {settings.noise_multiplier:.3g}; nothing left this machine"
+        f"{settings.steps} steps a site at sampling rate {rate_rounded_up(settings.sample_rate)}, learning rate "
+        f"{settings.learning_rate:g}, noise multiplier {noise_rounded_down(settings.noise_multiplier, 2)}; nothing "
+        f"left this machine"
     )
     for remark in found.remarks:
         console.print(f"note: {remark}")

@@ -12,6 +12,7 @@ from typing import Any
 import tomli_w
 
 from shared.datasets import PERSON_ROLE
+from shared.epsilons import noise_rounded_down
 from simulations.new_scenario.lengths import Backbone
 from simulations.new_scenario.looking import Findings
 from simulations.new_scenario.question import SITE_ROLE, Question
@@ -164,7 +165,7 @@ def _privacy(draft: Draft) -> str:
         (
             "max_grad_norm",
             settings.max_grad_norm,
-            f"clipping bound; noise multiplier {settings.noise_multiplier:.3g} follows",
+            f"clipping bound; noise multiplier {noise_rounded_down(settings.noise_multiplier, 2)} follows",
         ),
     ]
     return _section("privacy", rows)

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
-from shared.epsilons import rounded_up
+from shared.epsilons import delta_rounded_up, rounded_up
 from shared.fonts import readable_figures
 from simulations.sweep.frontier import FrontierPoint, SettingResult
 from simulations.sweep.spec import EPSILON, shown
@@ -61,7 +61,9 @@ def _draw(
     _scale(axes, points, place, above=higher_is_better)
     better = "higher" if higher_is_better else "lower"
     spread = f"mean and one sd over {seeds} seeds" if seeds > 1 else "one seed"
-    axes.set_xlabel(f"Epsilon, executed, largest of the sites (delta {delta:g}; logarithmic)", color=MUTED)
+    axes.set_xlabel(
+        f"Epsilon, executed, largest of the sites (delta {delta_rounded_up(delta)}; logarithmic)", color=MUTED
+    )
     axes.set_ylabel(f"{metric.capitalize()}, {spread} ({better} is better)", color=MUTED)
     axes.set_title(f"{name}: {metric} against the privacy budget", loc="left", fontsize=12, color=INK, pad=12)
     axes.legend(frameon=False, fontsize=9, loc="best")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.atomic import sync_folder, write_json
-from shared.epsilons import rounded_up
+from shared.epsilons import delta_rounded_up, rounded_up
 from shared.errors import ConfigError, PrivacyError, RunError
 from shared.json_files import damaged, read_object
 from shared.outputs import check_own_folder
@@ -80,11 +80,12 @@ class Selection:
         theorem = "theorem 6" if self.law.distribution == "poisson" else "theorem 2"
         return (
             f"What this sweep released, the setting, scores and adapter of one selected trial, is ({rounded_up(self.epsilon)}, "
-            f"{self.delta:g})-differentially private under {RELATION}, for a person with one record at one site, by Rényi "
+            f"{delta_rounded_up(self.delta)})-differentially private under {RELATION}, for a person with one record at "
+            f"one site, by Rényi "
             f"accounting of a private selection (Papernot and Steinke 2022, {theorem}): a {self.law.distribution} number of "
             f"trials with mean {self.law.mean:g}, each of a setting chosen uniformly among {self.num_settings}, both drawn by "
             "the operating system's generator; one trial by itself is "
-            f"({rounded_up(self.epsilon_one_trial)}, {self.delta:g})-differentially private."
+            f"({rounded_up(self.epsilon_one_trial)}, {delta_rounded_up(self.delta)})-differentially private."
         )
 
 

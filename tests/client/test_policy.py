@@ -27,7 +27,7 @@ from client.policy import (
 )
 from shared.backbones import backbone_folder, backbone_sha256
 from shared.config import Job, ModelConfig, parse
-from shared.epsilons import rounded_up
+from shared.epsilons import noise_rounded_down, rounded_up
 from shared.errors import ConfigError, PolicyError
 from shared.privacy.plan import PrivacyPlan
 from shared.signing import SignedJob, SigningKey, sign_job
@@ -98,7 +98,7 @@ BROKEN: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({}, {"task": {"kind": "causal_lm", "labels": []}}, "task.kind is 'causal_lm'; this site accepts sequence_class"),
     ({}, {"model": {"backbone": "bert-base"}}, "model.backbone 'bert-base' is not among"),
     ({"max_epsilon_per_job": 0.5}, {}, "costs epsilon 2."),
-    ({"max_epsilon_per_job": 100.0}, {"privacy": {"noise_multiplier": 0.25}}, "noise multiplier is 0.25; this site"),
+    ({"max_epsilon_per_job": 100.0}, {"privacy": {"noise_multiplier": 0.25}}, "noise multiplier is 0.2500; this site"),
     ({}, {"training": {"rounds": 11}}, "plans 44 steps (11 rounds of 4); this site accepts at most 40"),
     ({"max_sample_rate": 0.04}, {}, "privacy.sample_rate is 0.05; this site accepts at most 0.04"),
     ({"min_sites": 3}, {}, "federation.min_sites is 2; this site takes part only from 3"),
@@ -161,7 +161,7 @@ def test_the_limits_bind_what_a_trusted_coordinator_adds() -> None:
     (rule,) = refusal(a_policy(max_epsilon_per_job=0.99 * whole), job(rounds=10, local_steps=4))
     assert f"costs epsilon {rounded_up(whole)}" in rule
     (rule,) = refusal(a_policy(min_noise_multiplier=4.1), job(rounds=10, local_steps=4))
-    assert "noise multiplier is 4; this site accepts no less than 4.1" in rule
+    assert "noise multiplier is 4.0000; this site accepts no less than 4.1" in rule
 
 
 def test_boundary_values_pass() -> None:
@@ -180,7 +180,7 @@ def test_noise_that_follows_from_epsilon_is_judged_too() -> None:
     job = a_job(privacy={"noise_multiplier": None, "epsilon": 6.0})
     sigma = PrivacyPlan.from_job(job).noise_multiplier
     (rule,) = refusal(a_policy(min_noise_multiplier=sigma + 0.01), signed(job))
-    assert f"noise multiplier is {sigma:.4g}" in rule
+    assert f"noise multiplier is {noise_rounded_down(sigma)}" in rule
 
 
 def test_privacy_that_cannot_be_accounted_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -185,7 +185,7 @@ def test_the_updates_get_the_noise_that_the_count_leaves(z: float, count_noise: 
 
 def test_a_count_with_too_little_noise_is_refused() -> None:
     with pytest.raises(
-        PrivacyError, match=r"count_noise is 0\.6, but the count alone needs more than half .* 0\.6\. Raise"
+        PrivacyError, match=r"count_noise is 0\.6, but the count alone needs more than half .* 0\.6000\. Raise"
     ):
         make_plan(z=1.2, count_noise=0.6)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,12 +13,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.epsilons import as_set, bound_rounded_down, delta_rounded_up, rounded_up, rounded_up_short
+from shared.epsilons import (
+    as_set,
+    bound_rounded_down,
+    delta_rounded_up,
+    noise_rounded_down,
+    rate_rounded_up,
+    rounded_up,
+    rounded_up_short,
+)
 from shared.privacy.audit import AuditResult
 from simulations.audit_command import result_table
 
 ROOT = Path(__file__).parents[2]
 AN_EPSILON = re.compile(r"epsilon|spent|claim|\bcap\b")
+OF_THE_MECHANISM = re.compile(r"noise_multiplier|sample_rate|max_grad_norm|count_noise|\bsigma\b|\bdelta$|\brate\b")
 
 
 @given(st.floats(0, 1e4), st.integers(0, 8))
@@ -60,9 +70,37 @@ def test_a_delta_that_somebody_chose_is_printed_as_it_was_chosen() -> None:
     assert delta_rounded_up(1 / 300_000, 3) == "3.34e-06"
 
 
-def test_nothing_else_in_the_code_formats_an_epsilon() -> None:
-    """No f-string with a format, and no `round`, takes one: these round down half of the time."""
-    found = []
+@given(st.floats(1e-9, 1), st.integers(2, 8))
+def test_no_sampling_rate_is_printed_below_its_value(rate: float, digits: int) -> None:
+    text = rate_rounded_up(rate, digits)
+    assert Fraction(repr(rate)) <= Fraction(text) <= Fraction(repr(rate)) * (1 + Fraction(1, 10 ** (digits - 1)))
+
+
+@given(st.floats(0.2, 1e4), st.integers(0, 8))
+def test_no_noise_is_printed_above_its_value(noise: float, decimals: int) -> None:
+    text = noise_rounded_down(noise, decimals)
+    assert 0 <= Fraction(repr(noise)) - Fraction(text) < Fraction(1, 10**decimals)
+
+
+def test_noise_and_rates_that_somebody_chose_are_printed_as_they_were_chosen() -> None:
+    assert [noise_rounded_down(n) for n in (1.0, 0.3, 1.1, 0.81239, 4.10996)] == [
+        "1.0000",
+        "0.3000",
+        "1.1000",
+        "0.8123",
+        "4.1099",
+    ]
+    assert [rate_rounded_up(r) for r in (0.05, 1.0, 1 / 3, 2 / 3, 1e-9)] == [
+        "0.05",
+        "1",
+        "0.333334",
+        "0.666667",
+        "1e-09",
+    ]
+
+
+def _shown_numbers() -> Iterator[tuple[str, str]]:
+    """Yield (place, expression) for every f-string with a format, and every `round`, in the code."""
     for path in (p for folder in ("shared", "client", "server", "simulations") for p in (ROOT / folder).rglob("*.py")):
         if path.name == "epsilons.py":
             continue
@@ -71,9 +109,28 @@ def test_nothing_else_in_the_code_formats_an_epsilon() -> None:
                 isinstance(node, ast.FormattedValue) and node.format_spec is not None and ast.unparse(node.value)
             )
             rounded = isinstance(node, ast.Call) and ast.unparse(node.func) == "round" and ast.unparse(node)
-            if (text := formatted or rounded) and AN_EPSILON.search(text) and "delta" not in text.split(".")[-1]:
-                found.append(f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}: {text}")
+            if text := formatted or rounded:
+                yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}", text
+
+
+def test_nothing_else_in_the_code_formats_an_epsilon() -> None:
+    """No f-string with a format, and no `round`, takes one: these round down half of the time."""
+    found = [
+        f"{place}: {text}"
+        for place, text in _shown_numbers()
+        if AN_EPSILON.search(text) and "delta" not in text.split(".")[-1]
+    ]
     assert not [line for line in found if "lower_bound" not in line]  # a lower bound is no promise
+
+
+def test_nothing_else_in_the_code_formats_what_an_epsilon_was_computed_from() -> None:
+    """To the nearest is half of the time more noise, or a smaller rate, than was executed."""
+    found = [
+        f"{place}: {text}"
+        for place, text in _shown_numbers()
+        if OF_THE_MECHANISM.search(text) and not text.startswith("round(")  # numbers of steps and records
+    ]
+    assert found == []
 
 
 @pytest.mark.parametrize(

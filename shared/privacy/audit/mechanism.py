@@ -36,7 +36,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from shared.epsilons import bound_rounded_down, rounded_up
+from shared.epsilons import bound_rounded_down, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.audit.result import AuditResult, Verdict, check_alpha
@@ -105,10 +105,11 @@ class MechanismAudit:
         low, high = self.noise_multiplier_interval
         found = f" ({', '.join(self.failed)})" if self.failed else ""
         return (
-            f"CLAIM epsilon {rounded_up(self.claim)} at delta {self.delta:g} / "
+            f"CLAIM epsilon {rounded_up(self.claim)} at delta {delta_rounded_up(self.delta)} / "
             f"LOWER BOUND {bound_rounded_down(self.epsilon_lower_bound)} / "
             f"CEILING {bound_rounded_down(self.ceiling)} / "
-            f"noise multiplier {self.noise_multiplier:.4f}, in effect {low:.4f} to {high:.4f} / "
+            f"noise multiplier {noise_rounded_down(self.noise_multiplier)}, in effect {noise_rounded_down(low)} to "
+            f"{rounded_up(high, 4)} / "
             f"{self.verdict}{found} at alpha {self.alpha:g}"
         )
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from shared.config import finite_or_none
-from shared.epsilons import bound_rounded_down, rounded_up
+from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
 from shared.errors import PrivacyError
 
 Verdict = Literal["consistent", "violated", "inconclusive"]
@@ -47,7 +47,7 @@ class AuditResult:
     def text(self) -> str:
         """Return the result in one line."""
         return (
-            f"CLAIM epsilon {rounded_up(self.claim)} at delta {self.delta:g} / "
+            f"CLAIM epsilon {rounded_up(self.claim)} at delta {delta_rounded_up(self.delta)} / "
             f"LOWER BOUND {bound_rounded_down(self.lower_bound)} / "
             f"CEILING {bound_rounded_down(self.ceiling)} / {self.verdict} at alpha {self.alpha:g}"
         )
