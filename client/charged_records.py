@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from client.account import dataset_key
 from client.ledger_file import Entry
 from shared.atomic import write_bytes
 from shared.errors import LedgerError
@@ -78,18 +79,14 @@ class ChargedRecords:
             for entry in entries
             if entry.kind == "reserve" and entry.payload.get("records") == self.fingerprint
         }
-        counts = {
-            name: int(np.isin(self._own, digests).sum())
-            for name, digests in self._read().items()
-            if name != self._dataset
-        }
-        counts |= {name: len(self._own) for name in same - {self._dataset}}
+        counts = {name: int(np.isin(self._own, digests).sum()) for name, digests in self._read().items()}
+        counts |= {name: len(self._own) for name in same}
         return [
             f"{count:,} of the {len(self._own):,} records were charged as the data set {name!r} before; as {self._dataset!r} "
             "they have a second budget, and what both spend adds up for the same people. Set dataset to the earlier name in "
             "site.toml again, unless these are other people with the same texts"
             for name, count in sorted(counts.items())
-            if count
+            if count and dataset_key(name) != dataset_key(self._dataset)  # else it is the same account
         ]
 
     def _read(self) -> dict[str, NDArray[np.uint64]]:

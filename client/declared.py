@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from client.account import dataset_key
 from shared.atomic import write_json
 from shared.errors import ConfigError
 from shared.privacy.sizes import declared_size
@@ -29,7 +30,7 @@ def durable_size(home: Path, *, dataset: str, unit: str, num_units: int) -> int:
         ConfigError: the file cannot be read.
         RunError: it cannot be written.
     """
-    path, key = home / DECLARED_FILE, f"{dataset}/{unit}"
+    path = home / DECLARED_FILE
     declared: dict[str, int] = {}
     try:
         if path.exists():
@@ -39,9 +40,15 @@ def durable_size(home: Path, *, dataset: str, unit: str, num_units: int) -> int:
             f"{path} cannot be read ({type(error).__name__}); it holds the size that this site declared. Restore it from a "
             "backup, or set declared_records in site.toml to that size."
         ) from None
-    if key not in declared:
-        declared[key] = max(declared_size(num_units), 1)
-        write_json(path, declared)
+    key = f"{dataset}/{unit}"
+    if key in declared:
+        return declared[key]
+    # Under another spelling it is the same data set.
+    for name, size in declared.items():
+        if dataset_key(name) == dataset_key(key):
+            return size
+    declared[key] = max(declared_size(num_units), 1)
+    write_json(path, declared)
     return declared[key]
 
 
@@ -49,8 +56,16 @@ def drift(declared: int, num_units: int, unit: str) -> str | None:
     """Return what the site's engineer should know if the declared size no longer fits; for the site alone."""
     if declared <= num_units < 2 * declared:
         return None
-    return (
+    found = (
         f"{num_units:,} {unit}s are trained on, but the site declares {declared:,} to the coordinator. That stays until you set "
         "another declared_records in site.toml, which is public; the power of two below would be "
         f"{max(declared_size(num_units), 1):,}"
+    )
+    if num_units < 2 * declared:
+        return found
+    # A step divides by the declared size, and `client.adapter_bounds` expects fewer than twice as many.
+    return (
+        f"{found}. With so many more than declared, a step can move the adapter up to {num_units / declared:,.0f} times as "
+        "far as by the declared size, and every site, this one as well, may refuse the next round's adapter as none that "
+        "the job can have led to (AdapterError)"
     )

@@ -1,8 +1,8 @@
 """The site's durable privacy budget: noisy steps are charged here before their output may leave the site.
 
 One file (`client.ledger_file`) holds the entries of one or more accounts. An account (`client.account`) is a pair (data
-set, unit of privacy), so all runs, jobs and models on the same data share one cap. A round is *reserved* before it starts
-and *committed* with the steps it executed; a reservation is never given back.
+set, unit of privacy), however the data set's name is spelled, so all runs, jobs and models on the same data share one cap.
+A round is *reserved* before it starts and *committed* with the steps it executed; a reservation is never given back.
 
 Formal guarantees (tests in tests/client/test_ledger.py, unless another file is named)
     * Charge before release: when `reserve` returns, the charge is on the disk; a process killed at any moment
@@ -43,7 +43,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.account import CHARGING_KINDS, MAX_NAME, Account, Budget, Charge, Charged, check_name, check_sha256
+from client.account import (
+    CHARGING_KINDS,
+    MAX_NAME,
+    Account,
+    Budget,
+    Charge,
+    Charged,
+    check_name,
+    check_sha256,
+    dataset_key,
+)
 from client.ledger_file import LOCK_TIMEOUT, SCHEMA_VERSION, Cipher, Entry, LedgerFile
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import BudgetExceeded, LedgerError
@@ -335,7 +345,7 @@ class Ledger:
                 f"the export counts by the unit {export.unit!r}, this account by {unit!r}. Charges of one unit say nothing "
                 "about another; import it where the unit is the same."
             )
-        if export.dataset not in (dataset, from_dataset):
+        if dataset_key(export.dataset) not in {dataset_key(name) for name in (dataset, from_dataset or dataset)}:
             raise LedgerError(
                 f"the export is of the data set {export.dataset!r}, this account of {dataset!r}. If these are the same records "
                 "under another name, say so by naming the export's (--from-dataset); else they keep separate budgets."
@@ -358,7 +368,11 @@ class Ledger:
 
     def _check_unit(self, entries: list[Entry]) -> None:
         dataset, unit = self._names["dataset"], self._names["unit"]
-        charged = {e.payload["unit"] for e in entries if e.kind in CHARGING_KINDS and e.payload["dataset"] == dataset}
+        charged = {
+            entry.payload["unit"]
+            for entry in entries
+            if entry.kind in CHARGING_KINDS and dataset_key(entry.payload["dataset"]) == dataset_key(dataset)
+        }
         if other := sorted(charged - {unit}):
             raise LedgerError(
                 f"data set {dataset!r} was charged by the unit {other[0]!r}, so it cannot be counted by {unit!r}: what was "

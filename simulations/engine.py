@@ -407,12 +407,15 @@ def with_dropouts(grid: Grid, scenario: Scenario) -> Grid:
 
 
 def _details(scenario: Scenario, arm: Arm, test: Sequence[Record], fold: Fold | None) -> Mapping[str, Any]:
+    # Also of the baselines beside a private run: they train on the same records.
+    protected = scenario.job.privacy.mechanism != "none"
     return {
         "mode": f"simulation ({scenario.simulation.backend})",
         "arm": arm.name,
         "dataset": {
             "name": scenario.data.builtin or (scenario.data.train.path if scenario.data.train else scenario.name),
-            "train_records": sum(len(records) for records in arm.sites.values()),
+            # The number of private records is a release; what sites declare is public and stands beside each of them.
+            **({} if protected else {"train_records": sum(len(records) for records in arm.sites.values())}),
             "test_records": len(test),
             "test_kind": scenario.data.evaluation_kind,
             "partition": scenario.partition.model_dump(mode="json"),

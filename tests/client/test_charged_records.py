@@ -80,6 +80,20 @@ def test_a_second_name_for_the_same_records_is_told_at_the_site(
     charged(world, job, request_for)
 
 
+def test_another_spelling_of_the_name_is_the_same_account(
+    make_world: MakeWorld,  # noqa: F811
+    job: Job,
+    request_for: Callable[..., TrainRequest],
+    private_job: Callable[..., Job],
+) -> None:
+    world = charged(make_world(ROWS), job, request_for)
+    spent = world.site.ledger().spent_epsilon()
+    renamed(world, "NORTH-records")
+    assert finding(world, "records")[0] == "ok"
+    charged(world, private_job(name="second", federation={"min_sites": 2}), request_for)
+    assert world.site.ledger().spent_epsilon() > spent > 0
+
+
 def test_what_was_taken_out_of_a_data_set_stays_charged(
     make_world: MakeWorld,  # noqa: F811
     job: Job,

@@ -56,6 +56,27 @@ def test_only_the_engineer_declares_another_size(make_world: MakeWorld) -> None:
     )
 
 
+def test_far_more_records_than_declared_are_told_with_what_follows(make_world: MakeWorld) -> None:  # noqa: F811
+    """Honest rounds then leave the bounds that every site sets to adapters (client/adapter_bounds.py)."""
+    world = make_world(ROWS)
+    change_toml(world.home.config, declared_records=4)
+    world.opened.clear()
+    outcome, text = findings(world)["records"]
+    assert outcome == "warning"
+    assert "a step can move the adapter up to 15 times as far" in text
+    change_toml(world.home.config, declared_records=61)
+    world.opened.clear()
+    assert "times as far" not in findings(world)["records"][1]
+
+
+def test_another_spelling_of_the_name_keeps_the_size(make_world: MakeWorld) -> None:  # noqa: F811
+    world = make_world(ROWS)
+    assert world.site.describe().declared_records == 32
+    with_records(world, 200)
+    change_toml(world.home.config, dataset="North-Records")
+    assert world.site.describe().declared_records == 32
+
+
 def test_a_new_data_set_has_a_size_of_its_own(make_world: MakeWorld) -> None:  # noqa: F811
     world = make_world(ROWS)
     assert world.site.describe().declared_records == 32

@@ -22,6 +22,7 @@ from typing import Any
 
 import pytest
 
+import client.account as account_module
 import client.ledger_file as file_module
 from client.ledger import Budget, Charge, Ledger
 from shared.errors import BudgetExceeded, LedgerError, PrivacyError
@@ -203,6 +204,43 @@ def test_accounts_share_a_file_but_not_a_cap(path: Path) -> None:
         assert (notes.spent_epsilon(), letters.spent_epsilon()) == (epsilon_of(20), epsilon_of(10))
         kinds = [entry.kind for entry in notes.entries()]
         assert kinds == ["open", "budget"] * 3 + ["reserve"] * 2
+
+
+@pytest.mark.parametrize(
+    "other",
+    ["Notes", "NOTES", " notes ", "notes\n", "\uff4eotes", "no\u0074es", "caf\u00e9", "cafe\u0301", "CAF\u00c9 "],
+)
+def test_another_spelling_of_a_data_set_is_no_new_budget(path: Path, other: str) -> None:
+    first = "caf\u00e9" if "caf" in other.casefold() else "notes"
+    with opened(path, epsilon=1.001 * epsilon_of(30), dataset=first) as ledger:
+        ledger.reserve(charge(20))
+    with opened(path, epsilon=1.001 * epsilon_of(30), dataset=other) as ledger:
+        assert ledger.spent_epsilon() == epsilon_of(20)
+        with pytest.raises(BudgetExceeded):
+            ledger.reserve(charge(20))
+        ledger.reserve(charge(10))
+        assert ledger.spent_epsilon() == epsilon_of(30)
+    with (
+        pytest.raises(LedgerError, match="was charged by the unit 'record'"),
+        opened(path, dataset=other, unit="patient"),
+    ):
+        pass
+
+
+def test_what_an_older_version_kept_under_two_spellings_counts_together(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as older:
+        older.setattr(account_module, "dataset_key", str)
+        for name in ("notes", "Notes"):
+            with opened(path, epsilon=1.001 * epsilon_of(20), dataset=name) as ledger:
+                ledger.reserve(charge(20))
+                assert ledger.spent_epsilon() == epsilon_of(20)
+    for name in ("notes", "Notes"):
+        with opened(path, epsilon=1.001 * epsilon_of(20), dataset=name) as ledger:
+            assert ledger.spent_epsilon() == epsilon_of(40)
+            with pytest.raises(BudgetExceeded):
+                ledger.reserve(charge(1))
 
 
 @pytest.mark.parametrize(("first", "second"), [("record", "patient"), ("patient", "record"), ("patient", "customer")])

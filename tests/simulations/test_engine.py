@@ -39,6 +39,9 @@ def test_a_run_leaves_a_folder_that_stands_alone(scenario_file: MakeScenario, tm
     for name in ("job.json", "checkpoint.safetensors", "metrics.jsonl", "statement.json", "report.html", "run.json"):
         assert (folder / name).stat().st_size > 0, name
     assert json.loads((folder / "run.json").read_text())["status"] == "completed"
+    # How many private records there are is told by no arm: each site's declared size is public, the exact number is not.
+    for recorded in [folder / "run.json", *folder.glob("baselines/*/run.json")]:
+        assert "train_records" not in json.loads(recorded.read_text())["dataset"]
     for number in (1, 2, 3):
         home = folder / "sites" / f"site-{number}" / "home"
         rows = [json.loads(line) for line in (home / "data.jsonl").read_text().splitlines()]
