@@ -6,6 +6,9 @@ a property of the library, the processor and the number of threads, so it is tri
 Guarantees (tests: tests/client/test_independence.py)
     * After `settle_company`, either examples share passes and were found to owe nothing to each other, or each gets a pass of
       its own, which is slower and independent by construction. On a device that does not even repeat itself nothing is trained.
+      `keep_settled` repeats it when the number of threads has changed, and forgets activations that were computed before.
+    * After `settle_stacks` the same holds where sites of a simulation share passes, each example beside its own site's values.
+    * Texts of every padded length that can share a pass with one like it are tried out, up to the job's `max_length`.
     * An adapter for which `check_adapter` finds a difference on this machine is refused before anything is charged.
 
 No adapter can look harmless here and be harmful later: libraries choose the order of a sum by shapes, strides and
@@ -17,7 +20,7 @@ docs/decisions/0017.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor
 from client.trainer import per_example_hooks
 from shared.batches import Example, collate
 from shared.errors import AdapterError, PrivacyError
+from shared.packing import padded_length
 from shared.privacy.mechanism import per_example_gradients
 from shared.runtime import Runtime
 
@@ -37,6 +41,24 @@ _MOST_TOKENS = 256
 _SHORT = 30
 _SHARP = 1e6
 
+Take = Callable[[Sequence[Example], Sequence[int]], Tensor]
+"""Per-example gradients of examples, each with a number that tells its site where there are several."""
+
+
+def keep_settled(runtime: Runtime) -> None:
+    """`settle_company`, unless it has been done for this number of threads: by it a library cuts its sums."""
+    threads = torch.get_num_threads()
+    if runtime.settled_threads == threads:
+        return
+    if runtime.settled_threads:
+        _LOG.warning("the number of threads went from %d to %d", runtime.settled_threads, threads)
+        # Some texts' activations from before, beside others' from now, would depend on who was there.
+        runtime.cache.forget()
+        runtime.tried_adapter = ""
+        runtime.settled_stacks = False
+    settle_company(runtime)
+    runtime.settled_threads = threads
+
 
 def settle_company(runtime: Runtime) -> None:
     """Find out whether examples may share a pass on this machine; if not, give each its own. Leaves all values as they were.
@@ -44,27 +66,59 @@ def settle_company(runtime: Runtime) -> None:
     Raises:
         PrivacyError: if one and the same pass gives different gradients when it is repeated.
     """
+
+    def take(examples: Sequence[Example], _: Sequence[int]) -> Tensor:
+        return _gradients(runtime, examples)
+
     with _restored(runtime):
         probes = _probes(runtime, _MOST_TOKENS)
-        companies = [[*reversed(range(len(probes)))], [*range(0, len(probes), 2)]]
         for start in (_noisy(runtime), _sharp(runtime)):
             runtime.load(start)
-            alone = [_gradients(runtime, [probe])[0] for probe in probes]
-            if not all(
-                _same(_gradients(runtime, [probe])[0], one) for probe, one in zip(probes[:2], alone, strict=False)
-            ):
+            alone = [take([probe], [number])[0] for number, probe in enumerate(probes)]
+            if not all(_same(take([probe], [0])[0], one) for probe, one in zip(probes[:2], alone, strict=False)):
                 raise PrivacyError(
                     "this device gives different gradients when the same pass is repeated, so one record's influence cannot be "
                     "bounded; set compute.device = 'cpu'."
                 )
-            found = all(_agree(runtime, probes, alone, company) for company in companies)
-            if not found or not _agree_in_full(runtime, probes, alone):
-                _LOG.warning(
-                    "on this machine a gradient depends on the examples beside it; each example is computed by itself, which is "
-                    "three to four times as slow."
-                )
-                runtime.compute = runtime.compute.model_copy(update={"micro_batch_tokens": 1})
+            if not _independent(runtime, probes, alone, take):
+                _part(runtime)
                 return
+        # In which order a library adds up does not follow from values: for long texts, which take time, one start is enough.
+        if not _independent_when_long(runtime, probes, take):
+            _part(runtime)
+
+
+def settle_stacks(runtime: Runtime) -> None:
+    """The same for sites that are trained side by side: each example meets its own site's values, in products of another kind."""
+    if runtime.settled_stacks:
+        return
+    runtime.settled_stacks = True
+    if runtime.compute.micro_batch_tokens == 1:
+        return
+    sites = (_noisy(runtime), _sharp(runtime))
+    stacks: dict[Tensor, Tensor] = {
+        parameter: torch.stack([values[name] for values in sites]).to(parameter)
+        for name, parameter in runtime.model.trainable().items()
+    }
+
+    def take(examples: Sequence[Example], numbers: Sequence[int]) -> Tensor:
+        return _gradients(runtime, examples, stacks, [number % len(sites) for number in numbers])
+
+    with _restored(runtime):
+        probes = _probes(runtime, _MOST_TOKENS)
+        alone = [take([probe], [number])[0] for number, probe in enumerate(probes)]
+        if not _independent(runtime, probes, alone, take) or not _independent_when_long(runtime, probes, take):
+            _part(runtime)
+
+
+def _part(runtime: Runtime) -> None:
+    """Give each example a pass of its own, and forget what was computed in company."""
+    _LOG.warning(
+        "on this machine a gradient depends on the examples beside it; each example is computed by itself, which is "
+        "three to four times as slow."
+    )
+    runtime.compute = runtime.compute.model_copy(update={"micro_batch_tokens": 1})
+    runtime.cache.forget()
 
 
 def check_adapter(runtime: Runtime, start: Mapping[str, Tensor]) -> None:
@@ -101,25 +155,55 @@ def _restored(runtime: Runtime) -> Iterator[None]:
                 parameter.copy_(value)
 
 
-def _agree(runtime: Runtime, probes: Sequence[Example], alone: Sequence[Tensor], company: Sequence[int]) -> bool:
-    together = _gradients(runtime, [probes[index] for index in company])
-    return all(_same(alone[index], beside) for index, beside in zip(company, together, strict=True))
-
-
-def _agree_in_full(runtime: Runtime, probes: Sequence[Example], alone: Sequence[Tensor]) -> bool:
-    """Return whether probes come out as alone at the end of the largest pass that training makes."""
+def _independent(runtime: Runtime, probes: Sequence[Example], alone: Sequence[Tensor], take: Take) -> bool:
+    """Return whether probes come out as alone in two companies, and at the end of the largest pass that training makes."""
+    for company in ([*reversed(range(len(probes)))], [*range(0, len(probes), 2)]):
+        together = take([probes[number] for number in company], company)
+        if not all(_same(alone[number], beside) for number, beside in zip(company, together, strict=True)):
+            return False
     longest = min(max(_LENGTHS), runtime.max_length) if runtime.tokenizer is not None else runtime.max_length
     room = runtime.compute.micro_batch_tokens - sum(probe.length for probe in probes)
     others = [_probe(runtime, longest, number) for number in range(max(room // longest, 0))]
-    together = _gradients(runtime, [*others, *probes])[len(others) :]
+    together = take([*others, *probes], [*range(len(others)), *range(len(probes))])[len(others) :]
     return all(_same(one, beside) for one, beside in zip(alone, together, strict=True))
 
 
-def _gradients(runtime: Runtime, examples: Sequence[Example]) -> Tensor:
-    """Return the per-example gradients of adapter and head, float32 [examples, coordinates]."""
+def _independent_when_long(runtime: Runtime, probes: Sequence[Example], take: Take) -> bool:
+    """Return whether a text of each greater padded length comes out as alone beside one of the same and some short ones."""
+    for length in _long_lengths(runtime):
+        one, other = _probe(runtime, length, 0), _probe(runtime, length - 1, 1)
+        together = take([*probes[:2], other, one], [0, 1, 1, 0])
+        if not _same(take([one], [0])[0], together[-1]):
+            return False
+    return True
+
+
+def _long_lengths(runtime: Runtime) -> list[int]:
+    """Return a length beyond those of the probes for each padded length of which two fit into a pass."""
+    if runtime.tokenizer is None:  # all images have one size
+        return []
+    most = min(runtime.max_length, runtime.compute.micro_batch_tokens // 2)
+    by_padded = {padded_length(length): length for length in range(max(_LENGTHS) + 1, most + 1)}
+    return [*by_padded.values()]
+
+
+def _gradients(
+    runtime: Runtime,
+    examples: Sequence[Example],
+    stacks: Mapping[Tensor, Tensor] | None = None,
+    owners: Sequence[int] = (),
+) -> Tensor:
+    """Return the per-example gradients of adapter and head, float32 [examples, coordinates].
+
+    Args:
+        stacks: values of several sites, see `client.per_example`; None if the model's own are meant.
+        owners: the site of each example, with stacks.
+    """
     batch = collate(examples).to(runtime.model.device)
     parameters = list(runtime.model.trainable().values())
-    with per_example_hooks(runtime.model):
+    with per_example_hooks(runtime.model, stacks) as hooks:
+        if stacks is not None:
+            hooks.owners = torch.tensor(owners, device=runtime.model.device)
         with runtime.autocast():
             losses = runtime.task.per_example_loss(runtime.model(batch), batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]

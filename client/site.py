@@ -34,7 +34,7 @@ from client.config import SiteConfig
 from client.declared import drift, durable_size
 from client.guard import Guard
 from client.held_out import held_out
-from client.independence import check_adapter, settle_company
+from client.independence import check_adapter, keep_settled
 from client.ledger import Budget, Charge, Ledger
 from client.outbox import Outbox
 from client.proof import prove_trainer
@@ -480,8 +480,8 @@ class Site:
         runtime = load_runtime(job, self.config.compute)
         if not runtime.proven:
             prove_trainer(runtime)
-            settle_company(runtime)
             runtime.proven = True
+        keep_settled(runtime)
         return runtime
 
     def _adapter(self, runtime: Runtime, plan: PrivacyPlan, request: TrainRequest) -> dict[str, Tensor]:

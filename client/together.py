@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
+from client.independence import settle_stacks
 from client.site import BegunRound, Site
 from client.trainer import LocalRound, steps_taken, train_local_rounds
 from shared.errors import place_of
@@ -52,6 +53,8 @@ def _trained(group: Sequence[Begun]) -> Sequence[LocalRound | None]:
     """Return every site's round; None for all if something failed, so that each is trained alone and fails alone."""
     first = group[0][2]
     try:
+        if len(group) > 1 and first.plan.private:
+            settle_stacks(first.runtime)
         return train_local_rounds(
             first.runtime,
             [begun.work for _, _, begun in group],

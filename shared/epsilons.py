@@ -56,4 +56,6 @@ def rate_rounded_up(rate: float, digits: int = 6) -> str:
 def noise_rounded_down(noise_multiplier: float, decimals: int = 4) -> str:
     """Return a noise multiplier, or the standard deviation of noise, with so many decimals, never above what was added."""
     exact = Decimal(repr(float(noise_multiplier)))
+    if not exact.is_finite():
+        return "unknown"
     return f"{exact.quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR, _EXACT):f}"

@@ -106,6 +106,11 @@ class FrozenCache:
                 elif not self._spill(missing[index].key, state, max_file_bytes, folder):
                     return
 
+    def forget(self) -> None:
+        """Forget everything that was computed; what lies in the file stays there, unread, until the process ends."""
+        self._states.clear()
+        self.num_bytes = 0
+
     def _spill(self, key: bytes, state: Tensor, max_file_bytes: int, folder: Path | None) -> bool:
         """Write `state` to the file; False if there is no room for it or no file."""
         if self._file_failed or self.file_bytes + state.nbytes + OVERHEAD > max_file_bytes:

@@ -7,12 +7,14 @@ the adapter makes six and one of every tensor a hundred. A refusal carries a cod
 coordinator's eyes: it never holds data of the site.
 
 Guarantee: `unpack_*` never raises on what a site sent, allocates nothing that the message does not hold, and lets no
-name through that could leave a folder (test: tests/shared/test_messages.py).
+name through that could leave a folder, and no number that is not finite or beyond every count (test:
+tests/shared/test_messages.py).
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -35,6 +37,8 @@ KEPT_ROUNDS = 3
 _CONTENT = "silotune"
 _MOST_REASON_CHARACTERS = 600
 _MOST_METRICS_CHARACTERS = 1 << 22
+_MOST_COUNTED = 1 << 53
+"""No count in a message is greater, nor a noisy one: all of them, and sums of thousands, are then numbers of every kind."""
 # What reading a malformed header may raise; int(inf) overflows.
 _MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
 
@@ -244,7 +248,7 @@ def unpack_description(message: Message) -> SiteDescription | Refusal:
         header = _header(message.content, "description")
         return SiteDescription(
             site=_site_name(header),
-            declared_records=int(header["declared_records"]),
+            declared_records=_whole(header["declared_records"], least=1),
             version=str(header["version"]),
         )
     except _MALFORMED:
@@ -261,17 +265,17 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
         randomness = str(header["randomness"])
         return TrainReply(
             site=_site_name(header),
-            round_number=int(header["round_number"]),
+            round_number=_whole(header["round_number"]),
             job_sha256=str(header["job_sha256"]),
             update=_bytes(header, "update"),
-            declared_records=int(header["declared_records"]),
-            noise_multiplier=float(header["noise_multiplier"]),
-            sample_rate=float(header["sample_rate"]),
-            max_grad_norm=float(header["max_grad_norm"]),
-            delta=float(header["delta"]),
-            steps=int(header["steps"]),
+            declared_records=_whole(header["declared_records"], least=1),
+            noise_multiplier=_finite(header["noise_multiplier"]),
+            sample_rate=_finite(header["sample_rate"]),
+            max_grad_norm=_finite(header["max_grad_norm"]),
+            delta=_finite(header["delta"]),
+            steps=_whole(header["steps"]),
             randomness="os" if randomness == "os" else "injected",
-            epsilon_budget=float(header["epsilon_budget"]),
+            epsilon_budget=_finite(header["epsilon_budget"]),
         )
     except _MALFORMED:
         return Refusal(site="", code=MALFORMED, reason="the site's reply could not be read")
@@ -291,8 +295,11 @@ def unpack_metrics(message: Message) -> MetricsReply | Refusal:
             site=_site_name(fields),
             job_sha256=str(fields["job_sha256"]),
             adapter_sha256=str(fields["adapter_sha256"]),
-            counts={str(name): [float(value) for value in values] for name, values in fields["counts"].items()},
-            noise_multiplier=float(fields["noise_multiplier"]),
+            counts={
+                str(name): [_finite(value, most=_MOST_COUNTED) for value in values]
+                for name, values in fields["counts"].items()
+            },
+            noise_multiplier=_finite(fields["noise_multiplier"]),
             randomness="os" if fields["randomness"] == "os" else "injected",
         )
     except (*_MALFORMED, AttributeError, RecursionError):
@@ -320,6 +327,20 @@ def _refusal(message: Message) -> Refusal | None:
         return Refusal(site=site, code=code, reason=reason)
     except _MALFORMED:
         return None
+
+
+def _whole(value: Any, *, least: int = 0) -> int:
+    number = int(value)
+    if not least <= number <= _MOST_COUNTED:
+        raise ValueError("a number that no count can be")
+    return number
+
+
+def _finite(value: Any, *, most: float = math.inf) -> float:
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > most:
+        raise ValueError("not a finite number, or too large a one")
+    return number
 
 
 def _site_name(header: dict[str, Any]) -> str:

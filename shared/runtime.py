@@ -39,7 +39,9 @@ class Runtime:
         autocast_dtype: torch.bfloat16 or None for float32.
         initial: trainable values as drawn from the job's public seed, float32 on the CPU.
         cache: activations below the first adapted layer, shared by all models on the same backbone.
-        proven: set by the site once `client.proof` has passed and `client.independence` has settled what shares a pass.
+        proven: set by the site once `client.proof` has passed.
+        settled_threads: for how many threads `client.independence` has settled what shares a pass; 0 before.
+        settled_stacks: whether it has done so for sites side by side.
         tried_adapter: SHA-256 of the global adapter that the site tried out last.
         temperature: outputs are divided by it (`shared.calibration`); 1 but where a run's calibrated model is used.
     """
@@ -53,6 +55,8 @@ class Runtime:
     initial: dict[str, Tensor]
     cache: FrozenCache
     proven: bool = False
+    settled_threads: int = 0
+    settled_stacks: bool = False
     tried_adapter: str = ""
     temperature: float = 1.0
 

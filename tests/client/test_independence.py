@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+import client.independence as independence_module
 import client.per_example as per_example_module
-from client.independence import check_adapter, settle_company
+from client.independence import check_adapter, keep_settled, settle_company, settle_stacks
 from client.site import Site
+from client.together import train_together
 from shared.adapters import encode
 from shared.batches import Batch
 from shared.config import ComputeConfig, Job
@@ -20,6 +22,7 @@ from shared.errors import AdapterError, PrivacyError
 from shared.messages import Refusal, TrainReply, TrainRequest
 from shared.runtime import Runtime, load_runtime
 from tests.client.conftest import COMPUTE
+from tests.conftest import LINES
 from tests.test_task_contract import CASES
 
 
@@ -28,8 +31,10 @@ def runtime(private_job: Callable[..., Job]) -> Iterator[Runtime]:
     """A runtime whose settings are put back afterwards: others share it."""
     runtime = load_runtime(private_job(), COMPUTE)
     compute = runtime.compute
+    runtime.settled_threads, runtime.settled_stacks = 0, False
     yield runtime
     runtime.compute, runtime.proven, runtime.tried_adapter = compute, False, ""
+    runtime.settled_threads, runtime.settled_stacks = 0, False
 
 
 def shaken(real: Callable[..., Any], strength: float) -> Callable[..., Any]:
@@ -52,6 +57,8 @@ def test_this_machine_lets_no_company_show(
     before = {name: value.detach().clone() for name, value in runtime.model.trainable().items()}
     shared = runtime.compute.micro_batch_tokens
     settle_company(runtime)
+    runtime.settled_stacks = False
+    settle_stacks(runtime)
     check_adapter(runtime, runtime.initial)
     assert runtime.compute.micro_batch_tokens == shared > 1
     assert not caplog.records
@@ -84,6 +91,88 @@ def test_a_fault_that_only_full_passes_have_is_found(runtime: Runtime, monkeypat
     monkeypatch.setattr(per_example_module, "_linear", rounded)
     settle_company(runtime)
     assert runtime.compute.micro_batch_tokens == 1
+
+
+def test_a_fault_that_only_sites_side_by_side_have_is_found(
+    site_home: Callable[..., Path],
+    private_job: Callable[..., Job],
+    request_for: Callable[..., TrainRequest],
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Planted: products with each example's own values owe a trace to their number. A real site never makes them."""
+    real = per_example_module._linear
+
+    def rounded(inputs: Tensor, weight: Tensor, *others: Any) -> Tensor:
+        outputs = real(inputs, weight, *others)
+        return outputs * (1 + 2**-20) if weight.ndim == 3 and len(weight) > 1 else outputs
+
+    monkeypatch.setattr(per_example_module, "_linear", rounded)
+    shared = runtime.compute.micro_batch_tokens
+    settle_company(runtime)
+    assert runtime.compute.micro_batch_tokens == shared
+    request = request_for(private_job())
+    sites = [Site(site_home(name)) for name in ("north", "south")]
+    (alone,) = train_together([(sites[0], request)])
+    assert isinstance(alone, TrainReply)
+    assert runtime.compute.micro_batch_tokens == shared
+    other = request_for(private_job(name="other"))
+    answers = train_together([(site, other) for site in sites])
+    assert all(isinstance(answer, TrainReply) for answer in answers)
+    assert runtime.compute.micro_batch_tokens == 1
+    assert "depends on the examples beside it" in caplog.text
+
+
+@pytest.mark.parametrize("least", [65, 97])
+def test_a_fault_that_only_long_texts_have_is_found(
+    classification_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch, least: int
+) -> None:
+    """Planted: products of texts of 65, or 97, places and more owe a trace to how many there are."""
+    sections = {"lora": {"last_layers": 1, "train": "b"}, "privacy": {"noise_multiplier": 1.0}}
+    model = {"backbone": "embedded:all-minilm-l6-v2", "max_length": 128}
+    runtime = load_runtime(classification_job(model=model, **sections), COMPUTE)
+    shared = runtime.compute.micro_batch_tokens
+    settle_company(runtime)
+    assert runtime.compute.micro_batch_tokens == shared
+    real = per_example_module._bmm
+
+    def rounded(first: Tensor, second: Tensor) -> Tensor:
+        product = real(first, second)
+        return product * (1 + 2**-20) if len(first) > 1 and first.shape[-1] >= least else product
+
+    monkeypatch.setattr(per_example_module, "_bmm", rounded)
+    settle_company(runtime)
+    assert runtime.compute.micro_batch_tokens == 1
+
+
+def test_another_number_of_threads_is_settled_anew(
+    site_home: Callable[..., Path],
+    private_job: Callable[..., Job],
+    request_for: Callable[..., TrainRequest],
+    runtime: Runtime,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Libraries cut their sums by it: what was found for one number says nothing about another."""
+    settled: list[int] = []
+    monkeypatch.setattr(independence_module, "settle_company", lambda runtime: settled.append(torch.get_num_threads()))
+    site, job = Site(site_home()), private_job()
+    threads = torch.get_num_threads()
+    assert isinstance(site.answer(request_for(job, 1)), TrainReply)
+    assert isinstance(site.answer(request_for(job, 2)), TrainReply)
+    tried = runtime.tried_adapter
+    assert settled == [threads]
+    runtime.warm_cache(runtime.encode([{"text": LINES[0], "label": "bad"}]))
+    try:
+        torch.set_num_threads(threads + 1)
+        keep_settled(runtime)
+    finally:
+        torch.set_num_threads(threads)
+    assert settled == [threads, threads + 1]
+    assert (runtime.tried_adapter, runtime.cache.num_bytes) == ("", 0)
+    assert isinstance(site.answer(request_for(job, 3)), TrainReply)
+    assert settled == [threads, threads + 1, threads]
+    assert runtime.tried_adapter == tried
 
 
 def test_a_device_that_does_not_repeat_itself_trains_nothing(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,6 +161,9 @@ def test_the_statement_counts_them(job: Job) -> None:
         (lying(counts={"accuracy": [1.0, 2.0], "loss": [1.0, 2.0]}), True),
         (lambda reply: broken(reply, '"accuracy":[70.0,30.0]', '"accuracy":[NaN,30.0]'), True),
         (lambda reply: broken(reply, '"accuracy":[70.0,30.0]', '"accuracy":[1e999,30.0]'), True),
+        # Finite, but sums of it are not.
+        (lambda reply: broken(reply, '"accuracy":[70.0,30.0]', '"accuracy":[1e308,30.0]'), True),
+        (lambda reply: broken(reply, '"noise_multiplier":5.0', '"noise_multiplier":1e999'), True),
     ],
 )
 def test_what_does_not_count_is_left_out_and_accounted_for(job: Job, behaviour: Behaviour, unknown: bool) -> None:

@@ -90,6 +90,7 @@ def test_noise_and_rates_that_somebody_chose_are_printed_as_they_were_chosen() -
         "0.8123",
         "4.1099",
     ]
+    assert noise_rounded_down(math.inf) == noise_rounded_down(math.nan) == "unknown"
     assert [rate_rounded_up(r) for r in (0.05, 1.0, 1 / 3, 2 / 3, 1e-9)] == [
         "0.05",
         "1",

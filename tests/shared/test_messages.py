@@ -84,6 +84,9 @@ def test_an_error_of_the_transport_becomes_a_refusal() -> None:
     assert messages.unpack_reply(failed) == Refusal(site="", code="Flower7", reason="gone")
 
 
+NUMBERS = ("noise_multiplier", "sample_rate", "max_grad_norm", "delta", "epsilon_budget", "steps", "declared_records")
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -95,6 +98,14 @@ def test_an_error_of_the_transport_becomes_a_refusal() -> None:
         lambda: changed(steps=float("inf")),
         lambda: changed(round_number=float("nan")),
         lambda: changed(noise_multiplier=[1.0]),
+        *(
+            lambda key=key, text=text: changed(**{key: text})
+            for key in NUMBERS
+            for text in ("nan", "inf", "-inf", "1e400")
+        ),
+        *(lambda key=key: changed(**{key: "9" * 400}) for key in ("steps", "round_number", "declared_records")),
+        lambda: changed(steps=-1),
+        lambda: changed(declared_records=0),
         lambda: changed(site="../../etc/cron.d/x"),
         lambda: changed(site=".."),
         lambda: changed(site=""),
@@ -115,7 +126,14 @@ def test_a_malformed_reply_becomes_a_refusal(content: Callable[[], RecordDict]) 
 
 @pytest.mark.parametrize(
     "header",
-    [{"site": "../x"}, {"declared_records": float("inf")}, {"declared_records": "x"}, {"kind": "update"}],
+    [
+        {"site": "../x"},
+        {"declared_records": float("inf")},
+        {"declared_records": "x"},
+        {"declared_records": "9" * 400},
+        {"declared_records": 0},
+        {"kind": "update"},
+    ],
 )
 def test_a_malformed_description_becomes_a_refusal(header: dict[str, Any]) -> None:
     content = messages.pack_description(SiteDescription(site="a", declared_records=8, version="1"))
