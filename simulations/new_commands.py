@@ -11,7 +11,7 @@ import typer
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from simulations.new_scenario.question import TaskKind
+    from shared.config import TaskKind
 
 _Column = str | None
 

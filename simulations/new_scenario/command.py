@@ -23,11 +23,12 @@ from shared.errors import ConfigError, DataError
 from shared.privacy.sizes import declared_size, default_delta
 from simulations.demo_data import inseparable
 from simulations.new_scenario.document import Draft, document
-from simulations.new_scenario.iob import copy_as_jsonl, looks_like_iob
-from simulations.new_scenario.lengths import Backbone, fitting_length, look_at_backbone
+from simulations.new_scenario.iob import copied_words
+from simulations.new_scenario.lengths import Backbone, Measured, fitting_length, look_at_backbone, measure
 from simulations.new_scenario.looking import Findings, look
 from simulations.new_scenario.question import SITE_ROLE, Question, check_question, kind_of
 from simulations.new_scenario.rule import Counts, Settings, settings_for
+from simulations.new_scenario.vocabulary import MOST_UNKNOWN
 from simulations.scenario import Scenario, build_scenario, persons_of
 
 MOST_TEST = 2_000
@@ -43,7 +44,16 @@ def new_scenario(question: Question, *, force: bool, console: Console) -> Path:
         ConfigError, DataError, ModelError: saying what will not do; nothing was written then.
         RunError: if the disk does not take it.
     """
-    question = _tagged_words(question, force=force)
+    with copied_words(question, force=force) as (asked, copies):
+        draft, text = _written(asked, force=force)
+        copies.publish()
+        write_text(question.out, copies.settled(text))
+    _tell(draft, console)
+    return question.out
+
+
+def _written(question: Question, *, force: bool) -> tuple[Draft, str]:
+    """Return the scenario that `question` asks for, checked, and its text; nothing is written."""
     check_question(question)
     _check_target(question, force=force)
     kind = kind_of(question)
@@ -66,13 +76,13 @@ def new_scenario(question: Question, *, force: bool, console: Console) -> Path:
     scenario = build_scenario(tomllib.loads(text), source="the new scenario", base=question.out.resolve().parent)
     if records:
         _check(scenario, question, backbone)
-    write_text(question.out, text)
-    _tell(draft, console)
-    return question.out
+    return draft, text
 
 
 def _draft(question: Question, found: Findings, records: Sequence[Record], backbone: Backbone | None) -> Draft:
-    max_length, reason = _length(question, found, backbone)
+    measured = measure(backbone, found.texts) if backbone is not None and found.texts else None
+    max_length, reason = _length(question, measured, backbone)
+    remarks = (*found.remarks, *_unknown_language(measured, backbone))
     total = question.num_records or found.num_units
     num_test, left = None, total
     if question.test is None:
@@ -91,7 +101,7 @@ def _draft(question: Question, found: Findings, records: Sequence[Record], backb
     settings = settings_for(Counts(kind=found.kind, sites=sites, epsilon=question.epsilon, delta=delta))
     return Draft(
         question=question,
-        found=dataclasses.replace(found, remarks=(*found.remarks, *_warnings(settings, sites, question))),
+        found=dataclasses.replace(found, remarks=(*remarks, *_warnings(settings, sites, question))),
         settings=settings,
         backbone=backbone,
         name=re.sub(r"[^A-Za-z0-9._-]+", "-", question.out.stem).strip("-._")[:64] or "scenario",
@@ -103,7 +113,7 @@ def _draft(question: Question, found: Findings, records: Sequence[Record], backb
     )
 
 
-def _length(question: Question, found: Findings, backbone: Backbone | None) -> tuple[int | None, str]:
+def _length(question: Question, measured: Measured | None, backbone: Backbone | None) -> tuple[int | None, str]:
     if backbone is None:
         return None, ""
     if question.max_length is not None:
@@ -112,7 +122,8 @@ def _length(question: Question, found: Findings, backbone: Backbone | None) -> t
                 f"--max-length is {question.max_length}, but the backbone reads {backbone.positions} tokens."
             )
         return question.max_length, "declared; longer texts are cut"
-    length, share = fitting_length(backbone, found.texts)
+    assert measured is not None  # noqa: S101 - without texts the length was declared
+    length, share = fitting_length(backbone, measured.lengths)
     return length, f"tokens; {share:.0%} of the texts fit, longer ones are cut"
 
 
@@ -130,6 +141,18 @@ def _held_out(question: Question, records: Sequence[Record]) -> int:
             "file of its own by --test."
         )
     return number
+
+
+def _unknown_language(measured: Measured | None, backbone: Backbone | None) -> list[str]:
+    """Return a warning if the backbone does not know the language of the texts; rounded, so that it tells little of them."""
+    if measured is None or backbone is None or measured.unknown <= MOST_UNKNOWN:
+        return []
+    share = round(100 * measured.unknown, -1)
+    return [
+        f"the backbone {backbone.name} does not know the language of these texts: about {share:.0f} % of their letters "
+        "stand in words that its tokenizer calls unknown or spells letter by letter. Little will be learned. Name a backbone "
+        "that was trained on this language by --backbone: a folder, or a hub id with --revision."
+    ]
 
 
 def _warnings(settings: Settings, sites: Sequence[int], question: Question) -> list[str]:
@@ -175,24 +198,6 @@ def _check_target(question: Question, *, force: bool) -> None:
         raise ConfigError(f"--out {question.out} is the data itself; name another file.")
     if question.out.exists() and not force:
         raise ConfigError(f"{question.out} is there already; --force replaces it, --out names another.")
-
-
-def _tagged_words(question: Question, *, force: bool) -> Question:
-    """Turn a file of tagged words, if it is one and no column was named, into JSONL beside the scenario."""
-    if question.columns or not looks_like_iob(question.data):
-        return question
-    copies: dict[str, Any] = {"columns": {"tokens": "tokens", "tags": "tags"}}
-    _check_target(question, force=force)
-    for part in ("data", "test"):
-        path = getattr(question, part)
-        if path is None:
-            continue
-        target = question.out.with_name(f"{question.out.stem}.{part}.jsonl")
-        if target.exists() and not force:
-            raise ConfigError(f"{target} is there already; --force replaces it, --out names another scenario.")
-        copy_as_jsonl(path, target)
-        copies[part] = target
-    return dataclasses.replace(question, **copies)
 
 
 def _role_columns(question: Question) -> dict[str, str]:

@@ -195,6 +195,11 @@ def _data(draft: Draft) -> list[str]:
         note = "held out of training; figures on them are published, so they stand for public ones"
         if question.data_kind == "private":
             note = "held out of training; the report's figures on them are not protected: keep it in the house"
+        if PERSON_ROLE in found.columns:
+            who = f"{question.unit}s"
+            note += (
+                f"; settings take 80 % of the {who} to train: if far more do, hold out a file yourself (--test FILE)"
+            )
         rows.append(("num_test", draft.num_test, note))
     parts = [_section("data", rows), _source("train", question.data, found.columns, question)]
     if question.test is not None:

@@ -1,17 +1,95 @@
-"""Files of tagged words, `word <tab> tag` a line and a blank line after each sentence: known by sight, copied to JSONL."""
+"""Files of tagged words, `word <tab> tag` a line and a blank line after each sentence: known by sight, copied to JSONL.
+
+The copies wait in a folder of their own until the scenario is ready, so that a refusal leaves nothing behind and replaces
+nothing.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.datasets import write_jsonl
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError, RunError, SilotuneError
 from simulations.builtin_data import tagged_sentences
+from simulations.new_scenario.question import Question
 
 _TAGGED = re.compile(r"\S+[\t ]+(\S+[\t ]+)*(O|[BI]-\S+)")
 _LINES_LOOKED_AT = 20
 MOST_BYTES = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Copies that wait beside the scenario.
+
+    Attributes:
+        places: where each is -> where it goes.
+        folder: name of the folder that they wait in.
+    """
+
+    places: Mapping[Path, Path] = field(default_factory=dict)
+    folder: str = ""
+
+    def settled(self, text: str) -> str:
+        """Return a scenario's text with the copies where they go."""
+        return text.replace(f"{self.folder}/", "") if self.folder else text
+
+    def publish(self) -> None:
+        """Put the copies where they go.
+
+        Raises:
+            RunError: if the disk does not take them.
+        """
+        for place, target in self.places.items():
+            try:
+                os.replace(place, target)
+            except OSError as error:
+                raise RunError(f"{target} cannot be written: {error.strerror}.") from None
+
+
+@contextmanager
+def copied_words(question: Question, *, force: bool) -> Iterator[tuple[Question, Copies]]:
+    """Yield the question about JSONL copies, if its files are of tagged words and no column was named; else as it is.
+
+    Errors name the file that was given, not its copy.
+
+    Raises:
+        ConfigError: if a copy would replace something and `force` is False.
+        DataError, RunError: see `copy_as_jsonl`.
+    """
+    if question.columns or not looks_like_iob(question.data):
+        yield question, Copies()
+        return
+    given = {part: path for part in ("data", "test") if (path := getattr(question, part)) is not None}
+    targets = {part: question.out.with_name(f"{question.out.stem}.{part}.jsonl") for part in given}
+    for target in targets.values():
+        if target.exists() and not force:
+            raise ConfigError(f"{target} is there already; --force replaces it, --out names another scenario.")
+    try:
+        waiting = tempfile.TemporaryDirectory(prefix=".silotune-new-", dir=question.out.parent)
+    except OSError as error:
+        raise RunError(f"nothing can be written into {question.out.parent}: {error.strerror}.") from None
+    with waiting as folder:
+        copies = {part: Path(folder) / target.name for part, target in targets.items()}
+        try:
+            for part, path in given.items():
+                copy_as_jsonl(path, copies[part])
+            columns = {"tokens": "tokens", "tags": "tags"}
+            asked = dataclasses.replace(question, columns=columns, data=copies["data"], test=copies.get("test"))
+            places = {copies[part]: target for part, target in targets.items()}
+            yield asked, Copies(places=places, folder=Path(folder).name)
+        except SilotuneError as error:
+            said = str(error)
+            for part, path in given.items():
+                said = said.replace(str(copies[part]), str(path))
+            raise type(error)(said) from None
 
 
 def looks_like_iob(path: Path) -> bool:

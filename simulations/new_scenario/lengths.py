@@ -1,4 +1,5 @@
-"""How long texts are in the tokens of a backbone: its tokenizer and configuration are read, not its weights."""
+"""How long texts are in the tokens of a backbone, and whether it knows their words: its tokenizer and configuration are read,
+not its weights."""
 
 from __future__ import annotations
 
@@ -13,6 +14,7 @@ import numpy as np
 from shared.backbones import backbone_folder
 from shared.config import ModelConfig, parse
 from shared.errors import ModelError
+from simulations.new_scenario.vocabulary import unknown_share
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 """What `model.max_length` is rounded up to, so that it tells next to nothing about single records."""
@@ -73,24 +75,39 @@ def look_at_backbone(name: str, revision: str | None = None) -> Backbone:
     return Backbone(name=name, model_type=kind, positions=positions, folder=folder, revision=revision)
 
 
-def fitting_length(backbone: Backbone, texts: Sequence[Any]) -> tuple[int, float]:
-    """Return the smallest of `LENGTHS` into which `SHARE` of the texts fit, at most `LONGEST`, and the share that does.
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What a backbone's tokenizer makes of texts.
 
-    Args:
-        backbone: whose tokenizer measures; one that is not made yet is taken to need a token for three characters.
-        texts: texts, pairs of texts, or lists of words.
+    Attributes:
+        lengths: tokens of each.
+        unknown: share of their letters that stand in words which it does not know.
     """
-    step = max(1, len(texts) // _MOST_MEASURED)
-    measured = np.array(_lengths(backbone, texts[::step]))
+
+    lengths: Sequence[int]
+    unknown: float
+
+
+def fitting_length(backbone: Backbone, lengths: Sequence[int]) -> tuple[int, float]:
+    """Return the smallest of `LENGTHS` into which `SHARE` of the texts fit, at most `LONGEST`, and the share that does."""
+    measured = np.array(lengths)
     needed = float(np.quantile(measured, SHARE))
     most = min(LONGEST, backbone.positions)
     length = next((length for length in LENGTHS if needed <= length <= most), most)
     return length, float((measured <= length).mean())
 
 
-def _lengths(backbone: Backbone, texts: Sequence[Any]) -> list[int]:
+def measure(backbone: Backbone, texts: Sequence[Any]) -> Measured:
+    """Return what the backbone's tokenizer makes of the texts, or of a part of many.
+
+    Args:
+        backbone: one that is not made yet is taken to need a token for three characters, and to know every word.
+        texts: texts, pairs of texts, or lists of words.
+    """
+    texts = texts[:: max(1, len(texts) // _MOST_MEASURED)]
     if backbone.folder is None:
-        return [2 + sum(map(len, text if isinstance(text, tuple) else (text,))) // 3 for text in texts]
+        sizes = (sum(map(len, text if isinstance(text, tuple) else (text,))) for text in texts)
+        return Measured(lengths=[2 + size // 3 for size in sizes], unknown=0.0)
     from transformers import AutoTokenizer
 
     try:
@@ -102,4 +119,7 @@ def _lengths(backbone: Backbone, texts: Sequence[Any]) -> list[int]:
         encoded = tokenizer(list(firsts), list(seconds))
     else:
         encoded = tokenizer(list(texts), is_split_into_words=isinstance(texts[0], list))
-    return [len(ids) for ids in encoded["input_ids"]]
+    lengths = [len(ids) for ids in encoded["input_ids"]]
+    # Without the library's fast tokenizers nothing tells which tokens make a word.
+    unknown = unknown_share(encoded.encodings, texts, tokenizer.unk_token_id) if encoded.encodings else 0.0
+    return Measured(lengths=lengths, unknown=unknown)

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.config import parse
+from shared.config import TaskKind, parse
 from shared.datasets import PERSON_ROLE, DataSource, Record, read_records
 from shared.errors import DataError
 from shared.privacy.persons import Persons
-from simulations.new_scenario.question import SITE_ROLE, Question, TaskKind
+from simulations.new_scenario.question import SITE_ROLE, Question
 
 LEAST_RECORDS = 100
 """Fewer give no useful model at any budget worth stating, with or without privacy."""
@@ -105,6 +105,7 @@ def _pairs(question: Question, found: Findings, records: Sequence[Record]) -> Fi
     if len(labels) != 2:
         raise DataError(
             f"column {column!r} has {len(labels)} labels ({_shown(labels)}); pairs need two, one of them for a match."
+            + " A grade of likeness is no task here: make two labels of it." * bool(_score_instead(column, labels))
         )
     if not question.labels:
         labels = tuple(sorted(labels, key=_means_a_match))
@@ -128,9 +129,13 @@ def _scores(question: Question, found: Findings, records: Sequence[Record]) -> F
             f"column {columns['score']!r} holds one and the same number in every record; nothing can be learned."
         )
     if question.value_range is None and question.data_kind == "private":
+        column = columns["score"]
+        as_score = (
+            "" if "score" in question.columns else f"column {column!r} counts as scores, as by --score {column}: "
+        )
         raise DataError(
-            "the range of scores is public, and the lowest and highest number of private records would tell about single ones. "
-            "Give what scores can be, for example --range 1,5; or --public if the records are."
+            f"{as_score}the range of scores is public, and the lowest and highest number of private records would tell about "
+            "single ones. Give what scores can be, for example --range 1,5; or --public if the records are."
         )
     texts = [record["text"] for record in records]
     return replace(found, kind="regression", columns=columns, value_range=(low, high), texts=texts)
@@ -231,15 +236,26 @@ def _labels(question: Question, column: str, values: Sequence[Any], records: Seq
         raise DataError(
             f"column {column!r} has {len(counts):,} different values in {len(values):,} records: it looks like free text or ids, "
             "not like labels. Name another column, or none to learn the text itself (causal_lm)."
+            + _score_instead(column, values)
         )
     if len(counts) > MOST_LABELS:
         raise DataError(
             f"column {column!r} has {len(counts):,} labels; {MOST_LABELS} are the most here. Merge rare ones before."
+            + _score_instead(column, values)
         )
     if question.labels:
         _require_known(column, counts, question.labels)
         return question.labels
     return tuple(sorted(counts))
+
+
+def _score_instead(column: str, values: Sequence[Any]) -> str:
+    """Return the way out for a column of numbers, most of them with a decimal point or not, that was named as the label."""
+    numbers = sum(_NUMBER.fullmatch(str(value)) is not None for value in values)
+    if numbers <= len(values) / 2:
+        return ""
+    rest = f", once the {len(values) - numbers:,} records without one are mended" if numbers < len(values) else ""
+    return f" It holds numbers: if they are ratings or amounts, name it by --score {column} instead of --label{rest}."
 
 
 def _require_known(column: str, counts: Mapping[str, int], labels: Sequence[str]) -> None:
@@ -272,14 +288,14 @@ def _numeric_labels(question: Question, found: Findings, numbers: Sequence[float
     column, distinct = found.columns["label"], len(set(numbers))
     if distinct <= 2 or (distinct <= _FEW_NUMBERS and all(number.is_integer() for number in numbers)):
         remark = (
-            f"{column!r} holds {distinct} different numbers: taken for classes. --task regression predicts the "
-            "number instead."
+            f"{column!r} holds {distinct} different numbers: taken for classes. --score {column} instead of --label predicts "
+            "the number."
         )
         return replace(found, remarks=(*found.remarks, remark))
     if all(number.is_integer() for number in numbers):
         raise DataError(
             f"column {column!r} holds {distinct:,} different whole numbers, which may be classes or amounts. Say which: --task "
-            "sequence_classification or --task regression."
+            f"sequence_classification, or --score {column} instead of --label for a number to predict."
         )
     remark = f"{column!r} holds {distinct:,} different numbers: taken for scores (regression)."
     return replace(found, kind="regression", remarks=(*found.remarks, remark))

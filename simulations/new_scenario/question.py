@@ -7,19 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared.config import PERSON_UNITS
+from shared.config import PERSON_UNITS, TaskKind
 from shared.datasets import PERSON_ROLE
 from shared.errors import ConfigError
-
-TaskKind = Literal[
-    "sequence_classification",
-    "token_classification",
-    "pair_matching",
-    "regression",
-    "causal_lm",
-    "replies",
-    "image_classification",
-]
 
 SITE_ROLE = "site"
 """Role of the column whose values name the sites."""

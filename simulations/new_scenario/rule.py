@@ -17,8 +17,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from shared.config import TaskKind
 from shared.privacy.accounting import calibrate_noise_multiplier
-from simulations.new_scenario.question import TaskKind
 
 ROUNDS = 8
 LOCAL_STEPS = 4

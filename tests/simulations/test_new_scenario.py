@@ -18,7 +18,7 @@ from client.trainer import build_optimizer, set_learning_rate
 from shared.config import TrainingConfig
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from simulations.new_scenario.document import _value
-from simulations.new_scenario.lengths import LENGTHS
+from simulations.new_scenario.lengths import LENGTHS, Backbone, look_at_backbone, measure
 from simulations.new_scenario.rule import (
     LOCAL_STEPS,
     RATES,
@@ -200,6 +200,7 @@ def test_a_person_column_protects_persons(new: Run, tmp_path: Path) -> None:
     assert (scenario.job.privacy.unit, scenario.job.privacy.records_per_person) == ("customer", 4)
     train, test = scenario.load_data()
     assert len(train) + len(test) == 240
+    assert "80 % of the customers to train" in " ".join((tmp_path / "mine.toml").read_text().replace("#", "").split())
     assert (
         new(data, "--text", "note", "--label", "triage", "--person", "patient_id", "--force").job.privacy.unit
         == "patient"
@@ -230,7 +231,13 @@ def test_labels_that_are_numbers(new: Run, refused: Run, tmp_path: Path) -> None
     records = [row | {"grade": i % 5, "weight": i * 37 % 211, "share": i / 7} for i, row in enumerate(rows())]
     data = write_csv(tmp_path / "notes.csv", records)
     assert new(data, "--text", "note", "--label", "grade").job.task.labels == ("0", "1", "2", "3", "4")
-    assert "may be classes or amounts" in refused(data, "--text", "note", "--label", "weight", "--force")
+    said = refused(data, "--text", "note", "--label", "weight", "--force")
+    assert "may be classes or amounts" in said
+    assert "--score weight instead of --label" in said
+    assert "as by --score share" in refused(data, "--text", "note", "--label", "share", "--force")
+    some = [row | {"share": "" if i == 7 else f"{i / 7:.3f}"} for i, row in enumerate(records)]
+    said = refused(write_csv(tmp_path / "gap.csv", some), "--text", "note", "--label", "share", "--force")
+    assert "--score share" in said or "share" in said.split("row")[0]
     asked = new(data, "--text", "note", "--label", "weight", "--task", "regression", "--range", "0,300", "--force")
     assert asked.job.task.kind == "regression"
     assert new(data, "--text", "note", "--label", "share", "--public", "--force").job.task.kind == "regression"
@@ -246,18 +253,49 @@ def test_words_with_tags(new: Run, tmp_path: Path) -> None:
     assert scenario.job.privacy.max_grad_norm == RATES["token_classification"].max_grad_norm
 
 
+def tagged_file(path: Path, between: str = "\t", *, tag: str = "B-drug", count: int = 150) -> Path:
+    """Sentences of one tagged word a line."""
+    lines = ["-DOCSTART- O", ""]
+    for i in range(count):
+        lines += [f"{word}{between}{tag if k == 2 else 'O'}" for k, word in enumerate(sentence(i).split())]
+        lines += [f"{WORDS[i % 14]}{between}O", ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"tag": "O"}, "the tag O alone"),
+        ({"count": 60}, "60 records; a scenario needs 100"),
+        ({"options": ("--max-length", 4000)}, "the backbone reads 64 tokens"),
+    ],
+)
+def test_a_refused_file_of_tagged_words_leaves_nothing_and_replaces_nothing(
+    new: Run, refused: Run, tmp_path: Path, fault: dict[str, Any], said: str
+) -> None:
+    options = fault.pop("options", ())
+    data = tagged_file(tmp_path / "corpus.iob", **fault)
+    message = refused(data, *options)
+    assert said in message
+    assert ".silotune-new" not in message
+    assert "mine.data.jsonl" not in message
+    new(tagged_file(tmp_path / "good.iob"))
+    kept = {path.name: path.read_bytes() for path in tmp_path.glob("mine.*")}
+    assert len(kept) == 2
+    assert said in refused(data, *options, "--force")
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("mine.*")} == kept
+
+
 @pytest.mark.parametrize("between", ["\t", " ", "\tNN\tx\t"])
 def test_a_file_of_tagged_words(new: Run, refused: Run, tmp_path: Path, between: str) -> None:
-    lines = ["-DOCSTART- O", ""]
-    for i in range(150):
-        lines += [f"{word}{between}{'B-drug' if k == 2 else 'O'}" for k, word in enumerate(sentence(i).split())]
-        lines += [f"{WORDS[i % 14]}{between}O", ""]
-    data = tmp_path / "corpus.iob"
-    data.write_text("\n".join(lines), encoding="utf-8")
+    data = tagged_file(tmp_path / "corpus.iob", between)
     scenario = new(data)
     assert scenario.job.task.kind == "token_classification"
     assert sum(map(len, scenario.load_data())) == 150
     assert (tmp_path / "mine.data.jsonl").exists()
+    assert 'path = "mine.data.jsonl"' in (tmp_path / "mine.toml").read_text()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert "is there already" in refused(data)
 
 
@@ -458,6 +496,67 @@ def test_large_samples_until_they_are_large_enough() -> None:
     assert sample_rate((1024,) * 8) == 0.5
     assert sample_rate((65_536,) * 2) == 0.125
     assert sample_rate((2**20,) * 8) == 0.0625
+
+
+CHINESE = "医院的服务很好，医生也非常耐心，下次还会再来。"
+GREEK = "Η κατάσταση του ασθενούς βελτιώθηκε σημαντικά μετά τη θεραπεία."
+GERMAN = "Der Zustand der Patientin verbesserte sich nach Beginn der Antibiotikatherapie deutlich."
+CLINICAL = "Pt c/o SOB x3d, hx CHF, CABG 2011; metoprolol 25mg BID, lisinopril 10 mg qd. BNP 1200, EKG NSR w/ PVCs."
+
+
+@pytest.mark.parametrize(
+    ("texts", "least", "most"),
+    [
+        ([CHINESE], 0.5, 1.0),
+        ([GREEK], 0.5, 1.0),
+        ([(CHINESE, GREEK)], 0.5, 1.0),
+        ([GREEK.split()], 0.5, 1.0),
+        ([GERMAN], 0.0, 0.1),
+        ([CLINICAL], 0.0, 0.1),
+        ([(CLINICAL, GREEK)], 0.2, 0.8),
+        (["12.5 2,000 -- ?"], 0.0, 0.0),
+    ],
+)
+def test_how_much_of_a_language_the_english_backbone_knows(texts: list[Any], least: float, most: float) -> None:
+    english = look_at_backbone("embedded:all-minilm-l6-v2")
+    assert least <= measure(english, texts).unknown <= most
+
+
+def test_a_vocabulary_that_knows_a_script_letter_by_letter_is_told_from_one_whose_letters_are_words(
+    tmp_path: Path, tiny_gpt2: Path
+) -> None:
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertTokenizerFast
+
+    (tmp_path / "vocab.txt").write_text(
+        "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(CHINESE))])
+    )
+    made = BertWordPieceTokenizer(str(tmp_path / "vocab.txt"))
+    BertTokenizerFast(vocab_file=str(tmp_path / "vocab.txt"), tokenizer_object=made._tokenizer).save_pretrained(
+        tmp_path
+    )
+    chinese = Backbone(name="x", model_type="bert", positions=64, folder=tmp_path)
+    assert measure(chinese, [CHINESE]).unknown == 0
+    assert measure(chinese, [["医院", "的", "服务"]]).unknown == 0
+    assert measure(chinese, [GREEK]).unknown == 1
+    in_bytes = Backbone(name="x", model_type="gpt2", positions=64, folder=tiny_gpt2)
+    assert measure(in_bytes, [GREEK]).unknown == 1
+    assert measure(in_bytes, [CHINESE]).unknown == 1
+    assert measure(in_bytes, ["the film is a quiet joy from start to end"]).unknown < 0.3, "of 300 tokens"
+
+
+def test_a_language_that_the_backbone_does_not_know_is_told(silotune: Run, tmp_path: Path) -> None:
+    records = [row | {"note": f"{CHINESE}{i}{GREEK[i % 40 :]}"} for i, row in enumerate(rows())]
+    data = write_csv(tmp_path / "notes.csv", records)
+    done = silotune("new", data, *TASK, "--public", "--max-length", 64, "--out", tmp_path / "mine.toml")
+    assert done.status == 0, done.err
+    assert re.search(r"does not know the language of these texts: about [5-9]0 %", done.out)
+    assert "by --backbone" in done.out
+    assert "does not know the language" in (tmp_path / "mine.toml").read_text()
+    data = write_csv(tmp_path / "english.csv", rows())
+    done = silotune("new", data, *TASK, "--public", "--out", tmp_path / "english.toml")
+    assert done.status == 0, done.err
+    assert "does not know" not in done.out + (tmp_path / "english.toml").read_text()
 
 
 def test_lengths_rise_and_hold_what_is_common() -> None:
