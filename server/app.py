@@ -26,6 +26,7 @@ from shared import adapters
 from shared.batches import Batch, Example
 from shared.calibration import calibrate
 from shared.config import ComputeConfig, Job
+from shared.known_texts import ContentSum
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime, on_cpu
 from shared.tasks import Evaluation, Record, task_of
@@ -99,6 +100,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         **_with_lengths(run.details, runtime, examples),
         "public_records": parts.counts,
         "machine": runtime.machine,
+        **_evaluation_texts(run),
     }
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
         central = None
@@ -177,6 +179,14 @@ def _write_unfinished(run: Run, folder: RunFolder, details: Mapping[str, Any], c
     if checkpoint is not None:
         folder.write_privacy(checkpoint, central.release() if central else None)
     folder.write_run_info("stopped", details)
+
+
+def _evaluation_texts(run: Run) -> dict[str, Any]:
+    """Return by what `silotune monitor` knows the public evaluation texts again; nothing of records that count as private."""
+    dataset = run.details.get("dataset")
+    if task_of(run.job).roles[0] != "text" or (isinstance(dataset, Mapping) and dataset.get("test_kind") == "private"):
+        return {}
+    return {"evaluation_texts": ContentSum(record["text"] for record in run.public_records).as_dict()}
 
 
 def _with_lengths(details: Mapping[str, Any], runtime: Runtime, examples: Sequence[Example]) -> Mapping[str, Any]:

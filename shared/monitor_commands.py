@@ -92,6 +92,7 @@ def monitor(
     from shared.config import ComputeConfig
     from shared.inference import load_tuned
     from shared.job_file import load_job
+    from shared.known_texts import KnownTexts
     from shared.monitoring import Monitor, MonitorSettings
     from shared.outputs import JSON_MARK, PNG_MARK, check_file
     from shared.text_stream import Files, Skipped, TextFormat
@@ -125,7 +126,7 @@ def monitor(
     reference = None
     if baseline_file is not None:
         reference = _count(label, Files([baseline_file], how, skipped), len(job.task.labels))
-    watched = Monitor(settings, reference=reference)
+    watched, known = Monitor(settings, reference=reference), KnownTexts(run)
     # In a file or a pipe there is room for more than the 80 columns that rich assumes.
     console = Console(highlight=False, markup=False)
     console = console if console.is_terminal else Console(width=140, highlight=False, markup=False)
@@ -135,8 +136,10 @@ def monitor(
     with _Stop() as stop:
         pieces = _pieces(files, how, skipped, stop, poll=poll if follow else None)
         for items in _batches(pieces, stop):
+            known.add(item.text for item in items)
             reporter.tell(watched.add(label([item.text for item in items]), [item.time for item in items]))
-    reporter.end(watched.finish(), stopped=stop.asked, ignored=files.ignored if files is not None else 0)
+    ignored = files.ignored if files is not None else 0
+    reporter.end(watched.finish(), stopped=stop.asked, ignored=ignored, warnings=known.warnings())
     if fail_on_alert and watched.num_alerts:
         raise typer.Exit(ALERT_STATUS)
 
@@ -355,7 +358,7 @@ class _Reporter:
             self._write(stopped=False)
             self._written = time.monotonic()
 
-    def end(self, windows: Sequence[Window], *, stopped: bool, ignored: int) -> None:
+    def end(self, windows: Sequence[Window], *, stopped: bool, ignored: int, warnings: Sequence[str]) -> None:
         """Say what the last windows show, and the summary.
 
         Raises:
@@ -371,14 +374,17 @@ class _Reporter:
                 f"there is no text to label{f' ({left})' if left else ''}; look at the input and its columns."
             )
         if self._out is not None:
-            self._write(stopped=stopped)
+            self._write(stopped=stopped, warnings=warnings)
         if self._as_json:
-            self._line(report.summary(self._monitor, self._skipped, self._adjust, stopped=stopped))
+            found = report.summary(self._monitor, self._skipped, self._adjust, stopped=stopped, warnings=warnings)
+            self._line(found)
             return
         self._console.print(report.window_table(self._monitor))
         self._console.print(report.label_table(self._monitor, self._adjust))
         for note in report.notes(self._monitor, self._skipped, self._adjust, ignored):
             self._console.print(note)
+        for warning in warnings:
+            self._console.print(f"warning: {warning}", style="yellow", soft_wrap=True)
         if self._out is not None:
             from shared.fonts import HOW_TO_GET_FONTS, readable_figures
 
@@ -391,7 +397,7 @@ class _Reporter:
         typer.echo(json.dumps(event, ensure_ascii=False, allow_nan=False))
         sys.stdout.flush()
 
-    def _write(self, *, stopped: bool) -> None:
+    def _write(self, *, stopped: bool, warnings: Sequence[str] = ()) -> None:
         from shared import monitor_report as report
         from shared.atomic import write_bytes, write_json
         from shared.monitor_figure import draw_monitor
@@ -399,11 +405,16 @@ class _Reporter:
         assert self._out is not None  # noqa: S101 (only called with a folder)
         if not sum(self._monitor.baseline):
             return  # nothing to draw yet
-        run = {"name": self._job.name, "job_sha256": self._job.sha256}
-        write_json(
-            self._out / "monitor.json",
-            report.document(self._monitor, self._skipped, self._adjust, run=run, windows=self._events, stopped=stopped),
+        document = report.document(
+            self._monitor,
+            self._skipped,
+            self._adjust,
+            run={"name": self._job.name, "job_sha256": self._job.sha256},
+            windows=self._events,
+            stopped=stopped,
+            warnings=warnings,
         )
+        write_json(self._out / "monitor.json", document)
         shown = report.shown_labels(self._monitor, 6)
         # Of two labels the second's share is what the first one leaves.
         shown = shown[-1:] if len(self._monitor.totals) == 2 else shown

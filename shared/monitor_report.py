@@ -75,8 +75,10 @@ def share_table(
     return found
 
 
-def summary(monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, *, stopped: bool) -> dict[str, Any]:
-    """Return the summary, the last line of `--json`."""
+def summary(
+    monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, *, stopped: bool, warnings: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Return the summary, the last line of `--json`; `warnings` are of the texts as a whole, known at the end."""
     settings = monitor.settings
     return {
         "event": "summary",
@@ -93,6 +95,7 @@ def summary(monitor: Monitor, skipped: Skipped, adjust: AdjustedCount | None, *,
         "skipped_places": dict(skipped.places),
         "late": monitor.late,
         "ahead": monitor.ahead,
+        "warnings": list(warnings),
     }
 
 
@@ -104,9 +107,10 @@ def document(
     run: dict[str, Any],
     windows: Sequence[dict[str, Any]],
     stopped: bool,
+    warnings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Return the content of monitor.json; `windows` are the events of the windows that are kept."""
-    content = summary(monitor, skipped, adjust, stopped=stopped)
+    content = summary(monitor, skipped, adjust, stopped=stopped, warnings=warnings)
     del content["event"]
     return {
         "format": FORMAT,
