@@ -26,6 +26,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from client.per_example import most_examples
 from client.trainer import per_example_hooks
 from shared.batches import Example, collate
 from shared.errors import AdapterError, PrivacyError
@@ -163,7 +164,8 @@ def _independent(runtime: Runtime, probes: Sequence[Example], alone: Sequence[Te
             return False
     longest = min(max(_LENGTHS), runtime.max_length) if runtime.tokenizer is not None else runtime.max_length
     room = runtime.compute.micro_batch_tokens - sum(probe.length for probe in probes)
-    others = [_probe(runtime, longest, number) for number in range(max(room // longest, 0))]
+    most = most_examples(runtime.model.trainable().values()) - len(probes)
+    others = [_probe(runtime, longest, number) for number in range(max(min(room // longest, most), 0))]
     together = take([*others, *probes], [*range(len(others)), *range(len(probes))])[len(others) :]
     return all(_same(one, beside) for one, beside in zip(alone, together, strict=True))
 

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from client.per_example import GradientsBySite, PerExampleHooks
+from client.per_example import GradientsBySite, PerExampleHooks, most_examples
 from shared.batches import Example
 from shared.config import TrainingConfig
 from shared.privacy.mechanism import ClippedSum, per_example_gradients
@@ -191,7 +191,7 @@ def train_local_rounds(
                 for group in groups
             ]
             shares = GradientsBySite(first_row, sums)
-            for rows, batch in runtime.grouped_batches(pool, pooled):
+            for rows, batch in runtime.grouped_batches(pool, pooled, most_examples(parameters)):
                 owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
                 if len(works) > 1:
                     hooks.owners = torch.tensor(owners, device=model.device)

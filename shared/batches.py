@@ -101,30 +101,45 @@ def _targets(targets: Sequence[int | float | Tensor]) -> Tensor:
     return torch.tensor(targets, dtype=torch.float32 if isinstance(targets[0], float) else torch.int64)
 
 
-def micro_batches(lengths: Lengths, indices: Sequence[int], max_tokens: int) -> Iterator[list[int]]:
+def micro_batches(
+    lengths: Lengths, indices: Sequence[int], max_tokens: int, max_examples: int = sys.maxsize
+) -> Iterator[list[int]]:
     """Cut `indices` into micro-batches: padding against the fixed cost of one more; see `cut_by_length`.
 
     Args:
         lengths: tokens of every record that is among `indices`.
         indices: the records of one logical batch; may be empty.
         max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
+        max_examples: records per micro-batch, at least 1.
     """
-    return cut_by_length(lengths, indices, cost_of_cut=max_tokens / _CUTS_PER_BUDGET, max_tokens=max_tokens)
+    return cut_by_length(
+        lengths,
+        indices,
+        cost_of_cut=max_tokens / _CUTS_PER_BUDGET,
+        max_tokens=max_tokens,
+        max_examples=max_examples,
+    )
 
 
 def cut_by_length(
-    lengths: Lengths, indices: Sequence[int], *, cost_of_cut: float, max_tokens: int = sys.maxsize
+    lengths: Lengths,
+    indices: Sequence[int],
+    *,
+    cost_of_cut: float,
+    max_tokens: int = sys.maxsize,
+    max_examples: int = sys.maxsize,
 ) -> Iterator[list[int]]:
     """Cut `indices`, sorted by length, into parts whose padded tokens and `cost_of_cut` each are least together.
 
     Of all cuts between records of different length the cheapest is found by dynamic programming over the lengths that
-    occur; a part with more than `max_tokens` padded tokens is then cut evenly.
+    occur; a part with more than `max_tokens` padded tokens, or `max_examples` records, is then cut evenly.
 
     Args:
         lengths: tokens of every record that is among `indices`.
         indices: may be empty.
         cost_of_cut: of every part, in padded tokens.
         max_tokens: padded tokens of a part; a single longer record still forms one of its own.
+        max_examples: records of a part, at least 1.
     """
     ordered = sorted(indices, key=lambda i: (lengths[i], i))
     if not ordered:
@@ -135,9 +150,10 @@ def cut_by_length(
     begins = [0, *places]
     for end, place in enumerate(places, start=1):
         longest = lengths[ordered[place - 1]]
-        tokens = [longest * (place - begin) for begin in begins[:end]]
+        counts = [place - begin for begin in begins[:end]]
+        pieces = [max(-(-longest * count // max_tokens), -(-count // max_examples)) for count in counts]
         costs = [
-            cost + padded + cost_of_cut * -(-padded // max_tokens) for cost, padded in zip(best, tokens, strict=True)
+            cost + longest * count + cost_of_cut * num for cost, count, num in zip(best, counts, pieces, strict=True)
         ]
         cheapest = min(range(end), key=costs.__getitem__)
         best.append(costs[cheapest])
@@ -147,7 +163,7 @@ def cut_by_length(
         cuts.append(cut_before[cuts[-1]])
     for begin, end in itertools.pairwise(reversed(cuts)):
         part = ordered[begins[begin] : begins[end]]
-        yield from _evenly(part, max(1, max_tokens // lengths[part[-1]]))
+        yield from _evenly(part, max(1, min(max_tokens // lengths[part[-1]], max_examples)))
 
 
 def _evenly(part: list[int], most: int) -> Iterator[list[int]]:
@@ -157,22 +173,26 @@ def _evenly(part: list[int], most: int) -> Iterator[list[int]]:
         yield part[len(part) * piece // pieces : len(part) * (piece + 1) // pieces]
 
 
-def micro_batches_of_groups(lengths: Lengths, groups: Sequence[Sequence[int]], max_tokens: int) -> Iterator[list[int]]:
+def micro_batches_of_groups(
+    lengths: Lengths, groups: Sequence[Sequence[int]], max_tokens: int, max_examples: int = sys.maxsize
+) -> Iterator[list[int]]:
     """Cut groups of records into micro-batches, so that at most one group is unfinished between two of them.
 
     Args:
         lengths: tokens of every record that is in a group.
         groups: the records of each person, none of them empty; groups of one are `micro_batches`.
         max_tokens: padded tokens per micro-batch; a single longer record still forms one of its own.
+        max_examples: records per micro-batch, at least 1.
     """
     if all(len(group) == 1 for group in groups):
-        yield from micro_batches(lengths, [group[0] for group in groups], max_tokens)
+        yield from micro_batches(lengths, [group[0] for group in groups], max_tokens, max_examples)
         return
     inner = [sorted(group, key=lambda i: (lengths[i], i)) for group in groups]
     batch: list[int] = []
     longest = 0
     for index in (index for group in sorted(inner, key=lambda g: (lengths[g[-1]], g[-1])) for index in group):
-        if batch and max(longest, lengths[index]) * (len(batch) + 1) > max_tokens:
+        full = len(batch) == max_examples or max(longest, lengths[index]) * (len(batch) + 1) > max_tokens
+        if batch and full:
             yield batch
             batch, longest = [], 0
         batch.append(index)

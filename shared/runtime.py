@@ -6,6 +6,7 @@ It is not safe to train two clients at the same time on one runtime.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -111,11 +112,11 @@ class Runtime:
             yield batch
 
     def grouped_batches(
-        self, examples: Sequence[Example], groups: Sequence[Sequence[int]]
+        self, examples: Sequence[Example], groups: Sequence[Sequence[int]], max_examples: int = sys.maxsize
     ) -> Iterator[tuple[list[int], Batch]]:
         """Yield (records in increasing order, micro-batch) of one logical batch; see `micro_batches_of_groups`."""
         lengths = {index: examples[index].length for group in groups for index in group}
-        for unordered in micro_batches_of_groups(lengths, groups, self.compute.micro_batch_tokens):
+        for unordered in micro_batches_of_groups(lengths, groups, self.compute.micro_batch_tokens, max_examples):
             rows = sorted(unordered)
             chosen = [examples[index] for index in rows]
             yield rows, collate(chosen, self.cache.get(chosen)).to(self.model.device)

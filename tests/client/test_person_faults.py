@@ -145,9 +145,9 @@ def test_fault_a_repeated_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
             audit(plan=PERSON_PLAN)
     batches = Runtime.grouped_batches
 
-    def twice(self: Runtime, examples: Any, groups: Any) -> Any:
-        yield from batches(self, examples, groups)
-        yield from batches(self, examples, groups)
+    def twice(self: Runtime, examples: Any, groups: Any, *bound: Any) -> Any:
+        yield from batches(self, examples, groups, *bound)
+        yield from batches(self, examples, groups, *bound)
 
     monkeypatch.setattr(Runtime, "grouped_batches", twice)
     with pytest.raises(PrivacyError, match="came twice"):
@@ -157,8 +157,8 @@ def test_fault_a_repeated_record_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def test_fault_a_record_that_never_comes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     batches = Runtime.grouped_batches
 
-    def forgetful(self: Runtime, examples: Any, groups: Any) -> Any:
-        yield from list(batches(self, examples, groups))[:-1]
+    def forgetful(self: Runtime, examples: Any, groups: Any, *bound: Any) -> Any:
+        yield from list(batches(self, examples, groups, *bound))[:-1]
 
     monkeypatch.setattr(Runtime, "grouped_batches", forgetful)
     with pytest.raises(PrivacyError, match="never came"):

@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+import client.per_example as per_example_module
 import client.trainer as trainer_module
 from client.proof import prove_trainer
 from client.trainer import (
@@ -30,6 +31,7 @@ from shared.config import ComputeConfig, Job
 from shared.errors import ConfigError, PrivacyError
 from shared.frozen_cache import FrozenCache
 from shared.privacy.mechanism import CLIP_MARGIN, per_example_gradients
+from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime import Runtime, load_runtime
@@ -229,6 +231,36 @@ def test_micro_batching_does_not_change_the_sum(job_of: Callable[..., Job], reco
         assert sizes[0] == 20 > sizes[1] > sizes[2] == 1
         for other in deltas[1:]:
             torch.testing.assert_close(other, deltas[0], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("unit", ["record", "patient"])
+def test_a_pass_is_bounded_by_its_gradients_and_the_sum_stays_the_same(
+    job_of: Callable[..., Job], records: Records, monkeypatch: pytest.MonkeyPatch, unit: str
+) -> None:
+    """A head of thousands of labels has megabytes for each example; three of them may share a pass here."""
+    limits = {"unit": unit, "records_per_person": 2} if unit == "patient" else {}
+    job = job_of(privacy={"sample_rate": 0.8, **limits})
+    runtime = load_runtime(job, CPU)
+    examples, start = runtime.encode(records[:40]), away_from_zero(runtime)
+    persons = Persons(np.arange(40) // 4) if limits else None
+    sizes: list[int] = []
+
+    def seen(parameters: list[torch.nn.Parameter], batch_size: int) -> list[Tensor]:
+        sizes.append(batch_size)
+        return per_example_gradients(parameters, batch_size)
+
+    monkeypatch.setattr(trainer_module, "per_example_gradients", seen)
+    options = {"start": start, "persons": persons, "plan": plan_of(job, noise_multiplier=1e-3)}
+    whole = run(runtime, job, examples, **options)
+    assert max(sizes) > 3
+    bytes_each = sum(4 * parameter.numel() for parameter in runtime.model.trainable().values())
+    for room, most in ((3.5, 3), (0.5, 1)):
+        monkeypatch.setattr(per_example_module, "_MOST_PASS_BYTES", int(room * bytes_each))
+        before = sum(sizes)
+        sizes.clear()
+        cut = run(runtime, job, examples, **options)
+        assert (max(sizes), sum(sizes)) == (most, before)
+        assert torch.equal(flat(cut), flat(whole))
 
 
 @pytest.mark.parametrize(("task", "train"), COMBINATIONS)

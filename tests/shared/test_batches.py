@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.batches import _CUTS_PER_BUDGET, Batch, Example, collate, micro_batches
+from shared.batches import _CUTS_PER_BUDGET, Batch, Example, collate, micro_batches, micro_batches_of_groups
 
 
 def example(*ids: int, target: int = 0) -> Example:
@@ -69,6 +69,23 @@ def test_micro_batches_cost_no_more_than_any_other_cut(lengths: list[int], max_t
     allowed = best + max_tokens / _CUTS_PER_BUDGET * len(found)
     assert cost(found) <= allowed
     assert sum(max(lengths[i] for i in g) * len(g) for g in found) <= best
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=40),
+    max_tokens=st.integers(1, 200),
+    most=st.integers(1, 9),
+    size=st.integers(1, 5),
+)
+def test_micro_batches_hold_at_most_so_many_records(lengths: list[int], max_tokens: int, most: int, size: int) -> None:
+    persons = [list(range(begin, min(begin + size, len(lengths)))) for begin in range(0, len(lengths), size)]
+    found = list(micro_batches_of_groups(lengths, persons, max_tokens, most))
+    assert sorted(index for group in found for index in group) == list(range(len(lengths)))
+    assert max(map(len, found)) <= most
+
+
+def test_the_bound_on_records_alone_makes_no_more_micro_batches_than_it_needs() -> None:
+    assert [len(group) for group in micro_batches([7] * 20, range(20), 10_000, 8)] == [6, 7, 7]
 
 
 def test_padding_stays_small_on_real_lengths() -> None:
