@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import importlib.util
@@ -18,7 +19,7 @@ from rich.console import Console
 
 if TYPE_CHECKING:
     from shared.signed_file import Signer
-    from shared.text_stream import Skipped
+    from shared.text_stream import GivenTexts, Skipped
 
 app = typer.Typer(
     name="silotune",
@@ -39,6 +40,14 @@ JsonOption = Annotated[
 ]
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
+DelimiterOption = Annotated[
+    str | None, typer.Option("--delimiter", help="Between CSV cells; a comma, or a tab in .tsv.")
+]
+EncodingOption = Annotated[str | None, typer.Option("--encoding", help="Of CSV, JSONL and text; utf-8 by default.")]
+QuotingOption = Annotated[
+    Literal["checked", "trusted", "none"] | None,
+    typer.Option("--quoting", help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
+]
 
 
 @app.callback()
@@ -158,6 +167,17 @@ def predict(
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts or images to label; standard input, one a line, if none is given.")
     ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option("--file", help="Label the rows of this file: CSV, JSONL, Parquet, or one text a line."),
+    ] = None,
+    column: Annotated[
+        str | None,
+        typer.Option("--text", metavar="COLUMN", help="Of --file: the column of the texts; by default text."),
+    ] = None,
+    delimiter: DelimiterOption = None,
+    encoding: EncodingOption = None,
+    quoting: QuotingOption = None,
     others: Annotated[
         list[Path] | None,
         typer.Option(
@@ -174,10 +194,10 @@ def predict(
     from shared.ensembles import Ensemble, Member
     from shared.inference import load_tuned, shown
     from shared.inference import predict as label
-    from shared.text_stream import given_texts
 
     job = load_job(run)
-    given = given_texts(texts, sys.stdin.buffer.read)
+    reading = _asked(text=column, delimiter=delimiter, encoding=encoding, quoting=quoting)
+    given = _given(texts, file, reading)
     members = [Member(run=run, job=job), *(Member(run=other, job=load_job(other)) for other in others or [])]
     if others:
         predictions = Ensemble(members, ComputeConfig()).predict(given.texts)
@@ -189,6 +209,29 @@ def predict(
         else:
             typer.echo(shown(prediction))
     _tell_left_out(given.left_out)
+
+
+def _asked(**options: str | None) -> dict[str, Any]:
+    """Return the options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _given(texts: list[str] | None, file: Path | None, reading: dict[str, Any]) -> GivenTexts:
+    """Return the texts of the arguments, of a file or of standard input.
+
+    Raises:
+        ConfigError, DataError: as their texts say.
+    """
+    from shared.errors import ConfigError
+    from shared.text_stream import TextFormat, file_texts, given_texts
+
+    if file is not None:
+        if texts:
+            raise ConfigError("--file and texts were both given; give one of them.")
+        return file_texts(file, TextFormat(**reading))
+    if reading:
+        raise ConfigError(f"--{next(iter(reading))} says how --file is read, but no --file was given.")
+    return given_texts(texts, sys.stdin.buffer.read)
 
 
 def _tell_left_out(skipped: Skipped) -> None:
@@ -213,6 +256,9 @@ def ensemble(
         Path | None,
         typer.Option("--scenario", help="The evaluation records of a scenario file, for runs of a simulation."),
     ] = None,
+    delimiter: DelimiterOption = None,
+    encoding: EncodingOption = None,
+    quoting: QuotingOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the average of several runs' outputs beside each of them, on public records.
@@ -221,16 +267,19 @@ def ensemble(
     composition of the runs, which is printed.
     """
     from server.ensembles import measure_ensemble
+    from shared.errors import ConfigError
 
     records = None
+    reading = _asked(delimiter=delimiter, encoding=encoding, quoting=quoting)
+    if reading and data is None:
+        raise ConfigError(f"--{next(iter(reading))} says how --data is read, but no --data was given.")
     if scenario is not None:
-        from shared.errors import ConfigError
         from simulations.scenario import load_scenario
 
         if data is not None or columns:
             raise ConfigError("--scenario and --data both name evaluation records; give one of them.")
         records = load_scenario(scenario).load_data()[1]
-    measure_ensemble(runs, records=records, data=data, columns=columns or [], as_json=as_json)
+    measure_ensemble(runs, records=records, data=data, columns=columns or [], reading=reading, as_json=as_json)
 
 
 @app.command()
@@ -468,7 +517,11 @@ def _refused_path(error: OSError | RuntimeError) -> str | None:
     from shared.errors import excerpt
 
     if isinstance(error, OSError):
-        return None if error.filename is None else f"{excerpt(str(error.filename))}: {error.strerror}"
+        if error.filename is not None:
+            return f"{excerpt(str(error.filename))}: {error.strerror}"
+        # Of a write, which names no file: to standard output, or by a library.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        return f"something could not be written: {error.strerror}" if full else None
     # What `Path.resolve` raises for links that lead in a circle, up to Python 3.12.
     return str(error) if str(error).startswith("Symlink loop") else None
 

@@ -14,7 +14,6 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +23,7 @@ from shared.atomic import write_bytes, write_text
 from shared.certificates import expiry_warning, fingerprint, load_certificate
 from shared.errors import RunError, TrustError
 from shared.keystore import passphrase_from_environment
-from shared.node_keys import write_plain_pem_key
+from shared.node_keys import load_plain_pem_key, write_plain_pem_key
 from shared.outputs import check_new_files
 from shared.pki import make_request
 from shared.revocation import load_crl
@@ -252,7 +251,7 @@ def _own_certificate(place: CoordinatorHome, path: Path, root: x509.Certificate,
     """Return the certificate in `path`, checked to be this coordinator's."""
     loaded = load_certificate(path)
     verify_certificate(loaded, root, now)
-    key = load_pem_private_key(place.server_key.read_bytes(), password=None)
+    key = load_plain_pem_key(place.server_key)
     if loaded.public_key() != key.public_key():
         raise TrustError(f"{path} was not made for {place.server_key}; send {place.path / 'server.csr'} to the CA.")
     return loaded

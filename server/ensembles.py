@@ -8,9 +8,10 @@ Formal guarantee (test: tests/server/test_ensembles.py)
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -20,7 +21,7 @@ from server.compliance.reading import read_facts
 from server.public_records import hold_back
 from server.report.formats import format_metric, metric_title
 from server.run_folder import load_job
-from shared.config import ComputeConfig
+from shared.config import ComputeConfig, parse
 from shared.datasets import DataSource, read_records
 from shared.ensembles import Ensemble, Member
 from shared.epsilons import delta_rounded_up, rounded_up
@@ -87,21 +88,23 @@ def _most_of(sites: Sequence[Sequence[GaussianSteps]]) -> list[GaussianSteps]:
     return [GaussianSteps(noise_multiplier=s, sample_rate=q, steps=steps) for (s, q), steps in sorted(most.items())]
 
 
-def public_records(runs: Sequence[Path], data: Path | None, columns: dict[str, str]) -> Sequence[Record]:
+def public_records(
+    runs: Sequence[Path], data: Path | None, columns: dict[str, str], reading: Mapping[str, Any] | None = None
+) -> Sequence[Record]:
     """Return the public evaluation records: those of `data`, else those that were submitted with the first run.
 
     Args:
         data: a file, or None.
         columns: column in the file by role of the task, where they differ.
+        reading: further keys of `DataSource` for `data`, such as quoting.
 
     Raises:
-        DataError: if there are none, or the file lacks a column.
+        ConfigError, DataError: if there are none, or the file cannot be read so, or lacks a column.
     """
     roles = task_of(load_job(runs[0])).roles
     if data is not None:
-        return read_records(
-            DataSource(path=str(data.resolve()), columns={role: columns.get(role, role) for role in roles})
-        )
+        source = {"path": str(data.resolve()), "columns": {role: columns.get(role, role) for role in roles}}
+        return read_records(parse(DataSource, source | dict(reading or {}), source="what was asked for"))
     submitted = runs[0].resolve().parent / "evaluation.jsonl"
     if not submitted.exists():
         raise DataError(
@@ -112,20 +115,27 @@ def public_records(runs: Sequence[Path], data: Path | None, columns: dict[str, s
 
 
 def measure_ensemble(
-    runs: Sequence[Path], *, records: Sequence[Record] | None, data: Path | None, columns: Sequence[str], as_json: bool
+    runs: Sequence[Path],
+    *,
+    records: Sequence[Record] | None,
+    data: Path | None,
+    columns: Sequence[str],
+    reading: Mapping[str, Any] | None = None,
+    as_json: bool,
 ) -> None:
     """Print the metrics of the ensemble beside those of its members, and what they reveal together.
 
     Args:
         records: public evaluation records; None reads them, see `public_records`.
         columns: ROLE=NAME items.
+        reading: see `public_records`.
 
     Raises:
         RunError, ConfigError, DataError, AdapterError: as their texts say.
     """
     found = open_ensemble(runs)
     if records is None:
-        records = public_records(runs, data, _parse_columns(columns))
+        records = public_records(runs, data, _parse_columns(columns), reading)
     if data is None:  # of the runs' own public records a part has decided about their members
         records = hold_back(records, task_of(load_job(runs[0])).roles[0]).reported
     together, single = found.evaluate(records)

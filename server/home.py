@@ -11,18 +11,19 @@ coordinator.json   what the running coordinator says of itself
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 
 from shared.atomic import exclusive_lock
 from shared.audit_log import AuditLog
 from shared.config import Name, Section, load_toml, parse
+from shared.errors import RunError
+from shared.json_files import read_object
 from shared.signed_file import Signer
 from shared.signing import SigningKey, load_signing_key
 
@@ -40,6 +41,20 @@ class CoordinatorConfig(Section):
     """Its port: the only one that a firewall has to open."""
     control_port: int = Field(default=8000, ge=1, le=65535)
     """Port of Flower's Control API, which has no authentication: always on 127.0.0.1."""
+
+
+class _SiteStatus(BaseModel):
+    online: bool
+    until: str
+
+
+class _Status(BaseModel):
+    """What commands read of `coordinator.json`; they send signals to `pid`."""
+
+    pid: int = Field(gt=1, lt=2**31, strict=True)
+    updated: AwareDatetime
+    state: str
+    sites: dict[str, _SiteStatus]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,11 +156,13 @@ class CoordinatorHome:
         return AuditLog(self.audit, seal_head=key)
 
     def read_status(self) -> dict[str, Any]:
-        """Return what the coordinator last said of itself, or {}."""
+        """Return what the coordinator last said of itself; {} if it never did, or the file is not as it wrote it."""
         try:
-            return dict(json.loads(self.status.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, RecursionError):
+            said = read_object(self.status)
+            _Status.model_validate(said)
+        except (RunError, ValidationError):
             return {}
+        return said
 
     @contextmanager
     def locked(self) -> Iterator[None]:

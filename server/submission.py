@@ -16,13 +16,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict
+
 from shared.atomic import write_json, write_text
 from shared.errors import RunError
-from shared.json_files import damaged, read_object
+from shared.json_files import read_record
 from shared.signing import SignedJob
 
 State = Literal["submitted", "running", "completed", "failed", "stopped"]
 _OPEN: tuple[State, ...] = ("submitted", "running")
+
+
+class _State(BaseModel):
+    """What is read of `state.json`; other keys are kept as they are."""
+
+    model_config = ConfigDict(extra="allow")
+
+    state: State
+    job_sha256: str
+    flower_run: int | None = None
+    problem: str | None = None
+    defect: bool = False
+    waiting: str | None = None
+    refused: dict[str, str] | None = None
+    stopped_early: int | None = None
+    metrics: dict[str, float | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,10 +79,7 @@ class Submission:
         Raises:
             RunError: if it is damaged.
         """
-        found = read_object(self.path / "state.json")
-        if not isinstance(found.get("state"), str) or not isinstance(found.get("job_sha256"), str):
-            raise damaged(self.path / "state.json", "it has no state or no job_sha256")
-        return found
+        return read_record(self.path / "state.json", _State).model_dump(exclude_unset=True)
 
     def note(self, state: State | None = None, **facts: Any) -> None:
         """Write `state.json` anew with what changed."""
@@ -90,7 +105,7 @@ class Submission:
     def progress(self) -> int:
         """Return the number of rounds that are durable."""
         try:
-            return len((self.run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()) - 1
+            return (self.run_folder / "metrics.jsonl").read_bytes().count(b"\n") - 1
         except OSError:
             return 0
 

@@ -25,6 +25,7 @@ from shared.audit_log import Event
 from shared.certificates import load_certificate
 from shared.errors import RunError, SilotuneError, TrustError
 from shared.keystore import passphrase_from_environment
+from shared.node_keys import load_plain_pem_key
 from shared.trust_store import TrustStore, verify_certificate
 
 log = logging.getLogger("silotune.coordinator")
@@ -288,8 +289,6 @@ def check_server_certificate(home: CoordinatorHome) -> None:
     Raises:
         TrustError: a file is missing, the certificate has expired, or is not for the key that lies here.
     """
-    from cryptography.hazmat.primitives.serialization import load_pem_private_key
-
     ca = home.trust / "ca.crt"
     for path in (ca, home.server_certificate, home.server_key):
         if not path.exists():
@@ -301,6 +300,6 @@ def check_server_certificate(home: CoordinatorHome) -> None:
     verify_certificate(certificate, load_certificate(ca), datetime.now(UTC))
     if home.server_key.stat().st_mode & 0o077:
         raise TrustError(f"{home.server_key} can be read by others; run: chmod 600 {home.server_key}")
-    key = load_pem_private_key(home.server_key.read_bytes(), password=None)
+    key = load_plain_pem_key(home.server_key)
     if key.public_key() != certificate.public_key():
         raise TrustError(f"{home.server_certificate} was made for another key than {home.server_key}.")

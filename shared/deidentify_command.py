@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +13,8 @@ import typer
 
 if TYPE_CHECKING:
     from shared.deidentify.report import MaskTally
+
+_SECONDS_BETWEEN_FIGURES = 0.5
 
 
 def deidentify(
@@ -76,21 +81,37 @@ def deidentify(
         check_file(out, None, way_out=way_out)
         if report is not None:
             check_file(report, JSON_MARK, way_out=way_out)
-    tally = deidentify_file(
-        path,
-        out,
-        columns or [],
-        open_deidentifier(config),
-        delimiter=delimiter,
-        encoding=encoding,
-        quoting=quoting,
-    )
+    deidentifier = open_deidentifier(config)
+    with _progress() as told:
+        tally = deidentify_file(
+            path, out, columns or [], deidentifier, delimiter=delimiter, encoding=encoding, quoting=quoting, told=told
+        )
     if report is not None:
         atomic.write_json(report, tally.document())
     if as_json:
         typer.echo(json.dumps(tally.document()))
     else:
         _show(tally, out)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int], None]]:
+    """Yield what shows on a terminal how many records are done; elsewhere nothing is shown."""
+    from rich.console import Console
+
+    begun = shown = time.monotonic()
+    with Console(stderr=True, highlight=False).status("reading") as status:
+
+        def told(records: int) -> None:
+            nonlocal shown
+            now = time.monotonic()
+            if now - shown > _SECONDS_BETWEEN_FIGURES:
+                shown = now
+                status.update(
+                    f"{records:,} records masked, {records / (now - begun):,.0f} a second; Ctrl-C writes nothing"
+                )
+
+        yield told
 
 
 def _show(tally: MaskTally, out: Path) -> None:

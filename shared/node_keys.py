@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -9,7 +10,7 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared import atomic, keystore
-from shared.certificates import is_p256
+from shared.certificates import is_p256, read_file
 from shared.errors import TrustError
 
 
@@ -28,15 +29,7 @@ def load_private_key(path: Path, passphrase: str | None) -> ec.EllipticCurvePriv
         TrustError: if the file does not open (see `shared.keystore.load_secret`) or holds a key of another kind.
     """
     der = keystore.load_secret(path, passphrase=passphrase)
-    try:
-        key = serialization.load_der_private_key(der, password=None)
-    except (ValueError, TypeError, UnsupportedAlgorithm):
-        key = None
-    if not isinstance(key, ec.EllipticCurvePrivateKey) or not is_p256(key.public_key()):
-        raise TrustError(
-            f"{path} holds a key of another kind; expected an ECDSA P-256 key, as `silotune pki` makes it."
-        )
-    return key
+    return _parsed(path, lambda: serialization.load_der_private_key(der, password=None))
 
 
 def write_plain_pem_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
@@ -50,3 +43,26 @@ def write_plain_pem_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
     """
     pem = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     atomic.write_bytes(path, pem)
+
+
+def load_plain_pem_key(path: Path) -> ec.EllipticCurvePrivateKey:
+    """Read a key that `write_plain_pem_key` wrote.
+
+    Raises:
+        TrustError: if the file cannot be read, is damaged, or holds a key of another kind.
+    """
+    pem = read_file(path, "private key")
+    return _parsed(path, lambda: serialization.load_pem_private_key(pem, password=None))
+
+
+def _parsed(path: Path, parse: Callable[[], object]) -> ec.EllipticCurvePrivateKey:
+    try:
+        key = parse()
+    except (ValueError, TypeError, UnsupportedAlgorithm):
+        key = None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or not is_p256(key.public_key()):
+        raise TrustError(
+            f"{path} is damaged, or holds a key of another kind; expected an ECDSA P-256 key, as Silotune makes it. Restore it "
+            "from its backup."
+        )
+    return key

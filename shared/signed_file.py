@@ -126,7 +126,7 @@ def verify_file(path: Path, key: VerifyKey | None = None) -> FileSignature:
     fields = _fields(place)
 
     # 2. The signature, before anything in it is believed.
-    signer = VerifyKey.parse(fields["signer"])
+    signer = VerifyKey.parse(fields["signer"], source=str(place))
     if key is not None and signer != key:
         raise TrustError(f"{path} was signed by {signer.text}, expected {key.text}. Do not rely on it; ask its sender.")
     try:

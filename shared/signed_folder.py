@@ -42,7 +42,7 @@ def verify_folder(folder: Path, key: VerifyKey | None = None) -> VerifyKey:
         raise TrustError(
             f"{folder} carries no readable {SIGNATURE_FILE}; it was not signed by a coordinator."
         ) from None
-    signer = VerifyKey.parse(text)
+    signer = VerifyKey.parse(text, source=str(path))
     if key is not None and signer != key:
         raise TrustError(f"{folder} was signed by {signer.text}, expected {key.text}.")
     signer.verify(_PURPOSE, signed, signature)

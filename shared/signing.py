@@ -43,8 +43,8 @@ class VerifyKey:
         self._raw = bytes(raw)
 
     @classmethod
-    def parse(cls, text: str) -> Self:
-        """Read `ed25519:` and 43 characters of base64url.
+    def parse(cls, text: str, *, source: str | None = None) -> Self:
+        """Read `ed25519:` and 43 characters of base64url; `source` names in errors what holds the text.
 
         Raises:
             TrustError: if `text` is anything else.
@@ -52,8 +52,9 @@ class VerifyKey:
         raw = _from_base64url(text.removeprefix(_PREFIX)) if text.startswith(_PREFIX) else None
         if raw is None or len(raw) != 32:
             shown = text if len(text) <= 80 else text[:80] + "..."
+            where = "" if source is None else f"{source}: "
             raise TrustError(
-                f"{shown!r} is not a public key; expected {_PREFIX} followed by 43 characters of base64url, as "
+                f"{where}{shown!r} is not a public key; expected {_PREFIX} followed by 43 characters of base64url, as "
                 "`silotune pki signer` prints it."
             )
         return cls(raw)
@@ -176,7 +177,7 @@ class SignedJob:
             raise TrustError(f"{source}: the signature is not base64url; ask its sender for the file again.")
 
         # 2. Verify it before anything reads the job.
-        signer = VerifyKey.parse(fields["signer"])
+        signer = VerifyKey.parse(fields["signer"], source=source)
         try:
             signer.verify(_JOB, _signed_bytes(fields), signature)
         except TrustError as error:
@@ -197,7 +198,7 @@ class SignedJob:
             )
         return cls(
             job=job,
-            coordinator=VerifyKey.parse(fields["coordinator"]),
+            coordinator=VerifyKey.parse(fields["coordinator"], source=source),
             issued=_parse_time(fields["issued"], f"{source}: issued"),
             not_after=_parse_time(fields["not_after"], f"{source}: not_after"),
             signer=signer,

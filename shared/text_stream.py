@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, date, datetime
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
@@ -266,6 +266,25 @@ def given_texts(arguments: Sequence[str] | None, read: Callable[[int], bytes]) -
         told = f" ({skipped.total:,} lines were left out)" if skipped.total else ""
         raise DataError(f"there is no text{told}; give texts as arguments, or one a line on standard input.")
     return GivenTexts(list(texts.values()), list(texts), skipped)
+
+
+def file_texts(path: Path, how: TextFormat) -> GivenTexts:
+    """Return the texts of a file, each with the number of its row.
+
+    Raises:
+        DataError: if it is no file, lacks the column, or nothing is left.
+    """
+    if path.is_dir():
+        raise DataError(f"{path} is a folder; give one file, so that rows have one number each.")
+    skipped = Skipped()
+    files = Files([path], how, skipped)
+    items = [item for part in chain(files.read(), files.finish()) for item in part]
+    if not items:
+        told = "".join(f"; {line}" for line in left_out(skipped))
+        raise DataError(
+            f"{path} holds no text that can be read{told}. Mend the file, or name another column by --text."
+        )
+    return GivenTexts([item.text for item in items], [item.row for item in items], skipped)
 
 
 def left_out(skipped: Skipped, most: int = 5) -> list[str]:

@@ -71,21 +71,29 @@ _CHINESE = [
 ]
 _CHINESE_CUED = re.compile(rf"(?:[今去前明]年|自|于|至)[ \t]?((?:{_MONTH}|[{_HAN_NUMBER}]{{1,2}})月)(?!经)")
 
-_WHOLE = [
-    *(re.compile(rf"{_NO_WORD_BEFORE}(?:{pattern}){_NO_WORD_AFTER}") for pattern in _ENGLISH),
-    *(re.compile(rf"(?<!\d)(?<!\d[-/.])(?:{pattern})(?!\d|[-/.]\d)") for pattern in _NUMERIC),
-    *(re.compile(rf"(?<![\d{_HAN_NUMBER}])(?:{pattern})") for pattern in _CHINESE),
-]
-_CHINESE_ALONE = _WHOLE[-len(_CHINESE) :]  # the only ones that need no digit
-_FIRST_GROUP = [_MONTH_ALONE, _CUED, _CHINESE_CUED]
+_WITH_MONTH = [re.compile(rf"{_NO_WORD_BEFORE}(?:{pattern}){_NO_WORD_AFTER}") for pattern in _ENGLISH]
+_WITH_DIGITS = [re.compile(rf"(?<!\d)(?<!\d[-/.])(?:{pattern})(?!\d|[-/.]\d)") for pattern in _NUMERIC]
+_WITH_MOON = [re.compile(rf"(?<![\d{_HAN_NUMBER}])(?:{pattern})") for pattern in _CHINESE]
+_DIGIT, _ANY_MONTH = re.compile(r"\d"), re.compile(_ANY)
 
 
 def find_dates(text: str) -> Iterator[Span]:
     """Yield every date with at least a month in it."""
-    has_digit = re.search(r"\d", text) is not None
-    for pattern in _WHOLE if has_digit else _CHINESE_ALONE if "月" in text else ():
+    # Most texts lack what most patterns need, and to look for that is quicker.
+    has_digit, has_month, has_moon = bool(_DIGIT.search(text)), bool(_ANY_MONTH.search(text)), "月" in text
+    whole = [
+        *(_WITH_MONTH if has_digit and has_month else ()),
+        *(_WITH_DIGITS if has_digit else ()),
+        *(_WITH_MOON if has_moon else ()),
+    ]
+    for pattern in whole:
         for match in pattern.finditer(text):
             yield Span(match.start(), match.end(), "date")
-    for pattern in _FIRST_GROUP:
+    parts = [
+        *([_MONTH_ALONE] if has_month else ()),
+        *([_CUED] if has_digit else ()),
+        *([_CHINESE_CUED] if has_moon else ()),
+    ]
+    for pattern in parts:
         for match in pattern.finditer(text):
             yield Span(match.start(1), match.end(1), "date")

@@ -13,7 +13,7 @@ import gzip
 import io
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,12 +38,14 @@ def deidentify_file(
     delimiter: str | None = None,
     encoding: str = "utf-8",
     quoting: Quoting = "checked",
+    told: Callable[[int], object] = lambda records: None,
 ) -> MaskTally:
     """Write `path` to `out` with the named columns masked, and return the counts.
 
     Args:
         columns: that are masked; none for a text file.
         delimiter, encoding, quoting: of the file, as in `DataSource`.
+        told: is called with the number of records after each one.
 
     Raises:
         ConfigError: if `out` is the input, or names another format.
@@ -52,7 +54,7 @@ def deidentify_file(
     """
     require_file(path)
     require_another(path, out)
-    tally = MaskTally()
+    tally = MaskTally(told=told)
     source = DataSource(
         path=str(path),
         columns={name: name for name in columns} or {"-": "-"},

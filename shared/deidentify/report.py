@@ -6,6 +6,7 @@ The counts are exact, so the report stays where the data is; like every exact nu
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class MaskTally:
         presidio: version and models, if it was used.
         without_presidio: why `auto` did not use it.
         kinds: that were looked for.
+        told: is called with the number of records after each one.
     """
 
     records: int = 0
@@ -44,6 +46,7 @@ class MaskTally:
     presidio: dict[str, Any] | None = None
     without_presidio: str | None = None
     kinds: tuple[Kind, ...] = ()
+    told: Callable[[int], object] = field(default=lambda records: None, repr=False, compare=False)
 
     def add(self, counts: Counter[Kind]) -> None:
         """Count one more record."""
@@ -51,6 +54,7 @@ class MaskTally:
         self.touched += bool(counts)
         self.places += counts
         self.records_by_kind.update(counts.keys())
+        self.told(self.records)
 
     def describe(self, deidentifier: Deidentifier) -> None:
         """Note what masked the records."""

@@ -90,6 +90,34 @@ def test_predict_reads_standard_input_and_writes_json_lines(
     assert "there is no text (1 lines were left out)" in empty.err
 
 
+def test_predict_labels_the_rows_of_a_file(silotune: Silotune, finished_run: Path, tmp_path: Path) -> None:
+    table = tmp_path / "notes.tsv"
+    table.write_text('day\tnote\n1\t"so" quiet\n2\ta quiet joy\n3\t\n4\tit bores\n')
+    asked = ["predict", finished_run, "--file", table, "--text", "note", "--json"]
+    answers = [json.loads(line) for line in silotune(*asked, "--quoting", "none").out.splitlines()]
+    assert [(answer["row"], answer["text"]) for answer in answers] == [
+        (1, '"so" quiet'),
+        (2, "a quiet joy"),
+        (4, "it bores"),
+    ]
+    checked = silotune(*asked)
+    assert [json.loads(line)["row"] for line in checked.out.splitlines()] == [2, 4]
+    assert checked.err.splitlines() == [
+        "left out: 1 row malformed: notes.tsv, row 1 (line 2)",
+        "left out: 1 row without a text: notes.tsv, row 3 (line 4)",
+    ]
+    for wrong, message in (
+        ([*asked[:4]], "no column 'text' among the 2 of its first line; name it by --text"),
+        ([*asked, "a text"], "--file and texts were both given"),
+        ([*asked[:2], "a text", "--text", "note"], "--text says how --file is read, but no --file was given"),
+        ([*asked[:3], tmp_path, "--json"], "is a folder; give one file"),
+        ([*asked[:3], tmp_path / "none.csv"], "does not exist"),
+        ([*asked, "--encoding", "klingon"], "klingon"),
+    ):
+        refused = silotune(*wrong)
+        assert (refused.status > 0, message in refused.err) == (True, True), refused
+
+
 def test_simulate_stops_resumes_and_prints_one_json_line(
     silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path
 ) -> None:

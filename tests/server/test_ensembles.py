@@ -107,7 +107,14 @@ def test_the_command_compares_and_states_the_composition(
     assert "on 60 public records" in plain.out
     assert "the composition of the runs" in plain.out
     assert "Accuracy" in plain.out
+    quoted = tmp_path / "quoted.tsv"
+    quoted.write_text('review\tverdict\n"so" quiet\tgood\na dull plot\tbad\n')
+    told = [*runs, "--data", quoted, *data[2:]]
+    assert "on 2 public records" in silotune("ensemble", *told, "--quoting", "none").out
     for wrong, error, message in (
+        (told, DataError, "--quoting none"),
+        ([*runs, "--quoting", "none"], ConfigError, "--quoting says how --data is read, but no --data was given"),
+        ([*told, "--delimiter", "||"], ConfigError, "delimiter"),
         ([runs[0]], ConfigError, "at least two runs"),
         ([*runs, "--scenario", path, *data], ConfigError, "give one of them"),
         ([*runs], DataError, "no public evaluation records lie beside"),
