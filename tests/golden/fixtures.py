@@ -9,11 +9,11 @@ import tarfile
 from pathlib import Path
 
 PARTS = {
-    "demo/run": ("baselines", ".lock"),
-    "demo/officer.pub": (),
     "images/scenario.toml": (),
+    "images/run": (".lock", "data.jsonl", "rounds"),
     "images/stopped": (".lock",),
-    "central/run": ("sites", ".lock"),
+    "central/run": (".lock", "sites"),
+    "persons/run": (".lock", "data.jsonl", "rounds"),
     "federation/coordinator": (".lock",),
     "federation/homes/clinic": (),
     "federation/clinic.csv": (),
