@@ -84,7 +84,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
         log=log,
         audits=audits,
         adapter_signer=signer,
-        sources=_sources(run_dir, submission, accounts),
+        sources=_sources(run_dir, submission, accounts, data),
         discrepancies=tuple(map(data.named, problems)),
     )
 
@@ -314,7 +314,9 @@ def _releases(data: RunData, sites: Sequence[SiteFacts], log: LogFacts | None) -
     return tuple(sorted(found.values(), key=lambda release: (release.round, natural_key(release.site))))
 
 
-def _sources(run_dir: Path, submission: Submission | None, accounts: Sequence[Account]) -> tuple[FileHash, ...]:
+def _sources(
+    run_dir: Path, submission: Submission | None, accounts: Sequence[Account], data: RunData
+) -> tuple[FileHash, ...]:
     names = ["job.json", "run.json", "metrics.jsonl", "evaluation.json", "statement.json", "privacy.json"]
     names.append("checkpoint.safetensors")
     paths = {name: run_dir / name for name in names}
@@ -325,7 +327,7 @@ def _sources(run_dir: Path, submission: Submission | None, accounts: Sequence[Ac
         paths["signed_job.json"] = submission.path / "signed_job.json"
     for account in accounts:
         what = "ledger" if account.from_ledger else "export of the ledger"
-        paths[f"{what} of {account.export.site}: {account.file.name}"] = account.file
+        paths[f"{what} of {data.called(account.export.site)}: {account.file.name}"] = account.file
     return tuple(_hash(name, path) for name, path in paths.items() if path.is_file())
 
 

@@ -358,7 +358,7 @@ def test_a_temperature_is_said_to_be_of_the_training_that_has_it(tmp_path: Path)
     text = Page(render(folder)).text
     assert "1.34" in text
     assert "None was fitted for this run itself" in text
-    assert "The temperatures above are of Non-private," in text
+    assert "The temperatures above are of Non-private:" in text
     calibrated(folder / "baselines" / "non-private", fitted_on=0)
     text = Page(render(folder)).text
     assert "1.34" not in text

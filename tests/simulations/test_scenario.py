@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -151,3 +152,7 @@ def test_sites_are_shown_by_their_own_names(
     for page in ("report.html", "compliance-report.html"):
         text = (tmp_path / "run" / page).read_text(encoding="utf-8")
         assert all(f"{real} ({name})" in text for name, real in kept.items()), page
+        assert "site, 上海 (xn--fhqz97e)." in text or "site 上海 (xn--fhqz97e) released" in text
+        bare = r"(?<![(\w/-])xn--(1lq90i|fhqz97e)"  # but for paths and the names of data sets
+        assert not re.search(bare, text), page
+    assert "(this command: 1 training with evaluation, audit and report; the report's time is" in outcome.out
