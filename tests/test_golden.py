@@ -40,6 +40,10 @@ print(os.urandom(5), secrets.token_bytes(32), secrets.randbelow(1000), uuid.uuid
 print(time.monotonic() - before, isinstance(now, datetime.datetime))
 print(ed25519.Ed25519PrivateKey.generate().private_bytes_raw(), certificate.fingerprint(SHA256()))
 print(key.sign(b"x", ec.ECDSA(SHA256())))
+import numpy, safetensors, safetensors.numpy
+packed = safetensors.numpy.save({"a": numpy.arange(3)}, {letter: "1" for letter in "hgfedcba"})
+assert safetensors.numpy.load(packed)["a"].tolist() == [0, 1, 2]
+print(packed)
 """
 
 
@@ -61,8 +65,10 @@ def test_random_bytes_keys_signatures_and_times_are_those_of_the_label() -> None
     other = random_things("b")
     assert "2026-11-02 08:00:00+00:00" in first[0]
     assert first[1] == other[1] == "1000.0 True"
-    assert all(one != another for one, another in zip(first[::2], other[::2], strict=True))
+    assert all(one != another for one, another in zip(first[:4:2], other[:4:2], strict=True))
     assert first[3] != other[3]
+    assert first[4] == other[4]
+    assert '"__metadata__":{"a":"1","b":"1","c":"1"' in first[4]
 
 
 def test_one_more_draw_of_another_length_changes_no_key() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import itertools
+import json
 import os
 import platform
 import random
@@ -19,6 +20,7 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 from cryptography import x509
@@ -75,6 +77,7 @@ def be_still(label: str) -> RandomBytes:
     os.urandom = source
     random._urandom = source  # type: ignore[attr-defined] # what `secrets` draws from
     _make_keys_repeatable(source)
+    _order_metadata()
     _stop_clocks(Clock())
     _hide_machine()
     return source
@@ -112,6 +115,31 @@ def _signing_repeatably(sign: Callable[..., Any]) -> Callable[..., Any]:
         return sign(self, private_key, algorithm, **options)
 
     return signed
+
+
+def _order_metadata() -> None:
+    """Sort the metadata of files in the safetensors format: the library writes them in another order in each process."""
+    import safetensors.numpy
+    import safetensors.torch
+
+    written = safetensors.serialize
+
+    def serialize(tensors: Any, metadata: dict[str, str] | None = None) -> bytes:
+        data = written(tensors, metadata=metadata)
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        if metadata:
+            header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text = text.ljust(-8 * (-len(text) // 8))  # tensors begin at a multiple of eight bytes
+        return len(text).to_bytes(8, "little") + text + data[8 + size :]
+
+    def serialize_file(tensors: Any, filename: Any, metadata: dict[str, str] | None = None) -> None:
+        Path(filename).write_bytes(serialize(tensors, metadata))
+
+    for module in (safetensors.numpy, safetensors.torch):
+        module.serialize = serialize
+        module.serialize_file = serialize_file
 
 
 def _stop_clocks(clock: Clock) -> None:
