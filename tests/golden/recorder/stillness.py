@@ -16,6 +16,7 @@ import platform
 import random
 import resource
 import shutil
+import sys
 import threading
 import time
 from collections import defaultdict
@@ -23,6 +24,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import safetensors
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
@@ -119,9 +121,6 @@ def _signing_repeatably(sign: Callable[..., Any]) -> Callable[..., Any]:
 
 def _order_metadata() -> None:
     """Sort the metadata of files in the safetensors format: the library writes them in another order in each process."""
-    import safetensors.numpy
-    import safetensors.torch
-
     written = safetensors.serialize
 
     def serialize(tensors: Any, metadata: dict[str, str] | None = None) -> bytes:
@@ -137,9 +136,9 @@ def _order_metadata() -> None:
     def serialize_file(tensors: Any, filename: Any, metadata: dict[str, str] | None = None) -> None:
         Path(filename).write_bytes(serialize(tensors, metadata))
 
-    for module in (safetensors.numpy, safetensors.torch):
-        module.serialize = serialize
-        module.serialize_file = serialize_file
+    for module in (safetensors, *(sys.modules.get(f"safetensors.{kind}") for kind in ("numpy", "torch"))):
+        if module is not None:  # else it takes them from `safetensors` when it is imported
+            module.serialize, module.serialize_file = serialize, serialize_file
 
 
 def _stop_clocks(clock: Clock) -> None:
