@@ -194,7 +194,7 @@ def _disk(home: SiteHome) -> tuple[Outcome, str]:
 def _ledger(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:
     if not (home.path / "ledger.db").exists():
         return "ok", "not begun; the first accepted job begins it"
-    ledger = opened().ledger()
+    ledger = opened().checked_ledger()
     spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon
     outcome: Outcome = "ok" if spent < cap else "warning"
     return (

@@ -68,7 +68,7 @@ class Node:
             assert site.guard is not None  # noqa: S101 (open_site gives one)
             # Whoever stops the node does not wait for the end of a slot.
             client_app = make_client_app(lambda context: site, slots=Slots(pause=self._stop.wait))
-            site.ledger()  # a broken ledger is found now, not in the first round
+            site.checked_ledger()  # a broken ledger is found now, not in the first round
             for text in site.warnings():
                 log.warning("%s.", text)
             site.guard.log.append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())

@@ -3,13 +3,15 @@
 Guarantees (tests: tests/client/test_site.py, test_site_metrics.py)
     * A release is stored, whole, before it leaves, in one file with the moments and the residual that the next round starts
       from: after a crash either all of them are there or none. The same request again gets the same bytes.
+    * A release that the ledger does not know is found: a ledger that was restored without it does not go on
+      (tests/client/test_restored_homes.py).
     * With a seal, nothing in it can be read, or put in another job's or round's place, without the site's storage key.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,15 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from client.account import CHARGING_KINDS
+from client.ledger_file import Entry
 from shared.atomic import write_bytes
 from shared.config import canonical_json
 from shared.errors import LedgerError
 from shared.keystore import Seal
 from shared.messages import KEPT_ROUNDS, MetricsReply, TrainReply
+
+_JOB_CHARACTERS = 16  # of a job's hash, in the name of its folder
 
 
 class Outbox:
@@ -89,6 +95,24 @@ class Outbox:
         _, tensors = self._read_round(earlier[-1])
         return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
+    def check_charged(self, entries: Iterable[Entry]) -> None:
+        """Raise `LedgerError` if a private release lies here that the ledger never charged: it is older than the release.
+
+        Args:
+            entries: of the site's whole ledger. What it took over from another machine names job and round only.
+        """
+        charges = [entry.payload for entry in entries if entry.kind in CHARGING_KINDS]
+        rounds = {(charge["job_id"][:_JOB_CHARACTERS], charge["round"]) for charge in charges}
+        requests = {charge["request_sha256"] for charge in charges if "request_sha256" in charge}
+        imported = {job[:_JOB_CHARACTERS] for job in (c["job_id"] for c in charges if "request_sha256" not in c)}
+        for path in sorted(self._folder.glob("*/round-*.safetensors")):
+            charged = (path.parent.name, int(path.stem.removeprefix("round-"))) in rounds
+            if not charged and json.loads(self._read_round(path)[0]["reply"])["noise_multiplier"] > 0:
+                raise _uncharged(path)
+        for path in sorted(self._folder.glob("*/metrics.json")):
+            if path.parent.name not in imported and self._read_metrics(path)["request_sha256"] not in requests:
+                raise _uncharged(path)
+
     def store_metrics(self, reply: MetricsReply, *, request_sha256: str) -> None:
         """Store the site metrics of a job."""
         content = canonical_json({"request_sha256": request_sha256, "reply": asdict(reply)})
@@ -99,18 +123,21 @@ class Outbox:
         path = self._metrics_file(job_sha256)
         if not path.exists():
             return None
+        content = self._read_metrics(path)
+        return content["reply"] if content["request_sha256"] == request_sha256 else None
+
+    def _read_metrics(self, path: Path) -> dict[str, Any]:
         try:
             content: dict[str, Any] = json.loads(self._read(path))
-            found = MetricsReply(**content["reply"])
+            return {"request_sha256": content["request_sha256"], "reply": MetricsReply(**content["reply"])}
         except Exception as error:
             raise _unreadable(path, error) from None
-        return found if content["request_sha256"] == request_sha256 else None
 
     def _round_file(self, job_sha256: str, round_number: int) -> Path:
-        return self._folder / job_sha256[:16] / f"round-{round_number:05d}.safetensors"
+        return self._folder / job_sha256[:_JOB_CHARACTERS] / f"round-{round_number:05d}.safetensors"
 
     def _metrics_file(self, job_sha256: str) -> Path:
-        return self._folder / job_sha256[:16] / "metrics.json"
+        return self._folder / job_sha256[:_JOB_CHARACTERS] / "metrics.json"
 
     def _write(self, path: Path, data: bytes) -> None:
         write_bytes(path, self._seal.seal(data, context=_context(path)) if self._seal else data)
@@ -125,6 +152,15 @@ class Outbox:
             return _metadata(data), load(data)
         except Exception as error:
             raise _unreadable(path, error) from None
+
+
+def _uncharged(path: Path) -> LedgerError:
+    return LedgerError(
+        f"{path} holds a release that ledger.db never charged, so the ledger is older than it: a backup was put back, "
+        f"or the ledger "
+        "was removed. Nothing more is charged or released. Restore the newest copies of ledger and audit log; an account that "
+        "came from another machine is taken over with `silotune site ledger HOME --import`."
+    )
 
 
 def _unreadable(path: Path, error: Exception) -> LedgerError:

@@ -135,6 +135,7 @@ class Site:
         self._prepared: tuple[Runtime, UsableRecords] | None = None
         self.left_out: LeftOut | None = None
         self._ledger: Ledger | None = None
+        self._outbox_checked = False
         self._last: GaussianSteps | None = None  # mechanism of the latest charge
 
     @property
@@ -179,6 +180,18 @@ class Site:
             )
         return self._ledger
 
+    def checked_ledger(self) -> Ledger:
+        """Return the ledger if it charged every release that the site keeps; the first time, all of them are looked up.
+
+        Raises:
+            LedgerError: if it did not, because an older copy was restored.
+        """
+        ledger = self.ledger()
+        if not self._outbox_checked:
+            self._outbox.check_charged(ledger.entries())
+            self._outbox_checked = True
+        return ledger
+
     def describe(self) -> SiteDescription:
         """Return the public description of this site."""
         return SiteDescription(
@@ -198,7 +211,7 @@ class Site:
             if self.guard:
                 # Central DP is accounted by the coordinator; the site keeps no account of the unit "site".
                 if signed_job.job.privacy.mechanism != "central":
-                    self.ledger()
+                    self.checked_ledger()
                 self.guard.prepared(signed_job)
             return self.describe()
 
@@ -281,6 +294,8 @@ class Site:
         request_sha256 = _sha256(job.sha256.encode(), str(round_number).encode(), request.adapter)
         stored = self._outbox.stored_round(job.sha256, round_number, request_sha256=request_sha256)
         if stored is not None:
+            if plan.private:
+                self.checked_ledger()
             return stored
         # 3. Model and global adapter, all checked before a record is read and before anything is charged.
         runtime = self._load(job)
@@ -372,6 +387,7 @@ class Site:
         request_sha256 = _sha256(job.sha256.encode(), b"metrics", request.adapter)
         stored = self._outbox.stored_metrics(job.sha256, request_sha256=request_sha256)
         if stored is not None:
+            self.checked_ledger()
             return stored
         # 3. Model and global adapter, all checked before a record is read and before anything is charged.
         runtime = self._load(job)
@@ -432,7 +448,7 @@ class Site:
         planned_steps: int | None = None,
     ) -> tuple[Ledger, int]:
         """Charge a release, durably, and return the ledger with the reservation."""
-        job, ledger = request.job, self.ledger()
+        job, ledger = request.job, self.checked_ledger()
         if self.guard:
             self.guard.admit_spend(ledger, job, mechanism)
         if self._charged_records is not None:
