@@ -316,6 +316,12 @@ def test_statement_is_verbatim(tmp_path: Path) -> None:
     assert formats.format_epsilon(7.9841 * 8**0.62) in text
 
 
+def test_baselines_are_named_as_outside_the_guarantee(tmp_path: Path) -> None:
+    told = "Their figures in this report, and their folders, are outside this guarantee."
+    assert told in Page(render(build_run(tmp_path / "with"))).text
+    assert told not in Page(render(build_run(tmp_path / "without", baselines=False))).text
+
+
 def test_what_is_not_covered_stands_once(tmp_path: Path) -> None:
     folder = build_run(tmp_path / "run")
     items = json.loads((folder / "statement.json").read_text())["not_covered"]
