@@ -2,11 +2,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOCKS := $(patsubst %,locks/%.txt,base demo ray dev)
+LOCKED := --require-hashes --no-deps --no-build-isolation --use-pep517
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo federation bench results bench-rounds test test-endurance mutants golden check install lock clean
+.PHONY: help demo federation bench results bench-rounds test test-endurance coverage mutants golden check install lock clean
 help:
 	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (about 6 minutes after installation)"
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
@@ -14,17 +16,22 @@ help:
 	@echo "make results  the README's accuracy tables, three seeds of every scenario, hours; ARGS='digits' measures one row"
 	@echo "make bench-rounds  what a round costs beyond training, beside Flower's own SuperNode"
 	@echo "make test   install, then all checks and tests"
+	@echo "make coverage  the same tests, and which lines of the product none of them reaches; ARGS='tests/client' runs some"
 	@echo "make test-endurance  sites and coordinators killed, cut off and out of disk space, for a quarter of an hour"
 	@echo "make mutants  plant faults in the privacy code one by one and list those that no test notices; ARGS='persons ledger' for some modules"
 	@echo "make golden BASE=COMMIT  record what that commit and this working tree do, and list what differs; ARGS='--cases demo' for some"
 	@echo "make check  formatter, linter, types, import rule, without tests"
+	@echo "make lock   after a change of dependencies: constraints.txt and locks/ anew; ARGS=--upgrade for the newest versions"
 	@echo "make clean  remove the virtual environment"
 
-# torch is named first and pinned: a looser request pulls gigabytes of CUDA on machines without a GPU.
-$(BIN)/.installed: pyproject.toml constraints.txt
+# Everything comes with its hash and without asking an index what else there is, but for torch, whose build the machine chooses.
+# torch is pinned (a looser request pulls gigabytes of CUDA on machines without a GPU) and finds what it needs installed already.
+$(BIN)/.installed: pyproject.toml constraints.txt locks/build.txt $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade-strategy only-if-needed -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[demo,ray,dev]'
+	$(BIN)/python -m pip install --quiet $(LOCKED) -r locks/build.txt
+	$(BIN)/python -m pip install --quiet $(LOCKED) $(addprefix -r ,$(LOCKS))
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
 	@touch $@
 
 install: $(BIN)/.installed
@@ -50,9 +57,14 @@ check: $(BIN)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes: many of the tests wait for networks, clocks and other processes.
+# Two processes: many of the tests wait for networks, clocks and other processes. The slowest are named at the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not endurance" --durations=25
 test: check
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not endurance"
+	$(PYTEST)
+
+# A figure to look at, not one to reach: `make mutants` says whether tests notice a fault. ARGS='tests/client' for some tests.
+coverage: $(BIN)/.installed
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-endurance: $(BIN)/.installed
 	$(BIN)/python -m pytest -v -m endurance tests/integration
@@ -65,9 +77,10 @@ mutants: $(BIN)/.installed
 golden: $(BIN)/.installed
 	$(BIN)/python -m tests.golden against $(BASE) $(ARGS)
 
-lock: $(BIN)/.installed
-	@{ echo "# Versions that were tested together (Python 3.11). Regenerate: make lock"; \
-	  $(BIN)/python -m pip freeze --exclude-editable | sed 's/+cpu//' | sort -f; } > constraints.txt
+# After a change of pyproject.toml; ARGS=--upgrade takes the newest versions. What is missing here is installed by the next target.
+lock:
+	@test -x $(BIN)/uv || $(MAKE) install
+	$(BIN)/python locks/write.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

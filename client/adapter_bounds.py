@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import assert_never
 
 from torch import Tensor
 
@@ -83,9 +84,11 @@ class AdapterBounds:
         training = job.training
         if training.optimizer == "adamw":
             step = largest_ratio(training.momentum, _BETA2_SITE)
-        else:
+        elif training.optimizer == "sgd":
             noisy = plan.max_grad_norm * (2 + _Z * plan.noise_multiplier) / plan.sample_rate
             step = noisy / (1 - training.momentum)
+        else:
+            assert_never(training.optimizer)
         self._round = training.local_steps * training.learning_rate * step
 
     def limit(self, name: str, rounds_before: int, *, largest_initial: float) -> float:
@@ -108,7 +111,9 @@ class AdapterBounds:
             return rate * mean
         if aggregation.server_optimizer == "momentum":
             return rate * mean / (1 - beta)
-        return rate * largest_ratio(beta, _BETA2_SERVER)
+        if aggregation.server_optimizer == "adam":
+            return rate * largest_ratio(beta, _BETA2_SERVER)
+        assert_never(aggregation.server_optimizer)
 
 
 def largest_ratio(beta1: float, beta2: float) -> float:

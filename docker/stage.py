@@ -37,10 +37,12 @@ def image_files(image: str, root: Path = ROOT) -> list[Path]:
     return sorted([*(Path(name) for name in ROOT_FILES), *(path.relative_to(root) for path in code)])
 
 
-def requirements(extras: Sequence[str], root: Path = ROOT) -> list[str]:
-    """Return the project's dependencies and those of `extras`; the versions are in constraints.txt."""
-    project = _project(root)
-    return [*project["dependencies"], *(line for extra in extras for line in project["optional-dependencies"][extra])]
+def requirements(extras: Sequence[str], root: Path = ROOT) -> str:
+    """Return the versions and hashes of everything that the project and its `extras` need, but for torch."""
+    known = {path.stem: path for path in sorted((root / "locks").glob("*.txt"))}
+    if unknown := set(extras) - set(known):
+        raise SystemExit(f"error: no such extra: {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
+    return "".join(known[name].read_text(encoding="utf-8") for name in ("base", *extras))
 
 
 def image_pyproject(image: str, root: Path = ROOT) -> str:
@@ -90,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.writelines(f"{path.as_posix()}\n" for path in image_files(options.image))
     elif options.requirements:
         extras = [extra for extra in options.extras.split(",") if extra]
-        sys.stdout.writelines(f"{line}\n" for line in requirements(extras))
+        sys.stdout.write(requirements(extras))
     elif options.destination:
         stage(options.image, options.destination)
     else:

@@ -1,4 +1,4 @@
-"""Every library that the code imports is declared in pyproject.toml: none is there only because another one needs it."""
+"""Every library that the code imports is declared in pyproject.toml, and every version that is installed is locked by hash."""
 
 from __future__ import annotations
 
@@ -6,10 +6,17 @@ import ast
 import re
 import sys
 import tomllib
-from importlib.metadata import packages_distributions
+from collections.abc import Iterable
+from importlib.metadata import distributions, packages_distributions, requires
 from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
+LOCKS = ROOT / "locks"
 OWN = {"shared", "client", "server", "simulations", "cli", "tests", "benchmarks"}
 # Not installed here; by the name of its distribution.
 OPTIONAL = {"presidio_analyzer": ["presidio-analyzer"], "spacy": ["spacy"]}
@@ -25,18 +32,118 @@ def imported_modules(path: Path) -> set[str]:
     return {name.partition(".")[0] for name in names}
 
 
-def normal(name: str) -> str:
-    return re.sub(r"[-_.]+", "-", name).lower()
+def project() -> dict[str, Any]:
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    return found
+
+
+def asked(extras: Iterable[str]) -> dict[str, Requirement]:
+    """Return what pyproject.toml asks for, by name."""
+    lines = [*project()["dependencies"], *(line for e in extras for line in project()["optional-dependencies"][e])]
+    return {canonicalize_name(found.name): found for found in map(Requirement, lines)}
+
+
+def lock_lines(name: str) -> list[Requirement]:
+    """Return the requirements of one lock; each has at least one hash."""
+    text = (LOCKS / f"{name}.txt").read_text(encoding="utf-8")
+    joined = [line for line in text.replace("\\\n", "").splitlines() if not line.startswith("#")]
+    assert joined
+    assert all(re.fullmatch(r"[^ ]+==[^ ]+ (; .+? )?(\s*--hash=sha256:[0-9a-f]{64})+", line) for line in joined)
+    return [Requirement(line.partition("--hash")[0]) for line in joined]
+
+
+def here(requirement: Requirement) -> bool:
+    return requirement.marker is None or requirement.marker.evaluate()
+
+
+def versions(lines: Iterable[Requirement]) -> dict[str, str]:
+    return {line.name: str(line.specifier).removeprefix("==") for line in lines if here(line)}
+
+
+def constraints() -> list[Requirement]:
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    return [Requirement(line) for line in lines if not line.startswith("#")]
+
+
+def undeclared(files: Iterable[Path], declared: set[str]) -> set[str]:
+    """Return the libraries that files import and pyproject.toml does not ask for."""
+    used = {name for path in files for name in imported_modules(path)} - OWN - set(sys.stdlib_module_names)
+    known = packages_distributions() | OPTIONAL
+    return {name for name in used if not {canonicalize_name(n) for n in known.get(name, [name])} & declared}
 
 
 def test_every_imported_library_is_declared() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    lines = [*project["dependencies"], *(line for extra in project["optional-dependencies"].values() for line in extra)]
-    declared = {normal(re.split(r"[\[<>=~! ;]", line, maxsplit=1)[0]) for line in lines}
-    assert "numpy" in declared
-    files = [ROOT / "cli.py", *(path for folder in OWN for path in (ROOT / folder).rglob("*.py"))]
-    product = [path for path in files if path.relative_to(ROOT).parts[0] not in ("tests", "benchmarks")]
-    used = {name for path in product for name in imported_modules(path)} - OWN - set(sys.stdlib_module_names)
-    known = packages_distributions() | OPTIONAL
-    missing = {name for name in used if not {normal(found) for found in known.get(name, [name])} & declared}
-    assert missing == set()
+    files = {folder: sorted((ROOT / folder).rglob("*.py")) for folder in OWN if folder != "cli"}
+    development = [path for folder in ("tests", "benchmarks") for path in files[folder]]
+    product = [ROOT / "cli.py", *(path for paths in files.values() for path in paths if path not in development)]
+    assert len(product) > 100
+    extras = set(project()["optional-dependencies"])
+    assert undeclared(product, set(asked(extras - {"dev", "docs"}))) == set()
+    assert undeclared(development, set(asked(extras - {"docs"}))) == set()
+
+
+def test_an_undeclared_library_is_found(tmp_path: Path) -> None:
+    (tmp_path / "module.py").write_text("import numpy\nfrom httpx2 import get\n")
+    assert undeclared([tmp_path / "module.py"], {"numpy"}) == {"httpx2"}
+
+
+@pytest.mark.parametrize("extra", ["", *project()["optional-dependencies"]])
+def test_locks_hold_what_the_project_asks_for(extra: str) -> None:
+    locked = versions([*lock_lines("base"), *(lock_lines(extra) if extra else [])])
+    for name, requirement in asked([extra] if extra else []).items():
+        if name != "torch":
+            assert requirement.specifier.contains(locked[name]), f"make lock: {requirement}"
+
+
+def test_there_is_a_lock_for_each_extra() -> None:
+    assert {path.stem for path in LOCKS.glob("*.txt")} == {"base", "build", *project()["optional-dependencies"]}
+
+
+def test_locks_and_constraints_name_the_same_versions() -> None:
+    locked = {line.name: line.specifier for path in LOCKS.glob("*.txt") for line in lock_lines(path.stem) if here(line)}
+    pinned = {line.name: line.specifier for line in constraints() if here(line)}
+    assert pinned.pop("torch")
+    assert locked == pinned
+
+
+def test_no_lock_names_a_build_that_only_the_machine_knows() -> None:
+    locked = {line.name for path in LOCKS.glob("*.txt") for line in lock_lines(path.stem)}
+    assert not {name for name in locked if re.fullmatch(r"torch|triton|nvidia-.*|cuda-.*", name)}
+
+
+def test_torch_finds_what_it_needs_installed_already() -> None:
+    locked = versions(lock_lines("base"))
+    needed = [Requirement(line) for line in requires("torch") or []]
+    needed = [line for line in needed if here(line) and not re.match(r"triton|nvidia-|cuda-", line.name)]
+    assert needed
+    assert all(line.specifier.contains(locked[canonicalize_name(line.name)]) for line in needed)
+
+
+def test_what_builds_the_project_is_locked() -> None:
+    configuration = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    lines = configuration["build-system"]["requires"] + configuration["dependency-groups"]["build"]
+    locked = versions(lock_lines("build"))
+    assert all(Requirement(line).specifier.contains(locked[Requirement(line).name]) for line in lines)
+
+
+def test_what_is_installed_is_what_is_locked() -> None:
+    pinned = versions(constraints())
+    installed = {canonicalize_name(found.name): found.version.partition("+")[0] for found in distributions()}
+    other = {
+        name: (installed[name], pinned[name])
+        for name in set(installed) & set(pinned)
+        if installed[name] != pinned[name]
+    }
+    assert other == {}, "make install"
+
+
+def test_installing_compares_every_hash() -> None:
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8").partition("$(BIN)/.installed:")[2].partition("\n\n")[0]
+    (build, hashed, torch, own) = [line for line in recipe.splitlines() if "pip install" in line]
+    assert build.endswith(" $(LOCKED) -r locks/build.txt")
+    assert hashed.endswith(" $(LOCKED) $(addprefix -r ,$(LOCKS))")
+    assert "\nLOCKED := --require-hashes --no-deps --no-build-isolation" in (ROOT / "Makefile").read_text(
+        encoding="utf-8"
+    )
+    assert torch.endswith(" -c constraints.txt torch")
+    assert own.endswith(" --no-deps --no-build-isolation -e .")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import assert_never
 
 import torch
 from torch import Tensor
@@ -39,12 +40,14 @@ def apply_update(
         if config.server_optimizer == "momentum":
             first = beta * first + update
             direction = first
-        else:
+        elif config.server_optimizer == "adam":
             second = _BETA2 * state.get(f"{name}|v", zero) + (1 - _BETA2) * update.square()
             first = beta * first + (1 - beta) * update
             following[f"{name}|v"] = second
             corrected = second / (1 - _BETA2 ** float(step))
             direction = first / (1 - beta ** float(step)) / (corrected.sqrt() + _EPSILON)
+        else:
+            assert_never(config.server_optimizer)
         following[f"{name}|m"] = first
         adapter[name] = current[name] + rate * direction
     return adapter, following

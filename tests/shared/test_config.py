@@ -168,3 +168,19 @@ def test_older_jobs_keep_their_hash_and_send_float32() -> None:
     assert '"update_dtype":"int8"' in compressed.canonical_json()
     assert parse(Job, json.loads(compressed.canonical_json()), source="job.json") == compressed
     assert compressed.sha256 != plain.sha256
+
+
+def test_a_job_of_an_older_version_keeps_its_bytes() -> None:
+    """Signatures, ledgers and resumed runs name a job by the hash of this text; a new key stands in it only where it is set."""
+    older = (
+        '{"aggregation":{"server_learning_rate":1.0,"server_momentum":0.9,"server_optimizer":"none","weights":"equal"},'
+        '"federation":{"min_sites":1,"round_timeout_seconds":3600.0,"sites_per_round":null},'
+        '"lora":{"alpha":16.0,"last_layers":1,"rank":8,"target_modules":["query","value"],"train":"b"},'
+        '"model":{"backbone":"embedded:all-minilm-l6-v2","max_length":64,"pooling":"mean","revision":null},"name":"a",'
+        '"privacy":{"delta":1e-05,"epsilon":8.0,"max_grad_norm":1.0,"mechanism":"dp-sgd","noise_multiplier":null,'
+        '"sample_rate":0.05,"unit":"record"},"schema_version":1,"seed":0,'
+        '"task":{"kind":"sequence_classification","labels":["x","y"]},'
+        '"training":{"head_learning_rate_factor":1.0,"learning_rate":0.003,"local_steps":4,"momentum":0.9,"optimizer":"adamw",'
+        '"rounds":2,"schedule":"constant","weight_decay":0.0}}'
+    )
+    assert parse(Job, json.loads(older), source="job.json").canonical_json() == older
