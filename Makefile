@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo federation bench results bench-rounds test test-endurance coverage mutants golden check install lock clean
+.PHONY: help demo federation bench results bench-rounds test test-endurance coverage mutants golden check docs release install lock clean
 help:
 	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (about 6 minutes after installation)"
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
@@ -21,6 +21,8 @@ help:
 	@echo "make mutants  plant faults in the privacy code one by one and list those that no test notices; ARGS='persons ledger' for some modules"
 	@echo "make golden BASE=COMMIT  record what that commit and this working tree do, and list what differs; ARGS='--cases demo' for some"
 	@echo "make check  formatter, linter, types, import rule, without tests"
+	@echo "make docs   the documents as a web site in site/, with a reference of the code; loads nothing from elsewhere"
+	@echo "make release  a version's commit: VERSION=1.2.3; CONTRIBUTING.md says what comes before and after"
 	@echo "make lock   after a change of dependencies: constraints.txt and locks/ anew; ARGS=--upgrade for the newest versions"
 	@echo "make clean  remove the virtual environment"
 
@@ -77,10 +79,24 @@ mutants: $(BIN)/.installed
 golden: $(BIN)/.installed
 	$(BIN)/python -m tests.golden against $(BASE) $(ARGS)
 
+$(BIN)/.docs: $(BIN)/.installed locks/docs.txt
+	$(BIN)/python -m pip install --quiet $(LOCKED) -r locks/docs.txt
+	@touch $@
+
+# The pages lie in one tree as they do here, so that their links hold in both places.
+docs: $(BIN)/.docs
+	rm -rf build/pages && mkdir -p build/pages
+	tar -cf - README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CODE_OF_CONDUCT.md docker/README.md docs | tar -xf - -C build/pages
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "site/index.html"
+
+release: $(BIN)/.installed
+	$(BIN)/python tools/release.py $(VERSION)
+
 # After a change of pyproject.toml; ARGS=--upgrade takes the newest versions. What is missing here is installed by the next target.
 lock:
 	@test -x $(BIN)/uv || $(MAKE) install
-	$(BIN)/python locks/write.py $(ARGS)
+	$(BIN)/python tools/lock.py $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -20,7 +20,7 @@ ENV PATH=/opt/silotune/bin:$PATH
 COPY pyproject.toml constraints.txt ./
 COPY locks/ locks/
 COPY docker/stage.py docker/
-# Every file has to have its hash (locks/write.py says why torch has none). torch comes last, without its dependencies, so that
+# Every file has to have its hash (tools/lock.py says why torch has none). torch comes last, without its dependencies, so that
 # nothing else is taken from its index: they are there, but for the CUDA libraries that some builds want.
 RUN python docker/stage.py coordinator --requirements --extras "$EXTRAS" > requirements.txt \
     && pip install --require-hashes --no-deps --requirement locks/build.txt \

@@ -1,7 +1,7 @@
-"""Write `constraints.txt` and the files of this folder: every version that is installed, with the hashes of its files.
+"""Write `constraints.txt` and `locks/`: every version that is installed, with the hashes of its files (`make lock`).
 
-    python locks/write.py             keep the versions that stand there, add what pyproject.toml asks for anew
-    python locks/write.py --upgrade   take the newest versions that pyproject.toml allows
+    python tools/lock.py             keep the versions that stand there, add what pyproject.toml asks for anew
+    python tools/lock.py --upgrade   take the newest versions that pyproject.toml allows
 
 `base.txt` holds what the product needs, `EXTRA.txt` what each extra of pyproject.toml adds to it, and `build.txt` what builds
 packages that come as source. pip installs from them with `--require-hashes --no-deps --no-build-isolation`, `build.txt` first,
@@ -45,7 +45,7 @@ def name_of(requirement: str) -> str:
 def compiled(arguments: Sequence[str], output: Path) -> dict[str, str]:
     """Let uv find versions for what is asked; those that `output` has already are kept."""
     command = [sys.executable, "-m", "uv", "pip", "compile", "--universal", "--quiet", "--no-header", "--no-annotate"]
-    done = subprocess.run([*command, "--output-file", str(output), *arguments], cwd=ROOT, check=False)  # noqa: S603
+    done = subprocess.run([*command, "--output-file", str(output), *arguments], cwd=ROOT, check=False)
     if done.returncode:
         raise SystemExit(
             f"error: uv found no versions that fit (its reason stands above); nothing in {LOCKS.name}/ changed."
