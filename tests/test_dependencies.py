@@ -67,7 +67,8 @@ def constraints() -> list[Requirement]:
 
 def undeclared(files: Iterable[Path], declared: set[str]) -> set[str]:
     """Return the libraries that files import and pyproject.toml does not ask for."""
-    used = {name for path in files for name in imported_modules(path)} - OWN - set(sys.stdlib_module_names)
+    found = {name for path in files for name in imported_modules(path) if not (path.parent / name).is_dir()}
+    used = found - OWN - set(sys.stdlib_module_names)
     known = packages_distributions() | OPTIONAL
     return {name for name in used if not {canonicalize_name(n) for n in known.get(name, [name])} & declared}
 
