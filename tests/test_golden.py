@@ -205,6 +205,7 @@ def test_other_bytes_of_the_same_content_are_a_difference(small_record: Path, ch
     ]
 
 
-def test_what_is_no_record_is_not_called_equal(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="is no record"):
-        compare(tmp_path / "a", tmp_path / "b")
+def test_what_is_no_record_is_not_called_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    assert command_line.main(["compare", str(tmp_path / "empty"), str(tmp_path / "missing")]) == 2
+    assert "empty is no record; make it with" in capsys.readouterr().err

@@ -16,13 +16,17 @@ from tests.golden.recorder.cases import CASES
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Return 0 if everything is equal or recorded, 1 if something differs."""
+    """Return 0 if everything is equal or recorded, 1 if something differs, 2 if that is not known."""
     asked = _parser().parse_args(arguments)
     if asked.command == "record":
         record(asked.out, project=asked.project, cases=asked.cases, keep=asked.keep)
         return 0
     if asked.command == "compare":
-        return _told(compare(asked.before, asked.after, ignored=asked.ignore))
+        try:
+            return _told(compare(asked.before, asked.after, ignored=asked.ignore))
+        except FileNotFoundError as error:
+            print(error, file=sys.stderr)
+            return 2
     return _against(asked.commit, cases=asked.cases, ignored=asked.ignore)
 
 
