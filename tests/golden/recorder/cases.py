@@ -180,7 +180,7 @@ def _variants(folder: Path) -> tuple[str, ...]:
         folder,
         "skewed",
         data=data,
-        partition={"kind": "dirichlet", "alpha": 1.0, "min_records": 6},
+        partition={"kind": "dirichlet", "alpha": 10.0, "min_records": 6},
         simulation={"threads": 1, "dropout_probability": 0.4, "clients_at_once": 1},
         training={"rounds": 3, "optimizer": "adamw"},
         federation={"min_sites": 1, "update_dtype": "bfloat16"},
