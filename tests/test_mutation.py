@@ -251,7 +251,7 @@ def test_a_run_is_good_if_enough_are_killed_and_the_others_explained(
     verdicts = {f"k{n}": Verdict(status="killed") for n in range(killed)}
     verdicts |= {f"s{n}": Verdict(status=("survived", "unreached")[n % 2]) for n in range(survived)}
     verdicts |= {"i": Verdict(status="invalid")}
-    found = Findings(path="a.py", verdicts=verdicts)
+    found = Findings(path="a.py", num_all=101, verdicts=verdicts)
     text, well = report([found], {"a.py": {f"s{n}": "why" for n in range(explained)}})
     assert well is good
     assert f"{killed:.1f} %" in text

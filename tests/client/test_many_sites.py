@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -32,7 +32,7 @@ def away_from_zero(runtime: Runtime) -> dict[str, Tensor]:
     return {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in sorted(runtime.initial.items())}
 
 
-def works_of(examples: list[Example], *, state: Mapping[str, Tensor] | None = None) -> list[LocalWork]:
+def works_of(examples: list[Example]) -> list[LocalWork]:
     works, begin = [], 0
     for number, size in enumerate(SIZES):
         works.append(
@@ -40,7 +40,6 @@ def works_of(examples: list[Example], *, state: Mapping[str, Tensor] | None = No
                 examples=examples[begin : begin + size],
                 declared_records=16 * (number + 1),
                 randomness=SiteRandomness.injected(f"site {number}"),
-                optimizer_state=state or {},
             )
         )
         begin += size
@@ -114,6 +113,8 @@ def test_a_site_trained_with_others_is_trained_as_if_alone(
     alone = [train(runtime, [work], job, plan)[0] for work in works_of(examples)]
     for found, expected in zip(together, alone, strict=True):
         assert_same_round(found, expected)
+    # Two sites are as good as many.
+    assert_same_round(train(runtime, works_of(examples)[3:], job, plan)[1], alone[4])
     assert 0 < sum(r.observations.num_clipped for r in together) < sum(r.observations.num_examples for r in together)
     # The comparison can fail: another site's update is not this one's.
     with pytest.raises(AssertionError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ import client.trainer as trainer_module
 from client.proof import prove_trainer
 from client.trainer import (
     LocalRound,
+    Observations,
     build_optimizer,
     dump_optimizer,
     per_example_hooks,
@@ -39,6 +41,7 @@ from shared.runtime import Runtime, load_runtime
 Records = list[dict[str, Any]]
 GENEROUS = 1 << 30
 CPU = ComputeConfig(device="cpu", precision="float32", cache_frozen_layers=False)
+PLAIN_SGD = {"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.05, "schedule": "linear"}
 COMBINATIONS = [(task, train) for task in ("classification", "language") for train in ("b", "both")]
 
 
@@ -175,47 +178,103 @@ def test_one_round_on_a_gpu_agrees_with_the_processor(
 
 
 def reference_round(
-    runtime: Runtime, job: Job, examples: Sequence[Example], plan: PrivacyPlan, start: dict[str, Tensor], seed: str
-) -> Tensor:
-    """Algorithm 1 of Abadi et al. with plain SGD, one example at a time, in NumPy."""
+    runtime: Runtime,
+    job: Job,
+    examples: Sequence[Example],
+    plan: PrivacyPlan,
+    start: dict[str, Tensor],
+    seed: str,
+    persons: Persons | None = None,
+    round_number: int = 1,
+) -> tuple[Tensor, Observations]:
+    """Algorithm 1 of Abadi et al. with plain SGD, one example at a time, in NumPy; with persons, of their mean gradients.
+
+    The learning rate falls linearly over all planned steps.
+    """
     values = {name: tensor.double().numpy().copy() for name, tensor in sorted(start.items())}
-    source = SiteRandomness.injected(seed)
+    source, seen = SiteRandomness.injected(seed), Observations(losses=[], num_examples=0, num_clipped=0)
     for step in range(job.training.local_steps):
         runtime.load({name: torch.from_numpy(value).float() for name, value in values.items()})
-        coins = source.stream("sampling", round_number=1, step=step).bernoulli(len(examples), plan.sample_rate)
-        total = np.zeros(sum(value.size for value in values.values()))
-        for index in np.flatnonzero(coins):
-            gradient = plain_gradients(runtime, [examples[index]])
-            vector = np.concatenate([gradient[name].numpy().ravel() for name in values]).astype(np.float64)
+        stream = functools.partial(source.stream, round_number=round_number, step=step)
+        num_units = len(examples) if persons is None else persons.count
+        drawn = np.flatnonzero(stream("sampling").bernoulli(num_units, plan.sample_rate))
+        groups = [[unit] for unit in drawn]
+        if persons is not None:
+            groups = persons.choose(drawn, plan.records_per_person, stream("records"))
+        total, losses = np.zeros(sum(value.size for value in values.values())), []
+        for group in groups:
+            found = [plain_gradients(runtime, [examples[index]]) for index in group]
+            flattened = [np.concatenate([one[name].numpy().ravel() for name in values]) for one in found]
+            vector = np.mean(flattened, axis=0, dtype=np.float64)
             total += vector * min(1.0, CLIP_MARGIN * plan.max_grad_norm / np.linalg.norm(vector))
-        noise = source.stream("noise", round_number=1, step=step).normal(total.size)
+            seen.num_clipped += int(np.linalg.norm(vector) > plan.max_grad_norm)
+            batch = collate([examples[index] for index in group])
+            with torch.no_grad():
+                losses += runtime.task.per_example_loss(runtime.model(batch), batch).tolist()
+        seen.num_examples += len(groups)
+        seen.losses.append(float(np.mean(losses)))
+        noise = stream("noise").normal(total.size)
         step_vector = (total + plan.noise_multiplier * plan.max_grad_norm * noise) / (plan.sample_rate * 32)
+        done = (round_number - 1) * job.training.local_steps + step
+        rate = job.training.learning_rate * (1 - done / job.training.planned_steps)
         offset = 0
         for value in values.values():
-            value -= job.training.learning_rate * step_vector[offset : offset + value.size].reshape(value.shape)
+            value -= rate * step_vector[offset : offset + value.size].reshape(value.shape)
             offset += value.size
-    return torch.cat(
-        [torch.from_numpy(value - start[name].double().numpy()).flatten() for name, value in values.items()]
-    )
+    delta = [torch.from_numpy(value - start[name].double().numpy()).flatten() for name, value in values.items()]
+    return torch.cat(delta), seen
+
+
+def assert_same_observations(found: Observations, expected: Observations) -> None:
+    assert found.losses == pytest.approx(expected.losses, rel=1e-4)
+    assert (found.num_examples, found.num_clipped) == (expected.num_examples, expected.num_clipped)
+    assert 0 < found.num_clipped < found.num_examples
+    assert found.num_non_finite == 0
 
 
 @pytest.mark.parametrize(("task", "train"), COMBINATIONS)
 def test_a_round_is_dp_sgd_as_written_in_the_paper(
     job_of: Callable[..., Job], records: Records, task: str, train: str
 ) -> None:
-    job = job_of(task, train, training={"optimizer": "sgd", "momentum": 0.0, "learning_rate": 0.05})
+    job = job_of(task, train, training=PLAIN_SGD)
     runtime = load_runtime(job, CPU)
     examples, start = runtime.encode(records[:30]), away_from_zero(runtime)
     runtime.load(start)
     gradients = plain_gradients(runtime, examples).values()
     norms = torch.stack([g.flatten(1).norm(dim=1) for g in gradients]).norm(dim=0)
-    # A bound at which some records are clipped and some are not.
-    plan = plan_of(job, noise_multiplier=0.3, max_grad_norm=float(norms.median()))
-    expected = reference_round(runtime, job, examples, plan, start, "paper")
+    # A bound at which some records are clipped and some are not, and none is so near that rounding would decide.
+    plan = plan_of(job, noise_multiplier=0.3, max_grad_norm=1.02 * float(norms.median()))
+    expected, seen = reference_round(runtime, job, examples, plan, start, "paper")
     result = run(runtime, job, examples, plan=plan, start=start, randomness=SiteRandomness.injected("paper"))
     torch.testing.assert_close(flat(result).double(), expected, rtol=1e-3, atol=2e-6)
     assert result.executed_steps == job.training.local_steps
-    assert 0 < result.observations.num_clipped < result.observations.num_examples
+    assert_same_observations(result.observations, seen)
+
+
+def test_a_round_with_persons_is_dp_sgd_by_person(
+    job_of: Callable[..., Job], records: Records, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Persons draw the coins, at most two records of each count, and a person's mean gradient is clipped."""
+    privacy = {"unit": "patient", "records_per_person": 2, "sample_rate": 0.5}
+    job = job_of(privacy=privacy, training=PLAIN_SGD)
+    runtime = load_runtime(job, CPU)
+    examples, start = runtime.encode(records[:30]), away_from_zero(runtime)
+    persons = Persons.from_ids([f"p{row % 11}" for row in range(30)])
+    runtime.load(start)
+    norms = torch.cat([g.flatten(1) for g in plain_gradients(runtime, examples).values()], dim=1).norm(dim=1)
+    plan = plan_of(job, noise_multiplier=0.3, max_grad_norm=0.8 * float(norms.median()))
+    expected, seen = reference_round(runtime, job, examples, plan, start, "persons", persons, round_number=2)
+    options = {"plan": plan, "start": start, "persons": persons, "round_number": 2}
+    result = run(runtime, job, examples, randomness=SiteRandomness.injected("persons"), **options)
+    torch.testing.assert_close(flat(result).double(), expected, rtol=1e-3, atol=2e-6)
+    assert_same_observations(result.observations, seen)
+    with pytest.raises(PrivacyError, match="the unit of privacy is the patient, but no persons are known"):
+        run(runtime, job, examples)
+    # A record that is lost on the way to its person's mean.
+    batches = Runtime.grouped_batches
+    monkeypatch.setattr(Runtime, "grouped_batches", lambda *arguments: list(batches(*arguments))[:-1])
+    with pytest.raises(PrivacyError, match="never came to the sum"):
+        run(runtime, job, examples, **options)
 
 
 def test_micro_batching_does_not_change_the_sum(job_of: Callable[..., Job], records: Records) -> None:
@@ -462,11 +521,27 @@ def test_dumped_state_is_a_copy_and_survives_a_restore(job_of: Callable[..., Job
         stack.grad = torch.ones_like(stack)
     optimizer.step()
     assert all(torch.equal(before[name], state[name]) for name in state)
+    assert all(torch.equal(before[name], dumped[name]) for name in state)
+
+
+def test_the_optimiser_has_a_group_for_the_adapter_and_one_for_the_head(job_of: Callable[..., Job]) -> None:
+    runtime = load_runtime(job_of(), CPU)
+    trainable, head = runtime.model.trainable(), runtime.model.head_parameters()
+    changes = {"learning_rate": 0.2, "momentum": 0.7, "weight_decay": 0.02, "head_learning_rate_factor": 3.0}
+    for name, moments in (("sgd", {"momentum": 0.7}), ("adamw", {"betas": (0.7, 0.999)})):
+        training = job_of().training.model_copy(update={"optimizer": name, **changes})
+        groups = build_optimizer(trainable, head, training).param_groups
+        for group, members, factor in zip(groups, (trainable.keys() - head, head), (1.0, 3.0), strict=True):
+            assert {id(parameter) for parameter in group["params"]} == {id(trainable[member]) for member in members}
+            assert group["factor"] == factor
+            assert (group["lr"], group["weight_decay"]) == (0.2, 0.02)
+            assert moments.items() <= group.items()
+        assert len(build_optimizer(trainable, set(), training).param_groups) == 1
 
 
 @pytest.mark.parametrize(
     ("schedule", "factors"),
-    [("constant", (1, 1, 1)), ("linear", (1, 0.5, 0)), ("cosine", (1, 0.5, 0))],
+    [("constant", (1, 1, 1, 1)), ("linear", (1, 0.5, 0, 0)), ("cosine", (1, 0.5, 0, 0))],
 )
 def test_learning_rates_follow_the_public_schedule(
     job_of: Callable[..., Job], schedule: str, factors: tuple[float, ...]
@@ -476,7 +551,7 @@ def test_learning_rates_follow_the_public_schedule(
     )
     runtime = load_runtime(job_of(), CPU)
     optimizer = build_optimizer(runtime.model.trainable(), runtime.model.head_parameters(), training)
-    for step, factor in zip((0, 5, 10), factors, strict=True):
+    for step, factor in zip((0, 5, 10, 15), factors, strict=True):
         set_learning_rate(optimizer, training, step)
         adapter, head = (group["lr"] for group in optimizer.param_groups)
         assert adapter == pytest.approx(0.05 * factor, abs=1e-12)

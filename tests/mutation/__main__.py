@@ -33,6 +33,9 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="also repeat what was found before")
     parser.add_argument("--project", type=Path, default=PROJECT, help="whose modules; with tests/mutation/*.toml")
     parser.add_argument("--seconds", type=float, help="of processor time, then stop; the next run goes on from there")
+    parser.add_argument(
+        "--sample", type=int, help="mutants of each module to try at most, drawn at random; all by default"
+    )
     arguments = parser.parse_args()
     project = arguments.project.resolve()
     settings, folder = project / "tests" / "mutation", project / ".mutation"
@@ -45,6 +48,7 @@ def main() -> int:
         Store(folder / "verdicts.json"),
         jobs=arguments.jobs,
         seconds=arguments.seconds,
+        sample=arguments.sample,
         say=lambda line: print(line, flush=True),
     )
     findings = []

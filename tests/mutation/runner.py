@@ -4,27 +4,30 @@
     2. Plant each mutant in a copy, and run the tests that reach it, fastest first, until one fails. Two run at a time.
     3. Keep what was found. A later run repeats only what may have changed.
 
-Guarantee (tests: tests/test_mutation.py): a mutant counts as killed only if a test failed, or used far more processor time
-than without the mutant. A call that lacks an argument that it must have is no mutant and counts nowhere.
+Guarantee (tests: tests/test_mutation.py): a mutant counts as killed only if a test failed, used far more processor time
+than without the mutant, or waited for ever. A call that lacks an argument that it must have is no mutant and counts nowhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import random
 import resource
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from tests.mutation.dependence import source_of_test
 from tests.mutation.mutants import Mutant, mutants_of
-from tests.mutation.workers import Child, Copy, Run
+from tests.mutation.workers import Child, Copy, Run, Running, Warm, load_libraries
 
 GOOD_SHARE = 0.95
 """Share of the mutants of all modules that the tests have to kill."""
+SAMPLE_SEED = 13
 _TIME_FACTOR = 5
 
 
@@ -36,13 +39,14 @@ class Target:
         path: of the module in the project.
         tests: files of tests, the most focused first.
         deselect: tests that are left out, for the time they take.
-        seconds: of processor time that the tests may take on a mutant, beside five times what they take without it.
+        seconds: of processor time that a test may take on a mutant, beside five times what it takes without it; the import
+            of the tests may take as much.
     """
 
     path: str
     tests: tuple[str, ...]
     deselect: tuple[str, ...] = ()
-    seconds: float = 15.0
+    seconds: float = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +57,14 @@ class Verdict:
         status: "killed", "timeout", "survived", "unreached" (no test runs its lines), "invalid" (see the module's guarantee).
         test, reason: what failed, and why.
         depends: hash of what the verdict was reached on.
+        passed: of a survivor, hashes of the tests that did not notice.
     """
 
     status: str
     test: str = ""
     reason: str = ""
     depends: str = ""
+    passed: Sequence[str] = ()
 
     @property
     def alive(self) -> bool:
@@ -68,9 +74,15 @@ class Verdict:
 
 @dataclass(kw_only=True)
 class Findings:
-    """Verdicts on the mutants of one module, by their names; `complete` unless the run was cut short."""
+    """Verdicts on the mutants of one module, by their names.
+
+    Attributes:
+        num_all: mutants that there are; more than `verdicts`, if only a sample was tried.
+        complete: unless the run was cut short.
+    """
 
     path: str
+    num_all: int
     verdicts: dict[str, Verdict] = field(default_factory=dict)
     complete: bool = True
 
@@ -111,14 +123,14 @@ class Store:
         """Keep a verdict."""
         self._content.setdefault(module, {})[name] = asdict(verdict)
 
-    def baseline(self, module: str, state: str) -> Run | None:
-        """Return how the tests of a module went without a mutant, if they and the module were the same then."""
+    def baseline(self, module: str) -> tuple[str, dict[str, str], Run] | None:
+        """Return how the tests of a module went without a mutant: hash of all, hash of each test, the run."""
         found = self._baselines.get(module)
-        return Run(**found["run"]) if found is not None and found["state"] == state else None
+        return None if found is None else (found["state"], found["hashes"], Run(**found["run"]))
 
-    def keep_baseline(self, module: str, state: str, run: Run) -> None:
+    def keep_baseline(self, module: str, state: str, hashes: Mapping[str, str], run: Run) -> None:
         """Keep how the tests of a module went."""
-        self._baselines[module] = {"state": state, "run": run.__dict__}
+        self._baselines[module] = {"state": state, "hashes": hashes, "run": run.__dict__}
         self.save()
 
     def save(self) -> None:
@@ -141,11 +153,23 @@ class MutationRun:
         *,
         jobs: int = 2,
         seconds: float | None = None,
+        sample: int | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """Prepare runs of `jobs` mutants at a time; after so many `seconds` of processor time no other is planted."""
+        """Prepare runs.
+
+        Args:
+            project: whose modules.
+            scratch: for the copies.
+            store: of the verdicts.
+            jobs: mutants at a time.
+            seconds: of processor time, after which no other mutant is planted; None for no end.
+            sample: how many mutants of a module to try at most, drawn at random, the same ones each time; None for all.
+            say: where progress goes.
+        """
         self._project, self._scratch, self._store, self._jobs, self._say = project, scratch, store, jobs, say
-        self._seconds = seconds
+        self._seconds, self._sample = seconds, sample
+        self._contents: dict[str, str] = {}
 
     def examine(self, target: Target, *, again: bool = False) -> Findings:
         """Return the verdicts on every mutant of a module.
@@ -157,8 +181,13 @@ class MutationRun:
         Raises:
             RuntimeError: if the tests do not pass without a mutant.
         """
-        mutants = mutants_of((self._project / target.path).read_text(encoding="utf-8"))
-        findings = Findings(path=target.path, verdicts={mutant.name: Verdict(status="unreached") for mutant in mutants})
+        # As they are now: someone may go on editing while the mutants are tried.
+        self._contents = {path: _content(self._project / path) for path in (target.path, *target.tests)}
+        first = Copy(self._project, self._scratch / "0")
+        every = mutants_of(self._contents[target.path])
+        mutants = every if self._sample is None else drawn(every, self._sample)
+        verdicts = {mutant.name: Verdict(status="unreached") for mutant in mutants}
+        findings = Findings(path=target.path, num_all=len(every), verdicts=verdicts)
         open_ones = []
         for mutant in mutants:
             known = None if again else self._store.get(target.path, mutant.name)
@@ -167,32 +196,45 @@ class MutationRun:
             else:
                 open_ones.append((mutant, known))
         if open_ones:
-            self._examine(target, open_ones, findings)
+            self._examine(target, first, open_ones, findings)
         return findings
 
-    def _examine(self, target: Target, open_ones: list[tuple[Mutant, Verdict | None]], findings: Findings) -> None:
-        first = Copy(self._project, self._scratch / "0")
-        baseline = Child(first, target.tests, watch=target.path, deselect=target.deselect).wait()
-        if baseline.status != "passed":
-            raise RuntimeError(
-                f"the tests of {target.path} do not pass without a mutant: {baseline.test} {baseline.reason}; see "
-                f"{first.folder / 'log.txt'}"
-            )
+    def _examine(
+        self, target: Target, first: Copy, open_ones: list[tuple[Mutant, Verdict | None]], findings: Findings
+    ) -> None:
+        baseline = self._baseline(target, first)
+        load_libraries(baseline.modules)
         copies = [
             first,
             *(Copy(first.folder, self._scratch / str(n), with_bytecode=True) for n in range(1, self._jobs)),
         ]
+        warm = [Warm(copy, target.path, target.tests, deselect=target.deselect) for copy in copies]
+        for process in warm:
+            process.wait()
         queue, running, done = list(reversed(open_ones)), dict[int, _Planted](), 0
-        while queue or running:
+        killers: Counter[str] = Counter()
+        while (queue and not self._used_up()) or running:
             for place, copy in enumerate(copies):
-                if place not in running and queue:
+                if place not in running and queue and not self._used_up():
                     mutant, known = queue.pop()
-                    running[place] = _Planted(copy, target, mutant, baseline, known)
+                    chosen = tests_that_reach(mutant, baseline, killers)
+                    if known is not None and known.test in chosen:
+                        chosen = [known.test, *(name for name in chosen if name != known.test)]
+                    earlier = set(known.passed) if known is not None else set()
+                    chosen = [name for name in chosen if self._hash_of(target, mutant, name) not in earlier]
+                    limits = {name: target.seconds + _TIME_FACTOR * baseline.seconds[name] for name in chosen}
+                    is_loaded = runs_at_import(mutant, baseline) or not warm[place].takes(mutant.source)
+                    running[place] = _Planted(copy, target, mutant, limits, None if is_loaded else warm[place])
             time.sleep(0.01)
             for place, planted in list(running.items()):
                 if (verdict := planted.poll()) is None:
                     continue
                 del running[place]
+                killers[verdict.test] += 1
+                if verdict.alive:
+                    reaching = tests_that_reach(planted.mutant, baseline, {})
+                    passed = [self._hash_of(target, planted.mutant, name) for name in reaching]
+                    verdict = replace(verdict, status="survived" if reaching else "unreached", passed=passed)
                 verdict = replace(verdict, depends=self._depends(target, planted.mutant, verdict))
                 findings.verdicts[planted.mutant.name] = verdict
                 self._store.put(target.path, planted.mutant.name, verdict)
@@ -202,62 +244,87 @@ class MutationRun:
                 if done % 20 == 0:
                     self._store.save()
                     self._say(f"  {done} of {len(open_ones)} mutants of {target.path}")
+        for process in warm:
+            process.close()
+        findings.complete = not queue
         self._store.save()
 
+    def _used_up(self) -> bool:
+        return self._seconds is not None and _processor_seconds() > self._seconds
+
     def _baseline(self, target: Target, copy: Copy) -> Run:
-        """Return the run of all tests without a mutant."""
-        state = self._state(target)
-        known = self._store.baseline(target.path, state)
-        if known is not None:
-            return known
-        baseline = Child(copy, target.tests, watch=target.path, deselect=target.deselect).wait()
+        """Return the run of all tests without a mutant; only those that are new or changed are run."""
+        state, known, run = self._store.baseline(target.path) or ("", {}, Run(status="passed"))
+        if state == self._state(target):
+            return run
+        same = {name for name, value in known.items() if self._hash_without(target, name) == value}
+        baseline = Child(copy, target.tests, watch=target.path, deselect=target.deselect, skip=same).wait()
         if baseline.status != "passed":
             raise RuntimeError(
                 f"the tests of {target.path} do not pass without a mutant: {baseline.test} {baseline.reason}; see "
                 f"{copy.folder / 'log.txt'}"
             )
-        self._store.keep_baseline(target.path, state, baseline)
-        return baseline
+        run = baseline.beside(run, same)
+        hashes = {name: self._hash_without(target, name) for name in run.seconds}
+        self._store.keep_baseline(target.path, self._state(target), hashes, run)
+        return run
 
     def _state(self, target: Target) -> str:
-        parts = [repr(target).encode(), *(_content(self._project / path) for path in (target.path, *target.tests))]
-        return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+        return _hash(repr(target), *(self._contents[path] for path in (target.path, *target.tests)))
+
+    def _hash_without(self, target: Target, test: str) -> str:
+        """Return the hash of a test and the module."""
+        file, _, name = test.partition("::")
+        return _hash(self._contents[target.path], source_of_test(self._contents.get(file, ""), name))
+
+    def _hash_of(self, target: Target, mutant: Mutant, test: str) -> str:
+        """Return the hash of a test, the module, and a mutant."""
+        return _hash(self._hash_without(target, test), mutant.name)
 
     def _depends(self, target: Target, mutant: Mutant, verdict: Verdict) -> str:
         """Return the hash of what a verdict stands on.
 
-        For a mutant that was killed these are its function and the file of the test, else the whole module and all its tests.
+        For a mutant that was killed these are its function and the test, else the whole module and all its tests.
         What they call elsewhere is left out: `--again` repeats everything.
         """
-        killer = verdict.test.partition("::")[0].removesuffix(" (import)")
-        if verdict.status in ("killed", "invalid") and killer:
-            parts = [mutant.top.encode(), _content(self._project / killer)]
-        else:
-            parts = [self._state(target).encode()]
-        return hashlib.sha256(b"\0".join([mutant.name.encode(), *parts])).hexdigest()[:16]
+        file, _, name = verdict.test.removesuffix(" (import)").partition("::")
+        if verdict.status in ("killed", "invalid") and file:
+            return _hash(mutant.name, mutant.top, source_of_test(self._contents.get(file, ""), name))
+        return _hash(mutant.name, self._state(target))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def drawn(mutants: Sequence[Mutant], count: int) -> list[Mutant]:
+    """Return `count` of the mutants at random, always the same ones, in their order; all if there are no more."""
+    chosen = set(random.Random(SAMPLE_SEED).sample(range(len(mutants)), min(count, len(mutants))))
+    return [mutant for place, mutant in enumerate(mutants) if place in chosen]
 
 
 class _Planted:
     """One mutant in its copy while tests run."""
 
-    def __init__(self, copy: Copy, target: Target, mutant: Mutant, baseline: Run, known: Verdict | None) -> None:
+    def __init__(self, copy: Copy, target: Target, mutant: Mutant, limits: dict[str, float], warm: Warm | None) -> None:
+        """Start tests, each with a limit of its processor seconds, in a warm process if there is one."""
         self.mutant = mutant
-        chosen = tests_that_reach(mutant, baseline)
-        if known is not None and known.test in chosen:
-            chosen = [known.test, *(name for name in chosen if name != known.test)]
-        self._child, self._holding = None, None
-        if chosen:
-            limit = target.seconds + _TIME_FACTOR * sum(baseline.seconds[name] for name in chosen)
-            files = dict.fromkeys(name.partition("::")[0] for name in chosen)
-            self._holding = copy.changed(target.path, mutant.source)
-            self._holding.__enter__()
-            self._child = Child(copy, files, chosen=chosen, deselect=target.deselect, processor_seconds=limit)
+        self._running: Running | None = None
+        self._holding = copy.changed(target.path, mutant.source)
+        if not limits:
+            return
+        self._holding.__enter__()
+        if warm is not None:
+            self._running = warm.start(mutant.source, limits)
+        else:
+            files = dict.fromkeys(name.partition("::")[0] for name in limits)
+            self._running = Child(copy, files, limits=limits, deselect=target.deselect, begin=target.seconds)
 
     def poll(self) -> Verdict | None:
         """Return the verdict once there is one."""
-        if self._child is None:
+        if self._running is None:
             return Verdict(status="unreached")
-        run = self._child.poll()
+        run = self._running.poll()
         if run is None:
             return None
         self._holding.__exit__(None, None, None)
@@ -268,13 +335,21 @@ class _Planted:
         return Verdict(status="killed" if run.status == "failed" else "timeout", test=run.test, reason=run.reason)
 
 
-def tests_that_reach(mutant: Mutant, baseline: Run) -> list[str]:
-    """Return the tests that run a line of the mutant, fastest first; all of them for what runs while the module is imported."""
+def tests_that_reach(mutant: Mutant, baseline: Run, killers: Mapping[str, int]) -> list[str]:
+    """Return the tests that run a line of the mutant; all of them for what runs while the module is imported.
+
+    First those that are fast, and those that have killed many mutants of the module.
+    """
     reaching: set[str] = set()
     for line in mutant.lines:
         reaching |= set(baseline.contexts.get(str(line), []))
     chosen = set(baseline.seconds) if "" in reaching else reaching & set(baseline.seconds)
-    return sorted(chosen, key=lambda name: (baseline.seconds[name], name))
+    return sorted(chosen, key=lambda name: ((baseline.seconds[name] + 0.05) / (1 + killers.get(name, 0)), name))
+
+
+def runs_at_import(mutant: Mutant, baseline: Run) -> bool:
+    """Return whether a line of the mutant runs outside of all tests."""
+    return any("" in baseline.contexts.get(str(line), []) for line in mutant.lines)
 
 
 def _processor_seconds() -> float:
@@ -282,8 +357,8 @@ def _processor_seconds() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _content(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b""
+def _content(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def report(findings: Sequence[Findings], explained: dict[str, dict[str, str]]) -> tuple[str, bool]:
@@ -299,6 +374,8 @@ def report(findings: Sequence[Findings], explained: dict[str, dict[str, str]]) -
             f"{found.path:{width}}  {found.num_valid:7}  {found.num_killed:6}  {counts['timeout']:7}  {len(survivors):8}  "
             f"{sum(name in known for name in survivors):9}  {_percent(found.num_killed, found.num_valid)}"
         )
+        if len(found.verdicts) < found.num_all:
+            lines[-1] += f"  (a sample: {len(found.verdicts)} of {found.num_all} mutants, seed {SAMPLE_SEED})"
     killed, valid = sum(f.num_killed for f in findings), sum(f.num_valid for f in findings)
     lines.append(f"{'all':{width}}  {valid:7}  {killed:6}  {'':28}  {_percent(killed, valid):>9}")
     if bad:
@@ -308,7 +385,8 @@ def report(findings: Sequence[Findings], explained: dict[str, dict[str, str]]) -
         lines += [f"  {path}: {name}" for path, name in bad]
     for found in findings:
         alive = set(found.survivors())
-        stale = [name for name in explained.get(found.path, {}) if name not in alive]
+        tried = found.verdicts if len(found.verdicts) < found.num_all else explained.get(found.path, {})
+        stale = [name for name in explained.get(found.path, {}) if name not in alive and name in tried]
         lines += [f"explained, but killed or gone: {found.path}: {name}" for name in stale]
     return "\n".join(lines), not bad and killed >= GOOD_SHARE * valid
 

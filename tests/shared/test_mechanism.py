@@ -24,6 +24,7 @@ from shared.privacy.mechanism import (
     ClippedSum,
     PlainSum,
     add_gaussian_noise,
+    norms_of_rows,
     per_example_gradients,
     poisson_sample,
 )
@@ -142,6 +143,15 @@ def test_clipping_scales_the_whole_vector_and_leaves_small_ones_alone() -> None:
     both, total = clipped_sum(rows, 1.0)
     assert torch.equal(both, large + small)
     assert (total.num_examples, total.num_clipped, total.num_non_finite) == (2, 1, 0)
+
+
+def test_a_micro_batch_without_examples_adds_nothing() -> None:
+    total = ClippedSum([torch.Size([2, 3])], 1.0)
+    total.add([torch.zeros(0, 2, 3)])
+    assert (total.num_examples, total.num_clipped, total.num_non_finite) == (0, 0, 0)
+    assert torch.equal(total.sums[0], torch.zeros(2, 3, dtype=torch.float64))
+    norms = norms_of_rows(torch.zeros(0, 6, dtype=torch.float64))
+    assert (norms.shape, norms.dtype) == ((0,), torch.float64)
 
 
 def test_an_example_that_is_not_finite_counts_and_contributes_nothing() -> None:
