@@ -55,8 +55,9 @@ _ROUNDING = 1e-6
 _DIGITS_SLACK = 1e-5
 MAX_MEAN_LOSS = 1000.0
 """Mean privacy loss above which no epsilon is computed: it would be of about that size, and take gigabytes."""
-# Below this a step hides nothing; above the other one the accountant counts less noise than there is.
-_LEAST_ACCOUNTED, _MOST_ACCOUNTED = 1e-3, 1e5
+# Below this a step hides next to nothing, and the exponential of its largest loss would leave double precision; above the
+# other one the accountant counts less noise than there is.
+_LEAST_ACCOUNTED, _MOST_ACCOUNTED = 0.05, 1e5
 # Of the grid on which a search for noise begins, in units of epsilon; no number that is returned was found on it alone.
 _COARSE_CELL, _COARSEST_CELL, _COARSE_SLACK, _COARSE_STEPS = 1e-2, 0.05, 3e-3, 2000
 

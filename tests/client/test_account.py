@@ -110,13 +110,14 @@ def test_caps_and_charges_at_their_limits() -> None:
     one = GaussianSteps(noise_multiplier=1.0, sample_rate=0.1, steps=1)
     none = GaussianSteps(noise_multiplier=1.0, sample_rate=0.1, steps=0)
     good = {"job_id": "j" * 500, "round": 0, "request_sha256": "0123456789abcdef" * 4, "mechanism": one}
-    Charge(**good)  # type: ignore[arg-type]
+    Charge(**good, planned_steps=1)  # type: ignore[arg-type]
     for change, reason in (
         ({"job_id": "j" * 501}, "job_id has 501 characters; expected at most 500"),
         ({"job_id": " "}, "job_id is empty"),
         ({"round": -1}, "round is -1"),
         ({"request_sha256": "0" * 63}, "request_sha256 is"),
         ({"mechanism": none}, "charge is 0 steps"),
+        ({"planned_steps": 0}, "plans 0 steps"),
     ):
         with pytest.raises(LedgerError, match=reason):
             Charge(**(good | change))  # type: ignore[arg-type]

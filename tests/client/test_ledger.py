@@ -25,6 +25,7 @@ import pytest
 import client.account as account_module
 import client.ledger_file as file_module
 from client.ledger import Budget, Charge, Ledger
+from shared.epsilons import rounded_up
 from shared.errors import BudgetExceeded, LedgerError, PrivacyError
 from shared.keystore import Seal
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -124,6 +125,23 @@ def test_hard_stop_exactly_at_the_cap(path: Path) -> None:
             ledger.reserve(charge(1))
         assert refused.value.steps_affordable == 0
         assert ledger.spent_epsilon() == epsilon_of(40)
+
+
+@pytest.mark.parametrize("composition", ["fixed", "adaptive"])
+def test_a_refusal_says_what_was_asked_what_it_would_cost_and_what_fits(path: Path, composition: Composition) -> None:
+    with opened(path, epsilon=3.0, composition=composition) as ledger:
+        ledger.reserve(charge(20))
+        fits = ledger.affordable_steps(noise_multiplier=1.0, sample_rate=0.05)
+        after = ledger.rule.epsilon([steps(20), steps(fits + 1)])
+        with pytest.raises(BudgetExceeded) as refused:
+            ledger.reserve(charge(fits + 1, job_id="late", round=2))
+        assert str(refused.value) == (
+            f"round 2 of job late asks for {fits + 1} steps at noise multiplier 1.0000 and sample rate 0.05. That would bring "
+            f"data set 'notes' (unit: record) from epsilon {rounded_up(ledger.spent_epsilon(), 6)} to {rounded_up(after, 6)} "
+            f"at delta 1e-05 ({composition} composition); the site's cap is 3. Nothing was charged. {fits} such steps still "
+            "fit: ask for no more than that, for more noise or a smaller sample rate, or raise the site's cap in its settings."
+        )
+        assert refused.value.steps_affordable == fits
 
 
 def test_hard_stop_of_the_filter(path: Path) -> None:
@@ -323,7 +341,7 @@ def test_bad_arguments_are_refused(path: Path) -> None:
     assert not path.exists()
     with opened(path) as ledger:
         reservation = ledger.reserve(charge(1))
-        with pytest.raises(LedgerError, match="^release_sha256 is"):
+        with pytest.raises(LedgerError, match=r"^release_sha256 is"):
             ledger.commit(reservation, executed_steps=1, release_sha256="b" * 63)
 
 
@@ -343,14 +361,29 @@ def test_the_format_of_the_file_stands(path: Path) -> None:
     """Every later version has to read it, and the hashes are over these very texts."""
     with opened(path, clock=lambda: datetime(2031, 5, 4, 12, tzinfo=UTC)) as ledger:
         ledger.reserve(charge(7, round=3))
+        ledger.commit(3, executed_steps=5, release_sha256=RELEASE)
+        may_stop = {"records": "c" * 64, "planned_steps": 20}
+        ledger.reserve(Charge(job_id="job", round=4, request_sha256=REQUEST, mechanism=steps(7), **may_stop))
     with closing(sqlite3.connect(path)) as file:
         rows = file.execute("SELECT * FROM entries ORDER BY sequence").fetchall()
         assert file.execute("PRAGMA application_id").fetchone() == (int.from_bytes(b"SILO"),)
         assert file.execute("PRAGMA user_version").fetchone() == (2,)
-        assert file.execute("SELECT * FROM head").fetchall() == [(3, rows[-1][5])]
+        assert file.execute("SELECT * FROM head").fetchall() == [(5, rows[-1][5])]
+    kinds = ("open", "budget", "reserve", "commit", "reserve")
     assert [row[:3] for row in rows] == [
-        (number, kind, "2031-05-04T12:00:00.000+00:00") for number, kind in ((1, "open"), (2, "budget"), (3, "reserve"))
+        (number, kind, "2031-05-04T12:00:00.000+00:00") for number, kind in enumerate(kinds, start=1)
     ]
+    orders = list(filter_orders(epsilon=8.0, delta=DELTA))
+    assert [row[3] for row in rows[:2]] == [
+        '{"dataset":"notes","schema_version":2,"unit":"record"}',
+        f'{{"composition":"fixed","dataset":"notes","delta":1e-05,"epsilon":8.0,"orders":{orders},"unit":"record"}}'.replace(
+            ", ", ","
+        ),
+    ]
+    assert rows[3][3] == (
+        f'{{"dataset":"notes","executed_steps":5,"release_sha256":"{RELEASE}","reservation":3,"unit":"record"}}'
+    )
+    assert json.loads(rows[4][3]) == json.loads(rows[2][3]) | {"round": 4} | may_stop
     assert rows[2][3] == (
         '{"dataset":"notes","job_id":"job","mechanism":{"noise_multiplier":1.0,"sample_rate":0.05,"steps":7},'
         f'"request_sha256":"{REQUEST}","round":3,"unit":"record"}}'
@@ -378,6 +411,15 @@ def test_every_write_is_synchronised_with_the_disk(path: Path) -> None:
     with opened(path) as ledger:
         assert ledger._file._connection.execute("PRAGMA journal_mode").fetchone() == ("delete",)
         assert ledger._file._connection.execute("PRAGMA synchronous").fetchone() == (3,)  # EXTRA
+
+
+def test_a_new_file_has_its_place_on_the_disk(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a power cut after the first charge could leave a folder without the file."""
+    synchronised: list[Path] = []
+    monkeypatch.setattr(file_module, "sync_folder", synchronised.append)
+    for _ in range(2):
+        with opened(path):
+            assert synchronised == [path.parent]
 
 
 def test_unusable_files_are_explained(path: Path, tmp_path: Path) -> None:
@@ -721,6 +763,7 @@ def test_forged_entry_of_a_sealed_ledger_is_refused(path: Path) -> None:
         (lambda c: forge(c, 5, "sealed", payload_of(c, 3)), "entry 5 .* does not open"),  # another entry's content
         (lambda c: forge(c, 4, "commit", smaller), r"is not sealed \(entry 4"),
         (lambda c: forge(c, 4, "sealed", "no base64!"), "entry 4 .* does not open"),
+        (lambda c: forge(c, 4, "sealed", payload_of(c, 4) + "!"), "entry 4 .* does not open"),  # its own, but not quite
     ]
     for forgery, problem in forgeries:
         path.write_bytes(good)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,26 @@ def test_an_import_takes_every_charge_in_full(tmp_path: Path, export: LedgerExpo
         assert ledger.spent_epsilon("other") > 0
         kinds = [entry.kind for entry in ledger.entries()]
         assert kinds == ["open", "budget", "import", "imported", "imported", "imported", "budget"]
-        assert ledger.entries()[2].payload["head_sha256"] == export.head_sha256
+        account = {"dataset": "notes", "unit": "record"}
+        assert ledger.entries()[2].payload == account | {
+            "site": "north",
+            "from_dataset": "notes",
+            "num_charges": 3,
+            "num_entries": export.num_entries,
+            "head_sha256": export.head_sha256,
+            "exported_at": export.exported_at,
+        }
+        assert [entry.payload for entry in ledger.entries()[3:6]] == [
+            account
+            | {
+                "job_id": charged.job_id,
+                "round": charged.round,
+                "mechanism": asdict(charged.mechanism),
+                "committed": charged.committed,
+                "charged_at": charged.time,
+            }
+            for charged in export.charges
+        ]
         for number in range(1, 8):  # what was reserved on the other machine can no longer be shortened here
             with pytest.raises(LedgerError, match=f"has no reservation {number}"):
                 ledger.commit(number, executed_steps=0, release_sha256="b" * 64)

@@ -91,6 +91,23 @@ def test_a_round_that_is_charged_twice_takes_nothing_from_what_is_held_back(ledg
         assert opened.spent_epsilon() == pytest.approx(epsilon_of(2 + 8))
 
 
+def test_what_is_held_back_is_the_plan_less_what_its_rounds_executed(ledger: Callable[..., Ledger]) -> None:
+    opened = ledger(steps=20)
+
+    def held() -> list[tuple[str, int]]:
+        found = opened.export(site="north", declared_records=32).held_back
+        return [(steps.job_id, steps.steps) for steps in found]
+
+    reservation = opened.reserve(charge("may-stop", 1, planned=6))
+    opened.commit(reservation, executed_steps=0, release_sha256="0" * 64)
+    assert held() == [("may-stop", 6)]
+    assert opened.spent_epsilon() == pytest.approx(epsilon_of(6))
+    run(opened, "may-stop", 2, planned=6)
+    assert held() == [("may-stop", 2)]
+    opened.reserve(charge("may-stop", 3, planned=6))
+    assert held() == []
+
+
 def test_a_plan_that_does_not_fit_as_a_whole_does_not_begin(ledger: Callable[..., Ledger]) -> None:
     opened = ledger(steps=6)
     with pytest.raises(BudgetExceeded, match="Nothing was charged"):
@@ -112,7 +129,10 @@ def test_an_export_and_an_import_take_along_what_is_held_back(ledger: Callable[.
     run(opened, "may-stop", 2, planned=8)
     export = opened.export(site="north", declared_records=32)
     assert export.rule.epsilon(export.mechanisms) == pytest.approx(opened.spent_epsilon())
-    assert [(held.job_id, held.steps) for held in export.held_back] == [("may-stop", 4)]
+    (held,) = export.held_back
+    assert (held.job_id, held.round, held.steps, held.committed) == ("may-stop", 0, 4, False)
+    assert (held.noise_multiplier, held.sample_rate) == (1.0, 0.25)
+    assert held.time <= export.exported_at
     assert sum(charged.steps for charged in export.charges) == 4, "a report compares these with what was executed"
     save_export(tmp_path / "export.json", export)
     assert load_export(tmp_path / "export.json") == export

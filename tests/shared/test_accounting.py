@@ -11,6 +11,7 @@ import pytest
 from dp_accounting.pld import pld_privacy_accountant
 from scipy.optimize import brentq
 
+import shared.privacy.accounting as accounting
 from shared.errors import PrivacyError
 from shared.limits import MAX_STEPS, MIN_NOISE_MULTIPLIER
 from shared.privacy.accounting import (
@@ -22,6 +23,7 @@ from shared.privacy.accounting import (
     compose_epsilon,
 )
 from shared.privacy.cross_check import prv_cross_check
+from shared.privacy.loss_distribution import largest_loss
 
 # n, B, E; noise multipliers for epsilon 1, 3, 8 at delta = 1 / n^1.1, sample rate B / n, round(E n / B) steps (PLD).
 TABLE = [
@@ -269,3 +271,95 @@ def test_what_would_take_gigabytes_is_answered_by_infinity() -> None:
 def test_beyond_its_range_the_accountant_counts_less_noise_and_a_higher_rate() -> None:
     assert compose_epsilon([steps(1e9, 1.0, 1)], 1e-5) == compose_epsilon([steps(1e5, 1.0, 1)], 1e-5)
     assert compose_epsilon([steps(1.0, 1e-300, 1)], 1e-12) == compose_epsilon([steps(1.0, 1e-9, 1)], 1e-12)
+
+
+# --- where to look first: near the answer, so that few evaluations are needed ---
+
+
+@pytest.mark.parametrize("mu", [0.01, 0.5, 3.0, 20.0])
+@pytest.mark.parametrize("delta", [1e-9, 1e-5, 0.1])
+def test_the_mu_of_a_budget_is_that_of_the_gaussian_mechanism(mu: float, delta: float) -> None:
+    epsilon = compose_epsilon([steps(1 / mu, 1.0, 1)], delta)
+    if epsilon > 0:
+        assert accounting._limit_mu(epsilon, delta) == pytest.approx(mu, rel=1e-2)
+
+
+def test_the_mu_of_a_budget_stays_within_limits() -> None:
+    assert accounting._limit_mu(1e-9, 1e-12) == pytest.approx(1e-6)
+    assert accounting._limit_mu(1e9, 0.5) == pytest.approx(1e3)
+
+
+def test_limits_of_many_steps_are_those_of_the_central_limit_theorem() -> None:
+    assert accounting._limit_mu_squared(steps(2.0, 1.0, 8)) == 8 / 4
+    assert accounting._limit_mu_squared(steps(2.0, 0.1, 8)) == pytest.approx(8 * 0.01 * math.expm1(0.25), rel=1e-12)
+    assert math.isfinite(accounting._limit_mu_squared(steps(1e-3, 0.1, 1)))
+    for rate in (1.0, 0.1):
+        others = (steps(3.0, 0.2, 5), steps(4.0, 1.0, 2))
+        sigma = accounting._limit_sigma(1.7, rate, 60, others)
+        total = sum(accounting._limit_mu_squared(event) for event in (steps(sigma, rate, 60), *others))
+        assert total == pytest.approx(1.7**2, rel=1e-9)
+    # What others leave nothing of still has a guess.
+    full = accounting._limit_sigma(0.1, 1.0, 4, (steps(1.0, 1.0, 1),))
+    assert full == pytest.approx(math.sqrt(4 / (1e-3 * 0.1**2)), rel=1e-9)
+
+
+def test_likely_steps_are_near_those_that_fit() -> None:
+    spent = [steps(8.0, 1.0, 20)]
+    for sigma, rate in ((1.0, 0.02), (20.0, 1.0)):
+        options = {"noise_multiplier": sigma, "sample_rate": rate, "budget": 3.0, "delta": 1e-5}
+        found = affordable_steps(spent, **options)
+        # The limit is close for much noise only.
+        assert accounting.likely_steps(spent, **options) == pytest.approx(found, rel=0.05 if rate == 1 else 0.6)
+    nothing = accounting.likely_steps(spent, noise_multiplier=1.0, sample_rate=0.1, budget=0.01, delta=1e-5)
+    assert nothing == 1.0
+    most = accounting.likely_steps([], noise_multiplier=1e4, sample_rate=1e-9, budget=9.0, delta=1e-5)
+    assert most == MAX_STEPS
+
+
+@pytest.mark.parametrize(
+    ("event", "expected"),
+    [
+        (steps(2.0, 1.0, 8), 8 / (2 * 4)),
+        (steps(2.0, 0.1, 8), 8 * 0.01 * math.expm1(0.25)),
+        (steps(0.1, 0.5, 8), 8 * 0.5 / (2 * 0.01)),
+        (steps(0.01, 1e-3, 3), 3 * 1e-3 / (2 * 1e-4)),
+    ],
+)
+def test_the_mean_loss_is_bounded_by_both_formulas(event: GaussianSteps, expected: float) -> None:
+    assert accounting.mean_loss(event) == pytest.approx(expected, rel=1e-12)
+
+
+def test_no_epsilon_is_computed_above_a_mean_loss_of_a_thousand() -> None:
+    assert compose_epsilon([steps(0.5, 1.0, 500)], 1e-5) < math.inf
+    assert compose_epsilon([steps(0.5, 1.0, 501)], 1e-5) == math.inf
+    assert compose_epsilon([steps(0.5, 1.0, 400), steps(1.0, 1.0, 402)], 1e-5) == math.inf
+
+
+@pytest.mark.parametrize("events", [((20.0, 0.01, 100),), ((1.0, 0.2, 30),), ((5.0, 1.0, 4), (50.0, 0.01, 300))])
+def test_a_cell_is_at_most_half_a_deviation_of_a_step(events: tuple[tuple[float, float, int], ...]) -> None:
+    """And 1e-3 over a power of two."""
+    total = sum(accounting.mean_loss(steps(*event)) for event in events)
+    cell = accounting._cell(events, total, 1e-3)
+    deviation = min(1 / sigma if rate == 1 else rate * math.sqrt(math.expm1(sigma**-2)) for sigma, rate, _ in events)
+    assert math.log2(cell / 1e-3) == round(math.log2(cell / 1e-3))
+    assert min(deviation / 4, 1e-3) < cell <= min(deviation / 2, 1e-3) or cell == 1e-3 <= deviation / 2
+
+
+def test_cells_are_wider_where_there_would_be_too_many() -> None:
+    events = ((10.0, 1e-4, 1), (0.5, 1.0, 480))
+    total = sum(accounting.mean_loss(steps(*event)) for event in events)
+    # Twenty deviations of the composition in at most 2^18 cells, about.
+    least = 20 * math.sqrt(2 * total) / (1 << 18)
+    assert least <= accounting._cell(events, total, 1e-3) < 2 * least
+    # And the largest loss of one step, at ten deviations of the noise.
+    events = ((1e4, 1e-4, 1), (0.3, 1e-6, 1))
+    total = sum(accounting.mean_loss(steps(*event)) for event in events)
+    least = largest_loss(0.3, 1e-6, True, 10.0) / (1 << 18)
+    assert least <= accounting._cell(events, total, 1e-3) < 2 * least
+
+
+@pytest.mark.parametrize("delta", [1e-5, 1e-12, 1e-30])
+def test_the_accountant_begins_where_a_step_hides_something(delta: float) -> None:
+    """With less noise the exponential of a loss overflowed, and the search for epsilon failed on a number that is none."""
+    assert compose_epsilon([steps(0.0499, 1e-9, 1)], delta) == math.inf
+    assert compose_epsilon([steps(0.05, 1e-9, 1)], delta) == pytest.approx(0.0 if delta == 1e-5 else 300, abs=200)

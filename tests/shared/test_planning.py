@@ -16,7 +16,7 @@ from dp_accounting.pld import pld_privacy_accountant
 
 from shared.errors import ConfigError
 from shared.ledger_export import ChargedSteps, LedgerExport
-from shared.privacy import affordability
+from shared.privacy import affordability, planning
 from shared.privacy.accounting import PLD_DISCRETIZATION, GaussianSteps, compose_epsilon
 from shared.privacy.affordability import can_afford, spent
 from shared.privacy.filter import filter_epsilon, filter_orders
@@ -245,6 +245,98 @@ def test_warnings(changes: dict[str, Any], subject: str, text: str) -> None:
 def test_errors_say_what_was_found_and_what_to_do(question: Question, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         solve(question)
+
+
+# --- limits and curves ---
+
+LIMITS = [
+    ("records", 1, 10**12, 0, 10**12 + 1),
+    ("batch_size", 1, 10**12, 0, 10**12 + 1),
+    ("sample_rate", 1e-9, 1.0, 0.99e-9, 1.001),
+    ("steps", 1, 1 << 24, 0, (1 << 24) + 1),
+    ("epochs", 1e-9, 1e6, 0.0, 1.001e6),
+    ("noise_multiplier", 0.2, 1e4, 0.199, 10_001),
+    ("epsilon", 1e-6, 1000.0, 0.99e-6, 1000.1),
+    ("parameters", 1, 10**12, 0, 10**12 + 1),
+    ("delta", 1e-30, 0.999, 0.99e-30, 1.0),
+]
+
+
+@pytest.mark.parametrize(("name", "least", "most", "below", "above"), LIMITS)
+def test_each_number_has_its_limits(name: str, least: float, most: float, below: float, above: float) -> None:
+    for within in (least, most):
+        planning._check_ranges(Question(**{name: within}))  # type: ignore[arg-type]
+    for outside in (below, above):
+        with pytest.raises(ConfigError, match=f"^--{name.replace('_', '-')} is .*; expected a number (from|above) "):
+            planning._check_ranges(Question(**{name: outside}))  # type: ignore[arg-type]
+
+
+def test_warnings_begin_above_their_limits() -> None:
+    at = Setting(
+        noise_multiplier=0.8, sample_rate=0.5, steps=9, epsilon=10.0, delta=1 / 1000, records=100, parameters=3906
+    )
+    assert at.signal_to_noise_vector == pytest.approx(50 / 0.8 / math.sqrt(3906), rel=1e-12)
+    assert at.signal_to_noise_vector > 1
+    assert at.warnings() == {}
+    assert list(replace(at, epsilon=10.0001).warnings()) == ["epsilon"]
+    assert list(replace(at, sample_rate=0.5001).warnings()) == ["sampling"]
+    assert list(replace(at, delta=1.001 / 1000).warnings()) == ["delta"]
+    assert list(replace(at, parameters=3907).warnings()) == ["noise"]
+    # The noise as long as the longest sum is no warning yet; without parameters a thousand are assumed.
+    assert replace(at, noise_multiplier=0.5, parameters=10_000).warnings() == {}
+    assert list(replace(at, noise_multiplier=50 / math.sqrt(999), parameters=None).warnings()) == ["noise"]
+    assert replace(at, noise_multiplier=50 / math.sqrt(1001), parameters=None).warnings() == {}
+    assert replace(at, records=None, delta=0.9).warnings() == {}
+
+
+def test_a_delta_of_one_record_publishes_it() -> None:
+    planning.check_delta_for(0.99e-3, 1000)
+    with pytest.raises(ConfigError, match=r"must be below 1/n = 1\.0e-03; use at most 1\.0e-05"):
+        planning.check_delta_for(1e-3, 1000)
+
+
+def test_an_epsilon_is_stated_up_to_a_mean_loss_of_a_thousand() -> None:
+    # Without sampling the mean loss is T / (2 sigma^2).
+    planning.check_statable(GaussianSteps(noise_multiplier=0.5, sample_rate=1.0, steps=500))
+    with pytest.raises(ConfigError, match="501 steps: it would be about a thousand or more"):
+        planning.check_statable(GaussianSteps(noise_multiplier=0.5, sample_rate=1.0, steps=501))
+
+
+def test_a_curve_by_steps_is_dense_where_it_is_steep() -> None:
+    curve = planning.epsilon_by_steps(1.1, 0.05, most=200, delta=1e-5)
+    assert [length for length, _ in curve] == sorted({1 + round(199 * (part / 14) ** 2) for part in range(15)})
+    assert (len(curve), curve[0][0], curve[-1][0]) == (15, 1, 200)
+    for length, epsilon in curve[::7]:
+        assert epsilon == compose_epsilon([GaussianSteps(noise_multiplier=1.1, sample_rate=0.05, steps=length)], 1e-5)
+    assert [length for length, _ in planning.epsilon_by_steps(1.1, 0.05, most=1, delta=1e-5)] == [1]
+
+
+def test_a_curve_by_noise_leaves_out_what_has_no_epsilon() -> None:
+    curve = planning.epsilon_by_noise(0.05, 100, least=0.5, most=8.0, delta=1e-5)
+    assert [sigma for _, sigma in curve] == pytest.approx([0.5 * 16 ** (part / 14) for part in range(15)])
+    for epsilon, sigma in curve[::7]:
+        assert epsilon == compose_epsilon([GaussianSteps(noise_multiplier=sigma, sample_rate=0.05, steps=100)], 1e-5)
+    # T / (2 sigma^2) is 1,000 at sigma 0.224; noise begins at the least that is accounted for.
+    found = [sigma for _, sigma in planning.epsilon_by_noise(1.0, 100, least=0.01, most=2.0, delta=1e-5)]
+    assert found == pytest.approx([0.2 * 10 ** (part / 14) for part in range(1, 15)])
+
+
+@pytest.mark.parametrize("most", [3, 4, 5, 20, 64])
+def test_the_largest_number_that_holds(most: int) -> None:
+    for least in (1, 3):
+        for last in range(least, most + 3):
+            asked: list[int] = []
+            found = planning.largest(lambda n, last=last, asked=asked: bool(asked.append(n)) or n <= last, least, most)
+            assert found == min(last, most)
+            assert all(least < n <= most for n in asked)
+            assert len(asked) <= 2 * math.log2(max(found - least, 1) + 1) + 3
+
+
+@pytest.mark.parametrize("opened", [{"steps": 400}, {"epochs": 4.0}])
+def test_the_search_for_a_rate_begins_near_the_answer(opened: dict[str, Any]) -> None:
+    question = Question(noise_multiplier=1.5, epsilon=2.0, delta=1e-5, **opened)
+    guess = planning._likely_rate(question, 1.5, 2.0, 1e-5)
+    assert guess == pytest.approx(solve(question).sample_rate, rel=0.5)
 
 
 # --- sites ---
