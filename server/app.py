@@ -16,11 +16,12 @@ from torch import Tensor
 from server.central import CentralPrivacy
 from server.checkpoint import Checkpoint
 from server.early_stopping import is_over, require_public_records
+from server.local import LocalPrivacy
 from server.observer import Observer
 from server.public_records import PublicRecords, hold_back
 from server.report import write_report_if_possible
 from server.roster import Authority
-from server.rounds import Coordinator, run_rounds
+from server.rounds import Coordinator, Privacy, run_rounds
 from server.run_folder import RunFolder, public_counts
 from shared import adapters
 from shared.batches import Batch, Example
@@ -103,29 +104,26 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         **_evaluation_texts(run),
     }
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
-        central = None
-        if run.job.privacy.mechanism == "central":
-            central = CentralPrivacy(run.job, run.folder, new_randomness=run.new_randomness)
+        privacy = _privacy(run)
         run.prepare()
         folder.write_run_info("running", details)
         runtime.warm_cache(examples)
         runtime.warm_cache(deciding)
         checkpoint = folder.load_checkpoint()
-        if checkpoint is not None and central:
-            central.ledger.check(checkpoint)  # before anything is stated from an account that was lost
         if checkpoint is not None:
+            privacy.check(checkpoint)  # before anything is stated from an account that was lost
             folder.save_checkpoint(checkpoint)
         classes = run.job.task.has_classes
         evaluator, decider = (_Evaluator(runtime, some, classes=classes) for some in (examples, deciding))
-        coordinator = _coordinator(run, folder, runtime, evaluator, decider if deciding else None, central)
+        coordinator = _coordinator(run, folder, runtime, evaluator, decider if deciding else None, privacy)
         try:
             checkpoint = run_rounds(grid, coordinator, checkpoint, stop_after=run.stop_after)
         except BaseException:
             # What went wrong first is what matters, for example a full disk.
             with contextlib.suppress(Exception):
-                _write_unfinished(run, folder, details, central)
+                _write_unfinished(run, folder, details, privacy)
             raise
-        folder.write_privacy(checkpoint, central.release() if central else None)
+        folder.write_privacy(checkpoint, privacy.release())
         folder.write_site_metrics(checkpoint)
         calibration = None
         if classes:
@@ -138,6 +136,13 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         if run.report:
             write_report_if_possible(run.folder)
         return checkpoint
+
+
+def _privacy(run: Run) -> Privacy:
+    """Return who adds this run's noise and keeps its account; the only place where that is asked."""
+    if run.job.privacy.mechanism == "central":
+        return CentralPrivacy(run.job, run.folder, new_randomness=run.new_randomness)
+    return LocalPrivacy(run.job)
 
 
 class _Evaluator:
@@ -173,11 +178,11 @@ def _public_parts(run: Run) -> PublicRecords:
     return hold_back(run.public_records, task_of(run.job).roles[0])
 
 
-def _write_unfinished(run: Run, folder: RunFolder, details: Mapping[str, Any], central: CentralPrivacy | None) -> None:
+def _write_unfinished(run: Run, folder: RunFolder, details: Mapping[str, Any], privacy: Privacy) -> None:
     """Write what the sites have released so far: a run that never goes on has spent it all the same."""
     checkpoint = folder.load_checkpoint()
     if checkpoint is not None:
-        folder.write_privacy(checkpoint, central.release() if central else None)
+        folder.write_privacy(checkpoint, privacy.release())
     folder.write_run_info("stopped", details)
 
 
@@ -203,19 +208,17 @@ def _coordinator(
     runtime: Runtime,
     evaluator: _Evaluator,
     decider: _Evaluator | None,
-    central: CentralPrivacy | None,
+    privacy: Privacy,
 ) -> Coordinator:
-    exact = run.job.lora.train == "both"
     return Coordinator(
         job=run.job,
-        initial_adapter=runtime.initial_global(exact),
+        initial_adapter=runtime.initial_global(run.job.lora.train == "both"),
         update_shapes=adapters.shapes_of(runtime.initial),
-        exact_scaling=run.job.lora.alpha / run.job.lora.rank if exact else None,
+        privacy=privacy,
         evaluate=lambda adapter: evaluator(adapter).metrics,
         evaluate_every=run.evaluate_every,
         save=folder.save_checkpoint,
         observer=run.observer,
         authority=run.authority,
-        central=central,
         decide=(lambda adapter: decider(adapter).metrics) if decider and run.job.training.early_stopping else None,
     )

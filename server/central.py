@@ -5,7 +5,7 @@ Guarantees (tests: tests/server/test_central.py; planted faults: tests/server/te
       charge, and a round that is computed again draws fresh noise and is charged again.
     * No more noise events are executed than the job declares, so epsilon never exceeds what the sites agreed to.
     * The next adapter, the next clipping bound and the state of the server optimiser read the noisy sums and public numbers
-      only. What is written about a round does not tell who was drawn (`without_participants`).
+      only. What is written about a round does not tell who was drawn (`CentralPrivacy.published`).
 
 The clipping bound lies in the checkpoint beside the adapter that it was released with; the account lies in a file of its own,
 because it must not go back when a round does.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 
 from server.checkpoint import Checkpoint, RoundRecord
+from server.earlier_requests import EarlierRequests, Made, Releases
+from server.roster import Authority
 from server.strategies import Adapter, apply_update
 from shared.adapters import Shapes
 from shared.atomic import write_json
@@ -35,6 +37,7 @@ from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.central import CentralPlan, CentralRound, SitesSum
 from shared.privacy.central_statement import CentralRelease
 from shared.privacy.randomness import Origin, SiteRandomness
+from shared.privacy.statement import SiteRelease
 
 LEDGER_FILE = "central_ledger.json"
 _CLIP_NORM = "|clip_norm"  # in the checkpoint's server state, as "|step" of the server optimiser
@@ -134,32 +137,48 @@ class CentralLedger:
 
 
 class CentralPrivacy:
-    """What a coordinator needs for central DP over one run.
+    """What a coordinator needs for central DP over one run; the interface of `LocalPrivacy`.
 
     Attributes:
         plan: what is executed.
         ledger: what was executed.
     """
 
+    least_updates = 0  # how many sites answered must not show in anything
+
     def __init__(
         self, job: Job, folder: Path, *, new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os
     ) -> None:
         self.plan = CentralPlan.from_job(job)
         self.ledger = CentralLedger(folder / LEDGER_FILE, job, self.plan)
+        self.earlier = EarlierRequests()  # none count: the sites keep no account
         self._config, self._new_randomness = job.aggregation, new_randomness
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise `RunError` unless every round that is complete was charged."""
+        self.ledger.check(checkpoint)
+
+    def resume(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
+        """Return `checkpoint`, checked: what came after it is in the account."""
+        self.check(checkpoint)
+        return checkpoint
 
     def begin(self, round_number: int) -> SitesRound:
         """Return one attempt at a round, with randomness of its own."""
         return SitesRound(self.plan, self.ledger, self._config, self._new_randomness(), round_number)
 
-    def epsilon(self) -> float | None:
+    def account_ahead(self, releases: Releases) -> None:
+        """Compose what will be spent after the next round: the accountant remembers it."""
+        compose_epsilon([*self.ledger.events, self.plan.plan.mechanism(1)], self.plan.plan.delta)
+
+    def epsilon(self, releases: Releases) -> float | None:
         """Return epsilon of everything charged; None if there is none to state."""
         release = self.release()
         return release.epsilon if release.protected and release.steps else None
 
-    def account_ahead(self) -> None:
-        """Compose what will be spent after the next round: the accountant remembers it."""
-        compose_epsilon([*self.ledger.events, self.plan.plan.mechanism(1)], self.plan.plan.delta)
+    def published(self, record: RoundRecord) -> RoundRecord:
+        """Return `record` without names, traffic and time, which would tell who was drawn."""
+        return replace(record, sites=[], failed={}, bytes_up=None, bytes_down=None, seconds=None)
 
     def release(self) -> CentralRelease:
         """Return what the statement speaks of."""
@@ -214,7 +233,11 @@ class SitesRound:
         return [nodes[index] for index in self.plan.plan.sample(len(nodes), coins).tolist()]
 
     def aggregation(
-        self, current: Mapping[str, Tensor], server_state: Mapping[str, Tensor], shapes: Shapes
+        self,
+        current: Mapping[str, Tensor],
+        server_state: Mapping[str, Tensor],
+        shapes: Shapes,
+        asked_records: Sequence[int] = (),
     ) -> SitesAggregation:
         """Return the round's aggregation, with the clipping bound that the last round left.
 
@@ -222,8 +245,15 @@ class SitesRound:
             current: the global adapter that the sites started from.
             server_state: of the server optimiser, and the clipping bound; empty before the first round.
             shapes: of every update.
+            asked_records: not read; what sites declare weighs nothing.
         """
         return SitesAggregation(self, current, server_state, shapes)
+
+    def account(
+        self, releases: Releases, made: Mapping[str, Made], unknown: Sequence[SiteDescription], adapter_sha256: str
+    ) -> dict[str, SiteRelease]:
+        """Return `releases`: the coordinator's own counts, charged before its noise is drawn."""
+        return dict(releases)
 
     def release(self, total: SitesSum, clip_norm: float, shapes: Shapes) -> CentralRound:
         """Return the release of a pair under this round's noise.
@@ -271,11 +301,6 @@ class SitesAggregation:
         released = self._attempt.release(self._sum.total(), self._clip_norm, self._shapes)
         following, state = apply_update(self._current, released.mean, self._server_state, self._attempt.config)
         return following, state | {_CLIP_NORM: torch.tensor(released.clip_norm, dtype=torch.float64)}
-
-
-def without_participants(record: RoundRecord) -> RoundRecord:
-    """Return `record` as it may be published: names, traffic and time would tell who was drawn, or how many."""
-    return replace(record, sites=[], failed={}, bytes_up=None, bytes_down=None, seconds=None)
 
 
 def _sha256(entry: Mapping[str, Any]) -> str:

@@ -14,14 +14,17 @@ ledgers still have every charge.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from shared.config import Job
-from shared.messages import KEPT_ROUNDS, SiteDescription
+from shared.messages import KEPT_ROUNDS, SiteDescription, TrainReply
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
+
+Releases = Mapping[str, SiteRelease]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,7 @@ class EarlierRequests:
         for (name, number), requests in sorted(self._requests.items()):
             if number > job.training.rounds:
                 continue  # site metrics have an account of their own
-            release = result.get(name) or unknown_release(self._sites[name], plan)
+            release = result.get(name) or unknown_release(name, self._sites[name].declared_records, plan)
             others = tuple(n for n in release.unanswered if n != number)
             open_requests = sum(not request.updates for request in requests)
             per_round = plan.mechanism(job.training.local_steps) if plan.private else None
@@ -122,15 +125,28 @@ class EarlierRequests:
         return result
 
 
-def unknown_release(site: SiteDescription, plan: PrivacyPlan) -> SiteRelease:
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What is kept of an update that came: everything but its bytes."""
+
+    reply: TrainReply
+    update_sha256: str
+
+    @classmethod
+    def of(cls, reply: TrainReply) -> Made:
+        """Return `reply` without its bytes, and their hash."""
+        return cls(reply=replace(reply, update=b""), update_sha256=hashlib.sha256(reply.update).hexdigest())
+
+
+def unknown_release(site: str, declared_records: int, plan: PrivacyPlan) -> SiteRelease:
     """Return the empty account of a site of which nothing has come yet."""
     return SiteRelease(
-        site=site.site,
+        site=site,
         unit=plan.unit,
         records_per_person=plan.records_per_person,
         delta=plan.delta,
         max_grad_norm=plan.max_grad_norm,
-        declared_records=site.declared_records,
+        declared_records=declared_records,
         randomness="os",
         epsilon_budget=0.0,
         steps_planned=plan.planned_steps,

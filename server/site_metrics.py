@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,23 +17,14 @@ from flwr.serverapp.grid import Grid
 
 from server.checkpoint import Checkpoint
 from server.earlier_requests import EarlierRequests
-from server.exchange import exchange
+from server.exchange import Question, collect
 from server.observer import Observer
 from server.roster import Authority
 from shared import adapters
 from shared.config import Job
 from shared.epsilons import noise_rounded_down
 from shared.errors import RunError
-from shared.messages import (
-    MALFORMED,
-    METRICS,
-    MetricsReply,
-    Refusal,
-    SiteDescription,
-    TrainRequest,
-    pack_request,
-    unpack_metrics,
-)
+from shared.messages import MetricsReply, Refusal, SiteDescription, unpack_metrics
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 from shared.site_metrics import estimate, num_bins
@@ -42,12 +33,12 @@ from shared.site_metrics import estimate, num_bins
 def collect_site_metrics(
     grid: Grid,
     job: Job,
-    sites: dict[int, SiteDescription],
+    sites: Mapping[int, SiteDescription],
     checkpoint: Checkpoint,
     *,
     authority: Authority | None,
     observer: Observer,
-    earlier: EarlierRequests | None = None,
+    earlier: EarlierRequests,
 ) -> Checkpoint:
     """Ask the sites that took part for the job's metrics and return the checkpoint with what came.
 
@@ -60,7 +51,6 @@ def collect_site_metrics(
     # That of a round after the last planned one, also of a run that ended before it.
     number = job.training.rounds + 1
     adapter = adapters.encode(checkpoint.result)
-    earlier = earlier or EarlierRequests()
     own = {hashlib.sha256(adapter).hexdigest()}
     asked = {
         node: site
@@ -68,42 +58,41 @@ def collect_site_metrics(
         if site.site in checkpoint.releases and earlier.adapters_asked(site.site, number) <= own
     }
     observer.metrics_asked(number, [site.site for site in asked.values()], adapter)
-
-    def requests(nodes: Sequence[int]) -> list[Message]:
-        order = authority.order(number, adapter) if authority else None
-        content = TrainRequest(job=job, round_number=number, adapter=adapter, order=order)
-        return [
-            Message(pack_request(content, "metrics"), dst_node_id=node, message_type=METRICS, group_id=str(number))
-            for node in nodes
-        ]
-
-    unknown = {site.site for site in asked.values()} | earlier.sites_asked(number)
-    replies: dict[str, MetricsReply] = {}
-    for found in exchange(
-        grid,
-        requests,
-        list(asked),
-        timeout=job.federation.round_timeout_seconds,
-        expected=0.0,
-        repeat=authority is not None,
-    ):
-        name, answer = asked[found.node].site, unpack_metrics(found.message)
-        problem = None
-        if isinstance(answer, Refusal):
-            problem = f"{answer.code}: {answer.reason}"
-            # A refusal to a repeated request may hide a release that is still on its way.
-            if not found.message.has_error() and answer.code != MALFORMED and found.times_asked == 1:
-                unknown.discard(name)
-        else:
-            try:
-                _check(answer, name, job, adapter)
-                replies[name] = answer
-                unknown.discard(name)
-            except RunError as error:
-                problem = str(error)
-        observer.metrics_judged(name, None if problem else replies[name], problem)
-    released = _account(checkpoint.releases, replies, unknown, job)
+    question = _Metrics(job, number, adapter, asked, observer)
+    question.unknown |= earlier.sites_asked(number)
+    collect(grid, question, authority=authority)
+    replies = question.replies
+    released = _account(checkpoint.releases, replies, question.unknown, job)
     return replace(checkpoint, releases=released, site_metrics={name: replies[name].counts for name in sorted(replies)})
+
+
+class _Metrics(Question[MetricsReply]):
+    """The question for the metrics, and what came.
+
+    Attributes:
+        replies: by site, those that were taken.
+    """
+
+    kind = "metrics"
+
+    def __init__(
+        self, job: Job, number: int, adapter: bytes, sites: Mapping[int, SiteDescription], observer: Observer
+    ) -> None:
+        super().__init__(job, number, adapter, sites)
+        self._observer = observer
+        self.replies: dict[str, MetricsReply] = {}
+
+    def unpack(self, message: Message) -> MetricsReply | Refusal:
+        return unpack_metrics(message)
+
+    def take(self, reply: MetricsReply, site: SiteDescription) -> None:
+        _check(reply, site.site, self.job, self.adapter)
+        self.unknown.discard(site.site)
+        self.replies[site.site] = reply
+
+    def judged(self, site: str, reply: MetricsReply | None) -> None:
+        """See `Question`; of metrics that were not taken only the reason is told."""
+        self._observer.metrics_judged(site, self.replies.get(site), self.failed.get(site))
 
 
 def site_metrics_record(checkpoint: Checkpoint, job: Job) -> dict[str, Any]:

@@ -128,10 +128,9 @@ def coordinator(
         job=job,
         initial_adapter=INITIAL,
         update_shapes=SHAPES,
-        exact_scaling=None,
         evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
         evaluate_every=1,
         save=save,
         observer=observer or Observer(),
-        central=CentralPrivacy(job, folder, new_randomness=SiteRandomness.from_os if seed is None else injected),
+        privacy=CentralPrivacy(job, folder, new_randomness=SiteRandomness.from_os if seed is None else injected),
     )

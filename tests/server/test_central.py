@@ -97,8 +97,8 @@ def test_epsilon_is_of_sites_and_follows_the_executed_rounds(tmp_path: Path) -> 
     last = run_rounds(grid_of(), setup, None)
     steps = [GaussianSteps(noise_multiplier=1.5, sample_rate=0.5, steps=number) for number in range(1, 5)]
     assert [record.epsilon_max for record in last.history] == [None, *(compose_epsilon([s], 1e-5) for s in steps)]
-    assert setup.central is not None
-    release = setup.central.release()
+    release = setup.privacy.release()
+    assert release is not None
     assert (release.events, release.rounds, release.protected) == ((steps[-1],), (1, 2, 3, 4), True)
     assert release.update_noise_multiplier == pytest.approx((1.5**-2 - 5.0**-2) ** -0.5)
 
@@ -109,8 +109,9 @@ def test_injected_randomness_is_remembered_over_a_resume(tmp_path: Path) -> None
     assert first.history[-1].epsilon_max is None
     setup = coordinator(job, tmp_path)
     run_rounds(grid_of(), setup, first)
-    assert setup.central is not None
-    assert not setup.central.release().protected
+    release = setup.privacy.release()
+    assert release is not None
+    assert not release.protected
 
 
 # --- sites that fail ---
@@ -274,8 +275,8 @@ def test_a_recomputed_round_is_a_second_charge(tmp_path: Path, monkeypatch: pyte
     setup = coordinator(job, tmp_path)
     last = run_rounds(grid_of(), setup, saved[-1], stop_after=3)
     assert (last.round_number, charged(tmp_path)) == (3, [1, 2, 2, 3])
-    assert setup.central is not None
-    release = setup.central.release()
+    release = setup.privacy.release()
+    assert release is not None
     assert release.steps == 4
     assert last.history[-1].epsilon_max == release.epsilon == release.epsilon_planned
     # Four noisy rounds were declared to the sites and four were executed.

@@ -19,6 +19,7 @@ from server.app import Run, execute
 from server.checkpoint import Checkpoint, RoundRecord, load_checkpoint, save_checkpoint
 from server.earlier_requests import Asked
 from server.early_stopping import best_round, evaluations_without_improvement, is_over, stopped_early
+from server.local import LocalPrivacy
 from server.observer import Observer
 from server.roster import Authority
 from server.rounds import Coordinator, run_rounds
@@ -117,7 +118,7 @@ def coordinator(
         job=job,
         initial_adapter={"head.b": torch.zeros(1)},
         update_shapes={"head.b": torch.Size([1])},
-        exact_scaling=None,
+        privacy=LocalPrivacy(job),
         evaluate=lambda adapter: {"accuracy": series[round(float(adapter["head.b"]))], "loss": 1.0},
         evaluate_every=every,
         save=(saved if saved is not None else []).append,

@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 import server.exchange as exchange_module
 from server.checkpoint import Checkpoint, RoundRecord
 from server.earlier_requests import Asked
+from server.local import LocalPrivacy
 from server.observer import Observer
 from server.roster import Authority
 from server.rounds import Coordinator, run_rounds
@@ -102,7 +103,7 @@ def coordinator(job: Job, authority: Authority | None) -> Coordinator:
         job=job,
         initial_adapter=INITIAL,
         update_shapes={"w": torch.Size([2])},
-        exact_scaling=None,
+        privacy=LocalPrivacy(job),
         evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
         evaluate_every=1,
         save=lambda checkpoint: None,

@@ -16,9 +16,10 @@ from flwr.server.superlink.linkstate.utils import create_message_error_unavailab
 
 import server.roster as roster_module
 from server.checkpoint import Checkpoint
+from server.local import LocalPrivacy, select_sites
 from server.observer import Observer
 from server.roster import Roster
-from server.rounds import Coordinator, run_rounds, select_sites
+from server.rounds import Coordinator, run_rounds
 from shared.adapters import encode
 from shared.config import Job, parse
 from shared.errors import RunError
@@ -122,7 +123,7 @@ def coordinator(job: Job, saved: list[Checkpoint] | None = None) -> Coordinator:
         job=job,
         initial_adapter=INITIAL,
         update_shapes={name: tensor.shape for name, tensor in INITIAL.items()},
-        exact_scaling=None,
+        privacy=LocalPrivacy(job),
         evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
         evaluate_every=1,
         save=(saved if saved is not None else []).append,

@@ -14,6 +14,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from server.checkpoint import Checkpoint
+from server.local import LocalPrivacy
 from server.observer import Observer
 from server.rounds import Coordinator, run_rounds
 from server.site_metrics import site_metrics_record
@@ -106,7 +107,7 @@ def coordinator(job: Job, saved: list[Checkpoint]) -> Coordinator:
         job=job,
         initial_adapter=INITIAL,
         update_shapes={name: tensor.shape for name, tensor in INITIAL.items()},
-        exact_scaling=None,
+        privacy=LocalPrivacy(job),
         evaluate=lambda adapter: {"loss": 0.0},
         evaluate_every=1,
         save=saved.append,

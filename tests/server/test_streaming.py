@@ -10,6 +10,7 @@ import torch
 from flwr.app import Message
 
 from server.exchange import exchange
+from server.local import LocalPrivacy
 from server.observer import Observer
 from server.rounds import Coordinator, run_rounds
 from shared.adapters import encode
@@ -48,7 +49,7 @@ def growth(num_sites: int, monkeypatch: pytest.MonkeyPatch) -> float:
         job=job,
         initial_adapter=ADAPTER,
         update_shapes={name: tensor.shape for name, tensor in ADAPTER.items()},
-        exact_scaling=None,
+        privacy=LocalPrivacy(job),
         evaluate=lambda adapter: {},
         evaluate_every=1,
         save=lambda checkpoint: None,
