@@ -1,7 +1,7 @@
 """What a real site puts between the coordinator and its data: signatures, policy, audit log, encryption at rest.
 
-A simulated site has no guard. A real one cannot be opened without (`client.home.open_site`), and refuses whatever is not
-signed (tests/client/test_guard.py).
+A real site cannot be opened without a `Guard` (`client.home.open_site`), and refuses whatever is
+not signed (tests/client/test_guard.py). A simulated one has a `NoGuard`, which does nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
+from client.audit_mirror import AuditMirror
+from client.charged_records import RECORDS_FILE, ChargedRecords
+from client.declared import durable_size
 from client.ledger import Ledger
 from client.policy import (
     Policy,
@@ -28,12 +32,13 @@ from client.policy import (
 from shared.audit_log import AuditLog, Event
 from shared.backbones import backbone_folder, backbone_sha256
 from shared.config import Job, ModelConfig
-from shared.errors import PolicyError, SilotuneError, TrustError
+from shared.errors import BudgetExceeded, PolicyError, SilotuneError, TrustError
 from shared.image_models import image_network_sha256
 from shared.keystore import Seal
 from shared.messages import TrainRequest
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.plan import PrivacyPlan
+from shared.privacy.sizes import declared_size
 from shared.signing import SignedJob, verify_round
 
 
@@ -78,8 +83,21 @@ class Guard:
         check_job(self.policy, signed, now=self._clock(), site=self._site)
         check_backbone(self.policy, signed.job, _model_sha256(signed.job.model))
 
+    def mirror(self) -> AuditMirror:
+        """Return what repeats the ledger in the log."""
+        return AuditMirror(self.log)
+
+    def charged_records(self, home: Path, *, dataset: str, records: Sequence[Mapping[str, Any]]) -> ChargedRecords:
+        """Return what is kept of the records that were charged; see `client.charged_records`."""
+        return ChargedRecords(home / RECORDS_FILE, seal=self.seal, dataset=dataset, records=records)
+
+    def declared_size(self, home: Path, *, dataset: str, unit: str, num_units: int) -> int:
+        """Return the size that the site declared first; see `client.declared`."""
+        return durable_size(home, dataset=dataset, unit=unit, num_units=num_units)
+
     def admit_round(self, request: TrainRequest) -> None:
-        """Raise `PolicyError` unless the round was sent, now, by the coordinator that the signed job names."""
+        """Note a request; raise `PolicyError` unless the job's coordinator sent it, now."""
+        self._received(request)
         order = request.order
         self.admit_job(order.signed_job if order else None)
         assert order is not None  # noqa: S101 (admit_job refused otherwise)
@@ -117,7 +135,7 @@ class Guard:
         """Raise `PolicyError` unless the policy lets every one of the job's site metrics out."""
         check_metrics(self.policy, job)
 
-    def received(self, request: TrainRequest) -> None:
+    def _received(self, request: TrainRequest) -> None:
         """Note who asked for what."""
         self.log.append(
             Event.REQUEST_RECEIVED,
@@ -128,6 +146,12 @@ class Guard:
             adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
             bytes=len(request.adapter),
         )
+
+    def told(self, error: SilotuneError) -> str:
+        """Return what may be told; what a real site spent on other jobs is its own business."""
+        if isinstance(error, BudgetExceeded):
+            return f"the round does not fit into the site's budget; {error.steps_affordable} such steps still fit."
+        return str(error)
 
     def refused(self, job: Job | None, round_number: int | None, error: Exception, *, sent: bool) -> None:
         """Note a refusal; `sent` tells whether its text left the site or only the error's name."""
@@ -163,6 +187,35 @@ class Guard:
             epsilon_spent=ledger.spent_epsilon() if ledger else None,
             seconds_training=round(seconds, 3),
         )
+
+
+class NoGuard:
+    """The guard of a simulated site: lets everything pass, notes nothing, seals nothing."""
+
+    seal = None
+
+    def mirror(self) -> None:
+        """Return None: no log repeats the ledger."""
+
+    def charged_records(self, home: Path, *, dataset: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Return None: nobody renames the data of a simulation."""
+
+    def declared_size(self, home: Path, *, dataset: str, unit: str, num_units: int) -> int:
+        """Return the size that follows from the data, which never changes."""
+        return max(declared_size(num_units), 1)
+
+    def told(self, error: SilotuneError) -> str:
+        """Return the whole text: nobody's budget is a secret in a simulation."""
+        return str(error)
+
+    def admit_job(self, signed: SignedJob | None) -> None: ...
+    def admit_round(self, request: TrainRequest) -> None: ...
+    def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None: ...
+    def admit_metrics(self, job: Job) -> None: ...
+    def refused(self, job: Job | None, round_number: int | None, error: Exception, *, sent: bool) -> None: ...
+    def prepared(self, signed: SignedJob) -> None: ...
+    def left_out(self, job: Job, what: str) -> None: ...
+    def stored(self, request: TrainRequest, release: bytes, ledger: Ledger | None, *, seconds: float) -> None: ...
 
 
 def _steps(events: Iterable[GaussianSteps]) -> Counter[GaussianSteps]:

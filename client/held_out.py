@@ -10,7 +10,57 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
+
+from client.config import SiteConfig
+from client.usable import UsableRecords, usable_records
+from shared.config import PERSON_UNITS
+from shared.datasets import PERSON_ROLE
+from shared.privacy.persons import Persons
+from shared.runtime import Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Some of a site's records.
+
+    Attributes:
+        records: these.
+        rows: their numbers in the file, for the site's own log.
+        persons: whose each of them is; None unless persons are the unit of the site's budget.
+    """
+
+    records: list[dict[str, Any]]
+    rows: list[int]
+    persons: Persons | None
+
+    @property
+    def num_units(self) -> int:
+        """How many records there are, or persons."""
+        return len(self.records) if self.persons is None else self.persons.count
+
+    def usable(self, runtime: Runtime) -> UsableRecords:
+        """Return those that the job of `runtime` can use."""
+        return usable_records(runtime, self.records, rows=self.rows, persons=self.persons)
+
+
+def split(records: list[dict[str, Any]], config: SiteConfig) -> tuple[Part, Part]:
+    """Return the records to train on and those held out; takes ids of persons out of `records`."""
+    ids = [record.pop(PERSON_ROLE, None) for record in records]
+    by_person = config.budget.unit in PERSON_UNITS
+    persons = Persons.keys(ids) if by_person else None
+    out = held_out(records, config.evaluation_share, dataset=config.dataset, persons=persons)
+
+    def part(side: bool) -> Part:
+        places = [place for place, is_out in enumerate(out) if is_out == side]
+        return Part(
+            records=[records[place] for place in places],
+            rows=[place + 1 for place in places],
+            persons=Persons.from_ids([ids[place] for place in places]) if by_person else None,
+        )
+
+    return part(False), part(True)
 
 
 def held_out(

@@ -21,11 +21,12 @@ from flwr.clientapp import ClientApp
 
 from client.app import make_client_app
 from client.fleet import HEARTBEAT_SECONDS, FleetConnection, RunOver, TlsFacts, Unreachable, tls_facts
+from client.guard import Guard
 from client.home import Identity, SiteHome, load_identity, open_site
 from client.site import Site
 from client.slots import Slots
 from client.status import StatusFile
-from shared.audit_log import Event
+from shared.audit_log import AuditLog, Event
 from shared.errors import SilotuneError, place_of
 from shared.messages import WITHHELD, carries_release
 
@@ -65,13 +66,12 @@ class Node:
         """
         with self.home.locked():
             site = open_site(self.home, passphrase=self._passphrase)
-            assert site.guard is not None  # noqa: S101 (open_site gives one)
             # Whoever stops the node does not wait for the end of a slot.
             client_app = make_client_app(lambda context: site, slots=Slots(pause=self._stop.wait))
             site.checked_ledger()  # a broken ledger is found now, not in the first round
             for text in site.warnings():
                 log.warning("%s.", text)
-            site.guard.log.append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())
+            _log(site).append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())
             self._status.say("starting")
             wait = _FIRST_WAIT_SECONDS
             try:
@@ -86,7 +86,7 @@ class Node:
                     self._stop.wait(wait)
                     wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
             finally:
-                site.guard.log.append(Event.NODE_STOPPED, pid=os.getpid())
+                _log(site).append(Event.NODE_STOPPED, pid=os.getpid())
                 self._status.say("stopped")
 
     def _session(self, site: Site, client_app: ClientApp) -> None:
@@ -179,25 +179,26 @@ class Node:
         )
 
     def _note_connected(self, site: Site, identity: Identity, facts: TlsFacts) -> None:
-        assert site.guard is not None  # noqa: S101
         until = identity.certificate.not_valid_after_utc.isoformat(timespec="seconds")
         log.info("connected to %s over %s, ALPN %s, %s", identity.address, facts.tls_version, facts.alpn, facts.cipher)
-        site.guard.log.append(
-            Event.NODE_CONNECTED, coordinator=identity.address, certificate_until=until, **asdict(facts)
-        )
+        _log(site).append(Event.NODE_CONNECTED, coordinator=identity.address, certificate_until=until, **asdict(facts))
         self._status.say(
             "connected", coordinator=identity.address, certificate_until=until, problem=None, **asdict(facts)
         )
 
     def _note_rotation(self, site: Site) -> None:
-        assert site.guard is not None  # noqa: S101
         log.info("another key or certificate was installed; connecting anew")
-        site.guard.log.append(Event.KEY_ROTATED)
+        _log(site).append(Event.KEY_ROTATED)
 
     def _note_sent(self, site: Site, message: Message, reply: Message, num_bytes: int) -> None:
-        assert site.guard is not None  # noqa: S101
         event = Event.RELEASE_SENT if carries_release(reply) else Event.REPLY_SENT
-        site.guard.log.append(event, message_type=message.metadata.message_type, bytes=num_bytes)
+        _log(site).append(event, message_type=message.metadata.message_type, bytes=num_bytes)
+
+
+def _log(site: Site) -> AuditLog:
+    """Return the audit log of a site that `open_site` opened."""
+    assert isinstance(site.guard, Guard)  # noqa: S101
+    return site.guard.log
 
 
 def answer(client_app: ClientApp, message: Message, node_id: int) -> Message:

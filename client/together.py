@@ -12,23 +12,24 @@ from collections.abc import Sequence
 from functools import partial
 
 from client.independence import settle_stacks
-from client.site import BegunRound, Site
+from client.release import Begun
+from client.site import Site
 from client.trainer import LocalRound, steps_taken, train_local_rounds
 from shared.errors import place_of
 from shared.messages import Refusal, TrainReply, TrainRequest
 
 log = logging.getLogger("silotune.site")
 
-Begun = tuple[int, Site, BegunRound]
+BegunAt = tuple[int, Site, Begun]
 
 
 def train_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[TrainReply | Refusal]:
     """Answer one training request of each site, in order."""
     answers: dict[int, TrainReply | Refusal] = {}
-    alike: dict[object, list[Begun]] = {}
+    alike: dict[object, list[BegunAt]] = {}
     for place, (site, request) in enumerate(requests):
-        begun = site.guarded(partial(site.begin, request), job=request.job, round_number=request.round_number)
-        if isinstance(begun, BegunRound):
+        begun = site.guarded(partial(site.update.begin, request), job=request.job, round_number=request.round_number)
+        if isinstance(begun, Begun):
             # One pass serves sites that start from the same values and have come equally far.
             key = (id(begun.runtime), begun.request_sha256, steps_taken(begun.work.optimizer_state))
             alike.setdefault(key, []).append((place, site, begun))
@@ -40,16 +41,16 @@ def train_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[TrainR
         seconds = (time.monotonic() - started) / len(group)
         for (place, site, begun), result in zip(group, results, strict=True):
             act = (
-                partial(site.train_begun, begun)
+                partial(site.update.make_begun, begun)
                 if result is None
-                else partial(site.finish, begun, result, seconds=seconds)
+                else partial(site.update.finish, begun, result, seconds=seconds)
             )
             request = begun.request
             answers[place] = site.guarded(act, job=request.job, round_number=request.round_number)
     return [answers[place] for place in range(len(requests))]
 
 
-def _trained(group: Sequence[Begun]) -> Sequence[LocalRound | None]:
+def _trained(group: Sequence[BegunAt]) -> Sequence[LocalRound | None]:
     """Return every site's round; None for all if something failed, so that each is trained alone and fails alone."""
     first = group[0][2]
     try:

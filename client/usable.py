@@ -15,15 +15,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from shared.batches import Example
-from shared.errors import ConfigError, DataError, ModelError
+from shared.errors import AdapterError, BudgetExceeded, ConfigError, DataError, ModelError, PolicyError
 from shared.privacy.persons import Persons
 from shared.runtime import Runtime
+
+PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError)
+"""Texts of these errors speak of the job or of public quantities only; all others stay at the site, name and text."""
 
 _MOST_ROWS_NAMED = 5
 _MOST_REASONS_NAMED = 5
@@ -77,6 +81,15 @@ class UsableRecords:
     examples: list[Example]
     persons: Persons | None
     left_out: LeftOut
+
+
+@contextmanager
+def on_records() -> Iterator[None]:
+    """Let no error that may be told leave what reads records: all that fails here is withheld, whatever its kind."""
+    try:
+        yield
+    except PUBLIC_ERRORS as error:
+        raise DataError(f"while records were read: {type(error).__name__}: {error}") from error
 
 
 def usable_records(

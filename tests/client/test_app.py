@@ -15,6 +15,7 @@ from flwr.clientapp import ClientApp
 from client import app as app_module
 from client.app import make_client_app, simulated_site, site_homes, this_site
 from client.commands import init
+from client.guard import Guard
 from client.site import Site
 from shared.config import Job
 from shared.datasets import write_jsonl
@@ -73,7 +74,7 @@ def test_a_training_request_is_answered_with_an_update(
 def test_a_simulated_site_draws_from_the_operating_system_unless_told(sites: Path) -> None:
     context = Context(run_id=1, node_id=1, node_config={"partition-id": 0}, state=RecordDict(), run_config={})
     site = simulated_site(context, sites=sites)
-    assert site._new_randomness().origin == "os"
+    assert site.new_randomness().origin == "os"
     assert simulated_site(context, sites=sites) is site, "a site is opened once per process"
 
 
@@ -136,6 +137,6 @@ def test_a_real_site_is_the_folder_in_the_environment(
     monkeypatch.setenv("SILOTUNE_SITE_HOME", str(home))
     site = this_site(context)
     assert site.config.name == "real"
-    assert site.guard is not None, "there is no way to a real site around its policy"
-    assert site._new_randomness().origin == "os"
+    assert isinstance(site.guard, Guard), "there is no way to a real site around its policy"
+    assert site.new_randomness().origin == "os"
     assert isinstance(app_module.app, ClientApp)

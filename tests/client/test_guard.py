@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from client import commands
+from client.guard import Guard, NoGuard
 from client.home import SiteHome, open_site
 from client.site import Site
 from shared import audit_log
@@ -338,7 +340,7 @@ def test_a_signer_that_is_struck_out_signs_nothing_any_more(world: World, asked:
 def test_a_policy_that_cannot_be_read_accepts_nothing_and_only_the_site_learns_why(
     world: World, asked: TrainRequest, broken: str | None
 ) -> None:
-    assert world.site.guard is not None
+    assert isinstance(world.site.guard, Guard)  # opened while the policy could still be read
     good = world.home.policy.read_text()
     if broken is None:
         world.home.policy.unlink()
@@ -432,3 +434,13 @@ def test_metrics_need_an_order_of_their_own(world: World, measured: TrainRequest
     stranger = world.order(measured, key=SigningKey.generate())
     assert "is not signed by the coordinator" in str(world.site.answer_metrics(stranger))
     assert world.site.ledger().events() == []
+
+
+def test_a_simulated_sites_guard_answers_to_the_calls_of_a_real_one() -> None:
+    """So that a check that is added to the one cannot be forgotten in the other, nor be called with something else."""
+
+    def calls(guard: type) -> dict[str, list[str]]:
+        found = inspect.getmembers(guard, inspect.isfunction)
+        return {name: list(inspect.signature(call).parameters) for name, call in found if not name.startswith("_")}
+
+    assert calls(NoGuard) == calls(Guard)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 
-import client.site as site_module
+import client.held_out as held_out_module
+import client.release as release_module
 from client import commands
 from client.check import check_site
 from client.home import SiteHome
@@ -185,7 +186,7 @@ def test_whatever_fails_on_records_has_one_code_and_one_text(
 
     world = make_world(ROWS, evaluation_share=0.2)
     job = private_job(federation={"min_sites": 2}, site_metrics={"names": ["loss"], "noise_multiplier": 5.0})
-    monkeypatch.setattr(site_module, where, fail)
+    monkeypatch.setattr(held_out_module if where == "usable_records" else release_module, where, fail)
     if where == "cast_votes":
         answer = world.site.answer_metrics(world.order(request_for(job, 4)))
     else:

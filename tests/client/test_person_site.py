@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-import client.site as site_module
+import client.release as release_module
 from client.mechanism_release import canary_runtime
 from client.site import Site
 from client.trainer import train_local_round
@@ -68,7 +68,7 @@ def test_persons_are_declared_charged_and_trained_on(
         seen.append(kwargs)
         return train_local_round(*args, **kwargs)
 
-    monkeypatch.setattr(site_module, "train_local_round", traced)
+    monkeypatch.setattr(release_module, "train_local_round", traced)
     site = Site(person_home())
     assert site.describe().declared_records == 8  # of 12 patients, not of 60 records
     reply = site.answer(request_for(person_job()))

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import client.outbox as outbox_module
-import client.site as site_module
+import client.release as release_module
 from client.ledger import Ledger
 from client.site import Site
 from client.trainer import LocalRound, train_local_round
@@ -64,7 +64,7 @@ def test_a_round_is_charged_before_it_is_trained(
 
     monkeypatch.setattr(Ledger, "reserve", traced("reserve", Ledger.reserve))
     monkeypatch.setattr(Ledger, "commit", traced("commit", Ledger.commit))
-    monkeypatch.setattr(site_module, "train_local_round", traced("train", train_local_round))
+    monkeypatch.setattr(release_module, "train_local_round", traced("train", train_local_round))
     monkeypatch.setattr(outbox_module, "write_bytes", traced("store", outbox_module.write_bytes))
     reply = site.train(request_for(private_job()))
     assert order == ["reserve", "train", "store", "commit"]
@@ -180,7 +180,7 @@ def test_a_crash_before_the_release_is_stored_keeps_the_charge(
 
     home, request = site_home(), request_for(private_job())
     with monkeypatch.context() as patch:
-        patch.setattr(outbox_module if where == "write_bytes" else site_module, where, crash)
+        patch.setattr(outbox_module if where == "write_bytes" else release_module, where, crash)
         with pytest.raises(Crash):
             Site(home).answer(request)
     site = Site(home)
@@ -321,7 +321,7 @@ def test_unexpected_errors_tell_nothing(
     def fail(*_: Any, **__: Any) -> LocalRound:
         raise RuntimeError(f"CUDA error near {MARKER}")
 
-    monkeypatch.setattr(site_module, "train_local_round", fail)
+    monkeypatch.setattr(release_module, "train_local_round", fail)
     refusal = Site(site_home()).answer(request_for(private_job()))
     assert refusal == Refusal(site="north", code=WITHHELD, reason="see the site's own log")
 
@@ -414,7 +414,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[LocalRound]:
         results.append(train_local_round(*args, **options))
         return results[-1]
 
-    monkeypatch.setattr(site_module, "train_local_round", kept)
+    monkeypatch.setattr(release_module, "train_local_round", kept)
     return results
 
 
@@ -438,7 +438,7 @@ def test_what_an_encoding_lost_comes_with_the_next_round(
         assert Site(home).train(request) == reply, "a repeated request is answered with what was stored"
         sent.append(decode_update(reply.update, shapes_of(results[0].delta), dtype))
     assert len(results) == 3
-    last = Site(home)._outbox.residual(job.sha256, 4)
+    last = Site(home).outbox.residual(job.sha256, 4)
     for name in results[0].delta:
         missing = sum(result.delta[name].double() for result in results) - sum(part[name].double() for part in sent)
         torch.testing.assert_close(missing, last[name].double(), rtol=1e-4, atol=1e-6)
@@ -459,17 +459,17 @@ def test_a_crash_leaves_the_residual_of_the_last_stored_round(
 
     job, home, results = private_job(federation={"update_dtype": "int8"}), site_home(), observed(monkeypatch)
     Site(home).train(request_for(job, 1))
-    before = Site(home)._outbox.residual(job.sha256, 2)
+    before = Site(home).outbox.residual(job.sha256, 2)
     with monkeypatch.context() as patch:
         patch.setattr(outbox_module, "write_bytes", crash)
         with pytest.raises(Crash):
             Site(home).answer(request_for(job, 2))
-    again = Site(home)._outbox.residual(job.sha256, 2)
+    again = Site(home).outbox.residual(job.sha256, 2)
     assert again.keys() == before.keys() == results[0].delta.keys()
     assert all(torch.equal(again[name], before[name]) for name in before)
     # The round that is computed again starts from it.
     reply = Site(home).train(request_for(job, 2))
-    after = Site(home)._outbox.residual(job.sha256, 3)
+    after = Site(home).outbox.residual(job.sha256, 3)
     decoded = decode_update(reply.update, shapes_of(before), "int8")
     for name, lost in before.items():
         torch.testing.assert_close(decoded[name] + after[name], results[-1].delta[name] + lost, rtol=1e-4, atol=1e-6)
@@ -478,5 +478,5 @@ def test_a_crash_leaves_the_residual_of_the_last_stored_round(
 def test_plain_updates_leave_no_residual(site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest) -> None:
     site, job = Site(site_home()), private_job()
     site.train(request_for(job, 1))
-    assert site._outbox.residual(job.sha256, 2) == {}
-    assert site._outbox.optimizer_state(job.sha256, 2)
+    assert site.outbox.residual(job.sha256, 2) == {}
+    assert site.outbox.optimizer_state(job.sha256, 2)

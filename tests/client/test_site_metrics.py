@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 
 import client.outbox as outbox_module
-import client.site as site_module
+import client.release as release_module
 from client.held_out import held_out
 from client.site import Site
 from shared.config import Job
@@ -64,7 +64,7 @@ def test_metrics_are_charged_before_they_are_measured(
 
         return call
 
-    monkeypatch.setattr(site_module, "cast_votes", traced("measure", site_module.cast_votes))
+    monkeypatch.setattr(release_module, "cast_votes", traced("measure", release_module.cast_votes))
     monkeypatch.setattr(outbox_module, "write_bytes", traced("store", outbox_module.write_bytes))
     reply = site.measure(asked)
     assert order == ["measure after reserve", "store after reserve"]
@@ -148,7 +148,7 @@ def test_no_round_trains_on_a_held_out_record(
     site: Site, asked: TrainRequest, request_for: MakeRequest, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, measured = [], []
-    train, cast = site_module.train_local_round, site_module.cast_votes
+    train, cast = release_module.train_local_round, release_module.cast_votes
 
     def seen(into: list[Any], real: Any) -> Callable[..., Any]:
         def call(runtime: Any, examples: Any, *args: Any, **kwargs: Any) -> Any:
@@ -157,8 +157,8 @@ def test_no_round_trains_on_a_held_out_record(
 
         return call
 
-    monkeypatch.setattr(site_module, "train_local_round", seen(trained, train))
-    monkeypatch.setattr(site_module, "cast_votes", seen(measured, cast))
+    monkeypatch.setattr(release_module, "train_local_round", seen(trained, train))
+    monkeypatch.setattr(release_module, "cast_votes", seen(measured, cast))
     assert isinstance(site.answer(request_for(job, 1)), TrainReply)
     assert isinstance(site.answer_metrics(asked), MetricsReply)
     assert len(trained) + len(measured) == 60
@@ -190,17 +190,17 @@ def test_all_records_of_a_person_are_on_one_side_and_cast_one_vote(
             budget={"epsilon": 50.0, "delta": 1e-5, "unit": "patient"},
         )
     )
-    assert site._persons is not None
-    assert site._held_out_persons is not None
+    assert site.trained.persons is not None
+    assert site.held_out.persons is not None
     # Three records each, whatever the spelling of the id.
-    assert site._persons.count + site._held_out_persons.count == 20
-    assert {len(of) for of in (*site._persons.rows, *site._held_out_persons.rows)} == {3}
+    assert site.trained.persons.count + site.held_out.persons.count == 20
+    assert {len(of) for of in (*site.trained.persons.rows, *site.held_out.persons.rows)} == {3}
     persons = {"unit": "patient", "records_per_person": 2}
     job = private_job(
         site_metrics={"names": ["loss"], "noise_multiplier": 0.2}, privacy=persons, training={"rounds": 3}
     )
     counts = site.measure(request_for(job, 4)).counts["loss"]
-    assert sum(counts) == pytest.approx(site._held_out_persons.count, abs=6 * 0.2 * 2**0.5)
+    assert sum(counts) == pytest.approx(site.held_out.persons.count, abs=6 * 0.2 * 2**0.5)
     assert site.ledger().events() == [GaussianSteps(noise_multiplier=0.2, sample_rate=1.0, steps=1)]
 
 
@@ -220,7 +220,7 @@ def residuals(site: Site, job: Job, request_for: MakeRequest, monkeypatch: pytes
     """Return what a site adds to known counts, in standard deviations, [releases, bins] of both metrics."""
     known = {"accuracy": torch.tensor([[1.0, 0.0], [0.0, 1.0]]), "loss": torch.tensor([[0.5, 0.5]])}
     exact = [1.0, 1.0, 0.5, 0.5]
-    monkeypatch.setattr(site_module, "cast_votes", lambda *_: known)
+    monkeypatch.setattr(release_module, "cast_votes", lambda *_: known)
     found = []
     for number in range(100):
         counts = site.measure(request_for(job, 4, shift=0.001 * number)).counts
@@ -248,7 +248,7 @@ def test_the_site_adds_the_noise_that_it_charges(
 def test_a_planted_fault_in_the_noise_is_caught(
     site: Site, cheap: Job, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    real = site_module.noisy_counts
+    real = release_module.noisy_counts
 
     def broken(counts: torch.Tensor, *, noise_multiplier: float, stream: Any) -> list[float]:
         if fault == "none":
@@ -257,14 +257,14 @@ def test_a_planted_fault_in_the_noise_is_caught(
             return real(counts, noise_multiplier=noise_multiplier / 2, stream=stream)
         return real(counts, noise_multiplier=noise_multiplier, stream=stream)
 
-    monkeypatch.setattr(site_module, "noisy_counts", broken)
+    monkeypatch.setattr(release_module, "noisy_counts", broken)
     if fault == "shared":  # one stream for both metrics
         stream = SiteRandomness.stream
         monkeypatch.setattr(
             SiteRandomness, "stream", lambda self, purpose, **_: stream(self, purpose, round_number=1, step=0)
         )
     if fault == "fixed":
-        site._new_randomness = lambda: SiteRandomness.injected("the same")
+        site.new_randomness = lambda: SiteRandomness.injected("the same")
     if fault == "shared":  # the source itself gives no stream twice
         with pytest.raises(PrivacyError, match="was used before"):
             residuals(site, cheap, request_for, monkeypatch)

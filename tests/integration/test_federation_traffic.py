@@ -49,7 +49,7 @@ class Run:
         """What a site sent, as it stored it."""
         site = open_site(self.federation.site(name), passphrase=None)
         stored = sorted(site.home.glob("rounds/*/round-*.safetensors"))
-        return [site._outbox._read_round(path)[1]["update"].numpy().tobytes() for path in stored]
+        return [site.outbox._read_round(path)[1]["update"].numpy().tobytes() for path in stored]
 
 
 def planted_records(name: str) -> list[dict[str, Any]]:
