@@ -444,7 +444,7 @@ def test_central_privacy_is_stated_for_sites_and_names_whom_it_trusts(facts: Fac
     page = central_page(facts, central)
     assert "TRUSTED COORDINATOR" in page
     assert "0.001" not in page, "a recorded sentence was repeated"
-    assert f"epsilon {rounded_up(central.epsilon or 0)} at delta 1e-4 for one site over 200 declared sites" in page
+    assert f"epsilon {rounded_up(central.epsilon or 0)} at delta 0.0001 for one site over 200 declared sites" in page
     assert "Unit: one site with everything that it holds." in page
     assert "after these rounds: 1, 2, 2." in page
     assert "No record left a site" not in page
