@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 if TYPE_CHECKING:
-    from shared.signed_file import Signer
-    from shared.text_stream import GivenTexts, Skipped
+    from shared.data.text_stream import GivenTexts, Skipped
+    from shared.trust.signed_file import Signer
 
 app = typer.Typer(
     name="silotune",
@@ -101,7 +101,7 @@ def federation(
     as_json: JsonOption = False,
 ) -> None:
     """A coordinator and three sites as separate processes on this machine, over gRPC and TLS with authentication."""
-    from simulations.federation_command import run_federation
+    from simulations.federation.command import run_federation
 
     run_federation(scenario, out=out, overrides=overrides or [], as_json=as_json)
 
@@ -156,7 +156,7 @@ def sweep(
 @app.command("small-gpt2")
 def small_gpt2() -> None:
     """Train the small GPT-2 of the built-in scenarios on public text, once, and print its folder."""
-    from simulations.small_gpt2 import small_gpt2 as train_once
+    from simulations.data.small_gpt2 import small_gpt2 as train_once
 
     typer.echo(train_once())
 
@@ -189,11 +189,11 @@ def predict(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per text.")] = False,
 ) -> None:
     """Label texts or images (pixel values) with what a run trained; find entities, rate, match pairs (text, tab, text)."""
-    from server.run_folder import load_job
-    from shared.config import ComputeConfig
-    from shared.ensembles import Ensemble, Member
-    from shared.inference import load_tuned, shown
-    from shared.inference import predict as label
+    from server.runs.folder import load_job
+    from shared.job.compute import ComputeConfig
+    from shared.runtime.ensembles import Ensemble, Member
+    from shared.runtime.inference import load_tuned, shown
+    from shared.runtime.inference import predict as label
 
     job = load_job(run)
     reading = _asked(text=column, delimiter=delimiter, encoding=encoding, quoting=quoting)
@@ -222,8 +222,8 @@ def _given(texts: list[str] | None, file: Path | None, reading: dict[str, Any]) 
     Raises:
         ConfigError, DataError: as their texts say.
     """
+    from shared.data.text_stream import TextFormat, file_texts, given_texts
     from shared.errors import ConfigError
-    from shared.text_stream import TextFormat, file_texts, given_texts
 
     if file is not None:
         if texts:
@@ -236,7 +236,7 @@ def _given(texts: list[str] | None, file: Path | None, reading: dict[str, Any]) 
 
 def _tell_left_out(skipped: Skipped) -> None:
     """Say on standard error which lines have no answer."""
-    from shared.text_stream import left_out
+    from shared.data.text_stream import left_out
 
     for line in left_out(skipped):
         typer.echo(line, err=True)
@@ -266,7 +266,7 @@ def ensemble(
     Predict with it by `silotune predict RUN --with RUN`. Records that several runs trained on are protected with the
     composition of the runs, which is printed.
     """
-    from server.ensembles import measure_ensemble
+    from server.reports.ensembles import measure_ensemble
     from shared.errors import ConfigError
 
     records = None
@@ -298,10 +298,10 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per continuation.")] = False,
 ) -> None:
     """Continue texts, or answer prompts, with the GPT-2 adapter of a run; of several the share of different words is told."""
-    from server.run_folder import load_job
-    from shared.config import ComputeConfig
-    from shared.inference import Decoding, distinct, generate_all, load_tuned
-    from shared.text_stream import given_texts
+    from server.runs.folder import load_job
+    from shared.data.text_stream import given_texts
+    from shared.job.compute import ComputeConfig
+    from shared.runtime.inference import Decoding, distinct, generate_all, load_tuned
 
     job = load_job(run)
     decoding = Decoding(
@@ -351,17 +351,17 @@ def write_report(
             raise ConfigError(
                 "--out, --ledger and --sign are for the compliance report; add --format html or --format pdf."
             )
-        from server.report import write_report as write_run_report
+        from server.reports.run import write_report as write_run_report
 
         typer.echo(write_run_report(run))
         return
     if report_format not in ("html", "pdf"):
         raise ConfigError(f"--format is {report_format!r}; expected html or pdf.")
-    from server.compliance import load_account, write_compliance_report
+    from server.reports.compliance import load_account, write_compliance_report
 
     accounts = [load_account(path) for path in ledgers or []]
     if any(run.glob("sites/*/home/site.toml")):
-        from simulations.accounts import simulated_accounts
+        from simulations.running.accounts import simulated_accounts
 
         accounts += simulated_accounts(run, without={account.export.site for account in accounts})
     signer = _signer(sign) if sign is not None else None
@@ -377,7 +377,7 @@ def sign_report(
     signer: Annotated[Path, typer.Argument(help="Who signs: a coordinator's or a site's folder, or a key file.")],
 ) -> None:
     """Sign a report that was made elsewhere; a site's key never leaves the site, so the report goes there."""
-    from shared.report_commands import sign_report as sign
+    from shared.tools.report_commands import sign_report as sign
 
     typer.echo(sign(file, _signer(signer)))
 
@@ -385,19 +385,19 @@ def sign_report(
 def _signer(place: Path) -> Signer:
     """Return who signs: the owner of a folder, or whoever holds a key file."""
     from shared.errors import TrustError
-    from shared.keystore import passphrase_from_environment
-    from shared.signed_file import Signer
-    from shared.signing import load_signing_key
+    from shared.trust.keystore import passphrase_from_environment
+    from shared.trust.signed_file import Signer
+    from shared.trust.signing import load_signing_key
 
     passphrase = passphrase_from_environment()
     if not place.is_dir():
         return Signer(role="key holder", name=place.stem, key=load_signing_key(place, passphrase))
     if (place / "coordinator.toml").exists():
-        from server.home import CoordinatorHome
+        from server.store.home import CoordinatorHome
 
         return CoordinatorHome(place).signer(passphrase)
     if (place / "site.toml").exists():
-        from client.home import SiteHome
+        from client.site.home import SiteHome
 
         return SiteHome(place).signer(passphrase)
     raise TrustError(f"{place} is no folder of a coordinator or a site; give one of these, or a key file.")
@@ -420,7 +420,7 @@ def audit(
     as_json: JsonOption = False,
 ) -> None:
     """Put the claimed epsilon of a run to the test; the verdict is consistent, violated or inconclusive."""
-    from simulations.audit_command import audit_run
+    from simulations.audit.command import audit_run
 
     audit_run(
         run,
@@ -438,7 +438,7 @@ def audit(
 @app.command()
 def settings() -> None:
     """Print every key of a scenario file with its default and meaning, as Markdown (docs/settings.md)."""
-    from simulations.settings import settings_table
+    from simulations.running.settings import settings_table
 
     typer.echo(settings_table())
 
@@ -465,17 +465,17 @@ def command_line() -> typer.Typer:
     """
     _mount("client.commands", "site_app")
     _mount("server.commands", "coordinator_app")
-    _mount("simulations.data_commands", "data_app")
-    _mount("shared.pki_commands", "pki_app")
-    _mount("shared.audit_log_commands", "audit_log_app")
-    report_app = importlib.import_module("shared.report_commands").report_app
+    _mount("simulations.data.commands", "data_app")
+    _mount("shared.tools.pki_commands", "pki_app")
+    _mount("shared.tools.audit_log_commands", "audit_log_app")
+    report_app = importlib.import_module("shared.tools.report_commands").report_app
     report_app.command("write")(write_report)
     report_app.command("sign")(sign_report)
     app.add_typer(report_app)
-    app.command("plan")(importlib.import_module("shared.plan_commands").plan)
-    app.command("monitor")(importlib.import_module("shared.monitor_commands").monitor)
-    app.command("explain")(importlib.import_module("shared.explain_commands").explain)
-    app.command("deidentify")(importlib.import_module("shared.deidentify_command").deidentify)
+    app.command("plan")(importlib.import_module("shared.tools.plan.commands").plan)
+    app.command("monitor")(importlib.import_module("shared.tools.monitor.commands").monitor)
+    app.command("explain")(importlib.import_module("shared.tools.explain.commands").explain)
+    app.command("deidentify")(importlib.import_module("shared.tools.deidentify_command").deidentify)
     if importlib.util.find_spec("simulations") is not None:
         app.command("new")(importlib.import_module("simulations.new_commands").new)
     return app

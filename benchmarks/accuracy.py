@@ -17,10 +17,10 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.harness import Findings, Tell
 from benchmarks.peers import Classifier, OpacusTraining
-from shared.batches import Example
-from shared.config import Job
+from shared.job.job import Job
+from shared.models.batches import Example
 from shared.privacy.plan import PrivacyPlan
-from simulations.demo_data import load_movie_reviews, split_public_test
+from simulations.data.demo_data import load_movie_reviews, split_public_test
 
 LAST, ALL = "ours, last layer", "ours, all layers"
 EPSILON, MAX_LENGTH, NUM_TEST = 8.0, 128, 2000

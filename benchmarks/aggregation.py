@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from benchmarks.harness import Findings, PeakMemory, Tell, in_own_process
-from server.strategies import WeightedMean
-from shared import adapters
+from server.aggregation import WeightedMean
+from shared.tensors import adapters
 
 SHAPES = {f"layer.{index}.lora_B.weight": torch.Size([250, 100]) for index in range(10)}
 """250,000 float32 values: 1 MB."""

@@ -1,4 +1,4 @@
-"""PyTorch's attention on a processor in bfloat16 and in float32: why `shared.packing` computes it in float32.
+"""PyTorch's attention on a processor in bfloat16 and in float32: why `shared.models.packing` computes it in float32.
 
 Forward and backward pass of one call on texts of equal length, 12 heads of 32 as in MiniLM-L6, casts included.
 """

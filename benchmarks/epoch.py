@@ -26,11 +26,11 @@ from typing import Any
 from benchmarks import peers
 from benchmarks.harness import Findings, Tell, alternate, seconds
 from benchmarks.peers import Classifier, OpacusTraining
-from shared.batches import Example
-from shared.config import Job
-from shared.frozen_cache import FrozenCache
-from shared.runtime import Runtime
-from simulations.demo_data import load_movie_reviews, split_public_test
+from shared.job.job import Job
+from shared.models.batches import Example
+from shared.models.frozen_cache import FrozenCache
+from shared.runtime.runtime import Runtime
+from simulations.data.demo_data import load_movie_reviews, split_public_test
 
 BATCH, MAX_LENGTH, NUM_TEST = 64, 128, 2000
 

@@ -29,7 +29,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from shared.atomic import write_json
+from shared.files.atomic import write_json
 
 Summary = dict[str, float | int]
 Tell = Callable[[str], None]

@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from client.trainer import LocalRound, train_local_round
-from shared.backbones import backbone_folder
-from shared.batches import Example
-from shared.config import ComputeConfig, Job, ModelConfig, parse
-from shared.heads import PooledClassifier, init_linear
+from client.training.trainer import LocalRound, train_local_round
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.job.model import ModelConfig
+from shared.job.parsing import parse
+from shared.models.backbones import backbone_folder
+from shared.models.batches import Example
+from shared.models.heads import PooledClassifier, init_linear
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
-from shared.runtime import Runtime, load_runtime
+from shared.runtime.runtime import Runtime, load_runtime
 
 Train = Literal["b", "both"]
 Precision = Literal["float32", "bfloat16"]

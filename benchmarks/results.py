@@ -21,7 +21,7 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.accuracy_tables import ROWS, Row, fill_tables
-from shared.atomic import write_json, write_text
+from shared.files.atomic import write_json, write_text
 from simulations.scenario import Scenario, load_scenario
 
 ROOT = Path(__file__).resolve().parents[1]

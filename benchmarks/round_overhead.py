@@ -27,11 +27,12 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from rich.console import Console
 from rich.table import Table
 
-from client.fleet import TlsFacts
-from shared.config import Job, parse
-from shared.node_keys import load_private_key
+from client.node.fleet import TlsFacts
+from shared.job.job import Job
+from shared.job.parsing import parse
+from shared.trust.node_keys import load_private_key
 from shared.version import silotune_version
-from simulations.federation import HOST, Federation, round_overheads
+from simulations.federation.processes import HOST, Federation, round_overheads
 
 SITES = ("site-1", "site-2", "site-3")
 _TEXTS = ("a warm and clever film", "a dull and lifeless story", "a joy from start to end", "it drags and it bores")

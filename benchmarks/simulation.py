@@ -23,14 +23,15 @@ from torch import Tensor
 from benchmarks import peers
 from benchmarks.harness import Findings, Pairs, PeakMemory, Tell, alternate, calm_environment, in_own_process, seconds
 from benchmarks.peers import Classifier, OpacusTraining
-from client.trainer import LocalRound, LocalWork, train_local_rounds
-from shared.batches import Example
-from shared.config import Job, parse
-from shared.datasets import write_jsonl
+from client.training.trainer import LocalRound, LocalWork, train_local_rounds
+from shared.data.datasets import write_jsonl
+from shared.job.job import Job
+from shared.job.parsing import parse
+from shared.models.batches import Example
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
-from shared.runtime import Runtime
-from simulations.demo_data import load_movie_reviews, split_public_test
+from shared.runtime.runtime import Runtime
+from simulations.data.demo_data import load_movie_reviews, split_public_test
 from simulations.scenario import SimulationConfig
 
 RECORDS, BATCH, LOCAL_STEPS = 50, 10, 4
@@ -105,8 +106,8 @@ def write_data(folder: Path, count: int) -> None:
 
 def simulate_in_process(data: str, clients: int, rounds: int) -> int:
     """Run our in-process engine and return the rounds done."""
-    from server.observer import Observer
-    from simulations.engine import run_scenario
+    from server.rounds.observer import Observer
+    from simulations.running.engine import run_scenario
     from simulations.scenario import Scenario
 
     columns = {"text": "text", "label": "label"}

@@ -15,9 +15,11 @@ import simulations
 from benchmarks import peers
 from benchmarks.harness import Findings, Tell
 from benchmarks.peers import Classifier, Train
-from shared import adapters
-from shared.config import Job, UpdateDtype, parse
-from shared.updates import encode_update
+from shared.job.federation import UpdateDtype
+from shared.job.job import Job
+from shared.job.parsing import parse
+from shared.tensors import adapters
+from shared.wire.updates import encode_update
 
 _SHIPPED = "demo.toml"
 _JOB_SECTIONS = {"name", "model", "lora", "task", "training", "privacy", "aggregation", "federation"}

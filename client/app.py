@@ -8,20 +8,19 @@ from __future__ import annotations
 import functools
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.home import SiteHome, open_site
-from client.site import Site
-from client.slots import Slots
-from client.together import train_together
+from client.site.home import SiteHome, open_site
+from client.site.site import Site
+from client.site.slots import Slots
 from shared.errors import ConfigError, SilotuneError
-from shared.keystore import passphrase_from_environment
-from shared.messages import (
+from shared.trust.keystore import passphrase_from_environment
+from shared.wire.messages import (
     MetricsReply,
     Refusal,
     SiteDescription,
@@ -33,7 +32,6 @@ from shared.messages import (
     unpack_describe,
     unpack_request,
 )
-from shared.privacy.randomness import SiteRandomness
 
 log = logging.getLogger("silotune.site")
 
@@ -59,7 +57,7 @@ def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> Clien
             return act(site)
 
         with slots.next_after_now(lambda: opened[0].config.answers.slot_seconds if opened else 0.0):
-            return _packed(_attempt(context, open_site, act_in), message)
+            return packed(attempt(context, open_site, act_in), message)
 
     @app.query("describe")
     def describe(message: Message, context: Context) -> Message:
@@ -76,23 +74,8 @@ def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> Clien
     return app
 
 
-def answer_together(messages: Sequence[tuple[Message, Context]], open_site: OpenSite) -> list[Message]:
-    """Return the answers to training requests of simulated nodes, which are trained side by side; see `train_together`.
-
-    Args:
-        messages: each with the context of its node.
-        open_site: as for `make_client_app`.
-    """
-    asked = [
-        _attempt(context, open_site, lambda site, message=message: (site, unpack_request(message.content)))  # type: ignore[misc]
-        for message, context in messages
-    ]
-    trained = iter(train_together([found for found in asked if not isinstance(found, Refusal)]))
-    answers = [found if isinstance(found, Refusal) else next(trained) for found in asked]
-    return [_packed(answer, message) for answer, (message, _) in zip(answers, messages, strict=True)]
-
-
-def _attempt(context: Context, open_site: OpenSite, act: Callable[[Site], ResultT]) -> ResultT | Refusal:
+def attempt(context: Context, open_site: OpenSite, act: Callable[[Site], ResultT]) -> ResultT | Refusal:
+    """Return what `act` makes of the node's site; whatever is wrong becomes a refusal."""
     try:
         site = open_site(context)
     except SilotuneError as error:
@@ -104,7 +87,8 @@ def _attempt(context: Context, open_site: OpenSite, act: Callable[[Site], Result
         return site.refuse_unreadable(error)
 
 
-def _packed(answer: Answer, message: Message) -> Message:
+def packed(answer: Answer, message: Message) -> Message:
+    """Return `answer` as the Flower message that replies to `message`."""
     if isinstance(answer, TrainReply):
         content = pack_reply(answer)
     elif isinstance(answer, MetricsReply):
@@ -119,7 +103,7 @@ def _packed(answer: Answer, message: Message) -> Message:
 def this_site(context: Context) -> Site:
     """Return the real site that this process stands for: the folder named by SILOTUNE_SITE_HOME, with all its guards.
 
-    For Flower's own SuperNode, which is a fallback: it executes the code of a bundle, which `client.node` never does.
+    For Flower's own SuperNode, which is a fallback: it executes the code of a bundle, which `client.node.node` never does.
     """
     home = os.environ.get("SILOTUNE_SITE_HOME")
     if not home:
@@ -130,42 +114,6 @@ def this_site(context: Context) -> Site:
 @functools.lru_cache(maxsize=1)
 def _open_real(home: Path) -> Site:
     return open_site(SiteHome(home), passphrase=passphrase_from_environment())
-
-
-def simulated_site(context: Context, *, sites: Path, injected_seed: str | None = None) -> Site:
-    """Return the site of a simulated node, told apart by its partition id.
-
-    Args:
-        context: Flower's context.
-        sites: folder with one `NAME/home/site.toml` per site; partition ids follow the order of names.
-        injected_seed: for tests only: reproducible randomness, which marks every release as not private.
-    """
-    homes = _homes_at(sites, sites.stat().st_mtime_ns)
-    return _open(homes[int(str(context.node_config["partition-id"]))], injected_seed)
-
-
-def site_homes(sites: Path) -> list[Path]:
-    """Return the homes of simulated sites in the order of their partition ids."""
-    return sorted(path.parent for path in sites.glob("*/home/site.toml"))
-
-
-@functools.lru_cache(maxsize=4)
-def _homes_at(sites: Path, _changed: int) -> list[Path]:
-    """Return `site_homes`, listed again when the folder changed: not by each of a thousand sites for every message."""
-    return site_homes(sites)
-
-
-@functools.lru_cache(maxsize=4096)
-def _open(home: Path, injected_seed: str | None) -> Site:
-    if injected_seed is None:
-        return Site(home)
-    return Site(home, new_randomness=lambda: SiteRandomness.injected(f"{injected_seed}/{home.parent.name}"))
-
-
-def forget_simulated_sites() -> None:
-    """Close all simulated sites: one process may run many simulations, and none needs the sites of the last one."""
-    _open.cache_clear()
-    _homes_at.cache_clear()
 
 
 app = make_client_app(this_site)

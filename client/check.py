@@ -9,24 +9,25 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from client.config import SiteConfig
-from client.fleet import FleetConnection, NotAdmitted, tls_facts
-from client.home import SiteHome, load_identity, open_log, open_site
-from client.policy import load_policy
-from shared.audit_log import verify
-from shared.certificates import expiry_warning
-from shared.config import PERSON_UNITS, Job
-from shared.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
-from shared.deidentify.report import MaskTally
+from client.node.fleet import FleetConnection, NotAdmitted, tls_facts
+from client.site.config import SiteConfig
+from client.site.home import SiteHome, load_identity, open_log, open_site
+from client.site.policy import load_policy
+from shared.data.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
+from shared.data.deidentify.report import MaskTally
+from shared.data.overlap import num_shared
 from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.errors import SilotuneError
-from shared.keystore import Seal, load_secret
-from shared.overlap import num_shared
+from shared.job.job import Job
+from shared.job.values import PERSON_UNITS
 from shared.privacy.sizes import default_delta
-from shared.signing import load_verify_key
+from shared.trust.audit_log import verify
+from shared.trust.certificates import expiry_warning
+from shared.trust.keystore import Seal, load_secret
+from shared.trust.signing import load_verify_key
 
 if TYPE_CHECKING:
-    from client.site import Site
+    from client.site.site import Site
 
 Outcome = Literal["ok", "warning", "failed"]
 _LEAST_FREE_BYTES = 2 * 2**30
@@ -177,7 +178,7 @@ def _persons(config: SiteConfig, records: list[dict[str, Any]], text: str) -> tu
 def _device(home: SiteHome) -> tuple[Outcome, str]:
     import torch
 
-    from shared.runtime import choose_device
+    from shared.runtime.runtime import choose_device
 
     device = choose_device(home.load_config().compute)
     if device.type == "cuda":

@@ -15,26 +15,26 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.config import SiteConfig
-from client.home import SiteHome, check_holder
-from client.status import read_status
-from shared.atomic import write_bytes, write_text
-from shared.certificates import fingerprint, load_certificate
-from shared.config import parse
-from shared.datasets import PERSON_ROLE, DataSource
+from client.node.status import read_status
+from client.site.config import SiteConfig
+from client.site.home import SiteHome, check_holder
+from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.errors import RunError, TrustError
-from shared.keystore import new_key, passphrase_from_environment, save_secret
-from shared.node_keys import load_private_key, save_private_key
-from shared.outputs import check_new_files
-from shared.pki import make_request
-from shared.signing import SigningKey, VerifyKey, load_verify_key, save_signing_key
+from shared.files.atomic import write_bytes, write_text
+from shared.files.outputs import check_new_files
+from shared.job.parsing import parse
 from shared.stopping import orderly
-from shared.trust_store import verify_certificate
+from shared.trust.certificates import fingerprint, load_certificate
+from shared.trust.keystore import new_key, passphrase_from_environment, save_secret
+from shared.trust.node_keys import load_private_key, save_private_key
+from shared.trust.pki import make_request
+from shared.trust.signing import SigningKey, VerifyKey, load_verify_key, save_signing_key
+from shared.trust.trust_store import verify_certificate
 
 if TYPE_CHECKING:
-    from shared.ledger_export import LedgerExport
     from shared.privacy.accounting import GaussianSteps
+    from shared.privacy.ledger_export import LedgerExport
 
 site_app = typer.Typer(
     name="site", help="Run a site: a node that trains on records that stay here.", no_args_is_help=True
@@ -68,7 +68,7 @@ def init(
     ] = "adaptive",
 ) -> None:
     """Make the folder, the keys, the certificate request and first versions of site.toml and policy.toml."""
-    from client.policy import policy_template
+    from client.site.policy import policy_template
 
     place = SiteHome(home)
     if place.config.exists():
@@ -172,7 +172,7 @@ def check(
 ) -> None:
     """Test certificate, clock, connection, device, data, disk and ledger, and say what to mend."""
     from client.check import check_site
-    from shared.plan_commands import read_job
+    from shared.trust.job_files import read_job
 
     asked = None if job is None else read_job(job, [])
     styles = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -201,7 +201,7 @@ def check(
 def start(home: HomeArgument) -> None:
     """Run the node in the foreground until it is stopped (Ctrl-C or SIGTERM; it finishes the round at hand)."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    from client.node import Node
+    from client.node.node import Node
 
     node = Node(SiteHome(home), passphrase=passphrase_from_environment())
     with orderly(node.stop, f"go on with: silotune site start {home}"):
@@ -239,9 +239,9 @@ def ledger(
     ] = None,
 ) -> None:
     """Show the privacy budget: what was charged, for which job, and the cap; export it, or import it from another machine."""
-    from client.home import open_site
-    from shared.ledger_export import load_export, save_export
-    from shared.outputs import JSON_MARK, check_file
+    from client.site.home import open_site
+    from shared.files.outputs import JSON_MARK, check_file
+    from shared.privacy.ledger_export import load_export, save_export
 
     if export is not None:
         check_file(export, JSON_MARK)
@@ -268,7 +268,7 @@ def ledger(
 @site_app.command()
 def policy(home: HomeArgument) -> None:
     """Check policy.toml and show what it allows."""
-    from client.policy import load_policy
+    from client.site.policy import load_policy
 
     loaded = load_policy(SiteHome(home).policy)
     typer.echo(json.dumps(loaded.model_dump(mode="json"), indent=2, ensure_ascii=False))

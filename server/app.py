@@ -13,24 +13,25 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.grid import Grid
 from torch import Tensor
 
-from server.central import CentralPrivacy
-from server.checkpoint import Checkpoint
-from server.early_stopping import is_over, require_public_records
-from server.local import LocalPrivacy
-from server.observer import Observer
-from server.public_records import PublicRecords, hold_back
-from server.report import write_report_if_possible
-from server.roster import Authority
-from server.rounds import Coordinator, Privacy, run_rounds
-from server.run_folder import RunFolder, public_counts
-from shared import adapters
-from shared.batches import Batch, Example
-from shared.calibration import calibrate
-from shared.config import ComputeConfig, Job
-from shared.known_texts import ContentSum
+from server.reports.run import write_report_if_possible
+from server.rounds.central import CentralPrivacy
+from server.rounds.early_stopping import is_over, require_public_records
+from server.rounds.local import LocalPrivacy
+from server.rounds.loop import Coordinator, Privacy, run_rounds
+from server.rounds.observer import Observer
+from server.rounds.public_records import PublicRecords, hold_back
+from server.rounds.roster import Authority
+from server.runs.folder import RunFolder, public_counts
+from server.store.checkpoint import Checkpoint
+from shared.data.known_texts import ContentSum
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.models.batches import Batch, Example
 from shared.privacy.randomness import SiteRandomness
-from shared.runtime import Runtime, load_runtime, on_cpu
+from shared.runtime.calibration import calibrate
+from shared.runtime.runtime import Runtime, load_runtime, on_cpu
 from shared.tasks import Evaluation, Record, task_of
+from shared.tensors import adapters
 
 
 @dataclass

@@ -17,19 +17,19 @@ from cryptography import x509
 from rich.console import Console
 from rich.table import Table
 
-from server.home import CoordinatorConfig, CoordinatorHome
-from server.submission import Submission, find, submissions
-from shared.atomic import write_bytes, write_text
-from shared.certificates import expiry_warning, fingerprint, load_certificate
+from server.store.home import CoordinatorConfig, CoordinatorHome
+from server.store.submission import Submission, find, submissions
 from shared.errors import RunError, TrustError
-from shared.keystore import passphrase_from_environment
-from shared.node_keys import load_plain_pem_key, write_plain_pem_key
-from shared.outputs import check_new_files
-from shared.pki import make_request
-from shared.revocation import load_crl
-from shared.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
+from shared.files.atomic import write_bytes, write_text
+from shared.files.outputs import check_new_files
 from shared.stopping import orderly, saying
-from shared.trust_store import TrustStore, verify_certificate
+from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
+from shared.trust.keystore import passphrase_from_environment
+from shared.trust.node_keys import load_plain_pem_key, write_plain_pem_key
+from shared.trust.pki import make_request
+from shared.trust.revocation import load_crl
+from shared.trust.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
+from shared.trust.trust_store import TrustStore, verify_certificate
 
 coordinator_app = typer.Typer(
     name="coordinator", help="Run the coordinator: admit sites, submit jobs, watch them.", no_args_is_help=True
@@ -112,7 +112,7 @@ def install(
 @coordinator_app.command()
 def start(home: HomeArgument) -> None:
     """Run the coordinator in the foreground until it is stopped (Ctrl-C, SIGTERM, `coordinator stop`)."""
-    from server.supervisor import Supervisor
+    from server.coordinator.supervisor import Supervisor
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
     logging.getLogger("httpx").setLevel(logging.WARNING)
@@ -136,7 +136,7 @@ def submit_job(
     as_json: JsonOption = False,
 ) -> None:
     """Sign a job and hand it to the coordinator, which starts it."""
-    from server.run_file import read_run_file, submit
+    from server.coordinator.run_file import read_run_file, submit
 
     place = CoordinatorHome(home)
     place.load_config()
@@ -235,8 +235,8 @@ def verify(
     key: Annotated[str | None, typer.Option(help="The coordinator's key: a .pub file or ed25519:...")] = None,
 ) -> None:
     """Check that an adapter is what a coordinator signed."""
-    from shared.signed_folder import verify_folder
-    from shared.signing import VerifyKey
+    from shared.trust.signed_folder import verify_folder
+    from shared.trust.signing import VerifyKey
 
     expected = None
     if key is not None:

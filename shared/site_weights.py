@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from shared.config import AggregationConfig
+from shared.job.federation import AggregationConfig
 
 FAR_ABOVE = 2.0
 """A site's share of the noise is far above its share of the records from so many times it."""

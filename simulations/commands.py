@@ -13,21 +13,21 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from server.early_stopping import is_over, stopped_early
-from server.report import read_arm, write_report_if_possible
-from server.report.run_data import read_evaluation, read_folds, read_repeats, read_site
-from server.run_folder import check_place, peak_rss_mb
+from server.reports.run import read_arm, write_report_if_possible
+from server.reports.run.run_data import read_evaluation, read_folds, read_repeats, read_site
+from server.rounds.early_stopping import is_over, stopped_early
+from server.runs.folder import check_place, peak_rss_mb
 from shared.epsilons import rounded_up
 from shared.errors import RunError
-from shared.json_files import read_object
+from shared.files.json_files import read_object
 from shared.stopping import saying
 from shared.tasks import task_of
-from simulations.audit import audit_run_mechanism
-from simulations.folds import FOLDS_FILE, run_folds
-from simulations.live import LiveView
-from simulations.repeats import run_repeats
+from simulations.audit.run import audit_run_mechanism
+from simulations.data.small_gpt2 import prepare_backbone
+from simulations.running.folds import FOLDS_FILE, run_folds
+from simulations.running.live import LiveView
+from simulations.running.repeats import run_repeats
 from simulations.scenario import Scenario, builtin_scenario, load_scenario
-from simulations.small_gpt2 import prepare_backbone
 
 
 def simulate_builtin(name: str, *, out: Path | None, overrides: Sequence[str], resume: bool, as_json: bool) -> None:

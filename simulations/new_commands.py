@@ -11,7 +11,7 @@ import typer
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shared.config import TaskKind
+    from shared.job.model import TaskKind
 
 _Column = str | None
 
@@ -115,7 +115,7 @@ def new(
 
 
 def _kind(task: str | None) -> TaskKind | None:
-    from shared.config import nearest
+    from shared.job.parsing import nearest
     from simulations.new_scenario.question import ROLES_OF
 
     if task is not None and task not in ROLES_OF:

@@ -11,16 +11,19 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from shared.config import PERSON_UNITS, ComputeConfig, Job, Name, Section, apply_overrides, load_toml, nearest, parse
-from shared.datasets import PERSON_ROLE, DataSource, read_records
+from shared.data.datasets import PERSON_ROLE, DataSource, read_records
+from shared.data.rows import shorten
 from shared.errors import ConfigError, DataError, ModelError
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse
+from shared.job.values import PERSON_UNITS, Name
 from shared.privacy.persons import Persons
-from shared.rows import shorten
 from shared.tasks import Record
-from simulations.builtin_data import BUILTIN
-from simulations.demo_data import fold_rows, split_public_test
-from simulations.partitions import PartitionConfig
-from simulations.small_gpt2 import resolve_backbone
+from simulations.data.builtin_data import BUILTIN
+from simulations.data.demo_data import fold_rows, split_public_test
+from simulations.data.partitions import PartitionConfig
+from simulations.data.small_gpt2 import resolve_backbone
 
 DataKind = Literal["public", "synthetic", "private"]
 BaselineName = Literal["central-dp", "non-private", "non-private-all-layers", "federated-non-private"]
@@ -33,7 +36,7 @@ class DataConfig(Section):
 
     builtin: str | None = None
     """A public data set that the project knows: `movie-reviews`, `movie-ratings`, `banking77`, `bc5cdr`, `chinese-reviews`,
-    `people-daily`, `question-answers`, `replies`, `digits`; see `simulations.builtin_data`."""
+    `people-daily`, `question-answers`, `replies`, `digits`; see `simulations.data.builtin_data`."""
     train: DataSource | None = None
     """The sites' records."""
     test: DataSource | None = None
@@ -88,7 +91,7 @@ class BaselinesConfig(Section):
     """`central-dp`: all records at one trusted site; `non-private`: the same without clipping and noise;
     `non-private-all-layers`: that with LoRA in all layers, the best that the data give without a budget;
     `federated-non-private`: the same sites without clipping and noise. Arms without noise have settings of their own, which
-    converge (`simulations.baselines`), and none of the job's `training`."""
+    converge (`simulations.running.baselines`), and none of the job's `training`."""
     central_dp: dict[str, Any] = Field(default_factory=dict)
     """Job keys to change in that arm, for example {"training": {"learning_rate": 0.003}}."""
     non_private: dict[str, Any] = Field(default_factory=dict)

@@ -108,7 +108,8 @@ def task_job(tiny_bert: Path, tiny_gpt2: Path) -> Callable[..., Any]:
 
 def _image_job(task: dict[str, Any], sections: dict[str, Any]) -> Any:
     """A job without what only language models have."""
-    from shared.config import Job, parse
+    from shared.job.job import Job
+    from shared.job.parsing import parse
 
     raw: dict[str, Any] = {
         "name": "test",
@@ -123,7 +124,8 @@ def _image_job(task: dict[str, Any], sections: dict[str, Any]) -> Any:
 
 
 def _job_builder(backbone: Path, task: dict[str, Any], targets: list[str]) -> Callable[..., Any]:
-    from shared.config import Job, parse
+    from shared.job.job import Job
+    from shared.job.parsing import parse
 
     def build(**sections: Any) -> Job:
         raw: dict[str, Any] = {

@@ -11,17 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.proof import prove_trainer
-from client.trainer import per_example_hooks, train_local_round
-from shared.batches import Example, collate
-from shared.config import ComputeConfig, Job
+from client.training.proof import prove_trainer
+from client.training.trainer import per_example_hooks, train_local_round
 from shared.errors import ConfigError, DataError
-from shared.image_models import PIXEL_STEPS
-from shared.peft_folder import load_state, save_peft_folder
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.models.batches import Example, collate
+from shared.models.images import PIXEL_STEPS
 from shared.privacy.mechanism import per_example_gradients
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
-from shared.runtime import Runtime, load_runtime
+from shared.runtime.export.peft import load_state, save_peft_folder
+from shared.runtime.runtime import Runtime, load_runtime
 from shared.tasks import TASKS, task_of
 from tests.conftest import LINES
 

@@ -3,12 +3,12 @@
 Formal guarantees
     * `compose_epsilon` is an upper bound on epsilon, at every delta from 1e-30 on, of running all the given events one after
       the other on one data set, under the add-or-remove-one relation, against an observer of every noisy sum; the rounding of
-      the computation is bounded and part of it (tests/shared/test_loss_distribution.py, against exact answers;
-      tests/shared/test_accounting.py, table of published noise multipliers and the PRV accountant of Opacus).
+      the computation is bounded and part of it (tests/shared/privacy/test_loss_distribution.py, against exact answers;
+      tests/shared/privacy/test_accounting.py, table of published noise multipliers and the PRV accountant of Opacus).
     * `calibrate_noise_multiplier` returns a noise multiplier whose epsilon, by the same function, is at most the target, and
       `affordable_steps` a number of steps (same tests). Estimates only decide where the searches look first.
     * Every answer, a refusal included, comes within seconds and a few hundred megabytes: what would take longer has no epsilon
-      that says anything, and is answered by `inf` (tests/shared/test_accounting.py::test_extremes_are_answered_in_time).
+      that says anything, and is answered by `inf` (tests/shared/privacy/test_accounting.py::test_extremes_are_answered_in_time).
 
 Sources: Koskela, Jälkö, Honkela 2020 and Doroshenko et al. 2022 (PLD); Gopi, Lee, Wutschitz 2021 (PRV, Opacus); Bu, Dong,
 Long, Su 2020 (the central limit of many steps, from which searches start).

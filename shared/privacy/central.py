@@ -3,8 +3,8 @@
 The unit is one site with everything that it holds. Sites send unprotected updates, so all of this protects against whoever
 sees what the coordinator publishes (global adapters, clipping bounds), and not against the coordinator.
 
-Formal guarantees (relation: add or remove one site; tests: tests/shared/test_central.py, planted faults:
-tests/server/test_central_faults.py)
+Formal guarantees (relation: add or remove one site; tests: tests/shared/privacy/test_central.py, planted faults:
+tests/server/rounds/test_central_faults.py)
     * One round's release depends on the updates only through the pair (sum of clipped updates, count of unclipped ones).
       Adding or removing one site moves the pair, each part in units of its noise, by at most 1 / noise_multiplier, whatever
       the site sent (test_one_site_moves_the_pair_by_at_most_the_bound). So a round is one Gaussian step of the plan's noise
@@ -32,14 +32,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shared.adapters import Shapes
-from shared.config import Job
 from shared.epsilons import as_set, rounded_up
 from shared.errors import PrivacyError
-from shared.grid_sum import GridSum
+from shared.job.job import Job
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
+from shared.tensors.adapters import Shapes
+from shared.tensors.grid_sum import GridSum
 
 _UPDATES, _COUNT = 0, 1  # streams of noise within one round
 _FURTHEST = 1e6  # factor by which the bound may leave its first value: a bound of zero would clip nothing to nothing

@@ -2,9 +2,9 @@
 
 Formal guarantees
     * Epsilon is recomputed from the rounds whose noise was charged, recomputed rounds included
-      (test: tests/server/test_central.py::test_a_recomputed_round_is_a_second_charge).
+      (test: tests/server/rounds/test_central.py::test_a_recomputed_round_is_a_second_charge).
     * No epsilon is printed if the coordinator's randomness was injected, and none for records
-      (test: tests/shared/test_central.py::test_the_statement_names_the_unit_and_whom_it_trusts).
+      (test: tests/shared/privacy/test_central.py::test_the_statement_names_the_unit_and_whom_it_trusts).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from shared.config import finite_or_none
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
+from shared.files.json_files import finite_or_none
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin

@@ -1,6 +1,6 @@
 """A second opinion on epsilon, by the PRV accountant of Opacus: optional, and bounded before it starts.
 
-Formal guarantees (tests: tests/shared/test_cross_check.py)
+Formal guarantees (tests: tests/shared/privacy/test_cross_check.py)
     * Whatever the second accountant does, this returns: its epsilon, or why there is none. Nothing that was paid for with
       budget depends on it.
     * A grid that would take more than a second or two, or some hundred megabytes, is not begun.

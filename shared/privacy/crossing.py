@@ -3,7 +3,7 @@
 The cost is slow (an epsilon of many steps), nearly a straight line in logarithms, and dearest far from the answer. So the
 search starts from a guess, walks by secants of the logarithms, and bisects only between numbers that it has evaluated.
 
-Formal guarantees (tests: tests/shared/test_crossing.py)
+Formal guarantees (tests: tests/shared/privacy/test_crossing.py)
     * Both numbers of the answer were evaluated, or lie just outside [least, most]: how good the guess is decides how long it
       takes, never on which side of the budget they are (test_both_sides_of_any_monotone_cost).
     * The search ends whatever the cost: between two numbers that were evaluated every third evaluation at the latest halves the

@@ -23,7 +23,7 @@ for every event E: (c, delta)-DP. As log(1 - exp(c - y)) - log M(y) is concave i
 derivative is 0; that the maximum there equals log(delta) is the equation above, and it falls as c grows. So (*) holds
 exactly for c >= epsilon. The charges count the larger of D_alpha(P || Q) and D_alpha(Q || P), so both directions hold.
 
-Formal guarantees (tests: tests/shared/test_filter.py)
+Formal guarantees (tests: tests/shared/privacy/test_filter.py)
     * Whoever chooses each mechanism by everything released before, and stops before `filter_epsilon` exceeds a cap that is
       fixed, has released something (cap, delta)-DP under add-or-remove-one
       (test_adaptive_sequences_stop_exactly_before_the_cap).

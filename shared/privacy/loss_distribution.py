@@ -9,7 +9,7 @@ epsilon is found.
 Formal guarantee
     * `composed_epsilon` is an upper bound at every delta from 1e-30 on, whatever was lost to rounding and to cut tails:
       against the closed form of the Gaussian mechanism, against one step in 40 digits, against sums of positive terms in place
-      of transforms, and against dp-accounting where its own rounding allows (tests/shared/test_loss_distribution.py).
+      of transforms, and against dp-accounting where its own rounding allows (tests/shared/privacy/test_loss_distribution.py).
 
 How delta(epsilon) is bounded. Let c be the tilted composition as computed, K = sum of T log Z the logarithm of what tilting
 took out, w(l) = exp(K - lambda l) (1 - exp(epsilon - l)), for l > epsilon, what the mass of a cell counts. Then delta is at most

@@ -1,13 +1,13 @@
 """The private mechanism: Poisson sampling, per-example clipping, one Gaussian noise event per logical step.
 
-Formal guarantees (relation: add or remove one record; each is checked in tests/shared/test_mechanism.py and by the
-planted faults of tests/client/test_faults.py)
+Formal guarantees (relation: add or remove one record; each is checked in tests/shared/privacy/test_mechanism.py and by the
+planted faults of tests/client/training/test_faults.py)
     * `poisson_sample` includes each record independently with the same probability.
     * `ClippedSum` changes by at most `max_grad_norm` in L2 norm, over all parameters together, when one example
       is added or removed, however the logical batch is cut into micro-batches and whatever the gradients hold. The others'
       part of the sum stays the same to the last bit: every clipped vector is put on a grid, and sums on a grid are exact
       (test_the_sum_is_the_same_to_the_last_bit_in_any_order_and_cut). What the gradients themselves owe to the company is for
-      the model to rule out: `shared.packing` (tests/client/test_sensitivity.py).
+      the model to rule out: `shared.models.packing` (tests/client/training/test_sensitivity.py).
     * `add_gaussian_noise` adds independent N(0, std^2) to every coordinate, drawn in float64 on the CPU.
 
 Source: DP-SGD, Abadi et al. 2016, algorithm 1, with Poisson sampling and normalisation by the expected batch size.

@@ -1,7 +1,7 @@
 """Persons as the unit of privacy: whose record is which, and one clipped vector for all records of a person.
 
-Formal guarantees (relation: add or remove one person with all their records; tests: tests/shared/test_persons.py, planted
-faults: tests/client/test_person_faults.py)
+Formal guarantees (relation: add or remove one person with all their records; tests: tests/shared/privacy/test_persons.py, planted
+faults: tests/client/training/test_person_faults.py)
     * However many records a person has and however a step is cut into micro-batches, the sum behind `PersonSum` changes by
       at most `max_grad_norm` in L2 norm, over all parameters together, when the person is added or removed
       (test_removing_one_person_moves_the_sum_by_at_most_the_bound). A person's mean is the same to the last bit in every cut:
@@ -113,8 +113,8 @@ class PersonSum:
     """Mean gradient of every person's records, given to a `ClippedSum` as one example once all of them are there.
 
     Records may come in any order and in any micro-batches; a record's gradient counts with at most `LONGEST_RECORD` C.
-    Whoever's records are not all there yet is kept, one vector each: with `shared.batches.micro_batches_of_groups` that is at
-    most one person between two micro-batches.
+    Whoever's records are not all there yet is kept, one vector each: with `shared.models.batches.micro_batches_of_groups` that
+    is at most one person between two micro-batches.
     """
 
     def __init__(self, total: ClippedSum, groups: Sequence[Sequence[int]]) -> None:

@@ -2,9 +2,9 @@
 
 Formal guarantees
     * What `epsilon(steps)` accounts for is what `sample`, `new_sum` and `add_noise` execute: all read the same
-      three numbers (test: tests/shared/test_plan.py; planted faults: tests/client/test_faults.py).
+      three numbers (test: tests/shared/privacy/test_plan.py; planted faults: tests/client/training/test_faults.py).
     * The sampling rate is a constant of the job, so it does not depend on the number of records at the site
-      (test: tests/shared/test_plan.py::test_sample_rate_does_not_depend_on_the_data).
+      (test: tests/shared/privacy/test_plan.py::test_sample_rate_does_not_depend_on_the_data).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.config import Job, PrivacyConfig
 from shared.epsilons import as_set, delta_rounded_up, rate_rounded_up
 from shared.errors import PrivacyError
+from shared.job.job import Job
+from shared.job.privacy import PrivacyConfig
 from shared.privacy.accounting import (
     MAX_MEAN_LOSS,
     GaussianSteps,

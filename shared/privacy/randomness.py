@@ -2,13 +2,13 @@
 
 Formal guarantees
     * In production the key comes from the operating system and never leaves the process; no seed of a job
-      reaches it (test: tests/shared/test_randomness.py::test_job_seed_does_not_reach_noise).
+      reaches it (test: tests/shared/privacy/test_randomness.py::test_job_seed_does_not_reach_noise).
     * Every (purpose, round, step) has its own ChaCha20 stream under a key derived by HMAC-SHA256, so no two
-      releases share noise (test: tests/shared/test_randomness.py::test_streams_are_independent).
+      releases share noise (test: tests/shared/privacy/test_randomness.py::test_streams_are_independent).
     * A source gives each of its streams once. Whoever asks again is refused, so that the bits of a coin, of noise or of the
-      salt on the wire never serve twice (test: tests/shared/test_randomness.py::test_a_stream_is_given_once).
+      salt on the wire never serve twice (test: tests/shared/privacy/test_randomness.py::test_a_stream_is_given_once).
     * A source with an injected key says so (`origin == "injected"`); everything it produced is marked and no
-      epsilon is printed for it (test: tests/shared/test_statement.py::test_injected_randomness_prints_no_epsilon).
+      epsilon is printed for it (test: tests/shared/privacy/test_statement.py::test_injected_randomness_prints_no_epsilon).
 
 Normal variates are drawn in float64 by the Box-Muller transform from 53-bit uniforms and rounded to float32 only
 after they were added to the clipped sum, which removes the low-order bits that attacks on floating-point noise

@@ -2,12 +2,12 @@
 
 Formal guarantees
     * Every epsilon printed here is recomputed from the executed (noise_multiplier, sample_rate, steps)
-      (test: tests/shared/test_statement.py::test_epsilon_follows_executed_steps).
+      (test: tests/shared/privacy/test_statement.py::test_epsilon_follows_executed_steps).
     * Every statement names its unit of privacy; the releases of one are never summed up with those of another, and no
       epsilon by the record is printed as one by the person
-      (test: tests/shared/test_statement.py::test_units_are_never_mixed).
+      (test: tests/shared/privacy/test_statement.py::test_units_are_never_mixed).
     * No epsilon is printed for a release whose randomness was injected or that added no noise
-      (test: tests/shared/test_statement.py::test_injected_randomness_prints_no_epsilon).
+      (test: tests/shared/privacy/test_statement.py::test_injected_randomness_prints_no_epsilon).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from shared.config import PERSON_UNITS, finite_or_none
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import PrivacyError
+from shared.files.json_files import finite_or_none
+from shared.job.values import PERSON_UNITS
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin

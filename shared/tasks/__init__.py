@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from shared.config import Job, ModelConfig, TaskConfig
+from shared.job.job import Job
+from shared.job.model import ModelConfig, TaskConfig
 from shared.tasks.base import Evaluation, Record, Task
 from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.image_classification import ImageClassification

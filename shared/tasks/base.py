@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from shared.batches import Batch, Example
+from shared.models.batches import Batch, Example
 
 Record = Mapping[str, Any]
 

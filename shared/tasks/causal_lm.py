@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from shared.backbones import ARCHITECTURES
-from shared.batches import IGNORED, Batch, Example
-from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError, ModelError
-from shared.heads import TiedLanguageHead
+from shared.job.model import ModelConfig, TaskConfig
+from shared.models.backbones import ARCHITECTURES
+from shared.models.batches import IGNORED, Batch, Example
+from shared.models.heads import TiedLanguageHead
 from shared.tasks.base import Evaluation, Record
 from shared.tasks.tokens import mean_over_own_tokens, read_part, texts_of, token_losses
 

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from shared.batches import Example
-from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
-from shared.heads import init_linear
-from shared.image_models import PIXEL_STEPS
+from shared.job.model import ModelConfig, TaskConfig
+from shared.models.batches import Example
+from shared.models.heads import init_linear
+from shared.models.images import PIXEL_STEPS
 from shared.tasks.base import Record
 from shared.tasks.sequence_classification import SequenceClassification
 

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shared.batches import Batch, Example
+from shared.models.batches import Batch, Example
 from shared.tasks.base import Evaluation, Record
 from shared.tasks.sequence_classification import SequenceClassification
 from shared.tasks.tokens import read_part, texts_of

@@ -1,6 +1,6 @@
 """Scores: a number for a text, squared error.
 
-Guarantee (test: tests/shared/test_tasks.py): a label counts only as far as the job's public range reaches. Within it the
+Guarantee (test: tests/shared/tasks/test_tasks.py): a label counts only as far as the job's public range reaches. Within it the
 number is mapped to [-1, 1], so that learning rate and clipping bound mean the same whatever the unit is.
 """
 
@@ -14,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from shared.batches import Batch, Example
-from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
-from shared.heads import PooledClassifier, init_linear
+from shared.job.model import ModelConfig, TaskConfig
+from shared.models.batches import Batch, Example
+from shared.models.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Record
 from shared.tasks.tokens import read_part, texts_of
 

@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from shared.batches import IGNORED, Batch, Example
-from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError, ModelError
+from shared.job.model import ModelConfig, TaskConfig
+from shared.models.batches import IGNORED, Batch, Example
 from shared.tasks.base import Record
 from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.tokens import read_part, texts_of

@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
-from shared.batches import Batch, Example
-from shared.config import ModelConfig, TaskConfig
 from shared.errors import DataError
-from shared.heads import PooledClassifier, init_linear
+from shared.job.model import ModelConfig, TaskConfig
 from shared.limits import MAX_TABLE_LABELS
+from shared.models.batches import Batch, Example
+from shared.models.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Record
 from shared.tasks.tokens import read_part, texts_of
 

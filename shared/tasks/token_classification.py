@@ -14,11 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from shared.batches import IGNORED, Batch, Example
-from shared.config import ModelConfig, TaskConfig
+from shared.data.rows import value_fault
 from shared.errors import DataError
-from shared.heads import TokenClassifier, init_linear
-from shared.rows import value_fault
+from shared.job.model import ModelConfig, TaskConfig
+from shared.models.batches import IGNORED, Batch, Example
+from shared.models.heads import TokenClassifier, init_linear
 from shared.tasks.base import Evaluation, Record
 from shared.tasks.tokens import mean_over_own_tokens, read_words, token_losses
 

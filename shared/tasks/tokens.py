@@ -1,7 +1,7 @@
 """What tasks have in common: text that becomes tokens, and targets for every token.
 
-Guarantee (tests: tests/shared/test_tokens.py): a text is tokenised only as far as the model reads, so that one of many megabytes
-takes the time and memory of a short one; the tokens are those of the whole text.
+Guarantee (tests: tests/shared/tasks/test_tokens.py): a text is tokenised only as far as the model reads, so that one of many
+megabytes takes the time and memory of a short one; the tokens are those of the whole text.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared.batches import IGNORED
+from shared.data.rows import text_fault
 from shared.errors import DataError
-from shared.heads import sum_in_order
-from shared.rows import text_fault
+from shared.models.batches import IGNORED
+from shared.models.heads import sum_in_order
 
 _CHARACTERS_PER_TOKEN, _MOST_CHARACTERS_PER_TOKEN = 128, 1024
 _WORDS_PER_TOKEN = 16

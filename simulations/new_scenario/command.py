@@ -1,6 +1,6 @@
 """`silotune new`: look at a file of records, choose settings by public counts, check them, write the scenario.
 
-Guarantee (tests: tests/simulations/test_new_scenario.py): what is written is read by `silotune simulate` as
+Guarantee (tests: tests/simulations/new_scenario/test_new_scenario.py): what is written is read by `silotune simulate` as
 it is, and has passed the checks that a simulation makes before it starts. Nothing leaves this machine, and
 nothing but the scenario is written (and, from a file of tagged words, their copy as JSONL beside it).
 """
@@ -16,12 +16,12 @@ from typing import Any
 
 from rich.console import Console
 
-from shared.atomic import write_text
-from shared.datasets import PERSON_ROLE, Record
+from shared.data.datasets import PERSON_ROLE, Record
 from shared.epsilons import as_set, noise_rounded_down, rate_rounded_up
 from shared.errors import ConfigError, DataError
+from shared.files.atomic import write_text
 from shared.privacy.sizes import declared_size, default_delta
-from simulations.demo_data import inseparable
+from simulations.data.demo_data import inseparable
 from simulations.new_scenario.document import Draft, document
 from simulations.new_scenario.iob import copied_words
 from simulations.new_scenario.lengths import Backbone, Measured, fitting_length, look_at_backbone, measure
@@ -171,7 +171,7 @@ def _check(scenario: Scenario, question: Question, backbone: Backbone | None) ->
     Raises:
         SilotuneError: what it would say.
     """
-    from simulations.engine import check_arm, plan_arms
+    from simulations.running.engine import check_arm, plan_arms
 
     train, test = scenario.load_data()
     arms = plan_arms(scenario, question.out.parent, train)

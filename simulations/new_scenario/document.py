@@ -11,7 +11,7 @@ from typing import Any
 
 import tomli_w
 
-from shared.datasets import PERSON_ROLE
+from shared.data.datasets import PERSON_ROLE
 from shared.epsilons import noise_rounded_down
 from simulations.new_scenario.lengths import Backbone
 from simulations.new_scenario.looking import Findings

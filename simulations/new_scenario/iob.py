@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared.datasets import write_jsonl
+from shared.data.datasets import write_jsonl
 from shared.errors import ConfigError, DataError, RunError, SilotuneError
-from simulations.builtin_data import tagged_sentences
+from simulations.data.builtin_data import tagged_sentences
 from simulations.new_scenario.question import Question
 
 _TAGGED = re.compile(r"\S+[\t ]+(\S+[\t ]+)*(O|[BI]-\S+)")

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from shared.backbones import backbone_folder
-from shared.config import ModelConfig, parse
 from shared.errors import ModelError
+from shared.job.model import ModelConfig
+from shared.job.parsing import parse
+from shared.models.backbones import backbone_folder
 from simulations.new_scenario.vocabulary import unknown_share
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -55,7 +56,7 @@ def look_at_backbone(name: str, revision: str | None = None) -> Backbone:
         ModelError: if it cannot be had, or its configuration cannot be read.
         ConfigError: if it is no name of a backbone.
     """
-    from simulations.small_gpt2 import NAME, resolve_backbone
+    from simulations.data.small_gpt2 import NAME, resolve_backbone
 
     path = resolve_backbone(name)
     if path != name and not Path(path).is_dir():  # `cache:` names a folder that the first run makes

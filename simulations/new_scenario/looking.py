@@ -1,6 +1,6 @@
 """What the records of a file are, found by reading them on this machine; or a refusal that says why they will not do.
 
-Guarantee (tests: tests/simulations/test_new_scenario.py): no message holds a text, a pair, a response or an
+Guarantee (tests: tests/simulations/new_scenario/test_new_scenario.py): no message holds a text, a pair, a response or an
 id of a record. Labels, tags and the names of sites may be shown: they are what a scenario has to name.
 """
 
@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.config import TaskKind, parse
-from shared.datasets import PERSON_ROLE, DataSource, Record, read_records
+from shared.data.datasets import PERSON_ROLE, DataSource, Record, read_records
 from shared.errors import DataError
+from shared.job.model import TaskKind
+from shared.job.parsing import parse
 from shared.privacy.persons import Persons
 from simulations.new_scenario.question import SITE_ROLE, Question
 

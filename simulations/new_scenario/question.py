@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from shared.config import PERSON_UNITS, TaskKind
-from shared.datasets import PERSON_ROLE
+from shared.data.datasets import PERSON_ROLE
 from shared.errors import ConfigError
+from shared.job.model import TaskKind
+from shared.job.values import PERSON_UNITS
 
 SITE_ROLE = "site"
 """Role of the column whose values name the sites."""

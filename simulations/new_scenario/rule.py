@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from shared.config import TaskKind
+from shared.job.model import TaskKind
 from shared.privacy.accounting import calibrate_noise_multiplier
 
 ROUNDS = 8

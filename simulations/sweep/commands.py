@@ -12,14 +12,14 @@ from pathlib import Path
 import typer
 from rich.console import Console
 
-from shared.datasets import dataset_fingerprint
+from shared.data.datasets import dataset_fingerprint
 from shared.errors import ConfigError, PrivacyError, RunError
 from shared.privacy.plan import PrivacyPlan
 from shared.stopping import saying
 from shared.tasks import Record
-from simulations.engine import check_arm, plan_arms
+from simulations.data.small_gpt2 import prepare_backbone
+from simulations.running.engine import check_arm, plan_arms
 from simulations.scenario import Scenario
-from simulations.small_gpt2 import prepare_backbone
 from simulations.sweep import private, results
 from simulations.sweep.journal import Journal, TrialResult
 from simulations.sweep.private import Selection, plan_selection, run_selection

@@ -1,6 +1,6 @@
 """The results of a sweep's trials, one durable line each.
 
-Formal guarantees (tests: tests/simulations/test_sweep_journal.py, test_sweep_kill.py)
+Formal guarantees (tests: tests/simulations/sweep/test_sweep_journal.py, test_sweep_kill.py)
     * When `append` returns, the line is on the disk; a sweep that is killed at any moment loses no finished trial.
     * A line that was cut by a kill or a full disk is dropped when the file is read again, and its trial counts as not run.
       Any other damage is refused, for a result that was changed cannot be told from a true one.
@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from shared.atomic import sync_folder
-from shared.config import canonical_json
 from shared.errors import RunError
+from shared.files.atomic import sync_folder
+from shared.files.json_files import canonical_json
 
 
 class TrialResult(BaseModel):

@@ -1,6 +1,6 @@
 """Tuning on private data with its cost accounted: one selected trial is released, and nothing else (Papernot, Steinke 2022).
 
-Guarantees (tests: tests/simulations/test_sweep_private.py)
+Guarantees (tests: tests/simulations/sweep/test_sweep_private.py)
     * What is left in the sweep's folder is the selected trial's setting, scores on public records and adapter, and the
       statement; no score, setting or adapter of another trial, and not how many there were.
     * Number and settings of the trials are drawn once, by the operating system's generator, and kept through a kill: to draw
@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.atomic import sync_folder, write_json
 from shared.epsilons import delta_rounded_up, rounded_up
 from shared.errors import ConfigError, PrivacyError, RunError
-from shared.json_files import damaged, read_object
-from shared.outputs import check_own_folder
+from shared.files.atomic import sync_folder, write_json
+from shared.files.json_files import damaged, read_object
+from shared.files.outputs import check_own_folder
 from shared.privacy.accounting import compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import RELATION

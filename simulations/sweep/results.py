@@ -1,6 +1,6 @@
 """The folder of a sweep: who may write to it, what it was started with, and what came out.
 
-Formal guarantees (tests: tests/simulations/test_sweep.py)
+Formal guarantees (tests: tests/simulations/sweep/test_sweep.py)
     * One process writes to a folder at a time.
     * A sweep is not resumed with other settings or other data; nothing is written then.
 """
@@ -12,10 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from shared.atomic import exclusive_lock, write_bytes, write_json
 from shared.errors import RunError
-from shared.json_files import read_object
-from shared.outputs import check_own_folder, make_folder
+from shared.files.atomic import exclusive_lock, write_bytes, write_json
+from shared.files.json_files import read_object
+from shared.files.outputs import check_own_folder, make_folder
 from simulations.sweep.figure import draw_frontier
 from simulations.sweep.frontier import FrontierPoint, SettingResult, by_setting, caution, frontier, utility_points
 from simulations.sweep.journal import Journal, TrialResult

@@ -3,7 +3,7 @@
 The mechanism. Draw the number of trials K from a distribution that was fixed beforehand; run K times: choose a setting
 uniformly at random, train it privately, score it on public data. Release the best trial, and nothing of the others, nor K.
 
-Formal guarantees (tests: tests/simulations/test_sweep_selection.py)
+Formal guarantees (tests: tests/simulations/sweep/test_sweep_selection.py)
     * `selection_epsilon` is an upper bound on epsilon, at the given delta, of the release of the best trial, under add or
       remove one record: theorem 2 of arXiv:2110.03620 for a truncated negative binomial K (geometric: eta = 1; logarithmic:
       eta = 0) and theorem 6 for a Poisson K, as dp-accounting computes them for `RepeatAndSelectDpEvent`. A trial's Rényi

@@ -18,8 +18,10 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from shared.config import Name, Section, apply_overrides, canonical_json, load_toml, nearest, parse
 from shared.errors import ConfigError
+from shared.files.json_files import canonical_json
+from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse
+from shared.job.values import Name
 from simulations.scenario import Scenario, build_scenario
 
 Search = Literal["grid", "optuna"]

@@ -1,7 +1,7 @@
 """One trial: a normal simulation of one setting under one seed, and what is read back from its run folder.
 
-Guarantee: nothing is trained here. A trial is `simulations.engine.run_scenario`, which `silotune simulate` calls too, and every
-number of its result comes from the files of its run; the epsilon is the executed one, of the site with the largest.
+Guarantee: nothing is trained here. A trial is `simulations.running.engine.run_scenario`, which `silotune simulate` calls too,
+and every number of its result comes from the files of its run; the epsilon is the executed one, of the site with the largest.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-from server.checkpoint import Checkpoint
-from server.observer import Observer
-from server.run_folder import foreign_entries
+from server.rounds.observer import Observer
+from server.runs.folder import foreign_entries
+from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
-from shared.json_files import read_object
-from shared.outputs import listed
-from shared.runtime import load_runtime
+from shared.files.json_files import read_object
+from shared.files.outputs import listed
+from shared.runtime.runtime import load_runtime
 from shared.tasks import Record, task_of
-from simulations.engine import run_scenario
+from simulations.running.engine import run_scenario
 from simulations.scenario import Scenario
 from simulations.sweep.journal import TrialResult
 from simulations.sweep.spec import Setting, Sweep

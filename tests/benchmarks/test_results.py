@@ -14,8 +14,8 @@ from rich.console import Console
 
 from benchmarks import results
 from benchmarks.accuracy_tables import ROWS, Row, best_non_private, figure, fill_tables, when
-from server.observer import Observer
-from simulations.engine import run_scenario
+from server.rounds.observer import Observer
+from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 
 ROOT = Path(__file__).resolve().parents[2]

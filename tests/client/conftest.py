@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import tomli_w
 
-from shared.adapters import encode
-from shared.config import ComputeConfig, Job
-from shared.messages import TrainRequest
-from shared.runtime import load_runtime
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.runtime.runtime import load_runtime
+from shared.tensors.adapters import encode
+from shared.wire.messages import TrainRequest
 
 COMPUTE = ComputeConfig(device="cpu", precision="float32")
 

@@ -13,14 +13,15 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from client import app as app_module
-from client.app import make_client_app, simulated_site, site_homes, this_site
+from client.app import make_client_app, this_site
 from client.commands import init
-from client.guard import Guard
-from client.site import Site
-from shared.config import Job
-from shared.datasets import write_jsonl
+from client.site.guard import Guard
+from client.site.site import Site
+from shared.data.datasets import write_jsonl
 from shared.errors import ConfigError, DataError
-from shared.messages import (
+from shared.job.job import Job
+from shared.trust.signing import SigningKey
+from shared.wire.messages import (
     DESCRIBE,
     TRAIN,
     WITHHELD,
@@ -33,8 +34,8 @@ from shared.messages import (
     unpack_description,
     unpack_reply,
 )
-from shared.signing import SigningKey
-from simulations.grid import InProcessGrid
+from simulations.running.grid import InProcessGrid
+from simulations.running.sites import simulated_site, site_homes
 
 
 def ask(app: ClientApp, content: RecordDict, kind: str, *, node: int = 1, num_nodes: int = 3) -> Message:

@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from client.audit_mirror import recount
-from client.home import open_site
-from client.ledger import Ledger
-from server.submission import Submission
-from shared import audit_log
-from shared.audit_log import Entry, Event
+from client.ledger.audit_mirror import recount
+from client.ledger.ledger import Ledger
+from client.site.home import open_site
+from server.store.submission import Submission
 from shared.privacy.accounting import compose_epsilon
-from shared.signing import load_verify_key
-from simulations.federation import Federation
+from shared.trust import audit_log
+from shared.trust.audit_log import Entry, Event
+from shared.trust.signing import load_verify_key
+from simulations.federation.processes import Federation
 
 
 def assert_books_agree(federation: Federation, submission: Submission, *, sites: Sequence[str]) -> None:

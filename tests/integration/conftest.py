@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from server.observer import Observer
-from shared.backbones import backbone_sha256
-from shared.config import Job
-from simulations.engine import run_scenario
-from simulations.federation import Federation
+from server.rounds.observer import Observer
+from shared.job.job import Job
+from shared.models.backbones import backbone_sha256
+from simulations.federation.processes import Federation
+from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 
 ROOT = Path(__file__).parents[2]

@@ -17,9 +17,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.checkpoint import load_checkpoint
-from server.run_folder import load_job
-from shared import backbones
+from server.runs.folder import load_job
+from server.store.checkpoint import load_checkpoint
+from shared.models import backbones
 
 MakeScenario = Callable[..., Path]
 Silotune = Callable[..., Any]

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from server.run_folder import load_job
-from shared.config import ComputeConfig
-from shared.inference import load_tuned, predict
+from server.runs.folder import load_job
+from shared.job.compute import ComputeConfig
+from shared.runtime.inference import load_tuned, predict
 from shared.version import silotune_version
 
 Silotune = Callable[..., Any]

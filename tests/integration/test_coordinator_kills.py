@@ -11,10 +11,10 @@ from typing import Any
 import psutil
 import pytest
 
-from server.submission import Submission
-from shared.audit_log import Event
-from shared.config import Job
-from simulations.federation import Federation
+from server.store.submission import Submission
+from shared.job.job import Job
+from shared.trust.audit_log import Event
+from simulations.federation.processes import Federation
 from tests.integration.books import assert_books_agree, charges_of, coordinator_entries, rounds_of
 from tests.integration.eventually import eventually
 

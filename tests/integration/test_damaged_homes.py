@@ -18,22 +18,23 @@ import pytest
 import tomli_w
 
 import cli
-from client.home import SiteHome, open_site
-from client.outbox import Outbox
-from server.home import CoordinatorHome
-from server.run_file import evaluation_records, settings_of
-from server.submission import Submission
-from shared.adapters import encode
-from shared.backbones import backbone_sha256
-from shared.config import ComputeConfig, Job
-from shared.datasets import write_jsonl
+from client.site.home import SiteHome, open_site
+from client.site.outbox import Outbox
+from server.coordinator.run_file import evaluation_records, settings_of
+from server.store.home import CoordinatorHome
+from server.store.submission import Submission
+from shared.data.datasets import write_jsonl
 from shared.errors import SilotuneError
-from shared.keystore import Seal, load_secret
-from shared.messages import Order, TrainReply, TrainRequest
-from shared.runtime import load_runtime
-from shared.signed_folder import sign_folder
-from shared.signing import load_signing_key, sign_round
-from simulations.federation import change_toml
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.models.backbones import backbone_sha256
+from shared.runtime.runtime import load_runtime
+from shared.tensors.adapters import encode
+from shared.trust.keystore import Seal, load_secret
+from shared.trust.signed_folder import sign_folder
+from shared.trust.signing import load_signing_key, sign_round
+from shared.wire.messages import Order, TrainReply, TrainRequest
+from simulations.federation.processes import change_toml
 from tests.integration.conftest import site_records
 from tests.integration.disk import small_files
 

@@ -19,12 +19,12 @@ import pytest
 from typer.main import get_command
 
 import cli
-from shared.datasets import DataSource
-from shared.deidentify.config import DeidentifyConfig
+from shared.data.datasets import DataSource
+from shared.data.deidentify.config import DeidentifyConfig
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.statement import SiteRelease, privacy_record
+from simulations.running.settings import settings_table
 from simulations.scenario import Scenario, load_scenario
-from simulations.settings import settings_table
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]

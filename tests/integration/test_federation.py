@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from client.audit_mirror import recount
-from client.home import open_site
-from server.submission import Submission
-from shared import audit_log
-from shared.audit_log import Event
-from shared.config import Job
-from shared.signed_folder import verify_folder
-from shared.signing import load_verify_key
-from simulations.federation import Federation, change_toml, round_overheads
+from client.ledger.audit_mirror import recount
+from client.site.home import open_site
+from server.store.submission import Submission
+from shared.job.job import Job
+from shared.trust import audit_log
+from shared.trust.audit_log import Event
+from shared.trust.signed_folder import verify_folder
+from shared.trust.signing import load_verify_key
+from simulations.federation.processes import Federation, change_toml, round_overheads
 
 
 @dataclass

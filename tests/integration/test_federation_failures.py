@@ -23,12 +23,12 @@ from typing import Any
 import psutil
 import pytest
 
-from client.status import read_status
-from server.submission import Submission
-from shared.audit_log import Event
-from shared.certificates import load_certificate
-from shared.config import Job
-from simulations.federation import HOST, Federation, change_toml, free_port
+from client.node.status import read_status
+from server.store.submission import Submission
+from shared.job.job import Job
+from shared.trust.audit_log import Event
+from shared.trust.certificates import load_certificate
+from simulations.federation.processes import HOST, Federation, change_toml, free_port
 from tests.integration import eventually as waiting
 from tests.integration.books import (
     assert_books_agree,
@@ -371,12 +371,12 @@ SABOTEUR = """
 from dataclasses import replace
 import sys
 import torch
-import cli, client.app, client.site
+import cli, client.app, client.site.site
 from flwr.app import ConfigRecord, RecordDict
 from shared import adapters
-from shared.runtime import Runtime
+from shared.runtime.runtime import Runtime
 
-honest_reply, honest_pack, sent = client.site.Site._reply, client.app.pack_reply, []
+honest_reply, honest_pack, sent = client.site.site.Site._reply, client.app.pack_reply, []
 
 def reply(self, job, plan, round_number, result, randomness, update):
     honest = honest_reply(self, job, plan, round_number, result, randomness, update)
@@ -396,7 +396,7 @@ def pack(reply):
         return RecordDict({"silotune": ConfigRecord({"kind": "update", "site": "../../c"})})
     return honest_pack(reply)
 
-client.site.Site._reply, client.app.pack_reply = reply, pack
+client.site.site.Site._reply, client.app.pack_reply = reply, pack
 cli.main(sys.argv[1:])
 """
 
@@ -483,10 +483,10 @@ cli.main(sys.argv[1:])
 WRONG_CLOCK = """
 import functools, sys
 from datetime import UTC, datetime, timedelta
-import cli, client.node
+import cli, client.node.node
 
 late = lambda: datetime.now(UTC) + timedelta(minutes=6)
-client.node.open_site = functools.partial(client.node.open_site, clock=late)
+client.node.node.open_site = functools.partial(client.node.node.open_site, clock=late)
 cli.main(sys.argv[1:])
 """
 
@@ -617,6 +617,6 @@ def test_what_was_asked_is_not_forgotten_when_coordinator_and_site_die_in_one_ro
 
 
 def _coordinator_log(federation: Federation, event: Event) -> list[Any]:
-    from shared import audit_log
+    from shared.trust import audit_log
 
     return [entry for entry in audit_log.read(federation.coordinator.audit) if entry.event == event]

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from client.audit_mirror import recount
-from client.home import open_site
-from shared.backbones import backbone_sha256
-from shared.config import Job
-from simulations.federation import Federation
+from client.ledger.audit_mirror import recount
+from client.site.home import open_site
+from shared.job.job import Job
+from shared.models.backbones import backbone_sha256
+from simulations.federation.processes import Federation
 from tests.integration.conftest import site_records
 
 MARKER = "zyxomma"

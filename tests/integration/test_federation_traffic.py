@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from client.home import open_site
-from server.submission import Submission
-from shared import adapters
-from shared.backbones import backbone_sha256
-from shared.config import ComputeConfig, Job
-from shared.runtime import load_runtime
-from simulations.federation import HOST, Federation
+from client.site.home import open_site
+from server.store.submission import Submission
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.models.backbones import backbone_sha256
+from shared.runtime.runtime import load_runtime
+from shared.tensors import adapters
+from simulations.federation.processes import HOST, Federation
 from tests.integration.proxy import RecordingProxy
 from tests.integration.sniffer import LoopbackSniffer, may_sniff
 

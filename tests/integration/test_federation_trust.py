@@ -25,21 +25,22 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import Message
 
-from client.fleet import FleetConnection, NotAdmitted, Unreachable
-from client.home import open_site
-from client.node import Node
-from client.status import read_status
-from server.home import CoordinatorConfig
-from server.submission import Submission
-from server.superlink import Control
-from shared import audit_log
-from shared.audit_log import Entry, Event
-from shared.config import Job, load_toml
+from client.node.fleet import FleetConnection, NotAdmitted, Unreachable
+from client.node.node import Node
+from client.node.status import read_status
+from client.site.home import open_site
+from server.coordinator.superlink import Control
+from server.store.home import CoordinatorConfig
+from server.store.submission import Submission
 from shared.errors import ConfigError, TrustError
-from shared.messages import DESCRIBE, SiteDescription, pack_description, unpack_describe
-from shared.pki import approve, create_ca, make_request, write_public
-from shared.signing import SigningKey
-from simulations.federation import HOST, Federation, change_toml, free_port
+from shared.job.job import Job
+from shared.job.parsing import load_toml
+from shared.trust import audit_log
+from shared.trust.audit_log import Entry, Event
+from shared.trust.pki import approve, create_ca, make_request, write_public
+from shared.trust.signing import SigningKey
+from shared.wire.messages import DESCRIBE, SiteDescription, pack_description, unpack_describe
+from simulations.federation.processes import HOST, Federation, change_toml, free_port
 from tests.conftest import Outcome
 from tests.integration.bundles import bundle_with_code
 from tests.integration.eventually import eventually

@@ -10,18 +10,19 @@ import pytest
 import tomli_w
 from rich.console import Console
 
-import simulations.engine
-from client.site import Site
-from shared.config import ComputeConfig, load_toml
-from shared.datasets import write_jsonl
+import simulations.running.engine
+from client.site.site import Site
+from shared.data.datasets import write_jsonl
 from shared.errors import DataError
-from shared.inference import Decoding, generate, load_tuned
-from shared.runtime import Runtime, load_runtime
-from simulations.demo_data import load_movie_reviews
-from simulations.engine import run_scenario
-from simulations.live import LiveView
+from shared.job.compute import ComputeConfig
+from shared.job.parsing import load_toml
+from shared.runtime.inference import Decoding, generate, load_tuned
+from shared.runtime.runtime import Runtime, load_runtime
+from simulations.data.demo_data import load_movie_reviews
+from simulations.data.small_gpt2 import Recipe, public_documents, small_gpt2
+from simulations.running.engine import run_scenario
+from simulations.running.live import LiveView
 from simulations.scenario import Scenario, load_scenario
-from simulations.small_gpt2 import Recipe, public_documents, small_gpt2
 
 NUM_TRAIN, NUM_TEST = 1200, 150
 # Seconds-sized: it only has to be better than chance.

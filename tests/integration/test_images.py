@@ -11,14 +11,14 @@ import pytest
 import tomli_w
 import torch
 
-from client import app as client_app
-from server.compliance import write_compliance_report
-from server.observer import Observer
-from server.run_folder import load_job
-from shared.config import ComputeConfig
-from shared.inference import load_tuned, predict
-from simulations.builtin_data import load_digits
-from simulations.engine import run_scenario
+from server.reports.compliance import write_compliance_report
+from server.rounds.observer import Observer
+from server.runs.folder import load_job
+from shared.job.compute import ComputeConfig
+from shared.runtime.inference import load_tuned, predict
+from simulations.data.builtin_data import load_digits
+from simulations.running import sites
+from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 from tests.integration.test_independent import run_alone
 
@@ -57,7 +57,7 @@ def scenario(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(path: Path, folder: Path, **options: Any) -> Any:
-    client_app._open.cache_clear()  # a resumed run is another process: sites are read from their folders anew
+    sites.forget_simulated_sites()  # a resumed run is another process: sites are read from their folders anew
     return run_scenario(load_scenario(path), folder, observer=lambda arm: Observer(), injected_seed="images", **options)
 
 

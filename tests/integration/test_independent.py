@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 import torch
 
-from server.observer import Observer
-from server.run_folder import load_job
-from shared.batches import Example
-from shared.config import ComputeConfig
-from shared.inference import load_tuned, predict
-from simulations.engine import run_scenario
+from server.rounds.observer import Observer
+from server.runs.folder import load_job
+from shared.job.compute import ComputeConfig
+from shared.models.batches import Example
+from shared.runtime.inference import load_tuned, predict
+from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 
 TEXTS = [

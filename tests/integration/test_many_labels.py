@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from shared.config import Job, parse
 from shared.errors import ConfigError
+from shared.job.job import Job
+from shared.job.parsing import parse
 from shared.limits import MAX_LABELS, MAX_TABLE_LABELS
 
 NUM_LABELS = 5_000

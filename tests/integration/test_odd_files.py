@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from client.check import _data
-from client.home import SiteHome
-from shared.datasets import DataSource, read_records
+from client.site.home import SiteHome
+from shared.data.datasets import DataSource, read_records
 from shared.errors import DataError
 from simulations.scenario import load_scenario
 

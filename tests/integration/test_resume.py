@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from client import app as client_app
-from client.ledger import Budget, Ledger
-from server.checkpoint import Checkpoint
-from server.observer import Observer
+from client.ledger.ledger import Budget, Ledger
+from server.rounds.observer import Observer
+from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
-from simulations.engine import run_scenario
+from simulations.running import sites
+from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 
 
 def run(path: Path, folder: Path, **options: Any) -> Checkpoint:
-    client_app._open.cache_clear()  # a resumed run is another process: sites are read from their folders anew
+    sites.forget_simulated_sites()  # a resumed run is another process: sites are read from their folders anew
     return run_scenario(load_scenario(path), folder, observer=lambda arm: Observer(), injected_seed="resume", **options)
 
 
@@ -60,7 +60,7 @@ def test_a_round_that_failed_is_sent_again_and_costs_nothing_twice(
     scenario_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The coordinator dies after the sites answered and before the checkpoint: they answer with the same bytes."""
-    import server.run_folder as module
+    import server.runs.folder as module
 
     path, folder = scenario_file(), tmp_path / "run"
     through = run(path, tmp_path / "through")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from simulations.federation import Federation
+from simulations.federation.processes import Federation
 from tests.integration.eventually import eventually
 
 ROOT = Path(__file__).parents[2]

@@ -1,4 +1,5 @@
-"""Contract with Flower: the non-public parts that `client.fleet` and `server.superlink` use, against a real SuperLink."""
+"""Contract with Flower: the non-public parts that `client.node.fleet` and `server.coordinator.superlink` use, against a real
+SuperLink."""
 
 from __future__ import annotations
 
@@ -20,14 +21,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.proto.fleet_pb2 import PullMessagesRequest, RegisterNodeFleetRequest, UnregisterNodeFleetRequest
 from flwr.proto.node_pb2 import Node
 
-from client import fleet
-from client.fleet import FleetConnection, NotAdmitted, RunOver, Unreachable, tls_facts
-from server.home import SuperLinkFiles
-from server.superlink import Control, KeyRemembered, SuperLink, public_key_bytes, pull_promptly
+from client.node import fleet
+from client.node.fleet import FleetConnection, NotAdmitted, RunOver, Unreachable, tls_facts
+from server.coordinator.superlink import Control, KeyRemembered, SuperLink, public_key_bytes, pull_promptly
+from server.store.home import SuperLinkFiles
 from shared.errors import RunError, TrustError
-from shared.node_keys import write_plain_pem_key
-from shared.pki import approve, create_ca, make_request
-from simulations.federation import free_port
+from shared.trust.node_keys import write_plain_pem_key
+from shared.trust.pki import approve, create_ca, make_request
+from simulations.federation.processes import free_port
 from tests.integration.bundles import bundle_with_code
 from tests.integration.eventually import eventually
 

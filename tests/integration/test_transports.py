@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from client import app as client_app
-from server.checkpoint import Checkpoint
-from server.observer import Observer
+from server.rounds.observer import Observer
+from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
 from shared.privacy.statement import SiteRelease
-from simulations import engine
-from simulations.engine import run_scenario
+from simulations.running import engine, sites
+from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 
 pytestmark = [
@@ -36,7 +35,7 @@ def _stop_ray() -> Iterator[None]:
 
 
 def run(path: Path, folder: Path, backend: str, *, resume: bool = False) -> Checkpoint:
-    client_app._open.cache_clear()
+    sites.forget_simulated_sites()
     # In float32, or rounding differs too much between sites that share a batch and sites alone.
     scenario = load_scenario(
         path, [f"simulation.backend={backend}", "simulation.num_actors=2", "compute.precision=float32"]

@@ -22,8 +22,8 @@ from shared.epsilons import (
     rounded_up,
     rounded_up_short,
 )
-from shared.privacy.audit import AuditResult
-from simulations.audit_command import result_table
+from simulations.audit import AuditResult
+from simulations.audit.command import result_table
 
 ROOT = Path(__file__).parents[2]
 AN_EPSILON = re.compile(r"epsilon|spent|claim|\bcap\b")

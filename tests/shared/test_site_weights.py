@@ -9,8 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.config import AggregationConfig, Job, parse
 from shared.errors import ConfigError
+from shared.job.federation import AggregationConfig
+from shared.job.job import Job
+from shared.job.parsing import parse
 from shared.site_weights import SiteWeights, noise_warnings, site_shares
 
 UNEVEN = [64, 128, 256, 512, 1024, 1024]

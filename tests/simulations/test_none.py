@@ -8,11 +8,11 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from client.config import SiteConfig
-from client.policy import Policy
-from server.home import CoordinatorConfig
-from server.run_file import RunSettings
-from shared.config import Section, apply_overrides, takes_none
+from client.site.config import SiteConfig
+from client.site.policy import Policy
+from server.coordinator.run_file import RunSettings
+from server.store.home import CoordinatorConfig
+from shared.job.parsing import Section, apply_overrides, takes_none
 from simulations.scenario import Scenario
 from simulations.sweep.spec import SweepConfig
 
@@ -65,8 +65,9 @@ def test_the_word_says_none(section: type[BaseModel], name: str, word: str) -> N
 
 
 def test_where_none_is_a_choice_of_its_own_it_stays_one() -> None:
-    from shared.config import AggregationConfig, PrivacyConfig
-    from shared.datasets import DataSource
+    from shared.data.datasets import DataSource
+    from shared.job.federation import AggregationConfig
+    from shared.job.privacy import PrivacyConfig
 
     assert PrivacyConfig.model_validate({"mechanism": "none"}).mechanism == "none"
     assert AggregationConfig.model_validate({"server_optimizer": "none"}).server_optimizer == "none"

@@ -1,0 +1,74 @@
+"""`site.toml`: everything that a site decides for itself, except what it accepts (`client.site.policy`)."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.data.datasets import PERSON_ROLE, DataSource
+from shared.job.compute import ComputeConfig
+from shared.job.parsing import Section
+from shared.job.values import PERSON_UNITS, Delta, Name, Unit
+
+
+class BudgetConfig(Section):
+    """The site's cap for its data set, counted by one unit of privacy."""
+
+    unit: Unit = "record"
+    """What the cap protects: each `record`, or each `patient` or `customer` with all their records. Only jobs of the same
+    `privacy.unit` are accepted. It cannot change once something was charged; see docs/decisions/0010."""
+    epsilon: float = Field(gt=0)
+    """All releases from this data set together stay below this."""
+    delta: Delta = 1e-5
+    """At this failure probability; a job with a weaker one is refused."""
+    composition: Literal["adaptive", "fixed"] = "fixed"
+    """`adaptive`: holds also if a run is planned after seeing the results of earlier ones, and allows fewer steps.
+    `fixed`: holds only if the plans of all runs were fixed before the first one. `silotune site init` writes `adaptive`."""
+
+
+class AnswersConfig(Section):
+    """When answers leave."""
+
+    slot_seconds: float = Field(default=0.0, ge=0, le=86_400)
+    """Replies and refusals leave a multiple of so many seconds after their request came, so that the time to answer does not
+    tell how many records there are or how long. Choose it above the longest round, and below the job's
+    `federation.round_timeout_seconds`; the node's log warns of an answer that took longer. 0: as soon as they are ready."""
+
+
+class SiteConfig(Section):
+    """`site.toml`: everything a site decides for itself."""
+
+    name: Name
+    """Name of the site, unique in the federation."""
+    dataset: Name
+    """Name under which the ledger keeps this data's budget. Adding records does not make a new data set."""
+    data: DataSource
+    budget: BudgetConfig
+    declared_records: int | None = Field(default=None, ge=1)
+    """The public size of the data set, in records, or in patients or customers where they are `budget.unit`; None declares
+    the largest power of two that was not above it at first use, which then stays (`declared.json`)."""
+    evaluation_share: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the records (or of the patients or customers, with all their records) that no job trains on, for
+    `site_metrics`: 0.1 holds about a tenth out. Once set, keep it."""
+    allow_non_private: bool = False
+    """Accept jobs that release unprotected updates. Only for public or synthetic data."""
+    allow_trusted_coordinator: bool = False
+    """Accept jobs whose coordinator adds the noise (`privacy.mechanism = "central"`): it sees this site's updates unprotected.
+    Only if everything that the data holds may be known to whoever runs it."""
+    labels: tuple[str, ...] = ()
+    """Labels (or tags) that the records may have, a public word of the site's own: a job whose `task.labels` lack one of them is
+    refused with that reason. Without it such a job is accepted and trains without the records that it cannot use."""
+    answers: AnswersConfig = AnswersConfig()
+    compute: ComputeConfig = ComputeConfig()
+    coordinator: str | None = None
+    """Address of the coordinator's Fleet API, host:port; only a real site has one."""
+
+    @model_validator(mode="after")
+    def _check_id_column(self) -> Self:
+        if self.budget.unit in PERSON_UNITS and PERSON_ROLE not in self.data.columns:
+            raise ValueError(
+                f"budget.unit is {self.budget.unit!r}, but data.columns names no id column; add {PERSON_ROLE} = "
+                f'"NAME OF THE COLUMN WITH THE {self.budget.unit.upper()} ID"'
+            )
+        return self

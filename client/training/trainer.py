@@ -1,0 +1,328 @@
+"""The local DP round, readable top to bottom: from one record's gradient to one noised update.
+
+One loop serves a real site, alone, and a simulation, which trains many sites side by side over one frozen backbone.
+
+Formal guarantees (unit and relation as in the plan; for a private plan)
+    * The returned delta depends on the records only through `local_steps` Poisson-subsampled Gaussian releases with
+      the plan's sample_rate, max_grad_norm and noise_multiplier (tests/client/training/test_trainer.py; planted faults:
+      tests/client/training/test_faults.py). Everything after the noise is post-processing.
+    * One record (or person) more or less moves a step's sum by at most max_grad_norm in floating point, whatever adapter the
+      coordinator sent: the gradients of all others stay the same to the last bit, and so does their part of the sum
+      (tests/client/training/test_sensitivity.py). That this machine's libraries play along is tried out before a job is
+      trained, and on every round's own adapter (`client.training.independence`).
+    * Sampling and noise of a site come from its own `SiteRandomness` alone.
+    * What a site gets when it is trained with others is what it gets alone, up to floating-point rounding: no other site's
+      record, value or noise takes part (tests/client/training/test_many_sites.py).
+    * `Observations` are not private. They stay at the site.
+
+Per-example gradients come through Opacus' hooks (Yousefpour et al. 2021; `client.training.per_example`). Clipping, noise and
+normalisation are `shared.privacy.mechanism`; see docs/decisions/0002-mechanism.md for why not Opacus' optimiser.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import assert_never
+
+import torch
+from torch import Tensor, nn
+
+from client.training.per_example import GradientsBySite, PerExampleHooks, most_examples
+from shared.job.training import TrainingConfig
+from shared.models.batches import Example
+from shared.privacy.mechanism import ClippedSum, per_example_gradients
+from shared.privacy.persons import Persons, PersonSum
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import SiteRandomness
+from shared.runtime.runtime import Runtime
+
+
+@dataclass
+class Observations:
+    """What the site saw while training. Not private: never leaves the site.
+
+    Attributes:
+        losses: mean training loss of every step's sample, NaN for an empty sample.
+        num_examples, num_clipped: totals over the round, of records or persons, whichever is the unit of privacy.
+        num_non_finite: records whose gradient was replaced by zero.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    num_examples: int = 0
+    num_clipped: int = 0
+    num_non_finite: int = 0
+
+    def add(self, total: ClippedSum, loss_sum: float, *, num_records: int) -> None:
+        """Take in one step."""
+        self.losses.append(loss_sum / num_records if num_records else math.nan)
+        self.num_examples += total.num_examples
+        self.num_clipped += total.num_clipped
+        self.num_non_finite += total.num_non_finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalRound:
+    """Result of one round at one site.
+
+    Attributes:
+        delta: trained values minus start values, float32 on the CPU, by name. This is what leaves the site.
+        optimizer_state: moments of the local optimiser by "name|key"; read only noised gradients, stay at the site.
+        executed_steps: noisy steps taken.
+        observations: private; stay at the site.
+    """
+
+    delta: dict[str, Tensor]
+    optimizer_state: dict[str, Tensor]
+    executed_steps: int
+    observations: Observations
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWork:
+    """What one site brings to a round.
+
+    Attributes:
+        examples: the site's encoded records.
+        declared_records: the site's public number of records, or of persons if they are the unit of privacy; times
+            sample_rate it is the divisor of every noisy sum.
+        randomness: the site's own source.
+        optimizer_state: moments after the site's previous round, empty before the first.
+        persons: whose record each of `examples` is; None unless persons are the unit of privacy.
+    """
+
+    examples: Sequence[Example]
+    declared_records: int
+    randomness: SiteRandomness
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
+    persons: Persons | None = None
+
+
+def train_local_round(
+    runtime: Runtime,
+    examples: Sequence[Example],
+    start: Mapping[str, Tensor],
+    *,
+    training: TrainingConfig,
+    plan: PrivacyPlan,
+    declared_records: int,
+    randomness: SiteRandomness,
+    round_number: int,
+    optimizer_state: Mapping[str, Tensor] | None = None,
+    persons: Persons | None = None,
+) -> LocalRound:
+    """Train the adapter of one site for one round; see `LocalWork` and `train_local_rounds`."""
+    work = LocalWork(
+        examples=examples,
+        declared_records=declared_records,
+        randomness=randomness,
+        optimizer_state=optimizer_state or {},
+        persons=persons,
+    )
+    return train_local_rounds(runtime, [work], start, training=training, plan=plan, round_number=round_number)[0]
+
+
+def train_local_rounds(
+    runtime: Runtime,
+    works: Sequence[LocalWork],
+    start: Mapping[str, Tensor],
+    *,
+    training: TrainingConfig,
+    plan: PrivacyPlan,
+    round_number: int,
+) -> list[LocalRound]:
+    """Train the adapters of one site, or of several simulated ones side by side, for one round.
+
+    The sites share each forward pass of the frozen backbone and nothing else: every one has its own values, coins, clipped
+    sum, noise and moments, and what it gets is what it would get alone, up to floating-point rounding.
+
+    Args:
+        runtime: loaded backbone, adapters, head and task; of a single site it holds the trained values afterwards.
+        works: what each site brings, at least one.
+        start: the global adapter.
+        training: number of steps, optimiser, schedule.
+        plan: what will be executed and accounted at every site.
+        round_number: 1-based; positions the public learning-rate schedule.
+
+    Returns:
+        One result per site, in order.
+
+    Raises:
+        PrivacyError: if plan and persons do not belong together, or the model's gradients cannot be clipped.
+        ValueError: if the optimisers of the sites have taken different numbers of steps.
+    """
+    for work in works:
+        plan.check_persons(work.persons)
+    # 1. Start from the global adapter, each site with its own moments.
+    runtime.load(start)
+    model, task = runtime.model, runtime.task
+    trainable = model.trainable()
+    parameters = list(trainable.values())
+    shapes = [parameter.shape for parameter in parameters]
+    stacks = {name: _stacked(parameter, len(works)) for name, parameter in trainable.items()}
+    optimizer = build_optimizer(stacks, model.head_parameters(), training)
+    restore_optimizer(optimizer, stacks, [work.optimizer_state for work in works])
+    pool = [example for work in works for example in work.examples]
+    first_row = [0, *itertools.accumulate(len(work.examples) for work in works)]
+    seen = [Observations() for _ in works]
+
+    values: dict[Tensor, Tensor] | None = None
+    if len(works) > 1:
+        values = dict(zip(parameters, stacks.values(), strict=True))
+    with per_example_hooks(model, values) as hooks:
+        for step in range(training.local_steps):
+            # 2. Every unit of privacy, a record or a person, enters the step by its own coin.
+            drawn = [_draw(plan, work, round_number, step) for work in works]
+            # 3. Per-example gradients, a person's averaged over all micro-batches; then each unit's is clipped, over adapter
+            #    and head together, and added to its site's sum.
+            totals = [plan.new_sum(shapes) for _ in works]
+            sums = [
+                total if work.persons is None else PersonSum(total, groups)
+                for total, work, groups in zip(totals, works, drawn, strict=True)
+            ]
+            loss_sums = [0.0] * len(works)
+            pooled = [
+                [first + row for row in group]
+                for first, groups in zip(first_row[:-1], drawn, strict=True)
+                for group in groups
+            ]
+            shares = GradientsBySite(first_row, sums)
+            for rows, batch in runtime.grouped_batches(pool, pooled, most_examples(parameters)):
+                owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
+                if len(works) > 1:
+                    hooks.owners = torch.tensor(owners, device=model.device)
+                with runtime.autocast():
+                    losses = task.per_example_loss(model(batch), batch)
+                losses.sum().backward()  # type: ignore[no-untyped-call]
+                shares.add(per_example_gradients(parameters, len(losses)), rows, owners)
+                for site, loss in zip(owners, losses.tolist(), strict=True):
+                    loss_sums[site] += loss
+            shares.flush()
+            for site, (work, total) in enumerate(zip(works, totals, strict=True)):
+                receiver = sums[site]
+                if isinstance(receiver, PersonSum):
+                    receiver.close()
+                # 4. One noise event per logical step and site, also when the sample is empty.
+                noise = work.randomness.stream("noise", round_number=round_number, step=step)
+                noisy = plan.add_noise(total.sums, noise)
+                # 5. Divide by the expected batch size, never by the drawn one. From here on all is post-processing.
+                expected_batch_size = plan.expected_batch_size(work.declared_records)
+                for stack, value in zip(stacks.values(), noisy, strict=True):
+                    if stack.grad is None:
+                        stack.grad = torch.empty_like(stack)
+                    stack.grad[site].copy_(value / expected_batch_size)
+                seen[site].add(total, loss_sums[site], num_records=sum(map(len, drawn[site])))
+            # 6. The optimiser moves the adapters.
+            set_learning_rate(optimizer, training, (round_number - 1) * training.local_steps + step)
+            optimizer.step()
+
+    return [
+        LocalRound(
+            delta={name: stack.detach()[site].cpu().float() - start[name] for name, stack in stacks.items()},
+            optimizer_state=dump_optimizer(optimizer, stacks, site),
+            executed_steps=training.local_steps,
+            observations=seen[site],
+        )
+        for site in range(len(works))
+    ]
+
+
+def _stacked(parameter: nn.Parameter, count: int) -> nn.Parameter:
+    """Return the values of `count` sites, [count, *shape]; of one site a view, so that the model moves with it."""
+    value = parameter.detach().unsqueeze(0)
+    return nn.Parameter(value if count == 1 else value.repeat(count, *([1] * parameter.ndim)))
+
+
+def _draw(plan: PrivacyPlan, work: LocalWork, round_number: int, step: int) -> list[list[int]]:
+    """Return the records that enter a step, by unit of privacy: each alone, or a person's together."""
+    num_units = len(work.examples) if work.persons is None else work.persons.count
+    coins = work.randomness.stream("sampling", round_number=round_number, step=step)
+    drawn = plan.sample(num_units, coins).tolist()
+    if work.persons is None or plan.records_per_person is None:
+        return [[record] for record in drawn]
+    own_records = work.randomness.stream("records", round_number=round_number, step=step)
+    return work.persons.choose(drawn, plan.records_per_person, own_records)
+
+
+@contextmanager
+def per_example_hooks(model: nn.Module, stacks: Mapping[Tensor, Tensor] | None = None) -> Iterator[PerExampleHooks]:
+    """Attach the per-example gradient hooks for the duration of the block; see `PerExampleHooks`."""
+    hooks = PerExampleHooks(model, stacks)
+    try:
+        with warnings.catch_warnings():
+            # The lowest adapter's input needs no gradient: that is what the frozen layers below are for.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            yield hooks
+    finally:
+        hooks.remove_hooks()
+
+
+def build_optimizer(
+    trainable: Mapping[str, nn.Parameter], head: set[str], training: TrainingConfig
+) -> torch.optim.Optimizer:
+    """Return AdamW or SGD with one group for the adapter and one for the head."""
+    groups = [
+        {"params": [p for name, p in trainable.items() if (name in head) == is_head], "factor": factor}
+        for is_head, factor in ((False, 1.0), (True, training.head_learning_rate_factor))
+    ]
+    groups = [group for group in groups if group["params"]]
+    if training.optimizer == "adamw":
+        return torch.optim.AdamW(
+            groups,
+            lr=training.learning_rate,
+            betas=(training.momentum, 0.999),
+            weight_decay=training.weight_decay,
+        )
+    if training.optimizer == "sgd":
+        return torch.optim.SGD(
+            groups, lr=training.learning_rate, momentum=training.momentum, weight_decay=training.weight_decay
+        )
+    assert_never(training.optimizer)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, training: TrainingConfig, step: int) -> None:
+    """Set the learning rate of the public schedule for global step `step` (0-based, over all planned steps)."""
+    progress = min(step / training.planned_steps, 1.0)
+    warmth = min((step + 1) / (training.warmup_steps + 1), 1.0)
+    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    for group in optimizer.param_groups:
+        group["lr"] = training.learning_rate * warmth * factor[training.schedule] * group["factor"]
+
+
+def dump_optimizer(
+    optimizer: torch.optim.Optimizer, stacks: Mapping[str, nn.Parameter], site: int
+) -> dict[str, Tensor]:
+    """Return one site's moments as CPU tensors by "parameter name|key"."""
+    return {
+        f"{name}|{key}": (value[site] if value.ndim else value).detach().cpu().clone()
+        for name, stack in stacks.items()
+        for key, value in optimizer.state.get(stack, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, stacks: Mapping[str, nn.Parameter], states: Sequence[Mapping[str, Tensor]]
+) -> None:
+    """Put back what `dump_optimizer` returned for each site.
+
+    Raises:
+        ValueError: if the sites have taken different numbers of steps: one optimiser counts one number.
+    """
+    if len({steps_taken(state) for state in states}) > 1:
+        raise ValueError("only sites whose optimisers have taken equally many steps can be trained together")
+    for full_name in states[0]:
+        name, _, key = full_name.partition("|")
+        stack, values = stacks[name], [state[full_name] for state in states]
+        # Step counters are scalars that PyTorch keeps on the CPU.
+        optimizer.state[stack][key] = torch.stack(values).to(stack.device) if values[0].ndim else values[0].clone()
+
+
+def steps_taken(state: Mapping[str, Tensor]) -> tuple[float, bool]:
+    """Return how far an optimiser has come: the steps that it counts, if it does, and whether it has any moments."""
+    return max((float(value) for name, value in state.items() if name.endswith("|step")), default=0.0), bool(state)

@@ -1,0 +1,265 @@
+"""The ServerApp of real runs: Flower starts it, the coordinator's folder tells it everything.
+
+It resumes by itself from the last durable checkpoint, so killing it at any moment costs at most the round at hand, and the
+sites answer a repeated request with the release that they stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import logging.handlers
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from flwr.app import Context
+from flwr.serverapp import ServerApp
+from flwr.serverapp.grid import Grid
+
+from server.app import Run, execute
+from server.coordinator.run_file import evaluation_records, settings_of
+from server.coordinator.superlink import pull_promptly, registered_names
+from server.rounds.earlier_requests import Asked
+from server.rounds.observer import Observer
+from server.rounds.roster import Authority
+from server.store.checkpoint import Checkpoint, RoundRecord
+from server.store.home import CoordinatorHome
+from server.store.submission import Submission
+from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
+from shared.job.job import Job
+from shared.site_weights import noise_warnings
+from shared.trust.audit_log import AuditLog, Event, read
+from shared.trust.keystore import passphrase_from_environment
+from shared.trust.signed_folder import sign_folder
+from shared.wire.messages import MetricsReply, SiteDescription, TrainReply
+
+log = logging.getLogger("silotune.coordinator")
+
+_LASTING = (ConfigError, DataError, ModelError, PrivacyError, TrustError)
+
+_PARENT_POLL_SECONDS, _FAREWELL_SECONDS = 0.5, 2.0
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the job that the run's configuration names; called by Flower."""
+    home = CoordinatorHome(Path(str(context.run_config["home"])))
+    submission = Submission(home.jobs / str(context.run_config["job"]))
+    _log_to(submission.log)
+    pull_promptly()
+    _end_with_parent()
+    try:
+        run_submission(grid, home, submission)
+    except SilotuneError as error:
+        with contextlib.suppress(SilotuneError):
+            submission.note("failed" if _lasts(error) else None, problem=str(error))
+        raise
+    except Exception as error:
+        # A disk or a SuperLink in trouble is no defect of the job.
+        defect = not isinstance(error, OSError | httpx.HTTPError)
+        with contextlib.suppress(SilotuneError):
+            submission.note(problem=f"{type(error).__name__}; see the log", defect=defect)
+        log.exception("the job ended early")
+        raise
+
+
+def _log_to(path: Path) -> None:
+    """Keep the job's log in its folder: Flower throws away what a ServerApp prints."""
+    handler = logging.handlers.RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=2, encoding="utf-8")
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler], force=True
+    )
+    for noisy in ("httpx", "flwr", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _end_with_parent() -> None:
+    """End this process soon after the one that started it.
+
+    Flower asks it to end by a signal whose handler takes locks, and now and then waits for one for ever. What is left would
+    keep the run folder locked, and no other attempt could resume the run.
+    """
+    words = sys.argv
+    parent = int(words[words.index("--parent-pid") + 1]) if "--parent-pid" in words[:-1] else os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_POLL_SECONDS)
+        time.sleep(_FAREWELL_SECONDS)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, name="parent", daemon=True).start()
+
+
+def _lasts(error: SilotuneError) -> bool:
+    """Return whether trying again would meet the same error; a log that a full disk refuses can be written again later."""
+    return isinstance(error, _LASTING) and not isinstance(error.__cause__, OSError | RunError)
+
+
+def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) -> Checkpoint:
+    """Run or resume a submitted job over `grid` until it is complete."""
+    signed, settings = submission.signed_job(), settings_of(submission)
+    key = home.load_round_key(passphrase_from_environment())
+    observer = _Recorder(submission, signed.job, home.open_log(key))
+    authority = Authority(
+        signed_job=signed, key=key, registered=lambda: registered_names(grid), asked_since=observer.asked_since
+    )
+    submission.note("running", problem=None, defect=False)
+    run = Run(
+        job=signed.job,
+        folder=submission.run_folder,
+        public_records=evaluation_records(submission, signed.job),
+        compute=settings.compute,
+        details={"mode": "federation", "signer": signed.signer.text, "coordinator_key": key.verify_key.text},
+        resume=(submission.run_folder / "job.json").exists(),
+        evaluate_every=settings.evaluate_every,
+        observer=observer,
+        authority=authority,
+    )
+    checkpoint = execute(grid, run)
+    sign_folder(submission.run_folder / "adapter", key)
+    submission.note("completed", problem=None, waiting=None)
+    return checkpoint
+
+
+class _Recorder(Observer):
+    """Writes what happens to the job's state and to the audit log, and reads there what an earlier process was at."""
+
+    def __init__(self, submission: Submission, job: Job, log: AuditLog) -> None:
+        self._submission, self._job, self._log = submission, job, log
+        self._refused: dict[str, str] = {}
+        self._sizes: dict[str, int] = {}
+        self._job_sha256 = submission.state()["job_sha256"]
+        self._warned: set[str] = set()
+
+    def asked_since(self, round_number: int) -> list[Asked]:
+        """Return what earlier processes asked of sites for later rounds and what came, from the audit log."""
+        found: list[Asked] = []
+        latest: dict[tuple[str, int], int] = {}
+        for entry in read(self._log.folder):
+            details = entry.details
+            if details.get("job") != self._job_sha256 or not (details.get("round") or 0) > round_number:
+                continue
+            number = int(details["round"])
+            if entry.event == Event.ROUND_ASKED:
+                for name, size in zip(details["sites"], details["declared_records"], strict=True):
+                    site = SiteDescription(site=name, declared_records=size, version="")
+                    latest[name, number] = len(found)
+                    found.append(Asked(site=site, round_number=number, adapter_sha256=details["adapter_sha256"]))
+            elif entry.event == Event.UPDATE_ACCEPTED and (details["site"], number) in latest:
+                place = latest[details["site"], number]
+                found[place] = replace(found[place], update_sha256=details["sha256"])
+        return found
+
+    def _earlier(self, event: Event, round_number: int) -> list[dict[str, Any]]:
+        """Return what the audit log holds of this job and round."""
+        return [
+            entry.details
+            for entry in read(self._log.folder)
+            if entry.event == event
+            and (entry.details.get("job"), entry.details.get("round")) == (self._job_sha256, round_number)
+        ]
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """See `Observer`; a round that became durable just before the process died gets its entry now."""
+        record = checkpoint.history[-1]
+        if record.round and not self._earlier(Event.ROUND_COMPLETED, record.round):
+            self._round_completed(record)
+
+    def roster(self, sites: Sequence[SiteDescription]) -> None:
+        """See `Observer`."""
+        for site in sites:
+            self._refused.pop(site.site, None)
+            self._sizes[site.site] = site.declared_records
+        if self._job.privacy.mechanism == "dp-sgd":
+            found = noise_warnings({site.site: site.declared_records for site in sites}, self._job.aggregation)
+            for text in sorted({*found} - self._warned):
+                log.warning("%s", text)
+            self._warned |= {*found}
+        self._submission.note(sites=sorted(site.site for site in sites), refused=self._refused, waiting=None)
+
+    def site_refused(self, site: str, reason: str) -> None:
+        """See `Observer`."""
+        log.warning("site %s refused: %s", site, reason)
+        if self._refused.get(site) != reason:
+            self._log.append(Event.SITE_REFUSED, job=self._job_sha256, site=site, reason=reason)
+        self._refused[site] = reason
+        self._submission.note(refused=self._refused)
+
+    def waiting(self, reason: str) -> None:
+        """See `Observer`."""
+        log.warning("waiting: %s", reason)
+        self._submission.note(waiting=reason)
+
+    def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """See `Observer`."""
+        self._log.append(
+            Event.ROUND_ASKED,
+            job=self._job_sha256,
+            round=round_number,
+            sites=list(sites),
+            declared_records=[self._sizes[site] for site in sites],
+            adapter_sha256=hashlib.sha256(adapter).hexdigest(),
+            bytes=len(adapter),
+        )
+
+    def stopped_early(self, checkpoint: Checkpoint) -> None:
+        """See `Observer`."""
+        log.info("stopped early after round %d, by the job's rule", checkpoint.round_number)
+        self._submission.note(stopped_early=checkpoint.round_number)
+
+    def metrics_asked(self, number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """See `Observer`; the log names it like a round after the last one."""
+        self.round_started(number, sites, adapter)
+
+    def metrics_judged(self, site: str, reply: MetricsReply | None, problem: str | None) -> None:
+        """See `Observer`."""
+        if reply is not None:
+            release = reply.canonical()
+            facts = {"sha256": hashlib.sha256(release).hexdigest(), "bytes": len(release)}
+            self._log.append(Event.METRICS_ACCEPTED, job=self._job_sha256, site=site, **facts)
+        else:
+            log.warning("metrics of site %s: %s", site, problem)
+            self._log.append(Event.METRICS_REFUSED, job=self._job_sha256, site=site, reason=problem)
+
+    def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
+        """See `Observer`."""
+        facts = {"job": self._job_sha256, "round": round_number, "site": site}
+        if reply is not None:
+            facts |= {"sha256": hashlib.sha256(reply.update).hexdigest(), "bytes": len(reply.update)}
+        if problem is None:
+            self._log.append(Event.UPDATE_ACCEPTED, **facts)
+        else:
+            log.warning("round %d, site %s: %s", round_number, site, problem)
+            self._log.append(Event.UPDATE_REFUSED, reason=problem, **facts)
+
+    def round_done(self, checkpoint: Checkpoint) -> None:
+        """See `Observer`."""
+        record = checkpoint.history[-1]
+        log.info(
+            "round %d: %s, sites %s, %s",
+            record.round,
+            record.metrics,
+            ", ".join(record.sites) or "not told",
+            "time not told" if record.seconds is None else f"{record.seconds:.2f} s",
+        )
+        if record.round:
+            self._round_completed(record)
+        self._submission.note(round=record.round, metrics=record.metrics, waiting=None)
+
+    def _round_completed(self, record: RoundRecord) -> None:
+        epsilon = record.epsilon_max
+        self._log.append(
+            Event.ROUND_COMPLETED, job=self._job_sha256, round=record.round, sites=record.sites, epsilon_max=epsilon
+        )

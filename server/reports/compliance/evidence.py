@@ -1,0 +1,298 @@
+"""The sections of the compliance report that prove its guarantee: statements, accountants, audits, hashes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from server.reports.compliance.checks import shown
+from server.reports.compliance.document import (
+    HASH,
+    Block,
+    Bullets,
+    Column,
+    Notice,
+    Paragraph,
+    Section,
+    Table,
+    entries,
+    section,
+)
+from server.reports.compliance.facts import CentralFacts, Facts, Guarantee, SiteFacts, accountants_agree
+from server.reports.run.formats import (
+    NOT_RECORDED,
+    format_budget,
+    format_bytes,
+    format_delta,
+    printable,
+)
+from shared.epsilons import bound_rounded_down, noise_rounded_down, rate_rounded_up, rounded_up
+from shared.privacy.statement import without_uncovered
+
+# More statements than these would fill page after page with the words of the table above them.
+MAX_SITE_STATEMENTS = 24
+
+
+def guarantee_section(facts: Facts) -> Section:
+    """The statement for each unit of privacy, what was executed, and the statement of each site."""
+    blocks: list[Block] = []
+    for guarantee in facts.guarantees:
+        if len(facts.guarantees) > 1:
+            blocks.append(
+                Paragraph(text=f"Unit of privacy: one {guarantee.unit}. Sites: {facts.join_sites(guarantee.sites)}.")
+            )
+        blocks.append(Paragraph(text=facts.data.named(guarantee.statement.one_site), role="statement"))
+        if len(guarantee.composed) > 1:
+            blocks.append(_sites_table(guarantee))
+    if facts.central is not None:
+        return section("guarantee", "The guarantee", [*blocks, _central_table(facts.central)])
+    if facts.sites:
+        blocks.append(_mechanism_table(facts))
+    if len(facts.sites) <= MAX_SITE_STATEMENTS:
+        blocks.append(
+            Paragraph(text="The statement of each site; what they do not cover stands under “Limits of the guarantee”:")
+        )
+        blocks.append(Bullets(items=tuple(_claim(facts, site) for site in facts.sites)))
+    else:
+        blocks.append(
+            Paragraph(
+                text=f"The statements of the {len(facts.sites)} sites say the same as this table; each stands in the site's "
+                "privacy.json.",
+                role="note",
+            )
+        )
+    return section("guarantee", "The guarantee", blocks)
+
+
+def _claim(facts: Facts, site: SiteFacts) -> str:
+    """The statement of one site, without what is not covered."""
+    return facts.data.named(without_uncovered(site.statement, facts.not_covered))
+
+
+def _sites_table(guarantee: Guarantee) -> Table:
+    return Table(
+        caption=f"Whoever is at several sites is protected less. Epsilon for one {guarantee.unit} at each of up to so many "
+        "sites, those with the largest epsilon first; check: the second accountant.",
+        columns=(
+            Column(title="Sites"),
+            Column(title="Epsilon", number=True),
+            Column(title="Check (PRV)", number=True),
+            Column(title="Agree"),
+        ),
+        rows=tuple(
+            (
+                str(row.sites),
+                rounded_up(row.epsilon),
+                shown(row.epsilon_prv),
+                _yes_no(accountants_agree(row.epsilon, row.epsilon_prv)),
+            )
+            for row in guarantee.composed
+        ),
+    )
+
+
+def _central_table(central: CentralFacts) -> Table:
+    record = central.record
+    titles = ("Sampling rate of sites", "Noise multiplier", "Noise events", "Delta", "Epsilon")
+    return Table(
+        caption="What the coordinator executed over all sites together, and the epsilon that follows from it.",
+        columns=(Column(title="Unit", width="wide"), *(Column(title=title, number=True) for title in titles)),
+        rows=(
+            (
+                record.unit,
+                _each(rate_rounded_up(event.sample_rate) for event in record.events),
+                _each(noise_rounded_down(event.noise_multiplier) for event in record.events),
+                _each(str(event.steps) for event in record.events),
+                format_delta(record.delta),
+                "none" if central.epsilon is None else rounded_up(central.epsilon),
+            ),
+        ),
+    )
+
+
+def _mechanism_table(facts: Facts) -> Table:
+    rows = []
+    for site in facts.sites:
+        release = site.release
+        events = release.possible_events if release.private else ()
+        rows.append(
+            (
+                facts.called(release.site),
+                release.unit,
+                _each(rate_rounded_up(event.sample_rate) for event in events),
+                _each(noise_rounded_down(event.noise_multiplier) for event in events),
+                _each(str(event.steps) for event in events),
+                rate_rounded_up(release.max_grad_norm),
+                format_delta(release.delta),
+                "none" if site.epsilon is None else rounded_up(site.epsilon),
+                format_budget(release.epsilon_budget or None),
+            )
+        )
+    titles = ("Sampling rate", "Noise multiplier", "Steps", "Clipping norm", "Delta", "Epsilon", "Cap")
+    return Table(
+        caption="What was executed at each site, and the epsilon that follows from it. Steps of requests never answered "
+        "are included; where lines differ, each is a mechanism of its own.",
+        columns=(
+            Column(title="Site", width="wide"),
+            Column(title="Unit"),
+            *(Column(title=title, number=True) for title in titles),
+        ),
+        rows=tuple(rows),
+    )
+
+
+def accountant_section(facts: Facts) -> Section:
+    """Epsilon by two accountants, beside what the run had recorded."""
+    blocks: list[Block] = [
+        Paragraph(
+            text="For this report every epsilon was computed anew from what was executed, by two accountants of different "
+            "construction: privacy loss distributions (PLD) and the PRV accountant of Opacus. PLD is what is "
+            "stated. PRV gives an upper bound that is itself only right to about 0.01, so it may lie a little above a cap that "
+            "PLD keeps to. Where it would take long, or delta is too small for it, it gives none."
+        )
+    ]
+    if facts.private:
+        blocks.append(
+            Table(
+                caption="Epsilon of each site."
+                if facts.central is None
+                else "Epsilon of what the coordinator published.",
+                columns=(
+                    Column(title="Site", width="wide"),
+                    Column(title="PLD", number=True),
+                    Column(title="PRV", number=True),
+                    Column(title="Recorded by the run", number=True),
+                    Column(title="What arrived (PLD)", number=True),
+                    Column(title="Agree"),
+                ),
+                rows=tuple(
+                    (
+                        facts.called(site.release.site),
+                        shown(site.epsilon),
+                        shown(site.epsilon_prv),
+                        shown(site.recorded),
+                        shown(site.epsilon_arrived),
+                        _yes_no(site.accountants_agree and site.record_agrees),
+                    )
+                    for site in facts.sites
+                )
+                + _central_row(facts.central),
+            )
+        )
+        blocks.append(
+            Paragraph(
+                text="To check it with software that is not ours, take sampling rate, noise multiplier and steps from the table "
+                "above, or the events in each site's privacy.json; docs/privacy.md has the few lines for it.",
+                role="note",
+            )
+        )
+    else:
+        blocks.append(Paragraph(text="No epsilon is stated for this run, so there is none to check."))
+    return section("accountants", "Accountants compared", blocks)
+
+
+def _central_row(central: CentralFacts | None) -> tuple[tuple[str, ...], ...]:
+    if central is None:
+        return ()
+    epsilon, agrees = shown(central.epsilon), central.accountants_agree and central.record_agrees
+    recorded = shown(central.record.epsilon_spent)
+    return (("coordinator", epsilon, shown(central.epsilon_prv), recorded, epsilon, _yes_no(agrees)),)
+
+
+def audit_section(facts: Facts) -> Section:
+    """What audits of this run found."""
+    if not facts.audits:
+        text = "No audit of this run was made. “silotune audit RUN” makes one and changes nothing that was released."
+        return section("audits", "Audits", [Paragraph(text=text)])
+    blocks: list[Block] = [
+        Paragraph(
+            text="An audit attacks the mechanism and bounds epsilon from below by what it sees. Violated: the bound reaches the "
+            "claim. Inconclusive: the claim lies above the ceiling, which no attack of this kind could reach. Consistent: it "
+            "could have refuted the claim, and did not."
+        ),
+        Table(
+            caption="Audits of this run.",
+            columns=(
+                Column(title="Tier"),
+                Column(title="Claim", number=True),
+                Column(title="Lower bound", number=True),
+                Column(title="Ceiling", number=True),
+                Column(title="Alpha", number=True),
+                Column(title="Verdict"),
+                Column(title="What was audited", width="wide"),
+            ),
+            rows=tuple(
+                (
+                    str(audit.tier),
+                    shown(audit.claim),
+                    _bound(audit.lower_bound),
+                    _bound(audit.ceiling),
+                    f"{audit.alpha:g}",
+                    audit.verdict,
+                    printable(audit.audited),
+                )
+                for audit in facts.audits
+            ),
+        ),
+    ]
+    for audit in facts.audits:
+        blocks += [Paragraph(text=f"Tier {audit.tier}:"), Bullets(items=audit.reasons)] if audit.reasons else []
+    if any(audit.verdict == "violated" for audit in facts.audits):
+        blocks.insert(
+            0, Notice(level="danger", title="An audit refutes the claim.", items=("Do not rely on epsilon.",))
+        )
+    return section("audits", "Audits", blocks)
+
+
+def version_section(facts: Facts) -> Section:
+    """Software, machine, and the hash of every file that was read or produced."""
+    run, log = facts.data.run, facts.log
+    machine = ", ".join(filter(None, [run.machine.system, run.machine.device, run.machine.precision]))
+    packages = ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items()) if version)
+    blocks: list[Block] = [
+        entries(
+            ("Software", packages or NOT_RECORDED),
+            ("Machine", printable(machine) or NOT_RECORDED),
+            ("Mode", printable(run.mode or NOT_RECORDED)),
+            ("Adapter signed by", facts.adapter_signer),
+            ("Coordinator's audit log", _log_text(facts)),
+            ("Its last entry (SHA-256)", log.sha256 if log else None),
+            mono=("Adapter signed by", "Its last entry (SHA-256)"),
+        ),
+        Table(
+            caption="Files that this report was made from.",
+            columns=(Column(title="File", width="wide"), Column(title="Size", number=True), HASH),
+            rows=tuple((printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.sources),
+        ),
+    ]
+    if facts.data.adapter:
+        blocks.append(
+            Table(
+                caption="The adapter that was trained.",
+                columns=(Column(title="File", width="wide"), Column(title="Size", number=True), HASH),
+                rows=tuple(
+                    (printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.data.adapter
+                ),
+            )
+        )
+    return section("versions", "Versions and hashes", blocks)
+
+
+def _log_text(facts: Facts) -> str | None:
+    log = facts.log
+    if log is None:
+        return None
+    signed = "its end signed by the coordinator" if log.signature_checked else "its end not checked for a signature"
+    return f"{log.entries:,} entries, unbroken, {signed}; {log.job_entries:,} of this job"
+
+
+def _each(values: Iterator[str]) -> str:
+    """Return one value a line."""
+    return "\n".join(values) or "none"
+
+
+def _bound(value: float | None) -> str:
+    return "none" if value is None else bound_rounded_down(value)
+
+
+def _yes_no(value: bool) -> str:
+    return "yes" if value else "NO"

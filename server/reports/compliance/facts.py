@@ -1,0 +1,244 @@
+"""What a compliance report states about one run; `server.reports.compliance.reading` finds it out.
+
+Every epsilon in here was composed anew from what was executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from server.reports.compliance import checks
+from server.reports.compliance.ledgers import LedgerFacts
+from server.reports.compliance.log import LogFacts
+from server.reports.compliance.records import AuditRecord, CentralRecord
+from server.reports.run.formats import join_names, printable
+from server.reports.run.run_data import RunData
+from shared.job.job import Job
+from shared.privacy.statement import SiteRelease, Statement
+from shared.trust.signing import SignedJob
+
+# PRV's epsilon carries an error bound of 0.01 in either direction, and PLD rounds up by less than that.
+PRV_TOLERANCE = 0.03
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts:
+    """One site: what it released, and epsilon by two accountants (None where nothing may be stated).
+
+    Attributes:
+        release: what was executed, as the run recorded it.
+        statement: in words, made anew.
+        epsilon: PLD, requests of unknown outcome counted as executed.
+        epsilon_arrived: PLD of what arrived only.
+        epsilon_prv: PRV of the same as `epsilon`; None also if that accountant gave no number.
+        recorded: what the run had written down for `epsilon`.
+    """
+
+    release: SiteRelease
+    statement: str
+    epsilon: float | None
+    epsilon_arrived: float | None
+    epsilon_prv: float | None
+    recorded: float | None
+
+    @property
+    def accountants_agree(self) -> bool:
+        """Whether PRV gives the same as PLD, within its own error."""
+        return accountants_agree(self.epsilon, self.epsilon_prv)
+
+    @property
+    def record_agrees(self) -> bool:
+        """Whether the run's own record says the same as what is computed now."""
+        return checks.agree(self.epsilon, self.recorded)
+
+    @property
+    def over_budget(self) -> bool:
+        """Whether more was spent than the site's cap for one run."""
+        budget = self.release.epsilon_budget
+        return self.epsilon is not None and budget > 0 and self.epsilon > budget * (1 + 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CentralFacts:
+    """What a trusted coordinator published about all sites together (central DP), and its epsilon by two accountants.
+
+    Attributes:
+        record: as the run wrote it.
+        epsilon: PLD of its events; None where nothing may be stated.
+        epsilon_prv: PRV of the same.
+    """
+
+    record: CentralRecord
+    epsilon: float | None
+    epsilon_prv: float | None
+
+    @property
+    def record_agrees(self) -> bool:
+        """Whether the run's own record says the same as what is computed now."""
+        return checks.agree(self.epsilon, self.record.epsilon_spent if self.epsilon is not None else None)
+
+    @property
+    def accountants_agree(self) -> bool:
+        """Whether PRV gives the same as PLD, within its own error."""
+        return accountants_agree(self.epsilon, self.epsilon_prv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Headline:
+    """The largest epsilon of a run, for its summary.
+
+    Attributes:
+        where: the site that it is of, or all of them.
+    """
+
+    epsilon: float
+    delta: float
+    unit: str
+    where: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComposedEpsilon:
+    """Epsilon for a person at up to so many sites, by both accountants."""
+
+    sites: int
+    epsilon: float
+    epsilon_prv: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Guarantee:
+    """What holds for one unit of privacy.
+
+    Attributes:
+        unit: "record", or whatever the sites of this guarantee recorded.
+        sites: their names.
+        statement: made anew.
+        composed: the statement's table over sites, cross-checked; empty if no epsilon is stated.
+    """
+
+    unit: str
+    sites: tuple[str, ...]
+    statement: Statement
+    composed: tuple[ComposedEpsilon, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """One update that a site handed over, or was asked for.
+
+    Attributes:
+        sha256, num_bytes: of the update; None if not recorded.
+        outcome: "accepted", "not counted", "refused", "failed" or "never answered".
+        reason: why it does not count, or how it does.
+    """
+
+    round: int
+    site: str
+    sha256: str | None
+    num_bytes: int | None
+    outcome: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileHash:
+    """A file that the report was made from or speaks of."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """Everything that the report states about one run.
+
+    Attributes:
+        data: the run folder as the run report reads it.
+        signed_job: with its signature checked; None outside a coordinator's folder.
+        coordinator: name of the coordinator; None outside its folder.
+        sites: natural order.
+        central: of a run whose coordinator is trusted to add the noise; None elsewhere.
+        guarantees: one for each unit of privacy.
+        log: the coordinator's audit log of this job; None outside a coordinator's folder.
+        adapter_signer: the key that signed the adapter's folder, every file checked; None if it is not signed.
+        sources: every file that was read, with its hash.
+        discrepancies: what does not fit together, in sentences.
+    """
+
+    data: RunData
+    job: Job
+    signed_job: SignedJob | None
+    coordinator: str | None
+    sites: tuple[SiteFacts, ...]
+    central: CentralFacts | None
+    guarantees: tuple[Guarantee, ...]
+    releases: tuple[Release, ...]
+    ledgers: tuple[LedgerFacts, ...]
+    log: LogFacts | None
+    audits: tuple[AuditRecord, ...]
+    adapter_signer: str | None
+    sources: tuple[FileHash, ...]
+    discrepancies: tuple[str, ...]
+
+    def called(self, site: str) -> str:
+        """What people call a site, for a page; see `RunData.called`."""
+        return printable(self.data.called(site))
+
+    def join_sites(self, sites: Iterable[str]) -> str:
+        """Names of sites in one phrase, runs of numbers shortened."""
+        return join_names(map(self.called, sites))
+
+    @property
+    def simulated(self) -> bool:
+        """Whether all sites were simulated on one machine."""
+        return (self.data.run.mode or "").startswith("simulation")
+
+    @property
+    def unprotected(self) -> tuple[str, ...]:
+        """Sites about which no privacy can be stated."""
+        return tuple(site.release.site for site in self.sites if not site.release.protected)
+
+    @property
+    def not_covered(self) -> tuple[str, ...]:
+        """What the guarantees do not cover, each sentence once."""
+        return tuple(dict.fromkeys(text for one in self.guarantees for text in one.statement.not_covered))
+
+    @property
+    def private(self) -> bool:
+        """Whether an epsilon may be stated for the run."""
+        if self.central is not None:
+            return self.central.epsilon is not None
+        return bool(self.sites) and self.job.privacy.mechanism != "none" and not self.unprotected
+
+    @property
+    def headline(self) -> Headline | None:
+        """The largest epsilon, None if none is stated."""
+        if not self.private:
+            return None
+        if self.central is not None and self.central.epsilon is not None:
+            record = self.central.record
+            where = f"over {record.num_sites_declared:,} declared sites, the coordinator being trusted"
+            epsilon = record.release.epsilon_promised if self.data.stopped_early else self.central.epsilon
+            return Headline(epsilon=epsilon, delta=record.delta, unit=record.unit, where=where)
+        epsilon, _, worst = max(
+            ((self._stated(site), -index, site.release) for index, site in enumerate(self.sites)),
+            key=lambda item: item[:2],
+        )
+        where = f"at one site; the largest of all sites, {self.called(worst.site)}"
+        return Headline(epsilon=epsilon, delta=worst.delta, unit=worst.unit, where=where)
+
+    def _stated(self, site: SiteFacts) -> float:
+        """A run that its own rule ended early promised the epsilon of its whole plan."""
+        return site.release.epsilon_planned if self.data.stopped_early else site.epsilon or 0.0
+
+
+def accountants_agree(pld: float | None, prv: float | None) -> bool:
+    """Whether PRV says nothing else than PLD, within its own error; None of PRV is no number, so nothing to disagree with."""
+    if prv is None:
+        return True
+    if pld is None:
+        return False
+    return abs(pld - prv) <= max(PRV_TOLERANCE, 0.01 * pld)

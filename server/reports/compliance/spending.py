@@ -1,0 +1,175 @@
+"""The sections of the compliance report on what was spent and what left: the sites' ledgers, and every release."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from server.reports.compliance.document import HASH, Block, Bullets, Column, Paragraph, Section, Table, section
+from server.reports.compliance.facts import Facts, Release
+from server.reports.run.formats import NOT_RECORDED, format_delta, printable
+from shared.epsilons import as_set, rounded_up
+
+
+def ledger_section(facts: Facts) -> Section:
+    """Each given account before and after the job."""
+    blocks: list[Block] = []
+    if facts.central is not None:
+        text = "The coordinator accounts for this run, and for this run only; the sites' ledgers were not charged."
+        blocks.append(Paragraph(text=text))
+    if facts.ledgers:
+        blocks.append(
+            Paragraph(
+                text="A site's ledger keeps what everything that was ever released from a data set has spent, across runs, and "
+                "refuses what would cross the cap. Before: up to this job's first charge. After: up to its last one."
+            )
+        )
+        blocks.append(_ledger_table(facts))
+        blocks.append(_ledger_hashes(facts))
+        blocks += _ledger_notes(facts)
+    given = {ledger.export.site for ledger in facts.ledgers}
+    missing = [site.release.site for site in facts.sites if site.release.site not in given]
+    if missing:
+        blocks.append(
+            Paragraph(
+                text=f"Not given: the {'ledger' if len(missing) == 1 else 'ledgers'} of {facts.join_sites(missing)}. A ledger "
+                "stays at its site; what it holds before and after this job is not known here. The site can hand out an export "
+                "(“silotune site ledger HOME --export FILE”), and this report be made again with “--ledger FILE”."
+            )
+        )
+    return section("ledger", "The sites' ledgers before and after", blocks)
+
+
+def _ledger_table(facts: Facts) -> Table:
+    numbers = ("Cap", "Before", "After", "At export", "Charged steps")
+    return Table(
+        caption="Epsilon spent of each account, by the account's own rule, at its delta.",
+        columns=(
+            Column(title="Site, data set", width="wide"),
+            Column(title="Unit"),
+            Column(title="Rule"),
+            *(Column(title=title, number=True) for title in numbers),
+            Column(title="Delta", number=True),
+        ),
+        rows=tuple(
+            (
+                f"{facts.called(ledger.export.site)}, {printable(ledger.export.dataset)}",
+                ledger.export.unit,
+                ledger.export.composition,
+                as_set(ledger.export.epsilon),
+                _spend(ledger.before),
+                _spend(ledger.after),
+                _spend(ledger.now),
+                str(ledger.steps),
+                format_delta(ledger.export.delta),
+            )
+            for ledger in facts.ledgers
+        ),
+    )
+
+
+def _ledger_hashes(facts: Facts) -> Table:
+    return Table(
+        caption="The state of each ledger: its last entry names all before it. Compare it with the ledger at the site.",
+        columns=(Column(title="Site", width="wide"), Column(title="Entries", number=True), HASH),
+        rows=tuple(
+            (facts.called(ledger.export.site), str(ledger.export.num_entries), ledger.export.head_sha256)
+            for ledger in facts.ledgers
+        ),
+    )
+
+
+def _ledger_notes(facts: Facts) -> Iterator[Block]:
+    ledgers, notes = facts.ledgers, []
+    if any(ledger.export.composition == "adaptive" for ledger in ledgers):
+        notes.append(
+            "Rule adaptive: a Rényi filter, which holds also if a run is planned on the results of earlier ones. What it has "
+            "spent is the used part of the cap and larger than the epsilon of the run alone; only the cap is a guarantee."
+        )
+    if any(ledger.export.composition == "fixed" for ledger in ledgers):
+        notes.append(
+            "Rule fixed: PLD over all charges, valid if the plans of all runs were fixed before the first one started."
+        )
+    for ledger in ledgers:
+        site = facts.called(ledger.export.site)
+        if ledger.others_between:
+            notes.append(f"{site}: {ledger.others_between} charges of other jobs lie between and count into after.")
+        if ledger.uncommitted:
+            notes.append(f"{site}: {ledger.uncommitted} charges were reserved and never confirmed; they count in full.")
+    if any(not ledger.account.from_ledger for ledger in ledgers):
+        notes.append("An export is the site's own word; nobody signed it.")
+    if notes:
+        yield Bullets(items=tuple(notes))
+
+
+def release_section(facts: Facts) -> Section:
+    """Every update that left a site, and every request that brought none."""
+    if facts.central is not None:
+        rounds = ", ".join(map(str, facts.central.record.rounds)) or "none"
+        text = (
+            f"The coordinator published the adapter after these rounds: {rounds}. A round that was recomputed stands here twice "
+            "and counts twice. The sites' updates went to the coordinator only and are recorded nowhere."
+        )
+        return section("releases", "Every release", [Paragraph(text=text)])
+    released = [release for release in facts.releases if release.sha256 is not None]
+    others = [release for release in facts.releases if release.sha256 is None]
+    blocks: list[Block] = [
+        Paragraph(
+            text="All that left a site for this job, beside its name, version and declared size. Each update is the trained "
+            "adapter after clipping and noise, and is named by the SHA-256 of its bytes."
+        )
+    ]
+    if released:
+        blocks.append(_release_table(facts, released))
+    if others:
+        blocks.append(
+            Table(
+                caption="Requests that brought no update. Those never answered count as executed: what was computed may "
+                "have been seen by somebody.",
+                columns=(
+                    Column(title="Round"),
+                    Column(title="Site", width="wide"),
+                    Column(title="Outcome"),
+                    Column(title="Reason", width="wide"),
+                ),
+                rows=tuple(
+                    (
+                        str(release.round),
+                        facts.called(release.site),
+                        release.outcome,
+                        printable(release.reason) or NOT_RECORDED,
+                    )
+                    for release in others
+                ),
+            )
+        )
+    if not facts.releases:
+        blocks.append(Paragraph(text="Nothing was released yet."))
+    return section("releases", "Every release", blocks)
+
+
+def _release_table(facts: Facts, releases: Sequence[Release]) -> Table:
+    sized = any(release.num_bytes is not None for release in releases)
+    rows = []
+    for release in releases:
+        outcome = release.outcome
+        if release.outcome == "refused" and release.reason:
+            outcome += f": {printable(release.reason)}"
+        size = ("unknown" if release.num_bytes is None else f"{release.num_bytes:,}",) if sized else ()
+        rows.append((str(release.round), facts.called(release.site), outcome, *size, release.sha256 or ""))
+    source = " Compared with the coordinator's audit log." if facts.log is not None else ""
+    return Table(
+        caption=f"{len(releases):,} updates.{source}",
+        columns=(
+            Column(title="Round"),
+            Column(title="Site", width="wide"),
+            Column(title="Outcome"),
+            *((Column(title="Bytes", number=True),) if sized else ()),
+            HASH,
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _spend(value: float) -> str:
+    return rounded_up(value) if math.isfinite(value) else "unbounded"

@@ -1,0 +1,353 @@
+"""The round loop, resumable, on Flower's public Grid; the same for simulation and for real sites.
+
+Reading order of one round: select, collect (send; check and add each reply as it comes), account,
+aggregate, evaluate, checkpoint. Who adds the noise and keeps the account is another's business:
+`server.rounds.local` or `server.rounds.central`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+from flwr.app import Message
+from flwr.serverapp.grid import Grid
+from torch import Tensor
+
+from server.aggregation import Aggregation
+from server.rounds.central import CentralPrivacy, SitesAggregation, SitesRound
+from server.rounds.earlier_requests import Made
+from server.rounds.early_stopping import best_round, is_over, keeps_best, stopped_early
+from server.rounds.exchange import Question, collect
+from server.rounds.local import LocalPrivacy, LocalRound
+from server.rounds.observer import Observer
+from server.rounds.roster import Authority, Roster
+from server.rounds.site_metrics import collect_site_metrics
+from server.store.checkpoint import Checkpoint, RoundRecord
+from shared.errors import RunError
+from shared.job.job import Job
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.statement import SiteRelease
+from shared.tensors import adapters
+from shared.tensors.adapters import Shapes
+from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_reply
+from shared.wire.updates import decode_update
+
+RETRY_SECONDS = 2.0
+
+Metrics = dict[str, float | None]
+Privacy = LocalPrivacy | CentralPrivacy
+"""Who adds the noise of a run and keeps its account: every site for itself, or the coordinator."""
+
+
+class TooFewSites(RunError):
+    """A round brought fewer valid updates than `federation.min_sites`; the last checkpoint stands.
+
+    Attributes:
+        releases: everything that sites released so far, this round included.
+    """
+
+    def __init__(self, message: str, releases: dict[str, SiteRelease]) -> None:
+        super().__init__(message)
+        self.releases = releases
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coordinator:
+    """What the loop needs besides the Grid; storage and evaluation are injected.
+
+    Attributes:
+        job: the job.
+        initial_adapter: global adapter before round 1, from the job's public seed.
+        update_shapes: names and shapes that a site's update must have.
+        privacy: who adds the noise and keeps the account.
+        evaluate: metrics of an adapter on public data.
+        decide: the same on the public records that decide; None if there are none, or there is nothing to decide.
+        evaluate_every: evaluate after every so many rounds, and always after the last.
+        save: makes a checkpoint durable.
+        observer: is told about progress.
+        authority: signs requests to real sites; with it, too few sites are waited for.
+    """
+
+    job: Job
+    initial_adapter: dict[str, Tensor]
+    update_shapes: Shapes
+    privacy: Privacy
+    evaluate: Callable[[dict[str, Tensor]], Metrics]
+    evaluate_every: int
+    save: Callable[[Checkpoint], None]
+    observer: Observer
+    authority: Authority | None = None
+    decide: Callable[[dict[str, Tensor]], Metrics] | None = None
+
+    def evaluated(self, adapter: dict[str, Tensor]) -> tuple[Metrics, Metrics]:
+        """Return (metrics, those that decide) of an adapter."""
+        metrics = self.evaluate(adapter)
+        return metrics, self.decide(adapter) if self.decide else {}
+
+
+def run_rounds(
+    grid: Grid, coordinator: Coordinator, resume_from: Checkpoint | None, *, stop_after: int | None = None
+) -> Checkpoint:
+    """Run the job's remaining rounds and return the last checkpoint.
+
+    Args:
+        grid: Flower's view of the connected nodes.
+        coordinator: job, evaluation, storage, observer.
+        resume_from: state to continue from, or None.
+        stop_after: stop after this round although the job has more; the run can be resumed.
+
+    Raises:
+        RunError: if fewer than `federation.min_sites` valid replies came and there is no authority to wait for more.
+        PrivacyError: under central DP, if interruptions have used up the noisy rounds that the job declares.
+    """
+    job, authority, observer = coordinator.job, coordinator.authority, coordinator.observer
+    roster = Roster(grid, job, authority=authority, observer=observer)
+    last = min(job.training.rounds, stop_after or job.training.rounds)
+
+    def ended(checkpoint: Checkpoint) -> bool:
+        return checkpoint.round_number >= last or is_over(checkpoint, job)
+
+    if resume_from and ended(resume_from) and not _metrics_due(resume_from, job):
+        return resume_from
+    if resume_from:
+        observer.resumed(resume_from)
+        resume_from = coordinator.privacy.resume(resume_from, authority)
+    sites = roster.wait()
+    checkpoint = resume_from or _before_training(coordinator)
+    while not ended(checkpoint):
+        try:
+            checkpoint = _run_round(grid, coordinator, sites, checkpoint)
+        except TooFewSites as error:
+            # Updates that came are releases, aggregated or not.
+            checkpoint = replace(checkpoint, releases=error.releases)
+            coordinator.save(checkpoint)
+            if authority is None:
+                raise
+            observer.waiting(str(error))
+            time.sleep(RETRY_SECONDS)
+        else:
+            coordinator.save(checkpoint)
+            observer.round_done(checkpoint)
+        roster.update()
+        sites = roster.present()
+        if len(sites) < job.federation.min_sites:
+            sites = roster.wait()
+    if stopped_early(checkpoint, job):
+        observer.stopped_early(checkpoint)
+    if _metrics_due(checkpoint, job):
+        checkpoint = _with_site_metrics(grid, coordinator, sites, checkpoint)
+    return checkpoint
+
+
+def _before_training(coordinator: Coordinator) -> Checkpoint:
+    started = time.monotonic()
+    metrics, deciding = coordinator.evaluated(coordinator.initial_adapter)
+    seconds = time.monotonic() - started
+    first = RoundRecord(round=0, metrics=metrics, deciding=deciding, seconds=seconds, seconds_evaluation=seconds)
+    checkpoint = Checkpoint(
+        job_sha256=coordinator.job.sha256,
+        round_number=0,
+        adapter=coordinator.initial_adapter,
+        history=[coordinator.privacy.published(first)],
+        best_adapter=coordinator.initial_adapter if keeps_best(coordinator.job) else {},
+    )
+    coordinator.save(checkpoint)
+    coordinator.observer.round_done(checkpoint)
+    return checkpoint
+
+
+def _run_round(
+    grid: Grid, coordinator: Coordinator, sites: Mapping[int, SiteDescription], checkpoint: Checkpoint
+) -> Checkpoint:
+    job, privacy, round_number = coordinator.job, coordinator.privacy, checkpoint.round_number + 1
+    started = time.monotonic()
+    # 1. Select: all, a public draw, or the coordinator's secret coins.
+    attempt = privacy.begin(round_number)
+    asked = {node: sites[node] for node in attempt.draw(sites)}
+    # 2. Send the same bytes to everyone; check and add each reply as it comes.
+    updates = _collect_updates(grid, coordinator, checkpoint, attempt, asked)
+    # 3. Account, before anything can fail: a release is a release, aggregated or not.
+    unknown = [site for site in asked.values() if site.site in updates.unknown]
+    sha256 = hashlib.sha256(updates.adapter).hexdigest()
+    releases = attempt.account(checkpoint.releases, updates.made, unknown, sha256)
+    if len(updates.names) < privacy.least_updates:
+        raise TooFewSites(updates.shortage(), releases)
+    # 4. Aggregate, with noise if it is the coordinator's to add, and move by the server optimiser.
+    following, server_state = updates.aggregation.result()
+    # 5. Evaluate on public data.
+    before_evaluation = time.monotonic()
+    due = round_number % coordinator.evaluate_every == 0 or round_number == job.training.rounds
+    metrics, deciding = coordinator.evaluated(following) if due else ({}, {})
+    finished = time.monotonic()
+    # 6. Record what may be published.
+    record = RoundRecord(
+        round=round_number,
+        metrics=metrics,
+        deciding=deciding,
+        epsilon_max=privacy.epsilon(releases),
+        sites=updates.names,
+        failed=dict(sorted(updates.failed.items())),
+        bytes_up=updates.bytes_up,
+        bytes_down=len(updates.adapter) * len(asked),
+        seconds=finished - started,
+        seconds_evaluation=finished - before_evaluation,
+    )
+    history = [*checkpoint.history, privacy.published(record)]
+    is_best = bool(checkpoint.best_adapter) and best_round(history, job) == round_number
+    # 7. The caller makes this durable.
+    return Checkpoint(
+        job_sha256=job.sha256,
+        round_number=round_number,
+        adapter=following,
+        server_state=server_state,
+        releases=releases,
+        history=history,
+        best_adapter=following if is_best else checkpoint.best_adapter,
+    )
+
+
+def _collect_updates(
+    grid: Grid,
+    coordinator: Coordinator,
+    checkpoint: Checkpoint,
+    attempt: LocalRound | SitesRound,
+    asked: Mapping[int, SiteDescription],
+) -> _Updates:
+    """Ask the sites for a round and return what came until everyone answered or time is up."""
+    adapter, number = adapters.encode(checkpoint.adapter), checkpoint.round_number + 1
+    coordinator.observer.round_started(number, [site.site for site in asked.values()], adapter)
+    # Of a reply nothing stays but its part of the sums: memory does not grow with the sites, and
+    # the sums are exact, so arrival order changes nothing.
+    aggregation = attempt.aggregation(
+        checkpoint.adapter,
+        checkpoint.server_state,
+        coordinator.update_shapes,
+        [site.declared_records for site in asked.values()],
+    )
+    updates = _Updates(coordinator, number, adapter, asked, aggregation)
+    collect(
+        grid,
+        updates,
+        authority=coordinator.authority,
+        expected=_exchange_seconds(checkpoint.history[-1]) if coordinator.authority else 0.0,
+        meanwhile=lambda: coordinator.privacy.account_ahead(checkpoint.releases),
+    )
+    updates.close()
+    return updates
+
+
+def _exchange_seconds(last: RoundRecord) -> float:
+    """Return how long the answers took in the round before; 0 if there was none, or it is not told."""
+    return last.seconds - last.seconds_evaluation if last.round and last.seconds is not None else 0.0
+
+
+class _Updates(Question[TrainReply]):
+    """The question of one round, and what came.
+
+    Attributes:
+        aggregation: the round's, to which they are added.
+        made: the updates that came, by site, aggregated or not; without their bytes.
+        names: sites whose update was added.
+        bytes_up: of all updates.
+    """
+
+    kind = "train"
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        number: int,
+        adapter: bytes,
+        sites: Mapping[int, SiteDescription],
+        aggregation: Aggregation | SitesAggregation,
+    ) -> None:
+        super().__init__(coordinator.job, number, adapter, sites)
+        self._observer, self._shapes, self.aggregation = coordinator.observer, coordinator.update_shapes, aggregation
+        self._plan = PrivacyPlan.from_job(self.job)
+        self.made: dict[str, Made] = {}
+        self.names: list[str] = []
+        self.bytes_up = 0
+
+    def unpack(self, message: Message) -> TrainReply | Refusal:
+        return unpack_reply(message)
+
+    def take(self, reply: TrainReply, site: SiteDescription) -> None:
+        """See `Question`; everything is checked before anything may touch the adapter."""
+        self.bytes_up += len(reply.update)
+        self._check(reply, site.site)
+        self.made[site.site] = Made.of(reply)
+        self.unknown.discard(site.site)
+        update = decode_update(reply.update, self._shapes, self.job.federation.update_dtype)
+        self.aggregation.add(update, site.declared_records)
+        self.names.append(site.site)
+
+    def _check(self, reply: TrainReply, name: str) -> None:
+        """Raise `RunError` for another name, job, round or mechanism than was asked."""
+        if reply.site != name:
+            raise RunError(f"the node of site {name!r} answered as {reply.site!r}")
+        if reply.job_sha256 != self.job.sha256:
+            raise RunError(f"answered for job {reply.job_sha256[:12]}, expected {self.job.sha256[:12]}")
+        if reply.round_number != self.number:
+            raise RunError(f"stale update of round {reply.round_number}, expected round {self.number}")
+        executed = (reply.noise_multiplier, reply.sample_rate, reply.max_grad_norm, reply.delta, reply.steps)
+        asked = (
+            self._plan.noise_multiplier,
+            self._plan.sample_rate,
+            self._plan.max_grad_norm,
+            self._plan.delta,
+            self.job.training.local_steps,
+        )
+        if not np.allclose(executed, asked, rtol=1e-6, atol=0.0):
+            raise RunError(
+                f"executed the mechanism {executed}, but the job's plan is {asked} (sigma, q, C, delta, steps)"
+            )
+
+    def judged(self, site: str, reply: TrainReply | None) -> None:
+        self._observer.site_done(self.number, site)
+        self._observer.update_judged(self.number, site, reply, self.failed.get(site))
+
+    def close(self) -> None:
+        """Order the names, and note those that said nothing."""
+        self.names.sort()
+        for name in sorted(self.unknown - self.failed.keys()):
+            self.failed[name] = f"no answer within {self.job.federation.round_timeout_seconds:g} s"
+            self._observer.update_judged(self.number, name, None, self.failed[name])
+
+    def shortage(self) -> str:
+        """Return why the round cannot be aggregated, and what to do."""
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.failed.items())) or "none was asked"
+        return (
+            f"round {self.number}: {len(self.names)} valid updates, federation.min_sites is "
+            f"{self.job.federation.min_sites} ({reasons}). "
+            "The run stands at the last checkpoint; mend the sites and resume."
+        )
+
+
+def _metrics_due(checkpoint: Checkpoint, job: Job) -> bool:
+    """Return whether the last round is over and the sites were not asked for their metrics yet."""
+    return is_over(checkpoint, job) and bool(job.site_metrics.names) and checkpoint.site_metrics is None
+
+
+def _with_site_metrics(
+    grid: Grid, coordinator: Coordinator, sites: Mapping[int, SiteDescription], checkpoint: Checkpoint
+) -> Checkpoint:
+    """Ask for the site metrics; return the last checkpoint, durable, with what they spent."""
+    privacy, observer = coordinator.privacy, coordinator.observer
+    checkpoint = collect_site_metrics(
+        grid,
+        coordinator.job,
+        sites,
+        checkpoint,
+        authority=coordinator.authority,
+        observer=observer,
+        earlier=privacy.earlier,
+    )
+    last_round = replace(checkpoint.history[-1], epsilon_max=privacy.epsilon(checkpoint.releases))
+    checkpoint = replace(checkpoint, history=[*checkpoint.history[:-1], last_round])
+    coordinator.save(checkpoint)
+    observer.metrics_done(checkpoint)
+    return checkpoint

@@ -1,0 +1,48 @@
+"""What happens in a run, told as it happens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from server.store.checkpoint import Checkpoint
+from shared.wire.messages import MetricsReply, SiteDescription, TrainReply
+
+
+class Observer:
+    """Told what happens; this one is silent. A live view or an audit log overrides what it wants to hear."""
+
+    def resumed(self, checkpoint: Checkpoint) -> None:
+        """The run goes on from a checkpoint that an earlier process made durable."""
+
+    def roster(self, sites: Sequence[SiteDescription]) -> None:
+        """The sites that take part, at the start and whenever they change."""
+
+    def site_refused(self, site: str, reason: str) -> None:
+        """A site does not take part in this job."""
+
+    def waiting(self, reason: str) -> None:
+        """The run cannot go on now; it will by itself."""
+
+    def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """The round's adapter goes out to `sites`."""
+
+    def site_done(self, round_number: int, site: str) -> None:
+        """A site's reply arrived."""
+
+    def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
+        """A site's update was taken (`problem` is None) or not; `reply` is None if there was none to read."""
+
+    def stopped_early(self, checkpoint: Checkpoint) -> None:
+        """The run ends before its planned rounds, by the job's own rule; told again if it is resumed after that."""
+
+    def metrics_asked(self, number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """After the last round `sites` are asked for their metrics; `number` is that of a round after the last one."""
+
+    def metrics_judged(self, site: str, reply: MetricsReply | None, problem: str | None) -> None:
+        """A site's metrics were taken (`problem` is None) or not."""
+
+    def metrics_done(self, checkpoint: Checkpoint) -> None:
+        """Everyone who was asked for metrics answered or did not; what they spent is in `checkpoint`."""
+
+    def round_done(self, checkpoint: Checkpoint) -> None:
+        """A round is complete and durable."""

@@ -1,0 +1,177 @@
+"""The coordinator's folder: which file lies where, and what its settings are.
+
+coordinator.toml   name, hosts and ports
+keys/              server.key (TLS; plain PEM, for Flower reads it) and round.key (signs rounds and adapters); made here
+trust/             ca.crt, crl.pem, server.crt and sites/*.crt: who may connect
+jobs/NUMBER-NAME/  the signed job, its public evaluation data, its state and its run folder
+audit/             the audit log
+logs/, flower/     Flower's output and own files
+coordinator.json   what the running coordinator says of itself
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError
+
+from shared.errors import RunError
+from shared.files.atomic import exclusive_lock
+from shared.files.json_files import read_object
+from shared.job.parsing import Section, load_toml, parse
+from shared.job.values import Name
+from shared.trust.audit_log import AuditLog
+from shared.trust.signed_file import Signer
+from shared.trust.signing import SigningKey, load_signing_key
+
+
+class CoordinatorConfig(Section):
+    """`coordinator.toml`."""
+
+    name: Name = "coordinator"
+    """Name in the server certificate."""
+    hosts: tuple[str, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
+    """Host names and addresses under which sites reach the Fleet API; they stand in the server certificate."""
+    fleet_host: str = "0.0.0.0"  # noqa: S104 (sites must reach it; TLS and authentication are always on)
+    """Address that the Fleet API (gRPC over TLS, for sites) listens on."""
+    fleet_port: int = Field(default=9092, ge=1, le=65535)
+    """Its port: the only one that a firewall has to open."""
+    control_port: int = Field(default=8000, ge=1, le=65535)
+    """Port of Flower's Control API, which has no authentication: always on 127.0.0.1."""
+
+
+class _SiteStatus(BaseModel):
+    online: bool
+    until: str
+
+
+class _Status(BaseModel):
+    """What commands read of `coordinator.json`; they send signals to `pid`."""
+
+    pid: int = Field(gt=1, lt=2**31, strict=True)
+    updated: AwareDatetime
+    state: str
+    sites: dict[str, _SiteStatus]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SuperLinkFiles:
+    """Paths that one SuperLink works with.
+
+    Attributes:
+        ca_certificate, server_certificate, server_key: PEM files.
+        log: file that its output is appended to.
+        flower_home: Flower's own folder.
+    """
+
+    ca_certificate: Path
+    server_certificate: Path
+    server_key: Path
+    log: Path
+    flower_home: Path
+
+
+@dataclass(frozen=True)
+class CoordinatorHome:
+    """The paths of a coordinator's folder."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """`coordinator.toml`."""
+        return self.path / "coordinator.toml"
+
+    @property
+    def trust(self) -> Path:
+        """Folder of the trust store."""
+        return self.path / "trust"
+
+    @property
+    def server_certificate(self) -> Path:
+        """The coordinator's TLS certificate."""
+        return self.trust / "server.crt"
+
+    @property
+    def server_key(self) -> Path:
+        """Its key."""
+        return self.path / "keys" / "server.key"
+
+    @property
+    def round_key(self) -> Path:
+        """The key that signs rounds and adapters."""
+        return self.path / "keys" / "round.key"
+
+    @property
+    def jobs(self) -> Path:
+        """Folder of the jobs."""
+        return self.path / "jobs"
+
+    @property
+    def audit(self) -> Path:
+        """Folder of the audit log."""
+        return self.path / "audit"
+
+    @property
+    def status(self) -> Path:
+        """What the running coordinator says of itself."""
+        return self.path / "coordinator.json"
+
+    @property
+    def superlink_log(self) -> Path:
+        """Output of Flower's processes, those of the ServerApp included."""
+        return self.path / "logs" / "superlink.log"
+
+    def load_config(self) -> CoordinatorConfig:
+        """Return the parsed `coordinator.toml`.
+
+        Raises:
+            ConfigError: if it is missing or not valid.
+        """
+        return parse(CoordinatorConfig, load_toml(self.config), source=str(self.config))
+
+    def superlink_files(self) -> SuperLinkFiles:
+        """Return the paths that the SuperLink works with."""
+        return SuperLinkFiles(
+            ca_certificate=self.trust / "ca.crt",
+            server_certificate=self.server_certificate,
+            server_key=self.server_key,
+            log=self.superlink_log,
+            flower_home=self.path / "flower",
+        )
+
+    def load_round_key(self, passphrase: str | None) -> SigningKey:
+        """Return the key that signs rounds and adapters."""
+        return load_signing_key(self.round_key, passphrase)
+
+    def signer(self, passphrase: str | None) -> Signer:
+        """Return who signs files for this coordinator: its name, with the round key."""
+        return Signer(role="coordinator", name=self.load_config().name, key=self.load_round_key(passphrase))
+
+    def open_log(self, key: SigningKey) -> AuditLog:
+        """Return the audit log, its head signed with the round key; several processes may write to it."""
+        return AuditLog(self.audit, seal_head=key)
+
+    def read_status(self) -> dict[str, Any]:
+        """Return what the coordinator last said of itself; {} if it never did, or the file is not as it wrote it."""
+        try:
+            said = read_object(self.status)
+            _Status.model_validate(said)
+        except (RunError, ValidationError):
+            return {}
+        return said
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Let one coordinator at a time work in this folder.
+
+        Raises:
+            RunError: if another one does.
+        """
+        busy = f"another coordinator works in {self.path}; stop it first."
+        with exclusive_lock(self.path / ".coordinator.lock", busy):
+            yield

@@ -1,0 +1,36 @@
+"""Settings of the machine at hand; they belong to each site and are not part of the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from shared.job.parsing import Section
+
+
+class ComputeConfig(Section):
+    """Settings of the machine at hand; they change speed, never privacy."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` takes CUDA where there is one."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` is bfloat16 autocast where the processor has it in hardware, else float32."""
+    micro_batch_tokens: int = Field(default=2048, ge=1)
+    """Padded tokens per forward pass inside a logical batch."""
+    cache_frozen_layers: bool = True
+    """Keep the activations below the first adapted layer; exact, costs 4 bytes (2 in bfloat16) x hidden size per token."""
+    cache_megabytes: int = Field(default=1024, ge=0)
+    """Upper bound of that cache in memory; what has no room here or in the file is computed afresh in every step."""
+    cache_file_megabytes: int = Field(default=0, ge=0)
+    """Upper bound of a sealed file for what has no room in memory; nothing outlives the process. 0: no file."""
+    cache_file_folder: Path | None = None
+    """Where that file lies, an absolute path on a disk; None is the system's temporary folder, which may be memory itself."""
+
+    @field_validator("cache_file_folder")
+    @classmethod
+    def _check_folder(cls, folder: Path | None) -> Path | None:
+        if folder is not None and not folder.is_absolute():
+            raise ValueError("cache_file_folder is relative; give an absolute path, for example /srv/silotune")
+        return folder

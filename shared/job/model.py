@@ -1,0 +1,162 @@
+"""What is trained: the frozen backbone, its adapters, the task."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.job.parsing import Section
+from shared.job.values import ImageSide
+from shared.limits import MAX_LABELS
+
+IMAGE_NETWORK_PREFIX = "cnn:"
+"""Of `model.backbone`, where it names a network for images instead of a pre-trained backbone."""
+MAX_PIXELS = 65_536
+"""Most pixel values of one image, over all its channels."""
+
+
+class ModelConfig(Section):
+    """The frozen backbone."""
+
+    backbone: str = "embedded:all-minilm-l6-v2"
+    """`embedded:NAME` (ships in a Python package), the path of a local folder, or a hub id with `revision`; of
+    `image_classification` `cnn:small`, a network without a backbone, all of whose weights are trained."""
+    revision: str | None = None
+    """Commit of a hub id (40 hexadecimal digits): a branch name could change under a signed job."""
+    max_length: int = Field(default=64, ge=2, le=8192)
+    """Tokens per example; longer texts are cut."""
+    pooling: Literal["mean", "first"] = "mean"
+    """How a classifier reduces token vectors to one vector: mean over the tokens, or the first token's vector."""
+
+    @property
+    def is_image_network(self) -> bool:
+        """True if `backbone` names a network of `shared.models.images`, which has no weights to load."""
+        return self.backbone.startswith(IMAGE_NETWORK_PREFIX)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (Hu et al. 2021)."""
+
+    rank: int = Field(default=8, ge=1, le=256)
+    """r, the inner dimension of the two factors."""
+    alpha: float = Field(default=16.0, gt=0)
+    """The update is scaled by alpha / rank."""
+    target_modules: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
+    """Last name components of the linear modules to adapt."""
+    last_layers: int | None = Field(default=1, ge=1)
+    """Adapt only the last k layers; everything below is frozen and can be cached. None adapts all layers."""
+    train: Literal["b", "both"] = "b"
+    """`b`: FFA-LoRA (Sun et al. 2024), A is fixed and orthonormal, averaging is exact. `both`: train A and B."""
+
+
+TaskKind = Literal[
+    "sequence_classification",
+    "token_classification",
+    "pair_matching",
+    "regression",
+    "causal_lm",
+    "replies",
+    "image_classification",
+]
+
+
+class TaskConfig(Section):
+    """What the model learns; `kind` names a row of `shared.tasks.TASKS`."""
+
+    kind: TaskKind
+    """`sequence_classification` (a label for a text), `token_classification` (a tag for each word), `pair_matching` (whether two
+    texts belong together), `regression` (a number for a text), `causal_lm` (the next token; GPT-2), `replies` (a response to a
+    prompt; GPT-2), `image_classification` (a label for an image)."""
+    labels: tuple[str, ...] = Field(default=(), max_length=MAX_LABELS)
+    """Names in the order of the logits: classes of `sequence_classification` and `image_classification`; IOB tags of
+    `token_classification`, "O" among them; of `pair_matching` two, the second for a match. The other kinds have none."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    target_range: tuple[float, float] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Lowest and highest number of `regression`, public: a site clips what lies outside, so that one record's label cannot pull
+    further than the range is wide, and the scale that is learned tells nothing of the data."""
+    image_shape: tuple[Annotated[int, Field(ge=1, le=16)], ImageSide, ImageSide] | None = Field(
+        default=None, exclude_if=lambda value: value is None
+    )
+    """Channels, height and width of every image of `image_classification`; together at most 65,536 pixel values."""
+    pixel_range: tuple[float, float] | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Lowest and highest pixel value, such as [0, 255], public: images are scaled by it and by nothing that is computed from
+    them. An image with a value outside is refused."""
+
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, exclude_if=lambda value: value == 0)
+    """Share of each target that is spread evenly over all labels while training (Szegedy et al. 2016); of one record's loss at a
+    time, so it changes nothing about privacy. Only for kinds with labels."""
+
+    @model_validator(mode="after")
+    def _check_smoothing(self) -> Self:
+        if self.label_smoothing and self.kind in ("causal_lm", "replies", "regression"):
+            raise ValueError(f"label_smoothing is for kinds with labels, and {self.kind} has none; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_labels(self) -> Self:
+        if len(set(self.labels)) != len(self.labels):
+            raise ValueError("task.labels holds a name twice; every label must be unique")
+        if self.kind in ("causal_lm", "replies", "regression"):
+            if self.labels:
+                raise ValueError(f"{self.kind} takes no labels; remove task.labels")
+        elif self.kind == "pair_matching" and len(self.labels) != 2:
+            raise ValueError(
+                f"pair_matching has {len(self.labels)} labels; name two, the second for a match, such as other and match"
+            )
+        elif len(self.labels) < 2:
+            raise ValueError(f"{self.kind} has {len(self.labels)} labels; name at least two")
+        if self.kind == "token_classification":
+            self._check_tags()
+        return self
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        if (self.kind == "regression") != (self.target_range is not None):
+            raise ValueError(
+                "task.target_range, the lowest and the highest number, belongs to regression and to no other kind; "
+                f"kind is {self.kind!r} and it is {'missing' if self.target_range is None else 'there'}"
+            )
+        if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
+            raise ValueError("task.target_range must rise, such as [1, 5]")
+        return self
+
+    @model_validator(mode="after")
+    def _check_image(self) -> Self:
+        for name in ("image_shape", "pixel_range"):
+            if (self.kind == "image_classification") != (getattr(self, name) is not None):
+                raise ValueError(
+                    f"task.{name} belongs to image_classification and to no other kind; kind is {self.kind!r} and it is "
+                    f"{'missing' if getattr(self, name) is None else 'there'}"
+                )
+        if self.pixel_range is not None and not self.pixel_range[0] < self.pixel_range[1]:
+            raise ValueError("task.pixel_range must rise, such as [0, 255]")
+        if self.image_shape is not None and self.num_pixels > MAX_PIXELS:
+            raise ValueError(
+                f"task.image_shape has {self.num_pixels:,} pixel values; {MAX_PIXELS:,} are the most. Scale the images down"
+            )
+        return self
+
+    def _check_tags(self) -> None:
+        if "O" not in self.labels:
+            raise ValueError('task.labels of token_classification must hold "O", the tag of words outside any entity')
+        for tag in self.labels:
+            mark, _, entity = tag.partition("-")
+            if tag != "O" and (mark not in ("B", "I") or not entity):
+                raise ValueError(
+                    f'task.labels holds {tag!r}; tags of token_classification are "O", "B-NAME" for the first word of an entity '
+                    'and "I-NAME" for its further words'
+                )
+            if mark == "I" and f"B-{entity}" not in self.labels:
+                raise ValueError(f"task.labels holds {tag!r} but not {f'B-{entity}'!r}, with which every entity begins")
+
+    @property
+    def has_classes(self) -> bool:
+        """True if each record has one of `labels`."""
+        return self.kind in ("sequence_classification", "pair_matching", "image_classification")
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixel values of one image over all channels; 0 if the task has none."""
+        return math.prod(self.image_shape) if self.image_shape is not None else 0

@@ -1,0 +1,148 @@
+"""Sections of settings, frozen and checked at construction; how they are read from TOML and the command line."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import tomllib
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from shared.errors import ConfigError, excerpt
+
+
+class Section(BaseModel):
+    """Base of all configuration sections: frozen, finite numbers only, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, raw: Any) -> Any:
+        """TOML has no null, so the word "none" stands for None wherever a setting can be None."""
+        if not isinstance(raw, Mapping):
+            return raw
+        fields = cls.model_fields
+        return {
+            key: None if key in fields and says_none(value) and takes_none(fields[key].annotation) else value
+            for key, value in raw.items()
+        }
+
+    def set_keys(self) -> set[str]:
+        """Return the keys whose value is not the default."""
+        return {name for name, field in type(self).model_fields.items() if getattr(self, name) != field.get_default()}
+
+
+def says_none(value: object) -> bool:
+    """Return whether this is the word for None, in whatever case."""
+    return isinstance(value, str) and value.strip().casefold() == "none"
+
+
+def takes_none(annotation: Any) -> bool:
+    """Return whether a setting of this type can be None, and has no choice that is called "none" itself."""
+    if not isinstance(annotation, types.UnionType) and get_origin(annotation) is not Union:
+        return False
+    options = get_args(annotation)
+    names = {name for option in options if get_origin(option) is Literal for name in get_args(option)}
+    return types.NoneType in options and "none" not in names
+
+
+SectionT = TypeVar("SectionT", bound=BaseModel)
+
+
+def parse(model: type[SectionT], raw: Mapping[str, Any], *, source: str) -> SectionT:
+    """Build `model` from plain data.
+
+    Raises:
+        ConfigError: naming `source`, every bad key with what was found and, for unknown keys, the nearest known one.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{source} is not valid: it holds a {type(raw).__name__}; expected named keys.")
+    try:
+        return model.model_validate(dict(raw))
+    except ValidationError as error:
+        lines = [_explain(model, detail) for detail in error.errors()]
+        raise ConfigError(f"{source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def load_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file.
+
+    Raises:
+        ConfigError: if it is missing, unreadable or not TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; check the path.") from None
+    except RecursionError:
+        raise ConfigError(f"{path} cannot be read as TOML: it is nested too deep.") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
+
+
+def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `raw` with `section.key=value` items set; values are read as TOML, else as plain text.
+
+    Raises:
+        ConfigError: if an item has no `=` or runs through something that is not a section.
+    """
+    try:
+        result: dict[str, Any] = copy.deepcopy(dict(raw))
+    except RecursionError:
+        raise ConfigError("the settings are nested too deep; sections hold values, lists and sections.") from None
+    for item in overrides:
+        key, separator, text = item.partition("=")
+        if not separator or not key.strip():
+            raise ConfigError(f"--set {item!r} is not of the form section.key=value, for example training.rounds=10.")
+        *sections, last = key.strip().split(".")
+        place = result
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {item!r}: {section!r} is a value, not a section.")
+        place[last] = _toml_value(text.strip())
+    return result
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """Return a hint for an unknown name: the nearest known one, or the list of all."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, KeyError, RecursionError):
+        return text
+
+
+def _explain(model: type[BaseModel], detail: Any) -> str:
+    location = [str(part) for part in detail["loc"]]
+    where = ".".join(location) or "the whole"
+    if detail["type"] == "extra_forbidden":
+        return f"unknown key {where!r}; {nearest(location[-1], _known_keys(model, location[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{where} is missing"
+    message = str(detail["msg"]).removeprefix("Value error, ")
+    for limit in detail.get("ctx", {}).values():
+        if isinstance(limit, float) and 0 < limit < 1e-3:  # else written with all its zeros
+            message = f"{message.rsplit(' ', 1)[0]} {limit:g}"
+    found = detail.get("input")
+    shown = "" if isinstance(found, dict | BaseModel) or found is None else f" (found {excerpt(found)})"
+    return f"{where}: {message}{shown}"
+
+
+def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)

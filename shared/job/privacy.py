@@ -1,0 +1,112 @@
+"""What is promised, and the noise that keeps it: mechanism, unit, epsilon, delta, released metrics."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.epsilons import delta_rounded_up
+from shared.job.parsing import Section
+from shared.job.values import PERSON_UNITS, Delta, Epsilon, NoiseMultiplier, SampleRate, Unit
+from shared.limits import MAX_GRAD_NORM, MAX_SITES, MIN_GRAD_NORM
+
+MIN_CENTRAL_SITES = 100
+"""Sites below which the noise that hides one of them buries what they have in common."""
+
+
+class CentralConfig(Section):
+    """Noise that a trusted coordinator adds over many sites; see `shared.privacy.central`."""
+
+    num_sites: int = Field(ge=1, le=MAX_SITES)
+    """N: declared (public) number of sites, at least 100. The noisy sum is divided by `site_sample_rate` times this."""
+    site_sample_rate: SampleRate = 0.5
+    """q: probability with which each site enters a round, by a secret coin of the coordinator (Poisson sampling)."""
+    clip_norm: float = Field(default=0.1, gt=0, le=1e6)
+    """S: the largest L2 norm of one site's update over adapter and head together, in the first round."""
+    target_quantile: float | None = Field(default=0.5, gt=0, lt=1)
+    """Share of the updates that S is moved to leave unclipped (Andrew et al. 2021); None keeps S as it is."""
+    clip_learning_rate: float = Field(default=0.2, gt=0, le=2)
+    """S is multiplied by exp(-rate * (noised share of unclipped updates - `target_quantile`)) after every round."""
+    count_noise: float | None = Field(default=None, gt=0, le=1e6)
+    """Standard deviation of the noise on the count of unclipped updates, above half the noise multiplier; None takes
+    q N / 20, or the noise multiplier if that is larger. The updates get as much more noise as the count costs."""
+
+    @model_validator(mode="after")
+    def _check_sites(self) -> Self:
+        if self.num_sites < MIN_CENTRAL_SITES:
+            raise ValueError(
+                f"num_sites is {self.num_sites}; with fewer than {MIN_CENTRAL_SITES} sites the noise that hides one of them "
+                "buries what they have in common. Use the mechanism 'dp-sgd', where every site protects its own records"
+            )
+        return self
+
+
+class PrivacyConfig(Section):
+    """Everything that changes what is protected and how much; see `shared.privacy.plan`."""
+
+    mechanism: Literal["dp-sgd", "central", "none"] = "dp-sgd"
+    """`dp-sgd`: every site adds noise. `central`: a trusted coordinator does, over 100 sites or more; sites send it unprotected
+    updates. `none` releases unprotected updates. A site accepts either of the last two only if its own settings say so."""
+    unit: Unit | Literal["site"] = "record"
+    """What the neighbouring data sets differ in, added or removed: one `record`; one `patient` or `customer` with all their
+    records, for which each site's data must have an id column; or (with `central`, and only there) one `site`."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    records_per_person: int | None = Field(default=None, ge=1, le=1000, exclude_if=lambda value: value is None)
+    """G: at most so many records of each patient or customer enter a step, drawn anew each time; their mean gradient is
+    clipped. It bounds time and memory; epsilon does not depend on it. Only, and always, with these units."""
+    epsilon: Epsilon = 8.0
+    """Target for a site that executes every planned step and releases all of `site_metrics`."""
+    delta: Delta = 1e-5
+    """Failure probability; must be far below 1 / number of records (or patients, customers)."""
+    sample_rate: SampleRate = 0.05
+    """q: probability with which each record (or patient, customer) enters a step (Poisson sampling)."""
+    max_grad_norm: float = Field(default=1.0, ge=MIN_GRAD_NORM, le=MAX_GRAD_NORM)
+    """C: the largest L2 norm of the gradient of one record (or patient, customer) over adapter and head together."""
+    noise_multiplier: NoiseMultiplier | None = None
+    """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps (`central`: site_sample_rate, rounds)."""
+    central: CentralConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _check_unit(self) -> Self:
+        if self.unit in PERSON_UNITS and self.records_per_person is None:
+            raise ValueError(
+                f"unit is {self.unit!r}, so records_per_person must say how many records of each {self.unit} enter a step, "
+                "for example 4"
+            )
+        if self.unit not in PERSON_UNITS and self.records_per_person is not None:
+            raise ValueError("records_per_person is for the units 'patient' and 'customer'; remove it or set the unit")
+        return self
+
+    @model_validator(mode="after")
+    def _check_central(self) -> Self:
+        central = self.mechanism == "central"
+        if central != (self.unit == "site") or central != (self.central is not None):
+            raise ValueError(
+                "mechanism 'central', unit 'site' and the section privacy.central belong together: give all three or none "
+                f"(mechanism is {self.mechanism!r}, unit {self.unit!r}, privacy.central is "
+                f"{'missing' if self.central is None else 'there'})"
+            )
+        if self.central is not None and self.delta >= 1 / self.central.num_sites:
+            raise ValueError(
+                f"delta is {delta_rounded_up(self.delta)}, but with {self.central.num_sites:,} sites it must be below 1/N = "
+                f"{1 / self.central.num_sites:.1e}, best a tenth of it"
+            )
+        return self
+
+
+class SiteMetricsConfig(Section):
+    """Metrics of the sites' own held-out records, released once, after the last round; see `shared.runtime.site_metrics`."""
+
+    names: tuple[Literal["accuracy", "confusion", "loss"], ...] = ()
+    """What is asked for; none: nothing but updates leaves a site. A site's policy may forbid any of them."""
+    noise_multiplier: NoiseMultiplier = 10.0
+    """Standard deviation of the noise on every count, where one record is one vote. Part of the job's epsilon."""
+    largest_loss: float = Field(default=5.0, gt=0)
+    """Of `loss`: a record's loss is cut here, so that one record cannot move the mean by more."""
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        if len(set(self.names)) != len(self.names):
+            raise ValueError("site_metrics.names holds a name twice; every release costs budget, so name each once")
+        return self

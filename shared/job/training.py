@@ -1,0 +1,75 @@
+"""How a site trains: steps, optimiser, schedule, early stopping."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from shared.job.parsing import Section
+from shared.limits import MAX_STEPS
+
+
+class EarlyStoppingConfig(Section):
+    """When a run ends before its planned rounds, decided by a metric on a part of the coordinator's public records, of which no
+    figure is (`server.rounds.public_records`)."""
+
+    patience: int = Field(ge=1, le=100_000)
+    """The run ends after so many evaluations in a row (one before training, then one every `evaluate_every` rounds) without
+    an improvement. A number that is never reached only picks the adapter (`keep`)."""
+    min_delta: float = Field(default=0.0, ge=0)
+    """What counts as an improvement: the metric is better than at the last one by more than this, in the metric's own unit."""
+    keep: Literal["last", "best"] = "last"
+    """The adapter that the run hands out: the `last` round's, or that of the evaluation with the `best` metric. Both were
+    released anyway, and the records that choose are public, so neither costs privacy."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    metric: Literal["primary", "loss"] = Field(default="primary", exclude_if=lambda value: value == "primary")
+    """What decides: the task's `primary` metric, or the `loss`, which also tells when a model becomes too sure of itself."""
+
+
+class TrainingConfig(Section):
+    """Rounds and the local optimiser. The schedule is public: it reads only the step number."""
+
+    rounds: int = Field(ge=1, le=100_000)
+    """Times that the adapter goes out to the sites and back."""
+    local_steps: int = Field(default=4, ge=1, le=100_000)
+    """Logical (noisy) optimiser steps that a site takes in one round."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """Of the sites. Under noise `sgd` averages better over many sites; see docs/decisions/0004."""
+    learning_rate: float = Field(default=3e-3, gt=0)
+    """About 1e-3 to 1e-2 for `adamw`, 0.1 to 3 for `sgd` (clipped gradients are short)."""
+    head_learning_rate_factor: float = Field(default=1.0, gt=0)
+    """The head's learning rate is `learning_rate` times this."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Shrinks the trained weights in every step; reads no data, so it costs no privacy."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of `sgd`, beta1 of `adamw`."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Factor on the learning rate over all planned steps: 1, or falling to 0 at the last step."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    warmup_steps: int = Field(default=0, ge=0, le=100_000, exclude_if=lambda value: value == 0)
+    """The learning rate rises over so many of the planned steps, in equal parts, before it is `schedule` times its full value."""
+    early_stopping: EarlyStoppingConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _check_steps(self) -> Self:
+        if self.planned_steps > MAX_STEPS:
+            raise ValueError(
+                f"rounds x local_steps is {self.planned_steps:,} ({self.rounds:,} x {self.local_steps:,}); at most {MAX_STEPS:,} "
+                "steps can be planned and accounted for. Lower one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Self:
+        if self.warmup_steps >= self.planned_steps:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but only {self.planned_steps} steps are planned (rounds x local_steps); "
+                "the full learning rate would never be reached"
+            )
+        return self
+
+    @property
+    def planned_steps(self) -> int:
+        """Steps of a site that takes part in every round."""
+        return self.rounds * self.local_steps

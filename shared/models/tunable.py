@@ -1,0 +1,312 @@
+"""What a job can train: a frozen backbone with PEFT LoRA adapters and a head, or a small network as a whole.
+
+`TrainedModel` is all that runtime, trainer, proof and rounds know of either; networks for images stand in
+`shared.models.images`.
+
+Guarantees of `TunableModel`, each checked when the model is built (tests: tests/shared/models/test_tunable.py)
+    * Exactly the LoRA factors and the head are trainable; every other weight is frozen.
+    * No BatchNorm, no dropout, no remote code, no pickle: one record cannot change what another one computes, and
+      loading a backbone cannot run code.
+    * `forward` from cached activations equals `forward` from tokens, because everything below the first adapted
+      layer is frozen and deterministic.
+
+LoRA: Hu et al. 2021. FFA-LoRA (A fixed): Sun et al. 2024.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from shared.errors import ModelError
+from shared.job.model import LoraConfig
+from shared.job.parsing import nearest
+from shared.models.backbones import Architecture
+from shared.models.batches import Batch
+from shared.models.heads import TokenHead
+from shared.models.packing import Packing
+from shared.models.seeds import derived_seed
+
+# Suffix of the name under which a global adapter keeps what averaged factors cannot hold; see `set_residuals`.
+RESIDUAL = ".residual"
+
+
+class TrainedModel(nn.Module):
+    """A model of which a job trains all weights or some, and no more than what `trainable` names leaves a site.
+
+    Attributes:
+        first_adapted: number of layers at the bottom that are frozen, so that what they compute can be cached.
+    """
+
+    first_adapted: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trainable parameters are."""
+        return next(self.parameters()).device
+
+    def train_mode(self) -> None:
+        """Keep everything frozen in evaluation mode; only what is trained is in training mode, as Opacus asks."""
+        self.eval()
+        for module in self.modules():
+            if any(p.requires_grad for p in module.parameters(recurse=False)):
+                module.train()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by stable name, sorted; those of the head are called `head.*`."""
+        return dict(sorted((name, p) for name, p in self.named_parameters() if p.requires_grad))
+
+    def head_parameters(self) -> set[str]:
+        """Return the names in `trainable()` that belong to the head."""
+        return {name for name in self.trainable() if name.startswith("head.")}
+
+    def lora_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Return (A [r, in], B [out, r]) of every adapted module, by the module's stable name."""
+        return {}
+
+    def frozen_sha256(self) -> str:
+        """Return a SHA-256 over every frozen weight: equal before and after training."""
+        digest = hashlib.sha256()
+        for name, parameter in sorted(self.named_parameters()):
+            if not parameter.requires_grad:
+                digest.update(name.encode())
+                digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def set_residuals(self, residuals: Mapping[str, Tensor]) -> None:
+        """Put back what averaged factors cannot hold; a model without factors has none.
+
+        Raises:
+            ModelError: if there are residuals of something that the model does not adapt.
+        """
+        if unknown := sorted(residuals.keys() - self.lora_factors().keys()):
+            raise ModelError(f"the model adapts no layer {unknown[0]!r}; the adapter was made for another job.")
+
+
+class TunableModel(TrainedModel):
+    """Backbone, adapters and head, split at the first adapted layer.
+
+    Attributes:
+        architecture: where the backbone keeps its parts.
+        first_adapted: index of the lowest layer with an adapter; all below is frozen and cacheable.
+        scaling: alpha / rank.
+        packing: while something runs on packed tokens, where they belong; None at other times.
+    """
+
+    def __init__(
+        self,
+        peft_model: Any,
+        architecture: Architecture,
+        lora: LoraConfig,
+        first_adapted: int,
+        head: nn.Module,
+    ):
+        super().__init__()
+        self.peft_model = peft_model
+        self.head = head
+        self.architecture = architecture
+        self.first_adapted = first_adapted
+        self.scaling = lora.alpha / lora.rank
+        self._backbone_name = "base_model.model"
+        self.packing: Packing | None = None
+        self._frozen_targets: dict[str, Tensor] = {}
+        self._even_rows = False
+        self.train_mode()
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The transformer itself, below PEFT's wrappers."""
+        return self.peft_model.get_submodule(self._backbone_name)  # type: ignore[no-any-return]
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Return the trainable parameters by stable name, sorted: LoRA factors as PEFT stores them, then `head.*`."""
+        found = {_stable_name(n): p for n, p in self.named_parameters() if p.requires_grad}
+        return dict(sorted(found.items()))
+
+    def lora_factors(self) -> dict[str, tuple[nn.Parameter, nn.Parameter]]:
+        """Return (A [r, in], B [out, r]) of every adapted module, by the module's stable name."""
+        return {name: (m.lora_A["default"].weight, m.lora_B["default"].weight) for name, m in self._adapted()}
+
+    def layers(self) -> nn.ModuleList:
+        """Return the backbone's transformer layers."""
+        return self.backbone.get_submodule(self.architecture.layers)  # type: ignore[return-value]
+
+    def embed_frozen(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return the activations that enter the first adapted layer, float [B, T, H]; no gradient is recorded."""
+        packing = self._packing_of(attention_mask)
+        return packing.pad(self._embed_frozen(input_ids, packing))
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
+        packing = self._packing_of(batch.attention_mask)
+        hidden = self._embed_frozen(batch.input_ids, packing) if batch.hidden is None else packing.fit(batch.hidden)
+        return self._finish(hidden, packing, batch.attention_mask, self.first_adapted)
+
+    def embeddings(self, input_ids: Tensor) -> Tensor:
+        """Return what enters the first layer for tokens [B, T], float [B, T, H]; no gradient is recorded."""
+        with torch.no_grad():
+            return self.architecture.embed(self.backbone, input_ids)
+
+    def from_embeddings(self, embeddings: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return what `forward` does, from `embeddings` [B, T, H] and with gradients through every layer down to them."""
+        packing = self._packing_of(attention_mask)
+        return self._finish(packing.pack(embeddings), packing, attention_mask, 0)
+
+    def set_residuals(self, residuals: Mapping[str, Tensor]) -> None:
+        """Add `residuals` (float [out, in] by adapted module) to the frozen weights, replacing earlier ones.
+
+        The exact average of B·A over sites leaves a part that the averaged factors cannot hold; the coordinator
+        keeps it here (FedEx-LoRA, Singhal et al. 2024).
+        """
+        for name, module in self._adapted():
+            weight = module.get_base_layer().weight
+            residual = residuals.get(name)
+            if name not in self._frozen_targets:
+                if residual is None:
+                    continue
+                self._frozen_targets[name] = weight.detach().clone()
+            original = self._frozen_targets[name]
+            with torch.no_grad():
+                weight.copy_(original)
+                if residual is not None:
+                    weight.add_(_like_weight(module, residual).to(weight))
+
+    def prepare_autocast(self, dtype: torch.dtype) -> None:
+        """Hold what is frozen in the type that autocast would cast it to in every forward pass; results stay what they are.
+
+        From then on forward passes run under autocast only.
+
+        Adapted layers keep everything in float32: `set_residuals` adds to their weights, and factors are released.
+        """
+        # Products in bfloat16 are oneDNN's on a processor.
+        self._even_rows = self.device.type == "cpu"
+        adapted = [module for _, module in self._adapted()]
+        for module in adapted:
+            # PEFT would cast what enters A to float32, for autocast to cast it back.
+            module.cast_input_dtype_enabled = False
+        keeps = {part for module in adapted for part in module.modules()}
+        for module in self.layers().modules():
+            if _is_linear(module) and module not in keeps:
+                for parameter in module.parameters(recurse=False):
+                    if not parameter.requires_grad:
+                        parameter.data = parameter.data.to(dtype)
+
+    def _adapted(self) -> Iterable[tuple[str, Any]]:
+        for name, module in self.named_modules():
+            if hasattr(module, "lora_A") and "default" in module.lora_A:
+                yield _stable_name(name), module
+
+    def _embed_frozen(self, input_ids: Tensor, packing: Packing) -> Tensor:
+        with torch.no_grad():
+            hidden = packing.pack(self.architecture.embed(self.backbone, input_ids))
+            return self._run_layers(hidden, packing, 0, self.first_adapted)
+
+    def _finish(self, hidden: Tensor, packing: Packing, attention_mask: Tensor, start: int) -> Tensor:
+        """Run the layers from `start` on packed tokens [1, N, H], then the head."""
+        hidden = self._run_layers(hidden, packing, start, len(self.layers()))
+        if self.architecture.final_norm is not None:
+            hidden = self.backbone.get_submodule(self.architecture.final_norm)(hidden)
+        if isinstance(self.head, TokenHead):
+            with self._packed(packing):
+                return packing.pad(self.head(hidden))
+        return self.head(packing.pad(hidden), attention_mask)  # type: ignore[no-any-return]
+
+    def _run_layers(self, hidden: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+        """Run layers on packed tokens [1, N, H]."""
+        with self._packed(packing):
+            for layer in self.layers()[start:stop]:
+                output = layer(hidden, packing=packing, causal=self.architecture.causal)
+                hidden = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def _packing_of(self, attention_mask: Tensor) -> Packing:
+        return Packing(attention_mask, even=self._even_rows)
+
+    @contextmanager
+    def _packed(self, packing: Packing) -> Iterator[None]:
+        self.packing = packing
+        try:
+            yield
+        finally:
+            self.packing = None
+
+
+def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, *, seed: int) -> tuple[Any, int]:
+    """Wrap `backbone` with PEFT LoRA and return (PEFT model, index of the first adapted layer).
+
+    A is drawn orthonormal from the public `seed`, B is zero. With `lora.train == "b"` A is frozen.
+
+    Raises:
+        ModelError: if a target matches no linear layer, or more layers are asked for than there are.
+    """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
+
+    num_layers = len(backbone.get_submodule(architecture.layers))  # type: ignore[arg-type]
+    last = num_layers if lora.last_layers is None else lora.last_layers
+    if last > num_layers:
+        raise ModelError(
+            f"lora.last_layers is {last}, but the backbone has {num_layers} layers; use at most that many."
+        )
+    indices = list(range(num_layers - last, num_layers))
+    _check_targets(backbone, architecture, lora, indices)
+    peft_config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=list(lora.target_modules),
+        layers_to_transform=indices,
+        layers_pattern=architecture.layers_pattern,
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=architecture.transposed,
+        task_type="FEATURE_EXTRACTION",
+    )
+    model = get_peft_model(backbone, peft_config)
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and "default" in module.lora_A:
+            factor_a, factor_b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            generator = torch.Generator().manual_seed(derived_seed(seed, _stable_name(name)))
+            with torch.no_grad():
+                factor_a.copy_(_orthonormal(factor_a.shape, generator))
+                factor_b.zero_()
+            factor_a.requires_grad_(lora.train == "both")
+    return model, indices[0]
+
+
+def _check_targets(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, indices: list[int]) -> None:
+    prefixes = tuple(f"{architecture.layers}.{index}." for index in indices)
+    inside = [name for name, module in backbone.named_modules() if name.startswith(prefixes) and _is_linear(module)]
+    for target in lora.target_modules:
+        if not any(name == target or name.endswith("." + target) for name in inside):
+            known = sorted({name.removeprefix(p) for name in inside for p in prefixes if name.startswith(p)})
+            raise ModelError(
+                f"lora.target_modules names {target!r}, which matches no linear layer of the adapted layers; "
+                f"{nearest(target, sorted({k.rsplit('.', 1)[-1] for k in known}))} (all: {', '.join(known)})"
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def _like_weight(module: Any, matrix: Tensor) -> Tensor:
+    """Turn a matrix [out, in] into the layout of the base layer's weight (Conv1D of GPT-2 stores [in, out])."""
+    return matrix if isinstance(module.get_base_layer(), nn.Linear) else matrix.T
+
+
+def _stable_name(name: str) -> str:
+    """Drop wrapper names that are not part of PEFT's saved keys."""
+    return name.removeprefix("peft_model.").replace(".default", "")
+
+
+def _orthonormal(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Return a [r, in] matrix with orthonormal rows, float32."""
+    gaussian = torch.randn(shape[1], shape[0], generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gaussian)
+    rows: Tensor = (q * r.diagonal().sign()).T
+    return rows.float()

@@ -1,6 +1,0 @@
-"""Privacy audits in three tiers; each can refute a claimed epsilon, none can prove it. See docs/auditing.md."""
-
-from shared.privacy.audit.mechanism import MechanismAudit, audit_mechanism
-from shared.privacy.audit.result import AuditResult, Verdict
-
-__all__ = ["AuditResult", "MechanismAudit", "Verdict", "audit_mechanism"]

@@ -1,0 +1,119 @@
+"""One account of a site's ledger as a file that others can read: for the planner, for reports, for moving to another machine.
+
+It holds what was charged and nothing of a record. The jobs of other coordinators appear by their hash only. Nobody signs it:
+whoever may write the file can take charges out, so it is worth what the way is worth on which it came. The entries that an
+import makes name the ledger's hash that stands in it, so the two can be compared as long as both ledgers exist.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from shared.errors import LedgerError, PrivacyError
+from shared.files.atomic import write_text
+from shared.job.parsing import Section
+from shared.privacy.accounting import GaussianSteps
+from shared.privacy.filter import Composition, SpendingRule, check_orders, filter_orders
+
+FORMAT: Literal["silotune-ledger/1"] = "silotune-ledger/1"
+
+
+class ChargedSteps(Section):
+    """One charge: the executed steps once committed, the reserved ones until then.
+
+    `round` is the round of the job; `committed` tells which of the two `steps` are; `planned_steps` are all steps of a job that
+    may stop early.
+    """
+
+    job_id: str
+    round: int = Field(ge=0)
+    noise_multiplier: float = Field(gt=0)
+    sample_rate: float = Field(gt=0, le=1)
+    steps: int = Field(ge=0)
+    committed: bool
+    time: str
+    planned_steps: int | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
+
+    @property
+    def mechanism(self) -> GaussianSteps:
+        """The mechanism as the accountant takes it."""
+        return GaussianSteps(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps)
+
+
+class LedgerExport(Section):
+    """One account at one moment.
+
+    `epsilon` and `delta` are its cap; `composition` tells how spending is measured against it ("adaptive": a filter over
+    runs chosen one after the other; "fixed": PLD over plans that were all fixed in advance), and `orders` are the filter's,
+    fixed when the account was begun (none: those that follow from the cap). `num_entries` and `head_sha256` name the state of
+    the ledger file that this was read from, `exported_at` the time, UTC, ISO 8601.
+    """
+
+    format: Literal["silotune-ledger/1"] = FORMAT
+    site: str
+    dataset: str
+    unit: str
+    declared_records: int = Field(ge=1)
+    epsilon: float = Field(gt=0)
+    delta: float = Field(gt=0, lt=1)
+    composition: Composition
+    orders: tuple[int, ...] = ()
+    charges: tuple[ChargedSteps, ...]
+    held_back: tuple[ChargedSteps, ...] = Field(default=(), exclude_if=lambda value: not value)
+    """Under "fixed": the rest of the plan of every job that may stop early, as its round 0. It was not executed, and counts."""
+    num_entries: int = Field(ge=0)
+    head_sha256: str
+    exported_at: str
+
+    @model_validator(mode="after")
+    def _check_orders(self) -> Self:
+        if self.orders:
+            try:
+                check_orders(self.orders)
+            except PrivacyError as error:
+                raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def rule(self) -> SpendingRule:
+        """How the account measures what it spends."""
+        orders = self.orders or filter_orders(epsilon=self.epsilon, delta=self.delta)
+        return SpendingRule(composition=self.composition, delta=self.delta, orders=orders)
+
+    @property
+    def mechanisms(self) -> Sequence[GaussianSteps]:
+        """Everything that counts against the cap: what was charged, oldest first, then what is held back."""
+        return [charge.mechanism for charge in (*self.charges, *self.held_back)]
+
+
+def save_export(path: Path, export: LedgerExport) -> None:
+    """Write `export` to `path`, whole or not at all.
+
+    Raises:
+        RunError: if the file cannot be written.
+    """
+    write_text(path, json.dumps(export.model_dump(mode="json"), indent=2) + "\n")
+
+
+def load_export(path: Path) -> LedgerExport:
+    """Read what `save_export` wrote.
+
+    Raises:
+        LedgerError: if the file is missing or is not an export.
+    """
+    try:
+        return LedgerExport.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise LedgerError(f"the ledger export {path} cannot be read: {error.strerror}.") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise LedgerError(
+            f"{path} is not an export of a ledger ({where}: {first['msg']}). Make one at the site with "
+            "`silotune site ledger HOME --export FILE`."
+        ) from None

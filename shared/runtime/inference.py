@@ -1,0 +1,294 @@
+"""Use what was trained: label texts or images, find entities, rate or pair texts, or continue them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.errors import ConfigError, DataError
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.models.batches import IGNORED, Example
+from shared.runtime.calibration import load_temperature
+from shared.runtime.export.peft import load_state
+from shared.runtime.runtime import Runtime, load_runtime
+from shared.tasks import task_of
+from shared.tasks.regression import Regression
+from shared.tasks.replies import Replies, prompt_tokens
+from shared.tasks.token_classification import entities, word_places
+from shared.tasks.tokens import read_part
+
+Prediction = dict[str, Any]
+MOST_WORDS_PER_TOKEN = 64
+Outputs = Callable[[Sequence[Example]], list[Tensor]]
+"""Returns the head's output of every example; see `head_outputs`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoding:
+    """How the next token is chosen.
+
+    Attributes:
+        max_new_tokens: tokens to add at most.
+        temperature: 0 is greedy; otherwise logits are divided by it.
+        top_k: sample among the k likeliest tokens; 0 is all of them.
+        top_p: and of these among the likeliest that have this probability together; 1 is all of them.
+        num_sequences: continuations per text.
+        seed: makes sampling repeatable; None does not.
+    """
+
+    max_new_tokens: int = 40
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    num_sequences: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.num_sequences < 1 or self.top_k < 0:
+            raise ConfigError(
+                f"max_new_tokens {self.max_new_tokens} and num_sequences {self.num_sequences} must be at least 1, top_k "
+                f"{self.top_k} at least 0."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p:g}; give a number above 0, and 1 at most.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigError(f"temperature is {self.temperature:g}; give a finite number from 0 (greedy) up.")
+        if self.seed is not None and not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed is {self.seed}; give a whole number from 0 to 2^63 - 1.")
+
+    def new_generator(self) -> torch.Generator:
+        """Return the source of the random choices; without a seed it starts from the operating system's entropy."""
+        generator = torch.Generator()
+        if self.seed is None:
+            # PyTorch's default generator starts from one and the same number in every process.
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
+    """Return the runtime of a run with its final adapter loaded, and with its temperature if it has one.
+
+    Raises:
+        AdapterError: if the run has none.
+    """
+    runtime = load_runtime(job, compute)
+    folder = run_dir / "adapter"
+    runtime.load(load_state(folder, runtime, job), temperature=load_temperature(folder))
+    return runtime
+
+
+def predict(runtime: Runtime, job: Job, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
+    """Return what the model says of every text or image, in order: a label, entities, a score, or whether a pair matches.
+
+    Args:
+        texts: for `pair_matching` both texts with a tab between them; for `image_classification` the pixel values of an image
+            with spaces between them.
+        outputs: computes the outputs; None is the model of `runtime`.
+
+    Raises:
+        ConfigError: if the run is a language model.
+        DataError: naming the text that does not fit the task.
+    """
+    predict_kind = _PREDICT.get(job.task.kind)
+    if predict_kind is None:
+        raise ConfigError(f"the run's task is {job.task.kind!r}, which does not label texts; use `silotune generate`.")
+    return predict_kind(runtime, job, texts, outputs or partial(head_outputs, runtime))
+
+
+def shown(prediction: Prediction) -> str:
+    """Return a prediction as one line for a terminal."""
+    if "score" in prediction:
+        return f"{prediction['score']:.3f}  {prediction['text']}"
+    if "entities" in prediction:
+        text = str(prediction["text"])
+        for entity in reversed(prediction["entities"]):
+            begin, end = entity["start"], entity["end"]
+            text = f"{text[:begin]}[{text[begin:end]} | {entity['kind']}]{text[end:]}"
+        return text
+    if "pixels" in prediction:
+        return f"{prediction['label']}  {prediction['probability']:.3f}"
+    both = f"{prediction['text']} | {prediction['pair']}" if "pair" in prediction else prediction["text"]
+    return f"{prediction['label']}  {prediction['probability']:.3f}  {both}"
+
+
+def _predict_labels(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
+    rows = outputs(runtime.encode([{"text": text} for text in texts]))
+    return [{"text": text} | _labelled(row, job.task.labels) for text, row in zip(texts, rows, strict=True)]
+
+
+def _predict_images(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
+    rows = outputs(runtime.encode([{"pixels": text} for text in texts]))
+    return [{"pixels": text} | _labelled(row, job.task.labels) for text, row in zip(texts, rows, strict=True)]
+
+
+def _predict_pairs(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
+    records = [pair_record(line, f"text {number}") for number, line in enumerate(texts, start=1)]
+    rows = outputs(runtime.encode(records))
+    return [record | _labelled(row, job.task.labels) for record, row in zip(records, rows, strict=True)]
+
+
+def pair_record(line: str, name: str) -> dict[str, str]:
+    """Return the record of a pair that is written with a tab between its texts; `name` says which one it is."""
+    first, tab, second = line.partition("\t")
+    if not tab or not first.strip() or not second.strip():
+        raise DataError(f"{name} is no pair; give both texts with a tab between them.")
+    return {"text": first.strip(), "pair": second.strip()}
+
+
+def _predict_scores(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
+    assert isinstance(runtime.task, Regression)  # noqa: S101 (the job's kind says so)
+    rows = outputs(runtime.encode([{"text": text} for text in texts]))
+    scores = runtime.task.scores(torch.stack(rows)) if rows else torch.zeros(0)
+    return [{"text": text, "score": float(score)} for text, score in zip(texts, scores, strict=True)]
+
+
+def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
+    # More words than that are beyond what the model reads, whatever its tokenizer makes of them.
+    places = [word_places(text, MOST_WORDS_PER_TOKEN * runtime.max_length) for text in texts]
+    for number, words in enumerate(places, start=1):
+        if not words:
+            raise DataError(f"text {number} has no words.")
+    examples = runtime.encode(
+        [{"tokens": [text[a:b] for a, b in words]} for text, words in zip(texts, places, strict=True)]
+    )
+    found = []
+    for text, words, example, row in zip(texts, places, examples, outputs(examples), strict=True):
+        first = torch.as_tensor(example.target) != IGNORED
+        tags = [job.task.labels[i] for i in row[: example.length][first].argmax(dim=-1).tolist()]
+        # Words beyond the model's length have no tag.
+        spans = [
+            {"kind": kind, "text": text[words[a][0] : words[b][1]], "start": words[a][0], "end": words[b][1]}
+            for kind, a, b in entities(tags)
+        ]
+        found.append({"text": text, "entities": spans})
+    return found
+
+
+_PREDICT: Mapping[str, Callable[[Runtime, Job, Sequence[str], Outputs], list[Prediction]]] = {
+    "sequence_classification": _predict_labels,
+    "token_classification": _predict_entities,
+    "pair_matching": _predict_pairs,
+    "regression": _predict_scores,
+    "image_classification": _predict_images,
+}
+
+
+def head_outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
+    """Return the head's output of every example, in order, on the CPU; of tokens [T or more, classes]."""
+    # Sorted by length as micro-batches are, so that the outputs come in this order.
+    order = sorted(range(len(examples)), key=lambda index: examples[index].length)
+    outputs = (row for batch, _ in runtime.outputs([examples[index] for index in order]) for row in batch.cpu())
+    found = dict(zip(order, outputs, strict=True))
+    return [found[index] for index in range(len(examples))]
+
+
+def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[str]:
+    """Return `decoding.num_sequences` continuations of one text; see `generate_all`."""
+    return generate_all(runtime, job, [text], decoding)[0]
+
+
+def generate_all(runtime: Runtime, job: Job, texts: Sequence[str], decoding: Decoding) -> list[list[str]]:
+    """Return `decoding.num_sequences` continuations of each text, or responses to it, without the text itself.
+
+    Raises:
+        ConfigError: if the run is not a language model.
+    """
+    if not task_of(job).causal_lm:
+        raise ConfigError(
+            f"the run's task is {job.task.kind!r}, which does not continue texts; use `silotune predict`."
+        )
+    tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
+    starts = [_start(runtime, text) for text in texts for _ in range(decoding.num_sequences)]
+    generator = decoding.new_generator()
+    # All sequences grow together, so that one forward pass serves them.
+    added: list[list[int]] = [[] for _ in starts]
+    growing = list(range(len(starts)))
+    for _ in range(decoding.max_new_tokens):
+        logits = next_logits(runtime, [[*starts[row], *added[row]] for row in growing])
+        for row, token in zip(growing, choose_tokens(logits, decoding, generator).tolist(), strict=True):
+            added[row].append(token)
+        growing = [row for row in growing if added[row][-1] != end]
+        if not growing:
+            break
+    found = [str(tokenizer.decode(_before(tokens, end), skip_special_tokens=True)) for tokens in added]
+    return [found[i : i + decoding.num_sequences] for i in range(0, len(found), decoding.num_sequences)]
+
+
+def _start(runtime: Runtime, text: str) -> list[int]:
+    """Return the tokens after which a continuation, or a response, begins."""
+    tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
+    if isinstance(runtime.task, Replies):
+        return prompt_tokens(text, tokenizer, runtime.max_length)
+    text = read_part(text, tokenizer, runtime.max_length, end=True)
+    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
+    if not tokens:
+        raise ConfigError("there is no text to continue, and the tokenizer has no token to start from; give a text.")
+    return tokens
+
+
+def distinct(texts: Sequence[str], n: int) -> float:
+    """Return distinct-n (Li et al. 2016): different sequences of n words as a share of all of them; 0 if there are none.
+
+    Words are those of `word_places`, so that Chinese counts by characters. Low values tell of replies that are all alike.
+    """
+    words = [[text[a:b].casefold() for a, b in word_places(text)] for text in texts]
+    grams = [tuple(own[i : i + n]) for own in words for i in range(len(own) - n + 1)]
+    return len({*grams}) / len(grams) if grams else 0.0
+
+
+def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator) -> Tensor:
+    """Return one token per row of `logits` [sequences, vocabulary], int64 [sequences].
+
+    Greedy at temperature 0, otherwise drawn among the `top_k` likeliest (Fan et al. 2018), of these among the fewest likeliest
+    whose probability reaches `top_p` (Holtzman et al. 2020).
+    """
+    if decoding.temperature == 0:
+        return logits.argmax(dim=-1)
+    # The best logit becomes 0 first: a temperature close to 0 then ends in the greedy choice, not in infinity.
+    logits = logits.double()
+    scaled = (logits - logits.max(dim=-1, keepdim=True).values) / decoding.temperature
+    if 0 < decoding.top_k < scaled.shape[-1]:
+        threshold = scaled.topk(decoding.top_k, dim=-1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < threshold, -torch.inf)
+    if decoding.top_p < 1:
+        ordered, places = scaled.softmax(dim=-1).sort(dim=-1, descending=True)
+        before = ordered.cumsum(dim=-1) - ordered
+        scaled = scaled.masked_fill(
+            (before >= decoding.top_p).scatter(-1, places, before >= decoding.top_p), -torch.inf
+        )
+    return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+def next_logits(runtime: Runtime, sequences: Sequence[Sequence[int]]) -> Tensor:
+    """Return the logits after the last token of every sequence, float32 [sequences, vocabulary] on the CPU.
+
+    Args:
+        sequences: token ids; the model sees the last `max_length` of them.
+    """
+    examples = [Example(torch.tensor(row[-runtime.max_length :], dtype=torch.int64)) for row in sequences]
+    last = [row[example.length - 1] for row, example in zip(head_outputs(runtime, examples), examples, strict=True)]
+    return torch.stack(last).float()
+
+
+def _before(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens
+
+
+def _labelled(logits: Tensor, labels: Sequence[str]) -> Prediction:
+    probabilities = logits.float().softmax(dim=-1)
+    best = int(probabilities.argmax())
+    return {
+        "label": labels[best],
+        "probability": float(probabilities[best]),
+        "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+    }

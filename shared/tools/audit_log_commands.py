@@ -1,0 +1,93 @@
+"""`silotune audit-log`: check a log and look into it; both only read."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from shared.errors import ConfigError
+from shared.files.json_files import canonical_json
+from shared.trust import audit_log
+
+audit_log_app = typer.Typer(
+    name="audit-log", help="Check the audit log of a site or of the coordinator, or show it.", no_args_is_help=True
+)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of the log: the one that holds head.json.")]
+
+
+@audit_log_app.command()
+def verify(
+    folder: Folder,
+    key: Annotated[
+        str | None,
+        typer.Option("--key", metavar="KEY", help="Public key of the log's owner: ed25519:... or a .pub file."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+) -> None:
+    """Check every entry and the head; a log that was changed in any way ends with status 1."""
+    found = audit_log.verify(folder, verify_head=_verify_key(key) if key is not None else None)
+    if as_json:
+        typer.echo(json.dumps(asdict(found)))
+        return
+    span = f" from {found.first_time} to {found.last_time}" if found.entries else ""
+    signed = ", head signed with the given key" if found.signature_checked else ""
+    typer.echo(f"{found.entries} entries{span}, unbroken, last sha256 {found.sha256}{signed}")
+    for note in found.notes:
+        typer.echo(f"note: {note}")
+
+
+@audit_log_app.command()
+def show(
+    folder: Folder,
+    event: Annotated[str | None, typer.Option("--event", metavar="NAME", help="Only this event.")] = None,
+    last: Annotated[int | None, typer.Option("--last", min=1, help="Only the last N entries.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per entry, as it stands.")] = False,
+) -> None:
+    """Show the entries, oldest first; where the log is broken, those before the break."""
+    if event is not None and event not in list(audit_log.Event):
+        raise ConfigError(f"there is no event {event!r}; choose one of: {', '.join(audit_log.Event)}.")
+    entries = (entry for entry in audit_log.read(folder) if event in (None, entry.event))
+    if as_json and last is None:
+        for entry in entries:
+            typer.echo(entry.line())
+        return
+    shown: deque[audit_log.Entry] = deque(maxlen=last)
+    try:
+        shown.extend(entries)
+    finally:  # a broken log shows what comes before the break, then the error
+        if as_json:
+            for entry in shown:
+                typer.echo(entry.line())
+        else:
+            console = Console()
+            # In a file or a pipe there is room for more than the 80 columns that rich assumes.
+            (console if console.is_terminal else Console(width=160)).print(_table(shown))
+
+
+def _table(entries: deque[audit_log.Entry]) -> Table:
+    table = Table("#", "time", "event")
+    table.add_column("details", overflow="fold")  # hashes are one long word, and none of it may be lost
+    for entry in entries:
+        details = canonical_json(entry.details)
+        table.add_row(str(entry.sequence), entry.time, Text(_printable(entry.event)), Text(_printable(details)))
+    return table
+
+
+def _printable(text: str) -> str:
+    # what others sent may stand in the details; it must not steer the terminal
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _verify_key(text: str) -> audit_log.HeadVerifier:
+    from shared.trust.signing import VerifyKey, load_verify_key
+
+    return VerifyKey.parse(text) if text.startswith("ed25519:") else load_verify_key(Path(text))

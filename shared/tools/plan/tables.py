@@ -1,0 +1,194 @@
+"""What `silotune plan` prints: tables, warnings and what its numbers mean."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
+from shared.tools.plan.figure import UtilityPoint, number
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from shared.job.federation import AggregationConfig
+    from shared.privacy.ledger_export import LedgerExport
+    from shared.tools.plan.affordability import SiteAnswer
+    from shared.tools.plan.planning import Setting
+
+_NO_UTILITY = "Expected utility: not known. No measured points were given (--utility FILE), and none are made up."
+_FILTER = (
+    "Adaptive accounts are measured by a filter that also holds for runs chosen after seeing the last one; it counts more "
+    "than PLD does."
+)
+_CLAIM = (
+    "Epsilon is an upper bound by PLD accounting, at delta {delta}, under {relation}, by a site that takes every step with "
+    "Poisson sampling."
+)
+_CLAIM_OF_RECORDS = " A person with several records is protected less."
+_CLAIM_OF_PERSONS = " All numbers count {unit}s, not records."
+
+
+def site_warnings(setting: Setting, export: LedgerExport) -> dict[str, str]:
+    """Return what depends on the size of the site, as it is declared in its export."""
+    of_site = replace(setting, records=export.declared_records).warnings()
+    return {subject: text for subject, text in of_site.items() if subject not in setting.warnings()}
+
+
+def print_answers(
+    console: Console,
+    settings: Sequence[Setting],
+    sites: Sequence[tuple[LedgerExport, SiteAnswer]],
+    utility: Sequence[UtilityPoint] | None,
+    *,
+    swept: str | None,
+    unit: str = "record",
+) -> None:
+    from shared.privacy.statement import relation
+
+    console.print(_setting_table(settings[0], unit) if swept is None else _sweep_table(settings))
+    told: set[str] = set()
+    for setting in settings:
+        for subject, text in setting.warnings().items():
+            if subject not in told:
+                told.add(subject)
+                console.print(f"warning: {text}", style="yellow")
+    if sites:
+        console.print(_site_table([answer for _, answer in sites]))
+    for export, answer in sites:
+        name = f"{answer.site}, {answer.dataset}"
+        if answer.advice:
+            console.print(f"{name}: {answer.advice}", style="yellow")
+        for text in site_warnings(settings[0], export).values():
+            console.print(f"{name}: warning: {text}", style="yellow")
+    if any(answer.composition == "adaptive" for _, answer in sites):
+        console.print(_FILTER)
+    if utility is None:
+        console.print(_NO_UTILITY)
+    else:
+        console.print(_utility_table(utility))
+    beyond = _CLAIM_OF_RECORDS if unit == "record" else _CLAIM_OF_PERSONS
+    delta = max(setting.delta for setting in settings)
+    console.print((_CLAIM + beyond).format(delta=delta_rounded_up(delta), relation=relation(unit), unit=unit))
+
+
+def _setting_table(setting: Setting, unit: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    rows = [
+        (f"{unit}s", "" if setting.records is None else f"{setting.records:,}", ""),
+        ("expected batch size", number(setting.batch_size), "rate"),
+        ("sample rate", rate_rounded_up(setting.sample_rate), "rate"),
+        ("steps", f"{setting.steps:,}", "steps"),
+        ("epochs", number(setting.epochs), "steps"),
+        ("noise multiplier", noise_rounded_down(setting.noise_multiplier), "noise"),
+        ("epsilon", rounded_up(setting.epsilon), "epsilon"),
+        ("delta", delta_rounded_up(setting.delta, 3), ""),
+        ("trainable parameters", "" if setting.parameters is None else f"{setting.parameters:,}", ""),
+        ("signal to noise, one coordinate", number(setting.signal_to_noise), ""),
+        ("signal to noise, all parameters", number(setting.signal_to_noise_vector), ""),
+    ]
+    table = Table("quantity", box=box.SIMPLE_HEAD)
+    table.add_column("value", justify="right")
+    table.add_column("")
+    for name, value, quantity in rows:
+        if value:
+            found = quantity != "" and quantity == setting.solved_for
+            table.add_row(name, value, "found" if found else "", style="bold" if found else None)
+    return table
+
+
+def _sweep_table(settings: Sequence[Setting]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found = settings[0].solved_for
+    for title, quantity in (
+        ("epochs", "steps"),
+        ("steps", "steps"),
+        ("batch", "rate"),
+        ("rate", "rate"),
+        ("noise", "noise"),
+        ("epsilon", "epsilon"),
+        ("delta", ""),
+        ("signal", ""),
+    ):
+        table.add_column(title, justify="right", style="bold" if quantity == found else None)
+    table.add_column("mind")
+    for setting in settings:
+        table.add_row(
+            number(setting.epochs),
+            f"{setting.steps:,}",
+            number(setting.batch_size),
+            rate_rounded_up(setting.sample_rate),
+            noise_rounded_down(setting.noise_multiplier),
+            rounded_up(setting.epsilon),
+            delta_rounded_up(setting.delta, 3),
+            number(setting.signal_to_noise),
+            ", ".join(setting.warnings()),
+        )
+    return table
+
+
+def _table_of_sites(title: str, numbers: Sequence[str]) -> Table:
+    """Return an empty table of a site a row, with columns of numbers."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("site", overflow="fold")
+    for number_of in numbers:
+        table.add_column(number_of, justify="right")
+    return table
+
+
+def _site_table(answers: Sequence[SiteAnswer]) -> Table:
+    table = _table_of_sites(
+        "Epsilon of each site: now, after this run, and after more like it",
+        ("spent", "after it", "+1 more", "+2 more", "cap", "steps left"),
+    )
+    table.add_column("fits?", overflow="fold", min_width=8)
+    for answer in answers:
+        table.add_row(
+            f"{answer.site}, {answer.dataset} ({answer.composition})",
+            *(_spend(epsilon) for epsilon in (answer.epsilon_now, *answer.epsilon_after)),
+            as_set(answer.cap),
+            f"{answer.steps_affordable:,}",
+            answer.verdict,
+            style=None if answer.num_runs and not answer.refusal else "bold",
+        )
+    return table
+
+
+def print_shares(console: Console, sizes: Mapping[str, int], aggregation: AggregationConfig) -> None:
+    """Print who brings the noise of a round, and what is to be minded about it."""
+    from shared.site_weights import noise_warnings, site_shares
+
+    table = _table_of_sites("Who brings the noise of a round", ("declared", "of all", "weight", "of the noise"))
+    for share in site_shares(sizes, aggregation):
+        parts = (f"{part:.1%}" for part in (share.records, share.weight, share.noise))
+        table.add_row(share.site, f"{sizes[share.site]:,}", *parts, style="bold" if share.far_above else None)
+    console.print(table)
+    for text in noise_warnings(sizes, aggregation):
+        console.print(f"warning: {text}", style="yellow")
+
+
+def _utility_table(utility: Sequence[UtilityPoint]) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="Measured utility, as given", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for title in ("epsilon", "mean", "sd"):
+        table.add_column(title, justify="right")
+    table.add_column("name", overflow="fold")
+    for point in utility:
+        table.add_row(as_set(point.epsilon), f"{point.mean:.4g}", f"{point.sd:.2g}", point.title)
+    return table
+
+
+def _spend(epsilon: float) -> str:
+    return rounded_up(epsilon)

@@ -1,0 +1,81 @@
+"""`silotune report`: its group, and checking a signed report, which every installation can do.
+
+Writing one is added by `cli`: it takes the coordinator's part of Silotune.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from typer.core import TyperGroup
+
+from shared.errors import TrustError
+from shared.trust.signed_file import Signer, fingerprint, sign_file, signature_file, verify_file
+from shared.trust.signing import VerifyKey, load_verify_key
+
+DEFAULT_COMMAND = "write"
+
+
+class ReportGroup(TyperGroup):
+    """Takes a run folder where the name of a command would stand: `report RUN` is `report write RUN`."""
+
+    default_command = DEFAULT_COMMAND
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """See `click.Group`."""
+        if args and args[0] not in self.commands and args[0] not in ctx.help_option_names:
+            args = [self.default_command, *args]
+        return super().parse_args(ctx, args)
+
+
+report_app = typer.Typer(
+    name="report",
+    cls=ReportGroup,
+    help="Write the report of a run (`report RUN`), sign a report, or check one that was signed.",
+    no_args_is_help=True,
+)
+
+FileArgument = Annotated[Path, typer.Argument(help="The report; its signature, FILE.sig.json, lies beside it.")]
+
+
+@report_app.command()
+def verify(
+    file: FileArgument,
+    key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="The key that must have signed: ed25519:... or a .pub file.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+) -> None:
+    """Check that no byte of a report was changed since it was signed, and by whom; exit status 1 if not."""
+    expected = None
+    if key is not None:
+        expected = VerifyKey.parse(key) if key.startswith("ed25519:") else load_verify_key(Path(key))
+    found = verify_file(file, expected)
+    if as_json:
+        fields = {**vars(found), "signer": found.signer.text, "key_checked": expected is not None}
+        typer.echo(json.dumps(fields))
+        return
+    name = "".join(character if character.isprintable() else "�" for character in found.name)
+    typer.echo(f"unchanged since {name} ({found.role}) signed it on {found.signed_at}")
+    typer.echo(f"signed with {found.signer.text}, fingerprint {fingerprint(found.signer)}")
+    if expected is None:
+        typer.echo("whose key that is was not checked; give --key. Role, name and time are the signer's own words.")
+
+
+def sign_report(file: Path, signer: Signer, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Path:
+    """Sign a report that was made elsewhere; return the path of the signature.
+
+    Raises:
+        TrustError: it carries another's signature, which would be lost, or it cannot be read.
+    """
+    if signature_file(file).exists() and verify_file(file).signer != signer.verify_key:
+        raise TrustError(
+            f"{file} carries another's signature already, which this one would replace; copy the file and sign the copy."
+        )
+    return sign_file(file, signer, now=now())

@@ -1,0 +1,88 @@
+"""Who may connect, as the coordinator sees it: a folder of certificates beside the CA's certificate and revocation list."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from pathlib import Path
+
+from cryptography import x509
+
+from shared.errors import RunError, TrustError
+from shared.trust.certificates import (
+    SiteIdentity,
+    file_name,
+    identity_of,
+    judge,
+    judge_files,
+    judge_site,
+    load_certificate,
+    parse_certificate,
+    pem_bytes,
+    whole_seconds,
+    write_public,
+)
+from shared.trust.revocation import check_crl, check_rollback, crl_digest, crl_number, load_crl, seen_crl
+
+
+class TrustStore:
+    """The coordinator's folder of who may connect; every call reads the files anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def sites(self, now: datetime) -> list[SiteIdentity]:
+        """List the certificates in `sites/`, by name and expiry, with their states at `now`.
+
+        A file that is only half copied has the state `unreadable` and may be valid in the next call.
+
+        Raises:
+            TrustError: if `ca.crt` is missing or damaged; if `crl.pem` is damaged, not signed by this CA, older than
+                one seen before, or gone. Nobody may be let in then.
+        """
+        ca, crl = self._authority()
+        return judge_files((self.folder / "sites").glob("*.crt"), judge_site, ca, now, crl)
+
+    def install(self, cert_pem: bytes, now: datetime | None = None) -> SiteIdentity:
+        """Verify a site's certificate and store it as `sites/NAME-SERIAL.crt`.
+
+        Raises:
+            TrustError: if it is anything but a valid certificate of a site, signed by this CA.
+        """
+        ca, crl = self._authority()
+        certificate = parse_certificate(cert_pem, "the certificate")
+        state, reason = judge_site(certificate, ca, whole_seconds(now), crl)
+        if state != "valid":
+            raise TrustError(f"the certificate is not installed: {reason}")
+        path = self.folder / "sites" / file_name(certificate)
+        write_public(path, pem_bytes(certificate))
+        return identity_of(path, certificate, state, reason)
+
+    def _authority(self) -> tuple[x509.Certificate, x509.CertificateRevocationList | None]:
+        ca = load_certificate(self.folder / "ca.crt")
+        seen = seen_crl(self.folder)  # before the list, so that one published in between is never taken for older
+        path = self.folder / "crl.pem"
+        crl = load_crl(path, ca) if path.exists() else None
+        if check_rollback(self.folder, crl, seen) and crl is not None:
+            try:
+                write_public(self.folder / "crl.number", f"{crl_number(crl)} {crl_digest(crl)}\n".encode())
+            except RunError as error:
+                raise TrustError(f"the newest revocation list cannot be remembered: {error}") from None
+        return ca, crl
+
+
+def verify_certificate(
+    cert: x509.Certificate,
+    ca_cert: x509.Certificate,
+    now: datetime,
+    crl: x509.CertificateRevocationList | None = None,
+) -> None:
+    """Check that a certificate was issued by a CA, is valid at `now` and is not on the CA's revocation list.
+
+    Raises:
+        TrustError: if it is not, saying which, or if the list was not signed by the CA.
+    """
+    if crl is not None:
+        check_crl(crl, ca_cert, "the revocation list")
+    state, reason = judge(cert, ca_cert, now, crl)
+    if state != "valid":
+        raise TrustError(reason)

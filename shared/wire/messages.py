@@ -1,0 +1,376 @@
+"""Typed messages <-> Flower records: the only place that knows record keys.
+
+Three exchanges: `describe` (who is there, and do you accept this job), `train` (one round) and `metrics` (what the sites
+measure on their own held-out records, once, after the last round); a refusal can answer any. A message is one record, its
+adapter one value in it: Flower sends every object with a call of its own, and this makes three of them where an array of
+the adapter makes six and one of every tensor a hundred. A refusal carries a code and a text that was written for the
+coordinator's eyes: it never holds data of the site.
+
+Guarantee: `unpack_*` never raises on what a site sent, allocates nothing that the message does not hold, and lets no
+name through that could leave a folder, and no number that is not finite or beyond every count (test:
+tests/shared/wire/test_messages.py).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from shared.errors import RunError
+from shared.files.json_files import canonical_json
+from shared.job.job import Job
+from shared.job.parsing import parse
+from shared.job.values import NAME_PATTERN
+from shared.privacy.randomness import Origin
+from shared.trust.signing import SignedJob
+
+TRAIN = "train"
+DESCRIBE = "query.describe"
+METRICS = "query.metrics"
+MALFORMED = "Malformed"
+WITHHELD = "Withheld"
+WITHHELD_REASON = "see the site's own log"
+KEPT_ROUNDS = 3
+"""A site answers a repeated request for one of so many of its last rounds with what it stored, at no charge."""
+_CONTENT = "silotune"
+_MOST_REASON_CHARACTERS = 600
+_MOST_METRICS_CHARACTERS = 1 << 22
+_MOST_COUNTED = 1 << 53
+"""No count in a message is greater, nor a noisy one: all of them, and sums of thousands, are then numbers of every kind."""
+# What reading a malformed header may raise; int(inf) overflows.
+_MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What makes a request binding: who ordered the job, and that this round was sent by whom the job names.
+
+    Attributes:
+        signed_job: the job with its signer's signature, checked.
+        sent_at: ISO time at which the coordinator sent the round.
+        signature: of the coordinator over the job's hash, round, adapter and time; see `shared.trust.signing.sign_round`.
+    """
+
+    signed_job: SignedJob
+    sent_at: str
+    signature: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteDescription:
+    """What a site says of itself before a run. All of it is public.
+
+    Attributes:
+        site: name of the site.
+        declared_records: the site's public size.
+        version: version of Silotune at the site.
+    """
+
+    site: str
+    declared_records: int
+    version: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainRequest:
+    """One round of one job.
+
+    Attributes:
+        job: the whole declarative job.
+        round_number: 1-based.
+        adapter: the global adapter, encoded by `shared.tensors.adapters`.
+        order: signatures; None in a simulation, which real sites refuse.
+    """
+
+    job: Job
+    round_number: int
+    adapter: bytes
+    order: Order | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainReply:
+    """A site's release for one round.
+
+    Attributes:
+        site: name of the site.
+        round_number: the round that was asked for.
+        job_sha256: hash of the job that was executed.
+        update: the noised delta, encoded by `shared.tensors.adapters`.
+        declared_records: the site's public size.
+        noise_multiplier, sample_rate, max_grad_norm, delta, steps: the mechanism as executed in this round; noise
+            multiplier 0 means that nothing was protected.
+        randomness: where sampling and noise came from.
+        epsilon_budget: the site's cap, or 0.0 if it keeps that to itself.
+    """
+
+    site: str
+    round_number: int
+    job_sha256: str
+    update: bytes
+    declared_records: int
+    noise_multiplier: float
+    sample_rate: float
+    max_grad_norm: float
+    delta: float
+    steps: int
+    randomness: Origin
+    epsilon_budget: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MetricsReply:
+    """A site's release of metrics.
+
+    Attributes:
+        site: name of the site.
+        job_sha256: hash of the job.
+        adapter_sha256: hash of the encoded global adapter that was measured.
+        counts: noisy counts by metric, see `shared.runtime.site_metrics`.
+        noise_multiplier: of every count, as executed.
+        randomness: where the noise came from.
+    """
+
+    site: str
+    job_sha256: str
+    adapter_sha256: str
+    counts: dict[str, list[float]]
+    noise_multiplier: float
+    randomness: Origin
+
+    def canonical(self) -> bytes:
+        """Return the bytes that ledger and logs name by their hash."""
+        return canonical_json(asdict(self)).encode()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A site's "no".
+
+    Attributes:
+        site: name of the site, or "" if it could not even be told.
+        code: name of the error's class where it was decided by declared numbers and the request alone, else `WITHHELD`.
+        reason: text that reveals nothing about the data.
+    """
+
+    site: str
+    code: str
+    reason: str
+
+    @classmethod
+    def withheld(cls, site: str) -> Refusal:
+        """Return the one refusal for whatever might have to do with records: its code and text are always the same."""
+        return cls(site=site, code=WITHHELD, reason=WITHHELD_REASON)
+
+
+def describe_request(signed_job: SignedJob | None = None) -> RecordDict:
+    """Return the content that asks a site to describe itself and, given a job, to check and prepare it."""
+    header: dict[str, Any] = {"kind": "describe"}
+    if signed_job is not None:
+        header["signed_job"] = signed_job.to_json()
+    return RecordDict({_CONTENT: ConfigRecord(header)})
+
+
+def unpack_describe(content: RecordDict) -> SignedJob | None:
+    """Return the job that a site is asked to prepare, or None.
+
+    Raises:
+        RunError: if this is no such request.
+        TrustError, ConfigError: if the job's signature or the job is not valid.
+    """
+    text = _header(content, "describe").get("signed_job")
+    return None if text is None else SignedJob.from_json(str(text), source="the job in the request")
+
+
+def pack_description(description: SiteDescription) -> RecordDict:
+    """Return the content of a description."""
+    return RecordDict({_CONTENT: ConfigRecord({"kind": "description", **asdict(description)})})
+
+
+def pack_request(request: TrainRequest, kind: Literal["train", "metrics"] = "train") -> RecordDict:
+    """Return the content of a request to train one round, or for the site metrics of the adapter."""
+    header: dict[str, Any] = {"kind": kind, "round_number": request.round_number, "adapter": request.adapter}
+    if request.order is None:
+        header["job"] = request.job.canonical_json()
+    else:
+        header["signed_job"] = request.order.signed_job.to_json()
+        header["sent_at"] = request.order.sent_at
+        header["signature"] = request.order.signature
+    return RecordDict({_CONTENT: ConfigRecord(header)})
+
+
+def unpack_request(content: RecordDict, kind: Literal["train", "metrics"] = "train") -> TrainRequest:
+    """Return the request in `content`; of a signed job the signature holds, that of the round is not checked here.
+
+    Raises:
+        RunError: if it is not one.
+        TrustError: if it names a job whose signature does not hold.
+        ConfigError: if its job is not valid.
+    """
+    header = _header(content, kind)
+    order = None
+    try:
+        round_number = int(header["round_number"])
+        if "signed_job" in header:
+            signed = SignedJob.from_json(str(header["signed_job"]), source="the job in the request")
+            order = Order(signed_job=signed, sent_at=str(header["sent_at"]), signature=bytes(header["signature"]))
+            job = signed.job
+        else:
+            job = parse(Job, json.loads(str(header["job"])), source="the job in the request")
+    except (KeyError, ValueError, TypeError, OverflowError):
+        raise RunError("the request has no readable job or round number.") from None
+    return TrainRequest(job=job, round_number=round_number, adapter=_bytes(header, "adapter"), order=order)
+
+
+def pack_reply(reply: TrainReply) -> RecordDict:
+    """Return the content of a training reply."""
+    return RecordDict({_CONTENT: ConfigRecord({"kind": "update", **asdict(reply)})})
+
+
+def pack_metrics(reply: MetricsReply) -> RecordDict:
+    """Return the content of a release of site metrics."""
+    return RecordDict({_CONTENT: ConfigRecord({"kind": "metrics", "release": reply.canonical().decode()})})
+
+
+def pack_refusal(refusal: Refusal) -> RecordDict:
+    """Return the content of a refusal."""
+    return RecordDict({_CONTENT: ConfigRecord({"kind": "refusal", **asdict(refusal)})})
+
+
+def unpack_description(message: Message) -> SiteDescription | Refusal:
+    """Return what a site answered to `describe_request`."""
+    answer = _refusal(message)
+    if answer is not None:
+        return answer
+    try:
+        header = _header(message.content, "description")
+        return SiteDescription(
+            site=_site_name(header),
+            declared_records=_whole(header["declared_records"], least=1),
+            version=str(header["version"]),
+        )
+    except _MALFORMED:
+        return Refusal(site="", code=MALFORMED, reason="the site's description could not be read")
+
+
+def unpack_reply(message: Message) -> TrainReply | Refusal:
+    """Return what a site answered to a training request; anything malformed becomes a refusal."""
+    answer = _refusal(message)
+    if answer is not None:
+        return answer
+    try:
+        header = _header(message.content, "update")
+        randomness = str(header["randomness"])
+        return TrainReply(
+            site=_site_name(header),
+            round_number=_whole(header["round_number"]),
+            job_sha256=str(header["job_sha256"]),
+            update=_bytes(header, "update"),
+            declared_records=_whole(header["declared_records"], least=1),
+            noise_multiplier=_finite(header["noise_multiplier"]),
+            sample_rate=_finite(header["sample_rate"]),
+            max_grad_norm=_finite(header["max_grad_norm"]),
+            delta=_finite(header["delta"]),
+            steps=_whole(header["steps"]),
+            randomness="os" if randomness == "os" else "injected",
+            epsilon_budget=_finite(header["epsilon_budget"]),
+        )
+    except _MALFORMED:
+        return Refusal(site="", code=MALFORMED, reason="the site's reply could not be read")
+
+
+def unpack_metrics(message: Message) -> MetricsReply | Refusal:
+    """Return what a site answered to a request for its metrics; anything malformed becomes a refusal."""
+    answer = _refusal(message)
+    if answer is not None:
+        return answer
+    try:
+        text = str(_header(message.content, "metrics")["release"])
+        if len(text) > _MOST_METRICS_CHARACTERS:
+            raise ValueError("too long")
+        fields: dict[str, Any] = json.loads(text)
+        return MetricsReply(
+            site=_site_name(fields),
+            job_sha256=str(fields["job_sha256"]),
+            adapter_sha256=str(fields["adapter_sha256"]),
+            counts={
+                str(name): [_finite(value, most=_MOST_COUNTED) for value in values]
+                for name, values in fields["counts"].items()
+            },
+            noise_multiplier=_finite(fields["noise_multiplier"]),
+            randomness="os" if fields["randomness"] == "os" else "injected",
+        )
+    except (*_MALFORMED, AttributeError, RecursionError):
+        return Refusal(site="", code=MALFORMED, reason="the site's metrics could not be read")
+
+
+def carries_release(message: Message) -> bool:
+    """Return whether a reply holds an update or metrics, not a description, a refusal or an error."""
+    if not message.has_content():
+        return False
+    record = message.content.config_records.get(_CONTENT)
+    return record is not None and record.get("kind") in ("update", "metrics")
+
+
+def _refusal(message: Message) -> Refusal | None:
+    if message.has_error():
+        return Refusal(
+            site="",
+            code=f"Flower{message.error.code}",
+            reason=_shortened(message.error.reason or "the site did not answer"),
+        )
+    try:
+        header = _header(message.content, "refusal")
+        site, code, reason = (_shortened(str(header[key])) for key in ("site", "code", "reason"))
+        return Refusal(site=site, code=code, reason=reason)
+    except _MALFORMED:
+        return None
+
+
+def _whole(value: Any, *, least: int = 0) -> int:
+    number = int(value)
+    if not least <= number <= _MOST_COUNTED:
+        raise ValueError("a number that no count can be")
+    return number
+
+
+def _finite(value: Any, *, most: float = math.inf) -> float:
+    number = float(value)
+    if not math.isfinite(number) or abs(number) > most:
+        raise ValueError("not a finite number, or too large a one")
+    return number
+
+
+def _site_name(header: dict[str, Any]) -> str:
+    """Return the site's name; it becomes part of a path, so only a plain name passes."""
+    name = str(header["site"])
+    if not re.fullmatch(NAME_PATTERN, name) or name.endswith("\n"):
+        raise RunError("the site's name is not a plain name.")
+    return name
+
+
+def _shortened(text: str) -> str:
+    """Return `text` bounded, and without what a terminal would act on."""
+    plain = "".join(c if c.isprintable() or c == "\n" else "?" for c in text[: _MOST_REASON_CHARACTERS + 1])
+    return plain if len(plain) <= _MOST_REASON_CHARACTERS else plain[:_MOST_REASON_CHARACTERS] + "…"
+
+
+def _header(content: RecordDict, kind: str) -> dict[str, Any]:
+    record = content.config_records.get(_CONTENT)
+    if record is None or record.get("kind") != kind:
+        raise RunError(
+            f"expected a message of kind {kind!r}, found {None if record is None else record.get('kind')!r}."
+        )
+    return dict(record)
+
+
+def _bytes(header: dict[str, Any], key: str) -> bytes:
+    data = header.get(key)
+    if not isinstance(data, bytes):
+        raise RunError(f"the message carries no {key}.")
+    return data

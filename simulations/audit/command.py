@@ -1,0 +1,134 @@
+"""What `silotune audit` does: one tier on one run, a table, a figure and `audit/tierN.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
+from shared.errors import ConfigError, excerpt
+from simulations.audit import AuditResult
+from simulations.audit import run as audits
+from simulations.audit.models import audit_shadow_models, audit_text_canaries
+from simulations.audit.one_run import Training
+from simulations.audit.plots import write_figure
+from simulations.audit.result import check_alpha
+
+VIOLATED_STATUS = 3
+LEAST_SHADOWS, LEAST_CANARIES = 64, 32
+MOST_OF_AN_AUDIT = 1_000_000
+_COLOURS = {"consistent": "cyan", "violated": "bold red", "inconclusive": "yellow"}
+
+Canaries = Literal["gradient", "text"]
+
+
+def audit_run(
+    folder: Path,
+    *,
+    tier: int,
+    canaries: str,
+    num_canaries: int,
+    trainings: int,
+    shadows: int,
+    alpha: float,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Audit a run, print the result and leave it in `folder/audit`; ends with status 3 if the claim is violated.
+
+    Raises:
+        ConfigError: if an option is out of range.
+        RunError: see `simulations.audit.run.open_run` and `check_simulation`.
+    """
+    _check_options(tier, canaries, num_canaries, trainings, shadows)
+    check_alpha(alpha)
+    console = Console(stderr=as_json, highlight=False)
+    run = audits.open_run(folder)
+    scored: Sequence[Training] = ()
+    if tier == 1:
+        with console.status("the trainer runs on canaries"):
+            result = audits.mechanism_result(run, audits.audit_run_mechanism(folder, alpha=alpha, seed=seed))
+        seeds = [seed]
+    else:
+        audits.check_simulation(run)
+        with _progress(console) as tell:
+            if tier == 2:
+                audit = audits.audit_gradient_canaries if canaries == "gradient" else audit_text_canaries
+                result, scored = audit(
+                    run, num_canaries=num_canaries, trainings=trainings, alpha=alpha, seed=seed, progress=tell
+                )
+                seeds = list(range(seed, seed + trainings))
+            else:
+                result, scored = audit_shadow_models(
+                    run, shadows=shadows, targets=trainings, alpha=alpha, seed=seed, progress=tell
+                )
+                seeds = list(range(seed, seed + shadows + trainings))
+    content = audits.save_result(run, result, seeds=seeds)
+    figure = folder / "audit" / f"tier{tier}.png"
+    write_figure(figure, result, scored)
+    if as_json:
+        typer.echo(json.dumps(content))
+    else:
+        console.print(result_table(result))
+        for reason in result.reasons:
+            console.print(f"  {reason}", soft_wrap=True)
+        console.print(f"\naudited: {result.audited}\nfigure: {figure}", soft_wrap=True)
+    if result.verdict == "violated":
+        raise typer.Exit(VIOLATED_STATUS)
+
+
+def result_table(result: AuditResult) -> Table:
+    """Return the result as a table for the terminal."""
+    table = Table(title=f"audit, tier {result.tier}", title_justify="left", title_style="bold")
+    for heading in ("CLAIM", "LOWER BOUND", "CEILING"):
+        table.add_column(heading, justify="right")
+    table.add_column("delta", justify="right")
+    table.add_column("alpha", justify="right")
+    table.add_column("verdict", style=_COLOURS[result.verdict])
+    numbers = (rounded_up(result.claim), bound_rounded_down(result.lower_bound), bound_rounded_down(result.ceiling))
+    table.add_row(*numbers, delta_rounded_up(result.delta), f"{result.alpha:g}", result.verdict)
+    return table
+
+
+def _check_options(tier: int, canaries: str, num_canaries: int, trainings: int, shadows: int) -> None:
+    if tier not in (1, 2, 3):
+        raise ConfigError(f"--tier is {tier}; expected 1 (mechanism), 2 (one run) or 3 (shadow models).")
+    if canaries not in ("gradient", "text"):
+        raise ConfigError(f"--canaries is {canaries!r}; expected 'gradient' or 'text'.")
+    if num_canaries < LEAST_CANARIES or trainings < 1:
+        raise ConfigError(
+            f"--num-canaries is {num_canaries} and --trainings {trainings}; expected at least {LEAST_CANARIES} and 1."
+        )
+    for name, value in (("num-canaries", num_canaries), ("trainings", trainings), ("shadows", shadows)):
+        if value > MOST_OF_AN_AUDIT:
+            raise ConfigError(f"--{name} is {excerpt(value)}; expected at most {MOST_OF_AN_AUDIT:,}.")
+    if shadows < LEAST_SHADOWS:
+        raise ConfigError(
+            f"--shadows is {shadows}; fewer than {LEAST_SHADOWS} shadow models make the attack too weak to mean anything."
+        )
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[audits.Progress]:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("")
+
+        def tell(done: int, total: int, what: str) -> None:
+            progress.update(bar, completed=done, total=total, description=what)
+
+        yield tell

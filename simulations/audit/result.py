@@ -1,0 +1,95 @@
+"""What every audit ends with: CLAIM, LOWER BOUND, CEILING and a verdict that is never "verified"."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
+from shared.errors import PrivacyError
+from shared.files.json_files import finite_or_none
+
+Verdict = Literal["consistent", "violated", "inconclusive"]
+
+MAX_ALPHA = 1e-3
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditResult:
+    """Result of one audit of any tier.
+
+    Attributes:
+        tier: 1 (mechanism), 2 (one run) or 3 (shadow models).
+        audited: what was run and looked at, in words.
+        claim: epsilon that is claimed, at `delta`.
+        delta: failure probability of the claim.
+        alpha: probability of calling a mechanism that keeps its claim "violated", at most.
+        lower_bound: epsilon that the observations leave at least, with confidence 1 - alpha.
+        ceiling: the largest lower bound that this audit could have given, had there been no protection at all.
+        verdict: see `judge`.
+        reasons: why the verdict is what it is, in sentences.
+        details: further figures by name, ready for JSON.
+    """
+
+    tier: int
+    audited: str
+    claim: float
+    delta: float
+    alpha: float
+    lower_bound: float
+    ceiling: float
+    verdict: Verdict
+    reasons: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """Return the result in one line."""
+        return (
+            f"CLAIM epsilon {rounded_up(self.claim)} at delta {delta_rounded_up(self.delta)} / "
+            f"LOWER BOUND {bound_rounded_down(self.lower_bound)} / "
+            f"CEILING {bound_rounded_down(self.ceiling)} / {self.verdict} at alpha {self.alpha:g}"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the result as plain data; an infinite number is None."""
+        return {
+            "tier": self.tier,
+            "audited": self.audited,
+            "claim": finite_or_none(self.claim),
+            "delta": self.delta,
+            "alpha": self.alpha,
+            "lower_bound": finite_or_none(self.lower_bound),
+            "ceiling": finite_or_none(self.ceiling),
+            "verdict": self.verdict,
+            "reasons": list(self.reasons),
+            "details": dict(self.details),
+        }
+
+
+def judge(*, claim: float, lower_bound: float, ceiling: float) -> tuple[Verdict, tuple[str, ...]]:
+    """Return the verdict on a claim and the reason for it.
+
+    "violated": the lower bound reaches the claim. "inconclusive": the claim is above the ceiling, so that this audit
+    could not have refuted it. "consistent": it could have, and did not.
+    """
+    if lower_bound >= claim:
+        return "violated", (
+            f"epsilon is at least {bound_rounded_down(lower_bound)}, not below the claimed {rounded_up(claim)}.",
+        )
+    if claim > ceiling:
+        return "inconclusive", (
+            f"this audit cannot show more than epsilon {bound_rounded_down(ceiling)}, "
+            "however bad the mechanism is, so it cannot falsify the "
+            f"claimed {rounded_up(claim)}. More canaries raise the ceiling.",
+        )
+    return "consistent", ("the observations do not contradict the claim; that proves nothing.",)
+
+
+def check_alpha(alpha: float) -> None:
+    """Raise `PrivacyError` unless `alpha` is in (0, 1e-3]: at 0.05 one correct run in twenty would be accused."""
+    if not (math.isfinite(alpha) and 0 < alpha <= MAX_ALPHA):
+        raise PrivacyError(
+            f"an audit needs alpha in (0, {MAX_ALPHA:g}], found {alpha:g}: at a larger one correct runs are accused by chance."
+        )

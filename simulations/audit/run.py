@@ -1,0 +1,244 @@
+"""Audits of a run: what its plan promises, put to the test on canaries and on simulated data.
+
+Guarantees (tests: tests/simulations/audit/test_run.py)
+    * No ledger is opened and no file of a site is written. Tier 1 needs the job and the privacy records only; tiers 2 and 3
+      train anew on the data of a simulation and refuse the run of a real federation.
+    * A run that has no epsilon (not private, or with injected randomness) is refused; no number is printed for it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from server.rounds.central_release import SitesRelease
+from server.runs.folder import load_job
+from shared.epsilons import noise_rounded_down, rate_rounded_up
+from shared.errors import RunError
+from shared.files.atomic import write_json
+from shared.files.json_files import read_object
+from shared.job.job import Job
+from shared.privacy.accounting import GaussianSteps
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import SiteRandomness
+from shared.version import silotune_version
+from simulations.audit import AuditResult, MechanismAudit, audit_mechanism
+from simulations.audit.canaries import train_on_gradient_canaries
+from simulations.audit.mechanism import Release
+from simulations.audit.mechanism_release import TrainerRelease
+from simulations.audit.one_run import Training, audit_one_run
+
+NewRandomness = Callable[[], SiteRandomness]
+Progress = Callable[[int, int, str], None]
+"""Called with (done, total, what) as an audit goes on."""
+
+ALPHA = 1e-3
+MECHANISM_DIMENSION = 64
+COORDINATOR = "the coordinator"
+STEPS_PER_CALL = 32  # tier 1 repeats a training 17 times; more steps in each show nothing new
+_SAME_PLAN = 1e-2  # relative: a calibrated noise multiplier may differ a little between versions
+
+
+@dataclass(frozen=True, kw_only=True)
+class AuditedRun:
+    """What a finished run claims.
+
+    Attributes:
+        folder: the run folder.
+        job: its job.
+        site: the site with the largest epsilon, whose claim is audited.
+        plan: what that site executed; `planned_steps` is the number of executed steps.
+        claim: epsilon that its privacy record states, at `plan.delta`.
+    """
+
+    folder: Path
+    job: Job
+    site: str
+    plan: PrivacyPlan
+    claim: float
+
+    @property
+    def steps(self) -> GaussianSteps:
+        """The executed mechanism."""
+        return self.plan.mechanism(self.plan.planned_steps)
+
+
+def open_run(folder: Path) -> AuditedRun:
+    """Read what `folder` claims.
+
+    Raises:
+        RunError: if it holds no run, released nothing, or claims no epsilon.
+    """
+    job = load_job(folder)
+    if job.privacy.mechanism == "none":
+        raise RunError(f"the run in {folder} is not private (privacy.mechanism 'none'): it claims no epsilon to audit.")
+    # Under central DP the coordinator alone released anything under a guarantee.
+    where = "privacy.json" if job.privacy.central else "sites/*/privacy.json"
+    records = [{"site": COORDINATOR} | _read_json(path) for path in sorted(folder.glob(where))]
+    if not records:
+        raise RunError(f"{folder} holds no {where.replace('*', 'NAME')}; finish the run first.")
+    for record in records:
+        if not record["private"] or record["randomness"] != "os":
+            raise RunError(
+                f"site {record['site']} of {folder} has no epsilon: its updates were released without noise, or with randomness "
+                "that was injected for a test. There is nothing to audit."
+            )
+    worst = max(records, key=lambda record: record["epsilon_spent"] or 0.0)
+    if not worst["events"]:
+        raise RunError(f"no site of {folder} released anything, so there is nothing to audit; finish the run first.")
+    return AuditedRun(
+        folder=folder,
+        job=job,
+        site=str(worst["site"]),
+        plan=_executed_plan(job, worst),
+        claim=math.inf if worst["epsilon_spent"] is None else float(worst["epsilon_spent"]),
+    )
+
+
+def _executed_plan(job: Job, record: dict[str, Any]) -> PrivacyPlan:
+    """Return the job's plan with the steps of a privacy record, if the two speak of the same mechanism."""
+    plan = PrivacyPlan.of_coordinator(job) if job.privacy.central else PrivacyPlan.from_job(job)
+    steps = 0
+    metrics = record.get("metrics")
+    released = metrics is not None and metrics["sha256"] is not None  # then they are the last event
+    for event in record["events"][: -1 if released else None]:
+        found = (event["noise_multiplier"], event["sample_rate"])
+        expected = (plan.noise_multiplier, plan.sample_rate)
+        if not all(math.isclose(a, b, rel_tol=_SAME_PLAN) for a, b in zip(found, expected, strict=True)):
+            raise RunError(
+                f"the privacy record of site {record['site']} has noise multiplier and sampling rate {found}, the job's plan "
+                f"{expected}; they do not belong together. Restore the run folder."
+            )
+        plan = replace(plan, noise_multiplier=event["noise_multiplier"])
+        steps += event["steps"]
+    return replace(plan, planned_steps=steps, delta=record["delta"], metrics=plan.metrics if released else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    return read_object(path)
+
+
+def check_simulation(run: AuditedRun) -> None:
+    """Raise `RunError` unless `run` is a simulation: an audit that trains never touches a real site's data."""
+    if run.job.privacy.central:
+        raise RunError(
+            f"the noise of {run.folder} was added by the coordinator over all sites; tiers 2 and 3 train one site and so cannot "
+            "audit it. Use --tier 1."
+        )
+    path = run.folder / "run.json"
+    mode = str(_read_json(path).get("mode", "")) if path.exists() else ""
+    if not mode.startswith("simulation"):
+        raise RunError(
+            f"{run.folder} is {'a ' + mode if mode else 'not a simulation'}; tiers 2 and 3 train on the audited data and so work "
+            "on simulations only. Use --tier 1, or simulate the job on public data and audit that."
+        )
+
+
+# --- tier 1 ---
+
+
+def audit_run_mechanism(
+    folder: Path, *, alpha: float = ALPHA, seed: int = 0, new_randomness: NewRandomness = SiteRandomness.from_os
+) -> MechanismAudit:
+    """Audit the mechanism of a run in seconds and write `audit/tier1.json` into its folder.
+
+    The production trainer, or the coordinator's production round, runs on canaries with the run's plan: its sampling rate,
+    noise multiplier and clipping norm, its optimiser, and as many steps per call as the run had, up to `STEPS_PER_CALL`. No data
+    is read.
+
+    Raises:
+        RunError: see `open_run`.
+    """
+    run = open_run(folder)
+    steps = min(run.plan.planned_steps, STEPS_PER_CALL)
+    release: Release = TrainerRelease(
+        new_randomness, dimension=MECHANISM_DIMENSION, steps=steps, optimizer=run.job.training
+    )
+    if run.job.privacy.central:
+        release = SitesRelease(
+            new_randomness, dimension=MECHANISM_DIMENSION, rounds=steps, optimizer=run.job.aggregation
+        )
+    audit = audit_mechanism(
+        release,
+        replace(run.plan, planned_steps=steps),
+        dimension=MECHANISM_DIMENSION,
+        claim=run.claim,
+        claimed_steps=run.plan.planned_steps,
+        alpha=alpha,
+        seed=seed,
+    )
+    save_result(run, mechanism_result(run, audit), seeds=[seed])
+    return audit
+
+
+def mechanism_result(run: AuditedRun, audit: MechanismAudit) -> AuditResult:
+    """Return a tier 1 audit in the form that all tiers share."""
+    steps = min(run.plan.planned_steps, STEPS_PER_CALL)
+    audited = "coordinator's round (with a fixed clipping bound)" if run.job.privacy.central else "trainer"
+    return audit.result(
+        f"the {audited} of this installation under the plan of {run.site} (unit {run.plan.unit}, sampling rate "
+        f"{rate_rounded_up(run.plan.sample_rate)}, noise "
+        f"multiplier {noise_rounded_down(run.plan.noise_multiplier)}, clipping norm "
+        f"{rate_rounded_up(run.plan.max_grad_norm)}), on canaries, "
+        f"{steps} of {run.plan.planned_steps} steps per call, {audit.observed_steps} noisy steps in all; the accounting of all "
+        f"{run.plan.planned_steps} steps"
+    )
+
+
+# --- tier 2, gradient canaries ---
+
+
+def audit_gradient_canaries(
+    run: AuditedRun,
+    *,
+    num_canaries: int = 1000,
+    trainings: int = 5,
+    alpha: float = ALPHA,
+    seed: int = 0,
+    new_randomness: NewRandomness = SiteRandomness.from_os,
+    progress: Progress = lambda done, total, what: None,
+) -> tuple[AuditResult, list[Training]]:
+    """Guess which canary gradients went through the production trainer, seeing every noisy sum; also return the scores.
+
+    Training t has the public seed `seed` + t.
+    """
+    release = TrainerRelease(
+        new_randomness, dimension=num_canaries, steps=run.plan.planned_steps, micro_batch=num_canaries
+    )
+    done = []
+    for number in range(trainings):
+        progress(number, trainings, "trainings on canaries")
+        done.append(train_on_gradient_canaries(release, run.plan, num_canaries=num_canaries, seed=seed + number))
+    progress(trainings, trainings, "trainings on canaries")
+    result = audit_one_run(
+        done,
+        run.steps,
+        claim=run.claim,
+        delta=run.plan.delta,
+        alpha=alpha,
+        audited=f"{trainings} trainings of {run.plan.planned_steps} steps under the plan of {run.site}, each on its own half of "
+        f"{num_canaries} canary gradients, through the trainer of this installation; the guesser sees every noisy sum",
+    )
+    return result, done
+
+
+# --- results ---
+
+
+def save_result(run: AuditedRun, result: AuditResult, *, seeds: list[int]) -> dict[str, Any]:
+    """Write `audit/tierN.json` atomically and return its content."""
+    content = {
+        **result.as_dict(),
+        "run": run.job.name,
+        "job_sha256": run.job.sha256,
+        "site": run.site,
+        "seeds": seeds,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "version": silotune_version(),
+    }
+    write_json(run.folder / "audit" / f"tier{result.tier}.json", content)
+    return content

@@ -1,0 +1,135 @@
+"""What `silotune federation` does: a scenario as a real federation of processes on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+from rich.console import Console
+
+from client.node.status import read_status
+from server.store.submission import Submission
+from shared.errors import ConfigError, RunError
+from shared.files.outputs import check_folder, make_folder
+from shared.job.job import Job
+from shared.models.images import image_network_sha256
+from shared.privacy.filter import SpendingRule, filter_orders
+from shared.privacy.plan import PrivacyPlan
+from shared.stopping import saying
+from simulations.federation.processes import Federation, now, summary
+from simulations.running.engine import FEDERATED, check_early_stopping, plan_arms
+from simulations.scenario import builtin_scenario, load_scenario
+
+
+def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: Sequence[str], as_json: bool) -> None:
+    """Run a scenario's federated arm: a coordinator and one process for each site, over gRPC and TLS."""
+    started = time.monotonic()
+    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    changes = ["partition.num_sites=3", "federation.min_sites=3", *overrides]
+    scenario = load_scenario(scenario_file, changes) if scenario_file else builtin_scenario("demo", changes)
+    unit = scenario.job.privacy.unit
+    if unit == "site":
+        raise ConfigError(
+            "silotune federation starts sites that protect their own data, but privacy.mechanism is 'central'; use `silotune "
+            "simulate`."
+        )
+    folder = out or Path("runs") / f"federation-{now()}"
+    check_folder(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty; choose another folder.")
+    check_early_stopping(scenario, scenario.job)
+    train, test = scenario.load_data()
+    arm = next(arm for arm in plan_arms(scenario, folder, train) if arm.name == FEDERATED)
+    budget = _budget_for(PrivacyPlan.from_job(arm.job))
+    make_folder(folder)
+    # All processes share this machine's cores.
+    federation = Federation(folder, environment={"OMP_NUM_THREADS": "1"})
+    how_to_go_on = f"its processes are ended; what they left is in {folder}. Start again with another --out."
+    with saying(lambda: how_to_go_on), contextlib.ExitStack() as closing:
+        closing.callback(federation.stop)
+        federation.found()
+        for name, records in arm.sites.items():
+            federation.join(
+                name,
+                records,
+                epsilon=budget,
+                unit=unit,
+                composition="adaptive",
+                compute=scenario.compute,
+                evaluation_share=scenario.data.evaluation_share,
+                policy=_policy(arm.job),
+            )
+        console.print(
+            f"CA, coordinator and {len(arm.sites)} sites made in {folder}; every key was made where it is used"
+        )
+        federation.start_coordinator()
+        facts = federation.tls()
+        console.print(f"Fleet API: gRPC over {facts.tls_version}, ALPN {facts.alpn}, {facts.cipher}")
+        for name in arm.sites:
+            federation.start_site(name)
+        submission = federation.submit(arm.job, test, compute=scenario.compute)
+        console.print(f"job {submission.name}, signed by {federation.signer.verify_key.text}")
+        _watch(federation, submission, list(arm.sites), console)
+    state = submission.state()
+    if state["state"] != "completed":
+        raise RunError(f"the run {state['state']}: {state.get('problem') or 'see the logs in ' + str(folder)}")
+    for name in arm.sites:
+        for line in federation.log_of(name).splitlines():
+            if "connected to" in line:
+                console.print(f"{name}: {line.partition('silotune.node: ')[2]}")
+    figures = summary(federation, submission, arm.job, list(arm.sites), facts)
+    console.print(f"{time.monotonic() - started:.0f} s; report: {submission.run_folder / 'report.html'}")
+    typer.echo(json.dumps(figures))
+
+
+def _budget_for(plan: PrivacyPlan) -> float:
+    """Return a cap that the run fits into, measured as real sites do: so that its results may decide what is run next."""
+    budget = math.ceil(plan.epsilon())
+    while True:
+        rule = SpendingRule(
+            composition="adaptive", delta=plan.delta, orders=filter_orders(epsilon=budget, delta=plan.delta)
+        )
+        if rule.epsilon(plan.events) <= budget:
+            return float(budget)
+        budget += 1
+
+
+def _watch(federation: Federation, submission: Submission, sites: Sequence[str], console: Console) -> None:
+    """Tell what happens until the job has ended."""
+    told: dict[str, object] = {}
+
+    def tell(key: str, value: object, text: str) -> None:
+        if value is not None and told.get(key) != value:
+            console.print(text)
+        told[key] = value
+
+    with console.status("the sites load the model") as spinner:
+        while submission.is_open:
+            state = submission.state()
+            tell("waiting", state.get("waiting"), f"waiting: {state.get('waiting')}")
+            tell("refused", state.get("refused") or None, f"refused: {state.get('refused')}")
+            tell("problem", state.get("problem"), f"problem: {state.get('problem')}")
+            metrics = ", ".join(
+                f"{name} {value:.4f}" for name, value in (state.get("metrics") or {}).items() if value is not None
+            )
+            tell("round", state.get("round"), f"round {state.get('round')}: {metrics}")
+            doing = ", ".join(f"{name} {read_status(federation.site(name))['state']}" for name in sites)
+            spinner.update(f"round {state.get('round', 0)} done; {doing}")
+            for name, process in federation.processes.items():
+                if process.poll() is not None:
+                    raise RunError(f"{name} ended by itself; its log says:\n{federation.log_of(name)[-2000:]}")
+            time.sleep(0.2)
+
+
+def _policy(job: Job) -> dict[str, Any]:
+    """Return what the sites' engineers would change in their policies for this job: the metrics, and a network for images."""
+    changes: dict[str, Any] = {"metrics": list(job.site_metrics.names)}
+    if job.model.is_image_network:
+        changes["backbones"] = {job.model.backbone: image_network_sha256(job.model)}
+    return changes

@@ -1,0 +1,40 @@
+"""The ledgers of simulated sites, for a compliance report: they lie in the run folder, where a real site's never does."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import closing
+from pathlib import Path
+
+from client.ledger.ledger import Budget, Ledger
+from client.site.config import SiteConfig
+from server.reports.compliance import Account
+from server.reports.compliance.records import PrivacyRecord, parse_record
+from server.runs.folder import load_job
+from shared.job.parsing import load_toml, parse
+
+
+def simulated_accounts(run: Path, *, without: Collection[str] = ()) -> list[Account]:
+    """Return the account of every simulated site that charged one, its chain verified; nothing is charged.
+
+    Args:
+        run: the run folder.
+        without: names of sites whose accounts are known already.
+
+    Raises:
+        LedgerError: if the chain of a ledger is broken.
+    """
+    unit = load_job(run).privacy.unit
+    accounts = []
+    for place in sorted(run.glob("sites/*/home")):
+        file, record = place / "ledger.db", place.parent / "privacy.json"
+        if place.parent.name in without or not file.exists() or not record.exists():
+            continue
+        config = parse(SiteConfig, load_toml(place / "site.toml"), source=str(place / "site.toml"))
+        cap = config.budget
+        budget = Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition)
+        declared = parse_record(PrivacyRecord, record).declared_records
+        with closing(Ledger(file, dataset=config.dataset, unit=unit, budget=budget)) as ledger:
+            export = ledger.export(site=config.name, declared_records=declared)
+        accounts.append(Account(file=file, export=export, from_ledger=True))
+    return accounts

@@ -1,0 +1,201 @@
+"""Flower's Grid inside one process: messages go straight to the ClientApp, one frozen backbone serves all clients.
+
+The ServerApp and ClientApp cannot tell it from a SuperLink: they see the same `Message` objects. The only file of the
+simulation that touches parts of Flower that are not public (contract test: tests/simulations/running/test_grid.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from uuid import uuid4
+
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.serverapp.grid import Grid
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+from shared.wire.messages import TRAIN
+
+_ERROR_DROPPED = 100
+
+Together = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
+
+
+class SimulationGrid(Grid):
+    """What the Grids of the simulation have in common."""
+
+    def create_message(
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
+    ) -> Message:
+        """See `Grid`."""
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
+
+
+class InProcessGrid(SimulationGrid):
+    """A Grid whose nodes are calls of one ClientApp.
+
+    A message runs when its reply is pulled, one message at a pull, so that the caller sees replies arrive one by one.
+    Requests to train may run several at a pull.
+
+    Attributes:
+        server_context: what a ServerApp is called with.
+    """
+
+    def __init__(
+        self, client_app: ClientApp, num_nodes: int, *, together: Together | None = None, at_once: int = 1
+    ) -> None:
+        """Make a Grid of `num_nodes` nodes.
+
+        Args:
+            client_app: answers every message.
+            num_nodes: number of nodes, with the partition ids from 0.
+            together: answers up to `at_once` requests to train; None leaves these to `client_app` as well.
+            at_once: how many.
+        """
+        # Flower stamps every message with the identity of the process that makes it.
+        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
+        self._client_app = client_app
+        self._together, self._at_once = together, at_once
+        self._contexts = {
+            node: Context(
+                run_id=1,
+                node_id=node,
+                node_config={"partition-id": node - 1, "num-partitions": num_nodes},
+                state=RecordDict(),
+                run_config={},
+            )
+            for node in range(1, num_nodes + 1)
+        }
+        self.server_context = Context(
+            run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config={}
+        )
+        self._waiting: dict[str, Message] = {}
+        self._ready: dict[str, Message] = {}
+        self._run = Run.create_empty(run_id=1)
+
+    def set_run(self, run: Run) -> None:
+        """See `Grid`."""
+        self._run = run
+
+    @property
+    def run(self) -> Run:
+        """See `Grid`."""
+        return self._run
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `Grid`."""
+        return list(self._contexts)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `Grid`."""
+        identifiers = []
+        for message in messages:
+            identifier = str(uuid4())
+            message.metadata.__dict__["_message_id"] = identifier
+            self._waiting[identifier] = message
+            identifiers.append(identifier)
+        return identifiers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Run the oldest waiting message among `message_ids` and return its reply, with others that were answered beside it."""
+        wanted = list(message_ids)
+        oldest = next((identifier for identifier in self._waiting if identifier in set(wanted)), None)
+        if not any(identifier in self._ready for identifier in wanted) and oldest is not None:
+            first = self._waiting[oldest].metadata
+            if self._together is not None and first.message_type == TRAIN and self._at_once > 1:
+                # Also requests of the round that nobody pulls for yet: a caller may ask for a few at a time.
+                alike = [
+                    identifier
+                    for identifier, message in self._waiting.items()
+                    if (message.metadata.message_type, message.metadata.group_id) == (TRAIN, first.group_id)
+                ]
+                chosen = [oldest, *(identifier for identifier in alike if identifier != oldest)][: self._at_once]
+                messages = [self._waiting.pop(identifier) for identifier in chosen]
+                replies = self._together([(m, self._contexts[m.metadata.dst_node_id]) for m in messages])
+                self._ready.update(zip(chosen, replies, strict=True))
+            else:
+                message = self._waiting.pop(oldest)
+                self._ready[oldest] = self._client_app(message, self._contexts[message.metadata.dst_node_id])
+        return [self._ready.pop(identifier) for identifier in wanted if identifier in self._ready]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See `Grid`."""
+        waiting = set(self.push_messages(messages))
+        replies: list[Message] = []
+        while waiting:
+            arrived = list(self.pull_messages(waiting))
+            replies.extend(arrived)
+            waiting -= {message.metadata.reply_to_message_id for message in arrived}
+        return replies
+
+
+class DropoutGrid(SimulationGrid):
+    """Any Grid, with sites that now and then do not answer a training request.
+
+    The draw depends only on seed, round and the site's place in the order of names, so every backend and every resumed
+    run sees the same drop-outs.
+    """
+
+    def __init__(self, inner: Grid, probability: float, seed: int) -> None:
+        self._inner, self._probability, self._seed = inner, probability, seed
+        self._dropped: dict[str, Message] = {}
+
+    def set_run(self, run: Run) -> None:
+        """See `Grid`."""
+        self._inner.set_run(run)
+
+    @property
+    def run(self) -> Run:
+        """See `Grid`."""
+        return self._inner.run
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `Grid`."""
+        return self._inner.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Pass on what is not dropped; remember the rest as unanswered."""
+        identifiers, passed = [], []
+        for position, message in enumerate(messages):
+            if message.metadata.message_type == TRAIN and self._drops(message, position):
+                identifier = str(uuid4())
+                message.metadata.__dict__["_message_id"] = identifier
+                self._dropped[identifier] = message
+                identifiers.append(identifier)
+            else:
+                passed.append(message)
+        return [*identifiers, *self._inner.push_messages(passed)]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return replies, and an error for every dropped message."""
+        wanted = list(message_ids)
+        errors = [
+            Message(
+                Error(code=_ERROR_DROPPED, reason="dropped out (simulated)"),
+                reply_to=self._dropped.pop(identifier),
+            )
+            for identifier in wanted
+            if identifier in self._dropped
+        ]
+        # Flower answers an identifier that it does not know with an error of its own.
+        dropped = {error.metadata.reply_to_message_id for error in errors}
+        passed = [identifier for identifier in wanted if identifier not in dropped]
+        return [*errors, *(self._inner.pull_messages(passed) if passed else [])]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See `Grid`."""
+        raise NotImplementedError("the round loop polls by itself")
+
+    def _drops(self, message: Message, position: int) -> bool:
+        # Messages of a round come in the order of site names, so the position stands for the site.
+        label = f"{self._seed}/dropout/{message.metadata.group_id}/{position}"
+        draw = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") / 2.0**64
+        return draw < self._probability

@@ -1,0 +1,69 @@
+"""Several simulated sites in one process, trained side by side over one backbone; every one keeps its own account.
+
+Each site admits, charges, stores and releases by itself, with the code of a real site; only the training between is shared,
+and there each gets what it would get alone (`client.training.trainer`). Real sites are never trained together.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from functools import partial
+
+from client.site.release import Begun
+from client.site.site import Site
+from client.training.independence import settle_stacks
+from client.training.trainer import LocalRound, steps_taken, train_local_rounds
+from shared.errors import place_of
+from shared.wire.messages import Refusal, TrainReply, TrainRequest
+
+log = logging.getLogger("silotune.site")
+
+BegunAt = tuple[int, Site, Begun]
+
+
+def train_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[TrainReply | Refusal]:
+    """Answer one training request of each site, in order."""
+    answers: dict[int, TrainReply | Refusal] = {}
+    alike: dict[object, list[BegunAt]] = {}
+    for place, (site, request) in enumerate(requests):
+        begun = site.guarded(partial(site.update.begin, request), job=request.job, round_number=request.round_number)
+        if isinstance(begun, Begun):
+            # One pass serves sites that start from the same values and have come equally far.
+            key = (id(begun.runtime), begun.request_sha256, steps_taken(begun.work.optimizer_state))
+            alike.setdefault(key, []).append((place, site, begun))
+        else:
+            answers[place] = begun
+    for group in alike.values():
+        started = time.monotonic()
+        results = _trained(group)
+        seconds = (time.monotonic() - started) / len(group)
+        for (place, site, begun), result in zip(group, results, strict=True):
+            act = (
+                partial(site.update.make_begun, begun)
+                if result is None
+                else partial(site.update.finish, begun, result, seconds=seconds)
+            )
+            request = begun.request
+            answers[place] = site.guarded(act, job=request.job, round_number=request.round_number)
+    return [answers[place] for place in range(len(requests))]
+
+
+def _trained(group: Sequence[BegunAt]) -> Sequence[LocalRound | None]:
+    """Return every site's round; None for all if something failed, so that each is trained alone and fails alone."""
+    first = group[0][2]
+    try:
+        if len(group) > 1 and first.plan.private:
+            settle_stacks(first.runtime)
+        return train_local_rounds(
+            first.runtime,
+            [begun.work for _, _, begun in group],
+            first.start,
+            training=first.request.job.training,
+            plan=first.plan,
+            round_number=first.request.round_number,
+        )
+    except Exception as error:  # whose fault it is shows when each is trained alone
+        log.error("%d sites could not be trained together; each is trained alone: %s", len(group), place_of(error))
+        return [None] * len(group)

@@ -1,0 +1,282 @@
+"""The site's process: what it says of itself, and what of an exception leaves it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.supercore.task_identity import TaskIdentity
+
+from client.app import make_client_app
+from client.node import node as node_module
+from client.node.node import Node, answer
+from client.node.status import STALE_AFTER_SECONDS, StatusFile, read_status
+from client.site.home import SiteHome
+from client.site.site import Site
+from shared.errors import LedgerError, RunError
+from shared.trust import audit_log
+from shared.trust.audit_log import Event
+from shared.wire.messages import DESCRIBE, TRAIN, WITHHELD, describe_request
+from simulations.federation.processes import Federation
+from tests.conftest import Outcome
+from tests.integration.eventually import eventually
+
+ROOT = Path(__file__).parents[3]
+CONFIDENTIAL = "patient Quagmire has a broken leg"
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Federation:
+    """CA and certificates; no coordinator runs."""
+    made = Federation(tmp_path_factory.mktemp("federation"))
+    made.found()
+    return made
+
+
+@pytest.fixture
+def home(federation: Federation, request: pytest.FixtureRequest) -> SiteHome:
+    """A site of its own for each test, whose coordinator does not answer."""
+    name = f"site-{abs(hash(request.node.name)):x}"
+    return federation.join(name, [{"text": f"{CONFIDENTIAL} {i}", "label": "good"} for i in range(20)], epsilon=8.0)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[SiteHome], subprocess.Popen[str]]]:
+    """Return a starter of real nodes; all are ended."""
+    made: list[subprocess.Popen[str]] = []
+
+    def launch(home: SiteHome) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "cli", "site", "start", str(home.path)]
+        made.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        return made[-1]
+
+    yield launch
+    for process in made:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(autouse=True)
+def _flower_knows_who_makes_messages() -> None:
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 0, 1
+
+
+def message_of(kind: str, content: RecordDict | None = None) -> Message:
+    message = Message(content or RecordDict({"x": ConfigRecord({"y": 1})}), dst_node_id=1, message_type=kind)
+    message.metadata.__dict__["_message_id"] = "1"
+    return message
+
+
+# --- what of an exception leaves ---
+
+
+def raising(error: Exception) -> ClientApp:
+    def open_site(context: Context) -> Site:
+        raise error
+
+    return make_client_app(open_site)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError(CONFIDENTIAL), KeyError(CONFIDENTIAL), RuntimeError(CONFIDENTIAL), OSError(5, CONFIDENTIAL)]
+)
+@pytest.mark.parametrize("kind", [DESCRIBE, TRAIN])
+def test_of_an_exception_nothing_leaves_but_that_there_was_one(error: Exception, kind: str) -> None:
+    reply = answer(raising(error), message_of(kind, describe_request()), 1)
+    assert reply.has_error()
+    assert reply.error.reason == WITHHELD
+    assert CONFIDENTIAL not in str(reply)
+    assert CONFIDENTIAL.encode() not in reply.deflate()
+
+
+def test_a_message_that_no_app_knows_is_answered_with_an_error() -> None:
+    reply = answer(raising(RunError("unused")), message_of("query.steal"), 1)
+    assert reply.has_error()
+    assert reply.error.reason == WITHHELD
+
+
+def test_a_site_that_cannot_be_opened_does_not_say_why() -> None:
+    reply = answer(raising(RunError(CONFIDENTIAL)), message_of(DESCRIBE, describe_request()), 1)
+    assert not reply.has_error()
+    assert dict(reply.content.config_records["silotune"]) == {
+        "kind": "refusal",
+        "site": "",
+        "code": WITHHELD,
+        "reason": "see the site's own log",
+    }
+
+
+class _OneMessage:
+    """A connection that brings one message, then stops the node."""
+
+    node_id = 1
+
+    def __init__(self, node: Node, message: Message) -> None:
+        self._node, self._message = node, message
+        self.replies: list[Message] = []
+
+    def pull(self) -> Message:
+        return self._message
+
+    def push(self, reply: Message) -> int:
+        self.replies.append(reply)
+        self._node.stop()
+        return 1
+
+
+def test_status_and_audit_log_hold_nothing_of_an_exception(home: SiteHome, caplog: pytest.LogCaptureFixture) -> None:
+    node = Node(home, passphrase=None)
+    site = node_module.open_site(home, passphrase=None)
+    connection: Any = _OneMessage(node, message_of(DESCRIBE, describe_request()))
+    identity = node_module.load_identity(home, passphrase=None)
+    node._serve(site, raising(ValueError(CONFIDENTIAL)), connection, identity)
+    (reply,) = connection.replies
+    assert reply.error.reason == WITHHELD
+    assert CONFIDENTIAL not in home.status.read_text()
+    assert read_status(home)["state"] == "connected"
+    assert CONFIDENTIAL not in "".join(entry.line() for entry in audit_log.read(home.audit))
+    # The site's own people see its kind and place: the text may quote a record.
+    assert CONFIDENTIAL not in caplog.text
+    assert "failed: ValueError\n" in caplog.text
+
+
+# --- what it says of itself ---
+
+
+def said(home: SiteHome, **facts: Any) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    home.status.write_text(json.dumps({"pid": os.getpid(), "state": "connected", "updated": now} | facts))
+    return read_status(home)
+
+
+@pytest.mark.parametrize(
+    ("state", "healthy"),
+    [("connected", True), ("working", True), ("starting", False), ("waiting", False)],
+)
+def test_a_node_is_healthy_while_it_is_connected_or_works(home: SiteHome, state: str, healthy: bool) -> None:
+    status = said(home, state=state)
+    assert (status["state"], status["healthy"]) == (state, healthy)
+
+
+def test_a_node_that_stopped_is_not_running(home: SiteHome) -> None:
+    status = said(home, state="stopped")
+    assert (status["state"], status["healthy"]) == ("not running", False)
+
+
+def test_a_node_that_died_is_not_running(home: SiteHome) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert said(home, pid=child.pid) == {"state": "not running", "healthy": False}
+
+
+def test_a_node_that_hangs_is_not_running(home: SiteHome) -> None:
+    before = datetime.now(UTC) - timedelta(seconds=STALE_AFTER_SECONDS + 1)
+    status = said(home, updated=before.isoformat())
+    assert (status["state"], status["healthy"]) == ("not running", False)
+
+
+def test_a_node_of_another_user_is_seen(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill(pid: int, number: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("client.node.status.os.kill", kill)
+    assert said(home)["healthy"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "[1]", "null", "{}", '{"pid": 1}', '{"pid": "x", "updated": "2026-01-01T00:00:00+00:00"}'],
+)
+def test_a_status_that_cannot_be_read_is_not_running(home: SiteHome, text: str) -> None:
+    home.status.write_text(text)
+    assert read_status(home) == {"state": "not running", "healthy": False}
+
+
+@pytest.mark.parametrize(
+    "changes", [{"pid": 10**30}, {"updated": "2026-01-01T00:00:00"}, {"updated": 5}, {"pid": None}]
+)
+def test_a_status_with_odd_values_is_not_running(home: SiteHome, changes: dict[str, Any]) -> None:
+    assert said(home, **changes) == {"state": "not running", "healthy": False}
+
+
+def test_since_when_a_state_holds_is_kept(home: SiteHome) -> None:
+    status = StatusFile(home)
+    status.say("connected", coordinator="x:1")
+    since = read_status(home)["since"]
+    status.say()
+    status.say("connected", problem=None)
+    assert read_status(home)["since"] == since
+    assert read_status(home)["coordinator"] == "x:1"
+
+
+# --- the process ---
+
+
+def test_a_node_waits_for_its_coordinator_and_ends_when_it_is_told(
+    home: SiteHome, start: Callable[[SiteHome], subprocess.Popen[str]], silotune: Callable[..., Outcome]
+) -> None:
+    process = start(home)
+    # 1. Nobody answers, and whoever asks is told so.
+    eventually(lambda: process.poll() is None and read_status(home)["state"] == "waiting")
+    shown = silotune("site", "status", home.path)
+    assert shown.status == 1
+    assert "cannot be reached (Connection refused); check the address and that the firewall" in shown.out
+    # 2. A second node in the same folder is turned away.
+    second = start(home)
+    output, _ = second.communicate(timeout=120)
+    assert second.returncode == 1
+    assert f"error: another node works in {home.path}; stop it first." in output
+    assert "Traceback" not in output
+    assert read_status(home)["pid"] == process.pid
+    # 3. It ends in an orderly way.
+    started = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert time.monotonic() - started < 30
+    assert "Traceback" not in output
+    assert json.loads(home.status.read_text())["state"] == "stopped"
+    events = [entry.event for entry in audit_log.read(home.audit)]
+    assert events[-1] == Event.NODE_STOPPED
+    assert events.count(Event.NODE_STARTED) == 1
+    assert CONFIDENTIAL not in output + home.status.read_text() + "".join(e.line() for e in audit_log.read(home.audit))
+
+
+def test_ctrl_c_ends_a_node_and_says_how_to_go_on(
+    home: SiteHome, start: Callable[[SiteHome], subprocess.Popen[str]]
+) -> None:
+    process = start(home)
+    eventually(lambda: process.poll() is None and read_status(home)["state"] == "waiting")
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in output
+    assert output.strip().endswith(f"stopped; go on with: silotune site start {home.path}")
+    assert json.loads(home.status.read_text())["state"] == "stopped"
+
+
+def test_a_folder_is_free_again_when_its_node_has_ended(home: SiteHome) -> None:
+    with home.locked(), pytest.raises(RunError, match="another node works in"), home.locked():
+        pass
+    with home.locked():
+        pass
+
+
+def test_a_node_whose_ledger_was_replaced_does_not_start(home: SiteHome) -> None:
+    node_module.open_site(home, passphrase=None).ledger()
+    (home.path / "ledger.db").unlink()
+    with pytest.raises(LedgerError, match="was replaced by an older copy, or by another ledger"):
+        Node(home, passphrase=None).run()
+    assert Event.NODE_STARTED not in [entry.event for entry in audit_log.read(home.audit)]

@@ -1,0 +1,357 @@
+"""Requests whose outcome nobody knows: lost on the way, or sent by a coordinator that died."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+import server.rounds.exchange as exchange_module
+from server.rounds.earlier_requests import Asked
+from server.rounds.local import LocalPrivacy
+from server.rounds.loop import Coordinator, run_rounds
+from server.rounds.observer import Observer
+from server.rounds.roster import Authority
+from server.store.checkpoint import Checkpoint, RoundRecord
+from shared.job.job import Job
+from shared.job.parsing import parse
+from shared.tensors.adapters import encode
+from shared.trust.signing import SigningKey, sign_job
+from shared.wire.messages import (
+    KEPT_ROUNDS,
+    TRAIN,
+    Refusal,
+    SiteDescription,
+    TrainReply,
+    carries_release,
+    pack_description,
+    pack_refusal,
+    pack_reply,
+    unpack_request,
+)
+from simulations.running.grid import InProcessGrid
+
+INITIAL = {"w": torch.zeros(2)}
+NAMES = {1: "a", 2: "b"}
+
+
+def make_job(rounds: int = 2) -> Job:
+    raw = {
+        "name": "interrupted",
+        "task": {"kind": "sequence_classification", "labels": ["x", "y"]},
+        "training": {"rounds": rounds, "local_steps": 2},
+        "privacy": {"noise_multiplier": 1.0},
+        "federation": {"min_sites": 1, "round_timeout_seconds": 30.0},
+    }
+    return parse(Job, raw, source="test")
+
+
+def make_app(*, b_refuses: bool = False) -> ClientApp:
+    app = ClientApp()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        name = NAMES[context.node_id]
+        return Message(pack_description(SiteDescription(site=name, declared_records=8, version="1")), reply_to=message)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        request = unpack_request(message.content)
+        if b_refuses and NAMES[context.node_id] == "b":
+            return Message(pack_refusal(Refusal(site="b", code="PolicyError", reason="too late")), reply_to=message)
+        reply = TrainReply(
+            site=NAMES[context.node_id],
+            round_number=request.round_number,
+            job_sha256=request.job.sha256,
+            update=encode({"w": torch.ones(2)}),
+            declared_records=8,
+            noise_multiplier=1.0,
+            sample_rate=request.job.privacy.sample_rate,
+            max_grad_norm=request.job.privacy.max_grad_norm,
+            delta=request.job.privacy.delta,
+            steps=2,
+            randomness="os",
+            epsilon_budget=8.0,
+        )
+        return Message(pack_reply(reply), reply_to=message)
+
+    return app
+
+
+class ForgetfulGrid(InProcessGrid):
+    """Loses the first training request to node 2, as a site's process that died with it; the node stays online."""
+
+    lost = 0
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        identifiers = list(super().push_messages(messages))
+        for identifier, message in list(self._waiting.items()):
+            if message.metadata.message_type == TRAIN and message.metadata.dst_node_id == 2 and not self.lost:
+                del self._waiting[identifier]
+                self.lost += 1
+        return identifiers
+
+
+def coordinator(job: Job, authority: Authority | None) -> Coordinator:
+    return Coordinator(
+        job=job,
+        initial_adapter=INITIAL,
+        update_shapes={"w": torch.Size([2])},
+        privacy=LocalPrivacy(job),
+        evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
+        evaluate_every=1,
+        save=lambda checkpoint: None,
+        observer=Observer(),
+        authority=authority,
+    )
+
+
+def make_authority(job: Job) -> Authority:
+    key, now = SigningKey.generate(), datetime.now(UTC)
+    signed = sign_job(
+        job, signer=SigningKey.generate(), coordinator=key.verify_key, issued=now, not_after=now + timedelta(days=1)
+    )
+    return Authority(signed_job=signed, key=key, registered=lambda: NAMES)
+
+
+def test_a_lost_request_is_repeated_and_its_answer_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "ASK_AGAIN_SECONDS", 0.2)
+    job = make_job()
+    grid = ForgetfulGrid(make_app(), 2)
+    last = run_rounds(grid, coordinator(job, make_authority(job)), None)
+    assert grid.lost == 1
+    assert [record.sites for record in last.history[1:]] == [["a", "b"], ["a", "b"]]
+    assert last.releases["b"].rounds == (1, 2)
+    assert last.releases["b"].unanswered == ()
+
+
+def test_a_refusal_to_a_repeated_request_may_hide_a_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy site answers a copy too late for its clock or its hours; its update may be on the way."""
+    monkeypatch.setattr(exchange_module, "ASK_AGAIN_SECONDS", 0.2)
+    job = make_job()
+    grid = ForgetfulGrid(make_app(b_refuses=True), 2)
+    last = run_rounds(grid, coordinator(job, make_authority(job)), None, stop_after=1)
+    assert grid.lost == 1
+    assert last.releases["b"].unanswered == (1,)
+    assert last.releases["b"].epsilon_bound > last.releases["b"].epsilon == 0.0
+
+
+class TwoAnswers:
+    """A grid that shows a refusal to the copy and the release to the first request at once, the refusal first."""
+
+    def __init__(self) -> None:
+        self.sent: list[Message] = []
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(len(self.sent))
+            self.sent.append(message)
+        return [str(message.metadata.message_id) for message in self.sent]
+
+    def pull_messages(self, identifiers: Iterable[str]) -> Iterable[Message]:
+        if len(self.sent) < 2:
+            return []
+        release = RecordDict({"silotune": ConfigRecord({"kind": "update"})})
+        refusal = pack_refusal(Refusal(site="b", code="PolicyError", reason="too late"))
+        return [Message(refusal, reply_to=self.sent[1]), Message(release, reply_to=self.sent[0])]
+
+
+def test_of_several_answers_the_release_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exchange_module, "ASK_AGAIN_SECONDS", 0.2)
+    InProcessGrid(ClientApp(), 1)  # Flower stamps messages with the identity of the process
+
+    def requests(nodes: Sequence[int]) -> list[Message]:
+        return [Message(RecordDict(), dst_node_id=node, message_type=TRAIN) for node in nodes]
+
+    (found,) = exchange_module.exchange(TwoAnswers(), requests, [2], timeout=20.0, expected=0.0, repeat=True)  # type: ignore[arg-type]
+    assert carries_release(found.message)
+    assert (found.node, found.times_asked) == (2, 2)
+
+
+def interrupted(job: Job) -> Checkpoint:
+    return Checkpoint(
+        job_sha256=job.sha256, round_number=0, adapter=INITIAL, history=[RoundRecord(round=0, metrics={"loss": 0.0})]
+    )
+
+
+def asked(name: str, number: int, adapter: bytes, update: str | None = None, *, size: int = 8) -> Asked:
+    return Asked(
+        site=SiteDescription(site=name, declared_records=size, version=""),
+        round_number=number,
+        adapter_sha256=hashlib.sha256(adapter).hexdigest(),
+        update_sha256=update,
+    )
+
+
+def test_what_an_earlier_process_asked_counts_until_it_is_answered() -> None:
+    job, first = make_job(), encode(INITIAL)
+    log = [asked("gone", 1, first, size=64), asked("a", 1, first)]
+    authority = replace(make_authority(job), asked_since=lambda number: log)
+    last = run_rounds(InProcessGrid(make_app(), 2), coordinator(job, authority), interrupted(job))
+    assert last.releases["gone"].unanswered == (1,)
+    assert last.releases["gone"].declared_records == 64
+    assert last.releases["gone"].epsilon_bound > last.releases["gone"].epsilon == 0.0
+    assert last.releases["a"].unanswered == ()
+    assert last.releases["a"].rounds == (1, 2)
+
+
+# --- a run that was put back ---
+
+
+class Ledgers:
+    """Two sites that answer as real ones do: a request that differs in any byte is a new release, and all are counted.
+
+    Args:
+        absent: rounds in which site b's answer is lost on the way: released all the same.
+    """
+
+    def __init__(self, absent: tuple[int, ...]) -> None:
+        self.absent = absent
+        self.stored: dict[tuple[str, int], tuple[bytes, bytes]] = {}
+        self.released: Counter[str] = Counter()
+        self.log: list[Asked] = []
+
+    def app(self) -> ClientApp:
+        app = make_app()
+        made = ClientApp()
+
+        @made.query("describe")
+        def describe(message: Message, context: Context) -> Message:
+            return app(message, context)
+
+        @made.train()
+        def train(message: Message, context: Context) -> Message:
+            name, request = NAMES[context.node_id], unpack_request(message.content)
+            number = request.round_number
+            kept = self.stored.get((name, number))
+            if kept is None or kept[0] != request.adapter:
+                self.released[name] += 1
+                update = encode({"w": torch.full((2,), 0.1 if name == "a" else 0.4)}, salt=str(self.released))
+                self.stored[name, number] = (request.adapter, update)
+                for earlier in range(number - KEPT_ROUNDS + 1):
+                    self.stored.pop((name, earlier), None)
+            if name == "b" and number in self.absent:
+                return Message(Error(code=1, reason="lost on the way"), reply_to=message)
+            reply = TrainReply(
+                site=name,
+                round_number=number,
+                job_sha256=request.job.sha256,
+                update=self.stored[name, number][1],
+                declared_records=8,
+                noise_multiplier=1.0,
+                sample_rate=request.job.privacy.sample_rate,
+                max_grad_norm=request.job.privacy.max_grad_norm,
+                delta=request.job.privacy.delta,
+                steps=2,
+                randomness="os",
+                epsilon_budget=8.0,
+            )
+            return Message(pack_reply(reply), reply_to=message)
+
+        return made
+
+    def observer(self) -> Observer:
+        ledgers = self
+
+        class Log(Observer):
+            def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
+                ledgers.log += [asked(name, round_number, adapter) for name in sites]
+
+            def update_judged(
+                self, round_number: int, site: str, reply: TrainReply | None, problem: str | None
+            ) -> None:
+                if reply is not None and problem is None:
+                    place = max(
+                        i
+                        for i, one in enumerate(ledgers.log)
+                        if (one.site.site, one.round_number) == (site, round_number)
+                    )
+                    sha256 = hashlib.sha256(reply.update).hexdigest()
+                    ledgers.log[place] = replace(ledgers.log[place], update_sha256=sha256)
+
+        return Log()
+
+
+def run_on(
+    ledgers: Ledgers, job: Job, authority: Authority, start: Checkpoint | None, *, stop_after: int | None = None
+) -> dict[int, Checkpoint]:
+    """Run from `start` and return the checkpoint after each round."""
+    kept: dict[int, Checkpoint] = {}
+    known = list(ledgers.log)
+    since = replace(authority, asked_since=lambda number: [one for one in known if one.round_number > number])
+    setup = replace(
+        coordinator(job, since),
+        observer=ledgers.observer(),
+        save=lambda checkpoint: kept.__setitem__(checkpoint.round_number, checkpoint),
+    )
+    run_rounds(InProcessGrid(ledgers.app(), 2), setup, start, stop_after=stop_after)
+    return kept
+
+
+ALL = (1, 2, 3, 4, 5)
+
+
+@pytest.mark.parametrize("back", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    ("first_lost", "then_lost"),
+    [((), ()), ((4,), ()), ((5,), ()), ((2, 4), ()), (ALL, ()), ((4, 5), (5,)), ((4,), (5,)), ((), (5,)), (ALL, ALL)],
+)
+def test_a_run_put_back_counts_every_release_of_every_timeline(
+    back: int, first_lost: tuple[int, ...], then_lost: tuple[int, ...]
+) -> None:
+    """What the sites released is known here, and no bound of the coordinator may be below it."""
+    job = make_job(rounds=7)
+    authority, ledgers = make_authority(job), Ledgers(first_lost)
+    first = run_on(ledgers, job, authority, None, stop_after=5)
+    ledgers.absent = then_lost
+    again = run_on(ledgers, job, authority, first[5 - back], stop_after=6)
+    require_all_counted(again[6], ledgers)
+    ledgers.absent = first_lost  # the first adapters once more, after others took their place at the sites
+    twice = run_on(ledgers, job, authority, first[5 - back], stop_after=6)
+    require_all_counted(twice[6], ledgers)
+    last = run_on(ledgers, job, authority, twice[max(5 - back + 1, 4)])
+    require_all_counted(last[7], ledgers)
+    if not (first_lost or then_lost):  # the same adapters: nothing is released twice unless a site forgot it
+        assert ledgers.released["a"] <= 7 + 3 * max(0, back + 1 - KEPT_ROUNDS)
+
+
+def require_all_counted(last: Checkpoint, ledgers: Ledgers) -> None:
+    for name in "ab":
+        release = last.releases[name]
+        assert 2 * ledgers.released[name] <= sum(event.steps for event in release.possible_events)
+        assert release.epsilon_bound >= release.epsilon
+
+
+def test_two_rounds_back_with_another_site_is_counted_exactly() -> None:
+    """Round 4 of the first timeline had no b; with b the adapter of round 5 differs, and a releases round 5 twice."""
+    job = make_job(rounds=6)
+    authority, ledgers = make_authority(job), Ledgers(absent=(4,))
+    first = run_on(ledgers, job, authority, None, stop_after=5)
+    ledgers.absent = ()
+    last = run_on(ledgers, job, authority, first[3])[6]
+    assert ledgers.released == {"a": 7, "b": 7}
+    assert last.releases["a"].rounds == (1, 2, 3, 4, 5, 5, 6)
+    assert (last.releases["a"].steps, last.releases["a"].unanswered) == (14, ())
+    assert last.releases["b"].steps + 2 * len(last.releases["b"].unanswered) == 14
+
+
+def test_a_resumed_run_is_told() -> None:
+    told: list[int] = []
+
+    class Notes(Observer):
+        def resumed(self, checkpoint: Checkpoint) -> None:
+            told.append(checkpoint.round_number)
+
+    job = make_job()
+    setup = replace(coordinator(job, make_authority(job)), observer=Notes())
+    run_rounds(InProcessGrid(make_app(), 2), setup, None)
+    assert told == []
+    run_rounds(InProcessGrid(make_app(), 2), setup, interrupted(job))
+    assert told == [0]
