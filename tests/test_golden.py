@@ -186,7 +186,7 @@ def test_every_planted_difference_is_found(
     told = compare(small_record, changed)
     assert "consortium/files/account.json: 1 differences" in told
     assert "  epsilon: 8.0 -> 8.000000000000002" in told
-    assert any(line.startswith("  line 2.sequence: 2 -> 3") for line in told)
+    assert any(line.startswith("  line 2.details.sequence: 2 -> 3") for line in told)
     assert any(line.startswith("  +") and "Run  folder" in line for line in told)
     assert "help/commands/sweep.txt: only before" in told
     assert "consortium/files/clinic/new.txt: only after" in told
