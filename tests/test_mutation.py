@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import subprocess
@@ -9,11 +10,14 @@ import sys
 import tomllib
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 
+from tests.mutation.dependence import source_of_test
 from tests.mutation.mutants import mutants_of
 from tests.mutation.runner import Findings, Verdict, report
+from tests.mutation.swap import loaded_functions, swaps
 
 CHECKOUT = Path(__file__).parents[1]
 
@@ -106,6 +110,101 @@ def test_the_modules_and_tests_of_the_settings_exist() -> None:
         for name in (*entry["tests"], *entry.get("deselect", ())):
             file, _, function = name.partition("::")
             assert f"def {function}" in (CHECKOUT / file).read_text(encoding="utf-8"), name
+
+
+# --- what is swapped, and what a verdict stands on ---
+
+LOADED = """
+LIMIT = 3
+
+
+def outer(x, y=1, *, z=True):
+    def inner(w):
+        return w * 2
+    return inner(x) + y
+
+
+class C:
+    field = 0
+
+    @property
+    def size(self):
+        return len(self.field)
+
+    def same(self):
+        return super().__init__()
+
+
+key = lambda value: value + 5
+"""
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "swapped"),
+    [
+        ("w * 2", "w * 3", ["outer"]),
+        ("+ y", "- y", ["outer"]),
+        ("len(self.field)", "len(self.other)", ["C.size"]),
+        ("value + 5", "value + 6", ["<lambda>"]),
+        ("value + 5", "value + 5.0", ["<lambda>"]),
+        ("w * 2", "w * 2 + 0 * LIMIT", ["outer"]),
+        # What runs while the module is imported, and what a function object holds itself.
+        ("LIMIT = 3", "LIMIT = 4", None),
+        ("y=1", "y=2", None),
+        ("z=True", "z=1", None),
+        ("field = 0", "field = 1", None),
+        ("@property", "@staticmethod", None),
+        ("x, y=1", "x, y, v=1", None),
+        ("super().__init__()", "None", None),
+    ],
+)
+def test_a_mutant_is_swapped_in_only_if_nothing_else_differs(
+    before: str, after: str, swapped: list[str] | None
+) -> None:
+    assert LOADED.count(before) == 1
+    found = swaps(LOADED, ast.unparse(ast.parse(LOADED.replace(before, after))))
+    assert (found if found is None else [name for (name, _), _ in found]) == swapped
+
+
+def test_a_function_that_is_loaded_becomes_the_mutant_wherever_it_is_held() -> None:
+    space: dict[str, Any] = {}
+    exec(compile(LOADED, "loaded for this test", "exec"), space)  # noqa: S102
+    held = [space["outer"]]
+    functions = loaded_functions("loaded for this test")
+    for key, code in swaps(LOADED, LOADED.replace("w * 2", "w * 7")) or ():
+        for function in functions[key]:
+            function.__code__ = code
+    assert held[0](2) == 15
+
+
+def test_a_test_is_made_of_what_it_names_in_its_file() -> None:
+    source = """
+A = 1
+B = 2
+
+@fixture
+def made():
+    return B
+
+@fixture(autouse=True)
+def always():
+    pass
+
+def helper():
+    return A
+
+def test_one(made):
+    assert helper()
+
+def test_other():
+    pass
+"""
+    found = source_of_test(source, "test_one[a]")
+    assert [
+        name for name in ("A = 1", "B = 2", "made", "always", "helper", "test_one", "test_other") if name in found
+    ] == ["A = 1", "B = 2", "made", "always", "helper", "test_one"]
+    assert "A = 1" not in source_of_test(source, "test_other")
+    assert source_of_test(source, "test_gone") == source
 
 
 # --- what becomes of them ---
@@ -239,6 +338,18 @@ def test_tests_that_fail_without_a_mutant_stop_the_run(toy: Path) -> None:
     status, output, _ = mutate(toy)
     assert status == 1
     assert "do not pass without a mutant: tests/test_toy.py::test_broken" in output
+
+
+def test_a_sample_is_the_same_each_time_and_called_one(toy: Path) -> None:
+    status, output, first = mutate(toy, "--sample", "8")
+    assert status == 1
+    assert len(first) == 8
+    assert f"(a sample: 8 of {len(mutants_of(MODULE))} mutants, seed 13)" in output
+    _, _, again = mutate(toy, "--sample", "8")
+    assert again == first
+    _, output, every = mutate(toy)
+    assert "a sample" not in output
+    assert {name: every[name] for name in first} == first
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 import client.ledger.account as account_module
@@ -449,6 +450,29 @@ def test_damaged_file_is_explained(path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(LedgerError, match="damaged"), opened(path):
         pass
+
+
+def test_a_refused_opening_leaves_no_file_open(path: Path) -> None:
+    """Neither one that the mirror refuses nor one that the file's own checks refuse, while the error is still held."""
+
+    def refuse(ledger: Ledger) -> None:
+        raise LedgerError("no mirror")
+
+    def is_open() -> bool:
+        return str(path) in [file.path for file in psutil.Process().open_files()]
+
+    with pytest.raises(LedgerError, match="no mirror") as held, opened(path, mirror=refuse):
+        pass
+    assert held.tb is not None
+    assert not is_open()
+    with opened(path):
+        assert is_open()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("PRAGMA user_version = 3")
+    with pytest.raises(LedgerError, match="schema version 3") as held, opened(path):
+        pass
+    assert held.tb is not None
+    assert not is_open()
 
 
 def test_newer_schema_is_refused_untouched(path: Path) -> None:

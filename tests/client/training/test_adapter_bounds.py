@@ -17,6 +17,7 @@ from client.training.trainer import train_local_round
 from server.aggregation.optimizers import apply_update
 from shared.errors import AdapterError
 from shared.job.job import Job
+from shared.models.tunable import RESIDUAL
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.runtime import load_runtime
@@ -81,6 +82,26 @@ def test_the_ratio_of_adam_s_moments_is_bounded_for_the_worst_gradients() -> Non
     assert largest_ratio(0.9999, 0.999) == math.inf
 
 
+@pytest.mark.parametrize(("beta1", "beta2"), [(0.0, 0.999), (0.5, 0.99), (0.9, 0.999), (0.9, 0.99)])
+def test_the_ratio_of_adam_s_moments_is_that_of_cauchy_and_schwarz(beta1: float, beta2: float) -> None:
+    """For t steps |sum a g| / sqrt(sum b g^2) <= sqrt(sum a^2 / b), a and b the weights of the corrected moments."""
+    steps = torch.arange(0, 3000, dtype=torch.float64)
+    ratios = []
+    for t in (*range(1, 300), 1000, 3000):
+        first = (1 - beta1) * beta1 ** steps[:t] / (1 - beta1**t)
+        second = (1 - beta2) * beta2 ** steps[:t] / (1 - beta2**t)
+        ratios.append(math.sqrt(float((first**2 / second).sum())))
+    found = largest_ratio(beta1, beta2)
+    assert max(ratios) <= found
+    ever = sum(beta1 ** (2 * k) / beta2**k for k in range(2000)) if beta1 else 1.0  # of endlessly many steps
+    tops = [
+        (1 - beta1) / (1 - beta1**t) * math.sqrt((1 - beta2**t) / (1 - beta2) * ever)
+        for t in (*range(1, math.ceil(1 / (1 - beta2)) + 1), 10**6)
+    ]
+    assert found == pytest.approx(max(tops), rel=1e-9)
+    assert largest_ratio(0.5, 0.25) == math.inf
+
+
 def test_before_the_first_round_only_the_public_adapter_passes(private_job: Callable[..., Job]) -> None:
     job = private_job()
     initial = load_runtime(job, COMPUTE).initial
@@ -89,6 +110,73 @@ def test_before_the_first_round_only_the_public_adapter_passes(private_job: Call
         with pytest.raises(AdapterError, match="away from where the job's seed puts it"):
             check(job, initial | {name: value + 0.01}, 0)
     check(job, {name: value + 0.01 for name, value in initial.items()}, 1)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_one_coordinate_that_went_too_far_is_enough(private_job: Callable[..., Job], sign: float) -> None:
+    job = private_job()
+    initial, bounds = load_runtime(job, COMPUTE).initial, bounds_of(job)
+    for name, start in initial.items():
+        limit = bounds.limit(name, 1, largest_initial=float(start.abs().max()))
+        moved = start.clone()
+        moved.view(-1)[1] += sign * limit * 0.999
+        check(job, initial | {name: moved}, 1)
+        moved.view(-1)[1] += sign * limit * 0.002
+        with pytest.raises(AdapterError, match=rf"tensor {name!r} is .* away .* 1 rounds .* by {limit:.3g} at most"):
+            check(job, initial | {name: moved}, 1)
+
+
+def test_a_value_beyond_the_largest_is_refused_though_it_has_not_moved(private_job: Callable[..., Job]) -> None:
+    job = private_job(training={"learning_rate": 1e12, "optimizer": "sgd"})
+    plan = PrivacyPlan.from_job(job)
+    for value, fits in ((MOST, True), (-MOST, True), (1.001 * MOST, False), (-1.001 * MOST, False)):
+        far = {"w": torch.tensor([0.0, value])}
+        if fits:
+            check_bounds(job, plan, {"w": far["w"]}, far, rounds_before=1)
+            check_bounds(job, plan, {}, far, rounds_before=1)  # a tensor without an initial value begins at 0
+        else:
+            with pytest.raises(AdapterError, match="no value may exceed 10000"):
+                check_bounds(job, plan, {"w": far["w"]}, far, rounds_before=1)
+
+
+SGD = {"optimizer": "sgd", "momentum": 0.5, "learning_rate": 0.1, "local_steps": 3, "head_learning_rate_factor": 2.0}
+ROUND = 3 * 0.1 * 0.25 * (2 + 10 * 2.0) / 0.5 / (1 - 0.5)  # steps, rate, C (2 + 10 sigma) / q, momentum
+
+
+@pytest.mark.parametrize(
+    ("name", "rounds", "training", "aggregation", "expected"),
+    [
+        ("a.lora_B", 1, {}, {}, 2 * ROUND),
+        ("a.lora_B", 3, {}, {"server_learning_rate": 1.5}, 2 * 3 * 1.5 * ROUND),
+        ("head.linear.weight", 3, {}, {}, 2 * 3 * 2.0 * ROUND),
+        ("a.lora_B", 2, {"weight_decay": 0.1}, {}, 2 * 2 * ROUND + 2 * 0.7),
+        ("a.lora_B", 2, {}, {"server_optimizer": "momentum", "server_momentum": 0.75}, 2 * 2 * ROUND / 0.25),
+        (
+            "a.lora_B",
+            2,
+            {},
+            {"server_optimizer": "adam", "server_momentum": 0.5, "server_learning_rate": 0.3},
+            2 * 2 * 0.3 * largest_ratio(0.5, 0.99),
+        ),
+        ("a.lora_B", 2, {"optimizer": "adamw"}, {}, 2 * 2 * 3 * 0.1 * largest_ratio(0.5, 0.999)),
+        (f"a.{RESIDUAL}", 2, {"learning_rate": 0.01}, {}, 2 * 2 * 2 * 8.0 * (ROUND / 10) ** 2),
+        ("a.lora_B", 10**6, {}, {}, MOST),
+    ],
+)
+def test_the_bound_is_what_noise_rates_and_optimisers_can_do(
+    private_job: Callable[..., Job],
+    name: str,
+    rounds: int,
+    training: dict[str, Any],
+    aggregation: dict[str, Any],
+    expected: float,
+) -> None:
+    privacy = {"noise_multiplier": 2.0, "sample_rate": 0.5, "max_grad_norm": 0.25}
+    job = private_job(training={**SGD, **training}, privacy=privacy, aggregation=aggregation)
+    assert job.lora.alpha == 8.0
+    found = bounds_of(job).limit(name, rounds, largest_initial=0.7)
+    assert found == pytest.approx(min(expected + 1e-4, MOST), rel=1e-9)
+    assert bounds_of(job).limit(name, 0, largest_initial=0.7) == 1e-4
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,17 @@ CONVOLUTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", CONVOLUTIONS, ids=str)
 def test_gradients_of_convolutions_equal_those_of_a_loop(options: dict[str, Any], norm: tuple[int, int] | None) -> None:
     torch.manual_seed(0)
-    layers = [nn.Conv2d(4, 6, **options), *([nn.GroupNorm(*norm)] if norm else []), nn.Tanh(), nn.AdaptiveAvgPool2d(2)]
+    layers = [
+        nn.Conv2d(4, 6, **options),
+        *([nn.GroupNorm(*norm, eps=0.1)] if norm else []),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(2),
+    ]
     model = nn.Sequential(nn.Conv2d(2, 4, 3), *layers, nn.Flatten(), nn.Linear(24, 3))
+    for layer in model:
+        if isinstance(layer, nn.GroupNorm):  # it begins with factors of 1, which would hide a fault
+            nn.init.uniform_(layer.weight, 0.5, 2.0)
+            nn.init.normal_(layer.bias)
     inputs, targets = torch.randn(5, 2, 9, 8), torch.tensor([0, 1, 2, 0, 1])
     plain = model(inputs)
     with per_example_hooks(model):
@@ -81,6 +90,10 @@ def test_which_layers_are_left_to_opacus() -> None:
         stacks = {parameter: parameter.detach().unsqueeze(0) for parameter in layer.parameters()}
         with pytest.raises(ValueError, match="several sites"):
             PerExampleHooks(nn.Sequential(layer), stacks)
+    without = nn.GroupNorm(2, 4)
+    assert per_example_module._is_ours(without)
+    without.bias = None
+    assert not per_example_module._is_ours(without)
 
 
 def assert_same_round(found: LocalRound, expected: LocalRound) -> None:

@@ -17,6 +17,7 @@ from client.training.trainer import LocalRound, LocalWork, per_example_hooks, tr
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Example, collate
+from shared.models.packing import whole_rows
 from shared.privacy.mechanism import per_example_gradients
 from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
@@ -255,6 +256,23 @@ def test_gradients_held_back_are_handed_over_in_pieces_of_any_size(
     monkeypatch.setattr(per_example_module, "_MOST_HELD_BYTES", 0)
     for found, other in zip(train(runtime, works, job, plan), expected, strict=True):
         assert_same_round(found, other)
+
+
+def test_a_layer_meets_whole_rows_whoever_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    met: list[int] = []
+    linear = nn.functional.linear
+
+    def noted(inputs: Tensor, *others: Any) -> Tensor:
+        met.append(len(inputs))
+        return linear(inputs, *others)
+
+    monkeypatch.setattr(nn.functional, "linear", noted)
+    weight, bias = torch.randn(2, 3), torch.randn(2)
+    for shape in ((1, 3), (7, 3), (whole_rows(1), 3), (5, 11, 3)):
+        inputs = torch.randn(shape)
+        found = per_example_module._linear(inputs, weight, bias, None)
+        torch.testing.assert_close(found, inputs @ weight.T + bias)
+        assert met.pop() == whole_rows(inputs[..., 0].numel())
 
 
 def test_slices_by_owner() -> None:

@@ -303,6 +303,28 @@ def test_limits_of_many_steps_are_those_of_the_central_limit_theorem() -> None:
     assert full == pytest.approx(math.sqrt(4 / (1e-3 * 0.1**2)), rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "num", "decimals", "most"),
+    [
+        (3.0, 0.1, 10, None, 9),
+        (1.0, 0.05, 60, None, 8),
+        (8.0, 0.2, 20, 4, 9),
+        (0.5, 1.0, 4, None, 6),
+        (20.0, 0.3, 5, 4, 10),
+        (0.1, 0.02, 200, 2, 4),
+        (3.0, 0.01, 3000, None, 6),
+    ],
+)
+def test_a_calibration_takes_few_compositions(
+    epsilon: float, rate: float, num: int, decimals: int | None, most: int
+) -> None:
+    """Each takes up to a second; more than these would be a step back."""
+    accounting.calibrate_noise_multiplier.cache_clear()
+    accounting._compose_epsilon.cache_clear()
+    calibrate_noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=rate, steps=num, decimals=decimals)
+    assert accounting._compose_epsilon.cache_info().misses <= most
+
+
 def test_likely_steps_are_near_those_that_fit() -> None:
     spent = [steps(8.0, 1.0, 20)]
     for sigma, rate in ((1.0, 0.02), (20.0, 1.0)):

@@ -6,7 +6,7 @@ import json
 import math
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -17,15 +17,22 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from shared.epsilons import rounded_up
 from shared.errors import ConfigError, PrivacyError
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.central import CentralPlan, SitesSum
-from shared.privacy.central_statement import CentralRelease, central_privacy_record, central_statement
+from shared.privacy.central import CentralPlan, ClippedSites, SitesSum
+from shared.privacy.central_statement import (
+    NOT_COVERED_CENTRAL,
+    CentralRelease,
+    central_privacy_record,
+    central_statement,
+)
 from shared.privacy.mechanism import ClippedSum
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
+from shared.privacy.statement import ACCOUNTANT, PRE_TRAINING, STOPPED_EARLY
 
 SHAPES = {"adapter.a": torch.Size([2, 3]), "adapter.b": torch.Size([4]), "head": torch.Size([2])}
 DIMENSION = 12
@@ -159,6 +166,25 @@ def test_the_grid_makes_no_coordinate_longer(vector: list[float], clip: float) -
         clipped_sum(make_plan(), others, SHAPES, clip).updates
     )
     assert torch.equal(difference, on_grid)
+
+
+def test_the_grid_of_many_sites_is_coarse_and_still_makes_no_coordinate_longer() -> None:
+    """With ten million sites it is coarser than that of the clipped vectors, so it does round: towards zero."""
+    update = update_of(np.random.default_rng(3).normal(size=DIMENSION))
+    clipped = ClippedSum(list(SHAPES.values()), 0.1)
+    clipped.add([part[None] for part in update.values()])
+    total = ClippedSites(SHAPES, 0.1, 10_000_000)
+    total.add(update)
+    found, exact = flat(total.total().updates), flat(clipped.sums)
+    assert not torch.equal(found, exact)
+    assert bool((found.abs() <= exact.abs()).all())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_an_update_that_is_not_finite_is_neither_clipped_nor_unclipped(bad: float) -> None:
+    total = clipped_sum(make_plan(), [update_of([bad] + [0.01] * (DIMENSION - 1))], SHAPES, 0.1)
+    assert total.count == 0.0
+    assert torch.equal(flat(total.updates), torch.zeros(DIMENSION, dtype=torch.float64))
 
 
 def test_no_more_updates_than_declared_sites() -> None:
@@ -417,3 +443,86 @@ def test_nothing_published_is_said_to_be_nothing() -> None:
     nothing = release(events=(), rounds=())
     assert nothing.epsilon == 0.0
     assert "published nothing" in central_statement(nothing, "r").one_site
+
+
+EVENTS = (
+    GaussianSteps(noise_multiplier=1.2, sample_rate=0.5, steps=4),
+    GaussianSteps(noise_multiplier=2.0, sample_rate=0.25, steps=3),
+)
+
+
+@pytest.mark.parametrize("stopped_early", [False, True])
+def test_the_whole_record_of_the_coordinator(stopped_early: bool) -> None:
+    made = release(events=EVENTS, rounds=(1, 2, 2, 3, 4, 5, 6), rounds_planned=20, epsilon_planned=5.5)
+    spent = compose_epsilon(EVENTS, 1e-5)
+    assert spent < 5.5
+    found = central_privacy_record(made, "r", stopped_early=stopped_early, pretrained=False)
+    assert found.pop("epsilon_spent_prv") == pytest.approx(spent, rel=0.02)
+    told = f"({rounded_up(5.5 if stopped_early else spent)}, 1e-05)-differentially private"
+    early = (
+        " The run ended early: this is the epsilon of all 20 planned rounds, which is what was promised; of the executed ones it "
+        f"is {rounded_up(spent)}."
+    )
+    statement = (
+        "Unit: one site with everything that it holds. Everything that the coordinator published in run r, which is all global "
+        f"adapters and clipping bounds, is {told} under add or remove one site of {made.num_sites:,} declared ones, for Poisson "
+        "sampling of sites at rate 0.5, noise multiplier 1.2000, 4 executed rounds; Poisson sampling of sites at rate 0.25, "
+        "noise multiplier 2.0000, 3 executed rounds (1 of them recomputed after an interruption and counted again), by PLD "
+        f"accounting, against any number of other sites and the public.{early if stopped_early else ''} TRUSTED COORDINATOR: "
+        "this does not protect against the coordinator itself, which received the sites' updates unprotected, and it says "
+        "nothing about single records at a site of their own."
+    )
+    uncovered = [item for item in NOT_COVERED_CENTRAL if item is not PRE_TRAINING]
+    assert found == {
+        "released_by": "coordinator",
+        "run": "r",
+        "unit": "site",
+        "relation": "add or remove one site",
+        "trusts": ["coordinator"],
+        "delta": 1e-5,
+        "num_sites_declared": made.num_sites,
+        "sample_rate": 0.25,
+        "noise_multiplier": 2.0,
+        "update_noise_multiplier": made.update_noise_multiplier,
+        "count_noise": made.count_noise,
+        "clip_norm_first": made.first_clip_norm,
+        "steps_planned": 20,
+        "steps_executed": 7,
+        "rounds": [1, 2, 2, 3, 4, 5, 6],
+        "epsilon_budget": 5.5,
+        "epsilon_spent": spent,
+        "epsilon_spent_prv_missing": None,
+        "accountant": ACCOUNTANT,
+        "randomness": "os",
+        "private": True,
+        "events": [asdict(event) for event in EVENTS],
+        "epsilon_planned": 5.5 if stopped_early else None,
+        "statement": statement,
+        "not_covered": uncovered,
+    }
+    text = central_statement(made, "r", stopped_early=stopped_early)
+    assert text.one_site == statement
+    assert list(text.not_covered) == [*NOT_COVERED_CENTRAL, *([STOPPED_EARLY] if stopped_early else [])]
+    assert central_privacy_record(made, "r")["epsilon_planned"] is None
+    # What was executed counts where it is more than the plan.
+    assert release(events=EVENTS, epsilon_planned=0.1).epsilon_promised == spent
+
+
+def test_the_whole_statements_where_nothing_is_promised() -> None:
+    injected = release(randomness="injected", events=EVENTS)
+    assert (injected.epsilon, injected.epsilon_promised) == (math.inf, math.inf)
+    statement = central_statement(injected, "r", stopped_early=True)
+    assert statement.one_site == (
+        "NOT PRIVATE: the randomness of the coordinator in run r was injected for a test. Whoever knows the seed can remove "
+        "the noise, so no epsilon is stated."
+    )
+    assert list(statement.not_covered) == list(NOT_COVERED_CENTRAL)
+    record = central_privacy_record(injected, "r", stopped_early=True)
+    names = ("epsilon_spent", "epsilon_spent_prv", "epsilon_spent_prv_missing", "epsilon_planned")
+    assert [record[name] for name in names] == [None] * 4
+    nothing = release(events=(), rounds=())
+    assert central_statement(nothing, "r").one_site == (
+        "The coordinator published nothing in run r that depends on a site."
+    )
+    record = central_privacy_record(nothing, "r")
+    assert [record[name] for name in ("sample_rate", "noise_multiplier", "steps_executed")] == [None, None, 0]

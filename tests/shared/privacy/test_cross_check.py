@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
+from types import SimpleNamespace
 
 import pytest
+from opacus.accountants import PRVAccountant
 
 from shared.privacy import cross_check
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -48,4 +52,41 @@ def test_whatever_fails_inside_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(cross_check, "_computed", fail)
     found = prv_cross_check([steps(1.0, 0.1, 17)], 1e-5)
     assert found.epsilon is None
-    assert "MemoryError" in (found.reason or "")
+    assert found.reason == "The PRV accountant failed (MemoryError)."
+
+
+def test_nothing_costs_nothing() -> None:
+    assert prv_cross_check([], 1e-5).epsilon == prv_cross_check([steps(1.0, 0.1, 0)], 1e-5).epsilon == 0.0
+    assert prv_cross_check([steps(1.0, 0.1, 9), steps(0.3, 0.1, 0)], 1e-5) == prv_cross_check(
+        [steps(1.0, 0.1, 9)], 1e-5
+    )
+
+
+def test_the_grid_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the edge of each; grid and answer of the other accountant are set, since none of its own lies just there."""
+    asked: dict[str, object] = {}
+    answer = {"size": 1 << 19, "epsilon": 1.5}
+
+    def domain(self: PRVAccountant, **options: object) -> SimpleNamespace:
+        asked.update(options)
+        return SimpleNamespace(size=answer["size"])
+
+    monkeypatch.setattr(PRVAccountant, "_get_domain", domain)
+    monkeypatch.setattr(PRVAccountant, "get_epsilon", lambda self, delta: answer["epsilon"])
+    logging.getLogger("opacus").setLevel(logging.INFO)
+    two = (steps(1.0, 0.1, 9), steps(2.0, 0.1, 5))
+    assert cross_check._computed(two, 1e-5).epsilon == 1.5
+    assert (asked["eps_error"], asked["num_self_compositions"]) == (0.01, [9, 5])
+    assert asked["delta_error"] == pytest.approx(1e-8, rel=1e-12)
+    assert logging.getLogger("opacus").level == logging.ERROR
+    answer["size"] += 1
+    assert cross_check._computed(two, 1e-5).reason == (
+        "The PRV accountant would need a grid too large for a cross-check."
+    )
+    assert cross_check._computed(two[:1], 1e-5).epsilon == 1.5
+    rounding = 2.0**-52 * answer["size"]
+    assert cross_check._computed(two[:1], rounding / 0.9985).epsilon == 1.5
+    found = cross_check._computed(two[:1], rounding)
+    assert found.reason == "At delta 1.16416e-10 the PRV accountant would be ruled by its own rounding."
+    answer["epsilon"] = math.inf
+    assert cross_check._computed(two[:1], 1e-5).reason == "The PRV accountant found no finite bound."

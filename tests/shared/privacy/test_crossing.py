@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
@@ -85,3 +86,49 @@ def test_the_search_ends_soon_for_any_cost(
         found = crossing(cost, 1.0, rising=rising, least=1, most=30_000_000, guess=guess, slope=slope)
         assert found == (root, root + 1)
         assert len(asked) <= 110
+
+
+# Costs with their root at 1, rising and falling: straight in logarithms, bent, without a logarithm on one side or on both.
+COSTS: dict[str, tuple[bool, Callable[[float], float]]] = {
+    "usual, rising": (True, lambda x: x**0.7),
+    "steep, rising": (True, lambda x: x**1.6),
+    "bent, rising": (True, lambda x: math.expm1(x) / math.expm1(1.0) if x < 50 else math.inf),
+    "nothing below": (True, lambda x: 0.0 if x < 0.3 else x**0.6),
+    "infinity above": (True, lambda x: math.inf if x > 1.7 else x),
+    "usual, falling": (False, lambda x: x**-1.2),
+    "flat, falling": (False, lambda x: x**-0.5),
+    "bent, falling": (False, lambda x: math.expm1(1 / x**2) / math.expm1(1.0) if x > 0.05 else math.inf),
+    "a step": (False, lambda x: 5.0 if x <= 1 else 0.2),
+}
+EVALUATIONS = {  # without slack, with it
+    "usual, rising": (85, 85),
+    "steep, rising": (94, 92),
+    "bent, rising": (126, 119),
+    "nothing below": (99, 99),
+    "infinity above": (92, 92),
+    "usual, falling": (85, 85),
+    "flat, falling": (97, 97),
+    "bent, falling": (134, 129),
+    "a step": (421, 313),
+}
+
+
+@pytest.mark.parametrize("slack", [0.0, 1e-3])
+@pytest.mark.parametrize("name", COSTS)
+def test_evaluations_are_dear(name: str, slack: float) -> None:
+    """How many the search takes on the whole from good guesses and bad ones; more would be a step back."""
+    rising, shape = COSTS[name]
+    taken = 0
+    for root in (3.5, 2345.5, 3_456_789.5):
+        for factor in (1.0, 1.2, 0.8, 3.0, 0.2, 500.0, 1e-4):
+            asked: list[int] = []
+
+            def cost(number: int, root: float = root, asked: list[int] = asked) -> float:
+                asked.append(number)
+                return shape(number / root)
+
+            low, high = crossing(cost, 1.0, rising=rising, least=1, most=1 << 24, guess=root * factor, slack=slack)
+            assert low < root < high
+            assert high - low <= max(1, low * slack)
+            taken += len(asked)
+    assert taken <= EVALUATIONS[name][slack > 0]

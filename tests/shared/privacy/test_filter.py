@@ -227,6 +227,15 @@ def test_orders_follow_from_the_cap_alone() -> None:
     }
 
 
+@pytest.mark.parametrize(("epsilon", "delta"), [(1.0, 1e-6), (3.0, 1e-6), (7.0, 1e-3), (20.0, 1e-9)])
+def test_the_upper_order_is_the_best_for_plain_noise(epsilon: float, delta: float) -> None:
+    """By a dense search: rho = (epsilon - log(1 - 1/alpha) + log(alpha delta) / (alpha - 1)) / alpha is largest there."""
+    alphas = np.linspace(1.01, 100, 1_000_000)
+    rho = (epsilon - np.log1p(-1 / alphas) + np.log(alphas * delta) / (alphas - 1)) / alphas
+    best = float(alphas[rho.argmax()])
+    assert filter_orders(epsilon=epsilon, delta=delta) == tuple(sorted({math.ceil(0.6 * best), math.ceil(best)}))
+
+
 def test_bad_arguments_are_refused() -> None:
     for orders in ((), (1,), (4, 3), (3, 3), (2.5,), (MAX_ORDER + 1,), (True, 3)):
         with pytest.raises(PrivacyError, match="orders"):
@@ -287,3 +296,34 @@ def test_a_fixed_account_spends_at_its_own_delta(delta: float) -> None:
     more = [GaussianSteps(noise_multiplier=1.0, sample_rate=0.1, steps=left + extra) for extra in (0, 1)]
     within, above = (compose_epsilon([*charged, step], delta) for step in more)
     assert within <= spent + 1.0 < above
+
+
+def test_a_rule_needs_orders_that_were_fixed() -> None:
+    for orders in ((), (3, 2), (2, 2), (1, 3), (2, 513)):
+        with pytest.raises(PrivacyError, match="the filter's orders are"):
+            SpendingRule(composition="adaptive", delta=1e-5, orders=orders)
+    assert SpendingRule(composition="adaptive", delta=1e-5, orders=(2, 512)).orders == (2, 512)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 7, 40])
+def test_steps_up_to_exactly_the_cap_are_affordable(num: int) -> None:
+    rule = SpendingRule(composition="adaptive", delta=1e-5, orders=filter_orders(epsilon=3.0, delta=1e-5))
+    spent = [GaussianSteps(noise_multiplier=2.0, sample_rate=0.1, steps=5)]
+    cap = rule.epsilon([*spent, GaussianSteps(noise_multiplier=1.1, sample_rate=0.05, steps=num)])
+    options = {"noise_multiplier": 1.1, "sample_rate": 0.05}
+    assert rule.affordable_steps(spent, cap=cap, **options) == num
+    assert rule.affordable_steps(spent, cap=cap - 1e-9, **options) == num - 1
+
+
+def test_the_divergence_of_next_to_no_noise_is_infinite() -> None:
+    assert renyi_divergence(0.999e-3, 1e-9, 2) == math.inf
+    assert renyi_divergence(1e-3, 1.0, 2) == pytest.approx(1e6, rel=1e-6)
+
+
+@pytest.mark.parametrize(("order", "num"), [(2, 1), (9, 40), (64, 3)])
+def test_the_spend_of_one_order_is_that_of_the_closed_form_and_never_below(order: int, num: int) -> None:
+    """z = S - log(alpha delta) / (alpha - 1), and the spend z + log(1 - 1/alpha): Canonne, Kamath, Steinke 2020."""
+    event = GaussianSteps(noise_multiplier=1.5, sample_rate=0.1, steps=num)
+    total = num * renyi_divergence(1.5, 0.1, order)
+    exact = total - math.log(order * 1e-5) / (order - 1) + math.log1p(-1 / order)
+    assert 1e-10 < filter_epsilon([event], delta=1e-5, orders=(order,)) - exact < 3.1e-10

@@ -49,6 +49,55 @@ def test_the_grid_of_a_step_reaches_as_far_as_it_says(sigma: float, rate: float,
     assert np.all(part.errors <= 1e-11)
 
 
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize("rate", [0.3, 1.0])
+def test_the_ends_of_a_coarse_grid_hold_what_lies_beyond(rate: float, removed: bool) -> None:
+    """About exp(-5) lies above, at infinity, and as much below, in the first cell: no mass is lost."""
+    part = step_loss(0.8, rate, removed, 0.05, 5)
+    assert float(part.probs.sum()) + part.infinite == pytest.approx(1.0, abs=1e-13)
+    if rate == 1:
+        assert 1e-4 < part.infinite < math.exp(-5)
+        assert part.probs[0] > 3 * part.probs[1]
+
+
+def test_the_rounding_of_a_cell_is_that_of_the_three_divergences_around_it() -> None:
+    cell, rate, sigma = 1e-2, 0.2, 1.1
+    part = step_loss(sigma, rate, True, cell, 50)
+    ratio, width = math.exp(cell), math.expm1(cell)
+
+    def error(number: int) -> float:
+        found = module.step_divergence(np.array([abs(number) * cell]), sigma, rate, number >= 0)[1]
+        return float(found[0]) * math.exp(min(number, 0) * cell)
+
+    for place in (5, -part.lower - 3, -part.lower, -part.lower + 1, 400):
+        number = part.lower + place
+        around = (error(number + 1) + (1 + ratio) * error(number) + ratio * error(number - 1)) / width
+        assert part.errors[place] == pytest.approx(around + UNIT * part.probs[place], rel=1e-9)
+
+
+@pytest.mark.parametrize("removed", [True, False])
+@pytest.mark.parametrize(("sigma", "rate"), [(0.7, 0.05), (3.0, 0.6), (1.0, 1.0)])
+def test_the_rounding_of_a_divergence_is_bounded_as_its_comments_say(sigma: float, rate: float, removed: bool) -> None:
+    for epsilon in (0.0, 0.1, 0.4, 0.9, 2.5):
+        _, (found,) = module.step_divergence(np.array([epsilon]), sigma, rate, removed)
+        sign = 1.0 if removed else -1.0
+        change = math.expm1(sign * epsilon) / rate
+        share = math.exp(-epsilon)
+        plain = removed or share >= 0.5
+        ratio = 1 + change if plain else (share - (1 - rate)) / rate
+        if ratio <= 0:
+            assert found == 0.0
+            continue
+        rounded = abs(change) if plain else share / rate
+        unsampled = sign * math.log(ratio)
+        near = unsampled * sigma - 0.5 / sigma
+        weight = rate if removed else rate * math.exp(epsilon) * ratio
+        density, upper = math.exp(-(near**2) / 2) / math.sqrt(2 * math.pi), math.erfc(near / math.sqrt(2)) / 2
+        arguments = upper * (16 + 4 * near**2 + 4 * epsilon + 2 / sigma)
+        expected = 2 * UNIT * weight * (arguments + 4 * rounded / ratio * (sigma * density + upper))
+        assert found == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("rate", [1e-3, 0.3, 1.0])
 def test_the_divergence_of_a_step_at_its_grid_is_that_of_its_cells(rate: float) -> None:
     cell = 1e-2
@@ -153,6 +202,12 @@ def test_rounding_is_bounded_as_the_text_says() -> None:
     slack = 1 + 1e-10 + 128 * UNIT * 9
     expected = (transforms + steps / (1 + TILT)) * math.exp(log_moment(TILT) - TILT) * slack
     assert bound.lost(1.0) == pytest.approx(expected, rel=1e-12)
+
+
+def test_sums_round_by_as_much_as_there_are_steps() -> None:
+    part = step_loss(300.0, 1e-3, True, 1e-3, 50)
+    many = TiltedDivergence([(part, 1 << 20)], 50.0, lambda tilt: (1 << 20) * part.log_moment(tilt))
+    assert many._slack - 1 == pytest.approx(1e-10 + 128 * UNIT * (1 << 20), rel=1e-4)
 
 
 @pytest.mark.parametrize(("tilt", "cell"), [(0.1, 1e-2), (3.0, 1e-3), (50.0, 1e-2), (400.0, 1e-2)])

@@ -19,7 +19,7 @@ from shared.privacy.mechanism import CLIP_MARGIN, PlainSum
 from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
-from shared.privacy.sizes import declared_size, default_delta
+from shared.privacy.sizes import declared_size, default_delta, least_delta_refused
 
 JobBuilder = Callable[..., Any]
 SHAPES = [torch.Size([100, 200]), torch.Size([7])]
@@ -122,9 +122,9 @@ def test_a_plan_by_the_patient_needs_persons_and_counts_them(classification_job:
     persons = Persons.from_ids(["a", "b", "a"])
     plan.check_persons(persons)
     by_record.check_persons(None)
-    with pytest.raises(PrivacyError, match="unit of privacy is the patient, but no persons are known"):
+    with pytest.raises(PrivacyError, match="unit of privacy is the patient, but no persons are known; nothing"):
         plan.check_persons(None)
-    with pytest.raises(PrivacyError, match="unit of privacy is the record, but records come with persons"):
+    with pytest.raises(PrivacyError, match="unit of privacy is the record, but records come with persons; nothing"):
         by_record.check_persons(persons)
     with pytest.raises(PrivacyError, match="with 100,000 patients it must be below"):
         plan.check_size(100_000)
@@ -146,6 +146,20 @@ def test_without_privacy_there_is_no_epsilon(classification_job: JobBuilder) -> 
 )
 def test_declared_size_is_a_power_of_two_not_above(records: int, bucket: int) -> None:
     assert declared_size(records) == bucket
+
+
+def test_a_delta_is_refused_from_one_over_twice_the_declared_size_on() -> None:
+    assert [least_delta_refused(declared) for declared in (0, 1, 2, 64)] == [0.5, 0.5, 0.25, 1 / 128]
+
+
+def test_a_noise_multiplier_of_a_mean_loss_of_a_thousand_is_the_last_to_have_an_epsilon(
+    classification_job: JobBuilder,
+) -> None:
+    # Without sampling the mean loss is T / (2 sigma^2).
+    privacy = classification_job(privacy={"noise_multiplier": 0.5, "sample_rate": 1.0}).privacy
+    assert plan_module._noise_multiplier(privacy, 1.0, 500) == 0.5
+    with pytest.raises(PrivacyError, match="rate 1 over 501 steps: it would be about a thousand or more"):
+        plan_module._noise_multiplier(privacy, 1.0, 501)
 
 
 def test_default_delta() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import dp_accounting
 import pytest
@@ -14,11 +14,15 @@ from dp_accounting.pld import pld_privacy_accountant
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.statement import (
+    ACCOUNTANT,
+    AS_REPORTED,
     NOT_COVERED,
+    STOPPED_EARLY,
     SiteRelease,
     Statement,
     not_covered,
     privacy_record,
+    relation,
     run_statement,
     site_statement,
     without_uncovered,
@@ -59,6 +63,8 @@ def test_what_is_not_covered_is_left_out_only_where_the_reader_has_it() -> None:
     assert without_uncovered(kept, ["A."]) == kept
     assert without_uncovered("Nothing was released.", ["A."]) == "Nothing was released."
     assert without_uncovered("Not covered: A.", ["A."]) == "Not covered: A."
+    # An item that stands twice is another one the second time.
+    assert without_uncovered("It is. Not covered: A. A.", ["A."]) == "It is. Not covered: A. A."
 
 
 def test_epsilon_follows_executed_steps() -> None:
@@ -310,3 +316,159 @@ def test_units_are_never_mixed() -> None:
         assert "patient" not in text
         assert "customer" not in text
         assert "several records of one person" in text.lower()
+
+
+# --- whole texts, to the letter: nothing may be missing from what a reader relies on ---
+
+FULL = replace(
+    RELEASE,
+    unit="patient",
+    records_per_person=3,
+    events=(steps(10), steps(8, sigma=2.0)),
+    updates=("a" * 64, "b" * 64),
+    unanswered=(3, 5),
+    per_round=steps(4),
+    metrics=("accuracy", "loss"),
+    metrics_mechanism=GaussianSteps(noise_multiplier=30.0, sample_rate=1.0, steps=2),
+    metrics_sha256="c" * 64,
+)
+POSSIBLE = [*FULL.events, FULL.metrics_mechanism, steps(8)]
+
+
+def test_the_events_of_a_release() -> None:
+    assert FULL.steps == 18
+    assert list(FULL.arrived_events) == POSSIBLE[:3]
+    assert list(FULL.possible_events) == POSSIBLE
+    assert list(FULL.planned_events) == [*POSSIBLE, steps(40 - 18 - 8)]
+    assert replace(FULL, metrics_sha256=None).arrived_events == FULL.events
+    # Without what a round executes, the last event stands for the steps that are left; unanswered rounds cannot count.
+    assert list(replace(FULL, per_round=None).planned_events) == [*POSSIBLE[:3], steps(22, sigma=2.0)]
+    for planned in (26, 25):
+        assert list(replace(FULL, steps_planned=planned).planned_events) == POSSIBLE
+    assert list(replace(FULL, steps_planned=27).planned_events) == [*POSSIBLE, steps(1)]
+
+
+def test_the_whole_statement_of_a_site() -> None:
+    planned, possible = (at_least(compose_epsilon(e, 1e-5)) for e in (FULL.planned_events, POSSIBLE))
+    mechanisms = (
+        "Poisson sampling rate 0.05, noise multiplier 1.0000, 10 executed steps; Poisson sampling rate 0.05, noise multiplier "
+        "2.0000, 8 executed steps (and, counted as executed, the requests of round 3, 5, which were never answered here; the "
+        "site's own ledger knows); and one release of counts (accuracy, loss) with noise of standard deviation 30.0000"
+    )
+    coins = (
+        "Each patient enters a step by one coin, with at most 3 records of theirs, drawn anew each time; the mean of their "
+        "gradients is clipped. Over a run more of them may be used. Epsilon holds for a patient with any number of records. "
+    )
+    uncovered = "Not covered: " + " ".join(not_covered("patient"))
+    begin, end = "Everything site north released in run r is", "-differentially private under add or remove one patient"
+    rest = "clipping norm 0.5, by PLD accounting, against an observer of every update."
+    assert site_statement(FULL, "r") == (
+        f"{begin} ({possible}, 1e-05){end} with all their records, for {mechanisms}, {rest} {AS_REPORTED} {coins}{uncovered}"
+    )
+    promised = (
+        "That is the epsilon of all 40 planned steps, which is what was promised; of the executed ones it is "
+        f"{possible}. "
+    )
+    lost = replace(FULL, metrics_sha256=None, records_per_person=1)
+    assert site_statement(lost, "r", stopped_early=True) == (
+        f"{begin} ({planned}, 1e-05){end} with all their records, for {mechanisms}, which was asked for and never arrived "
+        f"here, {rest} {promised}{AS_REPORTED} {coins.replace('3 records', '1 record')}{uncovered}"
+    )
+    nothing = replace(FULL, events=(), metrics_mechanism=None)
+    assert "for no update that arrived (and, counted as executed, the requests" in site_statement(nothing, "r")
+
+
+def test_the_whole_statements_of_what_is_not_protected() -> None:
+    assert site_statement(replace(FULL, private=False), "r") == (
+        "Site north released updates of run r WITHOUT noise. Nothing about its records is protected."
+    )
+    assert site_statement(replace(FULL, randomness="injected"), "r") == (
+        "NOT PRIVATE: the randomness of site north in run r was injected for a test. Whoever knows the seed can remove the "
+        "noise, so no epsilon is stated."
+    )
+    empty = replace(FULL, events=(), unanswered=(), metrics_mechanism=None)
+    assert site_statement(empty, "r") == "Site north released nothing in run r."
+    assert run_statement([], "r").one_site == "Run r released nothing yet."
+    found = run_statement([FULL, replace(FULL, randomness="injected")], "r", pretrained=False)
+    assert (found.unit, found.not_covered) == ("patient", not_covered("patient", pretrained=False))
+
+
+def test_the_whole_record_of_a_site() -> None:
+    found = privacy_record(FULL, "r", stopped_early=True, pretrained=False)
+    events = [asdict(event) for event in FULL.arrived_events]
+    assert found.pop("epsilon_spent_prv") == pytest.approx(compose_epsilon(FULL.arrived_events, 1e-5), rel=0.02)
+    assert found == {
+        "site": "north",
+        "run": "r",
+        "unit": "patient",
+        "records_per_person": 3,
+        "relation": "add or remove one patient with all their records",
+        "delta": 1e-5,
+        "sample_rate": 0.05,
+        "noise_multiplier": 2.0,
+        "max_grad_norm": 0.5,
+        "steps_planned": 40,
+        "steps_executed": 18,
+        "epsilon_budget": 8.0,
+        "epsilon_spent": compose_epsilon(FULL.arrived_events, 1e-5),
+        "epsilon_spent_prv_missing": None,
+        "epsilon_bound": compose_epsilon(POSSIBLE, 1e-5),
+        "epsilon_planned": compose_epsilon(FULL.planned_events, 1e-5),
+        "rounds_unanswered": [3, 5],
+        "update_sha256": ["a" * 64, "b" * 64],
+        "accountant": ACCOUNTANT,
+        "randomness": "os",
+        "private": True,
+        "declared_records": 1024,
+        "rounds": [1, 2],
+        "events": events,
+        "metrics": {"names": ["accuracy", "loss"], **asdict(FULL.metrics_mechanism), "sha256": "c" * 64},  # type: ignore[call-overload]
+        "statement": site_statement(FULL, "r", stopped_early=True, pretrained=False),
+        "not_covered": list(not_covered("patient", pretrained=False)),
+    }
+    bare = privacy_record(replace(RELEASE, epsilon_budget=0.0), "r")
+    assert [bare[name] for name in ("epsilon_budget", "epsilon_planned", "metrics")] == [None, None, None]
+    assert bare["not_covered"] == list(not_covered("record"))
+
+
+@pytest.mark.parametrize("stopped_early", [False, True])
+def test_the_whole_statement_of_a_run(stopped_early: bool) -> None:
+    other = replace(FULL, site="south", events=(steps(30),), unanswered=(), metrics_mechanism=None)
+    events = [release.planned_events if stopped_early else release.possible_events for release in (FULL, other)]
+    first, second = sorted((FULL, other), key=lambda r: -(r.epsilon_planned if stopped_early else r.epsilon_bound))
+    worst = max(compose_epsilon(e, 1e-5) for e in events)
+    both = compose_epsilon([*events[0], *events[1]], 1e-5)
+    found = run_statement([FULL, other], "r", stopped_early=stopped_early)
+    bound = at_least(max(FULL.epsilon_bound, other.epsilon_bound))
+    early = (
+        f" The run ended early: this is the epsilon of all 40 planned steps, which is what was promised; of the executed ones it "
+        f"is {bound}."
+    )
+    assert found.one_site == (
+        "Run r, 2 sites. A patient whose records are all at one site: everything released about them is "
+        f"({at_least(worst)}, 1e-05)-differentially private under add or remove one patient with all their records, by PLD "
+        f"accounting, against an observer of every update of every site; the largest epsilon of a site, {first.site}. "
+        f"{AS_REPORTED}{early if stopped_early else ''} Requests that were never answered here are counted as executed."
+    )
+    assert first.site != second.site
+    assert found.up_to_m_sites == [{"sites": 1, "epsilon": worst}, {"sites": 2, "epsilon": both}]
+    assert found.unit == "patient"
+    assert found.not_covered == (*not_covered("patient"), *([STOPPED_EARLY] if stopped_early else []))
+    assert found.as_dict() == {
+        "one_site": found.one_site,
+        "up_to_m_sites": found.up_to_m_sites,
+        "not_covered": list(found.not_covered),
+        "text": f"{found.one_site}\n\nA patient with records at each of m sites is protected with epsilon (m: epsilon) 1: "
+        f"{at_least(worst)}, 2: {at_least(both)}.\n\nNot covered: {' '.join(found.not_covered)}",
+    }
+
+
+def test_units_without_a_relation_are_refused_by_name() -> None:
+    with pytest.raises(PrivacyError, match="unit of privacy 'word'; known: record, site, patient, customer"):
+        relation("word")
+    assert relation("site") == "add or remove one site"
+    other = replace(RELEASE, unit="customer", records_per_person=1)
+    with pytest.raises(PrivacyError, match=r"releases of run r are by different units \(customer, record\); none"):
+        run_statement([RELEASE, other], "r")
+    with pytest.raises(PrivacyError, match="the unit is the customer, but how many records of each enter a step"):
+        site_statement(replace(other, records_per_person=None), "r")

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from dp_accounting.pld import pld_privacy_accountant
 
+from shared.epsilons import as_set
 from shared.errors import ConfigError
 from shared.privacy.accounting import PLD_DISCRETIZATION, GaussianSteps, compose_epsilon
 from shared.privacy.filter import filter_epsilon, filter_orders
@@ -146,6 +147,8 @@ def test_what_was_solved_for_keeps_to_epsilon(opened: dict[str, Any]) -> None:
     setting = solve(replace(BASE, epsilon=2.0, **opened))
     assert setting.epsilon == compose_epsilon([setting.mechanism], setting.delta)
     assert setting.epsilon <= 2.0
+    if setting.solved_for == "rate" and setting.records is None:
+        assert setting.sample_rate == round(setting.sample_rate, 6)
     question = replace(BASE, epsilon=None, **{k: v for k, v in opened.items() if k != "noise_multiplier"})
     if setting.solved_for == "noise":
         more = [replace(question, noise_multiplier=setting.noise_multiplier * 0.999)]
@@ -163,7 +166,12 @@ def test_what_was_solved_for_keeps_to_epsilon(opened: dict[str, Any]) -> None:
 
 def test_the_largest_batch_is_the_largest() -> None:
     """Few epochs: epsilon falls where the number of steps does, so several batches are the last of a stretch that fits."""
-    for records, epochs, sigma, epsilon in ((24, 2, 3.0, 1.1), (30, 1.5, 2.0, 2.0), (20, 0.7, 2.0, 0.9)):
+    for records, epochs, sigma, epsilon in (
+        (24, 2, 3.0, 1.1),
+        (30, 1.5, 2.0, 2.0),
+        (20, 0.7, 2.0, 0.9),
+        (3, 0.4, 2.0, 3.0),
+    ):
         question = Question(records=records, epochs=epochs, noise_multiplier=sigma, delta=1e-5)
         fitting = [
             batch
@@ -212,7 +220,11 @@ def test_warnings(changes: dict[str, Any], subject: str, text: str) -> None:
 @pytest.mark.parametrize(
     ("question", "text"),
     [
-        (Question(), "4 quantities are missing.*give all but one of --batch-size"),
+        (
+            Question(),
+            r"4 quantities are missing, and one can be found; give all but one of --batch-size \(or --sample-rate\), --epochs "
+            r"\(or --steps\), --noise-multiplier or --epsilon\.$",
+        ),
         (replace(BASE, noise_multiplier=None), "2 quantities are missing.*--noise-multiplier or --epsilon"),
         (replace(BASE, epsilon=3), "nothing is left to find; leave out"),
         (replace(BASE, sample_rate=0.1), "--batch-size and --sample-rate say the same"),
@@ -391,6 +403,7 @@ def test_affordable_is_what_the_cap_allows() -> None:
             assert (answer.num_runs, answer.verdict) == (fitting, verdicts[fitting])
             assert answer.epsilon_after == tuple(after)
             assert (answer.steps_affordable >= 20 * count) == (fitting == count)
+            assert (answer.rounds is None) == (answer.noise_multiplier is None) == (fitting == 3)
             one_more = replace(RUN, steps=answer.steps_affordable + 1)
             assert spent(export(), [replace(RUN, steps=answer.steps_affordable)]) <= cap < spent(export(), [one_more])
 
@@ -406,8 +419,17 @@ def test_advice_makes_it_fit(cap: float, wanted: int) -> None:
         assert (spent(account, [quieter]) <= cap) is fits
     for rounds, fits in ((answer.rounds, True), (answer.rounds + 1, False)):
         assert (spent(account, [replace(RUN, steps=4 * rounds * wanted)]) <= cap) is fits
-    assert f"privacy.noise_multiplier = {answer.noise_multiplier:.2f}" in answer.advice
-    assert f"training.rounds = {answer.rounds} or less" in answer.advice
+    assert answer.advice == (
+        f"{'It' if wanted == 1 else 'All three'} would fit with privacy.noise_multiplier = {as_set(answer.noise_multiplier)} or "
+        f"more, or with training.rounds = {answer.rounds} or less and privacy.noise_multiplier = 1."
+    )
+
+
+@pytest.mark.parametrize(("sigma", "printed"), [(1.2345, "1.2345"), (1.23456, "1.2346"), (1.0001, "1.0001")])
+def test_advice_of_fewer_rounds_names_noise_rounded_up(sigma: float, printed: str) -> None:
+    """To the fourth decimal, like all noise that is printed; one that has no more stays as it is."""
+    answer = can_afford(export(cap=4.0), replace(RUN, noise_multiplier=sigma), local_steps=4, delta=1e-5)
+    assert answer.advice.endswith(f"or less and privacy.noise_multiplier = {printed}.")
 
 
 def test_a_spent_budget_is_called_spent() -> None:
