@@ -6,7 +6,6 @@ import errno
 import functools
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import sys
@@ -16,6 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+
+from shared.terminal import print_json
 
 if TYPE_CHECKING:
     from shared.data.text_stream import GivenTexts, Skipped
@@ -205,7 +206,7 @@ def predict(
         predictions = label(load_tuned(run, job, ComputeConfig()), job, given.texts)
     for row, prediction in zip(given.rows, predictions, strict=True):
         if as_json:
-            typer.echo(json.dumps({"row": row, **prediction}, ensure_ascii=False))
+            print_json({"row": row, **prediction})
         else:
             typer.echo(shown(prediction))
     _tell_left_out(given.left_out)
@@ -317,11 +318,10 @@ def generate(
     between = "\n" if job.task.kind == "replies" else ""
     for row, text, continuations in zip(given.rows, given.texts, found, strict=True):
         for continuation in continuations:
-            typer.echo(
-                json.dumps({"row": row, "text": text, "continuation": continuation}, ensure_ascii=False)
-                if as_json
-                else text + between + continuation
-            )
+            if as_json:
+                print_json({"row": row, "text": text, "continuation": continuation})
+            else:
+                typer.echo(text + between + continuation)
     every = [continuation for continuations in found for continuation in continuations]
     if len(every) > 1:
         shares = ", ".join(f"distinct-{n} {distinct(every, n):.3f}" for n in (1, 2))

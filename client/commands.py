@@ -25,6 +25,7 @@ from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import check_new_files
 from shared.job.parsing import parse
 from shared.stopping import orderly
+from shared.terminal import print_json
 from shared.trust.certificates import fingerprint, load_certificate
 from shared.trust.keystore import new_key, passphrase_from_environment, save_secret
 from shared.trust.node_keys import load_private_key, save_private_key
@@ -192,7 +193,7 @@ def check(
             console.print(f"{mark} [bold]{finding.name}[/]: ", end="", highlight=False)
             console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps([vars(finding) for finding in findings]))
+        print_json([vars(finding) for finding in findings])
     if any(finding.outcome == "failed" for finding in findings):
         raise typer.Exit(1)
 
@@ -213,7 +214,7 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
     """Show what the running node does; exit status 1 if it does not run or is not connected."""
     said = read_status(SiteHome(home))
     if as_json:
-        typer.echo(json.dumps(said))
+        print_json(said)
     else:
         console = Console(highlight=False, soft_wrap=True)
         for key, value in said.items():

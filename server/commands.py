@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import check_new_files
 from shared.stopping import orderly, saying
+from shared.terminal import print_json
 from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
 from shared.trust.keystore import passphrase_from_environment
 from shared.trust.node_keys import load_plain_pem_key, write_plain_pem_key
@@ -160,7 +160,7 @@ def submit_job(
     if wait and not as_json:
         typer.echo(f"{submission.name}: {submission.state()['state']}; its run folder is {submission.run_folder}")
     if as_json:
-        typer.echo(json.dumps(_job_state(submission)))
+        print_json(_job_state(submission))
     if wait and (state := submission.state())["state"] != "completed":
         raise RunError(f"{submission.name} {state['state']}: {state.get('problem') or 'see the log'}")
 
@@ -174,7 +174,7 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
     alive = _alive(said)
     jobs = [_job_state(submission) for submission in submissions(place.jobs)]
     if as_json:
-        typer.echo(json.dumps({"alive": alive, **said, "jobs": jobs}))
+        print_json({"alive": alive, **said, "jobs": jobs})
     else:
         _print_status(said, alive, jobs)
     if not alive:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Sequence
@@ -10,7 +9,6 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
 from server.reports.run import read_arm, write_report_if_possible
@@ -22,6 +20,7 @@ from shared.errors import RunError
 from shared.files.json_files import read_object
 from shared.stopping import saying
 from shared.tasks import task_of
+from shared.terminal import print_json
 from simulations.audit.run import audit_run_mechanism
 from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.folds import FOLDS_FILE, run_folds
@@ -145,7 +144,7 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
         write_report_if_possible(folder)
     figures = summary(folder, scenario, seconds=time.monotonic() - started)
     if as_json:
-        typer.echo(json.dumps(figures))
+        print_json(figures)
         return
     for name, reason in figures.pop("diverged").items():
         console.print(f"warning: {name} diverged: {reason}", style="yellow", highlight=False, soft_wrap=True)

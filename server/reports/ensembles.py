@@ -7,13 +7,11 @@ Formal guarantee (test: tests/server/reports/test_ensembles.py)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +27,7 @@ from shared.job.parsing import parse
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.runtime.ensembles import Ensemble, Member
 from shared.tasks import Record, task_of
+from shared.terminal import print_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +151,7 @@ def measure_ensemble(
             "delta": privacy.delta if privacy else None,
             "unit": privacy.unit if privacy else None,
         }
-        typer.echo(json.dumps(figures, allow_nan=False))
+        print_json(figures)
         return
     console = Console(highlight=False, markup=False)
     names = [task.primary_metric, *(name for name in together.metrics if name != task.primary_metric)]

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
+from shared.terminal import JsonOption, console, print_json
 from shared.trust import audit_log
 
 audit_log_app = typer.Typer(
@@ -31,12 +30,12 @@ def verify(
         str | None,
         typer.Option("--key", metavar="KEY", help="Public key of the log's owner: ed25519:... or a .pub file."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check every entry and the head; a log that was changed in any way ends with status 1."""
     found = audit_log.verify(folder, verify_head=_verify_key(key) if key is not None else None)
     if as_json:
-        typer.echo(json.dumps(asdict(found)))
+        print_json(asdict(found))
         return
     span = f" from {found.first_time} to {found.last_time}" if found.entries else ""
     signed = ", head signed with the given key" if found.signature_checked else ""
@@ -68,9 +67,7 @@ def show(
             for entry in shown:
                 typer.echo(entry.line())
         else:
-            console = Console()
-            # In a file or a pipe there is room for more than the 80 columns that rich assumes.
-            (console if console.is_terminal else Console(width=160)).print(_table(shown))
+            console(160).print(_table(shown))
 
 
 def _table(entries: deque[audit_log.Entry]) -> Table:

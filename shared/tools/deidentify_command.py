@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+from shared.terminal import print_json
 
 if TYPE_CHECKING:
     from shared.data.deidentify.report import MaskTally
@@ -89,7 +90,7 @@ def deidentify(
     if report is not None:
         atomic.write_json(report, tally.document())
     if as_json:
-        typer.echo(json.dumps(tally.document()))
+        print_json(tally.document())
     else:
         _show(tally, out)
 

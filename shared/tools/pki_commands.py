@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from shared import terminal
+from shared.terminal import JsonOption
 
 if TYPE_CHECKING:  # cryptography is imported by the command that needs it
     from shared.trust.certificates import SiteIdentity
@@ -176,7 +178,7 @@ def publish(ca_dir: CaArgument, trust_dir: TrustArgument) -> None:
 @pki_app.command()
 def show(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A CA folder or a trust store.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List certificates: who may connect, until when, and why not."""
     from shared.trust import certificates, pki, trust_store
@@ -185,7 +187,7 @@ def show(
     is_ca = (folder / "issued").is_dir() or (folder / "ca.key").exists()
     identities = pki.issued(folder, now) if is_ca else trust_store.TrustStore(folder).sites(now)
     if as_json:
-        typer.echo(json.dumps([_as_json(found) for found in identities], ensure_ascii=False))
+        terminal.print_json([_as_json(found) for found in identities])
     else:
         _print_table(f"Issued by the CA in {folder}" if is_ca else f"Sites in the trust store {folder}", identities)
     authority = certificates.expiry_warning(certificates.load_certificate(folder / "ca.crt"), now)
@@ -235,7 +237,6 @@ def _say_protection(path: Path, passphrase: str | None) -> None:
 
 
 def _print_table(title: str, identities: list[SiteIdentity]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -252,10 +253,7 @@ def _print_table(title: str, identities: list[SiteIdentity]) -> None:
             _fingerprint(found)[:19],  # enough to tell keys apart; --json has all of it
             _serial(found),
         )
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)  # in a file or a pipe there is room for a whole serial
-    console.print(table)
+    terminal.console(120).print(table)  # room for a whole serial
     for found in identities:
         if found.reason:
             typer.echo(f"{found.path.name}: {found.reason}")

@@ -5,7 +5,6 @@ Writing one is added by `cli`: it takes the coordinator's part of Silotune.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from shared.errors import TrustError
+from shared.terminal import JsonOption, print_json
 from shared.trust.signed_file import Signer, fingerprint, sign_file, signature_file, verify_file
 from shared.trust.signing import VerifyKey, load_verify_key
 
@@ -50,7 +50,7 @@ def verify(
     key: Annotated[
         str | None, typer.Option(metavar="KEY", help="The key that must have signed: ed25519:... or a .pub file.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Check that no byte of a report was changed since it was signed, and by whom; exit status 1 if not."""
     expected = None
@@ -59,7 +59,7 @@ def verify(
     found = verify_file(file, expected)
     if as_json:
         fields = {**vars(found), "signer": found.signer.text, "key_checked": expected is not None}
-        typer.echo(json.dumps(fields))
+        print_json(fields)
         return
     name = "".join(character if character.isprintable() else "�" for character in found.name)
     typer.echo(f"unchanged since {name} ({found.role}) signed it on {found.signed_at}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from rich.table import Table
 
 from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
 from shared.errors import ConfigError, excerpt
+from shared.terminal import print_json
 from simulations.audit import AuditResult
 from simulations.audit import run as audits
 from simulations.audit.models import audit_shadow_models, audit_text_canaries
@@ -75,7 +75,7 @@ def audit_run(
     figure = folder / "audit" / f"tier{tier}.png"
     write_figure(figure, result, scored)
     if as_json:
-        typer.echo(json.dumps(content))
+        print_json(content)
     else:
         console.print(result_table(result))
         for reason in result.reasons:

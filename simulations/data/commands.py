@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from shared import terminal
+from shared.terminal import JsonOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,20 +26,18 @@ LICENCES = {
 
 @data_app.command("list")
 def list_data(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """List the public data sets: task, records, bytes to fetch, licence, source, and whether each is here."""
-    from rich.console import Console
     from rich.table import Table
 
     from simulations.data.builtin_data import BUILTIN
 
     rows = [{"name": name, **described(data)} for name, data in BUILTIN.items()]
     if as_json:
-        typer.echo(json.dumps(rows))
+        terminal.print_json(rows)
         return
-    console = Console(highlight=False, markup=False)
-    console = console if console.is_terminal else Console(width=160, highlight=False, markup=False)
+    console = terminal.console(160)
     table = Table("name", "task", "what", "records", "to fetch", "licence", "source", "here", box=None, pad_edge=False)
     for row in rows:
         size = f"{row['bytes'] / 1e6:.1f} MB" if row["bytes"] else "nothing"

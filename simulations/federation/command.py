@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import typer
 from rich.console import Console
 
 from client.node.status import read_status
@@ -22,6 +20,7 @@ from shared.models.images import image_network_sha256
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from shared.stopping import saying
+from shared.terminal import print_json
 from simulations.federation.processes import Federation, now, summary
 from simulations.running.engine import FEDERATED, check_early_stopping, plan_arms
 from simulations.scenario import builtin_scenario, load_scenario
@@ -85,7 +84,7 @@ def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: S
                 console.print(f"{name}: {line.partition('silotune.node: ')[2]}")
     figures = summary(federation, submission, arm.job, list(arm.sites), facts)
     console.print(f"{time.monotonic() - started:.0f} s; report: {submission.run_folder / 'report.html'}")
-    typer.echo(json.dumps(figures))
+    print_json(figures)
 
 
 def _budget_for(plan: PrivacyPlan) -> float:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
-import typer
 from rich.console import Console
 
+from shared import terminal
 from shared.data.datasets import dataset_fingerprint
 from shared.errors import ConfigError, PrivacyError, RunError
 from shared.privacy.plan import PrivacyPlan
@@ -54,7 +53,7 @@ def run_sweep(
         RunError: see `results.check_folder`, `private.run_selection`.
     """
     started = time.monotonic()
-    console = _console(as_json)
+    console = terminal.console(140, as_json=as_json)
     if resume and out is None:
         raise RunError("--resume needs --out, the folder of the sweep to continue.")
     sweep = load_sweep(path, axes=axes, seeds=seeds, search=search_by, trials=trials, overrides=overrides)
@@ -92,7 +91,7 @@ def run_sweep(
                 "failed": sum(not result.completed for result in journal.results.values()),
                 "seconds": round(time.monotonic() - started, 1),
             }
-            typer.echo(json.dumps(figures, allow_nan=False))
+            terminal.print_json(figures)
             return
         console.print(trials_table(list(journal.results.values())))
         console.print(frontier_table(points))
@@ -125,12 +124,6 @@ def require_unprivate_data(scenario: Scenario) -> None:
                 f'Tune on public or synthetic records, declared as {key} = "public" or "synthetic"; or account for the tuning '
                 "with --account-tuning, which docs/sweeps.md explains."
             )
-
-
-def _console(as_json: bool) -> Console:
-    console = Console(stderr=as_json, highlight=False)
-    # In a file or a pipe there is room for more than the 80 columns that rich assumes.
-    return console if console.is_terminal else Console(stderr=as_json, highlight=False, width=140)
 
 
 def _prepare(sweep: Sweep, scenario: Scenario, console: Console) -> tuple[str, list[Record]]:
@@ -195,7 +188,7 @@ def _select(
     ):
         outcome = run_selection(selection, folder, run_one=run_one, data_sha256=data_sha256, resume=resume)
     if as_json:
-        typer.echo(json.dumps({"sweep_dir": str(folder), **outcome}, allow_nan=False))
+        terminal.print_json({"sweep_dir": str(folder), **outcome})
         return
     selected = outcome["selected"]
     if selected is None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
 
+from shared import terminal
 from shared.data.rows import value_fault
 from shared.data.text_lines import LineReader
 from shared.errors import DataError
@@ -39,7 +39,6 @@ def explain(
 
     Without TEXT standard input is read: an argument can be seen in the machine's list of processes. A pair has a tab between.
     """
-    from rich.console import Console
 
     from shared.files.outputs import HTML_MARK, check_file
     from shared.job.compute import ComputeConfig
@@ -60,14 +59,13 @@ def explain(
     # Gradients along the path are small differences: bfloat16 would be too coarse for the sum to be right.
     runtime = load_tuned(run, job, ComputeConfig(precision="float32"))
     found = attribute(runtime, job, given, label=label, word=word, baseline=baseline, steps=steps)
-    console = Console(highlight=False, markup=False)
-    console = console if console.is_terminal else Console(width=120, highlight=False, markup=False)
+    console = terminal.console(120)
     if html is not None:
         from shared.files.atomic import write_bytes
 
         write_bytes(html, render_html(found, job.name))
     if as_json:
-        typer.echo(json.dumps(content(found, job.name), ensure_ascii=False, allow_nan=False))
+        terminal.print_json(content(found, job.name))
         return
     print_explanation(console, found)
     if html is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
+from shared import terminal
 from shared.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -87,7 +88,6 @@ def monitor(
 
     INPUTS are files (one text a line, CSV, JSONL or Parquet) or folders of such; without any, or with -, standard input is read.
     """
-    from rich.console import Console
 
     from shared.data.known_texts import KnownTexts
     from shared.data.text_stream import Files, Skipped, TextFormat
@@ -127,9 +127,7 @@ def monitor(
     if baseline_file is not None:
         reference = _count(label, Files([baseline_file], how, skipped), len(job.task.labels))
     watched, known = Monitor(settings, reference=reference), KnownTexts(run)
-    # In a file or a pipe there is room for more than the 80 columns that rich assumes.
-    console = Console(highlight=False, markup=False)
-    console = console if console.is_terminal else Console(width=140, highlight=False, markup=False)
+    console = terminal.console(140)
     reporter = _Reporter(
         watched, skipped, load_adjustment(run, job), out, console, job, as_json=as_json, live=follow or files is None
     )
@@ -394,7 +392,7 @@ class _Reporter:
             self._console.print(f"written: {self._out / 'monitor.json'}, {self._out / 'monitor.png'}", soft_wrap=True)
 
     def _line(self, event: dict[str, Any]) -> None:
-        typer.echo(json.dumps(event, ensure_ascii=False, allow_nan=False))
+        terminal.print_json(event)
         sys.stdout.flush()
 
     def _write(self, *, stopped: bool, warnings: Sequence[str] = ()) -> None:

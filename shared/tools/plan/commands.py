@@ -6,7 +6,6 @@ up. Expected utility is drawn from measurements that the user gives, and never m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from shared import terminal
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import ConfigError
 from shared.files.json_files import finite_or_none
@@ -75,7 +75,6 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
 ) -> None:
     """Plan a privacy budget: give all but one of batch, epochs, noise and epsilon, and the missing one is found."""
-    from rich.console import Console
 
     from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
     from shared.tools.plan.planning import Question
@@ -111,9 +110,7 @@ def plan(
     protected = asked.privacy.unit if asked is not None else unit or "record"
     sizes = _sizes(site_sizes, sites)
     document = _document(settings, sites, points, job=asked, sweep=sweep, unit=protected, sizes=sizes)
-    # In a file or a pipe there is room for more than the 80 columns that rich assumes.
-    console = Console(highlight=False, markup=False)
-    console = console if console.is_terminal else Console(width=120, highlight=False, markup=False)
+    console = terminal.console(120)
     if not as_json:
         swept = sweep.partition("=")[0] if sweep else None
         print_answers(console, settings, sites, points, swept=swept, unit=protected)
@@ -124,7 +121,7 @@ def plan(
         if not as_json:
             console.print(f"written: {out / 'plan.json'}, {out / 'plan.png'}", soft_wrap=True)
     if as_json:
-        typer.echo(json.dumps(document, allow_nan=False))
+        terminal.print_json(document)
 
 
 # --- what is asked ---
