@@ -186,6 +186,55 @@ def test_orders_stay_when_the_cap_changes_after_a_charge(path: Path) -> None:
             ledger.reserve(charge(1))
 
 
+def test_the_slow_accounting_is_done_before_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then again under it, where the sum is in the accountant's cache unless another process charged in between."""
+    asked: list[tuple[bool, list[GaussianSteps]]] = []
+
+    with opened(path) as ledger:
+        ledger.reserve(charge(3))
+
+        def noted(rule: SpendingRule, events: list[GaussianSteps]) -> float:
+            asked.append((ledger._file._connection.in_transaction, list(events)))
+            return 0.0
+
+        monkeypatch.setattr(SpendingRule, "epsilon", noted)
+        before = ledger.entries()
+        ledger.anticipate(steps(5))
+        assert ledger.entries() == before
+        ledger.reserve(charge(5))
+        events = [steps(3), steps(5)]
+        assert asked == [(False, events), (False, events), (True, events)]
+
+
+def test_each_opening_goes_by_its_own_composition(path: Path) -> None:
+    with opened(path, composition="adaptive") as one, opened(path, composition="fixed") as other:
+        assert (one.rule.composition, other.rule.composition) == ("adaptive", "fixed")
+
+
+def test_who_charges_is_the_only_writer(path: Path) -> None:
+    with opened(path) as ledger, closing(sqlite3.connect(path, isolation_level=None, timeout=0)) as other:
+        with ledger._file.transaction("DEFERRED"):
+            other.execute("BEGIN IMMEDIATE")
+            other.execute("ROLLBACK")
+        with ledger._file.transaction("IMMEDIATE"), pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
+
+
+def test_what_is_missing_is_told_by_number(path: Path) -> None:
+    with opened(path) as ledger:
+        fill(ledger)
+    good = path.read_bytes()
+    for statement, told in (
+        ("DELETE FROM entries WHERE sequence = 3", "entry 3 is missing; the next one found has number 4"),
+        ("DELETE FROM entries WHERE sequence = 6", "entry 6 is missing, added or replaced; the last one recorded is 6"),
+        ("DELETE FROM head", "entry 7 is missing, added or replaced; the last one recorded is none"),
+    ):
+        path.write_bytes(good)
+        tamper(path, lambda connection, statement=statement: connection.execute(statement))
+        with pytest.raises(LedgerError, match=rf"cannot be trusted: {told}\. Nothing more is charged"), opened(path):
+            pass
+
+
 def test_unaccountable_epsilon_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(path) as ledger:
         monkeypatch.setattr(SpendingRule, "epsilon", lambda self, events: float("nan"))
