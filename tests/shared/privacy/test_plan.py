@@ -182,6 +182,9 @@ def test_everything_that_is_planned_counts_site_metrics_too(classification_job: 
     """The promise of a job is for its steps and its metrics together, in events, in epsilon and in calibrated noise."""
     metrics = {"names": ["accuracy", "loss"], "noise_multiplier": 3.0}
     plan = PrivacyPlan.from_job(classification_job(site_metrics=metrics, privacy={"noise_multiplier": 1.0}))
+    without = classification_job(privacy={"noise_multiplier": 1.0})
+    assert PrivacyPlan.from_job(without).metrics is None
+    assert len(PrivacyPlan.from_job(without).events) == 1
     release = GaussianSteps(noise_multiplier=3.0, sample_rate=1.0, steps=2)
     assert plan.events == (plan.mechanism(plan.planned_steps), release)
     assert plan.epsilon() == compose_epsilon([plan.mechanism(plan.planned_steps), release], plan.delta)
