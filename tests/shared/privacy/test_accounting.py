@@ -71,7 +71,8 @@ def test_epsilon_agrees_with_dp_accounting_directly(row: tuple[int, int, int, tu
     event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(sigmas[1]))
     accountant.compose(dp_accounting.SelfComposedDpEvent(event, num))
     ours = compose_epsilon([steps(sigmas[1], rate, num)], delta)
-    assert ours == pytest.approx(accountant.get_epsilon(delta), abs=2e-3)
+    # On a grid like ours the same; a finer one is a little less pessimistic.
+    assert ours == pytest.approx(accountant.get_epsilon(delta), abs=1e-5 if cell == 1e-3 else 2e-3)
 
 
 def test_without_sampling_epsilon_is_that_of_one_gaussian() -> None:
