@@ -194,6 +194,7 @@ def _disk(home: SiteHome) -> tuple[Outcome, str]:
 
 def _ledger(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:
     if not (home.path / "ledger.db").exists():
+        opened().outbox.check_charged([])  # a ledger that was removed
         return "ok", "not begun; the first accepted job begins it"
     ledger = opened().checked_ledger()
     spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon

@@ -17,19 +17,19 @@ def rounded_up(epsilon: float, decimals: int = 3) -> str:
     """Return a computed epsilon with so many decimals, never below its value; "unbounded" where there is none."""
     if not math.isfinite(epsilon):
         return "unbounded"
-    return f"{Decimal(epsilon).quantize(Decimal(1).scaleb(-decimals), ROUND_CEILING, _EXACT):f}"
+    return _written(Decimal(float(epsilon)), decimals, ROUND_CEILING)
 
 
 def bound_rounded_down(bound: float, decimals: int = 3) -> str:
     """Return what an audit found that epsilon is at least, or can find at most: never above its value, or it would claim more."""
     if not math.isfinite(bound):
         return "unbounded"
-    return f"{Decimal(bound).quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR, _EXACT):f}"
+    return _written(Decimal(float(bound)), decimals, ROUND_FLOOR)
 
 
 def rounded_up_short(epsilon: float) -> str:
     """Return a computed epsilon with two decimals, below 0.1 with two significant digits, never below its value."""
-    if epsilon == 0 or epsilon >= 0.1:
+    if not 0 < epsilon < 0.1:  # also what is no number
         return rounded_up(epsilon, 2)
     return rounded_up(epsilon, 1 - math.floor(math.log10(epsilon)))
 
@@ -58,4 +58,9 @@ def noise_rounded_down(noise_multiplier: float, decimals: int = 4) -> str:
     exact = Decimal(repr(float(noise_multiplier)))
     if not exact.is_finite():
         return "unknown"
-    return f"{exact.quantize(Decimal(1).scaleb(-decimals), ROUND_FLOOR, _EXACT):f}"
+    return _written(exact, decimals, ROUND_FLOOR)
+
+
+def _written(value: Decimal, decimals: int, rounding: str) -> str:
+    rounded = value.quantize(Decimal(1).scaleb(-decimals), rounding, _EXACT)
+    return f"{rounded if rounded else abs(rounded):f}"  # of zeros there is one

@@ -26,5 +26,15 @@ MAX_SITES = 10_000_000
 """Sites of one federation, declared or waited for."""
 MAX_TABLE_LABELS = 100
 """Labels up to which whatever has a number for each pair of labels is kept and released whole."""
+MAX_LEARNING_RATE = 1000.0
+"""Of sites and of the server, and what multiplies one: hundreds of times what helps. Beyond, numbers overflow."""
+MAX_LORA_ALPHA = 1e5
+"""Scale of an adapter, times its rank."""
+MAX_VALUE = 1e15
+"""Numbers of data, scores and metrics: up to here double precision tells whole numbers apart."""
+MAX_LOSS = 1e6
+"""Loss of one record, where it is cut."""
+MAX_TIMEOUT_SECONDS = 366 * 86_400.0
+"""Longest that a round waits: a year."""
 MAX_LABELS = 10_000
 """Labels of one task: the head, the confusion matrix and the report grow with them."""

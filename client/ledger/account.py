@@ -233,12 +233,14 @@ def _held_back(charges: Iterable[Charge | Charged], composition: Composition) ->
 
 @lru_cache(maxsize=1024)
 def dataset_key(name: str) -> str:
-    """Return what a data set is told apart by: its name without case, Unicode form or outer and repeated blanks.
+    """Return what a data set is told apart by: its name without case, Unicode form, blanks too many, or what nobody sees.
 
     Two data sets that only such a trifle tells apart share a budget, which is safe; one under two spellings would have two.
     Letters of different scripts that look alike stay different: `client.site.charged_records` finds the same records there.
     """
-    folded = unicodedata.normalize("NFKC", name).casefold()
+    # Of the category "format": a zero-width space, a soft hyphen, a mark of direction.
+    seen = "".join(letter for letter in name if unicodedata.category(letter) != "Cf")
+    folded = unicodedata.normalize("NFKC", seen).casefold()
     return " ".join(unicodedata.normalize("NFKC", folded).split())
 
 

@@ -1,7 +1,8 @@
 """What a real site puts between the coordinator and its data: signatures, policy, audit log, encryption at rest.
 
 A real site cannot be opened without a `Guard` (`client.site.home.open_site`), and refuses whatever is
-not signed (tests/client/site/test_guard.py). A simulated one has a `NoGuard`, which does nothing.
+not signed (tests/client/site/test_guard.py). A simulated one, whose
+folder has no keys, has a `NoGuard`, which does nothing.
 """
 
 from __future__ import annotations

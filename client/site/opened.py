@@ -24,6 +24,7 @@ from client.site.held_out import split
 from client.site.outbox import Outbox
 from client.site.usable import LeftOut, UsableRecords, on_records
 from shared.data.datasets import read_records
+from shared.errors import TrustError
 from shared.job.job import Job
 from shared.job.parsing import load_toml, parse
 from shared.privacy.accounting import GaussianSteps
@@ -54,7 +55,17 @@ class OpenedFolder:
         new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os,
         guard: Guard | None = None,
     ) -> None:
-        """Open a folder; without a guard, that of a simulated site."""
+        """Open a folder; without a guard, that of a simulated site.
+
+        Raises:
+            TrustError: a folder with keys is a real site's, and is opened with a guard or not at all.
+            ConfigError, DataError: as their texts say.
+        """
+        if guard is None and (home / "keys").exists():
+            raise TrustError(
+                f"{home} is a real site's folder, for it holds keys; nothing here is opened without its policy. Start it "
+                f"with: silotune site start {home}. A simulation makes folders of its own; choose another."
+            )
         self.home, self.new_randomness = home, new_randomness
         self.guard: Guard | NoGuard = guard or NoGuard()
         self.config = parse(SiteConfig, load_toml(home / "site.toml"), source=str(home / "site.toml"))

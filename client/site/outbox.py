@@ -11,7 +11,8 @@ Guarantees (tests: tests/client/site/test_site.py, test_site_metrics.py)
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,11 @@ from shared.files.json_files import canonical_json
 from shared.trust.keystore import Seal
 from shared.wire.messages import KEPT_ROUNDS, MetricsReply, TrainReply
 
+_METRICS_FILE = "metrics.json"
 _JOB_CHARACTERS = 16  # of a job's hash, in the name of its folder
+# Whatever else lies there, such as a copy that somebody made of a file or folder, is not ours: neither read nor removed.
+_JOB_FOLDER = re.compile(f"[0-9a-f]{{{_JOB_CHARACTERS}}}")
+_ROUND_FILE = re.compile(r"round-([0-9]{5,6})\.safetensors")
 
 
 class Outbox:
@@ -64,7 +69,7 @@ class Outbox:
         kept |= {f"residual/{n}": t for n, t in (residual or {}).items()}
         self._write(path, save({"update": update, **kept}, metadata))
         # Only rounds before this one: a coordinator that went back to a backup may ask for it once more.
-        earlier = [old for old in sorted(path.parent.glob("round-*.safetensors")) if old <= path]
+        earlier = [old for number, old in _rounds(path.parent) if number <= reply.round_number]
         for old in earlier[:-KEPT_ROUNDS]:
             old.unlink(missing_ok=True)
 
@@ -88,8 +93,8 @@ class Outbox:
         return self._kept("residual/", job_sha256, round_number)
 
     def _kept(self, prefix: str, job_sha256: str, round_number: int) -> dict[str, Tensor]:
-        path = self._round_file(job_sha256, round_number)
-        earlier = [p for p in sorted(path.parent.glob("round-*.safetensors")) if p < path]
+        folder = self._round_file(job_sha256, round_number).parent
+        earlier = [path for number, path in _rounds(folder) if number < round_number]
         if not earlier:
             return {}
         _, tensors = self._read_round(earlier[-1])
@@ -102,16 +107,26 @@ class Outbox:
             entries: of the site's whole ledger. What it took over from another machine names job and round only.
         """
         charges = [entry.payload for entry in entries if entry.kind in CHARGING_KINDS]
-        rounds = {(charge["job_id"][:_JOB_CHARACTERS], charge["round"]) for charge in charges}
+        # By the request: a round that was asked for again from another adapter was charged again.
         requests = {charge["request_sha256"] for charge in charges if "request_sha256" in charge}
-        imported = {job[:_JOB_CHARACTERS] for job in (c["job_id"] for c in charges if "request_sha256" not in c)}
-        for path in sorted(self._folder.glob("*/round-*.safetensors")):
-            charged = (path.parent.name, int(path.stem.removeprefix("round-"))) in rounds
-            if not charged and json.loads(self._read_round(path)[0]["reply"])["noise_multiplier"] > 0:
+        taken_over = {(c["job_id"][:_JOB_CHARACTERS], c["round"]) for c in charges if "request_sha256" not in c}
+        for folder in sorted(path for path in self._folder.glob("*") if _JOB_FOLDER.fullmatch(path.name)):
+            for number, path in _rounds(folder):
+                if (folder.name, number) not in taken_over and not self._is_charged(path, requests):
+                    raise _uncharged(path)
+            path = folder / _METRICS_FILE
+            moved = any(folder.name == job for job, _ in taken_over)
+            if path.exists() and not moved and self._read_metrics(path)["request_sha256"] not in requests:
                 raise _uncharged(path)
-        for path in sorted(self._folder.glob("*/metrics.json")):
-            if path.parent.name not in imported and self._read_metrics(path)["request_sha256"] not in requests:
-                raise _uncharged(path)
+
+    def _is_charged(self, path: Path, requests: Collection[str]) -> bool:
+        """Return whether a round's release was charged, or needed no charge."""
+        try:
+            metadata = _metadata(self._read(path))
+            private = json.loads(metadata["reply"])["noise_multiplier"] > 0
+            return not private or metadata["request_sha256"] in requests
+        except Exception as error:
+            raise _unreadable(path, error) from None
 
     def store_metrics(self, reply: MetricsReply, *, request_sha256: str) -> None:
         """Store the site metrics of a job."""
@@ -137,7 +152,7 @@ class Outbox:
         return self._folder / job_sha256[:_JOB_CHARACTERS] / f"round-{round_number:05d}.safetensors"
 
     def _metrics_file(self, job_sha256: str) -> Path:
-        return self._folder / job_sha256[:_JOB_CHARACTERS] / "metrics.json"
+        return self._folder / job_sha256[:_JOB_CHARACTERS] / _METRICS_FILE
 
     def _write(self, path: Path, data: bytes) -> None:
         write_bytes(path, self._seal.seal(data, context=_context(path)) if self._seal else data)
@@ -152,6 +167,12 @@ class Outbox:
             return _metadata(data), load(data)
         except Exception as error:
             raise _unreadable(path, error) from None
+
+
+def _rounds(folder: Path) -> list[tuple[int, Path]]:
+    """Return (number, file) of the rounds of a job, in order."""
+    found = ((_ROUND_FILE.fullmatch(path.name), path) for path in folder.glob("round-*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def _uncharged(path: Path) -> LedgerError:

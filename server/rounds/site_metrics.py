@@ -59,10 +59,11 @@ def collect_site_metrics(
     }
     observer.metrics_asked(number, [site.site for site in asked.values()], adapter)
     question = _Metrics(job, number, adapter, asked, observer)
-    question.unknown |= earlier.sites_asked(number)
     collect(grid, question, authority=authority)
     replies = question.replies
-    released = _account(checkpoint.releases, replies, question.unknown, job)
+    # A refusal now says nothing of what a site answered an earlier process.
+    unknown = question.unknown | earlier.sites_asked(number)
+    released = _account(checkpoint.releases, replies, unknown, job)
     return replace(checkpoint, releases=released, site_metrics={name: replies[name].counts for name in sorted(replies)})
 
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from shared.job.parsing import Section
-from shared.limits import MAX_SITES
+from shared.limits import MAX_LEARNING_RATE, MAX_SITES, MAX_TIMEOUT_SECONDS
 
 
 class AggregationConfig(Section):
@@ -24,7 +24,7 @@ class AggregationConfig(Section):
     and not this one has no such limit."""
     server_optimizer: Literal["none", "momentum", "adam"] = "none"
     """Reddi et al. 2021 (FedAvgM, FedAdam); `none` is plain averaging."""
-    server_learning_rate: float = Field(default=1.0, gt=0)
+    server_learning_rate: float = Field(default=1.0, gt=0, le=MAX_LEARNING_RATE)
     """Factor on the mean update."""
     server_momentum: float = Field(default=0.9, ge=0, lt=1)
     """Of `momentum`; beta1 of `adam`."""
@@ -47,7 +47,7 @@ class FederationConfig(Section):
     """A round with fewer valid replies is not aggregated and the run stops."""
     sites_per_round: int | None = Field(default=None, ge=1, le=MAX_SITES)
     """Number of sites drawn for each round; None asks all of them."""
-    round_timeout_seconds: float = Field(default=3600.0, gt=0)
+    round_timeout_seconds: float = Field(default=3600.0, gt=0, le=MAX_TIMEOUT_SECONDS)
     """After this long a round goes on without the sites that have not answered."""
     # Not written out where it is not set: jobs of older versions keep their hash.
     update_dtype: UpdateDtype = Field(default="float32", exclude_if=lambda value: value == "float32")

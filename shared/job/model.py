@@ -8,8 +8,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from shared.job.parsing import Section
-from shared.job.values import ImageSide
-from shared.limits import MAX_LABELS
+from shared.job.values import ImageSide, Value
+from shared.limits import MAX_LABELS, MAX_LORA_ALPHA
 
 IMAGE_NETWORK_PREFIX = "cnn:"
 """Of `model.backbone`, where it names a network for images instead of a pre-trained backbone."""
@@ -41,7 +41,7 @@ class LoraConfig(Section):
 
     rank: int = Field(default=8, ge=1, le=256)
     """r, the inner dimension of the two factors."""
-    alpha: float = Field(default=16.0, gt=0)
+    alpha: float = Field(default=16.0, gt=0, le=MAX_LORA_ALPHA)
     """The update is scaled by alpha / rank."""
     target_modules: tuple[str, ...] = Field(default=("query", "value"), min_length=1)
     """Last name components of the linear modules to adapt."""
@@ -73,14 +73,14 @@ class TaskConfig(Section):
     """Names in the order of the logits: classes of `sequence_classification` and `image_classification`; IOB tags of
     `token_classification`, "O" among them; of `pair_matching` two, the second for a match. The other kinds have none."""
     # Not written out where it is not set: jobs of older versions keep their hash.
-    target_range: tuple[float, float] | None = Field(default=None, exclude_if=lambda value: value is None)
+    target_range: tuple[Value, Value] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Lowest and highest number of `regression`, public: a site clips what lies outside, so that one record's label cannot pull
     further than the range is wide, and the scale that is learned tells nothing of the data."""
     image_shape: tuple[Annotated[int, Field(ge=1, le=16)], ImageSide, ImageSide] | None = Field(
         default=None, exclude_if=lambda value: value is None
     )
     """Channels, height and width of every image of `image_classification`; together at most 65,536 pixel values."""
-    pixel_range: tuple[float, float] | None = Field(default=None, exclude_if=lambda value: value is None)
+    pixel_range: tuple[Value, Value] | None = Field(default=None, exclude_if=lambda value: value is None)
     """Lowest and highest pixel value, such as [0, 255], public: images are scaled by it and by nothing that is computed from
     them. An image with a value outside is refused."""
 

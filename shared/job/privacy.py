@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from shared.epsilons import delta_rounded_up
 from shared.job.parsing import Section
 from shared.job.values import PERSON_UNITS, Delta, Epsilon, NoiseMultiplier, SampleRate, Unit
-from shared.limits import MAX_GRAD_NORM, MAX_SITES, MIN_GRAD_NORM
+from shared.limits import MAX_GRAD_NORM, MAX_LOSS, MAX_SITES, MIN_GRAD_NORM
 
 MIN_CENTRAL_SITES = 100
 """Sites below which the noise that hides one of them buries what they have in common."""
@@ -22,7 +22,7 @@ class CentralConfig(Section):
     """N: declared (public) number of sites, at least 100. The noisy sum is divided by `site_sample_rate` times this."""
     site_sample_rate: SampleRate = 0.5
     """q: probability with which each site enters a round, by a secret coin of the coordinator (Poisson sampling)."""
-    clip_norm: float = Field(default=0.1, gt=0, le=1e6)
+    clip_norm: float = Field(default=0.1, ge=MIN_GRAD_NORM, le=1e6)
     """S: the largest L2 norm of one site's update over adapter and head together, in the first round."""
     target_quantile: float | None = Field(default=0.5, gt=0, lt=1)
     """Share of the updates that S is moved to leave unclipped (Andrew et al. 2021); None keeps S as it is."""
@@ -102,7 +102,7 @@ class SiteMetricsConfig(Section):
     """What is asked for; none: nothing but updates leaves a site. A site's policy may forbid any of them."""
     noise_multiplier: NoiseMultiplier = 10.0
     """Standard deviation of the noise on every count, where one record is one vote. Part of the job's epsilon."""
-    largest_loss: float = Field(default=5.0, gt=0)
+    largest_loss: float = Field(default=5.0, gt=0, le=MAX_LOSS)
     """Of `loss`: a record's loss is cut here, so that one record cannot move the mean by more."""
 
     @model_validator(mode="after")

@@ -7,7 +7,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from shared.job.parsing import Section
-from shared.limits import MAX_STEPS
+from shared.limits import MAX_LEARNING_RATE, MAX_STEPS, MAX_VALUE
 
 
 class EarlyStoppingConfig(Section):
@@ -17,7 +17,7 @@ class EarlyStoppingConfig(Section):
     patience: int = Field(ge=1, le=100_000)
     """The run ends after so many evaluations in a row (one before training, then one every `evaluate_every` rounds) without
     an improvement. A number that is never reached only picks the adapter (`keep`)."""
-    min_delta: float = Field(default=0.0, ge=0)
+    min_delta: float = Field(default=0.0, ge=0, le=MAX_VALUE)
     """What counts as an improvement: the metric is better than at the last one by more than this, in the metric's own unit."""
     keep: Literal["last", "best"] = "last"
     """The adapter that the run hands out: the `last` round's, or that of the evaluation with the `best` metric. Both were
@@ -36,12 +36,13 @@ class TrainingConfig(Section):
     """Logical (noisy) optimiser steps that a site takes in one round."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """Of the sites. Under noise `sgd` averages better over many sites; see docs/decisions/0004."""
-    learning_rate: float = Field(default=3e-3, gt=0)
+    learning_rate: float = Field(default=3e-3, gt=0, le=MAX_LEARNING_RATE)
     """About 1e-3 to 1e-2 for `adamw`, 0.1 to 3 for `sgd` (clipped gradients are short)."""
-    head_learning_rate_factor: float = Field(default=1.0, gt=0)
+    head_learning_rate_factor: float = Field(default=1.0, gt=0, le=MAX_LEARNING_RATE)
     """The head's learning rate is `learning_rate` times this."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Shrinks the trained weights in every step; reads no data, so it costs no privacy."""
+    weight_decay: float = Field(default=0.0, ge=0, le=MAX_LEARNING_RATE)
+    """Shrinks the trained weights in every step, by so much times their learning rate, together at most 1; reads no data, so it
+    costs no privacy."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of `sgd`, beta1 of `adamw`."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -57,6 +58,16 @@ class TrainingConfig(Section):
             raise ValueError(
                 f"rounds x local_steps is {self.planned_steps:,} ({self.rounds:,} x {self.local_steps:,}); at most {MAX_STEPS:,} "
                 "steps can be planned and accounted for. Lower one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_decay(self) -> Self:
+        largest = self.learning_rate * max(1.0, self.head_learning_rate_factor)
+        if self.weight_decay * largest > 1:
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} times the learning rate {largest:g} is above 1; every step would turn the "
+                "weights around and soon nothing would be a number. Lower one of the two"
             )
         return self
 

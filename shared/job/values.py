@@ -9,6 +9,7 @@ from pydantic import Field
 from shared.limits import (
     MAX_EPSILON,
     MAX_NOISE_MULTIPLIER,
+    MAX_VALUE,
     MIN_DELTA,
     MIN_EPSILON,
     MIN_NOISE_MULTIPLIER,
@@ -20,6 +21,7 @@ SampleRate = Annotated[float, Field(ge=MIN_SAMPLE_RATE, le=1)]
 NoiseMultiplier = Annotated[float, Field(ge=MIN_NOISE_MULTIPLIER, le=MAX_NOISE_MULTIPLIER)]
 Epsilon = Annotated[float, Field(ge=MIN_EPSILON, le=MAX_EPSILON)]
 Delta = Annotated[float, Field(ge=MIN_DELTA, lt=1)]
+Value = Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Unit = Literal["record", "patient", "customer"]

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from shared.epsilons import rounded_up
+from shared.epsilons import bound_rounded_down, rounded_up
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps
 from simulations.audit.one_run import Training, audit_one_run
@@ -162,8 +162,9 @@ def audit_lira(
     result = replace(result, details=details)
     if bound >= claim and result.verdict != "violated":
         reason = (
-            f"(TPR - delta) / FPR gives epsilon {bound:.3f}, not below the claimed {rounded_up(claim)}, if the records are "
-            "independent trials; the bound that does not need this stays below. Repeat with more records or other seeds."
+            f"(TPR - delta) / FPR gives epsilon {bound_rounded_down(bound)}, not below the claimed {rounded_up(claim)}, if the "
+            "records are independent trials; the bound that does not need this stays below. Repeat with more records or "
+            "other seeds."
         )
         return replace(result, verdict="inconclusive", reasons=(reason,))
     return result

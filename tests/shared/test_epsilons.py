@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,7 +49,9 @@ def test_examples() -> None:
     ]
     assert [rounded_up_short(e) for e in (0.0, 0.0123, 2.341)] == ["0.00", "0.013", "2.35"]
     assert [as_set(e) for e in (8.0, 0.3, 1234567.0)] == ["8", "0.3", "1234567"]
-    assert rounded_up(math.inf) == rounded_up(math.nan) == "unbounded"
+    assert rounded_up(math.inf) == rounded_up(math.nan) == rounded_up_short(math.nan) == "unbounded"
+    assert [rounded_up(-0.0), rounded_up(-1e-9), rounded_up_short(-0.0)] == ["0.000", "0.000", "0.00"]
+    assert rounded_up(np.float32(1.25)) == "1.250"  # type: ignore[arg-type]
 
 
 @given(st.floats(1e-30, 0.999), st.integers(2, 8))

@@ -276,7 +276,19 @@ def test_accounts_share_a_file_but_not_a_cap(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    ["Notes", "NOTES", " notes ", "notes\n", "\uff4eotes", "no\u0074es", "caf\u00e9", "cafe\u0301", "CAF\u00c9 "],
+    [
+        "Notes",
+        "NOTES",
+        " notes ",
+        "notes\n",
+        "\uff4eotes",
+        "no\u0074es",
+        "no\u200btes\ufeff",
+        "no\u00adtes",
+        "caf\u00e9",
+        "cafe\u0301",
+        "CAF\u00c9 ",
+    ],
 )
 def test_another_spelling_of_a_data_set_is_no_new_budget(path: Path, other: str) -> None:
     first = "caf\u00e9" if "caf" in other.casefold() else "notes"

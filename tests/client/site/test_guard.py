@@ -17,7 +17,7 @@ from client.site.guard import Guard, NoGuard
 from client.site.home import SiteHome, open_site
 from client.site.site import Site
 from shared.data.datasets import write_jsonl
-from shared.errors import SilotuneError
+from shared.errors import SilotuneError, TrustError
 from shared.job.job import Job
 from shared.models.backbones import backbone_sha256
 from shared.trust import audit_log
@@ -444,3 +444,11 @@ def test_a_simulated_sites_guard_answers_to_the_calls_of_a_real_one() -> None:
         return {name: list(inspect.signature(call).parameters) for name, call in found if not name.startswith("_")}
 
     assert calls(NoGuard) == calls(Guard)
+
+
+def test_a_folder_with_keys_is_not_opened_without_a_guard(world: World) -> None:
+    home = world.home.path
+    for name in ("ledger.db", "policy.toml"):  # as of a site that has not begun, or was half restored
+        (home / name).unlink(missing_ok=True)
+    with pytest.raises(TrustError, match="is a real site's folder"):
+        Site(home)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from client.check import check_site
+from client.site.outbox import Outbox
 from client.site.site import Site
+from shared.errors import LedgerError
 from shared.job.job import Job
 from shared.privacy.ledger_export import LedgerExport
 from shared.wire.messages import WITHHELD, Refusal, TrainReply, TrainRequest
@@ -60,6 +65,84 @@ def test_a_ledger_and_a_log_that_are_older_than_a_release_stop_the_site(
     outcome, text = findings(world)["ledger"]
     assert outcome == "failed"
     assert "round-00002.safetensors holds a release that ledger.db never charged" in text
+
+
+def test_a_round_that_was_made_again_is_told_from_the_one_that_was_charged(
+    make_world: Callable[..., World],  # noqa: F811
+    job: Job,
+    request_for: MakeRequest,
+    tmp_path: Path,
+) -> None:
+    """The older ledger has a charge of the same round, of another adapter; the release that lies there was charged after it."""
+    world = make_world(ROWS)
+    assert isinstance(world.site.answer(world.order(request_for(job, 1))), TrainReply)
+    assert isinstance(world.site.answer(world.order(request_for(job, 2))), TrainReply)
+    backup = tmp_path / "backup"
+    shutil.copytree(world.home.path, backup)
+    assert isinstance(world.site.answer(world.order(request_for(job, 2, shift=1e-3))), TrainReply)
+    assert findings(world)["ledger"][0] == "ok"
+    world.opened.clear()
+    put_back(world.home.path, backup, "ledger.db", "audit")
+    assert isinstance(world.site.answer(world.order(request_for(job, 2))), Refusal)
+    assert findings(world)["ledger"][0] == "failed"
+
+
+def test_a_ledger_that_was_removed_with_its_log_is_no_ledger_that_was_never_begun(
+    make_world: Callable[..., World],  # noqa: F811
+    job: Job,
+    request_for: MakeRequest,
+) -> None:
+    world = make_world(ROWS)
+    assert "not begun" in findings(world)["ledger"][1]
+    assert isinstance(world.site.answer(world.order(request_for(job, 1))), TrainReply)
+    world.opened.clear()
+    (world.home.path / "ledger.db").unlink()
+    outcome, text = findings(world)["ledger"]
+    assert outcome == "failed"
+    assert "that ledger.db never charged" in text
+
+
+def test_copies_that_somebody_made_beside_releases_are_not_read_and_not_removed(
+    make_world: Callable[..., World],  # noqa: F811
+    job: Job,
+    request_for: MakeRequest,
+) -> None:
+    world = make_world(ROWS)
+    assert isinstance(world.site.answer(world.order(request_for(job, 1))), TrainReply)
+    (stored,) = (world.home.path / "rounds").glob("*/round-00001.safetensors")
+    copies = [
+        stored.with_name("round-00001 copy.safetensors"),
+        stored.with_name("round-old.safetensors"),
+        stored.parent.with_name("before") / stored.name,
+        stored.parent.with_name("before") / "metrics.json",
+    ]
+    for copy in copies:
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copy(stored, copy)
+    world.opened.clear()
+    assert findings(world)["ledger"][0] == "ok"
+    for number in range(2, 1 + job.training.rounds):
+        assert isinstance(world.site.answer(world.order(request_for(job, number))), TrainReply)
+    assert all(copy.exists() for copy in copies)
+
+
+def test_a_stored_release_that_says_nothing_of_its_noise_ends_with_a_message(tmp_path: Path) -> None:
+    file = tmp_path / ("a" * 16) / "round-00001.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(save({"update": torch.zeros(1, dtype=torch.uint8)}, {"reply": "{}"}))
+    with pytest.raises(LedgerError, match="cannot be read"):
+        Outbox(tmp_path, seal=None).check_charged([])
+
+
+def test_the_hundred_thousandth_round_starts_from_the_one_before(tmp_path: Path) -> None:
+    """Its number has a digit more than the names of files have been made for."""
+    outbox, job = Outbox(tmp_path, seal=None), "c" * 64
+    for number in (99_998, 99_999, 100_000):
+        fields = {f.name: "" for f in dataclasses.fields(TrainReply)}
+        reply = TrainReply(**{**fields, "update": b"u", "job_sha256": job, "round_number": number})
+        outbox.store_round(reply, request_sha256="", optimizer_state={"m": torch.tensor([float(number)])})
+    assert outbox.optimizer_state(job, 100_000)["m"].item() == 99_999
+    assert outbox.optimizer_state(job, 99_999)["m"].item() == 99_998
 
 
 def test_releases_that_are_older_than_the_ledger_are_made_and_charged_again(

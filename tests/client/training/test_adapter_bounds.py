@@ -17,6 +17,7 @@ from client.training.trainer import train_local_round
 from server.aggregation.optimizers import apply_update
 from shared.errors import AdapterError
 from shared.job.job import Job
+from shared.limits import MAX_LEARNING_RATE
 from shared.models.tunable import RESIDUAL
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -127,7 +128,7 @@ def test_one_coordinate_that_went_too_far_is_enough(private_job: Callable[..., J
 
 
 def test_a_value_beyond_the_largest_is_refused_though_it_has_not_moved(private_job: Callable[..., Job]) -> None:
-    job = private_job(training={"learning_rate": 1e12, "optimizer": "sgd"})
+    job = private_job(training={"learning_rate": MAX_LEARNING_RATE, "optimizer": "sgd"})
     plan = PrivacyPlan.from_job(job)
     for value, fits in ((MOST, True), (-MOST, True), (1.001 * MOST, False), (-1.001 * MOST, False)):
         far = {"w": torch.tensor([0.0, value])}
@@ -202,7 +203,7 @@ def test_moments_without_a_bound_leave_the_first_round_as_it_is(
 
 @pytest.mark.parametrize("strength", [1e5, 1e6, 1e8])
 def test_no_learning_rate_opens_the_way_for_any_value(private_job: Callable[..., Job], strength: float) -> None:
-    job = private_job(training={"learning_rate": 1e12, "optimizer": "sgd"})
+    job = private_job(training={"learning_rate": MAX_LEARNING_RATE, "optimizer": "sgd"})
     initial = load_runtime(job, COMPUTE).initial
     weight = initial["head.linear.weight"].clone()
     weight[0], weight[1] = strength, -strength

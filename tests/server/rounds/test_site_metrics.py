@@ -13,6 +13,7 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
+from server.rounds.earlier_requests import Asked, EarlierRequests
 from server.rounds.local import LocalPrivacy
 from server.rounds.loop import Coordinator, run_rounds
 from server.rounds.observer import Observer
@@ -185,6 +186,20 @@ def broken(reply: MetricsReply, found: str, instead: str) -> RecordDict:
     content = pack_metrics(reply)
     content.config_records["silotune"]["release"] = text.replace(found, instead)
     return content
+
+
+def test_a_refusal_does_not_hide_what_an_earlier_process_was_sent(job: Job) -> None:
+    """It asked, died, and never saw the answer; the site, outside its hours by now, refuses to repeat it."""
+    privacy = LocalPrivacy(job)
+    checkpoint = replace(run(job), site_metrics=None)
+    checkpoint = replace(checkpoint, releases={n: replace(r, metrics=()) for n, r in checkpoint.releases.items()})
+    adapter = hashlib.sha256(encode(checkpoint.result)).hexdigest()
+    described = SiteDescription(site="a", declared_records=8, version="1")
+    privacy.earlier = EarlierRequests([Asked(site=described, round_number=3, adapter_sha256=adapter)])
+    refusal = Refusal(site="x", code="PolicyError", reason="not now")
+    refusing = {name: lambda reply: pack_refusal(refusal) for name in ("a", "b")}
+    after = run_rounds(grid_of(refusing), replace(coordinator(job, []), privacy=privacy), checkpoint)
+    assert {name for name, release in after.releases.items() if release.metrics} == {"a", "c"}
 
 
 def test_injected_randomness_voids_the_statement(job: Job) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args, get_origin
 
 import pytest
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic.fields import FieldInfo
 
 from shared.errors import ConfigError
 from shared.files.json_files import finite_or_none
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.model import ModelConfig
-from shared.job.parsing import apply_overrides, load_toml, nearest, parse
+from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse
 
 RAW: dict[str, Any] = {
     "name": "a",
@@ -57,6 +59,19 @@ def job(**changes: Any) -> Job:
         ({"privacy": {"records_per_person": 3}}, "for the units 'patient' and 'customer'", "set the unit"),
         ({"privacy": {"unit": "customer", "records_per_person": 0}}, "privacy.records_per_person", "found 0"),
         ({"privacy": {"unit": "customer", "records_per_person": 1001}}, "privacy.records_per_person", "found 1001"),
+        ({"training": {"rounds": 2, "learning_rate": 1e38}}, "training.learning_rate", "less than or equal to 1000"),
+        ({"training": {"rounds": 2, "head_learning_rate_factor": 1e38}}, "head_learning_rate_factor", "equal to 1000"),
+        ({"training": {"rounds": 2, "weight_decay": 1e38}}, "training.weight_decay", "less than or equal to 1000"),
+        (
+            {"training": {"rounds": 2, "weight_decay": 0.5, "learning_rate": 3.0}},
+            "times the learning rate 3 is above 1",
+            "Lower one",
+        ),
+        ({"aggregation": {"server_learning_rate": 1e38}}, "aggregation.server_learning_rate", "equal to 1000"),
+        ({"federation": {"round_timeout_seconds": 1e300}}, "federation.round_timeout_seconds", "equal to 31622400"),
+        ({"lora": {"alpha": 1e38}}, "lora.alpha", "less than or equal to 100000"),
+        ({"site_metrics": {"largest_loss": 1e300}}, "site_metrics.largest_loss", "less than or equal to 1000000"),
+        ({"task": {"kind": "regression", "target_range": [-1e308, 1e308]}}, "task.target_range", "or equal to -1"),
         ({"seed": -1}, "seed", "found -1"),
         ({"schema_version": 2}, "schema_version", "found 2"),
         ({"lora": {"target_modules": []}}, "lora.target_modules", ""),
@@ -188,3 +203,25 @@ def test_a_job_of_an_older_version_keeps_its_bytes() -> None:
         '"rounds":2,"schedule":"constant","weight_decay":0.0}}'
     )
     assert parse(Job, json.loads(older), source="job.json").canonical_json() == older
+
+
+def test_every_number_of_a_job_has_two_bounds() -> None:
+    """A number without one is charged for and then overflows; annotations of nested types count."""
+
+    def unbounded(name: str, annotation: Any, metadata: Iterable[Any]) -> list[str]:
+        metadata = [part for m in metadata for part in (m.metadata if isinstance(m, FieldInfo) else [m])]
+        if get_origin(annotation) is Annotated:
+            inner, *further = get_args(annotation)
+            return unbounded(name, inner, [*metadata, *further])
+        if annotation is float:
+            low, high = (any(isinstance(m, kind) for m in metadata) for kind in ((Ge, Gt), (Le, Lt)))
+            return [] if low and high else [name]
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            return of_section(annotation, f"{name}.")
+        return [found for part in get_args(annotation) for found in unbounded(name, part, metadata)]
+
+    def of_section(section: type[Section], prefix: str) -> list[str]:
+        fields = section.model_fields.items()
+        return [found for key, f in fields for found in unbounded(prefix + key, f.annotation, f.metadata)]
+
+    assert of_section(Job, "") == []
