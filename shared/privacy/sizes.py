@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from decimal import ROUND_DOWN, Decimal
+
 
 def default_delta(num_units: int) -> float:
-    """Return min(1e-5, 1/(10 n)): 1/n^1.1 is too weak for small n."""
-    return min(1e-5, 1 / (10 * max(num_units, 1)))
+    """Return min(1e-5, 1/(10 n)), rounded down to one digit: 1/n^1.1 is too weak for small n.
+
+    All digits would tell n to whoever gets the job; and a delta that a message shows must be one that its check takes.
+    """
+    most = Decimal(1) / (10 * max(num_units, 1))
+    return float(min(Decimal("1e-5"), most.quantize(Decimal((0, (1,), most.adjusted())), ROUND_DOWN)))
 
 
 def declared_size(num_units: int) -> int:

@@ -48,7 +48,7 @@ def plan(
     steps: Annotated[int | None, typer.Option(help="Noisy steps; instead of --epochs.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Noise in units of the clipping norm.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="The most that may be spent.")] = None,
-    delta: Annotated[float | None, typer.Option(help="By default min(1e-5, 1/(10 n)).")] = None,
+    delta: Annotated[float | None, typer.Option(help="By default min(1e-5, 1/(10 n)), rounded down.")] = None,
     parameters: Annotated[int | None, typer.Option(help="Trainable parameters, to judge the noise.")] = None,
     job: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A job (run file, scenario, signed job) instead of numbers.")

@@ -165,6 +165,8 @@ def test_a_noise_multiplier_of_a_mean_loss_of_a_thousand_is_the_last_to_have_an_
 def test_default_delta() -> None:
     assert default_delta(0) == default_delta(100) == default_delta(10_000) == 1e-5
     assert default_delta(1_000_000) == 1e-7
+    assert default_delta(20_000) == 5e-6
+    assert default_delta(10_003) == 9e-6  # one digit: 9.997e-06 would tell how many records there are
 
 
 def test_noise_that_leaves_no_epsilon_is_refused_wherever_a_plan_is_made(
