@@ -35,6 +35,8 @@ MOST_TEST = 2_000
 TEST_SHARE = 0.2
 RECORDS_OF_A_SITE = 1_000
 """Where no column names the sites, as many are made as have so many records each, from 2 to 8."""
+LEAST_WHOLE = 0.5
+"""Share of the texts that fit below which a note says how to read more of them."""
 
 
 def new_scenario(question: Question, *, force: bool, console: Console) -> Path:
@@ -82,7 +84,7 @@ def _written(question: Question, *, force: bool) -> tuple[Draft, str]:
 def _draft(question: Question, found: Findings, records: Sequence[Record], backbone: Backbone | None) -> Draft:
     measured = measure(backbone, found.texts) if backbone is not None and found.texts else None
     max_length, reason = _length(question, measured, backbone)
-    remarks = (*found.remarks, *_unknown_language(measured, backbone))
+    remarks = (*found.remarks, *_unknown_language(measured, backbone), *_long_texts(question, measured, backbone))
     total = question.num_records or found.num_units
     num_test, left = None, total
     if question.test is None:
@@ -152,6 +154,19 @@ def _unknown_language(measured: Measured | None, backbone: Backbone | None) -> l
         f"the backbone {backbone.name} does not know the language of these texts: about {share:.0f} % of their letters "
         "stand in words that its tokenizer calls unknown or spells letter by letter. Little will be learned. Name a backbone "
         "that was trained on this language by --backbone: a folder, or a hub id with --revision."
+    ]
+
+
+def _long_texts(question: Question, measured: Measured | None, backbone: Backbone | None) -> list[str]:
+    """Return a note if most texts are cut and the backbone could read more of them; the share is rounded."""
+    if measured is None or backbone is None or question.max_length is not None:
+        return []
+    length, share = fitting_length(backbone, measured.lengths)
+    if share >= LEAST_WHOLE or length >= backbone.positions:
+        return []
+    return [
+        f"about {round(100 * share, -1):.0f} % of the texts fit into {length} tokens; of the others only the beginning is read. "
+        f"--max-length, up to {backbone.positions}, reads more, in more time; a smaller one is faster."
     ]
 
 

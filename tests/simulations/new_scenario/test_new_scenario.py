@@ -559,6 +559,24 @@ def test_a_language_that_the_backbone_does_not_know_is_told(silotune: Run, tmp_p
     assert "does not know" not in done.out + (tmp_path / "english.toml").read_text()
 
 
+def test_texts_of_which_only_the_beginning_is_read_are_told(silotune: Run, tmp_path: Path) -> None:
+    long = [row | {"note": f"{row['note']} {sentence(i, 300)}"} for i, row in enumerate(rows())]
+    data = write_csv(tmp_path / "notes.csv", long)
+    done = silotune("new", data, *TASK, "--public", "--out", tmp_path / "mine.toml")
+    assert done.status == 0, done.err
+    told = " ".join(done.out.split())
+    assert "about 0 % of the texts fit into 256 tokens" in told
+    assert "--max-length, up to 512" in told
+    done = silotune("new", data, *TASK, "--public", "--max-length", 512, "--out", tmp_path / "declared.toml")
+    assert "of the texts fit into" not in done.out
+
+
+def test_the_default_delta_does_not_tell_how_many_records_there_are(new: Run, tmp_path: Path) -> None:
+    declared = ("--declared", "--labels", "routine,urgent", "--max-length", 32, "--records", 23_456, "--sites", 4)
+    scenario = new(tmp_path / "notes.csv", *TASK, *declared)
+    assert scenario.job.privacy.delta == 4e-6  # 1 / 234,560 is 4.26e-06
+
+
 def test_lengths_rise_and_hold_what_is_common() -> None:
     assert list(LENGTHS) == sorted(LENGTHS)
     assert math.log2(LENGTHS[-1]) == 9
