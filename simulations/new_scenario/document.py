@@ -201,6 +201,9 @@ def _data(draft: Draft) -> list[str]:
                 f"; settings take 80 % of the {who} to train: if far more do, hold out a file yourself (--test FILE)"
             )
         rows.append(("num_test", draft.num_test, note))
+    if question.test is not None and question.data_kind == "private":
+        note = 'that is what --test says; "private" if they are not: nothing is then decided by them'
+        rows.append(("test_kind", "public", note))
     parts = [_section("data", rows), _source("train", question.data, found.columns, question)]
     if question.test is not None:
         columns = {role: name for role, name in found.columns.items() if role not in (SITE_ROLE, PERSON_ROLE)}

@@ -420,6 +420,7 @@ def _details(scenario: Scenario, arm: Arm, test: Sequence[Record], fold: Fold | 
             **({} if protected else {"train_records": sum(len(records) for records in arm.sites.values())}),
             "test_records": len(test),
             "test_kind": scenario.data.evaluation_kind,
+            **({"test_name": scenario.data.test.path} if scenario.data.test else {}),
             "partition": scenario.partition.model_dump(mode="json"),
             **({"site_names": names} if (names := _real_names(scenario, arm)) else {}),
             **({"fold": fold.number, "folds": fold.of} if fold else {}),

@@ -47,6 +47,8 @@ class Dataset(_Record):
     test_records_at_max_length: Count | None = None
     test_kind: Literal["public", "synthetic", "private"] | None = None
     """What a simulation's evaluation records were declared to be; a coordinator's own are public, and nothing is recorded."""
+    test_name: str | None = None
+    """File of the evaluation records where it is one of its own."""
     site_names: dict[str, str] = {}
     """What the data calls a site whose folder has another name, such as one in ASCII."""
 

@@ -747,4 +747,11 @@ def test_figures_on_private_records_are_called_unprotected(tmp_path: Path, kind:
     info = json.loads((run / "run.json").read_text())
     write(run / "run.json", info | {"dataset": info["dataset"] | {"test_kind": kind}})
     text = Page(render(run)).text
-    assert ("The test records are private ones that were held out of training" in text) == (kind == "private")
+    assert ("The test records are private ones on which nothing was trained" in text) == (kind == "private")
+
+
+def test_figures_name_the_file_that_they_are_of(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    write(run / "run.json", info | {"dataset": info["dataset"] | {"name": "train.csv", "test_name": "test.csv"}})
+    assert "test records of test.csv" in Page(render(run)).text

@@ -217,6 +217,11 @@ def test_a_test_file(new: Run, tmp_path: Path) -> None:
     data, test = (write_csv(tmp_path / f"{name}.csv", rows(count)) for name, count in (("a", 240), ("b", 60)))
     scenario = new(data, "--text", "note", "--label", "triage", "--test", test, "--public")
     assert [len(part) for part in scenario.load_data()] == [240, 60]
+    # The records of the sites are private unless declared otherwise; those of --test are public by its name.
+    for kind, evaluation in ((None, "public"), ("--public", "public"), ("--synthetic", "synthetic")):
+        options = ("--text", "note", "--label", "triage", "--test", test, "--force", *([kind] if kind else []))
+        data_of = new(data, *options).data
+        assert (data_of.declared_kind, data_of.evaluation_kind) == ((kind or "--private")[2:], evaluation)
 
 
 def test_scores(new: Run, refused: Run, tmp_path: Path) -> None:
