@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import client.training.per_example as per_example_module
 import client.training.trainer as trainer_module
 from client.training.per_example import PerExampleHooks, slices_by_owner
-from client.training.trainer import LocalRound, LocalWork, per_example_hooks, train_local_rounds
+from client.training.trainer import LocalRound, LocalWork, per_example_hooks, steps_taken, train_local_rounds
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Example, collate
@@ -139,6 +139,13 @@ def test_moments_are_kept_by_site(classification_job: Callable[..., Job], record
     ahead = train(runtime, works_of(examples)[:1], job, plan)[0].optimizer_state
     with pytest.raises(ValueError, match="equally many steps"):
         train(runtime, [replace(works_of(examples)[0], optimizer_state=ahead), works_of(examples)[3]], job, plan)
+
+
+def test_how_far_an_optimiser_has_come() -> None:
+    one = torch.ones(2)
+    assert steps_taken({}) == (0.0, False)
+    assert steps_taken({"a|momentum_buffer": one}) == (0.0, True)
+    assert steps_taken({"a|step": torch.tensor(3.0), "a|exp_avg": one, "b|step": torch.tensor(3.0)}) == (3.0, True)
 
 
 def test_persons_of_several_sites_are_clipped_by_site(classification_job: Callable[..., Job], records: Records) -> None:

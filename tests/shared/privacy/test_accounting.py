@@ -228,6 +228,15 @@ def test_noise_beside_other_releases_leaves_room_for_them() -> None:
         calibrate_noise_multiplier(epsilon=1.0, delta=1e-5, sample_rate=0.05, steps=200, others=dear)
 
 
+def test_targets_and_lengths_are_accepted_up_to_their_limits() -> None:
+    accounting.check_epsilon(1000.0)
+    for epsilon in (0.0, 1000.1, math.nan):
+        with pytest.raises(PrivacyError, match=r"expected a number above 0 and at most 1000, for example 8\."):
+            accounting.check_epsilon(epsilon)
+    options = {"epsilon": 8.0, "delta": 1e-5, "sample_rate": 1e-9}
+    assert calibrate_noise_multiplier(steps=MAX_STEPS, **options) == MIN_NOISE_MULTIPLIER
+
+
 def test_noise_has_a_floor_and_a_ceiling() -> None:
     assert calibrate_noise_multiplier(epsilon=300.0, delta=1e-5, sample_rate=0.01, steps=1) == MIN_NOISE_MULTIPLIER
     with pytest.raises(PrivacyError, match="above 10,000"):
@@ -270,7 +279,9 @@ def test_what_would_take_gigabytes_is_answered_by_infinity() -> None:
 
 
 def test_beyond_its_range_the_accountant_counts_less_noise_and_a_higher_rate() -> None:
-    assert compose_epsilon([steps(1e9, 1.0, 1)], 1e-5) == compose_epsilon([steps(1e5, 1.0, 1)], 1e-5)
+    for delta in (1e-5, 1e-12):
+        assert compose_epsilon([steps(1e9, 1.0, 1)], delta) == compose_epsilon([steps(1e5, 1.0, 1)], delta)
+    assert compose_epsilon([steps(1e5, 1.0, 1)], 1e-12) > compose_epsilon([steps(2e5, 1.0, 1)], 0.5) == 0.0
     assert compose_epsilon([steps(1.0, 1e-300, 1)], 1e-12) == compose_epsilon([steps(1.0, 1e-9, 1)], 1e-12)
 
 
@@ -358,7 +369,10 @@ def test_no_epsilon_is_computed_above_a_mean_loss_of_a_thousand() -> None:
     assert compose_epsilon([steps(0.5, 1.0, 400), steps(1.0, 1.0, 402)], 1e-5) == math.inf
 
 
-@pytest.mark.parametrize("events", [((20.0, 0.01, 100),), ((1.0, 0.2, 30),), ((5.0, 1.0, 4), (50.0, 0.01, 300))])
+@pytest.mark.parametrize(
+    "events",
+    [((20.0, 0.01, 100),), ((1.0, 0.2, 30),), ((5.0, 1.0, 4), (50.0, 0.01, 300)), ((2000.0, 1.0, 10),)],
+)
 def test_a_cell_is_at_most_half_a_deviation_of_a_step(events: tuple[tuple[float, float, int], ...]) -> None:
     """And 1e-3 over a power of two."""
     total = sum(accounting.mean_loss(steps(*event)) for event in events)
