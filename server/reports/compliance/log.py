@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.store.home import CoordinatorHome
 from shared.trust import audit_log
@@ -32,18 +32,22 @@ class LogFacts:
     """The log of a coordinator, checked from its first entry to its last.
 
     Attributes:
-        entries: number of entries, those of other jobs included.
+        entries: number of entries, those of other jobs included; None if it is not to be told.
         sha256: of the last entry: it names the whole log.
         signature_checked: whether the signature of its end was checked with the coordinator's public key.
-        job_entries: number of entries that speak of this job.
+        job_entries: number of entries that speak of this job; None likewise.
         updates: every judged update of this job.
     """
 
-    entries: int
+    entries: int | None
     sha256: str
     signature_checked: bool
-    job_entries: int
+    job_entries: int | None
     updates: tuple[JudgedUpdate, ...]
+
+    def without_participants(self) -> LogFacts:
+        """Return what may be told where sites are drawn in secret: an entry for each update is also a count of them."""
+        return replace(self, entries=None, job_entries=None, updates=())
 
 
 def read_log(home: CoordinatorHome, job_sha256: str) -> LogFacts | None:

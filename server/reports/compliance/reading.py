@@ -70,6 +70,8 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     problems: list[str] = []
     signed = _signed_job(submission, problems) if submission else None
     log = _log(home, job.sha256, problems) if home else None
+    if log is not None and central is not None:
+        log = log.without_participants()
     signer = _adapter_signer(run_dir / "adapter", problems)
 
     # 3. Whether all of it fits together.

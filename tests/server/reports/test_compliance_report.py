@@ -511,6 +511,27 @@ def test_a_coordinators_run_names_its_keys_and_compares_its_log(coordinator: Coo
     assert facts.signed_job.signer.text in page
 
 
+def test_a_report_under_central_privacy_does_not_tell_who_was_drawn(coordinator: CoordinatorHome) -> None:
+    """Coins are secret, or the sampling rate of its epsilon is a lie; the coordinator's own log knows who came."""
+    run = coordinator.jobs / "0001-small" / "run"
+    (run / "job.json").write_text(CENTRAL_JOB.canonical_json())
+    shutil.rmtree(run / "sites")
+    central_record(run / "privacy.json")
+    log = coordinator.open_log(SigningKey.from_bytes(bytes(range(32))))
+    drawn = {"job": CENTRAL_JOB.sha256, "round": 1, "site": "drawn-in-secret"}
+    log.append(Event.ROUND_ASKED, job=CENTRAL_JOB.sha256, round=1, sites=["drawn-in-secret"])
+    log.append(Event.UPDATE_ACCEPTED, **drawn, sha256="a" * 64, bytes=1234)
+    log.append(Event.UPDATE_REFUSED, **drawn, reason="another reason")
+    facts = read_facts(run)
+    assert facts.log is not None
+    assert facts.log.signature_checked
+    assert not any("accepted the update" in problem for problem in facts.discrepancies)
+    page = text_of(render_html(compose(facts), NOW))
+    assert "how many entries it has would tell" in page
+    assert "drawn-in-secret" not in page
+    assert "of this job" not in page
+
+
 def test_a_broken_log_and_an_unsigned_job_are_discrepancies(coordinator: CoordinatorHome) -> None:
     place = coordinator.jobs / "0001-small"
     log = next(coordinator.audit.glob("audit-*.jsonl"))
