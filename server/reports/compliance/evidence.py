@@ -282,9 +282,9 @@ def _log_text(facts: Facts) -> str | None:
     if log is None:
         return None
     signed = "its end signed by the coordinator" if log.signature_checked else "its end not checked for a signature"
-    if log.entries is None or log.job_entries is None:
+    if log.job_entries is None:
         return f"unbroken, {signed}; how many entries it has would tell how many sites were drawn"
-    return f"{log.entries:,} entries, unbroken, {signed}; {log.job_entries:,} of this job"
+    return f"unbroken, {signed}; {log.job_entries:,} entries of this job"
 
 
 def _each(values: Iterator[str]) -> str:

@@ -32,14 +32,13 @@ class LogFacts:
     """The log of a coordinator, checked from its first entry to its last.
 
     Attributes:
-        entries: number of entries, those of other jobs included; None if it is not to be told.
         sha256: of the last entry: it names the whole log.
         signature_checked: whether the signature of its end was checked with the coordinator's public key.
-        job_entries: number of entries that speak of this job; None likewise.
+        job_entries: number of entries that speak of this job; None if it is not to be told. Nor is that of all entries ever: of
+            another job, it could tell how many sites were drawn in secret.
         updates: every judged update of this job.
     """
 
-    entries: int | None
     sha256: str
     signature_checked: bool
     job_entries: int | None
@@ -47,7 +46,7 @@ class LogFacts:
 
     def without_participants(self) -> LogFacts:
         """Return what may be told where sites are drawn in secret: an entry for each update is also a count of them."""
-        return replace(self, entries=None, job_entries=None, updates=())
+        return replace(self, job_entries=None, updates=())
 
 
 def read_log(home: CoordinatorHome, job_sha256: str) -> LogFacts | None:
@@ -63,7 +62,6 @@ def read_log(home: CoordinatorHome, job_sha256: str) -> LogFacts | None:
     checked = audit_log.verify(home.audit, verify_head=key)
     own = [entry for entry in audit_log.read(home.audit) if entry.details.get("job") == job_sha256]
     return LogFacts(
-        entries=checked.entries,
         sha256=checked.sha256,
         signature_checked=checked.signature_checked,
         job_entries=len(own),

@@ -529,7 +529,7 @@ def test_a_report_under_central_privacy_does_not_tell_who_was_drawn(coordinator:
     page = text_of(render_html(compose(facts), NOW))
     assert "how many entries it has would tell" in page
     assert "drawn-in-secret" not in page
-    assert "of this job" not in page
+    assert "entries of this job" not in page
 
 
 def test_a_broken_log_and_an_unsigned_job_are_discrepancies(coordinator: CoordinatorHome) -> None:
@@ -553,7 +553,7 @@ def test_updates_that_only_one_side_knows_are_discrepancies(facts: Facts) -> Non
     lost = JudgedUpdate(round=1, site=site.site, sha256="f" * 64, num_bytes=1, accepted=True, reason="")
 
     def found(updates: list[JudgedUpdate]) -> list[str]:
-        log = LogFacts(entries=9, sha256="", signature_checked=True, job_entries=9, updates=tuple(updates))
+        log = LogFacts(sha256="", signature_checked=True, job_entries=9, updates=tuple(updates))
         return list(checks.log_discrepancies(log, facts.sites))
 
     assert found(counted) == []
