@@ -277,13 +277,24 @@ def _bytes_up_each(rounds: Sequence[RoundRecord]) -> float | None:
     return sum(record.bytes_up or 0 for record in told) / sum(len(record.sites) for record in told)
 
 
-def _interval(metric: str, arm: Arm, num_records: int | None) -> str | None:
+def _bounds(metric: str, arm: Arm, num_records: int | None) -> tuple[float, float] | None:
     """The 95 % interval of the final accuracy; other metrics are not shares of counted records."""
     value = arm.final(metric)
     if metric != "accuracy" or value is None or not 0 <= value <= 1 or not num_records:
         return None
-    low, high = wilson(round(value * num_records), num_records)
-    return f"{100 * low:.1f} to {100 * high:.1f} %"
+    return wilson(round(value * num_records), num_records)
+
+
+def _interval(metric: str, arm: Arm, num_records: int | None) -> str | None:
+    bounds = _bounds(metric, arm, num_records)
+    return None if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+
+
+def _may_be_chance(data: RunData, arm: Arm, gap: float) -> bool:
+    """Whether the gap is smaller than one of the two intervals is wide, where there are intervals."""
+    arms = (data.federated, arm)
+    found = [_bounds(data.primary_metric, one, data.run.test_records) for one in arms]
+    return any(bounds is not None and abs(gap) < bounds[1] - bounds[0] for bounds in found)
 
 
 def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
@@ -303,6 +314,7 @@ def _comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
         "interval": _interval(metric, arm, data.run.test_records),
         "gap": formats.format_gap(metric, own, theirs),
         "verdict": verdict,
+        "chance": bool(verdict) and _may_be_chance(data, arm, gap),
         "epsilon": arm.epsilon,
         "void": arm.private and any(site.randomness == "injected" for site in arm.sites),
         "rounds_done": arm.rounds_done,
@@ -371,7 +383,7 @@ def _card(data: RunData, title: str, arm: Arm) -> dict[str, str]:
     return {
         "title": f"Gap to {row['title_in_text']}",
         "value": str(row["gap"]),
-        "note": f"{verdict} {row['value']}",
+        "note": f"{verdict} {row['value']}{'; may be chance' if row['chance'] else ''}",
         "kind": kind,
     }
 

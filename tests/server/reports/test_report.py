@@ -755,3 +755,14 @@ def test_figures_name_the_file_that_they_are_of(tmp_path: Path) -> None:
     info = json.loads((run / "run.json").read_text())
     write(run / "run.json", info | {"dataset": info["dataset"] | {"name": "train.csv", "test_name": "test.csv"}})
     assert "test records of test.csv" in Page(render(run)).text
+
+
+@pytest.mark.parametrize(("count", "chance"), [(120, True), (100_000, False)])
+def test_a_gap_smaller_than_an_interval_is_wide_may_be_chance(tmp_path: Path, count: int, chance: bool) -> None:
+    run = build_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    info.pop("public_records", None)
+    write(run / "run.json", info | {"dataset": info["dataset"] | {"test_records": count}})
+    text = Page(render(run)).text
+    assert (", worse, may be chance" in text) == chance
+    assert ("; may be chance" in text) == chance
