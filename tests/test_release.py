@@ -99,7 +99,11 @@ def refused(project: Path, version: str, message: str) -> None:
 
 def test_the_makefile_passes_the_version_on() -> None:
     shown = subprocess.run(
-        ["make", "--dry-run", "release", f"VERSION={NEXT}"], cwd=ROOT, capture_output=True, text=True, check=True
+        ["make", "--no-print-directory", "--dry-run", "release", f"VERSION={NEXT}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert shown.stdout.rstrip().endswith(f"tools/release.py {NEXT}")
     with pytest.raises(SystemExit, match="name the version"):
