@@ -371,18 +371,23 @@ SABOTEUR = """
 from dataclasses import replace
 import sys
 import torch
-import cli, client.app, client.site.site
+import cli, client.app
+from client.site import release
 from flwr.app import ConfigRecord, RecordDict
-from shared import adapters
-from shared.runtime.runtime import Runtime
+from shared.tensors import adapters
 
-honest_reply, honest_pack, sent = client.site.site.Site._reply, client.app.pack_reply, []
+honest_store, honest_reply, honest_pack = release.Update._store, release.TrainReply, client.app.pack_reply
+deltas, sent = [], []
 
-def reply(self, job, plan, round_number, result, randomness, update):
-    honest = honest_reply(self, job, plan, round_number, result, randomness, update)
+def store(self, begun, result):
+    deltas.append(result.delta)
+    return honest_store(self, begun, result)
+
+def reply(**fields):
+    honest, round_number = honest_reply(**fields), fields["round_number"]
     sent.append(honest.update)
     if round_number == 2:
-        return replace(honest, update=adapters.encode({n: t * float("nan") for n, t in result.delta.items()}))
+        return replace(honest, update=adapters.encode({n: t * float("nan") for n, t in deltas[-1].items()}))
     if round_number == 3:
         return replace(honest, update=adapters.encode({n: torch.zeros(4_000_000) for n in ("v", "w", "x", "y")}))
     if round_number == 4:
@@ -396,7 +401,7 @@ def pack(reply):
         return RecordDict({"silotune": ConfigRecord({"kind": "update", "site": "../../c"})})
     return honest_pack(reply)
 
-client.site.site.Site._reply, client.app.pack_reply = reply, pack
+release.Update._store, release.TrainReply, client.app.pack_reply = store, reply, pack
 cli.main(sys.argv[1:])
 """
 

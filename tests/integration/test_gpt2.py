@@ -10,7 +10,7 @@ import pytest
 import tomli_w
 from rich.console import Console
 
-import simulations.running.engine
+import simulations
 from client.site.site import Site
 from shared.data.datasets import write_jsonl
 from shared.errors import DataError
@@ -51,7 +51,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Scenario, Path, 
     backbone = small_gpt2(RECIPE, [*documents[:60], *documents[-2500:]], cache=folder, console=QUIET)
     for name, records in {"train": reviews[:NUM_TRAIN], "test": reviews[-NUM_TEST:]}.items():
         write_jsonl(folder / f"{name}.jsonl", records)
-    raw = load_toml(Path(simulations.engine.__file__).with_name("gpt2.toml"))
+    raw = load_toml(Path(simulations.__path__[0]) / "gpt2.toml")
     raw["data"] = {n: {"path": f"{n}.jsonl", "columns": {"text": "text"}} for n in ("train", "test")}
     raw["model"] |= {"backbone": str(backbone), "max_length": 40}
     raw["training"] |= {"rounds": 3, "local_steps": 4, "learning_rate": 0.1}
