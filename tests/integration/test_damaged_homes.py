@@ -36,6 +36,7 @@ from shared.trust.signing import load_signing_key, sign_round
 from shared.wire.messages import Order, TrainReply, TrainRequest
 from simulations.federation.processes import change_toml
 from tests.integration.conftest import site_records
+from tests.integration.damage import changed, places_of
 from tests.integration.disk import small_files
 
 Silotune = Callable[..., Any]
@@ -192,32 +193,13 @@ def damages(path: Path) -> Iterator[tuple[str, bytes | None]]:
             raw = read(content.decode().strip())
         except ValueError:
             continue
-        places = list(_places(raw))
+        places = list(places_of(raw))
         for value in WRONG * 2 if places else ():
             place = chance.choice(places)
             try:
-                yield f"{place} = {str(value)[:10]!r}", write(_changed(raw, place, value)).encode()
+                yield f"{place} = {str(value)[:10]!r}", write(changed(raw, place, value)).encode()
             except (UnicodeEncodeError, TypeError, ValueError):  # TOML cannot say it
                 continue
-
-
-def _places(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if prefix:
-        yield prefix
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _places(inner, (*prefix, key))
-    elif isinstance(value, list) and value:
-        yield from _places(value[0], (*prefix, 0))
-
-
-def _changed(raw: Any, place: tuple[Any, ...], value: Any) -> Any:
-    copy = json.loads(json.dumps(raw))
-    inner = copy
-    for key in place[:-1]:
-        inner = inner[key]
-    inner[place[-1]] = value
-    return copy
 
 
 def harm(path: Path, content: bytes | None) -> None:

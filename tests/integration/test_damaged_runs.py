@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.integration.damage import GONE, changed, places_of
+
 FILES = [
     "job.json",
     "run.json",
@@ -87,37 +89,12 @@ def damages(content: bytes, seed: str) -> Iterator[tuple[str, bytes]]:
     except ValueError:
         return
     chance = random.Random(seed)
-    places = list(_places(raw))
+    places = list(places_of(raw))
     for value in WRONG_VALUES:
         place = chance.choice(places)
-        yield f"{place} = {str(value)[:10]}", json.dumps(_changed(raw, place, value)).encode()
+        yield f"{place} = {str(value)[:10]}", json.dumps(changed(raw, place, value)).encode()
     for place in chance.sample(places, min(6, len(places))):
-        yield f"without {place}", json.dumps(_changed(raw, place, _GONE)).encode()
-
-
-_GONE = object()
-
-
-def _places(value: Any, prefix: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    if prefix:
-        yield prefix
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            yield from _places(inner, (*prefix, key))
-    elif isinstance(value, list) and value:
-        yield from _places(value[0], (*prefix, 0))
-
-
-def _changed(raw: Any, place: tuple[Any, ...], value: Any) -> Any:
-    copy = json.loads(json.dumps(raw))
-    inner = copy
-    for key in place[:-1]:
-        inner = inner[key]
-    if value is _GONE:
-        del inner[place[-1]]
-    else:
-        inner[place[-1]] = value
-    return copy
+        yield f"without {place}", json.dumps(changed(raw, place, GONE)).encode()
 
 
 COMMANDS = [
