@@ -30,7 +30,7 @@ from shared.trust.certificates import fingerprint, load_certificate
 from shared.trust.keystore import new_key, passphrase_from_environment, save_secret
 from shared.trust.node_keys import load_private_key, save_private_key
 from shared.trust.pki import make_request
-from shared.trust.signing import SigningKey, VerifyKey, load_verify_key, save_signing_key
+from shared.trust.signing import SigningKey, find_verify_key, save_signing_key
 from shared.trust.trust_store import verify_certificate
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def init(
     if place.config.exists():
         raise RunError(f"{home} is a site's folder already; choose another, or remove it first.")
     pairs = dict(_pair(item, "--column") for item in columns)
-    signers = {who: _key_text(key) for who, key in (_pair(item, "--signer") for item in signer or [])}
+    signers = {who: find_verify_key(key).text for who, key in (_pair(item, "--signer") for item in signer or [])}
     config = {
         "name": name,
         "dataset": f"{name}-records",
@@ -341,10 +341,6 @@ def _explain_composition(composition: str, orders: Sequence[int]) -> str:
         f"composition adaptive: a Rényi filter of orders {', '.join(map(str, orders))}; the cap holds also if runs are planned "
         "on the results of earlier ones. The first step counts for much, later ones for less"
     )
-
-
-def _key_text(text: str) -> str:
-    return (VerifyKey.parse(text) if text.startswith("ed25519:") else load_verify_key(Path(text))).text
 
 
 def _belongs(key_file: Path, certificate: Any, passphrase: str | None) -> bool:

@@ -236,11 +236,9 @@ def verify(
 ) -> None:
     """Check that an adapter is what a coordinator signed."""
     from shared.trust.signed_folder import verify_folder
-    from shared.trust.signing import VerifyKey
+    from shared.trust.signing import find_verify_key
 
-    expected = None
-    if key is not None:
-        expected = VerifyKey.parse(key) if key.startswith("ed25519:") else load_verify_key(Path(key))
+    expected = None if key is None else find_verify_key(key)
     signer = verify_folder(folder, expected)
     typer.echo(f"unchanged since {signer.text} signed it")
     if expected is None:

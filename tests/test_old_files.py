@@ -5,18 +5,30 @@ The files are those of tests/fixtures/README.md; a test that changes them works 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import tarfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from shared.trust import audit_log
+from shared.trust.signed_file import Signer, sign_file, signature_file, verify_file
+from shared.trust.signed_folder import SIGNATURE_FILE, sign_folder, verify_folder
+from shared.trust.signed_job import SignedJob, sign_job, sign_round, verify_round
+from shared.trust.signing import SigningKey
+
 ARCHIVE = Path(__file__).parent / "fixtures" / "before_rooms.tar.xz"
 JOB = "934a084f3530c8128a1d01b36fd5dfa0eee8d5ed5423c4cfbbbbfb867997d75d"
 SPENT = 3.702088356383871
+
+SIGNED = ARCHIVE.parent / "before_envelope"
+SIGNER = SigningKey.from_bytes(hashlib.sha256(b"silotune test signer").digest())
 
 Silotune = Callable[..., Any]
 
@@ -170,3 +182,46 @@ def test_signed_reports_verify(old: Path, silotune: Silotune, report: str, role:
     federation = old / "federation"
     found = answer(silotune, "report", "verify", federation / report, "--key", federation / key, "--json")
     assert (found["role"], found["key_checked"]) == (role, True)
+
+
+# --- one of each kind that is signed: it verifies, and is signed today with the same bytes ---
+
+
+def test_a_signed_job_is_read_and_written_as_ever() -> None:
+    text = (SIGNED / "job.json").read_text()
+    old = SignedJob.from_json(text, source="job.json")
+    assert (old.job.name, old.signer, old.coordinator) == ("old", SIGNER.verify_key, SIGNER.verify_key)
+    times = {"issued": old.issued, "not_after": old.not_after}
+    assert sign_job(old.job, signer=SIGNER, coordinator=SIGNER.verify_key, **times).to_json() == text
+
+
+def test_a_signed_round_is_verified_and_signed_as_ever() -> None:
+    fields = json.loads((SIGNED / "round.json").read_text()) | {"adapter": b"adapter"}
+    signature = bytes.fromhex(fields.pop("signature"))
+    verify_round(SIGNER.verify_key, **fields, signature=signature)
+    assert sign_round(SIGNER, **fields) == signature
+
+
+def test_a_signed_file_is_verified_and_signed_as_ever(tmp_path: Path) -> None:
+    old = verify_file(SIGNED / "report.txt", SIGNER.verify_key)
+    assert (old.role, old.name, old.bytes) == ("coordinator", "Köln", 37)
+    copy = Path(shutil.copy(SIGNED / "report.txt", tmp_path))
+    made = sign_file(copy, Signer(role="coordinator", name="Köln", key=SIGNER), now=datetime(2026, 3, 2, 9, tzinfo=UTC))
+    assert made.read_bytes() == signature_file(SIGNED / "report.txt").read_bytes()
+
+
+def test_a_signed_folder_is_verified_and_signed_as_ever(tmp_path: Path) -> None:
+    assert verify_folder(SIGNED / "adapter", SIGNER.verify_key) == SIGNER.verify_key
+    shutil.copytree(SIGNED / "adapter", tmp_path / "adapter")
+    sign_folder(tmp_path / "adapter", SIGNER)
+    assert (tmp_path / "adapter" / SIGNATURE_FILE).read_bytes() == (SIGNED / "adapter" / SIGNATURE_FILE).read_bytes()
+
+
+def test_a_signed_log_is_verified_and_signed_as_ever(tmp_path: Path) -> None:
+    assert audit_log.verify(SIGNED / "log", verify_head=SIGNER.verify_key).entries == 2
+    noon = datetime(2026, 3, 2, 9, tzinfo=UTC)
+    log = audit_log.AuditLog(tmp_path / "log", seal_head=SIGNER, clock=lambda: noon)
+    log.append(audit_log.Event.COORDINATOR_STARTED, name="Köln")
+    log.append(audit_log.Event.COORDINATOR_STOPPED)
+    for name in ("audit-00001.jsonl", "head.json"):
+        assert (tmp_path / "log" / name).read_bytes() == (SIGNED / "log" / name).read_bytes()

@@ -40,7 +40,7 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.sizes import declared_size
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal
-from shared.trust.signing import SignedJob, verify_round
+from shared.trust.signed_job import SignedJob, verify_round
 from shared.wire.messages import TrainRequest
 
 

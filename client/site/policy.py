@@ -28,7 +28,8 @@ from shared.models.backbones import EMBEDDED, backbone_folder, backbone_sha256
 from shared.models.images import IMAGE_NETWORKS, image_network_sha256
 from shared.privacy.plan import PrivacyPlan
 from shared.runtime.site_metrics import METRICS
-from shared.trust.signing import SignedJob, VerifyKey
+from shared.trust.signed_job import SignedJob
+from shared.trust.signing import VerifyKey
 
 TASK_KINDS: tuple[str, ...] = get_args(TaskConfig.model_fields["kind"].annotation)
 SIGNER_PLACEHOLDER = "ed25519:PUT-THE-KEY-HERE"

@@ -27,7 +27,7 @@ from client.site.usable import PUBLIC_ERRORS, LeftOut
 from shared.errors import SilotuneError, TrustError, place_of
 from shared.job.job import Job
 from shared.runtime.runtime import Runtime, load_runtime
-from shared.trust.signing import SignedJob
+from shared.trust.signed_job import SignedJob
 from shared.version import silotune_version
 from shared.wire.messages import MetricsReply, Refusal, SiteDescription, TrainReply, TrainRequest
 

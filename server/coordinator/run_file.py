@@ -23,7 +23,8 @@ from shared.job.parsing import Section, apply_overrides, load_toml, parse
 from shared.privacy.central import CentralPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.tasks import Record, task_of
-from shared.trust.signing import SigningKey, VerifyKey, sign_job
+from shared.trust.signed_job import sign_job
+from shared.trust.signing import SigningKey, VerifyKey
 
 
 class RunSettings(Section):

@@ -14,7 +14,8 @@ from server.rounds.earlier_requests import Asked
 from server.rounds.observer import Observer
 from shared.errors import RunError
 from shared.job.job import Job
-from shared.trust.signing import SignedJob, SigningKey, sign_round
+from shared.trust.signed_job import SignedJob, sign_round
+from shared.trust.signing import SigningKey
 from shared.wire.messages import DESCRIBE, Order, Refusal, SiteDescription, describe_request, unpack_description
 
 POLL_SECONDS = 0.1

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from shared.errors import RunError
 from shared.files.atomic import write_json, write_text
 from shared.files.json_files import read_record
-from shared.trust.signing import SignedJob
+from shared.trust.signed_job import SignedJob
 
 State = Literal["submitted", "running", "completed", "failed", "stopped"]
 _OPEN: tuple[State, ...] = ("submitted", "running")

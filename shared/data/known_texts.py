@@ -85,7 +85,7 @@ def _training_of(run: Path) -> Iterator[str]:
                 for line in lines:
                     if isinstance(text := parse_object(line).get("text"), str):
                         yield text
-        except (OSError, ValueError, RecursionError):
+        except (OSError, ValueError):
             continue
 
 

@@ -29,8 +29,6 @@ def read_object(path: Path) -> dict[str, Any]:
         return parse_object(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RunError(f"{path} is missing; restore it from a backup, or start a new run.") from None
-    except RecursionError:
-        raise damaged(path, "it is nested too deep") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise damaged(path, reason) from None
@@ -55,10 +53,12 @@ def parse_object(text: str) -> dict[str, Any]:
     """Return the JSON object in `text`.
 
     Raises:
-        ValueError: if it is none, holds a key twice, or a number that is not finite.
-        RecursionError: if it is nested too deep.
+        ValueError: if it is none, holds a key twice, a number that is not finite, or is nested too deep.
     """
-    found = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    try:
+        found = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
     if not isinstance(found, dict):
         raise ValueError(f"it holds a {type(found).__name__}, not an object")
     return found

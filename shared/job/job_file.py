@@ -19,6 +19,6 @@ def load_job(run_dir: Path) -> Job:
     file = run_dir / "job.json"
     try:
         raw = parse_object(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise RunError(f"{run_dir} holds no readable job.json ({type(error).__name__}); is it a run folder?") from None
     return parse(Job, raw, source=str(file))

@@ -65,7 +65,7 @@ def parse(model: type[SectionT], raw: Mapping[str, Any], *, source: str) -> Sect
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [_explain(model, detail) for detail in error.errors()]
+        lines = [explain(model, detail) for detail in error.errors()]
         raise ConfigError(f"{source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 
@@ -122,7 +122,8 @@ def _toml_value(text: str) -> Any:
         return text
 
 
-def _explain(model: type[BaseModel], detail: Any) -> str:
+def explain(model: type[BaseModel], detail: Any) -> str:
+    """Return one of pydantic's findings about a `model` as a line for people: where, what is wrong, what was found."""
     location = [str(part) for part in detail["loc"]]
     where = ".".join(location) or "the whole"
     if detail["type"] == "extra_forbidden":

@@ -15,6 +15,7 @@ from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
 from shared.terminal import JsonOption, console, print_json
 from shared.trust import audit_log
+from shared.trust.signing import find_verify_key
 
 audit_log_app = typer.Typer(
     name="audit-log", help="Check the audit log of a site or of the coordinator, or show it.", no_args_is_help=True
@@ -33,7 +34,7 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every entry and the head; a log that was changed in any way ends with status 1."""
-    found = audit_log.verify(folder, verify_head=_verify_key(key) if key is not None else None)
+    found = audit_log.verify(folder, verify_head=None if key is None else find_verify_key(key))
     if as_json:
         print_json(asdict(found))
         return
@@ -82,9 +83,3 @@ def _table(entries: deque[audit_log.Entry]) -> Table:
 def _printable(text: str) -> str:
     # what others sent may stand in the details; it must not steer the terminal
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _verify_key(text: str) -> audit_log.HeadVerifier:
-    from shared.trust.signing import VerifyKey, load_verify_key
-
-    return VerifyKey.parse(text) if text.startswith("ed25519:") else load_verify_key(Path(text))

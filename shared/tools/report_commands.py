@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from shared.errors import TrustError
 from shared.terminal import JsonOption, print_json
 from shared.trust.signed_file import Signer, fingerprint, sign_file, signature_file, verify_file
-from shared.trust.signing import VerifyKey, load_verify_key
+from shared.trust.signing import VerifyKey, find_verify_key
 
 DEFAULT_COMMAND = "write"
 
@@ -53,17 +53,15 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check that no byte of a report was changed since it was signed, and by whom; exit status 1 if not."""
-    expected = None
-    if key is not None:
-        expected = VerifyKey.parse(key) if key.startswith("ed25519:") else load_verify_key(Path(key))
+    expected = None if key is None else find_verify_key(key)
     found = verify_file(file, expected)
     if as_json:
-        fields = {**vars(found), "signer": found.signer.text, "key_checked": expected is not None}
-        print_json(fields)
+        said = {"role": found.role, "name": found.name, "signed_at": found.signed_at, "signer": found.signer}
+        print_json({"sha256": found.sha256, "num_bytes": found.bytes, **said, "key_checked": expected is not None})
         return
     name = "".join(character if character.isprintable() else "�" for character in found.name)
     typer.echo(f"unchanged since {name} ({found.role}) signed it on {found.signed_at}")
-    typer.echo(f"signed with {found.signer.text}, fingerprint {fingerprint(found.signer)}")
+    typer.echo(f"signed with {found.signer}, fingerprint {fingerprint(VerifyKey.parse(found.signer))}")
     if expected is None:
         typer.echo("whose key that is was not checked; give --key. Role, name and time are the signer's own words.")
 
@@ -74,7 +72,7 @@ def sign_report(file: Path, signer: Signer, *, now: Callable[[], datetime] = lam
     Raises:
         TrustError: it carries another's signature, which would be lost, or it cannot be read.
     """
-    if signature_file(file).exists() and verify_file(file).signer != signer.verify_key:
+    if signature_file(file).exists() and verify_file(file).signer != signer.verify_key.text:
         raise TrustError(
             f"{file} carries another's signature already, which this one would replace; copy the file and sign the copy."
         )

@@ -14,38 +14,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn, Protocol
+from typing import Any, BinaryIO, NoReturn
 
 from shared.errors import TrustError
 from shared.files.atomic import sync_folder, write_bytes
 from shared.files.json_files import canonical_json
+from shared.trust.signing import Purpose, SigningKey, VerifyKey
 
 MAX_LINE = 64 << 10  # bytes of one entry; larger details are left out
-HEAD_PURPOSE = "audit-log-head"
 HEAD_FILE = "head.json"
 
 _LOCK_FILE = "audit.lock"
 _NO_ENTRY = "0" * 64  # what the first entry names as its predecessor
 _ENTRY_FIELDS = {"sequence": int, "time": str, "event": str, "details": dict, "previous": str, "sha256": str}
 _HEAD_FIELDS = {"sequence": int, "sha256": str, "file": str, "line": int, "bytes": int}
-
-
-class HeadVerifier(Protocol):
-    """The public key of a log's owner, such as `shared.trust.signing.VerifyKey`."""
-
-    def verify(self, purpose: str, payload: bytes, signature: bytes, /) -> None:
-        """Raise `TrustError` unless `signature` is the owner's."""
-
-
-class HeadSigner(Protocol):
-    """The private key of a log's owner, such as `shared.trust.signing.SigningKey`."""
-
-    @property
-    def verify_key(self) -> HeadVerifier:
-        """The public key that belongs to this one."""
-
-    def sign(self, purpose: str, payload: bytes, /) -> bytes:
-        """Return a signature."""
 
 
 @dataclass(frozen=True)
@@ -183,11 +165,11 @@ def _head_fields(position: Position) -> dict[str, Any]:
     }
 
 
-def write_head(folder: Path, position: Position, signer: HeadSigner | None) -> None:
+def write_head(folder: Path, position: Position, signer: SigningKey | None) -> None:
     """Make `position` the end of the log, atomically and durably."""
     fields = _head_fields(position)
     if signer is not None:
-        fields["signature"] = signer.sign(HEAD_PURPOSE, canonical_json(fields).encode()).hex()
+        fields["signature"] = signer.sign(Purpose.LOG_HEAD, fields).hex()
     write_bytes(folder / HEAD_FILE, f"{canonical_json(fields)}\n".encode())
 
 
@@ -202,7 +184,7 @@ def _head_bytes(folder: Path) -> bytes:
         raise TrustError(f"{folder} holds no audit log: {HEAD_FILE} is missing; check the path.") from None
 
 
-def read_head(folder: Path, key: HeadVerifier | None, *, signed_is_fine: bool = False) -> Position:
+def read_head(folder: Path, key: VerifyKey | None, *, signed_is_fine: bool = False) -> Position:
     """Return the end of the log as its head names it, the signature checked if there is a `key`."""
     path, content = folder / HEAD_FILE, _head_bytes(folder)
     try:
@@ -225,7 +207,7 @@ def read_head(folder: Path, key: HeadVerifier | None, *, signed_is_fine: bool = 
         raise TrustError(f"{path} is signed; open the log with the key of its owner to go on with it.")
     if key is not None and signature is not None:
         try:
-            key.verify(HEAD_PURPOSE, canonical_json(fields).encode(), signature)
+            key.verify(Purpose.LOG_HEAD, fields, signature)
         except TrustError as error:
             distrust(path, f"was not signed with this key ({error})")
     head = Position(

@@ -43,8 +43,6 @@ from shared.trust.audit_chain import (
     HEAD_FILE,
     Beyond,
     Entry,
-    HeadSigner,
-    HeadVerifier,
     Position,
     check_last_line,
     cut,
@@ -58,6 +56,7 @@ from shared.trust.audit_chain import (
     scan,
     write_head,
 )
+from shared.trust.signing import SigningKey, VerifyKey
 
 __all__ = [
     "BEGINNING",
@@ -66,8 +65,6 @@ __all__ = [
     "AuditLog",
     "Entry",
     "Event",
-    "HeadSigner",
-    "HeadVerifier",
     "Position",
     "Verified",
     "read",
@@ -157,7 +154,7 @@ class AuditLog:
         self,
         folder: Path,
         *,
-        seal_head: HeadSigner | None = None,
+        seal_head: SigningKey | None = None,
         max_bytes: int = MAX_FILE_BYTES,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -218,7 +215,7 @@ class AuditLog:
         head = read_head(self.folder, self._verify_key)
         return scan(self.folder, start, head)
 
-    def change_key(self, seal_head: HeadSigner, /, **details: Any) -> Entry:
+    def change_key(self, seal_head: SigningKey, /, **details: Any) -> Entry:
         """Record `key.rotated` and sign the head with another key from here on; `details` should name the key."""
         with self.locked():
             entry = self.append(Event.KEY_ROTATED, **details)
@@ -228,7 +225,7 @@ class AuditLog:
             return entry
 
     @property
-    def _verify_key(self) -> HeadVerifier | None:
+    def _verify_key(self) -> VerifyKey | None:
         return None if self._signer is None else self._signer.verify_key
 
     # --- writing, under the lock ---
@@ -324,7 +321,7 @@ def read(folder: Path) -> Iterator[Entry]:
         yield entry
 
 
-def verify(folder: Path, *, verify_head: HeadVerifier | None = None) -> Verified:
+def verify(folder: Path, *, verify_head: VerifyKey | None = None) -> Verified:
     """Check a whole log; it may be in use, or a copy on a read-only medium.
 
     Args:

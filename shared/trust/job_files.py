@@ -10,7 +10,7 @@ from typing import Any
 from shared.errors import ConfigError
 from shared.job.job import Job
 from shared.job.parsing import apply_overrides, load_toml, nearest, parse
-from shared.trust.signing import SignedJob
+from shared.trust.signed_job import SignedJob
 
 # What stands in a scenario or a run file beside the job's own sections; a test compares it with both.
 BESIDE_A_JOB = frozenset(

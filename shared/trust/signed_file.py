@@ -14,26 +14,26 @@ compares the key with one that came by another way.
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Literal
 
 from shared.errors import TrustError
 from shared.files.atomic import write_text
-from shared.files.json_files import canonical_json
-from shared.trust.signing import SigningKey, VerifyKey
+from shared.trust.signing import Purpose, SignedDocument, SigningKey, VerifyKey
 
 Role = Literal["coordinator", "site", "key holder"]
 
 SUFFIX = ".sig.json"
-_PURPOSE = "report"
-_FORMAT = "silotune-signed-report/1"
-_FIELDS = {"format", "sha256", "bytes", "role", "name", "signed_at", "signer", "signature"}
-_MAX_SIGNATURE_BYTES = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,31 +56,38 @@ class Signer:
         return self.key.verify_key
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileSignature:
-    """A signature that was checked; role, name and time are what the signer wrote.
+class FileSignature(SignedDocument):
+    """`FILE.sig.json`; role, name and time are what the signer wrote.
 
     Attributes:
         sha256: of the file, hexadecimal.
-        num_bytes: its size.
+        bytes: its size.
         role: "coordinator", "site" or "key holder".
         name: of the signer.
         signed_at: ISO 8601, UTC.
-        signer: the key that signed.
     """
 
+    purpose = Purpose.FILE
+    what = "a signature as `silotune report --sign` writes it"
+    advice = "It may have been changed: do not rely on the file; ask its sender for both."
+    most_bytes = 1 << 14
+    header = MappingProxyType({"format": "silotune-signed-report/1"})
+
+    format: Literal["silotune-signed-report/1"]
     sha256: str
-    num_bytes: int
+    bytes: int
     role: str
     name: str
     signed_at: str
-    signer: VerifyKey
+
+    def text(self) -> str:
+        """Return the content of the file."""
+        return json.dumps(self.model_dump(), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def fingerprint(key: VerifyKey) -> str:
     """Return the SHA-256 of the 32 bytes of a public key in groups of four digits, to be read aloud and compared."""
-    raw = base64.urlsafe_b64decode(key.text.partition(":")[2] + "=")
-    digest = hashlib.sha256(raw).hexdigest()
+    digest = hashlib.sha256(key.raw).hexdigest()
     return " ".join(digest[start : start + 4] for start in range(0, len(digest), 4))
 
 
@@ -96,19 +103,17 @@ def sign_file(path: Path, signer: Signer, *, now: datetime) -> Path:
         TrustError: if the file cannot be read.
         RunError: if the signature cannot be written.
     """
-    content = _read(path, "the file to sign")
-    fields: dict[str, Any] = {
-        "format": _FORMAT,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "bytes": len(content),
-        "role": signer.role,
-        "name": signer.name,
-        "signed_at": now.astimezone(UTC).isoformat(timespec="seconds"),
-        "signer": signer.verify_key.text,
-    }
-    signature = signer.key.sign(_PURPOSE, canonical_json(fields).encode())
+    sha256, size = sha256_and_size(path)
+    signature = FileSignature.sign(
+        signer.key,
+        sha256=sha256,
+        bytes=size,
+        role=signer.role,
+        name=signer.name,
+        signed_at=now.astimezone(UTC).isoformat(timespec="seconds"),
+    )
     place = signature_file(path)
-    write_text(place, _text(fields | {"signature": base64.b64encode(signature).decode("ascii")}))
+    write_text(place, signature.text())
     return place
 
 
@@ -121,71 +126,52 @@ def verify_file(path: Path, key: VerifyKey | None = None) -> FileSignature:
     Raises:
         TrustError: the file or its signature is missing or was changed, or another key signed.
     """
-    # 1. The signature file, byte for byte as `sign_file` writes it.
+    # 1. The signature, byte for byte as `sign_file` writes it, so that no byte can change unseen.
     place = signature_file(path)
-    fields = _fields(place)
+    content = read_signature(place, FileSignature.most_bytes)
+    signature = FileSignature.open(content, source=str(place), key=key)
+    if signature.text().encode() != content:
+        raise FileSignature.refusal(str(place), "it is written in another way")
 
-    # 2. The signature, before anything in it is believed.
-    signer = VerifyKey.parse(fields["signer"], source=str(place))
-    if key is not None and signer != key:
-        raise TrustError(f"{path} was signed by {signer.text}, expected {key.text}. Do not rely on it; ask its sender.")
-    try:
-        text = fields.pop("signature")
-        signature = base64.b64decode(text, validate=True)
-        if base64.b64encode(signature).decode("ascii") != text:  # the last digit has bits that mean nothing
-            raise ValueError
-    except ValueError:
-        raise _not_a_signature(place) from None
-    signer.verify(_PURPOSE, canonical_json(fields).encode(), signature)
-
-    # 3. The file itself.
-    content = _read(path, "the signed file")
-    found = hashlib.sha256(content).hexdigest()
-    if (found, len(content)) != (fields["sha256"], fields["bytes"]):
+    # 2. The file itself.
+    sha256, size = sha256_and_size(path)
+    if (sha256, size) != (signature.sha256, signature.bytes):
         raise TrustError(
-            f"{path} was changed after it was signed: its SHA-256 is {found} ({len(content)} bytes), signed was "
-            f"{fields['sha256']} ({fields['bytes']} bytes). Do not rely on it; ask its sender for the original."
+            f"{path} was changed after it was signed: its SHA-256 is {sha256} ({size} bytes), signed was "
+            f"{signature.sha256} ({signature.bytes} bytes). Do not rely on it; ask its sender for the original."
         )
-    return FileSignature(
-        sha256=found,
-        num_bytes=len(content),
-        role=fields["role"],
-        name=fields["name"],
-        signed_at=fields["signed_at"],
-        signer=signer,
-    )
+    return signature
 
 
-def _fields(place: Path) -> dict[str, Any]:
-    content = _read(place, "the signature")
-    if len(content) > _MAX_SIGNATURE_BYTES:
-        raise _not_a_signature(place)
+def sha256_and_size(path: Path) -> tuple[str, int]:
+    """Return the SHA-256 of a plain file, hexadecimal, and its size; the memory used does not grow with it.
+
+    Raises:
+        TrustError: if it cannot be read, or is a device or a pipe.
+    """
+    with _plain_file(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
+
+
+def read_signature(path: Path, most: int) -> bytes:
+    """Return the content of a signature file, but at most a byte more than `most`.
+
+    Raises:
+        TrustError: if it cannot be read, or is a device or a pipe.
+    """
+    with _plain_file(path) as file:
+        return file.read(most + 1)
+
+
+@contextmanager
+def _plain_file(path: Path) -> Iterator[BufferedReader]:
     try:
-        fields = json.loads(content.decode())
-        if fields.keys() != _FIELDS or fields["format"] != _FORMAT or type(fields["bytes"]) is not int:
-            raise ValueError
-        if not all(isinstance(fields[name], str) for name in _FIELDS - {"bytes"}):
-            raise ValueError
-        if _text(fields).encode() != content:  # one way of writing it, so that no byte can change unseen
-            raise ValueError
-    except (ValueError, AttributeError, RecursionError):
-        raise _not_a_signature(place) from None
-    return dict(fields)
-
-
-def _text(fields: dict[str, Any]) -> str:
-    return json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _read(path: Path, what: str) -> bytes:
-    try:
-        return path.read_bytes()
+        # Without O_NONBLOCK, opening a pipe would wait for whoever writes to it.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise TrustError(f"{path} is no plain file; expected one that can be signed.")
+            yield file
     except OSError as error:
-        raise TrustError(f"{what} {path} cannot be read ({error.strerror}); it belongs beside the other.") from None
-
-
-def _not_a_signature(place: Path) -> TrustError:
-    return TrustError(
-        f"{place} is not a signature as `silotune report --sign` writes it, or it was changed. Do not rely on the file; "
-        "ask its sender for both."
-    )
+        raise TrustError(
+            f"{path} cannot be read ({error.strerror}); a signature and what it signs belong together."
+        ) from None

@@ -27,7 +27,7 @@ from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.job.values import NAME_PATTERN
 from shared.privacy.randomness import Origin
-from shared.trust.signing import SignedJob
+from shared.trust.signed_job import SignedJob
 
 TRAIN = "train"
 DESCRIBE = "query.describe"
@@ -53,7 +53,7 @@ class Order:
     Attributes:
         signed_job: the job with its signer's signature, checked.
         sent_at: ISO time at which the coordinator sent the round.
-        signature: of the coordinator over the job's hash, round, adapter and time; see `shared.trust.signing.sign_round`.
+        signature: of the coordinator over the job's hash, round, adapter and time; see `shared.trust.signed_job.sign_round`.
     """
 
     signed_job: SignedJob

@@ -277,7 +277,7 @@ def _check_site_home(scenario: Scenario, arm: Arm, name: str) -> None:
             records = [parse_object(line) for line in lines]
         same_data = dataset_fingerprint(records) == dataset_fingerprint(_columns(arm, name))
         found = canonical_json(kept)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise RunError(f"{home} cannot be read ({type(error).__name__}); restore it or start a new run.") from None
     # Settings that change speed may change on the way.
     wanted = {**site_config(scenario, arm, name), "compute": kept.get("compute")}

@@ -32,7 +32,8 @@ from shared.runtime.runtime import load_runtime
 from shared.tensors.adapters import encode
 from shared.trust.keystore import Seal, load_secret
 from shared.trust.signed_folder import sign_folder
-from shared.trust.signing import load_signing_key, sign_round
+from shared.trust.signed_job import sign_round
+from shared.trust.signing import load_signing_key
 from shared.wire.messages import Order, TrainReply, TrainRequest
 from simulations.federation.processes import change_toml
 from tests.integration.conftest import site_records

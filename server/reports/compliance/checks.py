@@ -17,7 +17,7 @@ from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_r
 from shared.job.job import Job
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease, Statement
-from shared.trust.signing import SignedJob
+from shared.trust.signed_job import SignedJob
 
 if TYPE_CHECKING:
     from server.reports.compliance.facts import CentralFacts, SiteFacts

@@ -16,7 +16,7 @@ from server.reports.run.formats import join_names, printable
 from server.reports.run.run_data import RunData
 from shared.job.job import Job
 from shared.privacy.statement import SiteRelease, Statement
-from shared.trust.signing import SignedJob
+from shared.trust.signed_job import SignedJob
 
 # PRV's epsilon carries an error bound of 0.01 in either direction, and PLD rounds up by less than that.
 PRV_TOLERANCE = 0.03

@@ -45,7 +45,7 @@ from shared.privacy.cross_check import prv_cross_check
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease, Statement, run_statement, site_statement
 from shared.trust.signed_folder import SIGNATURE_FILE, verify_folder
-from shared.trust.signing import SignedJob
+from shared.trust.signed_job import SignedJob
 
 
 def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:

@@ -23,7 +23,8 @@ from shared.models.backbones import backbone_sha256
 from shared.trust import audit_log
 from shared.trust.audit_log import Entry, Event
 from shared.trust.keystore import new_key, save_secret
-from shared.trust.signing import SignedJob, SigningKey, sign_job, sign_round
+from shared.trust.signed_job import SignedJob, sign_job, sign_round
+from shared.trust.signing import SigningKey
 from shared.wire.messages import (
     MetricsReply,
     Order,

@@ -25,7 +25,8 @@ from shared.trust.audit_log import Event, read
 from shared.trust.certificates import load_certificate
 from shared.trust.node_keys import load_private_key
 from shared.trust.pki import approve, create_ca, make_request, revoke
-from shared.trust.signing import SigningKey, sign_job, sign_round
+from shared.trust.signed_job import sign_job, sign_round
+from shared.trust.signing import SigningKey
 from shared.wire.messages import Order, TrainReply, TrainRequest
 from simulations.federation.processes import change_toml
 from tests.conftest import Outcome

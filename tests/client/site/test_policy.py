@@ -32,7 +32,8 @@ from shared.job.model import ModelConfig
 from shared.job.parsing import parse
 from shared.models.backbones import backbone_folder, backbone_sha256
 from shared.privacy.plan import PrivacyPlan
-from shared.trust.signing import SignedJob, SigningKey, sign_job
+from shared.trust.signed_job import SignedJob, sign_job
+from shared.trust.signing import SigningKey
 
 SIGNER, STRANGER, COORDINATOR = SigningKey.generate(), SigningKey.generate(), SigningKey.generate()
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)

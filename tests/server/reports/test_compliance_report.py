@@ -41,7 +41,8 @@ from shared.privacy.statement import without_uncovered
 from shared.trust import audit_log
 from shared.trust.audit_log import Event
 from shared.trust.signed_file import Signer, signature_file
-from shared.trust.signing import SigningKey, save_signing_key, sign_job
+from shared.trust.signed_job import sign_job
+from shared.trust.signing import SigningKey, save_signing_key
 from simulations.running.accounts import simulated_accounts
 from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario

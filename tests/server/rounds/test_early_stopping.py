@@ -30,7 +30,8 @@ from shared.job.training import TrainingConfig
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.statement import STOPPED_EARLY, run_statement
 from shared.tensors.adapters import decode, encode
-from shared.trust.signing import SigningKey, sign_job
+from shared.trust.signed_job import sign_job
+from shared.trust.signing import SigningKey
 from shared.wire.messages import (
     MetricsReply,
     SiteDescription,

@@ -23,7 +23,8 @@ from server.store.checkpoint import Checkpoint, RoundRecord
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.tensors.adapters import encode
-from shared.trust.signing import SigningKey, sign_job
+from shared.trust.signed_job import sign_job
+from shared.trust.signing import SigningKey
 from shared.wire.messages import (
     KEPT_ROUNDS,
     TRAIN,

@@ -16,7 +16,8 @@ from server.rounds.roster import Authority, Roster
 from shared.errors import RunError
 from shared.job.job import Job
 from shared.job.parsing import parse
-from shared.trust.signing import SigningKey, sign_job
+from shared.trust.signed_job import sign_job
+from shared.trust.signing import SigningKey
 from shared.wire.messages import Refusal, SiteDescription, pack_description, pack_refusal, unpack_describe
 from simulations.running.grid import InProcessGrid
 

@@ -135,7 +135,8 @@ def test_a_job_costs_what_its_plan_says() -> None:
 def test_a_job_in_every_form_that_there_is(job_file: Path, tmp_path: Path) -> None:
     from datetime import UTC, datetime, timedelta
 
-    from shared.trust.signing import SigningKey, sign_job
+    from shared.trust.signed_job import sign_job
+    from shared.trust.signing import SigningKey
 
     job = load_scenario(job_file).job
     assert read_job(job_file, []) == job
