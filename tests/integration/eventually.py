@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,6 @@ def eventually(condition: Callable[[], Any], *, timeout: float = 150.0) -> Any:
     """Return the first true value of `condition`; the limit is generous, for machines that are busy."""
     deadline = time.monotonic() + timeout
     while not (found := condition()):
-        assert time.monotonic() < deadline, f"it did not happen within {timeout:g} s"
+        assert time.monotonic() < deadline, f"not within {timeout:g} s: {inspect.getsource(condition).strip()}"
         time.sleep(0.1)
     return found
