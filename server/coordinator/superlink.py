@@ -293,6 +293,8 @@ def pull_promptly() -> None:
     module: Any = http_grid
     if not isinstance(module.pull_objects, functools.partial):
         module.pull_objects = functools.partial(module.pull_objects, initial_backoff=_PULL_BACKOFF_SECONDS)
+        # Grids make their messages themselves; Flower's own calls that deprecated, in every log.
+        module.HttpGrid._deprecation_warning_logged = True
 
 
 def _keep_output(process: subprocess.Popen[bytes], path: Path) -> None:

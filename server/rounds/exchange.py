@@ -157,15 +157,13 @@ class Question(ABC, Generic[ReplyT]):
     def judged(self, site: str, reply: ReplyT | None) -> None:
         """Tell that an answer was taken, or not (`failed` says why); None if it is no reply."""
 
-    def requests(self, nodes: Sequence[int], authority: Authority | None) -> list[Message]:
+    def requests(self, grid: Grid, nodes: Sequence[int], authority: Authority | None) -> list[Message]:
         """Return the messages to some nodes, signed now."""
         order = authority.order(self.number, self.adapter) if authority else None
         content = TrainRequest(job=self.job, round_number=self.number, adapter=self.adapter, order=order)
         kind = TRAIN if self.kind == "train" else METRICS
-        return [
-            Message(pack_request(content, self.kind), dst_node_id=node, message_type=kind, group_id=str(self.number))
-            for node in nodes
-        ]
+        packed = pack_request(content, self.kind)
+        return [grid.create_message(packed, kind, node, str(self.number)) for node in nodes]
 
 
 def collect(
@@ -184,7 +182,7 @@ def collect(
     """
     for found in exchange(
         grid,
-        lambda nodes: question.requests(nodes, authority),
+        lambda nodes: question.requests(grid, nodes, authority),
         list(question.sites),
         timeout=question.job.federation.round_timeout_seconds,
         expected=expected,

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from flwr.app import Message
 from flwr.serverapp.grid import Grid
 
 from server.rounds.earlier_requests import Asked
@@ -116,7 +115,7 @@ class Roster:
         new = [n for n in self._online if n not in self._sites and n not in pending and n not in self._refused]
         if new:
             content = describe_request(self._authority.signed_job if self._authority else None)
-            requests = [Message(content, dst_node_id=n, message_type=DESCRIBE, group_id="0") for n in new]
+            requests = [self._grid.create_message(content, DESCRIBE, n, "0") for n in new]
             identifiers = self._grid.push_messages(requests)
             self._asked |= {identifier: node for identifier, node in zip(identifiers, new, strict=True) if identifier}
         messages = list(self._grid.pull_messages(list(self._asked))) if self._asked else []
