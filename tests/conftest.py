@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+import shared.link  # noqa: F401  (limits TLS to 1.3 before a test imports grpc)
+
 os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -1,0 +1,3 @@
+"""A site's end of the link."""
+
+import shared.link  # noqa: F401  (before anything imports grpc)

@@ -1,0 +1,3 @@
+"""The coordinator's end of the link."""
+
+import shared.link  # noqa: F401  (before anything imports grpc)

@@ -1,0 +1,135 @@
+"""Flower's Grid over the link, by Flower's public classes.
+
+The round loop and the rest of a ServerApp run in a thread of their own and see what every Grid shows; nothing here blocks on a
+site. Guarantees (tests: tests/integration/link/test_link.py): every method may be called from any thread; `pull_messages` never
+raises for what a site sent; a reply names as its source the node whose stream it came on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+
+from flwr.app import DEFAULT_TTL, Error, Message, Metadata, RecordDict
+from flwr.serverapp.grid import Grid
+
+from server.link.mailroom import UNREADABLE, Answer
+from server.link.server import LinkServer
+from shared.link.envelope import content_of, message, open_envelope, seal_envelope
+from shared.link.frames import LinkError
+from shared.link.line import Parcel, new_id
+
+COORDINATOR_NODE_ID = 1
+_POLL_SECONDS = 0.02
+
+
+class LinkGrid(Grid):
+    """The sites of one run.
+
+    Args:
+        server: started.
+        run_id: Flower's number of the run; sites see it.
+    """
+
+    def __init__(self, server: LinkServer, run_id: int) -> None:
+        self._server, self._run_id = server, run_id
+        self._run: object = None
+
+    # `Run` is not public, and nothing here uses it.
+    def set_run(self, run: object) -> None:
+        """See `Grid`."""
+        self._run = run
+
+    @property
+    def run(self) -> object:  # type: ignore[override]
+        """See `Grid`."""
+        return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See `Grid`; the id is random, and set."""
+        metadata = Metadata(
+            run_id=self._run_id,
+            message_id=new_id().hex(),
+            src_node_id=COORDINATOR_NODE_ID,
+            dst_node_id=dst_node_id,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=time.time(),
+            ttl=DEFAULT_TTL if ttl is None else ttl,
+            message_type=message_type,
+        )
+        return message(content, metadata)
+
+    def get_node_ids(self) -> Iterable[int]:
+        """See `Grid`; sites that are connected, or were a moment ago, and may be."""
+        return self._server.call(self._node_ids)
+
+    def names(self) -> dict[int, str]:
+        """Return node id -> name in its certificate, for all sites that may connect."""
+        return self._server.call(self._server.admission.names)
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """See `Grid`; messages that share their content are one set of bytes in memory."""
+        messages, parcels = list(messages), []
+        sealed: dict[tuple[int, str, str], bytes] = {}
+        for one in messages:
+            facts = one.metadata
+            key = (id(one.content), facts.message_type, facts.group_id)
+            if key not in sealed:
+                sealed[key] = seal_envelope(one)
+            parcels.append((facts.dst_node_id, Parcel(bytes.fromhex(facts.message_id), b"", sealed[key]), facts))
+        self._server.call(self._send, parcels)
+        return [facts.message_id for _, _, facts in parcels]
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """See `Grid`."""
+        wanted = [bytes.fromhex(identifier) for identifier in message_ids]
+        return [_reply(answer) for answer in self._server.call(self._server.mailroom.fetch, wanted)]
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        """See `Grid`."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        waiting, replies = set(self.push_messages(messages)), []
+        while waiting and (deadline is None or time.monotonic() < deadline):
+            came = list(self.pull_messages(waiting))
+            replies += came
+            waiting -= {reply.metadata.reply_to_message_id for reply in came}
+            if not came:
+                time.sleep(_POLL_SECONDS)
+        return replies
+
+    # --- in the link's thread ---
+
+    def _node_ids(self) -> list[int]:
+        admitted = self._server.admission.names()
+        return [node for node in self._server.mailroom.connected() if node in admitted]
+
+    def _send(self, parcels: list[tuple[int, Parcel, Metadata]]) -> None:
+        for node, parcel, metadata in parcels:
+            self._server.mailroom.send(node, parcel, metadata)
+
+
+def _reply(answer: Answer) -> Message:
+    asked = answer.request.metadata
+    content: RecordDict | Error
+    if answer.code:
+        content = Error(code=answer.code, reason=answer.reason)
+    else:
+        try:
+            content = content_of(open_envelope(answer.payload))
+        except LinkError as error:
+            content = Error(code=UNREADABLE, reason=str(error))
+    metadata = Metadata(
+        run_id=asked.run_id,
+        message_id=new_id().hex(),
+        src_node_id=asked.dst_node_id,
+        dst_node_id=asked.src_node_id,
+        reply_to_message_id=asked.message_id,
+        group_id=asked.group_id,
+        created_at=time.time(),
+        ttl=asked.ttl,
+        message_type=asked.message_type,
+    )
+    return message(content, metadata)
