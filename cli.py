@@ -193,8 +193,9 @@ def predict(
     from server.runs.folder import load_job
     from shared.job.compute import ComputeConfig
     from shared.runtime.ensembles import Ensemble, Member
-    from shared.runtime.inference import load_tuned, shown
+    from shared.runtime.inference import load_tuned
     from shared.runtime.inference import predict as label
+    from shared.tasks import task_of
 
     job = load_job(run)
     reading = _asked(text=column, delimiter=delimiter, encoding=encoding, quoting=quoting)
@@ -203,12 +204,12 @@ def predict(
     if others:
         predictions = Ensemble(members, ComputeConfig()).predict(given.texts)
     else:
-        predictions = label(load_tuned(run, job, ComputeConfig()), job, given.texts)
+        predictions = label(load_tuned(run, job, ComputeConfig()), given.texts)
     for row, prediction in zip(given.rows, predictions, strict=True):
         if as_json:
             print_json({"row": row, **prediction})
         else:
-            typer.echo(shown(prediction))
+            typer.echo(task_of(job).shown(prediction))
     _tell_left_out(given.left_out)
 
 
@@ -303,6 +304,7 @@ def generate(
     from shared.data.text_stream import given_texts
     from shared.job.compute import ComputeConfig
     from shared.runtime.inference import Decoding, distinct, generate_all, load_tuned
+    from shared.tasks import task_of
 
     job = load_job(run)
     decoding = Decoding(
@@ -314,14 +316,14 @@ def generate(
         seed=seed,
     )
     given = given_texts(texts, sys.stdin.buffer.read)
-    found = generate_all(load_tuned(run, job, ComputeConfig()), job, given.texts, decoding)
-    between = "\n" if job.task.kind == "replies" else ""
+    found = generate_all(load_tuned(run, job, ComputeConfig()), given.texts, decoding)
     for row, text, continuations in zip(given.rows, given.texts, found, strict=True):
         for continuation in continuations:
+            prediction = {"text": text, "continuation": continuation}
             if as_json:
-                print_json({"row": row, "text": text, "continuation": continuation})
+                print_json({"row": row, **prediction})
             else:
-                typer.echo(text + between + continuation)
+                typer.echo(task_of(job).shown(prediction))
     every = [continuation for continuations in found for continuation in continuations]
     if len(every) > 1:
         shares = ", ".join(f"distinct-{n} {distinct(every, n):.3f}" for n in (1, 2))

@@ -11,7 +11,7 @@ import typer
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
-    from shared.job.model import TaskKind
+    from shared.job.kinds import TaskKind
 
 _Column = str | None
 
@@ -115,12 +115,12 @@ def new(
 
 
 def _kind(task: str | None) -> TaskKind | None:
+    from shared.job.kinds import RULES
     from shared.job.parsing import nearest
-    from simulations.new_scenario.question import ROLES_OF
 
-    if task is not None and task not in ROLES_OF:
-        raise ConfigError(f"--task is {task!r}; {nearest(task, sorted(ROLES_OF))}")
-    return next((kind for kind in ROLES_OF if kind == task), None)
+    if task is not None and task not in RULES:
+        raise ConfigError(f"--task is {task!r}; {nearest(task, sorted(RULES))}")
+    return next((kind for kind in RULES if kind == task), None)
 
 
 def _numbers(text: str | None, option: str, count: int) -> list[float]:

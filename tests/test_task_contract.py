@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -16,14 +17,18 @@ from client.training.trainer import per_example_hooks, train_local_round
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
+from shared.job.kinds import RULES, TaskKind
 from shared.models.batches import Example, collate
 from shared.models.images import PIXEL_STEPS
 from shared.privacy.mechanism import per_example_gradients
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.export.peft import load_state, save_peft_folder
+from shared.runtime.inference import Decoding, generate_all, predict
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.tasks import TASKS, task_of
+from simulations.new_scenario.looking import CHECKS
+from simulations.new_scenario.rule import RATES
 from tests.conftest import LINES
 
 CPU = ComputeConfig(device="cpu", precision="float32", cache_frozen_layers=False)
@@ -187,8 +192,22 @@ def losses_of(runtime: Runtime, examples: list[Example]) -> Tensor:
         return runtime.task.per_example_loss(runtime.model(batch), batch)
 
 
-def test_every_kind_has_a_case() -> None:
-    assert CASES.keys() == TASKS.keys()
+def test_every_kind_stands_in_every_table() -> None:
+    """What differs by kind stands in the task; higher and lower floors keep a row for each kind."""
+    kinds = TASKS.keys()
+    assert kinds == {*get_args(TaskKind)} == CASES.keys() == RULES.keys() == CHECKS.keys()
+    assert RATES.keys() == {kind for kind, task in TASKS.items() if not task.causal_lm}
+
+
+def test_a_kind_says_what_it_is(job: Job, runtime: Runtime) -> None:
+    task = task_of(job)
+    assert task.about
+    assert task.content
+    for other in (partial(generate_all, decoding=Decoding()), predict):
+        if task.causal_lm == (other is predict):
+            with pytest.raises(ConfigError, match=f"the run's task is '{task.kind}', which .* use `silotune"):
+                other(runtime, ["a text"])
+    assert (job.task.rules.check_labels is None) == (not job.task.labels)
 
 
 def test_per_example_gradients_equal_those_of_a_loop(runtime: Runtime, case: tuple[str, Case]) -> None:

@@ -14,14 +14,15 @@ import re
 from collections.abc import Iterator, Mapping
 from datetime import datetime, time
 from pathlib import Path
-from typing import Annotated, Self, get_args
+from typing import Annotated, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
 from shared.job.job import Job
-from shared.job.model import IMAGE_NETWORK_PREFIX, ModelConfig, TaskConfig
+from shared.job.kinds import RULES
+from shared.job.model import IMAGE_NETWORK_PREFIX, ModelConfig
 from shared.job.parsing import Section, load_toml, nearest, parse
 from shared.job.values import Name, Probability
 from shared.models.backbones import EMBEDDED, backbone_folder, backbone_sha256
@@ -31,7 +32,7 @@ from shared.runtime.site_metrics import METRICS
 from shared.trust.signed_job import SignedJob
 from shared.trust.signing import VerifyKey
 
-TASK_KINDS: tuple[str, ...] = get_args(TaskConfig.model_fields["kind"].annotation)
+TASK_KINDS: tuple[str, ...] = tuple(RULES)
 SIGNER_PLACEHOLDER = "ed25519:PUT-THE-KEY-HERE"
 
 _HOURS = re.compile(r"([01]\d|2[0-3]):([0-5]\d)-([01]\d|2[0-3]):([0-5]\d)")

@@ -87,7 +87,7 @@ class Job(Section):
     @model_validator(mode="after")
     def _check_image_network(self) -> Self:
         """Refuse images without a network for them, such a network without images, and what only a language model has."""
-        if (self.task.kind == "image_classification") != self.model.is_image_network:
+        if (self.task.image_shape is not None) != self.model.is_image_network:
             raise ValueError(
                 f"task.kind is {self.task.kind!r} and model.backbone {self.model.backbone!r}; image_classification and a "
                 f"network for images, such as '{IMAGE_NETWORK_PREFIX}small', belong together. Change one of the two"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from shared.job.kinds import RULES, Rules, TaskKind
 from shared.job.parsing import Section
 from shared.job.values import ImageSide, Value
 from shared.limits import MAX_LABELS, MAX_LORA_ALPHA
@@ -51,17 +52,6 @@ class LoraConfig(Section):
     """`b`: FFA-LoRA (Sun et al. 2024), A is fixed and orthonormal, averaging is exact. `both`: train A and B."""
 
 
-TaskKind = Literal[
-    "sequence_classification",
-    "token_classification",
-    "pair_matching",
-    "regression",
-    "causal_lm",
-    "replies",
-    "image_classification",
-]
-
-
 class TaskConfig(Section):
     """What the model learns; `kind` names a row of `shared.tasks.TASKS`."""
 
@@ -90,7 +80,7 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:
-        if self.label_smoothing and self.kind in ("causal_lm", "replies", "regression"):
+        if self.label_smoothing and self.rules.check_labels is None:
             raise ValueError(f"label_smoothing is for kinds with labels, and {self.kind} has none; remove it")
         return self
 
@@ -98,38 +88,23 @@ class TaskConfig(Section):
     def _check_labels(self) -> Self:
         if len(set(self.labels)) != len(self.labels):
             raise ValueError("task.labels holds a name twice; every label must be unique")
-        if self.kind in ("causal_lm", "replies", "regression"):
-            if self.labels:
-                raise ValueError(f"{self.kind} takes no labels; remove task.labels")
-        elif self.kind == "pair_matching" and len(self.labels) != 2:
-            raise ValueError(
-                f"pair_matching has {len(self.labels)} labels; name two, the second for a match, such as other and match"
-            )
-        elif len(self.labels) < 2:
-            raise ValueError(f"{self.kind} has {len(self.labels)} labels; name at least two")
-        if self.kind == "token_classification":
-            self._check_tags()
+        if self.rules.check_labels is not None:
+            self.rules.check_labels(self.kind, self.labels)
+        elif self.labels:
+            raise ValueError(f"{self.kind} takes no labels; remove task.labels")
         return self
 
     @model_validator(mode="after")
     def _check_range(self) -> Self:
-        if (self.kind == "regression") != (self.target_range is not None):
-            raise ValueError(
-                "task.target_range, the lowest and the highest number, belongs to regression and to no other kind; "
-                f"kind is {self.kind!r} and it is {'missing' if self.target_range is None else 'there'}"
-            )
+        self._check_belongs("target_range", ", the lowest and the highest number,")
         if self.target_range is not None and not self.target_range[0] < self.target_range[1]:
             raise ValueError("task.target_range must rise, such as [1, 5]")
         return self
 
     @model_validator(mode="after")
     def _check_image(self) -> Self:
-        for name in ("image_shape", "pixel_range"):
-            if (self.kind == "image_classification") != (getattr(self, name) is not None):
-                raise ValueError(
-                    f"task.{name} belongs to image_classification and to no other kind; kind is {self.kind!r} and it is "
-                    f"{'missing' if getattr(self, name) is None else 'there'}"
-                )
+        for key in ("image_shape", "pixel_range"):
+            self._check_belongs(key)
         if self.pixel_range is not None and not self.pixel_range[0] < self.pixel_range[1]:
             raise ValueError("task.pixel_range must rise, such as [0, 255]")
         if self.image_shape is not None and self.num_pixels > MAX_PIXELS:
@@ -138,23 +113,25 @@ class TaskConfig(Section):
             )
         return self
 
-    def _check_tags(self) -> None:
-        if "O" not in self.labels:
-            raise ValueError('task.labels of token_classification must hold "O", the tag of words outside any entity')
-        for tag in self.labels:
-            mark, _, entity = tag.partition("-")
-            if tag != "O" and (mark not in ("B", "I") or not entity):
-                raise ValueError(
-                    f'task.labels holds {tag!r}; tags of token_classification are "O", "B-NAME" for the first word of an entity '
-                    'and "I-NAME" for its further words'
-                )
-            if mark == "I" and f"B-{entity}" not in self.labels:
-                raise ValueError(f"task.labels holds {tag!r} but not {f'B-{entity}'!r}, with which every entity begins")
+    def _check_belongs(self, key: str, meaning: str = "") -> None:
+        """Refuse a key that the kind does not take, and a kind without a key that it needs."""
+        given = getattr(self, key) is not None
+        if given != (key in self.rules.keys):
+            owners = " and ".join(kind for kind, rules in RULES.items() if key in rules.keys)
+            raise ValueError(
+                f"task.{key}{meaning} belongs to {owners} and to no other kind; kind is {self.kind!r} and it is "
+                f"{'there' if given else 'missing'}"
+            )
+
+    @property
+    def rules(self) -> Rules:
+        """Which settings this kind takes."""
+        return RULES[self.kind]
 
     @property
     def has_classes(self) -> bool:
         """True if each record has one of `labels`."""
-        return self.kind in ("sequence_classification", "pair_matching", "image_classification")
+        return self.rules.has_classes
 
     @property
     def num_pixels(self) -> int:

@@ -22,9 +22,10 @@ from shared.errors import ConfigError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Batch, Example
-from shared.runtime.inference import Prediction, head_outputs, load_tuned, predict
+from shared.runtime.inference import head_outputs, load_tuned, predict
 from shared.runtime.runtime import Runtime, load_runtime, on_cpu
 from shared.tasks import Evaluation, Record, task_of
+from shared.tasks.base import Prediction
 
 _WHY: dict[str, Callable[[Job], Any]] = {
     "task.kind": lambda job: job.task.kind,
@@ -70,7 +71,7 @@ class Ensemble:
             parts = [head_outputs(self._load(member), examples) for member in self._members]
             return [_mean(rows) for rows in zip(*parts, strict=True)]
 
-        return predict(runtime, first.job, texts, outputs=outputs)
+        return predict(runtime, texts, outputs=outputs)
 
     def evaluate(self, records: Sequence[Record]) -> tuple[Evaluation, list[Evaluation]]:
         """Return the metrics of the ensemble and of each member on public records.

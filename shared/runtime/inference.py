@@ -3,30 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
-from shared.models.batches import IGNORED, Example
+from shared.models.batches import Example
 from shared.runtime.calibration import load_temperature
 from shared.runtime.export.peft import load_state
 from shared.runtime.runtime import Runtime, load_runtime
-from shared.tasks import task_of
-from shared.tasks.regression import Regression
-from shared.tasks.replies import Replies, prompt_tokens
-from shared.tasks.token_classification import entities, word_places
-from shared.tasks.tokens import read_part
+from shared.tasks.base import Prediction
+from shared.tasks.causal_lm import CausalLanguageModelling
+from shared.tasks.predicting import Predicting
+from shared.tasks.token_classification import word_places
 
-Prediction = dict[str, Any]
-MOST_WORDS_PER_TOKEN = 64
 Outputs = Callable[[Sequence[Example]], list[Tensor]]
 """Returns the head's output of every example; see `head_outputs`."""
 
@@ -87,7 +83,7 @@ def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
     return runtime
 
 
-def predict(runtime: Runtime, job: Job, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
+def predict(runtime: Runtime, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
     """Return what the model says of every text or image, in order: a label, entities, a score, or whether a pair matches.
 
     Args:
@@ -99,88 +95,13 @@ def predict(runtime: Runtime, job: Job, texts: Sequence[str], *, outputs: Output
         ConfigError: if the run is a language model.
         DataError: naming the text that does not fit the task.
     """
-    predict_kind = _PREDICT.get(job.task.kind)
-    if predict_kind is None:
-        raise ConfigError(f"the run's task is {job.task.kind!r}, which does not label texts; use `silotune generate`.")
-    return predict_kind(runtime, job, texts, outputs or partial(head_outputs, runtime))
-
-
-def shown(prediction: Prediction) -> str:
-    """Return a prediction as one line for a terminal."""
-    if "score" in prediction:
-        return f"{prediction['score']:.3f}  {prediction['text']}"
-    if "entities" in prediction:
-        text = str(prediction["text"])
-        for entity in reversed(prediction["entities"]):
-            begin, end = entity["start"], entity["end"]
-            text = f"{text[:begin]}[{text[begin:end]} | {entity['kind']}]{text[end:]}"
-        return text
-    if "pixels" in prediction:
-        return f"{prediction['label']}  {prediction['probability']:.3f}"
-    both = f"{prediction['text']} | {prediction['pair']}" if "pair" in prediction else prediction["text"]
-    return f"{prediction['label']}  {prediction['probability']:.3f}  {both}"
-
-
-def _predict_labels(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
-    rows = outputs(runtime.encode([{"text": text} for text in texts]))
-    return [{"text": text} | _labelled(row, job.task.labels) for text, row in zip(texts, rows, strict=True)]
-
-
-def _predict_images(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
-    rows = outputs(runtime.encode([{"pixels": text} for text in texts]))
-    return [{"pixels": text} | _labelled(row, job.task.labels) for text, row in zip(texts, rows, strict=True)]
-
-
-def _predict_pairs(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
-    records = [pair_record(line, f"text {number}") for number, line in enumerate(texts, start=1)]
-    rows = outputs(runtime.encode(records))
-    return [record | _labelled(row, job.task.labels) for record, row in zip(records, rows, strict=True)]
-
-
-def pair_record(line: str, name: str) -> dict[str, str]:
-    """Return the record of a pair that is written with a tab between its texts; `name` says which one it is."""
-    first, tab, second = line.partition("\t")
-    if not tab or not first.strip() or not second.strip():
-        raise DataError(f"{name} is no pair; give both texts with a tab between them.")
-    return {"text": first.strip(), "pair": second.strip()}
-
-
-def _predict_scores(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
-    assert isinstance(runtime.task, Regression)  # noqa: S101 (the job's kind says so)
-    rows = outputs(runtime.encode([{"text": text} for text in texts]))
-    scores = runtime.task.scores(torch.stack(rows)) if rows else torch.zeros(0)
-    return [{"text": text, "score": float(score)} for text, score in zip(texts, scores, strict=True)]
-
-
-def _predict_entities(runtime: Runtime, job: Job, texts: Sequence[str], outputs: Outputs) -> list[Prediction]:
-    # More words than that are beyond what the model reads, whatever its tokenizer makes of them.
-    places = [word_places(text, MOST_WORDS_PER_TOKEN * runtime.max_length) for text in texts]
-    for number, words in enumerate(places, start=1):
-        if not words:
-            raise DataError(f"text {number} has no words.")
-    examples = runtime.encode(
-        [{"tokens": [text[a:b] for a, b in words]} for text, words in zip(texts, places, strict=True)]
-    )
-    found = []
-    for text, words, example, row in zip(texts, places, examples, outputs(examples), strict=True):
-        first = torch.as_tensor(example.target) != IGNORED
-        tags = [job.task.labels[i] for i in row[: example.length][first].argmax(dim=-1).tolist()]
-        # Words beyond the model's length have no tag.
-        spans = [
-            {"kind": kind, "text": text[words[a][0] : words[b][1]], "start": words[a][0], "end": words[b][1]}
-            for kind, a, b in entities(tags)
-        ]
-        found.append({"text": text, "entities": spans})
-    return found
-
-
-_PREDICT: Mapping[str, Callable[[Runtime, Job, Sequence[str], Outputs], list[Prediction]]] = {
-    "sequence_classification": _predict_labels,
-    "token_classification": _predict_entities,
-    "pair_matching": _predict_pairs,
-    "regression": _predict_scores,
-    "image_classification": _predict_images,
-}
+    task = runtime.task
+    if not isinstance(task, Predicting):
+        raise ConfigError(f"the run's task is {task.kind!r}, which does not label texts; use `silotune generate`.")
+    records = [task.question(text, f"text {number}", runtime.max_length) for number, text in enumerate(texts, start=1)]
+    examples = runtime.encode(records)
+    rows = (outputs or partial(head_outputs, runtime))(examples)
+    return [task.answer(record, example, row) for record, example, row in zip(records, examples, rows, strict=True)]
 
 
 def head_outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
@@ -192,23 +113,22 @@ def head_outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
     return [found[index] for index in range(len(examples))]
 
 
-def generate(runtime: Runtime, job: Job, text: str, decoding: Decoding) -> list[str]:
+def generate(runtime: Runtime, text: str, decoding: Decoding) -> list[str]:
     """Return `decoding.num_sequences` continuations of one text; see `generate_all`."""
-    return generate_all(runtime, job, [text], decoding)[0]
+    return generate_all(runtime, [text], decoding)[0]
 
 
-def generate_all(runtime: Runtime, job: Job, texts: Sequence[str], decoding: Decoding) -> list[list[str]]:
+def generate_all(runtime: Runtime, texts: Sequence[str], decoding: Decoding) -> list[list[str]]:
     """Return `decoding.num_sequences` continuations of each text, or responses to it, without the text itself.
 
     Raises:
         ConfigError: if the run is not a language model.
     """
-    if not task_of(job).causal_lm:
-        raise ConfigError(
-            f"the run's task is {job.task.kind!r}, which does not continue texts; use `silotune predict`."
-        )
-    tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
-    starts = [_start(runtime, text) for text in texts for _ in range(decoding.num_sequences)]
+    task, tokenizer = runtime.task, runtime.tokenizer
+    if not isinstance(task, CausalLanguageModelling):
+        raise ConfigError(f"the run's task is {task.kind!r}, which does not continue texts; use `silotune predict`.")
+    end = tokenizer.eos_token_id
+    starts = [task.start(text, tokenizer, runtime.max_length) for text in texts for _ in range(decoding.num_sequences)]
     generator = decoding.new_generator()
     # All sequences grow together, so that one forward pass serves them.
     added: list[list[int]] = [[] for _ in starts]
@@ -222,18 +142,6 @@ def generate_all(runtime: Runtime, job: Job, texts: Sequence[str], decoding: Dec
             break
     found = [str(tokenizer.decode(_before(tokens, end), skip_special_tokens=True)) for tokens in added]
     return [found[i : i + decoding.num_sequences] for i in range(0, len(found), decoding.num_sequences)]
-
-
-def _start(runtime: Runtime, text: str) -> list[int]:
-    """Return the tokens after which a continuation, or a response, begins."""
-    tokenizer, end = runtime.tokenizer, runtime.tokenizer.eos_token_id
-    if isinstance(runtime.task, Replies):
-        return prompt_tokens(text, tokenizer, runtime.max_length)
-    text = read_part(text, tokenizer, runtime.max_length, end=True)
-    tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
-    if not tokens:
-        raise ConfigError("there is no text to continue, and the tokenizer has no token to start from; give a text.")
-    return tokens
 
 
 def distinct(texts: Sequence[str], n: int) -> float:
@@ -282,13 +190,3 @@ def next_logits(runtime: Runtime, sequences: Sequence[Sequence[int]]) -> Tensor:
 
 def _before(tokens: list[int], end: int | None) -> list[int]:
     return tokens[: tokens.index(end)] if end in tokens else tokens
-
-
-def _labelled(logits: Tensor, labels: Sequence[str]) -> Prediction:
-    probabilities = logits.float().softmax(dim=-1)
-    best = int(probabilities.argmax())
-    return {
-        "label": labels[best],
-        "probability": float(probabilities[best]),
-        "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
-    }

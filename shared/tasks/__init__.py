@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from shared.job.job import Job
-from shared.job.model import ModelConfig, TaskConfig
+from shared.job.kinds import TaskKind
 from shared.tasks.base import Evaluation, Record, Task
 from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.image_classification import ImageClassification
@@ -15,15 +15,16 @@ from shared.tasks.replies import Replies
 from shared.tasks.sequence_classification import SequenceClassification
 from shared.tasks.token_classification import TokenClassification
 
-TASKS: Mapping[str, Callable[[TaskConfig, ModelConfig], Task]] = {
-    "sequence_classification": SequenceClassification.from_config,
-    "token_classification": TokenClassification.from_config,
-    "pair_matching": PairMatching.from_config,
-    "regression": Regression.from_config,
-    "causal_lm": CausalLanguageModelling.from_config,
-    "replies": Replies.from_config,
-    "image_classification": ImageClassification.from_config,
-}
+_KINDS: tuple[type[Task], ...] = (
+    SequenceClassification,
+    Regression,
+    PairMatching,
+    TokenClassification,
+    CausalLanguageModelling,
+    Replies,
+    ImageClassification,
+)
+TASKS: Mapping[TaskKind, type[Task]] = {task.kind: task for task in _KINDS}
 
 
 def task_of(job: Job) -> Task:

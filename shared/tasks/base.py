@@ -1,16 +1,22 @@
-"""The protocol behind which every kind of task stands; trainer and rounds know nothing else about a task."""
+"""What every kind of task is; trainer, rounds, commands and reports know nothing else about one."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from shared.errors import DataError
+from shared.job.kinds import TaskKind
+from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import Batch, Example
 
 Record = Mapping[str, Any]
+Prediction = dict[str, Any]
+"""What a model says of a text, by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,28 +43,33 @@ class Evaluation:
     note: str | None = None
 
 
-class Task(Protocol):
-    """One kind of task."""
+@dataclass(frozen=True)
+class Task(ABC):
+    """One kind of task, made of the sections of a job that it reads."""
 
-    @property
-    def roles(self) -> tuple[str, ...]:
-        """Columns that a data source must declare."""
+    config: TaskConfig
+    model: ModelConfig
 
-    @property
-    def primary_metric(self) -> str:
-        """The metric that reports and plots show first."""
+    kind: ClassVar[TaskKind]
+    """Its name, `task.kind` of a job."""
+    about: ClassVar[str]
+    """What it learns, for a report."""
+    content: ClassVar[str]
+    """What its records are, for a report."""
+    roles: ClassVar[tuple[str, ...]]
+    """Columns that a data source must declare."""
+    primary_metric: ClassVar[str]
+    """The metric that reports and plots show first."""
+    higher_is_better: ClassVar[bool]
+    """Direction of the primary metric."""
+    causal_lm: ClassVar[bool] = False
+    """True if the task needs a left-to-right backbone with its own vocabulary output."""
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Direction of the primary metric."""
-
-    @property
-    def causal_lm(self) -> bool:
-        """True if the task needs a left-to-right backbone with its own vocabulary output."""
-
+    @abstractmethod
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return the module from token vectors [B, T, H] and mask [B, T] to outputs, or a `TokenHead`; of images from [B, H]."""
 
+    @abstractmethod
     def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
         """Turn records into examples.
 
@@ -66,17 +77,27 @@ class Task(Protocol):
             DataError: naming the row, never the content, of a record that does not fit.
         """
 
+    @abstractmethod
     def probe(self, input_ids: Tensor, number: int) -> Example:
         """Return an example with these tokens or pixels, int64 [T >= 2], and a target that changes with `number`."""
 
     def check_site(self, examples: Sequence[Example]) -> None:
-        """Raise `DataError` if a site cannot train on these examples."""
+        """Raise `DataError` if a site cannot train on these examples, as on none."""
+        if not examples:
+            raise DataError("the site has no records; it cannot take part.")
 
+    @abstractmethod
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return one loss per example, float [B]; an example's loss must not depend on its neighbours."""
 
     def classes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """Return (predicted, true) class of each example, int [B] each; None if the task has no classes."""
+        return None
 
+    @abstractmethod
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return metrics over (outputs, batch) pairs of public data."""
+
+    @abstractmethod
+    def shown(self, prediction: Prediction) -> str:
+        """Return what a model says of a text as one line for a terminal."""

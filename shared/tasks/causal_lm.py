@@ -4,34 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from shared.errors import DataError, ModelError
-from shared.job.model import ModelConfig, TaskConfig
+from shared.errors import ConfigError, DataError, ModelError
+from shared.job.kinds import TaskKind
 from shared.models.backbones import ARCHITECTURES
 from shared.models.batches import IGNORED, Batch, Example
 from shared.models.heads import TiedLanguageHead
-from shared.tasks.base import Evaluation, Record
+from shared.tasks.base import Evaluation, Prediction, Record, Task
 from shared.tasks.tokens import mean_over_own_tokens, read_part, texts_of, token_losses
 
 
-@dataclass(frozen=True)
-class CausalLanguageModelling:
+class CausalLanguageModelling(Task):
     """See `shared.tasks.base.Task`."""
 
+    kind: ClassVar[TaskKind] = "causal_lm"
+    about = "language modelling: the next token of a text"
+    content = "texts"
     roles: ClassVar[tuple[str, ...]] = ("text",)
     primary_metric = "perplexity"
     higher_is_better = False
     causal_lm = True
-
-    @classmethod
-    def from_config(cls, task: TaskConfig, model: ModelConfig) -> CausalLanguageModelling:
-        """Build from the job's sections."""
-        return cls()
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return the backbone's own tied output; it stays frozen, so the tie cannot corrupt per-example gradients."""
@@ -59,21 +55,32 @@ class CausalLanguageModelling:
                 raise DataError(f"record {row} has fewer than two tokens, so there is nothing to predict; remove it.")
         return examples
 
+    def start(self, text: str, tokenizer: Any, max_length: int) -> list[int]:
+        """Return the tokens after which a continuation begins.
+
+        Raises:
+            ConfigError: if there are none.
+        """
+        end = tokenizer.eos_token_id
+        text = read_part(text, tokenizer, max_length, end=True)
+        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
+        if not tokens:
+            raise ConfigError(
+                "there is no text to continue, and the tokenizer has no token to start from; give a text."
+            )
+        return tokens
+
+    def shown(self, prediction: Prediction) -> str:
+        """Return a text with its continuation."""
+        return str(prediction["text"] + prediction["continuation"])
+
     def probe(self, input_ids: Tensor, number: int) -> Example:
         """Return the tokens; they are their own target."""
         return Example(input_ids)
 
-    def check_site(self, examples: Sequence[Example]) -> None:
-        """Refuse an empty site."""
-        if not examples:
-            raise DataError("the site has no records; it cannot take part.")
-
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the mean negative log-likelihood over each example's own tokens, [B], from logits [B, T, V]."""
         return mean_over_own_tokens(*self._shifted(outputs, batch))
-
-    def classes(self, outputs: Tensor, batch: Batch) -> None:
-        """Text has no classes."""
 
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return the mean loss per token and the perplexity exp(loss)."""

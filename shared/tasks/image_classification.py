@@ -7,51 +7,31 @@ job's public range. So batches, caches, proofs and audits see what they know: wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from shared.errors import DataError
-from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import Example
 from shared.models.heads import init_linear
 from shared.models.images import PIXEL_STEPS
-from shared.tasks.base import Record
+from shared.tasks.base import Prediction, Record
 from shared.tasks.sequence_classification import SequenceClassification
 
 
-@dataclass(frozen=True, kw_only=True)
 class ImageClassification(SequenceClassification):
-    """See `shared.tasks.base.Task`.
+    """See `shared.tasks.base.Task`."""
 
-    Attributes:
-        num_pixels: values of one image, over all channels.
-        pixel_range: lowest and highest value, public.
-    """
-
-    num_pixels: int
-    pixel_range: tuple[float, float]
-
-    roles: ClassVar[tuple[str, ...]] = ("pixels", "label")
-
-    @classmethod
-    def from_config(cls, task: TaskConfig, model: ModelConfig) -> ImageClassification:
-        """Build from the job's sections."""
-        assert task.pixel_range is not None  # noqa: S101 (checked by TaskConfig)
-        return cls(
-            labels=task.labels,
-            pooling=model.pooling,
-            label_smoothing=task.label_smoothing,
-            num_pixels=task.num_pixels,
-            pixel_range=task.pixel_range,
-        )
+    kind = "image_classification"
+    about = "classification: one label for an image"
+    content = "images, each with one label"
+    roles = ("pixels", "label")
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return a linear classifier of the vectors that leave the network's other layers, drawn from the public seed."""
-        head = nn.Linear(hidden_size, len(self.labels))
+        head = nn.Linear(hidden_size, len(self.config.labels))
         init_linear(head, seed=seed, name="head")
         return head
 
@@ -60,28 +40,30 @@ class ImageClassification(SequenceClassification):
 
         `pixels` is a list of numbers, or a text of numbers with spaces or commas between them, as in a CSV cell.
         """
-        targets = self._targets(records)
+        targets = self.targets(records)
         return [
             Example(self._steps(record["pixels"], row), target)
             for row, (record, target) in enumerate(zip(records, targets, strict=True), start=1)
         ]
 
     def _steps(self, pixels: Any, row: int) -> Tensor:
-        """Return the pixel values of one record as steps of the range, int64 [num_pixels]."""
+        """Return the pixel values of one record as steps of the range, int64 [pixels]."""
+        size = self.config.num_pixels
         try:
             values = np.asarray(pixels.replace(",", " ").split() if isinstance(pixels, str) else pixels, np.float64)
         except (ValueError, TypeError, OverflowError):
             # The error's text would hold a pixel value.
             raise DataError(
-                f"record {row} has pixels that are no numbers; expected a list of {self.num_pixels} numbers, or a text of them "
+                f"record {row} has pixels that are no numbers; expected a list of {size} numbers, or a text of them "
                 "with spaces between."
             ) from None
-        if values.shape != (self.num_pixels,):
+        if values.shape != (size,):
             raise DataError(
-                f"record {row} has pixels of shape {list(values.shape)}, expected {self.num_pixels} numbers in one row "
+                f"record {row} has pixels of shape {list(values.shape)}, expected {size} numbers in one row "
                 "(task.image_shape: channels x height x width, channel by channel and row by row)."
             )
-        low, high = self.pixel_range
+        assert self.config.pixel_range is not None  # noqa: S101 (checked by TaskConfig)
+        low, high = self.config.pixel_range
         if not ((values >= low) & (values <= high)).all():  # NaN is in no range
             raise DataError(
                 f"record {row} has a pixel outside task.pixel_range, {low:g} to {high:g}. Mend the data, or give the range of "
@@ -91,5 +73,13 @@ class ImageClassification(SequenceClassification):
 
     def probe(self, input_ids: Tensor, number: int) -> Example:
         """Return an image of class `number` modulo the number of classes, filled with these values over and over."""
-        repeats = -(-self.num_pixels // len(input_ids))
-        return super().probe(input_ids.repeat(repeats)[: self.num_pixels], number)
+        size = self.config.num_pixels
+        return super().probe(input_ids.repeat(-(-size // len(input_ids)))[:size], number)
+
+    def question(self, text: str, name: str, max_length: int) -> Record:
+        """Return the record of an image that is written as numbers with spaces between them."""
+        return {"pixels": text}
+
+    def shown(self, prediction: Prediction) -> str:
+        """Return label and probability."""
+        return f"{prediction['label']}  {prediction['probability']:.3f}"

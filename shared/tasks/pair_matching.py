@@ -9,43 +9,54 @@ as records of their own: a site that made them up by mixing its records would le
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from shared.errors import DataError
 from shared.models.batches import Batch, Example
-from shared.tasks.base import Evaluation, Record
+from shared.tasks.base import Evaluation, Prediction, Record
 from shared.tasks.sequence_classification import SequenceClassification
 from shared.tasks.tokens import read_part, texts_of
 
 RECALL_AT = (1, 3, 10)
 
 
-@dataclass(frozen=True)
 class PairMatching(SequenceClassification):
     """See `shared.tasks.base.Task`. Records have `text`, `pair` and `label`, the second of the job's labels for a match."""
 
-    roles: ClassVar[tuple[str, ...]] = ("text", "pair", "label")
+    kind = "pair_matching"
+    about = "pairs: whether two texts belong together"
+    content = "pairs of texts, each with one label"
+    roles = ("text", "pair", "label")
     primary_metric = "mrr"
 
-    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
-        """Tokenise pairs, of which the longer text is cut first; remember which pairs have the same first text."""
-        targets = self._targets(records)
-        if not records:
-            return []
+    def targets(self, records: Sequence[Record]) -> Sequence[Any]:
+        """Return class and number of the first text of every pair: equal texts have one number."""
         queries: dict[str, int] = {}
-        whole = texts_of(records, "text")
-        numbers = [queries.setdefault(text, len(queries)) for text in whole]
+        targets = super().targets(records)
+        numbers = [queries.setdefault(text, len(queries)) for text in texts_of(records, "text")]
+        return [torch.tensor(pair) for pair in zip(targets, numbers, strict=True)]
+
+    def tokenized(self, records: Sequence[Record], tokenizer: Any, max_length: int, **options: Any) -> Any:
+        """Return what the tokenizer makes of pairs, of which the longer text is cut first."""
         first, second = (
-            [read_part(text, tokenizer, max_length) for text in texts] for texts in (whole, texts_of(records, "pair"))
+            [read_part(text, tokenizer, max_length) for text in texts_of(records, role)] for role in ("text", "pair")
         )
-        encoded = tokenizer(first, second, truncation="longest_first", max_length=max_length)["input_ids"]
-        return [
-            Example(torch.tensor(ids, dtype=torch.int64), torch.tensor([target, query]))
-            for ids, target, query in zip(encoded, targets, numbers, strict=True)
-        ]
+        return tokenizer(first, second, truncation="longest_first", max_length=max_length, **options)
+
+    def question(self, text: str, name: str, max_length: int) -> Record:
+        """Return the record of a pair that is written with a tab between its texts."""
+        first, tab, second = text.partition("\t")
+        if not tab or not first.strip() or not second.strip():
+            raise DataError(f"{name} is no pair; give both texts with a tab between them.")
+        return {"text": first.strip(), "pair": second.strip()}
+
+    def shown(self, prediction: Prediction) -> str:
+        """Return label, probability and both texts."""
+        return f"{super().shown(prediction)} | {prediction['pair']}"
 
     def probe(self, input_ids: Tensor, number: int) -> Example:
         """Return a pair that matches if `number` is odd."""
@@ -68,12 +79,8 @@ class PairMatching(SequenceClassification):
             queries.append(batch.targets[:, 1].cpu())
             matches.append(batch.targets[:, 0].cpu() == 1)
         found = super().evaluate(kept)
-        return Evaluation(
-            metrics=found.metrics | ranking_metrics(torch.cat(scores), torch.cat(queries), torch.cat(matches)),
-            labels=found.labels,
-            confusion=found.confusion,
-            roc=found.roc,
-        )
+        ranking = ranking_metrics(torch.cat(scores), torch.cat(queries), torch.cat(matches))
+        return replace(found, metrics=found.metrics | ranking)
 
 
 def ranking_metrics(scores: Tensor, queries: Tensor, matches: Tensor) -> dict[str, float | None]:

@@ -8,64 +8,72 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.errors import DataError
-from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import Batch, Example
 from shared.models.heads import PooledClassifier, init_linear
-from shared.tasks.base import Evaluation, Record
-from shared.tasks.tokens import read_part, texts_of
+from shared.tasks.base import Evaluation, Prediction, Record
+from shared.tasks.predicting import Explained, Predicting, Read
 
 MOST_PAIRS = 2000
 """Pairs of true and predicted numbers that an evaluation keeps for the plot."""
 
 
-@dataclass(frozen=True)
-class Regression:
+class Regression(Predicting):
     """See `shared.tasks.base.Task`. Records have `text` and `score`, a number."""
 
-    low: float
-    high: float
-    pooling: str
-
-    roles: ClassVar[tuple[str, ...]] = ("text", "score")
+    kind = "regression"
+    about = "scores: a number for a text"
+    content = "texts, each with a number"
+    roles = ("text", "score")
     primary_metric = "mae"
     higher_is_better = False
-    causal_lm = False
 
-    @classmethod
-    def from_config(cls, task: TaskConfig, model: ModelConfig) -> Regression:
-        """Build from the job's sections."""
-        assert task.target_range is not None  # noqa: S101 (checked by TaskConfig)
-        return cls(*task.target_range, pooling=model.pooling)
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Lowest and highest number, public."""
+        assert self.config.target_range is not None  # noqa: S101 (checked by TaskConfig)
+        return self.config.target_range
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return a pooled linear map to one number, drawn from the public seed."""
-        head = PooledClassifier(hidden_size, 1, self.pooling)
+        head = PooledClassifier(hidden_size, 1, self.model.pooling)
         init_linear(head.linear, seed=seed, name="head.linear")
         return head
 
-    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
-        """Tokenise texts, clip scores to the job's range and map it to [-1, 1]; records without a score get its middle."""
-        if not records:
-            return []
+    def targets(self, records: Sequence[Record]) -> Sequence[Any]:
+        """Clip scores to the job's range and map it to [-1, 1]; records without a score get its middle."""
+        low, high = self.bounds
         targets = []
         for row, record in enumerate(records, start=1):
             try:
-                score = float(record["score"]) if "score" in record else (self.low + self.high) / 2
+                score = float(record["score"]) if "score" in record else (low + high) / 2
             except (TypeError, ValueError):
                 score = math.nan
             if not math.isfinite(score):
                 raise DataError(f"record {row} has a score that is no finite number; mend the data.")
-            targets.append(2 * (min(max(score, self.low), self.high) - self.low) / (self.high - self.low) - 1)
-        texts = [read_part(text, tokenizer, max_length) for text in texts_of(records, "text")]
-        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        return [Example(torch.tensor(ids, dtype=torch.int64), t) for ids, t in zip(encoded, targets, strict=True)]
+            targets.append(2 * (min(max(score, low), high) - low) / (high - low) - 1)
+        return targets
+
+    def answer(self, record: Record, example: Example, output: Tensor) -> Prediction:
+        """Return the score."""
+        return {**record, "score": float(self.scores(output[None])[0])}
+
+    def shown(self, prediction: Prediction) -> str:
+        """Return score and text."""
+        return f"{prediction['score']:.3f}  {prediction['text']}"
+
+    def explained(self, read: Read, outputs: Tensor, label: str | None, word: int | None) -> Explained:
+        """Return the score as the head has it: at the border of the range it would not move with the words."""
+        return Explained(
+            lambda found: self._unmapped(found[:, 0].float()),
+            f"score {float(self.scores(outputs)):.3f}",
+            "the score, before it is put on the range's border",
+        )
 
     def probe(self, input_ids: Tensor, number: int) -> Example:
         """Return an example with one of a few scores."""
@@ -73,8 +81,7 @@ class Regression:
 
     def check_site(self, examples: Sequence[Example]) -> None:
         """Refuse an empty site and one whose records all have one score."""
-        if not examples:
-            raise DataError("the site has no records; it cannot take part.")
+        super().check_site(examples)
         if len({example.target for example in examples}) < 2:
             raise DataError(
                 "all records of the site have one and the same score, or all lie on one side of task.target_range; check the "
@@ -84,9 +91,6 @@ class Regression:
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the squared error in the mapped range, [B], from outputs [B, 1]."""
         return (outputs[:, 0].float() - batch.targets).square()
-
-    def classes(self, outputs: Tensor, batch: Batch) -> None:
-        """A number is no class."""
 
     def scores(self, outputs: Tensor) -> Tensor:
         """Return the predicted numbers [B] in the job's own unit; what lies outside the range is put on its border."""
@@ -113,4 +117,5 @@ class Regression:
         )
 
     def _unmapped(self, values: Tensor) -> Tensor:
-        return self.low + (values + 1) * (self.high - self.low) / 2
+        low, high = self.bounds
+        return low + (values + 1) * (high - low) / 2

@@ -3,30 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from shared.errors import DataError, ModelError
-from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import IGNORED, Batch, Example
-from shared.tasks.base import Record
+from shared.tasks.base import Prediction, Record
 from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.tokens import read_part, texts_of
 
 
-@dataclass(frozen=True)
 class Replies(CausalLanguageModelling):
     """See `shared.tasks.base.Task`. Records have `prompt` and `response`."""
 
-    roles: ClassVar[tuple[str, ...]] = ("prompt", "response")
+    kind = "replies"
+    about = "replies: a response to a prompt"
+    content = "prompts with responses"
+    roles = ("prompt", "response")
 
-    @classmethod
-    def from_config(cls, task: TaskConfig, model: ModelConfig) -> Replies:
-        """Build from the job's sections."""
-        return cls()
+    def shown(self, prediction: Prediction) -> str:
+        """Return a prompt and, below it, the response."""
+        return f"{prediction['text']}\n{prediction['continuation']}"
+
+    def start(self, text: str, tokenizer: Any, max_length: int) -> list[int]:
+        """Return the tokens after which a response begins."""
+        return prompt_tokens(text, tokenizer, max_length)
 
     def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
         """Tokenise prompt, line end, response and end of text.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,72 +12,74 @@ from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from shared.errors import DataError
-from shared.job.model import ModelConfig, TaskConfig
+from shared.job.kinds import TaskKind
 from shared.limits import MAX_TABLE_LABELS
 from shared.models.batches import Batch, Example
 from shared.models.heads import PooledClassifier, init_linear
-from shared.tasks.base import Evaluation, Record
-from shared.tasks.tokens import read_part, texts_of
+from shared.tasks.base import Evaluation, Prediction, Record
+from shared.tasks.predicting import Explained, Predicting, Read, log_odds
 
 _ROC_POINTS = 200
 
 
-@dataclass(frozen=True)
-class SequenceClassification:
+class SequenceClassification(Predicting):
     """See `shared.tasks.base.Task`."""
 
-    labels: tuple[str, ...]
-    pooling: str
-    label_smoothing: float = 0.0
-
+    kind: ClassVar[TaskKind] = "sequence_classification"
+    about = "classification: one label for a text"
+    content = "texts, each with one label"
     roles: ClassVar[tuple[str, ...]] = ("text", "label")
     primary_metric = "accuracy"
     higher_is_better = True
-    causal_lm = False
-
-    @classmethod
-    def from_config(cls, task: TaskConfig, model: ModelConfig) -> SequenceClassification:
-        """Build from the job's sections."""
-        return cls(labels=task.labels, pooling=model.pooling, label_smoothing=task.label_smoothing)
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return a pooled linear classifier drawn from the public seed."""
-        head = PooledClassifier(hidden_size, len(self.labels), self.pooling)
+        head = PooledClassifier(hidden_size, len(self.config.labels), self.model.pooling)
         init_linear(head.linear, seed=seed, name="head.linear")
         return head
 
-    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
-        """Tokenise texts (with the tokenizer's special tokens) and turn labels into class indices."""
-        targets = self._targets(records)
-        if not records:
-            return []
-        texts = [read_part(text, tokenizer, max_length) for text in texts_of(records, "text")]
-        encoded = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
-        return [Example(torch.tensor(ids, dtype=torch.int64), t) for ids, t in zip(encoded, targets, strict=True)]
-
-    def _targets(self, records: Sequence[Record]) -> list[int]:
-        """Return the class of every record; the first, if it has no label because it is to be labelled."""
-        index = {label: i for i, label in enumerate(self.labels)}
+    def targets(self, records: Sequence[Record]) -> Sequence[Any]:
+        """Return the class of every record; the first, if it has no label."""
+        labels = self.config.labels
+        index = {label: i for i, label in enumerate(labels)}
         targets = []
         for row, record in enumerate(records, start=1):
-            label = str(record["label"]) if "label" in record else self.labels[0]
+            label = str(record["label"]) if "label" in record else labels[0]
             if label not in index:
                 # The label itself may be private: only its row is named.
                 raise DataError(
-                    f"record {row} has a label that is not among task.labels ({', '.join(self.labels)}). Mend the data or "
-                    "add the label to the job."
+                    f"record {row} has a label that is not among task.labels ({', '.join(labels)}). Mend the data or add the "
+                    "label to the job."
                 )
             targets.append(index[label])
         return targets
 
+    def answer(self, record: Record, example: Example, output: Tensor) -> Prediction:
+        """Return the likeliest label and all probabilities."""
+        labels, probabilities = self.config.labels, output.float().softmax(dim=-1)
+        best = int(probabilities.argmax())
+        return {
+            **record,
+            "label": labels[best],
+            "probability": float(probabilities[best]),
+            "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
+        }
+
+    def shown(self, prediction: Prediction) -> str:
+        """Return label, probability and text."""
+        return f"{prediction['label']}  {prediction['probability']:.3f}  {prediction['text']}"
+
+    def explained(self, read: Read, outputs: Tensor, label: str | None, word: int | None) -> Explained:
+        """Return the log-odds of a label."""
+        return log_odds(self.config.labels, outputs[0], label, lambda found: found)
+
     def probe(self, input_ids: Tensor, number: int) -> Example:
         """Return an example of class `number` modulo the number of classes."""
-        return Example(input_ids, number % len(self.labels))
+        return Example(input_ids, number % len(self.config.labels))
 
     def check_site(self, examples: Sequence[Example]) -> None:
         """Refuse an empty site and one whose records all have one label."""
-        if not examples:
-            raise DataError("the site has no records; it cannot take part.")
+        super().check_site(examples)
         if len({_class_of(example) for example in examples}) < 2:
             raise DataError(
                 "all records of the site have one and the same label, so its updates would only push towards that label. "
@@ -87,9 +88,8 @@ class SequenceClassification:
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return cross-entropy per example [B] from logits [B, labels]."""
-        return nn.functional.cross_entropy(
-            outputs.float(), self.classes(outputs, batch)[1], reduction="none", label_smoothing=self.label_smoothing
-        )
+        true, smoothing = self.classes(outputs, batch)[1], self.config.label_smoothing
+        return nn.functional.cross_entropy(outputs.float(), true, reduction="none", label_smoothing=smoothing)
 
     def classes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the most probable class and the label of each text."""
@@ -97,6 +97,7 @@ class SequenceClassification:
 
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return loss, accuracy, macro F1 and the confusion matrix; of two labels also the ROC curve and its area."""
+        labels = self.config.labels
         losses, predicted, targets, margins = [], [], [], []
         for outputs, batch in parts:
             guessed, true = self.classes(outputs, batch)
@@ -106,21 +107,21 @@ class SequenceClassification:
             margins.append((outputs[:, -1] - outputs[:, 0]).float())
         truth, guess = torch.cat(targets).cpu().numpy(), torch.cat(predicted).cpu().numpy()
         cells = _confusion_cells(truth, guess)
-        whole = len(self.labels) <= MAX_TABLE_LABELS
+        whole = len(labels) <= MAX_TABLE_LABELS
         metrics: dict[str, float | None] = {
             "loss": float(torch.cat(losses).mean()),
             "accuracy": float((truth == guess).mean()),
             "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0.0)),
         }
         curve = None
-        if len(self.labels) == 2 and len({*truth.tolist()}) == 2:
+        if len(labels) == 2 and len({*truth.tolist()}) == 2:
             margin = torch.cat(margins).cpu().numpy()
             metrics["auc"] = float(roc_auc_score(truth, margin))
             curve = _thinned(np.stack(roc_curve(truth, margin)[:2], axis=1))
         return Evaluation(
             metrics=metrics,
-            labels=self.labels,
-            confusion=_table(cells, len(self.labels)) if whole else None,
+            labels=labels,
+            confusion=_table(cells, len(labels)) if whole else None,
             confusion_cells=None if whole else cells,
             roc=curve,
         )

@@ -7,106 +7,157 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from shared.data.rows import value_fault
 from shared.errors import DataError
-from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import IGNORED, Batch, Example
 from shared.models.heads import TokenClassifier, init_linear
-from shared.tasks.base import Evaluation, Record
+from shared.tasks.base import Evaluation, Prediction, Record
+from shared.tasks.predicting import Explained, Place, Predicting, Read, log_odds
 from shared.tasks.tokens import mean_over_own_tokens, read_words, token_losses
 
 OUTSIDE = "O"
+MOST_WORDS_PER_TOKEN = 64
 # A run of letters and digits, a single character of a script without spaces, or a single other mark.
 _WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+|[^\w\s]")
 
 
-@dataclass(frozen=True)
-class TokenClassification:
+class TokenClassification(Predicting):
     """See `shared.tasks.base.Task`. Records have `tokens`, a list of words (of characters, in Chinese), and `tags`, as many."""
 
-    labels: tuple[str, ...]
-    label_smoothing: float = 0.0
-
-    roles: ClassVar[tuple[str, ...]] = ("tokens", "tags")
+    kind = "token_classification"
+    about = "entities: a tag for each word of a text"
+    content = "texts with a tag for each word"
+    roles = ("tokens", "tags")
     primary_metric = "f1"
     higher_is_better = True
-    causal_lm = False
-
-    @classmethod
-    def from_config(cls, task: TaskConfig, model: ModelConfig) -> TokenClassification:
-        """Build from the job's sections."""
-        return cls(labels=task.labels, label_smoothing=task.label_smoothing)
+    by_word = True
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return a linear classifier of every token, drawn from the public seed."""
-        head = TokenClassifier(hidden_size, len(self.labels))
+        head = TokenClassifier(hidden_size, len(self.config.labels))
         init_linear(head.linear, seed=seed, name="head.linear")
         return head
 
-    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
-        """Cut words into pieces and put each tag on the first piece of its word; words beyond `max_length` are cut off.
-
-        Records without `tags` get "O" throughout: they are to be labelled.
-        """
-        if not records:
-            return []
-        index = {label: i for i, label in enumerate(self.labels)}
-        words, tags = [], []
+    def targets(self, records: Sequence[Record]) -> Sequence[Any]:
+        """Return the class of every word of every record; "O" throughout where a record has no `tags`."""
+        labels = self.config.labels
+        index = {label: i for i, label in enumerate(labels)}
+        targets = []
         for row, record in enumerate(records, start=1):
-            words.append(_words(record["tokens"], row))
-            own = [OUTSIDE] * len(words[-1]) if "tags" not in record else _words(record["tags"], row)
-            if len(own) != len(words[-1]):
-                raise DataError(f"record {row} has {len(words[-1])} tokens but {len(own)} tags; each word needs one.")
-            if not index.keys() >= {*own}:
+            words = _words(record["tokens"], row)
+            tags = [OUTSIDE] * len(words) if "tags" not in record else _words(record["tags"], row)
+            if len(tags) != len(words):
+                raise DataError(f"record {row} has {len(words)} tokens but {len(tags)} tags; each word needs one.")
+            if not index.keys() >= {*tags}:
                 # The tag itself may be private: only its row is named.
                 raise DataError(
-                    f"record {row} has a tag that is not among task.labels ({', '.join(self.labels)}). Mend the data or add "
-                    "the tag to the job."
+                    f"record {row} has a tag that is not among task.labels ({', '.join(labels)}). Mend the data or add the tag "
+                    "to the job."
                 )
-            words[-1] = read_words(words[-1], tokenizer, max_length)
-            tags.append(own)
-        encoded = tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length)
+            targets.append([index[tag] for tag in tags])
+        return targets
+
+    def tokenized(self, records: Sequence[Record], tokenizer: Any, max_length: int, **options: Any) -> Any:
+        """Return the pieces that the tokenizer makes of words, as far as `max_length` tokens reach."""
+        words = [
+            read_words(_words(record["tokens"], row), tokenizer, max_length)
+            for row, record in enumerate(records, start=1)
+        ]
+        return tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, **options)
+
+    def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
+        """Cut words into pieces and put each tag on the first piece of its word; words beyond `max_length` are cut off."""
+        targets = self.targets(records)
+        if not records:
+            return []
+        encoded = self.tokenized(records, tokenizer, max_length)
         examples = []
-        for row, (ids, own) in enumerate(zip(encoded["input_ids"], tags, strict=True)):
-            targets = torch.full((len(ids),), IGNORED, dtype=torch.int64)
+        for row, (ids, own) in enumerate(zip(encoded["input_ids"], targets, strict=True)):
+            pieces = torch.full((len(ids),), IGNORED, dtype=torch.int64)
             for place, word in first_pieces(encoded.word_ids(row)):
-                targets[place] = index[own[word]]
-            if bool((targets == IGNORED).all()):
+                pieces[place] = own[word]
+            if bool((pieces == IGNORED).all()):
                 raise DataError(
                     f"record {row + 1} has no word that the tokenizer knows within model.max_length {max_length}; "
                     "remove it or raise model.max_length."
                 )
-            examples.append(Example(torch.tensor(ids, dtype=torch.int64), targets))
+            examples.append(Example(torch.tensor(ids, dtype=torch.int64), pieces))
         return examples
+
+    def question(self, text: str, name: str, max_length: int) -> Record:
+        """Return the record of a text with its words and where they stand."""
+        # More words than that are beyond what the model reads, whatever its tokenizer makes of them.
+        places = word_places(text, MOST_WORDS_PER_TOKEN * max_length)
+        if not places:
+            raise DataError(f"{name} has no words.")
+        return {"text": text, "tokens": [text[begin:end] for begin, end in places], "places": places}
+
+    def answer(self, record: Record, example: Example, output: Tensor) -> Prediction:
+        """Return the entities with their places in the text; words beyond the model's length have no tag."""
+        text, places, found = record["text"], record["places"], []
+        for kind, first, last in entities(self._tags(example, output)):
+            begin, end = places[first][0], places[last][1]
+            found.append({"kind": kind, "text": text[begin:end], "start": begin, "end": end})
+        return {"text": text, "entities": found}
+
+    def _tags(self, example: Example, output: Tensor) -> list[str]:
+        """Return the likeliest tag of each word that the model read."""
+        own = torch.as_tensor(example.target) != IGNORED
+        return [self.config.labels[i] for i in output[: example.length][own].argmax(dim=-1).tolist()]
+
+    def shown(self, prediction: Prediction) -> str:
+        """Return the text with its entities in brackets."""
+        text = str(prediction["text"])
+        for entity in reversed(prediction["entities"]):
+            begin, end = entity["start"], entity["end"]
+            text = f"{text[:begin]}[{text[begin:end]} | {entity['kind']}]{text[end:]}"
+        return text
+
+    def places(self, record: Record, encoded: Any) -> tuple[Place | None, ...]:
+        """Return the places of the words in the whole text: the tokenizer sees each word alone."""
+        words = record["places"]
+        return tuple(None if word is None else (0, *words[word], word) for word in encoded.word_ids(0))
+
+    def explained(self, read: Read, outputs: Tensor, label: str | None, word: int | None) -> Explained:
+        """Return the log-odds of a label at a word; by default at the first word of the first entity."""
+        if word is None:
+            found = entities(self._tags(read.example, outputs[0]))
+            if not found:
+                raise DataError("the model finds no entity in the text; name the word to explain by --word N.")
+            number = found[0][1]
+        else:
+            number = word - 1
+        first = (torch.as_tensor(read.example.target) != IGNORED).nonzero().flatten().tolist()
+        if not 0 <= number < len(first):
+            raise DataError(
+                f"--word is {word}, but the model reads {len(first)} words of the text; give 1 to {len(first)}."
+            )
+        place, where = first[number], f" at word {number + 1} ({read.record['tokens'][number]})"
+        return log_odds(self.config.labels, outputs[0, place], label, lambda found: found[:, place], where)
 
     def probe(self, input_ids: Tensor, number: int) -> Example:
         """Return an example with all tags in turn, and none at the first and the last token."""
-        targets = (torch.arange(len(input_ids)) + number) % len(self.labels)
+        targets = (torch.arange(len(input_ids)) + number) % len(self.config.labels)
         if len(input_ids) > 2:
             targets[[0, -1]] = IGNORED
         return Example(input_ids, targets)
 
     def check_site(self, examples: Sequence[Example]) -> None:
         """Refuse an empty site and one whose words all have one tag."""
-        if not examples:
-            raise DataError("the site has no records; it cannot take part.")
+        super().check_site(examples)
         seen = torch.unique(torch.cat([torch.as_tensor(example.target) for example in examples]))
         if len(seen[seen != IGNORED]) < 2:
             raise DataError("all words of the site have one and the same tag; leave the site out, or mend its tags.")
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
         """Return the mean cross-entropy over each example's own words, [B], from logits [B, T, labels]."""
-        return mean_over_own_tokens(outputs, batch.targets, label_smoothing=self.label_smoothing)
-
-    def classes(self, outputs: Tensor, batch: Batch) -> None:
-        """A record has many tags, not one class."""
+        return mean_over_own_tokens(outputs, batch.targets, label_smoothing=self.config.label_smoothing)
 
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return precision, recall and F1 of whole entities, together and by kind, and the loss and accuracy by word.
@@ -116,6 +167,7 @@ class TokenClassification:
         """
         from seqeval.metrics import classification_report
 
+        labels = self.config.labels
         predicted: list[list[str]] = []
         true: list[list[str]] = []
         loss, words, right = 0.0, 0, 0
@@ -126,8 +178,8 @@ class TokenClassification:
             words += int(counts.sum())
             right += int((counts & (best == batch.targets)).sum())
             for guessed, targets, own in zip(best.cpu(), batch.targets.cpu(), counts.cpu(), strict=True):
-                predicted.append([self.labels[i] for i in guessed[own].tolist()])
-                true.append([self.labels[i] for i in targets[own].tolist()])
+                predicted.append([labels[i] for i in guessed[own].tolist()])
+                true.append([labels[i] for i in targets[own].tolist()])
         report = classification_report(true, predicted, output_dict=True, zero_division=0)
         metrics: dict[str, float | None] = {"loss": loss / words, "accuracy": right / words}
         if not any(entities(tags) for tags in true):

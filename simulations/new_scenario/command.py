@@ -20,13 +20,15 @@ from shared.data.datasets import PERSON_ROLE, Record
 from shared.epsilons import as_set, noise_rounded_down, rate_rounded_up
 from shared.errors import ConfigError, DataError
 from shared.files.atomic import write_text
+from shared.job.kinds import RULES, TaskKind
 from shared.privacy.sizes import declared_size, default_delta
+from shared.tasks import TASKS
 from simulations.data.demo_data import inseparable
 from simulations.new_scenario.document import Draft, document
 from simulations.new_scenario.iob import copied_words
 from simulations.new_scenario.lengths import Backbone, Measured, fitting_length, look_at_backbone, measure
 from simulations.new_scenario.looking import Findings, look
-from simulations.new_scenario.question import SITE_ROLE, Question, check_question, kind_of
+from simulations.new_scenario.question import SITE_ROLE, Question, check_question, columns_of, kind_of
 from simulations.new_scenario.rule import Counts, Settings, settings_for
 from simulations.new_scenario.vocabulary import MOST_UNKNOWN
 from simulations.scenario import Scenario, build_scenario, persons_of
@@ -59,17 +61,15 @@ def _written(question: Question, *, force: bool) -> tuple[Draft, str]:
     check_question(question)
     _check_target(question, force=force)
     kind = kind_of(question)
-    if kind == "image_classification" and question.image_shape is None:
+    backbone = None
+    if "image_shape" not in RULES[kind].keys:
+        backbone = look_at_backbone(question.backbone or _usual_backbone(kind), question.revision)
+        _check_family(kind, backbone)
+    elif question.image_shape is None:
         raise ConfigError("images need --shape, their channels, height and width, such as 1,28,28.")
-    backbone = (
-        None
-        if kind == "image_classification"
-        else look_at_backbone(question.backbone or _usual_backbone(kind), question.revision)
-    )
     records: list[dict[str, Any]] = []
-    _check_family(kind, backbone)
     if question.declared_only:
-        columns = _role_columns(question)
+        columns = columns_of(kind, question.columns)
         found = Findings(kind=kind, columns=columns, labels=question.labels, value_range=question.value_range)
     else:
         found, records = look(question, kind)
@@ -194,11 +194,9 @@ def _check(scenario: Scenario, question: Question, backbone: Backbone | None) ->
         check_arm(scenario, arms[0], test)
 
 
-def _check_family(kind: str, backbone: Backbone | None) -> None:
+def _check_family(kind: TaskKind, backbone: Backbone) -> None:
     """Raise `ConfigError` if the backbone reads in the other direction than the task needs."""
-    if backbone is None:
-        return
-    writes, wanted = backbone.model_type == "gpt2", kind in ("causal_lm", "replies")
+    writes, wanted = backbone.model_type == "gpt2", TASKS[kind].causal_lm
     if writes != wanted:
         raise ConfigError(
             f"--backbone {backbone.name!r} is of the family {backbone.model_type}, and {kind} needs "
@@ -215,15 +213,8 @@ def _check_target(question: Question, *, force: bool) -> None:
         raise ConfigError(f"{question.out} is there already; --force replaces it, --out names another.")
 
 
-def _role_columns(question: Question) -> dict[str, str]:
-    columns = dict(question.columns)
-    if kind_of(question) == "regression" and "label" in columns:
-        columns["score"] = columns.pop("label")
-    return columns
-
-
-def _usual_backbone(kind: str) -> str:
-    return "cache:small-gpt2" if kind in ("causal_lm", "replies") else "embedded:all-minilm-l6-v2"
+def _usual_backbone(kind: TaskKind) -> str:
+    return "cache:small-gpt2" if TASKS[kind].causal_lm else "embedded:all-minilm-l6-v2"
 
 
 def _tell(draft: Draft, console: Console) -> None:

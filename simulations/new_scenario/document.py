@@ -13,6 +13,7 @@ import tomli_w
 
 from shared.data.datasets import PERSON_ROLE
 from shared.epsilons import noise_rounded_down
+from shared.job.kinds import RULES
 from simulations.new_scenario.lengths import Backbone
 from simulations.new_scenario.looking import Findings
 from simulations.new_scenario.question import SITE_ROLE, Question
@@ -108,10 +109,11 @@ def _task(draft: Draft) -> str:
     if found.labels:
         why = "declared" if question.labels else "found in the file"
         rows.append(("labels", list(found.labels), f"{why}; public from here on, for every site gets them"))
-    if found.kind == "regression":
+    keys = RULES[found.kind].keys
+    if "target_range" in keys:
         why = "declared" if question.value_range else "lowest and highest in the file"
         rows.append(("target_range", _range(found), f"{why}; what lies outside is clipped"))
-    if found.kind == "image_classification":
+    if "image_shape" in keys:
         rows.append(("image_shape", list(question.image_shape or ()), "channels, height, width"))
         rows.append(("pixel_range", _range(found), "of the format, not of these images"))
     return _section("task", rows)

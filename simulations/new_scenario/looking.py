@@ -9,17 +9,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from shared.data.datasets import PERSON_ROLE, DataSource, Record, read_records
 from shared.errors import DataError
-from shared.job.model import TaskKind
+from shared.job.kinds import TaskKind
 from shared.job.parsing import parse
 from shared.privacy.persons import Persons
-from simulations.new_scenario.question import SITE_ROLE, Question
+from simulations.new_scenario.question import SITE_ROLE, Question, columns_of
 
 LEAST_RECORDS = 100
 """Fewer give no useful model at any budget worth stating, with or without privacy."""
@@ -66,9 +66,7 @@ def look(question: Question, kind: TaskKind) -> tuple[Findings, list[dict[str, A
     Raises:
         DataError: if the file cannot be read, or its records will not do for the task.
     """
-    columns = dict(question.columns)
-    if kind == "regression" and "label" in columns:
-        columns["score"] = columns.pop("label")
+    columns = columns_of(kind, question.columns)
     described = {"path": str(question.data), "columns": columns, **question.file_format}
     records = read_records(parse(DataSource, described, source="what the options say of the file"), base=Path())
     if len(records) < LEAST_RECORDS:
@@ -77,7 +75,7 @@ def look(question: Question, kind: TaskKind) -> tuple[Findings, list[dict[str, A
             "budget that protects anybody."
         )
     found = Findings(kind=kind, columns=columns, num_records=len(records))
-    found = _CHECKS[kind](question, found, records)
+    found = CHECKS[kind](question, found, records)
     return _with_sites(question, found, records), records
 
 
@@ -117,9 +115,7 @@ def _pairs(question: Question, found: Findings, records: Sequence[Record]) -> Fi
 
 def _scores(question: Question, found: Findings, records: Sequence[Record]) -> Findings:
     _require_text(question, found, records, "text")
-    columns = dict(found.columns)
-    if "label" in columns:  # a label of numbers
-        columns["score"] = columns.pop("label")
+    columns = columns_of("regression", found.columns)
     values = [record.get("score", record.get("label")) for record in records]
     numbers = _numbers(values)
     if not numbers:
@@ -188,7 +184,7 @@ def _images(question: Question, found: Findings, records: Sequence[Record]) -> F
     return replace(found, labels=labels, value_range=(low, high), texts=[values[0]])
 
 
-_CHECKS = {
+CHECKS: Mapping[TaskKind, Callable[[Question, Findings, Sequence[Record]], Findings]] = {
     "sequence_classification": _classes,
     "pair_matching": _pairs,
     "regression": _scores,
@@ -197,6 +193,7 @@ _CHECKS = {
     "replies": _dialogue,
     "image_classification": _images,
 }
+"""What each kind of task asks of its records, and finds in them."""
 
 
 # --- columns ---

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from shared.data.datasets import PERSON_ROLE
 from shared.errors import ConfigError
-from shared.job.model import TaskKind
+from shared.job.kinds import RULES, TaskKind
 from shared.job.values import PERSON_UNITS
+from shared.tasks import TASKS
 
 SITE_ROLE = "site"
 """Role of the column whose values name the sites."""
-
-ROLES_OF: Mapping[TaskKind, frozenset[str]] = {
-    "sequence_classification": frozenset({"text", "label"}),
-    "regression": frozenset({"text", "score"}),
-    "pair_matching": frozenset({"text", "pair", "label"}),
-    "token_classification": frozenset({"tokens", "tags"}),
-    "causal_lm": frozenset({"text"}),
-    "replies": frozenset({"prompt", "response"}),
-    "image_classification": frozenset({"pixels", "label"}),
-}
-"""Columns that each kind of task needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,15 +78,22 @@ def kind_of(question: Question) -> TaskKind:
     given = frozenset(question.task_columns)
     if question.kind == "regression" and given == {"text", "label"}:
         return "regression"
-    fitting = [kind for kind, roles in ROLES_OF.items() if roles == given]
+    fitting = [kind for kind, task in TASKS.items() if {*task.roles} == given]
     if question.kind is not None and question.kind not in fitting:
-        raise ConfigError(
-            f"--task {question.kind} needs {_options(ROLES_OF[question.kind])}; found {_options(given) or 'no column'}."
-        )
+        wanted = _options(TASKS[question.kind].roles)
+        raise ConfigError(f"--task {question.kind} needs {wanted}; found {_options(given) or 'no column'}.")
     if not fitting:
-        known = "; ".join(f"{_options(roles)} ({kind})" for kind, roles in ROLES_OF.items())
+        known = "; ".join(f"{_options(task.roles)} ({kind})" for kind, task in TASKS.items())
         raise ConfigError(f"found {_options(given) or 'no column'}; name the columns of a task, one of: {known}.")
     return fitting[0]
+
+
+def columns_of(kind: TaskKind, columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the columns by the roles of a kind of task: a `label` of numbers is the score of a regression."""
+    found = dict(columns)
+    if kind == "regression" and "label" in found:
+        found["score"] = found.pop("label")
+    return found
 
 
 def check_question(question: Question) -> None:
@@ -124,13 +121,13 @@ def check_question(question: Question) -> None:
 
 def _check_declared(question: Question) -> None:
     """Raise `ConfigError` unless everything is declared that would be looked up otherwise."""
-    kind = kind_of(question)
+    rules = RULES[kind_of(question)]
     needed: dict[str, object] = {"--records": question.num_records, "--sites": question.sites}
-    if kind != "image_classification":
+    if "image_shape" not in rules.keys:
         needed["--max-length"] = question.max_length
-    if kind in ("sequence_classification", "pair_matching", "token_classification", "image_classification"):
+    if rules.check_labels is not None:
         needed["--labels"] = question.labels
-    if kind in ("regression", "image_classification"):
+    if {"target_range", "pixel_range"} & {*rules.keys}:
         needed["--range"] = question.value_range
     if missing := [option for option, value in needed.items() if not value]:
         raise ConfigError(
@@ -139,6 +136,6 @@ def _check_declared(question: Question) -> None:
         )
 
 
-def _options(roles: frozenset[str]) -> str:
+def _options(roles: Collection[str]) -> str:
     order = ("text", "pair", "pixels", "tokens", "prompt", "label", "score", "tags", "response")
     return " and ".join(f"--{role}" for role in order if role in roles)

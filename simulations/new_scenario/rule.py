@@ -15,9 +15,10 @@ that no figure is reported on:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-from shared.job.model import TaskKind
+from shared.job.kinds import TaskKind
 from shared.privacy.accounting import calibrate_noise_multiplier
 
 ROUNDS = 8
@@ -36,21 +37,23 @@ class Rates:
         noise: standard deviation, on one trained weight, of the noise of all steps together at the learning rate.
         most: largest learning rate.
         max_grad_norm: clipping bound C.
+        rounds: in which it trains.
     """
 
     noise: float
     most: float
     max_grad_norm: float
+    rounds: int = ROUNDS
 
 
-RATES: dict[TaskKind, Rates] = {
+RATES: Mapping[TaskKind, Rates] = {
     "sequence_classification": Rates(noise=0.11, most=4.0, max_grad_norm=1.0),
     "pair_matching": Rates(noise=0.11, most=4.0, max_grad_norm=1.0),
     "token_classification": Rates(noise=0.065, most=4.0, max_grad_norm=0.5),
     "regression": Rates(noise=0.014, most=0.4, max_grad_norm=1.0),
-    "image_classification": Rates(noise=0.7, most=2.0, max_grad_norm=1.0),
+    "image_classification": Rates(noise=0.7, most=2.0, max_grad_norm=1.0, rounds=20),
 }
-"""A language model is trained by AdamW, whose steps do not grow with the noise; see `language_settings`."""
+"""The others are language models: AdamW trains them, whose steps do not grow with the noise; see `settings_for`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,36 +107,18 @@ class Settings:
 
 def settings_for(counts: Counts) -> Settings:
     """Return the settings that follow from the counts."""
-    if counts.kind in ("causal_lm", "replies"):
-        return language_settings(counts)
-    rates = RATES[counts.kind]
-    rounds = ROUNDS if counts.kind != "image_classification" else 20
-    rate = sample_rate(counts.sites)
-    steps = rounds * LOCAL_STEPS
-    sigma = calibrate_noise_multiplier(epsilon=counts.epsilon, delta=counts.delta, sample_rate=rate, steps=steps)
-    noise = sigma * rates.max_grad_norm * noise_share(counts.sites) / rate
-    wanted = rates.noise / (noise * accumulated(steps, MOMENTUM))
-    return Settings(
-        rounds=rounds,
-        local_steps=LOCAL_STEPS,
-        optimizer="sgd",
-        momentum=MOMENTUM,
-        learning_rate=two_digits(min(wanted, rates.most)),
-        schedule="linear",
-        sample_rate=rate,
-        max_grad_norm=rates.max_grad_norm,
-        noise_multiplier=sigma,
-        noise_on_a_step=noise,
-        enough=wanted >= rates.most / 20,
-    )
+    rates = RATES.get(counts.kind)
+    if rates is None:  # few steps of AdamW, and a narrow bound, for gradients of next-token prediction are short
+        return _by_adamw(counts, rounds=4, rate=0.125, bound=0.05)
+    found = _by_adamw(counts, rounds=rates.rounds, rate=sample_rate(counts.sites), bound=rates.max_grad_norm)
+    wanted = rates.noise / (found.noise_on_a_step * accumulated(found.steps, MOMENTUM))
+    learning_rate = two_digits(min(wanted, rates.most))
+    return replace(found, optimizer="sgd", learning_rate=learning_rate, enough=wanted >= rates.most / 20)
 
 
-def language_settings(counts: Counts) -> Settings:
-    """Return settings of next-token prediction: few steps of AdamW, and a narrow bound, for such gradients are short."""
-    rate, rounds, bound = 0.125, 4, 0.05
+def _by_adamw(counts: Counts, *, rounds: int, rate: float, bound: float) -> Settings:
     steps = rounds * LOCAL_STEPS
     sigma = calibrate_noise_multiplier(epsilon=counts.epsilon, delta=counts.delta, sample_rate=rate, steps=steps)
-    noise = sigma * bound * noise_share(counts.sites) / rate
     return Settings(
         rounds=rounds,
         local_steps=LOCAL_STEPS,
@@ -144,7 +129,7 @@ def language_settings(counts: Counts) -> Settings:
         sample_rate=rate,
         max_grad_norm=bound,
         noise_multiplier=sigma,
-        noise_on_a_step=noise,
+        noise_on_a_step=sigma * bound * noise_share(counts.sites) / rate,
         enough=sum(counts.sites) >= 2_000,
     )
 

@@ -41,7 +41,7 @@ def test_predict_answers_arguments_in_order(silotune: Silotune, finished_run: Pa
     lines = [line.split("  ") for line in outcome.out.splitlines()]
     assert [line[2] for line in lines] == texts
     job = load_job(finished_run)
-    expected = predict(load_tuned(finished_run, job, ComputeConfig()), job, texts)
+    expected = predict(load_tuned(finished_run, job, ComputeConfig()), texts)
     assert [line[0] for line in lines] == [p["label"] for p in expected]
     assert [line[1] for line in lines] == [f"{p['probability']:.3f}" for p in expected]
 

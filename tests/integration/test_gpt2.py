@@ -87,7 +87,7 @@ def test_every_site_spent_its_budget_and_no_more(finished: tuple[Scenario, Path,
 def test_the_saved_adapter_continues_a_text(finished: tuple[Scenario, Path, Runtime]) -> None:
     scenario, run_dir, _ = finished
     runtime = load_tuned(run_dir, scenario.job, ComputeConfig())
-    found = generate(runtime, scenario.job, "The film is", Decoding(num_sequences=3, max_new_tokens=12, seed=0))
+    found = generate(runtime, "The film is", Decoding(num_sequences=3, max_new_tokens=12, seed=0))
     assert len(set(found)) == 3
     assert all(found)
 
@@ -104,4 +104,4 @@ def test_plain_peft_gives_the_same_continuation(finished: tuple[Scenario, Path, 
     ids = model.generate(**batch, max_new_tokens=12, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     theirs = tokenizer.decode(ids[0, batch.input_ids.shape[1] :], skip_special_tokens=True)
     runtime = load_tuned(run_dir, scenario.job, ComputeConfig())
-    assert generate(runtime, scenario.job, "The film is", Decoding(max_new_tokens=12, temperature=0.0)) == [theirs]
+    assert generate(runtime, "The film is", Decoding(max_new_tokens=12, temperature=0.0)) == [theirs]

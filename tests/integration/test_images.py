@@ -108,7 +108,7 @@ def test_predict_reads_images_as_numbers(finished: Path, silotune: Callable[...,
 def test_the_readme_of_the_network_gives_our_predictions(finished: Path, tmp_path: Path) -> None:
     images = [record["pixels"] for record in (load_digits().test or [])[:5]]
     job = load_job(finished)
-    ours = predict(load_tuned(finished, job, CPU), job, [" ".join(map(str, pixels)) for pixels in images])
+    ours = predict(load_tuned(finished, job, CPU), [" ".join(map(str, pixels)) for pixels in images])
     adapter = finished / "adapter"
     program = (adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
     program = program.replace("ADAPTER", repr(str(adapter))).replace("PIXELS", repr(images))

@@ -70,12 +70,12 @@ def test_the_readme_of_the_adapter_gives_our_predictions(scenario_file: Callable
             assert any(n.endswith(".residual") and bool(t.any()) for n, t in finished.adapter.items())
         job = load_job(folder)
         runtime = load_tuned(folder, job, CPU)
-        ours.append(predict(runtime, job, TEXTS))
+        ours.append(predict(runtime, TEXTS))
         program += snippet(folder / "adapter", job.model.backbone)
         program += "\nanswers.append({'p': logits.softmax(-1).tolist(), 'labels': list(labels)})\n"
         # The comparison must be able to fail: the untrained model says something else.
         runtime.load(runtime.initial_global(job.lora.train == "both"))
-        before = predict(runtime, job, TEXTS)
+        before = predict(runtime, TEXTS)
         assert max(abs(b["probability"] - m["probability"]) for b, m in zip(before, ours[-1], strict=True)) > 1e-3
     for mine, theirs in zip(ours, run_alone(program + "print(json.dumps(answers))\n", tmp_path), strict=True):
         assert theirs["labels"] == ["bad", "good"]

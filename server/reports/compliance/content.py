@@ -38,27 +38,10 @@ from server.reports.run.formats import (
 from shared.epsilons import rounded_up
 from shared.job.job import Job
 from shared.limits import MAX_TABLE_LABELS
+from shared.tasks import task_of
 from shared.trust.signed_file import Signer, fingerprint
 from shared.version import silotune_version
 
-_TASKS = {
-    "sequence_classification": "classification: one label for a text",
-    "token_classification": "entities: a tag for each word of a text",
-    "pair_matching": "pairs: whether two texts belong together",
-    "regression": "scores: a number for a text",
-    "causal_lm": "language modelling: the next token of a text",
-    "replies": "replies: a response to a prompt",
-    "image_classification": "classification: one label for an image",
-}
-_RECORDS = {
-    "sequence_classification": "texts, each with one label",
-    "token_classification": "texts with a tag for each word",
-    "pair_matching": "pairs of texts, each with one label",
-    "regression": "texts, each with a number",
-    "causal_lm": "texts",
-    "replies": "prompts with responses",
-    "image_classification": "images, each with one label",
-}
 _STATUS = {
     "completed": "completed",
     "running": "STILL RUNNING; this report is of what was durable when it was made",
@@ -217,7 +200,7 @@ def _training(facts: Facts) -> Section:
             ),
             entries(
                 *_model_entries(job),
-                ("Task", _TASKS.get(job.task.kind, job.task.kind)),
+                ("Task", task_of(job).about),
                 ("Labels", _labels(job.task.labels)),
                 (
                     "Length",
@@ -322,7 +305,7 @@ def _data(facts: Facts) -> Section:
         "On what kind of data",
         [
             entries(
-                ("Kind", _RECORDS.get(job.task.kind, "texts")),
+                ("Kind", task_of(job).content),
                 ("Data set", printable(dataset.name) if dataset.name else None),
                 (
                     "Training records",

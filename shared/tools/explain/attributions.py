@@ -22,14 +22,10 @@ import torch
 from torch import Tensor
 
 from shared.errors import ConfigError, DataError, ModelError
-from shared.job.job import Job
 from shared.job.parsing import nearest
-from shared.models.batches import IGNORED, Example
 from shared.models.tunable import TunableModel
-from shared.runtime.inference import pair_record
 from shared.runtime.runtime import Runtime
-from shared.tasks.token_classification import entities, word_places
-from shared.tasks.tokens import read_part, read_words
+from shared.tasks.predicting import Predicting, Read
 
 MOST_GAP = 0.01
 """Of the sum of all absolute attributions."""
@@ -111,7 +107,6 @@ class Integrated:
 
 def explain(
     runtime: Runtime,
-    job: Job,
     text: str,
     *,
     label: str | None = None,
@@ -134,35 +129,34 @@ def explain(
         DataError: if the text does not fit the task.
         ModelError: if the integral does not converge.
     """
-    model = runtime.model
-    if job.task.kind in ("causal_lm", "replies") or not isinstance(model, TunableModel):
-        raise ConfigError(f"the run's task is {job.task.kind!r}, which has no prediction of a text to explain.")
+    model, task = runtime.model, runtime.task
+    if not isinstance(task, Predicting) or not isinstance(model, TunableModel):
+        raise ConfigError(f"the run's task is {task.kind!r}, which has no prediction of a text to explain.")
     if not 2 <= steps <= MOST_STEPS:
         raise ConfigError(f"--steps is {steps}; give 2 to {MOST_STEPS}.")
-    if (word is not None) and job.task.kind != "token_classification":
+    if word is not None and not task.by_word:
         raise ConfigError("--word is for token_classification, where each word has its own prediction; leave it out.")
-    if label is not None and label not in job.task.labels:
-        raise ConfigError(f"--label is {label!r}; {nearest(label, list(job.task.labels))}.")
-    read = _read(runtime, job, text)
+    if label is not None and label not in task.config.labels:
+        raise ConfigError(f"--label is {label!r}; {nearest(label, list(task.config.labels))}.")
+    read = _read(runtime, task, text)
     ids = read.example.input_ids[None].to(model.device)
-    outputs = model.from_embeddings(model.embeddings(ids), torch.ones_like(ids, dtype=torch.bool)).detach()
-    chosen = _choose(runtime, job, read, outputs, label, word)
+
+    def outputs_of(embeddings: Tensor) -> Tensor:
+        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
+        return model.from_embeddings(embeddings, mask) / runtime.temperature
+
+    chosen = task.explained(read, outputs_of(model.embeddings(ids)).detach(), label, word)
     token, name = baseline_token(runtime.tokenizer, baseline)
     replaced = torch.where(torch.tensor([place is None for place in read.places], device=ids.device), ids, token)
-
-    def forward(embeddings: Tensor) -> Tensor:
-        mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
-        return chosen.of(model.from_embeddings(embeddings, mask))
-
     found = integrate(
-        forward,
+        lambda embeddings: chosen.of(outputs_of(embeddings)),
         model.embeddings(ids),
         model.embeddings(replaced),
         steps=steps,
         at_once=max(1, runtime.compute.micro_batch_tokens // ids.shape[1]),
     )
     return Explanation(
-        kind=job.task.kind,
+        kind=task.kind,
         texts=read.texts,
         says=chosen.says,
         target=chosen.target,
@@ -218,92 +212,10 @@ def baseline_token(tokenizer: Any, wanted: Baseline) -> tuple[int, str]:
     return int(identity), str(token)
 
 
-# --- what is explained ---
-
-
-@dataclass(frozen=True)
-class _Chosen:
-    """One number of a model's outputs, and how to speak of it."""
-
-    of: Callable[[Tensor], Tensor]
-    says: str
-    target: str
-
-
-def _choose(runtime: Runtime, job: Job, read: _Read, outputs: Tensor, label: str | None, word: int | None) -> _Chosen:
-    if job.task.kind == "regression":
-        assert job.task.target_range is not None  # noqa: S101 (checked by TaskConfig)
-        low, high = job.task.target_range
-        score = float(runtime.task.scores(outputs))  # type: ignore[attr-defined]
-        return _Chosen(
-            lambda found: low + (found[:, 0].float() + 1) * (high - low) / 2,
-            f"score {score:.3f}",
-            "the score, before it is put on the range's border",
-        )
-    if job.task.kind != "token_classification":
-        warmth = runtime.temperature
-        return _log_odds(job.task.labels, outputs[0] / warmth, label, lambda found: found / warmth, "")
-    place, name = _place_of_word(job.task.labels, read, outputs[0], word)
-    return _log_odds(job.task.labels, outputs[0, place], label, lambda found: found[:, place], f" at word {name}")
-
-
-def _log_odds(
-    labels: tuple[str, ...], logits: Tensor, label: str | None, pick: Callable[[Tensor], Tensor], where: str
-) -> _Chosen:
-    """Return log(p / (1 - p)) of a label as what is explained; of two labels that is the difference of their logits."""
-    best = int(logits.argmax())
-    index = best if label is None else labels.index(label)
-    others = [i for i in range(len(labels)) if i != index]
-    probability = float(logits.float().softmax(dim=-1)[best])
-
-    def of(outputs: Tensor) -> Tensor:
-        found = pick(outputs).float()
-        return found[:, index] - found[:, others].logsumexp(dim=-1)
-
-    return _Chosen(
-        of,
-        f"{labels[best]}, probability {probability:.3f}{where}",
-        f"log-odds of {labels[index]!r} against all other labels{where}",
-    )
-
-
-def _place_of_word(labels: tuple[str, ...], read: _Read, logits: Tensor, word: int | None) -> tuple[int, str]:
-    """Return the token that carries a word's prediction, and what to call the word."""
-    targets = torch.as_tensor(read.example.target)
-    first = (targets != IGNORED).nonzero().flatten().tolist()
-    if word is None:
-        tags = [labels[i] for i in logits[first].argmax(dim=-1).tolist()]
-        found = entities(tags)
-        if not found:
-            raise DataError("the model finds no entity in the text; name the word to explain by --word N.")
-        number = found[0][1]
-    else:
-        number = word - 1
-    if not 0 <= number < len(first):
-        raise DataError(
-            f"--word is {word}, but the model reads {len(first)} words of the text; give 1 to {len(first)}."
-        )
-    begin, end = next(place[1:3] for place in read.places if place is not None and place[3] == number)
-    return first[number], f"{number + 1} ({read.texts[0][begin:end]})"
-
-
 # --- words ---
 
 
-@dataclass(frozen=True)
-class _Read:
-    """A text as the model reads it.
-
-    Attributes:
-        places: of each token: text, begin and end of its word, and the word's number; None for a special token.
-    """
-
-    texts: tuple[str, ...]
-    example: Example
-    places: tuple[tuple[int, int, int, int] | None, ...]
-
-
-def _read(runtime: Runtime, job: Job, text: str) -> _Read:
+def _read(runtime: Runtime, task: Predicting, text: str) -> Read:
     tokenizer = runtime.tokenizer
     if not tokenizer.is_fast:
         raise ModelError(
@@ -311,41 +223,13 @@ def _read(runtime: Runtime, job: Job, text: str) -> _Read:
         )
     if not text.strip():
         raise DataError("there is no text to explain.")
-    options: dict[str, Any] = {"max_length": runtime.max_length, "return_offsets_mapping": True}
-    texts: tuple[str, ...] = (text,)
-    record: dict[str, Any] = {"text": text}
-    if job.task.kind == "token_classification":
-        spans = word_places(text)
-        words = [text[a:b] for a, b in spans]
-        if not words:
-            raise DataError("the text has no words.")
-        record = {"tokens": words}
-        read = read_words(words, tokenizer, runtime.max_length)
-        encoded = tokenizer([read], is_split_into_words=True, truncation=True, **options)
-    elif job.task.kind == "pair_matching":
-        record = pair_record(text, "the text")
-        texts = (record["text"], record["pair"])
-        first, second = (read_part(part, tokenizer, runtime.max_length) for part in texts)
-        encoded = tokenizer([first], [second], truncation="longest_first", **options)
-    else:
-        encoded = tokenizer([read_part(text, tokenizer, runtime.max_length)], truncation=True, **options)
+    record = task.question(text, "the text", runtime.max_length)
+    encoded = task.tokenized([record], tokenizer, runtime.max_length, return_offsets_mapping=True)
     (example,) = runtime.encode([record])
-    if encoded["input_ids"][0] != example.input_ids.tolist():
-        raise AssertionError("the task reads other tokens than those whose places are known")
-    places: list[tuple[int, int, int, int] | None] = []
-    for number, part, (begin, end) in zip(
-        encoded.word_ids(0), encoded.sequence_ids(0), encoded["offset_mapping"][0], strict=True
-    ):
-        if number is None:
-            places.append(None)
-        elif job.task.kind == "token_classification":
-            places.append((0, *spans[number], number))
-        else:
-            places.append((part or 0, begin, end, number))
-    return _Read(texts, example, tuple(places))
+    return Read(record, example, task.places(record, encoded))
 
 
-def _words(read: _Read, attributions: Tensor) -> tuple[Word, ...]:
+def _words(read: Read, attributions: Tensor) -> tuple[Word, ...]:
     """Return the words with the sums of their pieces."""
     spans: dict[tuple[int, int], tuple[int, int]] = {}
     sums: dict[tuple[int, int], float] = {}
@@ -364,7 +248,7 @@ def _words(read: _Read, attributions: Tensor) -> tuple[Word, ...]:
     return tuple(found)
 
 
-def _unread(read: _Read) -> tuple[int, ...]:
+def _unread(read: Read) -> tuple[int, ...]:
     last = [0] * len(read.texts)
     for place in read.places:
         if place is not None:

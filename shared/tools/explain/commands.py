@@ -58,7 +58,7 @@ def explain(
         raise DataError(f"the text holds {fault}; give it in UTF-8.")
     # Gradients along the path are small differences: bfloat16 would be too coarse for the sum to be right.
     runtime = load_tuned(run, job, ComputeConfig(precision="float32"))
-    found = attribute(runtime, job, given, label=label, word=word, baseline=baseline, steps=steps)
+    found = attribute(runtime, given, label=label, word=word, baseline=baseline, steps=steps)
     console = terminal.console(120)
     if html is not None:
         from shared.files.atomic import write_bytes

@@ -205,7 +205,7 @@ def _labeller(runtime: Runtime, job: Job) -> Callable[[Sequence[str]], list[int]
     index = {label: number for number, label in enumerate(job.task.labels)}
 
     def label(texts: Sequence[str]) -> list[int]:
-        return [index[prediction["label"]] for prediction in predict(runtime, job, texts)]
+        return [index[prediction["label"]] for prediction in predict(runtime, texts)]
 
     return label
 

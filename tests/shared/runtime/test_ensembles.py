@@ -73,7 +73,7 @@ def test_labels_follow_the_mean_of_the_logits(member: MakeMember) -> None:
         assert prediction["label"] == ["bad", "fair", "good"][int(row.argmax())]
     # Not one of the members, and not the mean of the probabilities.
     for one in members:
-        assert found != predict(load_tuned(one.run, one.job, CPU), one.job, LINES)
+        assert found != predict(load_tuned(one.run, one.job, CPU), LINES)
     arithmetic = torch.stack([logits_of(one, LINES).softmax(dim=-1) for one in members]).mean(dim=0)
     assert (arithmetic - expected).abs().max() > 1e-3
 
@@ -100,7 +100,7 @@ def test_the_same_adapter_twice_is_that_adapter(member: MakeMember, tmp_path: Pa
     (tmp_path / "copy").mkdir()
     (tmp_path / "copy" / "adapter").symlink_to(one.run / "adapter")
     copy = Member(run=tmp_path / "copy", job=one.job)
-    assert Ensemble([one, copy], CPU).predict(LINES) == predict(load_tuned(one.run, one.job, CPU), one.job, LINES)
+    assert Ensemble([one, copy], CPU).predict(LINES) == predict(load_tuned(one.run, one.job, CPU), LINES)
 
 
 @pytest.mark.parametrize("kind", list(TASKS))

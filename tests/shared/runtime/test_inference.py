@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from shared.models.batches import Example
 from shared.runtime.export.peft import save_peft_folder
 from shared.runtime.inference import (
     Decoding,
-    _start,
     choose_tokens,
     distinct,
     generate,
@@ -29,6 +29,7 @@ from shared.runtime.inference import (
     predict,
 )
 from shared.runtime.runtime import Runtime, load_runtime
+from shared.tasks.causal_lm import CausalLanguageModelling
 from tests.conftest import LINES
 
 CPU = ComputeConfig(device="cpu", precision="float32")  # what is compared is computed outside in float32
@@ -127,12 +128,12 @@ class TestGenerate:
                 ]
                 with model.disable_adapter():
                     untuned = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)
-            ours = generate(runtime, job, text, Decoding(temperature=0.0, max_new_tokens=12))
+            ours = generate(runtime, text, Decoding(temperature=0.0, max_new_tokens=12))
             assert ours == [tokenizer.decode(theirs, skip_special_tokens=True)]
             changed += untuned[0, ids.shape[1] :].tolist() != theirs.tolist()
         assert changed  # or the adapter was not in play
 
-    def test_greedy_is_the_argmax_of_the_whole_model(self, runtime: Runtime, job: Job) -> None:
+    def test_greedy_is_the_argmax_of_the_whole_model(self, runtime: Runtime) -> None:
         ids = runtime.tokenizer("warm, clever")["input_ids"]
         start = len(ids)
         for _ in range(GREEDY.max_new_tokens):
@@ -141,57 +142,59 @@ class TestGenerate:
             if ids[-1] == runtime.tokenizer.eos_token_id:
                 break
         expected = runtime.tokenizer.decode(ids[start:], skip_special_tokens=True)
-        assert generate(runtime, job, "warm, clever", GREEDY) == [expected]
+        assert generate(runtime, "warm, clever", GREEDY) == [expected]
 
-    def test_sequences_differ_and_a_seed_repeats_them(self, runtime: Runtime, job: Job) -> None:
+    def test_sequences_differ_and_a_seed_repeats_them(self, runtime: Runtime) -> None:
         decoding = Decoding(num_sequences=5, seed=7, temperature=2.0, max_new_tokens=10)
-        first = generate(runtime, job, "the film", decoding)
+        first = generate(runtime, "the film", decoding)
         assert len(first) == 5
         assert len(set(first)) == 5
-        assert generate(runtime, job, "the film", decoding) == first
-        assert generate(runtime, job, "the film", dataclasses.replace(decoding, seed=8)) != first
+        assert generate(runtime, "the film", decoding) == first
+        assert generate(runtime, "the film", dataclasses.replace(decoding, seed=8)) != first
 
-    def test_without_a_seed_every_process_differs(self, runtime: Runtime, job: Job) -> None:
+    def test_without_a_seed_every_process_differs(self, runtime: Runtime) -> None:
         decoding = Decoding(temperature=2.0, max_new_tokens=20, top_k=0)
         found = []
         for _ in range(2):
             torch.manual_seed(0)  # what every process starts with
-            found += generate(runtime, job, "the film", decoding)
+            found += generate(runtime, "the film", decoding)
         assert found[0] != found[1]
 
-    def test_sampling_leaves_the_global_generator_alone(self, runtime: Runtime, job: Job) -> None:
+    def test_sampling_leaves_the_global_generator_alone(self, runtime: Runtime) -> None:
         before = torch.get_rng_state()
-        generate(runtime, job, "the film", Decoding(max_new_tokens=2, seed=1))
+        generate(runtime, "the film", Decoding(max_new_tokens=2, seed=1))
         assert torch.equal(torch.get_rng_state(), before)
 
-    def test_each_row_stops_at_its_own_end(self, runtime: Runtime, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_each_row_stops_at_its_own_end(self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
         end = runtime.tokenizer.eos_token_id
         a, b = runtime.tokenizer("ab")["input_ids"][:2]
         asked = scripted(monkeypatch, [[a, end], [b], [end]])  # who has ended is asked no more
         decoding = Decoding(temperature=0.0, num_sequences=2, max_new_tokens=50)
-        assert generate(runtime, job, "the film", decoding) == [runtime.tokenizer.decode([a, b]), ""]
+        assert generate(runtime, "the film", decoding) == [runtime.tokenizer.decode([a, b]), ""]
         assert asked == [2, 1, 1]
 
-    def test_at_most_max_new_tokens(self, runtime: Runtime, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_at_most_max_new_tokens(self, runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
         (a,) = runtime.tokenizer("a")["input_ids"]
         asked = scripted(monkeypatch, [[a]] * 10)
-        assert generate(runtime, job, "b", dataclasses.replace(GREEDY, max_new_tokens=4)) == ["aaaa"]
+        assert generate(runtime, "b", dataclasses.replace(GREEDY, max_new_tokens=4)) == ["aaaa"]
         assert len(asked) == 4
 
-    def test_a_context_longer_than_the_window_is_seen_by_its_end(self, runtime: Runtime, job: Job) -> None:
+    def test_a_context_longer_than_the_window_is_seen_by_its_end(self, runtime: Runtime) -> None:
         long = runtime.tokenizer(" ".join(LINES))["input_ids"]
         assert len(long) > runtime.max_length
         near = next_logits(runtime, [long])
         torch.testing.assert_close(near, next_logits(runtime, [long[-runtime.max_length :]]))
-        (more,) = generate(runtime, job, " ".join(LINES), Decoding(max_new_tokens=40, seed=0))
+        (more,) = generate(runtime, " ".join(LINES), Decoding(max_new_tokens=40, seed=0))
         assert more
 
-    def test_an_empty_text_starts_from_the_end_of_text_token(self, runtime: Runtime, job: Job) -> None:
+    def test_an_empty_text_starts_from_the_end_of_text_token(self, runtime: Runtime) -> None:
         end = runtime.tokenizer.eos_token_id
-        assert _start(runtime, "") == [end]
+        assert isinstance(runtime.task, CausalLanguageModelling)
+        start = partial(runtime.task.start, tokenizer=runtime.tokenizer, max_length=runtime.max_length)
+        assert start("") == [end]
         # What a person wrote stays text, also where it looks like that token.
-        assert end not in _start(runtime, runtime.tokenizer.eos_token)
-        assert generate(runtime, job, "", GREEDY)
+        assert end not in start(runtime.tokenizer.eos_token)
+        assert generate(runtime, "", GREEDY)
 
     def test_all_sequences_share_a_forward_pass(
         self, runtime: Runtime, job: Job, monkeypatch: pytest.MonkeyPatch
@@ -203,7 +206,7 @@ class TestGenerate:
             "forward",
             lambda self, batch: shapes.append(tuple(batch.input_ids.shape)) or forward(self, batch),
         )
-        generate(runtime, job, "a", Decoding(num_sequences=6, max_new_tokens=1))
+        generate(runtime, "a", Decoding(num_sequences=6, max_new_tokens=1))
         assert shapes == [(6, 1)]
 
     def test_micro_batches_keep_the_order(self, runtime: Runtime) -> None:
@@ -212,12 +215,12 @@ class TestGenerate:
         small = dataclasses.replace(runtime, compute=ComputeConfig(device="cpu", micro_batch_tokens=14))
         torch.testing.assert_close(next_logits(small, sequences), next_logits(runtime, sequences))
 
-    def test_texts_of_different_lengths_are_continued_together(self, runtime: Runtime, job: Job) -> None:
+    def test_texts_of_different_lengths_are_continued_together(self, runtime: Runtime) -> None:
         texts = ["warm, clever", "the film is a quiet joy", "nobody"]
-        alone = [generate(runtime, job, text, GREEDY) for text in texts]
-        assert generate_all(runtime, job, texts, GREEDY) == alone
+        alone = [generate(runtime, text, GREEDY) for text in texts]
+        assert generate_all(runtime, texts, GREEDY) == alone
         several = dataclasses.replace(GREEDY, num_sequences=2)
-        assert generate_all(runtime, job, texts, several) == [[*found, *found] for found in alone]
+        assert generate_all(runtime, texts, several) == [[*found, *found] for found in alone]
 
     def test_distinct_n_by_hand(self) -> None:
         assert distinct(["the film the film", "The plot"], 1) == 3 / 6
@@ -226,7 +229,7 @@ class TestGenerate:
 
     def test_a_classifier_is_refused(self, runtime: Runtime, classification_job: Callable[..., Job]) -> None:
         with pytest.raises(ConfigError, match="silotune predict"):
-            generate(runtime, classification_job(), "a", GREEDY)
+            generate(load_runtime(classification_job(), CPU), "a", GREEDY)
 
     @pytest.mark.parametrize(
         "wrong",
@@ -247,28 +250,27 @@ class TestGenerate:
 
 
 @pytest.fixture(scope="module")
-def classifier(classification_job: Callable[..., Job]) -> tuple[Runtime, Job]:
-    job = classification_job()
-    return load_runtime(job, CPU), job
+def classifier(classification_job: Callable[..., Job]) -> Runtime:
+    return load_runtime(classification_job(), CPU)
 
 
 class TestPredict:
-    def test_order_and_values_are_those_of_one_text_at_a_time(self, classifier: tuple[Runtime, Job]) -> None:
+    def test_order_and_values_are_those_of_one_text_at_a_time(self, classifier: Runtime) -> None:
         texts = [" ".join(LINES[: 1 + i % 3]) + " plot" * (i % 5) for i in range(20)]
-        together = predict(*classifier, texts)
+        together = predict(classifier, texts)
         assert [p["text"] for p in together] == texts
         for prediction in together:
-            (alone,) = predict(*classifier, [prediction["text"]])
+            (alone,) = predict(classifier, [prediction["text"]])
             assert prediction["label"] == alone["label"]
             assert prediction["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
             assert sum(prediction["probabilities"].values()) == pytest.approx(1)
 
-    def test_no_texts_no_labels(self, classifier: tuple[Runtime, Job]) -> None:
-        assert predict(*classifier, []) == []
+    def test_no_texts_no_labels(self, classifier: Runtime) -> None:
+        assert predict(classifier, []) == []
 
-    def test_a_language_model_is_refused(self, runtime: Runtime, job: Job) -> None:
+    def test_a_language_model_is_refused(self, runtime: Runtime) -> None:
         with pytest.raises(ConfigError, match="silotune generate"):
-            predict(runtime, job, ["a"])
+            predict(runtime, ["a"])
 
 
 def test_a_run_without_an_adapter_is_named(job: Job, tmp_path: Path) -> None:
@@ -288,5 +290,5 @@ def test_the_command_line_continues_a_text(
     assert done.value.code == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     decoding = Decoding(num_sequences=3, top_k=5, temperature=1.5, seed=4, max_new_tokens=6)
-    expected = generate(load_tuned(run_dir, job, ComputeConfig()), job, "the film", decoding)
+    expected = generate(load_tuned(run_dir, job, ComputeConfig()), "the film", decoding)
     assert [line["continuation"] for line in lines] == expected

@@ -13,12 +13,13 @@ import torch
 from shared.errors import DataError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
+from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import Batch, Example, collate
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.tasks.causal_lm import CausalLanguageModelling
 from tests.conftest import LINES
 
-TASK = CausalLanguageModelling()
+TASK = CausalLanguageModelling(TaskConfig(kind="causal_lm"), ModelConfig())
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import torch
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
+from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import IGNORED, Batch, collate
-from shared.runtime.inference import Decoding, choose_tokens, generate, predict, shown
+from shared.runtime.inference import Decoding, choose_tokens, generate, predict
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.tasks.pair_matching import ranking_metrics
 from shared.tasks.regression import Regression
@@ -90,7 +91,7 @@ def test_words_beyond_the_length_are_cut_with_their_tags(tagger: Runtime) -> Non
 
 def test_entities_are_counted_whole() -> None:
     """Two of three entities found, one of four guesses too many: hand-computed precision and recall."""
-    task = TokenClassification(labels=TAGS)
+    task = TokenClassification(TaskConfig(kind="token_classification", labels=TAGS), ModelConfig())
     true = [["B-film", "I-film", "O", "B-cast"], ["O", "B-film", "O", "O"]]
     guessed = [["B-film", "I-film", "O", "O"], ["B-cast", "B-film", "I-film", "B-cast"]]
     targets = torch.tensor([[TAGS.index(tag) for tag in row] for row in true])
@@ -107,7 +108,7 @@ def test_entities_are_counted_whole() -> None:
 
 @pytest.mark.parametrize("guess", ["O", "B-film"])
 def test_without_an_entity_their_measures_are_undefined_and_not_zero(guess: str) -> None:
-    task = TokenClassification(labels=TAGS)
+    task = TokenClassification(TaskConfig(kind="token_classification", labels=TAGS), ModelConfig())
     targets = torch.full((2, 4), TAGS.index("O"))
     logits = 9.0 * torch.nn.functional.one_hot(torch.full((2, 4), TAGS.index(guess)), 5)
     batch = Batch(torch.zeros(2, 4, dtype=torch.int64), torch.ones(2, 4, dtype=torch.bool), targets)
@@ -121,7 +122,7 @@ def test_without_an_entity_their_measures_are_undefined_and_not_zero(guess: str)
 
 
 def test_a_kind_that_is_only_guessed_has_no_measures_of_its_own() -> None:
-    task = TokenClassification(labels=TAGS)
+    task = TokenClassification(TaskConfig(kind="token_classification", labels=TAGS), ModelConfig())
     targets = torch.tensor([[TAGS.index(tag) for tag in ("B-film", "O")]])
     logits = 9.0 * torch.nn.functional.one_hot(torch.tensor([[TAGS.index(tag) for tag in ("B-film", "B-cast")]]), 5)
     batch = Batch(torch.zeros(1, 2, dtype=torch.int64), torch.ones(1, 2, dtype=torch.bool), targets)
@@ -144,18 +145,18 @@ def test_tags_become_entities() -> None:
 
 
 def test_entities_of_a_text_keep_their_places(tagger: Runtime, task_job: Callable[..., Job]) -> None:
-    job = task_job({"kind": "token_classification", "labels": list(TAGS)})
+    task_job({"kind": "token_classification", "labels": list(TAGS)})
     with torch.no_grad():  # a model that calls every word the begin of a film
         tagger.load(tagger.initial)
         head = tagger.model.trainable()["head.linear.bias"]
         head.copy_(torch.tensor([0.0, 50.0, 0.0, 0.0, 0.0]))
-    short, other = predict(tagger, job, ["a dull plot", "what a bright and funny cast"])
+    short, other = predict(tagger, ["a dull plot", "what a bright and funny cast"])
     assert [entity["text"] for entity in short["entities"]] == ["a", "dull", "plot"]
     assert short["entities"][1] == {"kind": "film", "text": "dull", "start": 2, "end": 6}
     assert len(other["entities"]) == 6
-    assert shown(short) == "[a | film] [dull | film] [plot | film]"
+    assert tagger.task.shown(short) == "[a | film] [dull | film] [plot | film]"
     with pytest.raises(DataError, match="text 2 has no words"):
-        predict(tagger, job, ["fine", " "])
+        predict(tagger, ["fine", " "])
 
 
 # --- scores ---
@@ -168,7 +169,7 @@ def test_scores_are_clipped_to_the_declared_range(task_job: Callable[..., Job]) 
 
 
 def test_metrics_are_in_the_job_s_own_unit() -> None:
-    task = Regression(low=0, high=10, pooling="mean")
+    task = Regression(TaskConfig(kind="regression", target_range=(0, 10)), ModelConfig())
     batch = Batch(torch.zeros(3, 1), torch.ones(3, 1, dtype=torch.bool), torch.tensor([-1.0, 0.0, 1.0]))
     found = task.evaluate([(torch.tensor([[-0.8], [0.0], [3.0]]), batch)])
     assert found.pairs == [[0, pytest.approx(1)], [5, 5], [10, 10]]  # a guess beyond the range counts as its border
@@ -182,12 +183,12 @@ def test_scores_are_predicted_in_order(task_job: Callable[..., Job]) -> None:
     runtime = load_runtime(job, CPU)
     runtime.load(runtime.initial)
     texts = ["a dull plot and a worse script", "film", "what a bright cast"]
-    together, alone = predict(runtime, job, texts), [predict(runtime, job, [text])[0] for text in texts]
+    together, alone = predict(runtime, texts), [predict(runtime, [text])[0] for text in texts]
     for found, expected in zip(together, alone, strict=True):
         assert found["text"] == expected["text"]
         assert found["score"] == pytest.approx(expected["score"], abs=1e-4)
         assert 1 <= found["score"] <= 5
-    assert shown(together[0]).endswith("a dull plot and a worse script")
+    assert runtime.task.shown(together[0]).endswith("a dull plot and a worse script")
 
 
 # --- pairs ---
@@ -209,12 +210,12 @@ def test_rankings_by_hand() -> None:
 def test_pairs_are_predicted_from_lines_with_a_tab(task_job: Callable[..., Job]) -> None:
     job = task_job({"kind": "pair_matching", "labels": ["other", "match"]})
     runtime = load_runtime(job, CPU)
-    (found,) = predict(runtime, job, ["a film\ta cast"])
+    (found,) = predict(runtime, ["a film\ta cast"])
     assert (found["text"], found["pair"]) == ("a film", "a cast")
     assert found["label"] in ("other", "match")
-    assert shown(found).endswith("a film | a cast")
+    assert runtime.task.shown(found).endswith("a film | a cast")
     with pytest.raises(DataError, match="text 2 is no pair"):
-        predict(runtime, job, ["a\tb", "a secret"])
+        predict(runtime, ["a\tb", "a secret"])
 
 
 # --- replies ---
@@ -255,7 +256,7 @@ def test_a_reply_is_generated_after_the_line_end(
         return torch.nn.functional.one_hot(torch.tensor([5]), 300).float().repeat(len(sequences), 1)
 
     monkeypatch.setattr("shared.runtime.inference.next_logits", endless)
-    generate(replier, task_job({"kind": "replies"}), "a dull", Decoding(max_new_tokens=2, temperature=0))
+    generate(replier, "a dull", Decoding(max_new_tokens=2, temperature=0))
     assert seen[0] == prompt_tokens("a dull", replier.tokenizer, replier.max_length)
 
 

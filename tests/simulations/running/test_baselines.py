@@ -90,9 +90,9 @@ def test_a_temperature_is_used_by_whoever_loads_the_run(scenario_file: MakeScena
     scenario = load_scenario(path)
     runtime = load_tuned(folder, scenario.job, scenario.compute)
     assert runtime.temperature == found["temperature"]
-    (warm,) = predict(runtime, scenario.job, ["the film is joy and warm"])
+    (warm,) = predict(runtime, ["the film is joy and warm"])
     runtime.temperature = 1.0
-    (cold,) = predict(runtime, scenario.job, ["the film is joy and warm"])
+    (cold,) = predict(runtime, ["the film is joy and warm"])
     assert warm["label"] == cold["label"]
     assert warm["probability"] < cold["probability"]
 

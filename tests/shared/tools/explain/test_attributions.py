@@ -118,9 +118,9 @@ def test_from_embeddings_is_forward(tuned: Callable[..., tuple[Runtime, Job]], t
 @pytest.mark.parametrize("baseline", ["pad", "mask"])
 @pytest.mark.parametrize("task", TASKS)
 def test_attributions_add_up(tuned: Callable[..., tuple[Runtime, Job]], task: str, baseline: Any) -> None:
-    runtime, job = tuned(task)
+    runtime, _ = tuned(task)
     options = {"word": 3} if task == "tags" else {}
-    found = explain(runtime, job, TEXTS.get(task, TEXT), baseline=baseline, **options)  # type: ignore[arg-type]
+    found = explain(runtime, TEXTS.get(task, TEXT), baseline=baseline, **options)  # type: ignore[arg-type]
     total = sum(word.attribution for word in found.words)
     absolute = sum(abs(word.attribution) for word in found.words)
     assert absolute > 0.01
@@ -136,8 +136,8 @@ def test_outputs_are_those_of_the_text_and_of_the_baseline(tuned: Callable[..., 
     runtime, job = tuned("labels")
     tokenizer = runtime.tokenizer
     for label in (None, "bad", "other"):
-        found = explain(runtime, job, TEXT, label=label, baseline="mask")
-        (prediction,) = predict(runtime, job, [TEXT])
+        found = explain(runtime, TEXT, label=label, baseline="mask")
+        (prediction,) = predict(runtime, [TEXT])
         p = torch.tensor(prediction["probabilities"][label or prediction["label"]]).double()
         assert found.output == pytest.approx(float(p.logit()), abs=1e-3)
         ids = torch.tensor(tokenizer(TEXT)["input_ids"])
@@ -149,8 +149,8 @@ def test_outputs_are_those_of_the_text_and_of_the_baseline(tuned: Callable[..., 
 
 
 def test_against_an_integral_by_hand(tuned: Callable[..., tuple[Runtime, Job]]) -> None:
-    runtime, job = tuned("score")
-    found = explain(runtime, job, TEXT)
+    runtime, _ = tuned("score")
+    found = explain(runtime, TEXT)
     ids = torch.tensor([runtime.tokenizer(TEXT)["input_ids"]])
     other = ids.clone()
     other[0, 1:-1] = runtime.tokenizer.pad_token_id
@@ -169,20 +169,20 @@ def test_against_an_integral_by_hand(tuned: Callable[..., tuple[Runtime, Job]]) 
             by_word[word] = by_word.get(word, 0.0) + value
     assert [w.attribution for w in found.words] == pytest.approx(list(by_word.values()), abs=2e-3)
     assert len(by_word) < len(by_token) - 2, "some word must have several pieces"
-    (prediction,) = predict(runtime, job, [TEXT])
+    (prediction,) = predict(runtime, [TEXT])
     assert min(max(found.output, 1.0), 5.0) == pytest.approx(prediction["score"], abs=1e-4)
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_explaining_leaves_the_model_as_it_was(tuned: Callable[..., tuple[Runtime, Job]], task: str) -> None:
-    runtime, job = tuned(task)
+    runtime, _ = tuned(task)
     parameters = dict(runtime.model.named_parameters())
     for parameter in runtime.model.trainable().values():
         parameter.grad = torch.full_like(parameter, 0.5)
     before = {name: (p.detach().clone(), p.requires_grad) for name, p in parameters.items()}
     modes = [module.training for module in runtime.model.modules()]
     state = torch.get_rng_state()
-    explain(runtime, job, TEXTS.get(task, TEXT), **({"word": 1} if task == "tags" else {}))  # type: ignore[arg-type]
+    explain(runtime, TEXTS.get(task, TEXT), **({"word": 1} if task == "tags" else {}))  # type: ignore[arg-type]
     for name, parameter in parameters.items():
         assert torch.equal(parameter, before[name][0])
         assert parameter.requires_grad == before[name][1]
@@ -218,7 +218,7 @@ def test_the_sign_of_a_planted_word(tiny_bert: Path, task_job: Callable[..., Job
     state["head.linear.weight"][1] = planted
     runtime.load(state)
     for label, sign in (("good", 1), ("bad", -1)):
-        found = explain(runtime, job, "a bright and funny cast", label=label)
+        found = explain(runtime, "a bright and funny cast", label=label)
         values = {word.word: sign * word.attribution for word in found.words}
         assert values["funny"] > 0
         assert all(values["funny"] > 2 * value for word, value in values.items() if word != "funny")
@@ -230,45 +230,45 @@ def test_gpt2_s_words_come_without_their_spaces(task_job: Callable[..., Job], ti
         model={"backbone": str(tiny_gpt2), "pooling": "mean"},
         lora={"target_modules": ["c_attn"]},
     )
-    found = explain(load_runtime(job, CPU), job, " a dull plot; warm", label="good")
+    found = explain(load_runtime(job, CPU), " a dull plot; warm", label="good")
     assert [(w.word, w.begin) for w in found.words] == [("a", 1), ("dull", 3), ("plot", 8), (";", 12), ("warm", 14)]
     assert found.baseline == "<|endoftext|>"
-    spaces = explain(load_runtime(job, CPU), job, "a   plot", label="good")
+    spaces = explain(load_runtime(job, CPU), "a   plot", label="good")
     assert [named(word) for word in spaces.words] == ["a", "(space)", "plot"]
     assert sum(word.attribution for word in spaces.words) == pytest.approx(spaces.total, abs=1e-6)
     assert "".join(part.text for part in parts_of(spaces, 0)) == "a   plot"
 
 
 def test_a_word_s_tag_is_explained(tuned: Callable[..., tuple[Runtime, Job]]) -> None:
-    runtime, job = tuned("tags")
-    (entities,) = [prediction["entities"] for prediction in predict(runtime, job, [TEXT])]
+    runtime, _ = tuned("tags")
+    (entities,) = [prediction["entities"] for prediction in predict(runtime, [TEXT])]
     words = re.findall(r"\w+|,", TEXT)
-    found = explain(runtime, job, TEXT, word=2, label="B-THING")
+    found = explain(runtime, TEXT, word=2, label="B-THING")
     assert found.target == "log-odds of 'B-THING' against all other labels at word 2 (dull)"
-    other = explain(runtime, job, TEXT, word=5, label="B-THING")
+    other = explain(runtime, TEXT, word=5, label="B-THING")
     assert other.output != found.output
     with pytest.raises(DataError, match=f"1 to {len(words)}"):
-        explain(runtime, job, TEXT, word=len(words) + 1)
+        explain(runtime, TEXT, word=len(words) + 1)
     if entities:
-        first = explain(runtime, job, TEXT)
+        first = explain(runtime, TEXT)
         assert f"({TEXT[entities[0]['start'] :].split()[0]}" in first.target
     state = {name: torch.zeros_like(tensor) for name, tensor in runtime.initial.items()}
     state["head.linear.bias"][0] = 9.0
     runtime.load(state)
     with pytest.raises(DataError, match="finds no entity"):
-        explain(runtime, job, TEXT)
+        explain(runtime, TEXT)
 
 
 def test_what_lies_beyond_the_model_s_length_is_not_read(tuned: Callable[..., tuple[Runtime, Job]]) -> None:
-    runtime, job = tuned("labels")
+    runtime, _ = tuned("labels")
     long = " ".join([TEXT] * 5)
-    found = explain(runtime, job, long)
+    found = explain(runtime, long)
     assert found.unread == (0,)
     parts = parts_of(found, 0)
     assert "".join(part.text for part in parts) == long
     assert [part.unread for part in parts].count(True) == 1
     assert parts[-1].unread
-    assert explain(runtime, job, TEXT + " ").unread == ()
+    assert explain(runtime, TEXT + " ").unread == ()
 
 
 @pytest.mark.parametrize(
@@ -283,29 +283,29 @@ def test_what_lies_beyond_the_model_s_length_is_not_read(tuned: Callable[..., tu
 def test_mistakes_are_explained(
     tuned: Callable[..., tuple[Runtime, Job]], options: dict[str, Any], error: type[Exception], text: str
 ) -> None:
-    runtime, job = tuned("labels")
+    runtime, _ = tuned("labels")
     with pytest.raises(error, match=text):
-        explain(runtime, job, **({"text": TEXT} | options))
+        explain(runtime, **({"text": TEXT} | options))
 
 
 def test_other_tasks_and_half_pairs_are_refused(
     tuned: Callable[..., tuple[Runtime, Job]], language_job: Callable[..., Job]
 ) -> None:
-    runtime, job = tuned("pairs")
+    runtime, _ = tuned("pairs")
     with pytest.raises(ConfigError, match="no prediction"):
-        explain(runtime, language_job(), TEXT)
+        explain(load_runtime(language_job(), CPU), TEXT)
     with pytest.raises(DataError, match="a tab between"):
-        explain(runtime, job, TEXT)
+        explain(runtime, TEXT)
 
 
 def test_without_captum_the_package_is_named(
     tuned: Callable[..., tuple[Runtime, Job]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runtime, job = tuned("labels")
+    runtime, _ = tuned("labels")
     monkeypatch.setitem(sys.modules, "captum", None)
     monkeypatch.setitem(sys.modules, "captum.attr", None)
     with pytest.raises(ConfigError, match=r"pip install 'silotune\[explain\]'"):
-        explain(runtime, job, TEXT)
+        explain(runtime, TEXT)
 
 
 # --- the page and the terminal ---
@@ -440,7 +440,7 @@ def test_the_command(
     assert done.status == 0, done.err
     (line,) = done.out.splitlines()
     job = Job.model_validate_json((run_dir / "job.json").read_text())
-    expected = explain(load_tuned(run_dir, job, CPU), job, TEXT, label="good")
+    expected = explain(load_tuned(run_dir, job, CPU), TEXT, label="good")
     assert json.loads(line) == json.loads(json.dumps(as_json(expected, "test")))
     assert json.loads(line)["sum"] == pytest.approx(sum(w["attribution"] for w in json.loads(line)["words"]), abs=1e-6)
     assert (tmp_path / "page.html").read_bytes() == render_html(expected, "test")

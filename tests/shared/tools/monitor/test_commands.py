@@ -59,7 +59,7 @@ def texts(run_dir: Path, classification_job: Callable[..., Job]) -> dict[str, li
     job = classification_job()
     runtime = load_tuned(run_dir, job, CPU)
     found: dict[str, list[str]] = {"bad": [], "good": []}
-    for prediction in predict(runtime, job, PAIRS):
+    for prediction in predict(runtime, PAIRS):
         if prediction["probability"] > 0.55:
             found[prediction["label"]].append(prediction["text"])
     runtime.load(runtime.initial)
