@@ -11,8 +11,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from shared.data.cells import shorten
 from shared.data.datasets import PERSON_ROLE, DataSource, read_records
-from shared.data.rows import shorten
 from shared.errors import ConfigError, DataError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from shared.data.cells import is_blank, shorten, value_fault
 from shared.data.deidentify.config import DeidentifyConfig, parse_short
+from shared.data.parquet import parquet_columns, read_parquet
 from shared.data.rows import (
     FORMATS,
     Fault,
@@ -25,13 +27,8 @@ from shared.data.rows import (
     RowFormat,
     check_delimiter,
     default_delimiter,
-    is_blank,
-    parquet_columns,
-    read_parquet,
     read_rows,
-    shorten,
     suffix_of,
-    value_fault,
 )
 from shared.data.text_lines import check_encoding
 from shared.errors import DataError
@@ -158,7 +155,7 @@ def read_records(
     """Read every row's declared columns, renamed to their role, in the order of the file.
 
     CSV cells come as text; JSONL and Parquet keep their types, of which each role takes only its own (see
-    `shared.data.rows.value_fault`). Blank lines of CSV and JSONL are skipped.
+    `shared.data.cells.value_fault`). Blank lines of CSV and JSONL are skipped.
 
     Args:
         source: the file and its columns.

@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
+from shared.data.cells import surrogate
+from shared.data.quotes import SeenRows, quote_is_open
 from shared.data.text_lines import MAX_ROW_BYTES, TOO_LONG, TOO_LONG_ADVICE, Line, LineReader, read_pieces
 from shared.errors import DataError
+from shared.files.json_files import DuplicateKey, refuse_constant, unique_keys
 
 Quoting = Literal["checked", "trusted", "none"]
 Kind = Literal["csv", "jsonl", "text"]
@@ -42,10 +43,6 @@ TEXT_ENDINGS = (".txt", ".text", ".log")
 MALFORMED = "malformed"
 SWALLOWED = "with a quote that swallows rows"
 NO_TEXT = "without a text"
-
-_MANY_ROWS, _MANY_LINES = 20, 20
-"""Of a file with one column, where no separator tells a row: so many rows of one line, and then one of so many lines."""
-_MOST_VALUES, _LONGEST_VALUE = 32, 40
 
 
 class Row(NamedTuple):
@@ -144,7 +141,7 @@ class RowReader:
         self._number = 0
         self._open: list[Line] = []  # lines of a CSV row whose quote is not closed
         self._open_size = 0
-        self._seen = _Seen()
+        self._seen = SeenRows()
 
     def feed(self, piece: bytes) -> list[Row | Fault]:
         """Return the rows that `piece` completes.
@@ -294,81 +291,6 @@ def _cells(lines: Sequence[Line], how: RowFormat) -> list[str] | None:
     return rows[0] if len(rows) == 1 else None
 
 
-def quote_is_open(line: str, delimiter: str, inside: bool) -> bool:
-    """Return whether a quoted cell goes on after this line of CSV; `inside` says that one was open before it."""
-    if '"' not in line:
-        return inside
-    place = 0
-    while True:
-        if inside:
-            end = line.find('"', place)
-            if end < 0:
-                return True
-            if line.startswith('"', end + 1):
-                place = end + 2
-            else:
-                inside, place = False, end + 1
-        elif line.startswith('"', place) and (place == 0 or line[place - 1] == delimiter):
-            inside, place = True, place + 1
-        else:
-            place = line.find(delimiter, place) + 1
-            if place == 0:
-                return False
-
-
-class _Seen:
-    """What rows of the file look like, to tell a cell of many lines from a quote that swallowed rows."""
-
-    def __init__(self) -> None:
-        self._width = 0
-        self._spaced = False
-        self._rows = self._single = 0
-        self._values: list[set[str] | None] = []
-
-    def begin(self, header: Sequence[str]) -> None:
-        self._width = len(header)
-        self._spaced = any(name.startswith(" ") for name in header[1:])
-        self._values = [set() for _ in header]
-
-    def add(self, cells: Sequence[str], lines: int) -> None:
-        self._rows += 1
-        self._single += lines == 1
-        for place, cell in enumerate(cells):
-            values = self._values[place]
-            if values is not None:
-                if len(cell) > _LONGEST_VALUE or (len(values) >= _MOST_VALUES and cell not in values):
-                    self._values[place] = None
-                else:
-                    values.add(cell)
-
-    def swallowed(self, lines: Sequence[Line], delimiter: str) -> bool:
-        """Return whether the lines of one quoted row look like rows themselves.
-
-        A line does if it has as many cells as the header, without a space after a separator as prose has it, and known values in
-        the columns that have few. It is a fault if half of the lines inside, two at least, look so; or if all do, and their
-        values in such a column are known ones.
-        """
-        if self._width == 1:
-            alone = self._rows >= _MANY_ROWS and self._single == self._rows
-            return alone and len(lines) >= _MANY_LINES
-        inner = [line.text for line in lines[1:-1] if line.text.strip()]
-        like = sum(self._is_like_a_row(text, delimiter, certain=False) for text in inner)
-        if like >= 2 and 2 * like >= len(inner):
-            return True
-        return all(self._is_like_a_row(line.text, delimiter, certain=True) for line in lines)
-
-    def _is_like_a_row(self, text: str, delimiter: str, *, certain: bool) -> bool:
-        cells = text.split(delimiter)
-        if len(cells) != self._width or (not self._spaced and any(cell.startswith(" ") for cell in cells[1:])):
-            return False
-        few = [
-            cell in values
-            for values, cell in zip(self._values, cells, strict=True)
-            if values is not None and self._rows >= 3 * len(values) and (certain or self._rows >= _MANY_ROWS)
-        ]
-        return all(few) and (bool(few) or not certain)
-
-
 # --- JSONL ---
 
 
@@ -383,7 +305,7 @@ def parse_object(text: str) -> dict[str, Any] | str:
     """Return the object on a line of JSONL, or what is wrong with it."""
     try:
         value = _JSON.decode(text)
-    except _Twice:
+    except DuplicateKey:
         return "one key stands twice in the object. Remove one of the two."
     except (ValueError, RecursionError):  # the error object holds the line, so it must not be chained
         return (
@@ -395,22 +317,7 @@ def parse_object(text: str) -> dict[str, Any] | str:
     return value
 
 
-class _Twice(ValueError):
-    pass
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise _Twice
-    return found
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_refuse_constant)
+_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
 
 
 def _json_kind(value: object) -> str:
@@ -430,128 +337,3 @@ def read_rows(path: Path, how: RowFormat, check_header: CheckHeader | None = Non
     for piece in read_pieces(path):
         yield from reader.feed(piece)
     yield from reader.finish()
-
-
-def parquet_columns(path: Path) -> list[str]:
-    """Return the column names of a Parquet file; DataError if it is none."""
-    import pyarrow as pa  # slow to load, and only Parquet needs it
-    import pyarrow.parquet as pq
-
-    try:
-        with pq.ParquetFile(path) as file:
-            return list(file.schema_arrow.names)
-    except (pa.ArrowException, OSError, UnicodeError):
-        raise DataError(f"{path} {NO_PARQUET}") from None
-
-
-def read_parquet(path: Path, columns: Sequence[str]) -> Iterator[Row]:
-    """Yield the rows of a Parquet file with these columns; DataError if it is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    number = 0
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            for batch in file.iter_batches(columns=list(dict.fromkeys(columns)), batch_size=1024):
-                for cells in batch.to_pylist():
-                    number += 1
-                    yield Row(number, None, cells)
-    except (pa.ArrowException, OSError, UnicodeError, ValueError, OverflowError):
-        raise DataError(f"{path} {NO_PARQUET}") from None
-
-
-NO_PARQUET = (
-    "cannot be read as Parquet: it is cut short, damaged or another format. Copy it again and compare checksums with its source, "
-    "or set the right format."
-)
-
-
-# --- what a cell may hold ---
-
-
-def surrogate(text: str) -> bool:
-    """Return whether `text` holds half of a surrogate pair, which is no character and cannot be written as UTF-8."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return True
-    return False
-
-
-def text_fault(value: object) -> str | None:
-    """Return what keeps `value` from being the text of a record, in words; None if it is text."""
-    if not isinstance(value, str):
-        return f"{kind_of(value)} where text is expected"
-    return _string_fault(value)
-
-
-def value_fault(role: str, value: object) -> str | None:
-    """Return what keeps `value` from being a record's cell in this role, in words; None if it may.
-
-    Text is text, nothing that could be turned into it. A label may also be a whole number, as Parquet and JSONL have
-    it. Words and tags are lists of text, or text. A score is a number, or text (CSV has nothing else). Other roles hold
-    what JSON holds.
-    """
-    if role in ("text", "pair", "prompt", "response"):
-        nul = isinstance(value, str) and "\0" in value
-        return "a NUL character" if nul else text_fault(value)
-    if role == "label":
-        if isinstance(value, int) and not isinstance(value, bool):
-            return None
-        fault = text_fault(value)
-        return fault and fault.replace("text is expected", "text or a whole number is expected")
-    if role in ("tokens", "tags"):
-        if isinstance(value, list):
-            return next((f"a list with {fault}" for word in value if (fault := text_fault(word))), None)
-        fault = text_fault(value)
-        return fault and fault.replace("text is expected", "text or a list of text is expected")
-    if role == "score":
-        numeric = isinstance(value, str) or (not isinstance(value, bool) and hasattr(value, "__float__"))
-        return None if numeric else f"{kind_of(value)} where a number is expected"
-    return _any_fault(value)
-
-
-def _any_fault(value: object) -> str | None:
-    if isinstance(value, str):
-        return _string_fault(value)
-    if isinstance(value, bytes):
-        return "bytes, which no task can read"
-    if isinstance(value, Mapping):
-        value = [item for pair in value.items() for item in pair]
-    if isinstance(value, list | tuple):
-        return next((fault for item in value if (fault := _any_fault(item))), None)
-    return None
-
-
-def _string_fault(value: str) -> str | None:
-    if not value.isascii() and surrogate(value):
-        return "half of a surrogate pair, which is no character"
-    return None
-
-
-def kind_of(value: object) -> str:
-    """Return what kind of value this is, in words."""
-    names = {
-        bool: "a truth value",
-        int: "a number",
-        float: "a number",
-        dict: "an object",
-        list: "a list",
-        bytes: "bytes",
-    }
-    return "nothing" if value is None else names.get(type(value), f"a {type(value).__name__}")
-
-
-def is_blank(value: object) -> bool:
-    """Return whether a cell is empty: None, white space, NaN or an empty list."""
-    if isinstance(value, str):
-        return not value.strip()
-    if isinstance(value, float):
-        return math.isnan(value)
-    return value is None or (isinstance(value, list) and not value)
-
-
-def shorten(names: Sequence[str], most: int, total: int | None = None) -> str:
-    """Return the first `most` names, and how many more of `total` (by default of all names) there are."""
-    rest = (len(names) if total is None else total) - most
-    return ", ".join(islice(names, most)) + (f" and {rest:,} more" if rest > 0 else "")

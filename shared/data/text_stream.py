@@ -19,6 +19,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, cast
 
+from shared.data.cells import is_blank, shorten, value_fault
+from shared.data.parquet import parquet_columns, read_parquet
 from shared.data.rows import (
     FORMATS,
     NO_TEXT,
@@ -31,12 +33,7 @@ from shared.data.rows import (
     RowReader,
     check_delimiter,
     default_delimiter,
-    is_blank,
-    parquet_columns,
-    read_parquet,
-    shorten,
     suffix_of,
-    value_fault,
 )
 from shared.data.text_lines import PIECE, Line, LineReader, check_encoding
 from shared.errors import ConfigError, DataError

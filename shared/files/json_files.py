@@ -19,6 +19,10 @@ from shared.errors import RunError
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
 
+class DuplicateKey(ValueError):
+    """An object of JSON with one key twice."""
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`.
 
@@ -56,7 +60,7 @@ def parse_object(text: str) -> dict[str, Any]:
         ValueError: if it is none, holds a key twice, a number that is not finite, or is nested too deep.
     """
     try:
-        found = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        found = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(found, dict):
@@ -73,14 +77,16 @@ def damaged(path: Path, what: str) -> RunError:
     )
 
 
-def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs; `DuplicateKey` if one of its keys stands there twice."""
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("it holds a key twice")
+        raise DuplicateKey("it holds a key twice")
     return found
 
 
-def _refuse_constant(name: str) -> NoReturn:
+def refuse_constant(name: str) -> NoReturn:
+    """Raise ValueError for NaN and infinity, which Python reads and JSON does not know."""
     raise ValueError(f"it holds {name}, which is no number")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shared.data.rows import value_fault
+from shared.data.cells import value_fault
 from shared.errors import DataError
 from shared.models.batches import IGNORED, Batch, Example
 from shared.models.heads import TokenClassifier, init_linear

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from shared.data.rows import text_fault
+from shared.data.cells import text_fault
 from shared.errors import DataError
 from shared.models.batches import IGNORED
 from shared.models.heads import sum_in_order

@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from shared.data.cells import text_fault
 from shared.data.datasets import DataSource, format_of, require_columns, require_file, row_format, rows_of
 from shared.data.deidentify.engine import Deidentifier
 from shared.data.deidentify.report import MaskTally
-from shared.data.rows import Quoting, parse_object, suffix_of, text_fault
+from shared.data.parquet import open_parquet
+from shared.data.rows import Quoting, parse_object, suffix_of
 from shared.data.text_lines import Line, read_lines
 from shared.errors import ConfigError, DataError
 from shared.files import atomic
@@ -140,14 +142,11 @@ def _masked_parquet(path: Path, source: DataSource, deidentifier: Deidentifier, 
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        with pq.ParquetFile(path, page_checksum_verification=True) as file:
-            require_columns(path, source, file.schema_arrow.names)
-            table = file.read()
-            groups = file.metadata.row_group(0) if file.metadata.num_row_groups else None
-            compression = groups.column(0).compression.lower() if groups is not None else "snappy"
-    except (pa.ArrowException, OSError, UnicodeError):
-        raise DataError(f"{path} cannot be read as Parquet: it is cut short, damaged or another format.") from None
+    with open_parquet(path) as file:
+        require_columns(path, source, file.schema_arrow.names)
+        table = file.read()
+        groups = file.metadata.row_group(0) if file.metadata.num_row_groups else None
+        compression = groups.column(0).compression.lower() if groups is not None else "snappy"
     rows = table.select(list(source.columns)).to_pylist()
     changed = [
         row | _mask(row, deidentifier, tally, f"{path}, row {number}") for number, row in enumerate(rows, start=1)

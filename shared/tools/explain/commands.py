@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from shared import terminal
-from shared.data.rows import value_fault
+from shared.data.cells import value_fault
 from shared.data.text_lines import LineReader
 from shared.errors import DataError
 

@@ -15,8 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from shared.data import rows, text_lines
+from shared.data.cells import value_fault
 from shared.data.datasets import DataSource, FileFacts, read_records
-from shared.data.rows import SWALLOWED, Fault, Quoting, Row, RowFormat, RowReader, value_fault
+from shared.data.rows import SWALLOWED, Fault, Quoting, Row, RowFormat, RowReader
 from shared.data.text_stream import Files, Skipped, TextFormat
 from shared.errors import DataError
 
