@@ -98,7 +98,10 @@ def predict(runtime: Runtime, texts: Sequence[str], *, outputs: Outputs | None =
     task = runtime.task
     if not isinstance(task, Predicting):
         raise ConfigError(f"the run's task is {task.kind!r}, which does not label texts; use `silotune generate`.")
-    records = [task.question(text, f"text {number}", runtime.max_length) for number, text in enumerate(texts, start=1)]
+    records = [
+        task.question(text, f"text {number}", runtime.tokenizer, runtime.max_length)
+        for number, text in enumerate(texts, start=1)
+    ]
     examples = runtime.encode(records)
     rows = (outputs or partial(head_outputs, runtime))(examples)
     return [task.answer(record, example, row) for record, example, row in zip(records, examples, rows, strict=True)]

@@ -76,7 +76,7 @@ class ImageClassification(SequenceClassification):
         size = self.config.num_pixels
         return super().probe(input_ids.repeat(-(-size // len(input_ids)))[:size], number)
 
-    def question(self, text: str, name: str, max_length: int) -> Record:
+    def question(self, text: str, name: str, tokenizer: Any, max_length: int) -> Record:
         """Return the record of an image that is written as numbers with spaces between them."""
         return {"pixels": text}
 

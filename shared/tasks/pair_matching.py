@@ -47,7 +47,7 @@ class PairMatching(SequenceClassification):
         )
         return tokenizer(first, second, truncation="longest_first", max_length=max_length, **options)
 
-    def question(self, text: str, name: str, max_length: int) -> Record:
+    def question(self, text: str, name: str, tokenizer: Any, max_length: int) -> Record:
         """Return the record of a pair that is written with a tab between its texts."""
         first, tab, second = text.partition("\t")
         if not tab or not first.strip() or not second.strip():

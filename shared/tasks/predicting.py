@@ -58,7 +58,7 @@ class Predicting(Task):
     by_word: ClassVar[bool] = False
     """True if each word has a prediction of its own."""
 
-    def question(self, text: str, name: str, max_length: int) -> Record:
+    def question(self, text: str, name: str, tokenizer: Any, max_length: int) -> Record:
         """Return the record, without a target, of a text that a user gave.
 
         Raises:

@@ -90,13 +90,21 @@ class TokenClassification(Predicting):
             examples.append(Example(torch.tensor(ids, dtype=torch.int64), pieces))
         return examples
 
-    def question(self, text: str, name: str, max_length: int) -> Record:
-        """Return the record of a text with its words and where they stand."""
+    def question(self, text: str, name: str, tokenizer: Any, max_length: int) -> Record:
+        """Return the record of a text with the words that the model reads and where they stand.
+
+        Without those of which the tokenizer makes no token, such as a zero-width space: a word is found by the number of its tag.
+        """
         # More words than that are beyond what the model reads, whatever its tokenizer makes of them.
         places = word_places(text, MOST_WORDS_PER_TOKEN * max_length)
         if not places:
             raise DataError(f"{name} has no words.")
-        return {"text": text, "tokens": [text[begin:end] for begin, end in places], "places": places}
+        words = [text[begin:end] for begin, end in places]
+        read = [
+            word for _, word in first_pieces(self.tokenized([{"tokens": words}], tokenizer, max_length).word_ids(0))
+        ]
+        read = read or list(range(len(words)))  # which `encode` refuses
+        return {"text": text, "tokens": [words[word] for word in read], "places": [places[word] for word in read]}
 
     def answer(self, record: Record, example: Example, output: Tensor) -> Prediction:
         """Return the entities with their places in the text; words beyond the model's length have no tag."""

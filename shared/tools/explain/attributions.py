@@ -223,7 +223,7 @@ def _read(runtime: Runtime, task: Predicting, text: str) -> Read:
         )
     if not text.strip():
         raise DataError("there is no text to explain.")
-    record = task.question(text, "the text", runtime.max_length)
+    record = task.question(text, "the text", tokenizer, runtime.max_length)
     encoded = task.tokenized([record], tokenizer, runtime.max_length, return_offsets_mapping=True)
     (example,) = runtime.encode([record])
     return Read(record, example, task.places(record, encoded))

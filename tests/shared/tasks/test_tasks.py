@@ -155,6 +155,10 @@ def test_entities_of_a_text_keep_their_places(tagger: Runtime, task_job: Callabl
     assert short["entities"][1] == {"kind": "film", "text": "dull", "start": 2, "end": 6}
     assert len(other["entities"]) == 6
     assert tagger.task.shown(short) == "[a | film] [dull | film] [plot | film]"
+    (dropped,) = predict(tagger, ["a \u200bdull cafe\u0301"])  # the tokenizer makes nothing of two of these five words
+    assert [entity["text"] for entity in dropped["entities"]] == ["a", "dull", "cafe"]
+    with pytest.raises(DataError, match="record 1 has no word that the tokenizer knows"):
+        predict(tagger, ["\u200b"])
     with pytest.raises(DataError, match="text 2 has no words"):
         predict(tagger, ["fine", " "])
 

@@ -249,6 +249,9 @@ def test_a_word_s_tag_is_explained(tuned: Callable[..., tuple[Runtime, Job]]) ->
     assert other.output != found.output
     with pytest.raises(DataError, match=f"1 to {len(words)}"):
         explain(runtime, TEXT, word=len(words) + 1)
+    dropped = explain(runtime, "a \u200bdull plot", word=2, label="B-THING")
+    assert dropped.target.endswith("at word 2 (dull)")
+    assert [word.word for word in dropped.words] == ["a", "dull", "plot"]
     if entities:
         first = explain(runtime, TEXT)
         assert f"({TEXT[entities[0]['start'] :].split()[0]}" in first.target
