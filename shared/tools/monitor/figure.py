@@ -125,31 +125,18 @@ def _draw_label(
             linewidth=1.5,
             label="adjusted for the model's errors",
         )
-    untested = [i for i, window in enumerate(windows) if window.role != "tested"]
-    axes.plot(
-        [places[i] for i in untested],
-        [shares[i] for i in untested],
-        linestyle="none",
-        marker="o",
-        markersize=4.5,
-        markerfacecolor="white",
-        markeredgecolor=SHARE,
-        label="not tested (baseline)",
-        zorder=4,
-    )
     name = monitor.settings.labels[label]
-    alerted = [i for i, window in enumerate(windows) if any(shift.label == name for shift in window.alerts)]
-    axes.plot(
-        [places[i] for i in alerted],
-        [shares[i] for i in alerted],
-        linestyle="none",
-        marker="D",
-        markersize=8,
-        markerfacecolor="none",
-        markeredgecolor=ALERT,
-        markeredgewidth=1.8,
-        label="alert",
-        zorder=5,
-    )
+    untested = [window.role != "tested" for window in windows]
+    alerted = [any(shift.label == name for shift in window.alerts) for window in windows]
+    hollow = {"marker": "o", "markersize": 4.5, "markerfacecolor": "white", "markeredgecolor": SHARE}
+    _mark(axes, places, shares, untested, label="not tested (baseline)", zorder=4, **hollow)
+    diamond = {"marker": "D", "markersize": 8, "markerfacecolor": "none", "markeredgecolor": ALERT}
+    _mark(axes, places, shares, alerted, label="alert", zorder=5, markeredgewidth=1.8, **diamond)
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1))
     axes.set_ylim(bottom=max(0.0, axes.get_ylim()[0]), top=min(1.0, axes.get_ylim()[1]))
+
+
+def _mark(axes: Any, places: Sequence[float], shares: Sequence[float], chosen: Sequence[bool], **style: Any) -> None:
+    """Put a mark on the chosen points."""
+    points = [point for point, wanted in zip(zip(places, shares, strict=True), chosen, strict=True) if wanted]
+    axes.plot([x for x, _ in points], [y for _, y in points], linestyle="none", **style)

@@ -30,9 +30,6 @@ MAX_OPEN = 100_000
 """Windows of time that may be open at once."""
 _MONDAY = 4 * 86_400
 """Seconds of the first Monday after 1970 began: weeks begin on one."""
-_Z95 = 1.959963984540054
-
-
 MOST = 10**9
 """Of windows, and of texts in one."""
 

@@ -137,12 +137,7 @@ def window_line(window: Window, labels: Sequence[str], shown: Sequence[int]) -> 
     """Return a complete window as one line, for whoever watches."""
     begin = "" if window.begin is None else f"  {_minute(window.begin)}"
     shares = "  ".join(f"{labels[i]} {100 * window.shares[i]:.1f} %" for i in shown)
-    alerts = "; ".join(
-        f"{s.label} {100 * s.change:+.1f} points (p {s.p_value:.1g})".replace("-", "−", 1)
-        if s.change < 0
-        else f"{s.label} {100 * s.change:+.1f} points (p {s.p_value:.1g})"
-        for s in window.alerts
-    )
+    alerts = "; ".join(f"{s.label} {_points(s.change)} (p {s.p_value:.1g})" for s in window.alerts)
     end = f"  ALERT: {alerts}" if alerts else "" if window.role == "tested" else f"  ({window.role})"
     return f"window {window.number}{begin}  {window.texts:,} texts  {shares}{end}"
 
@@ -150,6 +145,7 @@ def window_line(window: Window, labels: Sequence[str], shown: Sequence[int]) -> 
 def window_table(monitor: Monitor) -> Table:
     """Return the last windows as a table."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     labels, shown = monitor.settings.labels, shown_labels(monitor, MOST_LABELS)
@@ -165,7 +161,7 @@ def window_table(monitor: Monitor) -> Table:
         table.add_column("from (UTC)", no_wrap=True)
     table.add_column("texts", justify="right")
     for index in shown:
-        table.add_column(_plain(labels[index]), justify="right")
+        table.add_column(escape(labels[index]), justify="right")
     table.add_column("")
     for window in windows:
         cells = [str(window.number)]
@@ -173,7 +169,7 @@ def window_table(monitor: Monitor) -> Table:
             cells.append("" if window.begin is None else _minute(window.begin))
         cells.append(f"{window.texts:,}" + (" (cut off)" if window.partial else ""))
         cells += [_share(window.counts[index], window.texts) for index in shown]
-        alerts = ", ".join(_plain(f"{shift.label} {_points(shift.change)}") for shift in window.alerts)
+        alerts = ", ".join(escape(f"{shift.label} {_points(shift.change)}") for shift in window.alerts)
         cells.append(f"ALERT {alerts}" if alerts else "" if window.role == "tested" else window.role)
         table.add_row(*cells, style="bold red" if alerts else "dim" if window.role != "tested" else None)
     if len(labels) > len(shown):
@@ -184,6 +180,7 @@ def window_table(monitor: Monitor) -> Table:
 def label_table(monitor: Monitor, adjust: AdjustedCount | None) -> Table:
     """Return baseline and last window of each label as a table, adjusted ones beside the predicted."""
     from rich import box
+    from rich.markup import escape
     from rich.table import Table
 
     last = monitor.windows[-1]
@@ -196,7 +193,7 @@ def label_table(monitor: Monitor, adjust: AdjustedCount | None) -> Table:
     after = None if adjust is None else adjust(last.counts)
     total = sum(monitor.baseline)
     for index, label in enumerate(monitor.settings.labels):
-        cells = [_plain(label), _share(monitor.baseline[index], total)]
+        cells = [escape(label), _share(monitor.baseline[index], total)]
         if before is not None:
             cells.append(_interval(*before[index]))
         cells.append(_share(last.counts[index], last.texts))
@@ -249,9 +246,3 @@ def _points(change: float) -> str:
 
 def _minute(seconds: float) -> str:
     return utc(seconds)[:16].replace("T", " ")
-
-
-def _plain(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
