@@ -132,12 +132,7 @@ def explain(
     model, task = runtime.model, runtime.task
     if not isinstance(task, Predicting) or not isinstance(model, TunableModel):
         raise ConfigError(f"the run's task is {task.kind!r}, which has no prediction of a text to explain.")
-    if not 2 <= steps <= MOST_STEPS:
-        raise ConfigError(f"--steps is {steps}; give 2 to {MOST_STEPS}.")
-    if word is not None and not task.by_word:
-        raise ConfigError("--word is for token_classification, where each word has its own prediction; leave it out.")
-    if label is not None and label not in task.config.labels:
-        raise ConfigError(f"--label is {label!r}; {nearest(label, list(task.config.labels))}.")
+    _check_options(task, label=label, word=word, steps=steps)
     read = _read(runtime, task, text)
     ids = read.example.input_ids[None].to(model.device)
 
@@ -168,6 +163,16 @@ def explain(
         gap=found.gap,
         unread=_unread(read),
     )
+
+
+def _check_options(task: Predicting, *, label: str | None, word: int | None, steps: int) -> None:
+    """Raise `ConfigError` for an option that does not fit the task."""
+    if not 2 <= steps <= MOST_STEPS:
+        raise ConfigError(f"--steps is {steps}; give 2 to {MOST_STEPS}.")
+    if word is not None and not task.by_word:
+        raise ConfigError("--word is for token_classification, where each word has its own prediction; leave it out.")
+    if label is not None and label not in task.config.labels:
+        raise ConfigError(f"--label is {label!r}; {nearest(label, list(task.config.labels))}.")
 
 
 def integrate(
