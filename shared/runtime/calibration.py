@@ -82,13 +82,14 @@ def calibrate(
     fit, test = _gathered(task, deciding), _gathered(task, reported)
     if test is None:
         return None
-    fitted = fit is not None and len(fit[1]) >= FEWEST
-    temperature = fit_temperature(*fit) if fit is not None and fitted else 1.0
+    if fit is not None and len(fit[1]) < FEWEST:
+        fit = None
+    temperature = 1.0 if fit is None else fit_temperature(*fit)
     logits, targets = test
     before, after = reliability(logits, targets), reliability(logits / temperature, targets)
     return Calibration(
         temperature=temperature,
-        fitted_on=len(fit[1]) if fit is not None and fitted else 0,
+        fitted_on=0 if fit is None else len(fit[1]),
         reported_on=len(targets),
         loss_before=_loss(logits, targets),
         loss_after=_loss(logits / temperature, targets),

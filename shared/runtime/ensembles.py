@@ -10,10 +10,10 @@ computes it).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,15 +27,10 @@ from shared.runtime.runtime import Runtime, load_runtime, on_cpu
 from shared.tasks import Evaluation, Record, task_of
 from shared.tasks.base import Prediction
 
-_WHY: dict[str, Callable[[Job], Any]] = {
-    "task.kind": lambda job: job.task.kind,
-    "task.labels": lambda job: job.task.labels,
-    "task.target_range": lambda job: job.task.target_range,
-    "model.backbone": lambda job: job.model.backbone,
-    "model.revision": lambda job: job.model.revision,
-    "model.max_length": lambda job: job.model.max_length,
-}
-"""What members must have in common, by the key of the job."""
+_IN_COMMON = (
+    "task.kind", "task.labels", "task.target_range", "model.backbone", "model.revision", "model.max_length",
+)  # fmt: skip
+"""Keys of the job in which members must not differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,12 +115,12 @@ def check_members(members: Sequence[Member]) -> None:
     for twice in (member.run for member, folder in zip(members, folders, strict=True) if folders.count(folder) > 1):
         raise ConfigError(f"{twice} is named twice, and would count twice; name each run once.")
     for other in members[1:]:
-        for key, value in _WHY.items():
-            if value(other.job) != value(first.job):
+        for key in _IN_COMMON:
+            own, wanted = (attrgetter(key)(member.job) for member in (other, first))
+            if own != wanted:
                 raise ConfigError(
-                    f"{other.run} and {first.run} do not fit together: {key} is {_shown(value(other.job))} in the one and "
-                    f"{_shown(value(first.job))} in the other. Members of an ensemble must have task, labels and backbone in "
-                    "common."
+                    f"{other.run} and {first.run} do not fit together: {key} is {_shown(own)} in the one and {_shown(wanted)} "
+                    "in the other. Members of an ensemble must have task, labels and backbone in common."
                 )
 
 

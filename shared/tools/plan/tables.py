@@ -155,7 +155,7 @@ def _site_table(answers: Sequence[SiteAnswer]) -> Table:
     for answer in answers:
         table.add_row(
             f"{answer.site}, {answer.dataset} ({answer.composition})",
-            *(_spend(epsilon) for epsilon in (answer.epsilon_now, *answer.epsilon_after)),
+            *(rounded_up(epsilon) for epsilon in (answer.epsilon_now, *answer.epsilon_after)),
             as_set(answer.cap),
             f"{answer.steps_affordable:,}",
             answer.verdict,
@@ -188,7 +188,3 @@ def _utility_table(utility: Sequence[UtilityPoint]) -> Table:
     for point in utility:
         table.add_row(as_set(point.epsilon), f"{point.mean:.4g}", f"{point.sd:.2g}", point.title)
     return table
-
-
-def _spend(epsilon: float) -> str:
-    return rounded_up(epsilon)
