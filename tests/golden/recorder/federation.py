@@ -56,9 +56,11 @@ class HomesGrid(Grid):
         """See `Grid`."""
         return self._run
 
-    def create_message(self, content: RecordDict, *args: Any, **options: Any) -> Message:
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
         """See `Grid`."""
-        raise NotImplementedError
+        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """See `Grid`."""
