@@ -109,15 +109,18 @@ class LinkClient:
         tls.check()
         worker = threading.Thread(target=self._work, name="answers", daemon=True)
         worker.start()
-        wait = FIRST_BACKOFF_SECONDS
+        wait, told = FIRST_BACKOFF_SECONDS, ""
         while not self._stop.is_set():
             self._welcomed = False
             try:
                 self._session()
             except SilotuneError as error:
-                log.warning("%s", error)
+                # Once, however long the coordinator is away.
+                log.log(logging.DEBUG if str(error) == told else logging.WARNING, "%s", error)
+                told = str(error)
                 self._events.trouble(error)
                 if self._welcomed:
+                    told = ""
                     wait = FIRST_BACKOFF_SECONDS  # a line that is cut again and again still makes progress
                 if isinstance(error, TrustError | LinkError):
                     wait = LONGEST_BACKOFF_SECONDS

@@ -29,6 +29,8 @@ REREAD_SECONDS = 10.0
 """A certificate file that was changed in place is seen by then; files that come, go or are replaced are seen at once."""
 GRACE_SECONDS = 5.0
 """So long a trust store may be unreadable, because a file is on its way."""
+_RETRY_SECONDS = 0.5
+"""An unreadable one is not read again sooner, however many frames come."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Admission:
     ) -> None:
         self._folder, self._now, self._clock = trust, now, clock
         self._snapshot = _Snapshot()
-        self._trusted_until = 0.0
+        self._trusted_until = self._retry_at = 0.0
         self.problem: str | None = None
 
     def visitor(self, pem: bytes) -> Visitor:
@@ -118,7 +120,7 @@ class Admission:
 
     def refresh(self) -> None:
         """Read the trust store if one of its files came, went or was replaced."""
-        if self._stamp() != self._snapshot.stamp:
+        if self._stamp() != self._snapshot.stamp and self._clock() >= self._retry_at:
             self.use(self.read())
 
     @property
@@ -154,6 +156,7 @@ class Admission:
             self._snapshot, self.problem = read, None
             self._trusted_until = self._clock() + GRACE_SECONDS
             return
+        self._retry_at = self._clock() + _RETRY_SECONDS
         if self._clock() < self._trusted_until:
             return
         if read != self.problem:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class LinkEvents:
-    """Called in the link's own thread: return soon."""
+    """Called in the link's own thread: return soon, and raise nothing."""
 
     def connected(self, site: str, peer: str, software: str) -> None:
         """A site's stream is open."""

@@ -107,6 +107,11 @@ class LinkServer:
         if self._thread is not None:
             self._thread.join(timeout=_START_SECONDS)
 
+    @property
+    def alive(self) -> bool:
+        """Whether it runs; a defect in it ends it, and is in the log."""
+        return self._thread is not None and self._thread.is_alive()
+
     def __enter__(self) -> LinkServer:
         self.start()
         return self
@@ -128,7 +133,7 @@ class LinkServer:
             except BaseException as error:
                 result.set_exception(error)
 
-        if self._loop is None or self._thread is None or not self._thread.is_alive():
+        if self._loop is None or not self.alive:
             raise RunError("the link to the sites does not run.")
         try:
             self._loop.call_soon_threadsafe(run)

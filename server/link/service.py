@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from shared.version import silotune_version
 log = logging.getLogger("silotune.coordinator")
 
 WATCH_SECONDS = 0.2
+TELL_AGAIN_SECONDS = 60.0
 _MOST_SOFTWARE = 64
 
 
@@ -64,6 +66,7 @@ class LinkService:
     def __init__(self, admission: Admission, mailroom: Mailroom, events: LinkEvents) -> None:
         self._admission, self._mailroom, self._events = admission, mailroom, events
         self._streams: dict[int, _Stream] = {}
+        self._told: dict[tuple[str, object], float] = {}
 
     def handlers(self) -> grpc.GenericRpcHandler:
         """Return what a gRPC server needs; frames are passed as bytes and read by `Line`, which answers for its errors."""
@@ -82,8 +85,9 @@ class LinkService:
         except (Ended, TrustError, LinkError) as error:
             ended = error if isinstance(error, Ended) else _ended(error)
             shown = name or _common_name(context)
-            log.warning("%s at %s: %s", shown, peer, ended.reason)
-            self._events.refused(shown, peer, ended.reason)
+            if self._news(shown, ended.code):
+                log.warning("%s at %s: %s", shown, peer, ended.reason)
+                self._events.refused(shown, peer, ended.reason)
             await context.abort(ended.code, ended.reason)
 
     def _visitor(self, context: Any) -> Visitor:
@@ -139,8 +143,11 @@ class LinkService:
         """Make sure that this key has no other stream."""
         while (other := self._streams.get(visitor.node)) is not None:
             if other.instance != hello.instance:
-                other.line.notice(f"another process with this site's key tried to connect from {peer}, and was refused")
-                self._events.twin(visitor.name, peer)
+                if self._news(visitor.name, "twin"):
+                    other.line.notice(
+                        f"another process with this site's key tried to connect from {peer}, and was refused"
+                    )
+                    self._events.twin(visitor.name, peer)
                 raise Ended(
                     grpc.StatusCode.ALREADY_EXISTS,
                     f"a process with the key of {visitor.name} is connected already, from {other.peer}. If that is none of "
@@ -148,6 +155,15 @@ class LinkService:
                 )
             other.end(grpc.StatusCode.ABORTED, "the same process has connected again")
             await other.gone.wait()
+
+    def _news(self, name: str, what: object) -> bool:
+        """Return whether this was not told in the last minute: whoever tries again and again fills no log."""
+        now = time.monotonic()
+        self._told = {key: when for key, when in self._told.items() if now - when < TELL_AGAIN_SECONDS}
+        if (name, what) in self._told:
+            return False
+        self._told[name, what] = now
+        return True
 
     async def _read(self, stream: _Stream, context: Any) -> None:
         while isinstance(data := await context.read(), bytes):

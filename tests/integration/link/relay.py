@@ -51,14 +51,23 @@ class Relay(_Loop):
         super().__init__()
         self._target_port, self._rate, self._delay = target_port, bytes_per_second, delay
         self._cut_after: int | None = None
+        self._frozen = False
         self.cuts = self.carried = 0
+
+    def freeze(self) -> None:
+        """Let nothing through any more, in connections that are open; new ones are not accepted either."""
+        self._frozen = True
+
+    def thaw(self) -> None:
+        """Serve new connections again; what was frozen stays dead."""
+        self._frozen = False
 
     def cut_after(self, most: int | None) -> None:
         """Cut every connection once so many bytes have passed, counted from now for those that are open."""
         self._cut_after = most
 
     async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._target_port is None:
+        if self._target_port is None or self._frozen:
             writer.close()
             return
         with contextlib.suppress(OSError):
@@ -87,6 +96,8 @@ class Relay(_Loop):
                 delivering = asyncio.create_task(deliver())
                 with contextlib.suppress(OSError):
                     while data := await source.read(4096):
+                        if self._frozen:
+                            await asyncio.sleep(3600)
                         self.carried += len(data)
                         passed[0] += len(data)
                         if self._cut_after is not None and passed[0] > self._cut_after:

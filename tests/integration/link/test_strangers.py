@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import RecordDict
@@ -33,6 +32,7 @@ from shared.link.frames import Chunk, Hello, Notice, Offer, Welcome, bytes_of, f
 from shared.link.line import new_id
 from shared.trust import pki
 from shared.trust.certificates import pem_bytes
+from tests.integration.link.coordinator import CoordinatorProcess
 from tests.integration.link.parts import HOST, Consortium, eventually, serving, site
 
 ROOT = Path(__file__).parents[3]
@@ -284,6 +284,8 @@ def test_of_two_processes_with_one_key_the_newer_is_refused_and_both_hear_of_it(
             eventually(lambda: honest.of("noticed"))
             assert "another process with this site's key" in honest.of("noticed")[0][1]
             assert heard.of("twin") == [("twin", "a")]
+            eventually(lambda: len(thief.of("trouble")) > 2)
+            assert len(heard.of("twin")) == len(heard.of("refused")) == 1  # no log is filled
         assert thief.of("welcome") == []
         assert honest.of("trouble") == []
         assert heard.open == {"a"}
@@ -344,41 +346,10 @@ def test_a_reply_to_what_another_site_was_asked_is_not_taken(consortium: Consort
 
 # --- floods; the server runs in a process of its own, so that its memory is its own ---
 
-SERVER = """
-import sys, time
-from pathlib import Path
-from server.link.server import LinkFiles, LinkServer
-folder = Path(sys.argv[1])
-files = LinkFiles(certificate=folder / "server.pem", key=folder / "server.key", trust=folder / "trust")
-server = LinkServer(f"127.0.0.1:{sys.argv[2]}", files)
-server.start()
-print(server.port, flush=True)
-sys.stdin.read()
-"""
-
-
-@contextlib.contextmanager
-def server_process(consortium: Consortium, port: int = 0) -> Iterator[tuple[psutil.Process, int]]:
-    """The coordinator's end alone in a process."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", SERVER, str(consortium.files.certificate.parent), str(port)],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    try:
-        yield psutil.Process(process.pid), int(process.stdout.readline())
-    finally:
-        process.kill()
-        process.communicate()
-
 
 def test_floods_cost_little_memory_and_honest_sites_go_on(consortium: Consortium) -> None:
-    with server_process(consortium) as (process, port), contextlib.ExitStack() as stack:
-        before = process.memory_info().rss
+    with CoordinatorProcess(consortium.files.certificate.parent) as coordinator, contextlib.ExitStack() as stack:
+        port, before = coordinator.port, coordinator.facts.memory_info().rss
         with site(port, consortium.credentials["a"]) as (_, told):
             eventually(lambda: told.of("welcome"))
             # 1. Idle connections that never say a word.
@@ -391,7 +362,7 @@ def test_floods_cost_little_memory_and_honest_sites_go_on(consortium: Consortium
             # 3. An honest site that comes now is let in.
             with site(port, consortium.credentials["b"]) as (_, late):
                 eventually(lambda: late.of("welcome"), timeout=10)
-            assert process.memory_info().rss - before < 100 * 2**20
+            assert coordinator.facts.memory_info().rss - before < 100 * 2**20
             # 4. Idle connections are closed.
             time.sleep(max(0.0, 8.0 - (time.monotonic() - started)))
             for one in idle:
@@ -408,5 +379,8 @@ def _closed(one: socket.socket) -> bool:
 
 
 def test_the_port_cannot_be_shared(consortium: Consortium) -> None:
-    with server_process(consortium) as (_, port), pytest.raises(RunError, match="another process may use the port"):
-        LinkServer(f"{HOST}:{port}", consortium.files).start()
+    with (
+        CoordinatorProcess(consortium.files.certificate.parent) as coordinator,
+        pytest.raises(RunError, match="the port"),
+    ):
+        LinkServer(f"{HOST}:{coordinator.port}", consortium.files).start()

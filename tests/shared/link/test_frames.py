@@ -66,9 +66,11 @@ def test_the_compiler_makes_the_same_descriptors(tmp_path: Path) -> None:
     compiler = [sys.executable, "-m", "grpc_tools.protoc", f"-I{PROTO.parent}", f"--descriptor_set_out={out}"]
     subprocess.run([*compiler, str(PROTO)], check=True)
     (compiled,) = FileDescriptorSet.FromString(out.read_bytes()).file
-    own = frames.file_descriptor()
-    assert described(compiled) == described(own)
-    assert compiled.service == own.service
+    compiled.name = frames.file_descriptor().name
+    for message in compiled.message_type:
+        for field in message.field:
+            field.ClearField("json_name")
+    assert compiled == frames.file_descriptor()
 
 
 @pytest.mark.parametrize("frame", EXAMPLES, ids=lambda frame: type(frame).__name__)
