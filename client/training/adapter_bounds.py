@@ -30,6 +30,7 @@ import math
 from collections.abc import Mapping
 from typing import assert_never
 
+import torch
 from torch import Tensor
 
 from shared.errors import AdapterError
@@ -64,10 +65,9 @@ def check_bounds(
         return
     bounds = AdapterBounds(job, plan)
     for name, value in adapter.items():
-        start = initial.get(name)
-        moved = value if start is None else value - start
-        largest = float(moved.abs().max()) if value.numel() else 0.0
-        limit = bounds.limit(name, rounds_before, largest_initial=0.0 if start is None else float(start.abs().max()))
+        start = initial.get(name, torch.zeros(()))  # residuals start at zero
+        largest = float((value - start).abs().max())
+        limit = bounds.limit(name, rounds_before, largest_initial=float(start.abs().max()))
         if not largest <= limit or not float(value.abs().max()) <= MOST:
             raise AdapterError(
                 f"tensor {name!r} is {largest:.3g} away from where the job's seed puts it; {rounds_before} rounds of this "
@@ -120,9 +120,5 @@ def largest_ratio(beta1: float, beta2: float) -> float:
     """Return a bound on Adam's |first moment| / sqrt(second moment), both corrected, after any steps of any gradients."""
     if beta1**2 >= beta2:
         return math.inf
-    horizon = math.ceil(1 / (1 - beta2))
-    spread = (1 - beta2) * (1 - beta1**2 / beta2)
-    return max(
-        (1 - beta1) / (1 - math.pow(beta1, t)) * math.sqrt((1 - math.pow(beta2, t)) / spread)
-        for t in (*range(1, horizon + 1), 10**6)
-    )
+    # In t the bound falls and then rises, if at all: it is largest after one step, or after endlessly many.
+    return max(math.sqrt(1 - beta2), 1 - beta1) / math.sqrt((1 - beta2) * (1 - beta1**2 / beta2))

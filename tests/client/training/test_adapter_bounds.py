@@ -83,7 +83,9 @@ def test_the_ratio_of_adam_s_moments_is_bounded_for_the_worst_gradients() -> Non
     assert largest_ratio(0.9999, 0.999) == math.inf
 
 
-@pytest.mark.parametrize(("beta1", "beta2"), [(0.0, 0.999), (0.5, 0.99), (0.9, 0.999), (0.9, 0.99)])
+@pytest.mark.parametrize(
+    ("beta1", "beta2"), [(0.0, 0.999), (0.5, 0.99), (0.9, 0.999), (0.9, 0.99), (0.99, 0.999), (0.994, 0.99)]
+)
 def test_the_ratio_of_adam_s_moments_is_that_of_cauchy_and_schwarz(beta1: float, beta2: float) -> None:
     """For t steps |sum a g| / sqrt(sum b g^2) <= sqrt(sum a^2 / b), a and b the weights of the corrected moments."""
     steps = torch.arange(0, 3000, dtype=torch.float64)
@@ -94,7 +96,7 @@ def test_the_ratio_of_adam_s_moments_is_that_of_cauchy_and_schwarz(beta1: float,
         ratios.append(math.sqrt(float((first**2 / second).sum())))
     found = largest_ratio(beta1, beta2)
     assert max(ratios) <= found
-    ever = sum(beta1 ** (2 * k) / beta2**k for k in range(2000)) if beta1 else 1.0  # of endlessly many steps
+    ever = sum(beta1 ** (2 * k) / beta2**k for k in range(20_000)) if beta1 else 1.0  # of endlessly many steps
     tops = [
         (1 - beta1) / (1 - beta1**t) * math.sqrt((1 - beta2**t) / (1 - beta2) * ever)
         for t in (*range(1, math.ceil(1 / (1 - beta2)) + 1), 10**6)
@@ -138,6 +140,26 @@ def test_a_value_beyond_the_largest_is_refused_though_it_has_not_moved(private_j
         else:
             with pytest.raises(AdapterError, match="no value may exceed 10000"):
                 check_bounds(job, plan, {"w": far["w"]}, far, rounds_before=1)
+
+
+def test_weight_decay_moves_a_tensor_by_twice_its_largest_initial_value_and_a_residual_not_at_all(
+    private_job: Callable[..., Job],
+) -> None:
+    """Whatever its sign; each value within a hair of its limit, on either side of it."""
+    job = private_job(training={"weight_decay": 0.05, "learning_rate": 1e-3})
+    plan, bounds = PrivacyPlan.from_job(job), bounds_of(job)
+    initial = {"a.lora_B": torch.tensor([0.1, -0.75, 0.2])}
+    adapter = {**initial, f"a.{RESIDUAL}": torch.zeros(2, 2)}
+    for name, largest in (("a.lora_B", 0.75), (f"a.{RESIDUAL}", 0.0)):
+        limit = bounds.limit(name, 1, largest_initial=largest)
+        assert limit == pytest.approx(bounds.limit(name, 1, largest_initial=0.0) + 2 * largest)
+        for factor in (1, -1):
+            moved = adapter[name].clone()
+            moved.view(-1)[0] += factor * limit * 0.999
+            check_bounds(job, plan, initial, adapter | {name: moved}, rounds_before=1)
+            moved.view(-1)[0] += factor * limit * 0.002
+            with pytest.raises(AdapterError, match=f"tensor {name!r}"):
+                check_bounds(job, plan, initial, adapter | {name: moved}, rounds_before=1)
 
 
 SGD = {"optimizer": "sgd", "momentum": 0.5, "learning_rate": 0.1, "local_steps": 3, "head_learning_rate_factor": 2.0}
