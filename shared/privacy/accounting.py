@@ -146,9 +146,7 @@ def _compose_epsilon(events: tuple[tuple[float, float, int], ...], delta: float,
 
 def _cell(events: tuple[tuple[float, float, int], ...], total_mean_loss: float, widest: float) -> float:
     """Return the width of cells: `widest` times a power of two, so that steps of one mechanism share a grid."""
-    deviations = (
-        1 / sigma if q == 1 else q * math.sqrt(math.expm1(min(1 / sigma**2, 700.0))) for sigma, q, _ in events
-    )
+    deviations = (1 / sigma if q == 1 else q * math.sqrt(math.expm1(1 / sigma**2)) for sigma, q, _ in events)
     wanted = min(widest, *(deviation / _CELLS_PER_DEVIATION for deviation in deviations))
     width = _DEVIATIONS * math.sqrt(2 * total_mean_loss)
     width = max(width, *(largest_loss(sigma, q, True, _USUAL_TAIL) for sigma, q, _ in events))
@@ -260,8 +258,10 @@ def _limit_mu(epsilon: float, delta: float) -> float:
         return float(ndtr(mu / 2 - epsilon / mu) - math.exp(epsilon + log_ndtr(-mu / 2 - epsilon / mu)) - delta)
 
     least, most = math.log(1e-6), math.log(1e3)
-    if excess(least) >= 0 or excess(most) <= 0:
-        return math.exp(least if excess(least) >= 0 else most)
+    if excess(least) >= 0:
+        return math.exp(least)
+    if excess(most) <= 0:
+        return math.exp(most)
     return math.exp(float(bisect(excess, least, most, xtol=1e-3)))
 
 

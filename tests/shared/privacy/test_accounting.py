@@ -132,11 +132,12 @@ def test_composition_ignores_order_and_grouping() -> None:
 
 @pytest.mark.parametrize("spent", [[], [steps(1.5, 0.1, 30)]])
 def test_affordable_steps_is_exact(spent: list[GaussianSteps]) -> None:
-    budget, delta = 2.5, 1e-5
-    found = affordable_steps(spent, noise_multiplier=1.0, sample_rate=0.05, budget=budget, delta=delta)
+    delta = 1e-5
+    budget, sigma = (2.5, 1.0) if spent else (0.9, 2.0)
+    found = affordable_steps(spent, noise_multiplier=sigma, sample_rate=0.05, budget=budget, delta=delta)
     assert found > 1
-    assert compose_epsilon([*spent, steps(1.0, 0.05, found)], delta) <= budget
-    assert compose_epsilon([*spent, steps(1.0, 0.05, found + 1)], delta) > budget
+    assert compose_epsilon([*spent, steps(sigma, 0.05, found)], delta) <= budget
+    assert compose_epsilon([*spent, steps(sigma, 0.05, found + 1)], delta) > budget
 
 
 @pytest.mark.parametrize("num", [1, 2, 3])
@@ -144,8 +145,8 @@ def test_affordable_steps_at_the_edges(num: int) -> None:
     budget = compose_epsilon([steps(1.0, 0.05, num)], 1e-5)
     found = affordable_steps([], noise_multiplier=1.0, sample_rate=0.05, budget=budget, delta=1e-5)
     assert found == num
-    nothing = affordable_steps([], noise_multiplier=1.0, sample_rate=0.05, budget=0.01, delta=1e-5)
-    assert nothing == 0
+    for budget in (0.01, 0.0, -1.0):
+        assert affordable_steps([], noise_multiplier=1.0, sample_rate=0.05, budget=budget, delta=1e-5) == 0
 
 
 @pytest.mark.parametrize(
@@ -224,8 +225,23 @@ def test_noise_beside_other_releases_leaves_room_for_them() -> None:
     assert compose_epsilon([steps(found, 0.05, 200), *others], 1e-5) < 3.0
     assert compose_epsilon([steps(found * 0.9998, 0.05, 200), *others], 1e-5) > 3.0
     dear = (steps(10.0, 1.0, 3), steps(1.0, 0.05, 40))
-    with pytest.raises(PrivacyError, match="besides its steps alone costs"):
-        calibrate_noise_multiplier(epsilon=1.0, delta=1e-5, sample_rate=0.05, steps=200, others=dear)
+    for epsilon in (1.0, compose_epsilon(dear, 1e-5)):
+        with pytest.raises(PrivacyError, match="besides its steps alone costs"):
+            calibrate_noise_multiplier(epsilon=epsilon, delta=1e-5, sample_rate=0.05, steps=200, others=dear)
+
+
+@pytest.mark.parametrize(("decimals", "slack"), [(None, 1e-4), (4, 1e-5)])
+def test_the_answer_is_above_the_least_by_less_than_half_of_what_is_allowed(decimals: int | None, slack: float) -> None:
+    for epsilon, rate, num in ((0.5, 1.0, 4), (0.2, 1.0, 1), (0.5, 1.0, 40)):
+        options = {"epsilon": epsilon, "delta": 1e-5, "sample_rate": rate, "steps": num}
+        found = calibrate_noise_multiplier(**options, decimals=decimals)
+        assert found == round(found, 6 if decimals is None else decimals)
+
+        def excess(sigma: float, epsilon: float = epsilon, rate: float = rate, num: int = num) -> float:
+            return compose_epsilon([steps(sigma, rate, num)], 1e-5) - epsilon
+
+        least = brentq(excess, found * 0.99, found)
+        assert least * (1 - 1e-9) < found < least * (1 + slack / 2) + (2e-6 if decimals is None else 1e-4)
 
 
 def test_targets_and_lengths_are_accepted_up_to_their_limits() -> None:
@@ -239,8 +255,22 @@ def test_targets_and_lengths_are_accepted_up_to_their_limits() -> None:
 
 def test_noise_has_a_floor_and_a_ceiling() -> None:
     assert calibrate_noise_multiplier(epsilon=300.0, delta=1e-5, sample_rate=0.01, steps=1) == MIN_NOISE_MULTIPLIER
+    # In whole numbers the floor is 1: it is rounded up.
+    assert calibrate_noise_multiplier(epsilon=300.0, delta=1e-5, sample_rate=0.01, steps=1, decimals=0) == 1.0
     with pytest.raises(PrivacyError, match="above 10,000"):
         calibrate_noise_multiplier(epsilon=1e-3, delta=1e-9, sample_rate=1.0, steps=10_000)
+
+
+def test_calibration_stays_a_millionth_below_its_target_unless_decimals_are_given() -> None:
+    """Seen at the ceiling, where the largest noise multiplier either just suffices or just does not."""
+    options = {"delta": 1e-5, "sample_rate": 1.0, "steps": 10_000}
+    least = compose_epsilon([steps(1e4, 1.0, 10_000)], 1e-5)
+    assert calibrate_noise_multiplier(epsilon=least * (1 + 1.05e-6), **options) == 1e4
+    with pytest.raises(PrivacyError, match="above 10,000"):
+        calibrate_noise_multiplier(epsilon=least * (1 + 0.95e-6), **options)
+    assert calibrate_noise_multiplier(epsilon=least, **options, decimals=2) == 1e4
+    with pytest.raises(PrivacyError, match="above 10,000"):
+        calibrate_noise_multiplier(epsilon=least * (1 - 1e-9), **options, decimals=2)
 
 
 @pytest.mark.parametrize("epsilon", [25.0, 30.0, 33.2, 60.0])
@@ -281,6 +311,7 @@ def test_what_would_take_gigabytes_is_answered_by_infinity() -> None:
 def test_beyond_its_range_the_accountant_counts_less_noise_and_a_higher_rate() -> None:
     for delta in (1e-5, 1e-12):
         assert compose_epsilon([steps(1e9, 1.0, 1)], delta) == compose_epsilon([steps(1e5, 1.0, 1)], delta)
+    assert compose_epsilon([steps(1e5, 1.0, 1)], 1e-12) < compose_epsilon([steps(0.99e5, 1.0, 1)], 1e-12)
     assert compose_epsilon([steps(1e5, 1.0, 1)], 1e-12) > compose_epsilon([steps(2e5, 1.0, 1)], 0.5) == 0.0
     assert compose_epsilon([steps(1.0, 1e-300, 1)], 1e-12) == compose_epsilon([steps(1.0, 1e-9, 1)], 1e-12)
 
@@ -380,6 +411,18 @@ def test_a_cell_is_at_most_half_a_deviation_of_a_step(events: tuple[tuple[float,
     deviation = min(1 / sigma if rate == 1 else rate * math.sqrt(math.expm1(sigma**-2)) for sigma, rate, _ in events)
     assert math.log2(cell / 1e-3) == round(math.log2(cell / 1e-3))
     assert min(deviation / 4, 1e-3) < cell <= min(deviation / 2, 1e-3) or cell == 1e-3 <= deviation / 2
+
+
+def test_a_cell_follows_the_deviation_of_one_step_and_the_width_of_all() -> None:
+    assert accounting._cell(((0.5, 1.0, 1),), 1.0, 8.0) == 1.0  # half of 1 / sigma, without sampling
+    # Twenty deviations of the composition in 2^18 cells: a little more, and they are twice as wide.
+    for share, expected in ((0.99, 1.0), (1.01, 2.0)):
+        assert accounting._cell(((0.5, 1.0, 1),), (share * (1 << 18) / 20) ** 2 / 2, 1.0) == expected
+
+
+def test_rounding_alone_is_no_loss() -> None:
+    """Two steps that together differ by less than delta: narrow cells alone would leave the last digit of the search."""
+    assert compose_epsilon([steps(5.0, 1e-9, 2)], 1e-9) == 0.0
 
 
 def test_cells_are_wider_where_there_would_be_too_many() -> None:
