@@ -162,10 +162,10 @@ def _independent(runtime: Runtime, probes: Sequence[Example], alone: Sequence[Te
         together = take([probes[number] for number in company], company)
         if not all(_same(alone[number], beside) for number, beside in zip(company, together, strict=True)):
             return False
-    longest = min(max(_LENGTHS), runtime.max_length) if runtime.tokenizer is not None else runtime.max_length
+    longest = _probe(runtime, max(_LENGTHS), 0).length
     room = runtime.compute.micro_batch_tokens - sum(probe.length for probe in probes)
     most = most_examples(runtime.model.trainable().values()) - len(probes)
-    others = [_probe(runtime, longest, number) for number in range(max(min(room // longest, most), 0))]
+    others = [_probe(runtime, longest, number) for number in range(min(room // longest, most))]
     together = take([*others, *probes], [*range(len(others)), *range(len(probes))])[len(others) :]
     return all(_same(one, beside) for one, beside in zip(alone, together, strict=True))
 
@@ -173,8 +173,8 @@ def _independent(runtime: Runtime, probes: Sequence[Example], alone: Sequence[Te
 def _independent_when_long(runtime: Runtime, probes: Sequence[Example], take: Take) -> bool:
     """Return whether a text of each greater padded length comes out as alone beside one of the same and some short ones."""
     for length in _long_lengths(runtime):
-        one, other = _probe(runtime, length, 0), _probe(runtime, length - 1, 1)
-        together = take([*probes[:2], other, one], [0, 1, 1, 0])
+        one, other = (_probe(runtime, length, number) for number in range(2))
+        together = take([*probes[:2], other, one], [1, 0] * 2)
         if not _same(take([one], [0])[0], together[-1]):
             return False
     return True
@@ -210,7 +210,7 @@ def _gradients(
             losses = runtime.task.per_example_loss(runtime.model(batch), batch)
         losses.sum().backward()  # type: ignore[no-untyped-call]
         gradients = per_example_gradients(parameters, len(examples))
-    return torch.cat([gradient.detach().flatten(1).float() for gradient in gradients], dim=1)
+    return torch.cat([gradient.detach().flatten(1) for gradient in gradients], dim=1)
 
 
 def _same(first: Tensor, second: Tensor) -> bool:
@@ -239,8 +239,7 @@ def _probe(runtime: Runtime, length: int, number: int) -> Example:
 def _noisy(runtime: Runtime) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {
-        name: value + 0.02 * torch.randn(value.shape, generator=generator)
-        for name, value in sorted(runtime.initial.items())
+        name: value + 0.02 * torch.randn(value.shape, generator=generator) for name, value in runtime.initial.items()
     }
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from client.training.independence import check_adapter, keep_settled, settle_com
 from shared.errors import AdapterError, PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
-from shared.models.batches import Batch
+from shared.models.batches import Batch, Example
+from shared.models.packing import padded_length
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.tensors.adapters import encode
 from shared.wire.messages import Refusal, TrainReply, TrainRequest
@@ -153,6 +155,7 @@ def test_another_number_of_threads_is_settled_anew(
     request_for: Callable[..., TrainRequest],
     runtime: Runtime,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Libraries cut their sums by it: what was found for one number says nothing about another."""
     settled: list[int] = []
@@ -163,6 +166,8 @@ def test_another_number_of_threads_is_settled_anew(
     assert isinstance(site.answer(request_for(job, 2)), TrainReply)
     tried = runtime.tried_adapter
     assert settled == [threads]
+    assert not caplog.records
+    runtime.settled_stacks = True
     runtime.warm_cache(runtime.encode([{"text": LINES[0], "label": "bad"}]))
     try:
         torch.set_num_threads(threads + 1)
@@ -170,7 +175,8 @@ def test_another_number_of_threads_is_settled_anew(
     finally:
         torch.set_num_threads(threads)
     assert settled == [threads, threads + 1]
-    assert (runtime.tried_adapter, runtime.cache.num_bytes) == ("", 0)
+    assert (runtime.tried_adapter, runtime.cache.num_bytes, runtime.settled_stacks) == ("", 0, False)
+    assert f"the number of threads went from {threads} to {threads + 1}" in caplog.messages
     assert isinstance(site.answer(request_for(job, 3)), TrainReply)
     assert settled == [threads, threads + 1, threads]
     assert runtime.tried_adapter == tried
@@ -218,6 +224,230 @@ def test_a_round_s_own_adapter_is_tried_out(
 def test_an_adapter_that_makes_nothing_finite_shows_no_company(runtime: Runtime) -> None:
     """NaN for every example, alone and beside others, is the same; such gradients count as zero."""
     check_adapter(runtime, {name: torch.full_like(value, 1e38) for name, value in runtime.initial.items()})
+
+
+# --- which passes are tried ---
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass: tokens of its examples, their keys and sites (none: the model's own values), and the values that they met."""
+
+    lengths: list[int]
+    keys: list[bytes]
+    owners: list[int] | None
+    values: dict[str, Tensor]
+
+
+Fault = Callable[[Pass, int], bool]
+
+
+@pytest.fixture
+def watch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Pass]]:
+    """Return what notes every pass, whose gradients are then numbers of each example and its site; a fault changes some.
+
+    Texts have up to 200 tokens here: no network has to take them.
+    """
+
+    def begin(fault: Fault = lambda tried, place: False) -> list[Pass]:
+        passes: list[Pass] = []
+
+        def gradients(
+            runtime: Runtime,
+            examples: Sequence[Example],
+            stacks: Mapping[Tensor, Tensor] | None = None,
+            owners: Sequence[int] = (),
+        ) -> Tensor:
+            assert stacks is None or len(owners) == len(examples)
+            values = {
+                name: stacks[p] if stacks else p.detach().clone() for name, p in runtime.model.trainable().items()
+            }
+            sites = None if stacks is None else list(owners)
+            tried = Pass([e.length for e in examples], [e.key for e in examples], sites, values)
+            numbers = [
+                [float(example.input_ids.sum()), float(example.target), owner, fault(tried, place)]
+                for place, (example, owner) in enumerate(zip(examples, sites or [0] * len(examples), strict=True))
+            ]
+            passes.append(tried)
+            return torch.tensor(numbers)
+
+        monkeypatch.setattr(independence_module, "_gradients", gradients)
+        return passes
+
+    monkeypatch.setattr(runtime, "max_length", 200)
+    runtime.load(runtime.initial)
+    return begin
+
+
+SETTLE = {"one site": settle_company, "sites side by side": settle_stacks}
+
+
+def is_long_pass(tried: Pass) -> bool:
+    """A pass that ends with two texts of one length beyond the probes'."""
+    return len(tried.lengths) == 4 and tried.lengths[2] == tried.lengths[3] > 64
+
+
+@pytest.mark.parametrize("settle", SETTLE.values(), ids=SETTLE)
+def test_texts_of_every_padded_length_are_tried_alone_and_in_company(
+    runtime: Runtime, watch: Callable[..., list[Pass]], settle: Callable[[Runtime], None]
+) -> None:
+    passes = watch()
+    settle(runtime)
+    every = {padded_length(length) for length in range(2, 201)}
+    for wanted in (lambda tried: len(tried.lengths) == 1, lambda tried: len(tried.lengths) > 1):
+        assert {padded_length(length) for tried in passes if wanted(tried) for length in tried.lengths} == every
+    for tried in filter(is_long_pass, passes):  # beside short ones, and one like it, which is of the other site
+        assert tried.lengths[:2] == [5, 20]
+        assert tried.keys[2] != tried.keys[3]
+        assert tried.owners is None or tried.owners[2] != tried.owners[3]
+    # All together, half of them, and with as many more of the longest as a pass of 2,048 tokens holds.
+    together = [tried for tried in passes if len(tried.lengths) > 1 and not is_long_pass(tried)]
+    assert [len(tried.lengths) for tried in together[:3]] == [12, 6, 40]
+    assert together[0].lengths == together[2].lengths[:-13:-1] == [3, 25, 64, 8, 48, 17, 16, 2, 33, 9, 20, 5]
+    assert 2048 - 64 < sum(together[2].lengths) <= 2048
+    assert runtime.compute.micro_batch_tokens == 2048
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(2048, [96, 128, 192, 200]), (390, [96, 128, 192, 195]), (389, [96, 128, 192, 194]), (384, [96, 128, 192]), (130, [65])]
+)  # fmt: skip
+def test_long_texts_are_tried_up_to_those_of_which_two_share_a_pass(
+    runtime: Runtime, watch: Callable[..., list[Pass]], tokens: int, expected: list[int]
+) -> None:
+    passes = watch()
+    runtime.compute = runtime.compute.model_copy(update={"micro_batch_tokens": tokens})
+    settle_company(runtime)
+    assert [tried.lengths[-1] for tried in passes if is_long_pass(tried)] == expected
+    assert {length for tried in passes for length in tried.lengths if length > 64} == set(expected)
+
+
+def test_a_full_pass_has_no_more_examples_than_training_s(
+    runtime: Runtime, watch: Callable[..., list[Pass]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes = watch()
+    for most, expected in ((15, 15), (12, 12), (3, 12)):
+        monkeypatch.setattr(independence_module, "most_examples", lambda parameters, most=most: most)
+        passes.clear()
+        settle_company(runtime)
+        assert max(len(tried.lengths) for tried in passes) == expected
+
+
+@pytest.mark.parametrize(("shape", "num_probes"), [([2, 5, 6], 4), ([2, 12, 10], 3)])
+def test_images_are_tried_alone_together_and_in_a_full_pass(
+    task_job: Callable[..., Job], watch: Callable[..., list[Pass]], shape: list[int], num_probes: int
+) -> None:
+    """As many as have 256 values, three at least."""
+    case = CASES["image_classification"]
+    task = {"kind": "image_classification", **case.section, "image_shape": shape}
+    images = load_runtime(task_job(task, **case.sections), COMPUTE)
+    size, tokens = images.max_length, images.compute.micro_batch_tokens
+    passes = watch()
+    settle_company(images)
+    assert {length for tried in passes for length in tried.lengths} == {size}
+    once = [*[1] * num_probes, 1, 1, num_probes, 2, tokens // size]  # alone, two of them again, in company
+    assert [len(tried.lengths) for tried in passes] == once * 2
+
+
+FAULTS: dict[str, Fault] = {
+    "the first of all": lambda tried, place: len(tried.lengths) == 12 and place == 0,
+    "the last of all": lambda tried, place: len(tried.lengths) == 12 and place == 11,
+    "the first of half": lambda tried, place: len(tried.lengths) == 6 and place == 0,
+    "one probe of a full pass": lambda tried, place: len(tried.lengths) == 40 and place == 28,
+    "the last of a full pass": lambda tried, place: len(tried.lengths) == 40 and place == 39,
+    "the longest text": lambda tried, place: is_long_pass(tried) and tried.lengths[place] == 200,
+    "a long text alone": lambda tried, place: tried.lengths == [96],
+}
+
+
+@pytest.mark.parametrize("settle", SETTLE.values(), ids=SETTLE)
+@pytest.mark.parametrize("fault", FAULTS.values(), ids=FAULTS)
+def test_one_example_that_differs_in_one_pass_is_enough(
+    runtime: Runtime, watch: Callable[..., list[Pass]], settle: Callable[[Runtime], None], fault: Fault
+) -> None:
+    runtime.compute = runtime.compute.model_copy(update={"cache_frozen_layers": True})
+    runtime.warm_cache(runtime.encode([{"text": LINES[0], "label": "bad"}]))
+    watch(fault)
+    settle(runtime)
+    assert runtime.compute.micro_batch_tokens == 1
+    assert runtime.cache.num_bytes == 0  # of what was computed in company
+
+
+def test_examples_meet_a_noisy_adapter_and_the_attack_s_head(
+    runtime: Runtime, watch: Callable[..., list[Pass]]
+) -> None:
+    """And sites side by side one each. All of it is the same each time: a public seed gives it."""
+    passes = watch()
+    settle_company(runtime)
+    noisy, sharp = passes[0].values, passes[17].values
+    for name, value in runtime.initial.items():
+        assert all(torch.equal(tried.values[name], noisy[name]) for tried in passes[:17])
+        if value.numel() > 100:
+            assert float((noisy[name] - value).std()) == pytest.approx(0.02, rel=0.2)
+        rows = (-1.0) ** torch.arange(len(value))
+        is_head = name == "head.linear.weight"
+        assert torch.equal(sharp[name], 1e6 * rows[:, None].expand_as(value) if is_head else noisy[name])
+    assert (
+        len({round(float(value.flatten()[0] - runtime.initial[name].flatten()[0]), 6) for name, value in noisy.items()})
+        > 2
+    )
+    again = watch()
+    settle_company(runtime)
+    assert [tried.keys for tried in again] == [tried.keys for tried in passes]
+    assert all(torch.equal(again[0].values[name], value) for name, value in noisy.items())
+    together = watch()
+    settle_stacks(runtime)
+    for name, value in together[0].values.items():
+        assert torch.equal(value, torch.stack([noisy[name], sharp[name]]))
+    assert [tried.owners for tried in together[:12]] == [[0], [1]] * 6
+    together.clear()
+    settle_stacks(runtime)
+    assert not together  # once is enough
+
+
+@pytest.mark.parametrize("length", [5, 20])
+def test_each_of_two_passes_is_repeated(runtime: Runtime, watch: Callable[..., list[Pass]], length: int) -> None:
+    passes = watch(lambda tried, place: tried.lengths == [length] and tried.keys in (p.keys for p in passes))
+    with pytest.raises(PrivacyError, match="when the same pass is repeated"):
+        settle_company(runtime)
+    assert all(torch.equal(p.detach(), runtime.initial[name]) for name, p in runtime.model.trainable().items())
+
+
+def test_where_each_example_has_a_pass_of_its_own_nothing_is_tried_again(
+    runtime: Runtime, watch: Callable[..., list[Pass]]
+) -> None:
+    passes = watch()
+    for tokens in (1, 2):
+        runtime.compute = runtime.compute.model_copy(update={"micro_batch_tokens": tokens})
+        runtime.settled_stacks = False
+        settle_stacks(runtime)
+        check_adapter(runtime, runtime.initial)
+        assert bool(passes) == (tokens > 1)
+
+
+@pytest.mark.parametrize("differs", [None, 0, 1])
+def test_an_adapter_is_tried_on_three_examples(
+    runtime: Runtime, watch: Callable[..., list[Pass]], differs: int | None
+) -> None:
+    adapter = {name: value + 0.25 for name, value in runtime.initial.items()}
+    passes = watch(lambda tried, place: len(tried.lengths) > 1 and place == differs)
+    if differs is None:
+        check_adapter(runtime, adapter)
+    else:
+        with pytest.raises(AdapterError, match="depends on the records beside it"):
+            check_adapter(runtime, adapter)
+    assert [tried.lengths for tried in passes] == [[5], [20], [5, 20, 64]]
+    assert all(torch.equal(tried.values[name], value) for tried in passes for name, value in adapter.items())
+    assert all(torch.equal(p.detach(), runtime.initial[name]) for name, p in runtime.model.trainable().items())
+
+
+def test_gradients_are_the_same_only_if_each_number_is_or_is_none_in_both() -> None:
+    nan = float("nan")
+    one = torch.tensor([1.0, nan, -2.0])
+    assert independence_module._same(one, one.clone())
+    for other in ([1.0, nan, -2.0000002], [1.0, 3.0, -2.0], [nan, nan, -2.0]):
+        assert not independence_module._same(one, torch.tensor(other))
+        assert not independence_module._same(torch.tensor(other), one)
 
 
 @pytest.mark.gpu
