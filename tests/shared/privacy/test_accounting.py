@@ -147,6 +147,9 @@ def test_affordable_steps_at_the_edges(num: int) -> None:
     assert found == num
     for budget in (0.01, 0.0, -1.0):
         assert affordable_steps([], noise_multiplier=1.0, sample_rate=0.05, budget=budget, delta=1e-5) == 0
+    # No budget is none, also for steps that cost nothing at this delta.
+    assert compose_epsilon([steps(1e4, 1.0, 1)], 0.01) == 0.0
+    assert affordable_steps([], noise_multiplier=1e4, sample_rate=1.0, budget=0.0, delta=0.01) == 0
 
 
 @pytest.mark.parametrize(
