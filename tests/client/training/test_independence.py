@@ -78,6 +78,7 @@ def test_where_company_shows_each_example_is_computed_by_itself(
     settle_company(runtime)
     assert runtime.compute.micro_batch_tokens == 1
     assert "depends on the examples beside it" in caplog.text
+    assert {record.name for record in caplog.records} == {"silotune.site"}
     examples = [runtime.task.probe(torch.arange(2, 2 + length), length) for length in (3, 9, 4)]
     batches = list(runtime.grouped_batches(examples, [[0], [1], [2]]))
     assert sorted(rows for rows, _ in batches) == [[0], [1], [2]]
@@ -318,7 +319,7 @@ def test_long_texts_are_tried_up_to_those_of_which_two_share_a_pass(
     passes = watch()
     runtime.compute = runtime.compute.model_copy(update={"micro_batch_tokens": tokens})
     settle_company(runtime)
-    assert [tried.lengths[-1] for tried in passes if is_long_pass(tried)] == expected
+    assert [tried.lengths[-1] for tried in passes if len(tried.lengths) == 4] == expected
     assert {length for tried in passes for length in tried.lengths if length > 64} == set(expected)
 
 
@@ -374,9 +375,10 @@ def test_one_example_that_differs_in_one_pass_is_enough(
 
 
 def test_examples_meet_a_noisy_adapter_and_the_attack_s_head(
-    runtime: Runtime, watch: Callable[..., list[Pass]]
+    private_job: Callable[..., Job], watch: Callable[..., list[Pass]]
 ) -> None:
     """And sites side by side one each. All of it is the same each time: a public seed gives it."""
+    runtime = load_runtime(private_job(task={"labels": ["bad", "fair", "good", "best"]}), COMPUTE)
     passes = watch()
     settle_company(runtime)
     noisy, sharp = passes[0].values, passes[17].values
