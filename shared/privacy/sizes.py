@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from decimal import ROUND_DOWN, Decimal
+from decimal import ROUND_DOWN, Context, Decimal
 
 
 def default_delta(num_units: int) -> float:
@@ -10,8 +10,8 @@ def default_delta(num_units: int) -> float:
 
     All digits would tell n to whoever gets the job; and a delta that a message shows must be one that its check takes.
     """
-    most = Decimal(1) / (10 * max(num_units, 1))
-    return float(min(Decimal("1e-5"), most.quantize(Decimal((0, (1,), most.adjusted())), ROUND_DOWN)))
+    most = Context(prec=1, rounding=ROUND_DOWN).divide(Decimal(1), 10 * max(num_units, 1))
+    return float(min(Decimal("1e-5"), most))
 
 
 def declared_size(num_units: int) -> int:
