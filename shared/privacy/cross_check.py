@@ -62,7 +62,7 @@ def _computed(events: tuple[GaussianSteps, ...], delta: float) -> CrossCheck:
     accountant.history = [(e.noise_multiplier, e.sample_rate, e.steps) for e in events]
     # Opacus logs a warning about its own mesh; the caller compares the two numbers instead.
     logging.getLogger("opacus").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), np.errstate(all="ignore"):
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         domain = accountant._get_domain(
             prvs=[PoissonSubsampledGaussianPRV(e.sample_rate, e.noise_multiplier) for e in events],

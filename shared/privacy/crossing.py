@@ -50,7 +50,7 @@ def crossing(
     secants, halved = 0, math.inf
     while True:
         value = cost(number)
-        logs[number] = math.log(value) if 0 < value < math.inf else math.nan
+        logs[number] = math.log(value) if value > 0 else math.nan
         crossed = (value > budget) == rising
         low, high = (low, number) if crossed else (number, high)
         if high - low <= max(1, int(low * slack)):

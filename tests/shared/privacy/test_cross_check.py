@@ -86,6 +86,9 @@ def test_the_grid_has_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cross_check._computed(two[:1], 1e-5).epsilon == 1.5
     rounding = 2.0**-52 * answer["size"]
     assert cross_check._computed(two[:1], rounding / 0.9985).epsilon == 1.5
+    just = rounding / (1 - 1e-3)
+    assert just * (1 - 1e-3) == rounding
+    assert cross_check._computed(two[:1], just).epsilon == 1.5
     found = cross_check._computed(two[:1], rounding)
     assert found.reason == "At delta 1.16416e-10 the PRV accountant would be ruled by its own rounding."
     answer["epsilon"] = math.inf
