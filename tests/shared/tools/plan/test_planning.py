@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -430,6 +431,21 @@ def test_advice_of_fewer_rounds_names_noise_rounded_up(sigma: float, printed: st
     """To the fourth decimal, like all noise that is printed; one that has no more stays as it is."""
     answer = can_afford(export(cap=4.0), replace(RUN, noise_multiplier=sigma), local_steps=4, delta=1e-5)
     assert answer.advice.endswith(f"or less and privacy.noise_multiplier = {printed}.")
+
+
+@pytest.mark.parametrize(
+    ("sigma", "needed", "expected"),
+    [(1.0, 1.001, 1.01), (1.2345, 1.2346, 1.24), (1.2345, 1e4, 1e4), (1.2345, 10_000.001, None)],
+)
+def test_noise_is_advised_in_hundredths_from_the_next_one_to_the_most_that_there_is(
+    monkeypatch: pytest.MonkeyPatch, sigma: float, needed: float, expected: float | None
+) -> None:
+    def rule(_: object, extra: Sequence[GaussianSteps]) -> float:
+        return 1.0 if all(event.noise_multiplier >= needed for event in extra) else 100.0
+
+    monkeypatch.setattr(affordability, "spent", rule)
+    answer = can_afford(export(cap=50), replace(RUN, noise_multiplier=sigma), local_steps=4, delta=1e-5)
+    assert answer.noise_multiplier == expected
 
 
 def test_a_spent_budget_is_called_spent() -> None:
