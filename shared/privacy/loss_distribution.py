@@ -292,7 +292,7 @@ class TiltedDivergence:
             spectrum *= fft.rfft(probs, size) ** count
             rounding += count * (1 + float(np.linalg.norm(probs)))
         first = sum(part.lower * count for part, count in parts)
-        self._cells = np.maximum(np.roll(fft.irfft(spectrum, size), -((self._low - first) % size))[:num_cells], 0.0)
+        self._cells = np.maximum(np.roll(fft.irfft(spectrum, size), first - self._low)[:num_cells], 0.0)
         self._losses = (self._low + np.arange(num_cells)) * self._cell
 
         in_transforms = 8 * _UNIT * (math.log2(size) + 1) * rounding * _norm_of_weights(tilt, self._cell)
@@ -309,7 +309,7 @@ class TiltedDivergence:
         lost = self.lost(epsilon)
         if lost == math.inf:
             return math.inf
-        first = max(0, min(len(self._cells), math.floor(epsilon / self._cell) + 1 - self._low))
+        first = max(0, math.floor(epsilon / self._cell) + 1 - self._low)
         losses = self._losses[first:]
         weights = np.exp(self._log_taken - self._tilt * losses) * np.maximum(-np.expm1(epsilon - losses), 0.0)
         return float(np.dot(self._cells[first:], weights)) * self._slack + lost + self.infinite
