@@ -113,9 +113,7 @@ class SpendingRule:
         def fits(steps: int) -> bool:
             return _spend(past + steps * more, self.delta, self.orders) <= cap
 
-        low, high = 0, 1  # `low` steps fit, or it is 0
-        while fits(high) and high < MAX_STEPS:
-            low, high = high, high * 2
+        low, high = 0, MAX_STEPS + 1  # `low` steps fit, or it is 0; `high` do not, or are more than may be asked for
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)

@@ -21,6 +21,7 @@ from scipy.special import logsumexp
 from scipy.stats import norm
 
 from shared.errors import PrivacyError
+from shared.limits import MAX_STEPS
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.filter import (
     MAX_ORDER,
@@ -313,6 +314,30 @@ def test_steps_up_to_exactly_the_cap_are_affordable(num: int) -> None:
     options = {"noise_multiplier": 1.1, "sample_rate": 0.05}
     assert rule.affordable_steps(spent, cap=cap, **options) == num
     assert rule.affordable_steps(spent, cap=cap - 1e-9, **options) == num - 1
+
+
+@pytest.mark.parametrize("composition", ["adaptive", "fixed"])
+def test_no_more_steps_are_affordable_than_a_plan_may_have(composition: Composition) -> None:
+    rule = SpendingRule(composition=composition, delta=DELTA, orders=ORDERS)
+    assert rule.affordable_steps([], noise_multiplier=1e4, sample_rate=1e-9, cap=8.0) == MAX_STEPS
+
+
+@pytest.mark.parametrize("delta", [0.0, 1.0, math.nan])
+def test_a_rule_needs_a_delta(delta: float) -> None:
+    with pytest.raises(PrivacyError, match="delta"):
+        SpendingRule(composition="adaptive", delta=delta, orders=ORDERS)
+
+
+@pytest.mark.parametrize(("sigma", "order"), [(2.0, 3), (1e3, 2), (0.1, 100)])
+def test_a_divergence_is_rounded_up_by_a_billionth_and_a_trillionth(sigma: float, order: int) -> None:
+    exact = order / (2 * sigma**2)  # without sampling
+    assert renyi_divergence(sigma, 1.0, order) == pytest.approx(exact * (1 + 1e-9) + 1e-12, rel=1e-11, abs=1e-14)
+
+
+def test_a_spend_above_a_million_is_infinite() -> None:
+    for num, is_finite in ((999_000, True), (1_001_000, False)):
+        found = filter_epsilon([steps(1.0, 1.0, num)], delta=DELTA, orders=(2,))
+        assert (found == pytest.approx(num, rel=1e-4)) if is_finite else (found == math.inf)
 
 
 def test_the_divergence_of_next_to_no_noise_is_infinite() -> None:
