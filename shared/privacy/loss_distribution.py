@@ -116,7 +116,6 @@ class _TooManyCells(Exception):
 
     def __init__(self, number: int) -> None:
         """Keep the number that it would take."""
-        super().__init__(number)
         self.number = number
 
 
@@ -144,8 +143,8 @@ def step_loss(sigma: float, rate: float, removed: bool, cell: float, beyond: int
     only the latter is computed, so that small masses keep their digits on both sides.
     """
     furthest = -float(ndtri_exp(-beyond - math.log(2)))
-    low = min(math.floor(-largest_loss(sigma, rate, not removed, furthest) / cell), -1)
-    high = max(math.ceil(largest_loss(sigma, rate, removed, furthest) / cell), 1)
+    low = math.floor(-largest_loss(sigma, rate, not removed, furthest) / cell)
+    high = math.ceil(largest_loss(sigma, rate, removed, furthest) / cell)
     above, above_errors = step_divergence(np.arange(high + 1, dtype=np.float64) * cell, sigma, rate, removed)
     below, below_errors = step_divergence(np.arange(1, 1 - low, dtype=np.float64) * cell, sigma, rate, not removed)
     mirrored = np.exp(np.arange(low, 0) * cell)

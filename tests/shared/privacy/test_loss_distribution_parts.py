@@ -37,8 +37,8 @@ def test_the_grid_of_a_step_reaches_as_far_as_it_says(sigma: float, rate: float,
     with mpmath.workdps(60):  # half of exp(-50) on either side
         furthest = float(mpmath.sqrt(2) * mpmath.erfinv(1 - mpmath.exp(-50)))
     low, high = (largest_loss(sigma, rate, way, furthest) / cell for way in (not removed, removed))
-    assert part.lower == min(math.floor(-low), -1)
-    assert part.lower + len(part.probs) - 1 == max(math.ceil(high), 1)
+    assert part.lower == math.floor(-low)
+    assert part.lower + len(part.probs) - 1 == math.ceil(high)
     assert part.losses[0] == part.lower * cell
     assert np.diff(part.losses) == pytest.approx(cell, rel=1e-9)
     assert (0 if removed is False and rate < 1 else 1e-40) <= part.infinite < math.exp(-45)
@@ -72,7 +72,7 @@ def test_the_rounding_of_a_cell_is_that_of_the_three_divergences_around_it() -> 
     for place in (5, -part.lower - 3, -part.lower, -part.lower + 1, 400):
         number = part.lower + place
         around = (error(number + 1) + (1 + ratio) * error(number) + ratio * error(number - 1)) / width
-        assert part.errors[place] == pytest.approx(around + UNIT * part.probs[place], rel=1e-9)
+        assert part.errors[place] == pytest.approx(around + UNIT * part.probs[place], rel=1e-9, abs=0)
 
 
 @pytest.mark.parametrize("removed", [True, False])
@@ -95,7 +95,7 @@ def test_the_rounding_of_a_divergence_is_bounded_as_its_comments_say(sigma: floa
         density, upper = math.exp(-(near**2) / 2) / math.sqrt(2 * math.pi), math.erfc(near / math.sqrt(2)) / 2
         arguments = upper * (16 + 4 * near**2 + 4 * epsilon + 2 / sigma)
         expected = 2 * UNIT * weight * (arguments + 4 * rounded / ratio * (sigma * density + upper))
-        assert found == pytest.approx(expected, rel=1e-9)
+        assert found == pytest.approx(expected, rel=1e-9, abs=0)
 
 
 @pytest.mark.parametrize("rate", [1e-3, 0.3, 1.0])
@@ -119,7 +119,7 @@ def test_moments_and_tilts_are_sums_over_the_cells() -> None:
         found, error = part.tilted(tilt)
         np.testing.assert_allclose(found, weights / weights.sum(), rtol=1e-12, atol=0)
         lost = float(np.dot(part.errors, np.exp(tilt * part.losses))) / float(weights.sum())
-        assert error == pytest.approx(lost + 1024 * UNIT, rel=1e-12)
+        assert error == pytest.approx(lost + 1024 * UNIT, rel=1e-9, abs=0)
 
 
 def test_a_cell_without_mass_has_no_tilted_mass_and_no_warning() -> None:
@@ -127,7 +127,7 @@ def test_a_cell_without_mass_has_no_tilted_mass_and_no_warning() -> None:
     found, error = part.tilted(1.0)
     expected = np.array([0.25 * math.exp(-0.5), 0.0, 0.75 * math.exp(0.5)])
     np.testing.assert_allclose(found, expected / expected.sum(), rtol=1e-14)
-    assert error == pytest.approx(1e-16 * math.exp(0.5) / expected.sum() + 1024 * UNIT, rel=1e-9)
+    assert error == pytest.approx(1e-16 * math.exp(0.5) / expected.sum() + 1024 * UNIT, rel=1e-9, abs=0)
 
 
 # --- a composition ---
@@ -159,8 +159,8 @@ def test_a_composition_is_a_convolution_seen_through_its_tilt() -> None:
         found = bound(epsilon)
         assert 0 < bound.lost(epsilon) < exact
         assert exact <= found
-        assert found - bound.lost(epsilon) == pytest.approx(exact, rel=1e-8)
-    assert bound.lost(1.0) == pytest.approx(bound.lost(0.0) * math.exp(-TILT), rel=1e-9)
+        assert found - bound.lost(epsilon) == pytest.approx(exact, rel=1e-7, abs=0)
+    assert bound.lost(1.0) == pytest.approx(bound.lost(0.0) * math.exp(-TILT), rel=1e-9, abs=0)
     # Far below, where a weight would overflow, nothing is said.
     assert bound.lost((log_moment(TILT) - 599) / TILT) < math.inf
     assert bound.lost((log_moment(TILT) - 601) / TILT) == bound((log_moment(TILT) - 601) / TILT) == math.inf
@@ -188,7 +188,7 @@ def test_a_window_leaves_out_as_much_tilted_mass_as_it_says() -> None:
     # What lies above counts in full: Chernoff's exp(-12 log 10), seen through the tilt at the window's end.
     above = OUTSIDE * math.exp(moment(3.0) - 3.0 * found[-1])
     beyond = -math.expm1(25 * math.log1p(-many[0][0].infinite))
-    assert bound.infinite == pytest.approx(above + beyond, rel=1e-9)
+    assert bound.infinite == pytest.approx(above + beyond, rel=1e-9, abs=0)
 
 
 def test_rounding_is_bounded_as_the_text_says() -> None:
@@ -201,13 +201,13 @@ def test_rounding_is_bounded_as_the_text_says() -> None:
     steps = math.expm1(sum(count * error for _, error, count in tilted)) + OUTSIDE
     slack = 1 + 1e-10 + 128 * UNIT * 9
     expected = (transforms + steps / (1 + TILT)) * math.exp(log_moment(TILT) - TILT) * slack
-    assert bound.lost(1.0) == pytest.approx(expected, rel=1e-12)
+    assert bound.lost(1.0) == pytest.approx(expected, rel=1e-12, abs=0)
 
 
 def test_sums_round_by_as_much_as_there_are_steps() -> None:
     part = step_loss(300.0, 1e-3, True, 1e-3, 50)
     many = TiltedDivergence([(part, 1 << 20)], 50.0, lambda tilt: (1 << 20) * part.log_moment(tilt))
-    assert many._slack - 1 == pytest.approx(1e-10 + 128 * UNIT * (1 << 20), rel=1e-4)
+    assert many._slack - 1 == pytest.approx(1e-10 + 128 * UNIT * (1 << 20), rel=1e-4, abs=0)
 
 
 @pytest.mark.parametrize(("tilt", "cell"), [(0.1, 1e-2), (3.0, 1e-3), (50.0, 1e-2), (400.0, 1e-2)])
@@ -244,7 +244,7 @@ def test_the_root_is_the_least_epsilon_that_was_tried(delta: float, rate: float,
     found, exact = module._root(curve, delta), max(begin, -math.log(delta) / rate)
     assert found in curve.asked
     assert curve(found) <= delta
-    assert exact <= found <= exact + 4e-9 * max(exact, 1.0)
+    assert exact <= found <= exact + 1.6e-9 * max(exact, 1.0)
     assert len(curve.asked) < 130
 
 
@@ -307,3 +307,15 @@ def test_both_directions_count_where_there_is_sampling(
     asked.clear()
     module._on_grid([(2.0, rates[0], 3)], 1e-30, 1e-2)
     assert {beyond for *_, beyond in asked} == {90}
+    # Where that crosses a multiple of ten.
+    for share, expected in ((1.01, 60), (0.99, 70)):
+        asked.clear()
+        module._on_grid([(2.0, rates[0], 3)], share * 3e6 * math.exp(-60), 1e-2)
+        assert {beyond for *_, beyond in asked} == {expected}
+
+
+def test_no_composition_takes_more_than_half_a_million_cells() -> None:
+    step = step_loss(1.0, 1.0, True, 2e-5, 50)
+    with pytest.raises(module._TooManyCells) as refused:
+        TiltedDivergence([(step, 1)], 1.0, step.log_moment)
+    assert 1 << 19 < refused.value.number < 1 << 20
