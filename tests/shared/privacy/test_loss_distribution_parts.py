@@ -21,7 +21,7 @@ OUTSIDE = 1e-12
 
 
 @pytest.mark.parametrize("removed", [True, False])
-@pytest.mark.parametrize(("sigma", "rate"), [(0.7, 0.01), (2.0, 0.6), (1.3, 1.0)])
+@pytest.mark.parametrize(("sigma", "rate"), [(0.7, 0.01), (2.0, 0.6), (1.3, 1.0), (0.1, 1.0)])
 def test_the_largest_loss_is_that_of_the_furthest_noise(sigma: float, rate: float, removed: bool) -> None:
     """Removed: log((q N(1) + (1 - q) N(0)) / N(0)) at 1 + 5 sigma; added: log of the inverse at -5 sigma."""
     with mpmath.workdps(40):
@@ -73,6 +73,28 @@ def test_the_rounding_of_a_cell_is_that_of_the_three_divergences_around_it() -> 
         number = part.lower + place
         around = (error(number + 1) + (1 + ratio) * error(number) + ratio * error(number - 1)) / width
         assert part.errors[place] == pytest.approx(around + UNIT * part.probs[place], rel=1e-9, abs=0)
+
+
+@pytest.mark.parametrize("removed", [True, False])
+def test_what_lies_at_infinity_is_rounded_up(removed: bool) -> None:
+    part = step_loss(1.1, 0.2, removed, 1e-2, 50)
+    high = part.lower + len(part.probs) - 1
+    deltas, errors = module.step_divergence(np.arange(high + 1) * 1e-2, 1.1, 0.2, removed)
+    assert part.infinite == deltas[-1] + errors[-1]
+    assert (part.infinite > deltas[-1]) == removed  # the loss of an added record has an end
+
+
+def test_the_divergence_of_an_added_record_ends_where_its_loss_does() -> None:
+    """No loss is above -log(1 - q): there and beyond, nothing is left to round either."""
+    for rate in (0.5, 0.9):
+        end = -math.log1p(-rate)
+        deltas, errors = module.step_divergence(np.array([0.9 * end, end, end + 1e-9, 2 * end]), 1.0, rate, False)
+        assert deltas[0] > errors[0] > 0
+        assert np.all(np.isfinite(errors))
+        assert np.all(deltas[2:] == 0)
+        assert np.all(errors[2:] == 0)
+    deltas, errors = module.step_divergence(np.array([math.log(2)]), 1.0, 0.5, False)
+    assert (deltas[0], errors[0]) == (0.0, 0.0)  # to the last bit
 
 
 @pytest.mark.parametrize("removed", [True, False])
