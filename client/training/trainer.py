@@ -160,53 +160,23 @@ def train_local_rounds(
         plan.check_persons(work.persons)
     # 1. Start from the global adapter, each site with its own moments.
     runtime.load(start)
-    model, task = runtime.model, runtime.task
-    trainable = model.trainable()
-    parameters = list(trainable.values())
-    shapes = [parameter.shape for parameter in parameters]
+    trainable = runtime.model.trainable()
     stacks = {name: _stacked(parameter, len(works)) for name, parameter in trainable.items()}
-    optimizer = build_optimizer(stacks, model.head_parameters(), training)
+    optimizer = build_optimizer(stacks, runtime.model.head_parameters(), training)
     restore_optimizer(optimizer, stacks, [work.optimizer_state for work in works])
     pool = [example for work in works for example in work.examples]
-    first_row = [0, *itertools.accumulate(len(work.examples) for work in works)]
     seen = [Observations() for _ in works]
 
     values: dict[Tensor, Tensor] | None = None
     if len(works) > 1:
-        values = dict(zip(parameters, stacks.values(), strict=True))
-    with per_example_hooks(model, values) as hooks:
+        values = {parameter: stacks[name] for name, parameter in trainable.items()}
+    with per_example_hooks(runtime.model, values) as hooks:
         for step in range(training.local_steps):
             # 2. Every unit of privacy, a record or a person, enters the step by its own coin.
             drawn = [_draw(plan, work, round_number, step) for work in works]
-            # 3. Per-example gradients, a person's averaged over all micro-batches; then each unit's is clipped, over adapter
-            #    and head together, and added to its site's sum.
-            totals = [plan.new_sum(shapes) for _ in works]
-            sums = [
-                total if work.persons is None else PersonSum(total, groups)
-                for total, work, groups in zip(totals, works, drawn, strict=True)
-            ]
-            loss_sums = [0.0] * len(works)
-            pooled = [
-                [first + row for row in group]
-                for first, groups in zip(first_row[:-1], drawn, strict=True)
-                for group in groups
-            ]
-            shares = GradientsBySite(first_row, sums)
-            for rows, batch in runtime.grouped_batches(pool, pooled, most_examples(parameters)):
-                owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
-                if len(works) > 1:
-                    hooks.owners = torch.tensor(owners, device=model.device)
-                with runtime.autocast():
-                    losses = task.per_example_loss(model(batch), batch)
-                losses.sum().backward()  # type: ignore[no-untyped-call]
-                shares.add(per_example_gradients(parameters, len(losses)), rows, owners)
-                for site, loss in zip(owners, losses.tolist(), strict=True):
-                    loss_sums[site] += loss
-            shares.flush()
+            # 3. Each unit's gradient is clipped and added to its site's sum.
+            totals, losses = _clipped_sums(runtime, pool, works, drawn, plan, hooks)
             for site, (work, total) in enumerate(zip(works, totals, strict=True)):
-                receiver = sums[site]
-                if isinstance(receiver, PersonSum):
-                    receiver.close()
                 # 4. One noise event per logical step and site, also when the sample is empty.
                 noise = work.randomness.stream("noise", round_number=round_number, step=step)
                 noisy = plan.add_noise(total.sums, noise)
@@ -216,7 +186,7 @@ def train_local_rounds(
                     if stack.grad is None:
                         stack.grad = torch.empty_like(stack)
                     stack.grad[site].copy_(value / expected_batch_size)
-                seen[site].add(total, loss_sums[site], num_records=sum(map(len, drawn[site])))
+                seen[site].add(total, losses[site], num_records=sum(map(len, drawn[site])))
             # 6. The optimiser moves the adapters.
             set_learning_rate(optimizer, training, (round_number - 1) * training.local_steps + step)
             optimizer.step()
@@ -230,6 +200,48 @@ def train_local_rounds(
         )
         for site in range(len(works))
     ]
+
+
+def _clipped_sums(
+    runtime: Runtime,
+    pool: Sequence[Example],
+    works: Sequence[LocalWork],
+    drawn: Sequence[Sequence[Sequence[int]]],
+    plan: PrivacyPlan,
+    hooks: PerExampleHooks,
+) -> tuple[list[ClippedSum], list[float]]:
+    """Return the sums of clipped gradients, and of losses, by site, over the units that were drawn.
+
+    Per-example gradients come from passes over micro-batches of all sites; a person's are averaged over all micro-batches;
+    then each unit's is clipped, over adapter and head together, and added to its site's sum.
+    """
+    parameters = list(runtime.model.trainable().values())
+    totals = [plan.new_sum([parameter.shape for parameter in parameters]) for _ in works]
+    sums = [
+        total if work.persons is None else PersonSum(total, groups)
+        for total, work, groups in zip(totals, works, drawn, strict=True)
+    ]
+    loss_sums = [0.0] * len(works)
+    first_row = [0, *itertools.accumulate(len(work.examples) for work in works)]
+    pooled = [
+        [first + row for row in group] for first, groups in zip(first_row[:-1], drawn, strict=True) for group in groups
+    ]
+    shares = GradientsBySite(first_row, sums)
+    for rows, batch in runtime.grouped_batches(pool, pooled, most_examples(parameters)):
+        owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
+        if len(works) > 1:
+            hooks.owners = torch.tensor(owners, device=runtime.model.device)
+        with runtime.autocast():
+            losses = runtime.task.per_example_loss(runtime.model(batch), batch)
+        losses.sum().backward()  # type: ignore[no-untyped-call]
+        shares.add(per_example_gradients(parameters, len(losses)), rows, owners)
+        for site, loss in zip(owners, losses.tolist(), strict=True):
+            loss_sums[site] += loss
+    shares.flush()
+    for receiver in sums:
+        if isinstance(receiver, PersonSum):
+            receiver.close()
+    return totals, loss_sums
 
 
 def _stacked(parameter: nn.Parameter, count: int) -> nn.Parameter:

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from server.aggregation import Adapter, apply_update
-from server.rounds.earlier_requests import EarlierRequests, Made, Releases
+from server.rounds.earlier_requests import EarlierRequests
+from server.rounds.releases import Made, Releases
 from server.rounds.roster import Authority
 from server.store.checkpoint import Checkpoint, RoundRecord
 from shared.errors import PrivacyError, RunError

@@ -14,17 +14,14 @@ ledgers still have every charge.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
+from server.rounds.releases import unknown_release, with_update
 from shared.job.job import Job
-from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
-from shared.wire.messages import KEPT_ROUNDS, SiteDescription, TrainReply
-
-Releases = Mapping[str, SiteRelease]
+from shared.wire.messages import KEPT_ROUNDS, SiteDescription
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,55 +120,3 @@ class EarlierRequests:
                 release = with_update(release, number, update, per_round)
             result[name] = release
         return result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Made:
-    """What is kept of an update that came: everything but its bytes."""
-
-    reply: TrainReply
-    update_sha256: str
-
-    @classmethod
-    def of(cls, reply: TrainReply) -> Made:
-        """Return `reply` without its bytes, and their hash."""
-        return cls(reply=replace(reply, update=b""), update_sha256=hashlib.sha256(reply.update).hexdigest())
-
-
-def unknown_release(site: str, declared_records: int, plan: PrivacyPlan) -> SiteRelease:
-    """Return the empty account of a site of which nothing has come yet."""
-    return SiteRelease(
-        site=site,
-        unit=plan.unit,
-        records_per_person=plan.records_per_person,
-        delta=plan.delta,
-        max_grad_norm=plan.max_grad_norm,
-        declared_records=declared_records,
-        randomness="os",
-        epsilon_budget=0.0,
-        steps_planned=plan.planned_steps,
-        private=plan.private,
-    )
-
-
-def with_update(
-    release: SiteRelease, round_number: int, update_sha256: str, executed: GaussianSteps | None
-) -> SiteRelease:
-    """Return `release` with one more update; one that came before counts once."""
-    if (round_number, update_sha256) in zip(release.rounds, release.updates, strict=True):
-        return release
-    return replace(
-        release,
-        events=release.events if executed is None else merged([*release.events, executed]),
-        rounds=(*release.rounds, round_number),
-        updates=(*release.updates, update_sha256),
-    )
-
-
-def merged(events: Sequence[GaussianSteps]) -> tuple[GaussianSteps, ...]:
-    """Return `events` with equal mechanisms added up, in order of first appearance."""
-    steps: dict[tuple[float, float], int] = {}
-    for event in events:
-        key = (event.noise_multiplier, event.sample_rate)
-        steps[key] = steps.get(key, 0) + event.steps
-    return tuple(GaussianSteps(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in steps.items())

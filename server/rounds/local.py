@@ -14,7 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from server.aggregation import Adapter, Aggregation
-from server.rounds.earlier_requests import EarlierRequests, Made, Releases, unknown_release, with_update
+from server.rounds.earlier_requests import EarlierRequests
+from server.rounds.releases import Made, Releases, unknown_release, with_update
 from server.rounds.roster import Authority
 from server.store.checkpoint import Checkpoint, RoundRecord
 from shared.job.job import Job

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from server.aggregation import Aggregation
 from server.rounds.central import CentralPrivacy, SitesAggregation, SitesRound
-from server.rounds.earlier_requests import Made
 from server.rounds.early_stopping import best_round, is_over, keeps_best, stopped_early
 from server.rounds.exchange import Question, collect
 from server.rounds.local import LocalPrivacy, LocalRound
 from server.rounds.observer import Observer
+from server.rounds.releases import Made
 from server.rounds.roster import Authority, Roster
 from server.rounds.site_metrics import collect_site_metrics
 from server.store.checkpoint import Checkpoint, RoundRecord
