@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -71,6 +72,7 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder, self._now, self._clock = trust, now, clock
+        self._watched = [str(trust / name) for name in ("ca.crt", "crl.pem", "sites")]  # looked at for every frame
         self._snapshot = _Snapshot()
         self._trusted_until = self._retry_at = 0.0
         self.problem: str | None = None
@@ -164,12 +166,12 @@ class Admission:
         self._snapshot, self.problem = _Snapshot(read_at=self._clock()), read
 
     def _stamp(self) -> object:
-        return tuple(_changed(self._folder / name) for name in ("ca.crt", "crl.pem", "sites"))
+        return [_changed(path) for path in self._watched]
 
 
-def _changed(path: Path) -> tuple[int, int] | None:
+def _changed(path: str) -> tuple[int, int] | None:
     try:
-        facts = path.stat()
+        facts = os.stat(path)
     except OSError:
         return None
     return facts.st_mtime_ns, facts.st_ino

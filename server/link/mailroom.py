@@ -6,8 +6,8 @@ Everything runs in one thread, the one of the link's event loop.
 Guarantees (tests: tests/server/link/test_mailroom.py)
     * A reply counts only if it came on the stream of the site that was asked.
     * A reply is no longer than twice what was asked, and `REPLY_SLACK_BYTES`.
-    * At most `UPLOAD_SLOTS` replies are on their way, or `UPLOAD_BYTES` of them; parts that a cut left behind count as well.
-      While `HELD_BYTES` of whole ones wait to be fetched, no other begins.
+    * At most `UPLOAD_SLOTS` replies are on their way, or as many as fit, with those that wait to be fetched, into `UPLOAD_BYTES`;
+      parts that a cut left behind count as well. While `HELD_BYTES` wait to be fetched, no other begins.
     * For every request there is an answer in the end: the reply, or why there is none.
 """
 
@@ -23,7 +23,7 @@ from flwr.app import Metadata
 
 from shared.link.frames import LinkError, Offer
 from shared.link.line import Incoming, Line, Mail, Parcel
-from shared.link.options import HELD_BYTES, UPLOAD_BYTES, UPLOAD_SLOTS
+from shared.link.options import FETCH_BYTES, HELD_BYTES, UPLOAD_BYTES, UPLOAD_SLOTS
 
 log = logging.getLogger("silotune.coordinator")
 
@@ -163,9 +163,12 @@ class Mailroom:
             box.line.wake()
 
     def fetch(self, wanted: Iterable[bytes]) -> list[Answer]:
-        """Return the answers that are here, and forget them."""
-        found, now = [], self.clock()
+        """Return the answers that are here, and forget them; not many bytes at once, for whoever reads them copies them."""
+        found: list[Answer] = []
+        now, room = self.clock(), FETCH_BYTES
         for parcel_id in wanted:
+            if found and parcel_id in self._answers and (room := room - len(self._answers[parcel_id].payload)) < 0:
+                break
             if (answer := self._answers.pop(parcel_id, None)) is not None:
                 self._held -= len(answer.payload)
                 found.append(answer)
@@ -251,7 +254,8 @@ class Mailroom:
                 return True
             self._remove(box)
         while (
-            len(self._uploads) + len(self._parked) >= UPLOAD_SLOTS and self._promised + offer.num_bytes > UPLOAD_BYTES
+            len(self._uploads) + len(self._parked) >= UPLOAD_SLOTS
+            and self._promised + self._held + offer.num_bytes > UPLOAD_BYTES
         ):
             if not self._parked:
                 return False

@@ -228,6 +228,20 @@ def test_no_upload_begins_while_too_much_waits_to_be_fetched(
     assert room.fetch(asked[1:3]) == []
 
 
+def test_few_bytes_are_fetched_at_once(room: Mailroom, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mailroom, "FETCH_BYTES", 100_000)
+    sites = [Site(room, node) for node in range(5)]
+    asked = [ask(room, site.node) for site in sites]
+    for site, request in zip(sites, asked, strict=True):
+        site.fetch()
+        offer = site.offer(request, 60_000)
+        site.hears()
+        site.send(offer)
+    found = [room.fetch(asked) for _ in range(4)]
+    assert [len(some) for some in found] == [2, 2, 1, 0]
+    assert {answer.request.parcel.id for some in found for answer in some} == set(asked)
+
+
 def test_what_nobody_waits_for_any_more_is_not_sent(room: Mailroom, clock: Clock) -> None:
     """A site that comes back late is not made to train, and charge, for a round that is over."""
     asked = ask(room, 5)
