@@ -13,6 +13,7 @@ from flwr.serverapp import ServerApp
 from flwr.serverapp.grid import Grid
 from torch import Tensor
 
+from server.records.run import RunRecord
 from server.reports.run import write_report_if_possible
 from server.rounds.central import CentralPrivacy
 from server.rounds.early_stopping import is_over, require_public_records
@@ -21,9 +22,10 @@ from server.rounds.loop import Coordinator, Privacy, run_rounds
 from server.rounds.observer import Observer
 from server.rounds.public_records import PublicRecords, hold_back
 from server.rounds.roster import Authority
-from server.runs.folder import RunFolder, public_counts
+from server.runs.folder import RunFolder
 from server.store.checkpoint import Checkpoint
 from shared.data.known_texts import ContentSum
+from shared.files.json_files import read_if_there
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Batch, Example
@@ -174,7 +176,9 @@ class _Evaluator:
 
 def _public_parts(run: Run) -> PublicRecords:
     """Return the public records that are reported and those that decide; a resumed run keeps the parts it was started with."""
-    if run.resume and (started := public_counts(run.folder)) is not None and not started.get("deciding"):
+    started = read_if_there(run.folder / "run.json", RunRecord) if run.resume else None
+    # Older versions held none back and did not say.
+    if started is not None and not (started.public_records and started.public_records.deciding):
         return PublicRecords(reported=run.public_records, deciding=())
     return hold_back(run.public_records, task_of(run.job).roles[0])
 

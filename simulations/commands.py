@@ -11,19 +11,21 @@ from typing import Any
 
 from rich.console import Console
 
+from server.records.privacy import CoordinatorRecord, read_sites
+from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
 from server.reports.run import read_arm, write_report_if_possible
-from server.reports.run.run_data import read_evaluation, read_folds, read_repeats, read_site
 from server.rounds.early_stopping import is_over, stopped_early
 from server.runs.folder import check_place, peak_rss_mb
 from shared.epsilons import rounded_up
 from shared.errors import RunError
-from shared.files.json_files import read_object
+from shared.files.json_files import read_if_there, read_record
+from shared.privacy.statement import Statement
 from shared.stopping import saying
 from shared.tasks import task_of
 from shared.terminal import print_json
 from simulations.audit.run import audit_run_mechanism
 from simulations.data.small_gpt2 import prepare_backbone
-from simulations.running.folds import FOLDS_FILE, run_folds
+from simulations.running.folds import run_folds
 from simulations.running.live import LiveView
 from simulations.running.repeats import run_repeats
 from simulations.scenario import Scenario, builtin_scenario, load_scenario
@@ -58,33 +60,32 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
         if evaluation.exists():
             value = read_evaluation(evaluation).metrics[metric]
             result[f"{metric}_{name}"] = None if value is None else round(value, 4)
-    if (repeats := read_repeats(folder / "repeats.json")) is not None:
+    if (repeats := read_if_there(folder / REPEATS_FILE, Repeats)) is not None:
         for arm, values in repeats.arms.items():
             name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
             result[f"{metric}_{name}_mean"] = round(statistics.mean(values), 4)
             result[f"{metric}_{name}_std"] = round(statistics.stdev(values), 4)
-    if (folds := read_folds(folder / FOLDS_FILE)) is not None:
+    if (folds := read_if_there(folder / FOLDS_FILE, Folds)) is not None:
         for arm, values_of in folds.arms.items():
             name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
             if metric not in values_of:
                 continue  # undefined in a fold
             result[f"{metric}_{name}_fold_mean"] = round(statistics.mean(values_of[metric]), 4)
             result[f"{metric}_{name}_fold_std"] = round(statistics.stdev(values_of[metric]), 4)
-    records = [read_site(path, private=False) for path in sorted(folder.glob("sites/*/privacy.json"))]
     # A run that ended early promises the epsilon of its whole plan.
-    stated = [r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in records]
+    stated = [r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in read_sites(folder)]
     known = [epsilon for epsilon in stated if epsilon is not None]
     result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
     if scenario.job.privacy.central and (folder / "privacy.json").exists():
-        record = read_object(folder / "privacy.json")
+        record = read_record(folder / "privacy.json", CoordinatorRecord)
         result |= {
-            "unit": record.get("unit"),
-            "epsilon": record.get("epsilon_planned") or record.get("epsilon_spent"),
-            "num_sites": record.get("num_sites_declared"),
+            "unit": record.unit,
+            "epsilon": record.epsilon_planned or record.epsilon_spent,
+            "num_sites": record.num_sites_declared,
         }
     result["delta"] = scenario.job.privacy.delta
-    audited = folder / "audit" / "tier1.json"
-    result["audit"] = read_object(audited).get("verdict") if audited.exists() else None
+    audited = read_if_there(folder / "audit" / "tier1.json", AuditRecord)
+    result["audit"] = audited.verdict if audited else None
     result |= _calibration(folder)
     result["diverged"] = {name: reason for name, place in arms.items() if (reason := _diverged(place, name))}
     result["seconds"] = round(seconds, 1)
@@ -166,7 +167,8 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
         )
         return
     console.print(f"\nreport: {folder / 'report.html'}", soft_wrap=True)
-    console.print((folder / "statement.json").exists() and read_object(folder / "statement.json").get("one_site"))
+    statement = read_if_there(folder / "statement.json", Statement)
+    console.print(statement.one_site if statement else False)
 
 
 def _new_folder(name: str) -> Path:

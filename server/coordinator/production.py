@@ -28,10 +28,11 @@ from flwr.serverapp.grid import Grid
 from server.app import Run, execute
 from server.coordinator.run_file import evaluation_records, settings_of
 from server.coordinator.superlink import pull_promptly, registered_names
+from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.observer import Observer
 from server.rounds.roster import Authority
-from server.store.checkpoint import Checkpoint, RoundRecord
+from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError

@@ -24,7 +24,7 @@ from shared.epsilons import delta_rounded_up, rounded_up
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
 from shared.job.parsing import parse
-from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.accounting import GaussianSteps, compose_epsilon, merged
 from shared.runtime.ensembles import Ensemble, Member
 from shared.tasks import Record, task_of
 from shared.terminal import print_json
@@ -65,7 +65,7 @@ def composed_privacy(runs: Sequence[Path]) -> ComposedPrivacy | None:
             return None
         sites = [[*site.release.possible_events] for site in facts.sites]
         if facts.central is not None:
-            sites = [[*facts.central.record.release.events]]
+            sites = [[*facts.central.record.events]]
         events += _most_of(sites)
         deltas |= {facts.central.record.delta} if facts.central else {site.release.delta for site in facts.sites}
         units |= {facts.central.record.unit} if facts.central else {site.release.unit for site in facts.sites}
@@ -77,15 +77,11 @@ def composed_privacy(runs: Sequence[Path]) -> ComposedPrivacy | None:
 
 def _most_of(sites: Sequence[Sequence[GaussianSteps]]) -> list[GaussianSteps]:
     """Return for each mechanism the largest number of steps that a site executed of it."""
-    most: dict[tuple[float, float], int] = {}
-    for events in sites:
-        own: dict[tuple[float, float], int] = {}
-        for event in events:
-            key = (event.noise_multiplier, event.sample_rate)
-            own[key] = own.get(key, 0) + event.steps
-        for key, steps in own.items():
-            most[key] = max(most.get(key, 0), steps)
-    return [GaussianSteps(noise_multiplier=s, sample_rate=q, steps=steps) for (s, q), steps in sorted(most.items())]
+    most: dict[tuple[float, float], GaussianSteps] = {}
+    for event in (event for events in sites for event in merged(events)):
+        key = (event.noise_multiplier, event.sample_rate)
+        most[key] = max(most.get(key, event), event)
+    return sorted(most.values())
 
 
 def public_records(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,16 +24,17 @@ import torch
 from torch import Tensor
 
 from server.aggregation import Adapter, apply_update
+from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.releases import Made, Releases
 from server.rounds.roster import Authority
-from server.store.checkpoint import Checkpoint, RoundRecord
+from server.store.checkpoint import Checkpoint
 from shared.errors import PrivacyError, RunError
 from shared.files.atomic import write_json
-from shared.files.json_files import canonical_json
+from shared.files.json_files import canonical_json, finite_or_none
 from shared.job.federation import AggregationConfig
 from shared.job.job import Job
-from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.accounting import GaussianSteps, compose_epsilon, merged
 from shared.privacy.central import CentralPlan, CentralRound, SitesSum
 from shared.privacy.central_statement import CentralRelease
 from shared.privacy.randomness import Origin, SiteRandomness
@@ -72,8 +72,7 @@ class CentralLedger:
     @property
     def events(self) -> tuple[GaussianSteps, ...]:
         """Everything charged, equal mechanisms added up."""
-        counted = Counter((charge["noise_multiplier"], charge["sample_rate"]) for charge in self._charges)
-        return tuple(GaussianSteps(noise_multiplier=z, sample_rate=q, steps=n) for (z, q), n in counted.items())
+        return merged(_one_step(charge) for charge in self._charges)
 
     @property
     def randomness(self) -> Origin:
@@ -126,8 +125,7 @@ class CentralLedger:
                     raise ValueError("broken chain")
                 if charge["round"] < 1:
                     raise ValueError(f"round {charge['round']}")
-                # Refuses what could not be accounted for.
-                GaussianSteps(noise_multiplier=charge["noise_multiplier"], sample_rate=charge["sample_rate"], steps=1)
+                _one_step(charge)  # refuses what could not be accounted for
                 previous = charge["sha256"]
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, PrivacyError) as error:
             raise RunError(
@@ -187,16 +185,16 @@ class CentralPrivacy:
         """Return what the statement speaks of."""
         plan = self.plan.plan
         return CentralRelease(
-            num_sites=self.plan.num_sites,
+            num_sites_declared=self.plan.num_sites,
             delta=plan.delta,
-            first_clip_norm=plan.max_grad_norm,
+            clip_norm_first=plan.max_grad_norm,
             update_noise_multiplier=self.plan.update_noise_multiplier,
             count_noise=self.plan.count_noise if self.plan.adaptive else None,
-            rounds_planned=plan.planned_steps,
+            steps_planned=plan.planned_steps,
             rounds=self.ledger.rounds,
             events=self.ledger.events,
             randomness=self.ledger.randomness,
-            epsilon_planned=plan.epsilon(),
+            epsilon_budget=finite_or_none(plan.epsilon()),
         )
 
 
@@ -304,6 +302,10 @@ class SitesAggregation:
         released = self._attempt.release(self._sum.total(), self._clip_norm, self._shapes)
         following, state = apply_update(self._current, released.mean, self._server_state, self._attempt.config)
         return following, state | {_CLIP_NORM: torch.tensor(released.clip_norm, dtype=torch.float64)}
+
+
+def _one_step(charge: Mapping[str, Any]) -> GaussianSteps:
+    return GaussianSteps(noise_multiplier=charge["noise_multiplier"], sample_rate=charge["sample_rate"], steps=1)
 
 
 def _sha256(entry: Mapping[str, Any]) -> str:

@@ -11,8 +11,6 @@ import math
 from collections.abc import Sequence
 
 LEEWAY = 2.0
-DIVERGED_FILE = "diverged.json"
-"""In the folder of a baseline that could not go on: why."""
 
 
 def why_diverged(

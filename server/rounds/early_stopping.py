@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from server.store.checkpoint import Checkpoint, RoundRecord
+from server.records.rounds import RoundRecord
+from server.store.checkpoint import Checkpoint
 from shared.errors import ConfigError
 from shared.job.job import Job
 from shared.tasks import task_of

@@ -14,10 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from server.aggregation import Adapter, Aggregation
+from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.releases import Made, Releases, unknown_release, with_update
 from server.rounds.roster import Authority
-from server.store.checkpoint import Checkpoint, RoundRecord
+from server.store.checkpoint import Checkpoint
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.plan import PrivacyPlan

@@ -18,6 +18,7 @@ from flwr.serverapp.grid import Grid
 from torch import Tensor
 
 from server.aggregation import Aggregation
+from server.records.rounds import RoundRecord
 from server.rounds.central import CentralPrivacy, SitesAggregation, SitesRound
 from server.rounds.early_stopping import best_round, is_over, keeps_best, stopped_early
 from server.rounds.exchange import Question, collect
@@ -26,7 +27,7 @@ from server.rounds.observer import Observer
 from server.rounds.releases import Made
 from server.rounds.roster import Authority, Roster
 from server.rounds.site_metrics import collect_site_metrics
-from server.store.checkpoint import Checkpoint, RoundRecord
+from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
 from shared.job.job import Job
 from shared.privacy.plan import PrivacyPlan

@@ -6,10 +6,10 @@ An update that comes twice counts once, whoever asked for it: `with_update` is t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from shared.privacy.accounting import GaussianSteps
+from shared.privacy.accounting import GaussianSteps, merged
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 from shared.wire.messages import TrainReply
@@ -58,12 +58,3 @@ def with_update(
         rounds=(*release.rounds, round_number),
         updates=(*release.updates, update_sha256),
     )
-
-
-def merged(events: Sequence[GaussianSteps]) -> tuple[GaussianSteps, ...]:
-    """Return `events` with equal mechanisms added up, in order of first appearance."""
-    steps: dict[tuple[float, float], int] = {}
-    for event in events:
-        key = (event.noise_multiplier, event.sample_rate)
-        steps[key] = steps.get(key, 0) + event.steps
-    return tuple(GaussianSteps(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in steps.items())

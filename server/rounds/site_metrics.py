@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, replace
-from typing import Any
+from dataclasses import replace
 
 from flwr.app import Message
 from flwr.serverapp.grid import Grid
 
+from server.records.results import SiteMetrics
 from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.exchange import Question, collect
 from server.rounds.observer import Observer
@@ -96,20 +96,18 @@ class _Metrics(Question[MetricsReply]):
         self._observer.metrics_judged(site, self.replies.get(site), self.failed.get(site))
 
 
-def site_metrics_record(checkpoint: Checkpoint, job: Job) -> dict[str, Any]:
+def site_metrics_record(checkpoint: Checkpoint, job: Job) -> SiteMetrics:
     """Return the content of `site_metrics.json`: noisy counts of every site, and what they say together."""
     counts = checkpoint.site_metrics or {}
-    return {
-        "noise_multiplier": job.site_metrics.noise_multiplier,
-        "largest_loss": job.site_metrics.largest_loss,
-        "labels": list(job.task.labels),
-        "sites": counts,
-        "estimates": [
-            asdict(estimate(name, [counts[site][name] for site in counts], job))
-            for name in job.site_metrics.names
-            if counts
-        ],
-    }
+    return SiteMetrics(
+        noise_multiplier=job.site_metrics.noise_multiplier,
+        largest_loss=job.site_metrics.largest_loss,
+        labels=job.task.labels,
+        sites=counts,
+        estimates=tuple(
+            estimate(name, [counts[site][name] for site in counts], job) for name in job.site_metrics.names if counts
+        ),
+    )
 
 
 def _check(reply: MetricsReply, name: str, job: Job, adapter: bytes) -> None:

@@ -16,27 +16,27 @@ import platform
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from pydantic import BaseModel, Field
-
-from server.rounds.convergence import DIVERGED_FILE
+from server.records.privacy import CoordinatorRecord, SiteRecord
+from server.records.results import DIVERGED_FILE, FOLDS_FILE, REPEATS_FILE, EvaluationRecord
+from server.records.rounds import write_rounds
+from server.records.run import RunRecord
 from server.rounds.early_stopping import best_round, stopped_early
 from server.rounds.site_metrics import site_metrics_record
 from server.store.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.errors import RunError
 from shared.files.atomic import write_json, write_text
-from shared.files.json_files import canonical_json, read_record
+from shared.files.json_files import read_if_there
 from shared.files.outputs import check_own_folder
 from shared.job.job import Job
 from shared.job.job_file import load_job as load_job
-from shared.privacy.central_statement import CentralRelease, central_privacy_record, central_statement
-from shared.privacy.statement import privacy_record, run_statement
+from shared.privacy.central_statement import CentralRelease, central_statement
+from shared.privacy.statement import run_statement
 from shared.runtime.calibration import Calibration
 from shared.runtime.export.peft import save_peft_folder
 from shared.runtime.runtime import Runtime
@@ -66,8 +66,8 @@ OWN_FILES = frozenset(
         "statement.json",
         "site_metrics.json",
         "evaluation.json",
-        "repeats.json",
-        "folds.json",
+        REPEATS_FILE,
+        FOLDS_FILE,
         "report.html",
         "compliance-report.html",
         "compliance-report.html.sig.json",
@@ -78,20 +78,6 @@ OWN_FILES = frozenset(
     }
 )
 OWN_FOLDERS = frozenset({"adapter", "sites", "baselines", "audit", "repeats", "folds"})
-
-
-class _Public(BaseModel):
-    """What `run.json` tells about the parts of the public records."""
-
-    public_records: dict[str, int] = {}
-
-
-class _Before(BaseModel):
-    """What an earlier `run.json` tells about the time before a resume."""
-
-    created: str | None = None
-    seconds: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    seconds_before: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 class RunFolder:
@@ -143,8 +129,7 @@ class RunFolder:
     def save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Make `checkpoint` durable, then write what is derived from it."""
         save_checkpoint(self.path / "checkpoint.safetensors", checkpoint)
-        lines = [canonical_json(asdict(record)) for record in checkpoint.history]
-        write_text(self.path / "metrics.jsonl", "\n".join(lines) + "\n")
+        write_rounds(self.path / "metrics.jsonl", checkpoint.history)
 
     def write_run_info(self, status: str, details: Mapping[str, Any]) -> None:
         """Write `run.json`: status ("running", "completed", "stopped"), times, versions, machine and `details`.
@@ -153,14 +138,14 @@ class RunFolder:
         Under central DP no time but that of the beginning: how long a run took tells how many sites were drawn.
         """
         path = self.path / "run.json"
-        previous = read_record(path, _Before) if path.exists() else _Before()
+        previous = read_if_there(path, RunRecord) or RunRecord(status="running")
         seconds = previous.seconds_before + time.monotonic() - self._started
-        now = datetime.now(UTC).isoformat(timespec="seconds")
+        now = datetime.now(UTC)
         info = {
             "name": self.job.name,
             "job_sha256": self.job.sha256,
-            "created": previous.created or now,
-            "finished": None if status == "running" else now,
+            "created": (previous.created or now).isoformat(timespec="seconds"),
+            "finished": None if status == "running" else now.isoformat(timespec="seconds"),
             "status": status,
             "seconds": round(seconds, 3),
             "seconds_before": (previous.seconds or 0.0) if status == "running" else previous.seconds_before,
@@ -182,13 +167,14 @@ class RunFolder:
             "pretrained": not self.job.model.is_image_network,
         }
         if central is not None:
-            write_json(self.path / "privacy.json", central_privacy_record(central, self.job.name, **how))
-            write_json(self.path / "statement.json", central_statement(central, self.job.name, **how).as_dict())
+            write_json(self.path / "privacy.json", CoordinatorRecord.of(central, self.job.name, **how))
+            write_json(self.path / "statement.json", central_statement(central, self.job.name, **how))
             return
         for name, release in checkpoint.releases.items():
-            write_json(self.path / "sites" / name / "privacy.json", privacy_record(release, self.job.name, **how))
-        statement = run_statement(list(checkpoint.releases.values()), self.job.name, **how)
-        write_json(self.path / "statement.json", statement.as_dict())
+            write_json(self.path / "sites" / name / "privacy.json", SiteRecord.of(release, self.job.name, **how))
+        write_json(
+            self.path / "statement.json", run_statement(list(checkpoint.releases.values()), self.job.name, **how)
+        )
 
     def write_site_metrics(self, checkpoint: Checkpoint) -> None:
         """Write `site_metrics.json` if the job asked for some and the run is over."""
@@ -202,31 +188,19 @@ class RunFolder:
         temperature = calibration.temperature if calibration else 1.0
         save_peft_folder(self.path / "adapter", runtime, self.job, checkpoint.result, temperature=temperature)
         best = best_round(checkpoint.history, self.job) if checkpoint.best_adapter else checkpoint.round_number
-        write_json(
-            self.path / "evaluation.json",
-            {
-                "primary_metric": runtime.task.primary_metric,
-                "higher_is_better": runtime.task.higher_is_better,
-                "round": best,
-                **asdict(evaluation),
-                "calibration": asdict(calibration) if calibration else None,
-            },
+        record = EvaluationRecord(
+            **vars(evaluation),
+            primary_metric=runtime.task.primary_metric,
+            higher_is_better=runtime.task.higher_is_better,
+            round=best,
+            calibration=calibration,
         )
+        write_json(self.path / "evaluation.json", record)
 
 
 def peak_rss_mb() -> float:
     """Return the largest resident memory of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def public_counts(path: Path) -> dict[str, int] | None:
-    """Return how many public records the run in `path` is judged by and how many decide, if there is a run.
-
-    Older versions held none back and did not say.
-    """
-    if not (path / "run.json").exists():
-        return None
-    return read_record(path / "run.json", _Public).public_records
 
 
 def check_place(path: Path) -> None:
@@ -262,8 +236,7 @@ def check_run_folder(path: Path, job: Job, *, resume: bool) -> None:
     check_place(path)
     if not (path / "job.json").exists():
         return
-    if (path / "run.json").exists():
-        read_record(path / "run.json", _Before)
+    read_if_there(path / "run.json", RunRecord)
     known = load_job(path)
     if known.sha256 != job.sha256:
         raise RunError(

@@ -17,38 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 from torch import Tensor
 
+from server.records.rounds import RoundRecord
 from shared.errors import PrivacyError, RunError
 from shared.files.atomic import write_bytes
 from shared.files.json_files import parse_object
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.statement import SiteRelease
-
-
-@dataclass(frozen=True, kw_only=True)
-class RoundRecord:
-    """One line of `metrics.jsonl`.
-
-    Attributes:
-        round: 0 is before training.
-        metrics: on public evaluation data; empty for rounds that were not evaluated.
-        deciding: on the public records that decide and are not reported; empty if there are none, or nothing is decided.
-        epsilon_max: largest epsilon spent by a site so far; None if nothing private was released.
-        sites: sites whose update was aggregated.
-        failed: other sites that were asked, with the reason.
-        bytes_up, bytes_down: adapter bytes from and to all sites; None where it would tell who was drawn in secret.
-        seconds: wall clock of the round, None likewise; `seconds_evaluation` of it went into evaluation.
-    """
-
-    round: int
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    deciding: dict[str, float | None] = field(default_factory=dict)
-    epsilon_max: float | None = None
-    sites: list[str] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    bytes_up: int | None = 0
-    bytes_down: int | None = 0
-    seconds: float | None = 0.0
-    seconds_evaluation: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

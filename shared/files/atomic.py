@@ -9,6 +9,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,9 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as indented JSON with sorted keys; NaN is refused. See `write_bytes`."""
+    """Replace `path` by `value`, a dataclass as well, as indented JSON with sorted keys; NaN is refused. See `write_bytes`."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = asdict(value)
     write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
 
 

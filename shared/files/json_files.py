@@ -8,15 +8,33 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Annotated, Any, NoReturn, TypeVar, cast
 
-from pydantic import BaseModel, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
-from shared.errors import RunError
+from shared.errors import PrivacyError, RunError
 
-ModelT = TypeVar("ModelT", bound=BaseModel)
+RecordT = TypeVar("RecordT")
+
+# Numbers of a record, checked where one is read.
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def read_text(path: Path) -> str:
+    """Return the UTF-8 text in `path`; raises `RunError` if there is none."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise RunError(f"{path} is missing; restore it from a backup, or start a new run.") from None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise damaged(path, reason) from None
 
 
 class DuplicateKey(ValueError):
@@ -29,28 +47,49 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         RunError: see the module's guarantee.
     """
-    try:
-        return parse_object(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RunError(f"{path} is missing; restore it from a backup, or start a new run.") from None
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise damaged(path, reason) from None
+    return _object(read_text(path), path)
 
 
-def read_record(path: Path, kind: type[ModelT]) -> ModelT:
-    """Return the JSON object in `path`, checked against `kind`.
+def read_record(path: Path, kind: type[RecordT]) -> RecordT:
+    """Return the JSON object in `path` as a `kind`, a dataclass or model; keys that it does not know are passed over.
 
     Raises:
         RunError: see the module's guarantee.
     """
-    raw = read_object(path)
+    text = read_text(path)
+    _object(text, path)
+    return parse_record(text, kind, path)
+
+
+def read_if_there(path: Path, kind: type[RecordT]) -> RecordT | None:
+    """Return the JSON object in `path` as `read_record` does, None if there is no such file."""
+    return read_record(path, kind) if path.exists() else None
+
+
+def parse_record(text: str, kind: type[RecordT], path: Path, *, where: str = "") -> RecordT:
+    """Return the JSON `text`, which stands in `path` (at `where`), as a `kind`; see `read_record`."""
     try:
-        return kind.model_validate(raw)
+        return cast(RecordT, _adapter(cast(Hashable, kind)).validate_json(text, strict=True))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise damaged(path, f"{where}: {first['msg']}" if where else str(first["msg"])) from None
+        key = ".".join(str(part) for part in first["loc"])
+        raise damaged(path, f"{where}{key}: {first['msg']}" if key else f"{where}{first['msg']}") from None
+    except PrivacyError as error:  # of a mechanism that cannot be accounted for
+        raise damaged(path, f"{where}{error}") from None
+
+
+@lru_cache
+def _adapter(kind: Hashable) -> TypeAdapter[object]:
+    return TypeAdapter(cast(type[object], kind))
+
+
+def _object(text: str, path: Path) -> dict[str, Any]:
+    try:
+        return parse_object(text)
+    except json.JSONDecodeError as error:
+        raise damaged(path, f"it is not JSON ({error})") from None
+    except ValueError as error:
+        raise damaged(path, str(error)) from None
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -87,6 +87,14 @@ class GaussianSteps:
             raise PrivacyError(f"steps is {self.steps}; expected 0 or more.")
 
 
+def merged(events: Iterable[GaussianSteps]) -> tuple[GaussianSteps, ...]:
+    """Return `events` with equal mechanisms added up, in order of first appearance."""
+    steps: Counter[tuple[float, float]] = Counter()
+    for event in events:
+        steps[event.noise_multiplier, event.sample_rate] += event.steps
+    return tuple(GaussianSteps(noise_multiplier=s, sample_rate=q, steps=n) for (s, q), n in steps.items())
+
+
 def check_delta(delta: float) -> None:
     """Raise `PrivacyError` unless `delta` lies between 1e-30 and 1, strictly below 1."""
     if not MIN_DELTA <= delta < 1:

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
+
+from pydantic import Field
 
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
-from shared.files.json_files import finite_or_none
-from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.cross_check import CrossCheck, prv_cross_check
+from shared.privacy.accounting import GaussianSteps
 from shared.privacy.randomness import Origin
-from shared.privacy.statement import ACCOUNTANT, PRE_TRAINING, STOPPED_EARLY, Statement, relation
+from shared.privacy.statement import PRE_TRAINING, STOPPED_EARLY, Release, Statement, relation
 
 SITE_RELATION = relation("site")
 CHOICE_OF_SETTINGS_CENTRAL = (
@@ -43,103 +43,54 @@ NOT_COVERED_CENTRAL = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralRelease:
+class CentralRelease(Release):
     """Everything that a trusted coordinator published in one run.
 
     Attributes:
-        num_sites: declared number of sites.
+        num_sites_declared: declared number of sites.
         delta: failure probability.
-        first_clip_norm: clipping bound of the first round.
+        clip_norm_first: clipping bound of the first round.
         update_noise_multiplier: noise on the sum of updates, in units of the bound.
         count_noise: standard deviation of the noise on the count of unclipped updates; None if the bound is fixed.
-        rounds_planned: noise events that the job declares; no more are executed.
+        steps_planned: noise events that the job declares; no more are executed.
         rounds: the round of every executed noise event; a recomputed round stands here twice.
         events: the same as mechanisms: multiplier of the pair of sum and count, rate of the coins.
         randomness: where coins and noise came from.
-        epsilon_planned: epsilon of all planned rounds.
+        epsilon_budget: epsilon of all planned rounds; None if it is not finite.
     """
 
-    num_sites: int
+    num_sites_declared: int
     delta: float
-    first_clip_norm: float
-    update_noise_multiplier: float
-    count_noise: float | None
-    rounds_planned: int
+    clip_norm_first: Annotated[float, Field(gt=0)]
+    update_noise_multiplier: Annotated[float, Field(gt=0)]
+    count_noise: Annotated[float, Field(gt=0)] | None
+    steps_planned: Annotated[int, Field(ge=0)]
     rounds: tuple[int, ...]
     events: tuple[GaussianSteps, ...]
     randomness: Origin
-    epsilon_planned: float
-
-    @property
-    def protected(self) -> bool:
-        """True if a guarantee can be stated at all."""
-        return self.randomness == "os"
-
-    @property
-    def steps(self) -> int:
-        """Executed noise events."""
-        return sum(event.steps for event in self.events)
-
-    @property
-    def epsilon(self) -> float:
-        """Epsilon of everything that was published; infinite without protection."""
-        return compose_epsilon(self.events, self.delta) if self.protected else math.inf
+    epsilon_budget: Annotated[float, Field(ge=0)] | None = None
+    private: bool = True
 
     @property
     def epsilon_promised(self) -> float:
         """Epsilon of all planned rounds, never below that of the executed ones: of a run that its own rule may end early."""
-        return max(self.epsilon, self.epsilon_planned) if self.protected else math.inf
+        return max(self.epsilon, self.epsilon_budget or 0.0) if self.protected else math.inf
 
 
 def central_statement(
     release: CentralRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True
 ) -> Statement:
     """Return the statement of a run under central DP; see `run_statement` for the two flags."""
-    uncovered = (*_not_covered(pretrained), *([STOPPED_EARLY] if stopped_early and release.protected else []))
-    return Statement(one_site=_sentence(release, run, stopped_early), not_covered=uncovered)
+    uncovered = (
+        *not_covered_central(pretrained=pretrained),
+        *([STOPPED_EARLY] if stopped_early and release.protected else []),
+    )
+    return Statement.of(_sentence(release, run, stopped_early), not_covered=uncovered)
 
 
-def _not_covered(pretrained: bool) -> tuple[str, ...]:
+def not_covered_central(*, pretrained: bool) -> tuple[str, ...]:
+    """Return what no statement under central DP covers; see `not_covered`."""
     return tuple(item for item in NOT_COVERED_CENTRAL if pretrained or item is not PRE_TRAINING)
-
-
-def central_privacy_record(
-    release: CentralRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True
-) -> dict[str, Any]:
-    """Return the content of the coordinator's `privacy.json`: enough to recompute epsilon with an accountant alone."""
-    check = prv_cross_check(release.events, release.delta) if release.protected else CrossCheck()
-    last = release.events[-1] if release.events else None
-    return {
-        "released_by": "coordinator",
-        "run": run,
-        "unit": "site",
-        "relation": SITE_RELATION,
-        "trusts": ["coordinator"],
-        "delta": release.delta,
-        "num_sites_declared": release.num_sites,
-        "sample_rate": last.sample_rate if last else None,
-        "noise_multiplier": last.noise_multiplier if last else None,
-        "update_noise_multiplier": release.update_noise_multiplier,
-        "count_noise": release.count_noise,
-        "clip_norm_first": release.first_clip_norm,
-        "steps_planned": release.rounds_planned,
-        "steps_executed": release.steps,
-        "rounds": list(release.rounds),
-        "epsilon_budget": finite_or_none(release.epsilon_planned),
-        "epsilon_spent": finite_or_none(release.epsilon) if release.protected else None,
-        "epsilon_spent_prv": check.epsilon,
-        "epsilon_spent_prv_missing": check.reason,
-        "accountant": ACCOUNTANT,
-        "randomness": release.randomness,
-        "private": True,
-        "events": [
-            {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps}
-            for e in release.events
-        ],
-        "epsilon_planned": finite_or_none(release.epsilon_promised) if release.protected and stopped_early else None,
-        "statement": _sentence(release, run, stopped_early),
-        "not_covered": list(_not_covered(pretrained)),
-    }
 
 
 def _sentence(release: CentralRelease, run: str, stopped_early: bool) -> str:
@@ -161,13 +112,14 @@ def _sentence(release: CentralRelease, run: str, stopped_early: bool) -> str:
     planned = ""
     if stopped_early:
         planned = (
-            f" The run ended early: this is the epsilon of all {release.rounds_planned} planned rounds, which is what was "
+            f" The run ended early: this is the epsilon of all {release.steps_planned} planned rounds, which is what was "
             f"promised; of the executed ones it is {rounded_up(release.epsilon)}."
         )
     return (
         f"Unit: one site with everything that it holds. Everything that the coordinator published in run {run}, which is all "
         f"global adapters and clipping bounds, is ({rounded_up(epsilon)}, {delta_rounded_up(release.delta)})-differentially "
-        f"private under {SITE_RELATION} of {release.num_sites:,} declared ones, for {parts}{again}, by PLD accounting, against "
-        f"any number of other sites and the public.{planned} TRUSTED COORDINATOR: this does not protect against the coordinator "
-        "itself, which received the sites' updates unprotected, and it says nothing about single records at a site of their own."
+        f"private under {SITE_RELATION} of {release.num_sites_declared:,} declared ones, for {parts}{again}, by PLD accounting, "
+        f"against any number of other sites and the public.{planned} TRUSTED COORDINATOR: this does not protect against the "
+        "coordinator itself, which received the sites' updates unprotected, and it says nothing about single records at a site "
+        "of their own."
     )

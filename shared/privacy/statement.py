@@ -14,15 +14,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
 
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import PrivacyError
-from shared.files.json_files import finite_or_none
 from shared.job.values import PERSON_UNITS
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.randomness import Origin
 
 ACCOUNTANT = "PLD (connect the dots, rounding bounded and added), cross-checked with PRV (Opacus)"
@@ -102,8 +102,44 @@ def not_covered(unit: str, *, pretrained: bool = True) -> tuple[str, ...]:
     return tuple(_SEVERAL_IDS.format(unit=unit) if item is _SEVERAL_RECORDS else item for item in items)
 
 
+class Release:
+    """What stands behind one guarantee: the executed mechanisms of a site, or of a trusted coordinator."""
+
+    delta: float
+    randomness: Origin
+    private: bool
+    steps_planned: int
+    rounds: tuple[int, ...]
+    events: tuple[GaussianSteps, ...]
+
+    @property
+    def protected(self) -> bool:
+        """True if a guarantee can be stated at all."""
+        return self.private and self.randomness == "os"
+
+    @property
+    def steps(self) -> int:
+        """Executed noisy steps of training."""
+        return sum(event.steps for event in self.events)
+
+    @property
+    def arrived_events(self) -> tuple[GaussianSteps, ...]:
+        """Everything that arrived, or was published."""
+        return self.events
+
+    @property
+    def epsilon(self) -> float:
+        """Epsilon of everything that arrived; infinite without protection."""
+        return compose_epsilon(self.arrived_events, self.delta) if self.protected else math.inf
+
+    @property
+    def epsilon_promised(self) -> float:
+        """Epsilon of the whole plan, never below that of what was executed: what a run promises that may end early."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
-class SiteRelease:
+class SiteRelease(Release):
     """Everything that one site released in one run.
 
     Attributes:
@@ -147,26 +183,11 @@ class SiteRelease:
     private: bool = True
 
     @property
-    def protected(self) -> bool:
-        """True if a guarantee can be stated at all."""
-        return self.private and self.randomness == "os"
-
-    @property
-    def steps(self) -> int:
-        """Executed noisy steps of training."""
-        return sum(event.steps for event in self.events)
-
-    @property
     def arrived_events(self) -> tuple[GaussianSteps, ...]:
         """Everything that arrived: updates, and metrics."""
         if self.metrics_mechanism is None or self.metrics_sha256 is None:
             return self.events
         return (*self.events, self.metrics_mechanism)
-
-    @property
-    def epsilon(self) -> float:
-        """Epsilon of everything that arrived; infinite without protection."""
-        return compose_epsilon(self.arrived_events, self.delta) if self.protected else math.inf
 
     @property
     def possible_events(self) -> tuple[GaussianSteps, ...]:
@@ -187,47 +208,68 @@ class SiteRelease:
         return (*possible, replace(last, steps=left)) if last and left > 0 else possible
 
     @property
-    def epsilon_planned(self) -> float:
+    def epsilon_promised(self) -> float:
         """Epsilon of the whole plan, never below `epsilon_bound`: what a run promises that its own rule may end early."""
-        return compose_epsilon(self.planned_events, self.delta) if self.protected else math.inf
+        return self.epsilon_stated(stopped_early=True)
 
     @property
     def epsilon_bound(self) -> float:
         """Epsilon if every request of unknown outcome was executed; never below `epsilon`."""
-        return compose_epsilon(self.possible_events, self.delta) if self.protected else math.inf
+        return self.epsilon_stated(stopped_early=False)
+
+    def stated_events(self, *, stopped_early: bool) -> tuple[GaussianSteps, ...]:
+        """What the epsilon of a statement is composed of: everything that was possible, or promised if the run ended early."""
+        return self.planned_events if stopped_early else self.possible_events
+
+    def epsilon_stated(self, *, stopped_early: bool) -> float:
+        """Epsilon of `stated_events`; infinite without protection."""
+        return (
+            compose_epsilon(self.stated_events(stopped_early=stopped_early), self.delta) if self.protected else math.inf
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SitesEpsilon:
+    """Epsilon of one person, record or the like at each of up to so many sites."""
+
+    sites: Annotated[int, Field(ge=1)]
+    epsilon: Annotated[float, Field(ge=0)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Statement:
-    """The statement of a run.
+    """The statement of a run, as `statement.json` holds it.
 
     Attributes:
         one_site: guarantee for a person whose records are at one site.
         up_to_m_sites: epsilon for a person with one record (or, if persons are the unit, with records) at each of up to m
             sites, worst sites first.
         not_covered: what the guarantee does not say.
-        unit: unit of privacy.
+        text: all of it in words.
     """
 
     one_site: str
-    up_to_m_sites: list[dict[str, float | int]] = field(default_factory=list)
-    not_covered: tuple[str, ...] = NOT_COVERED
-    unit: str = "record"
+    up_to_m_sites: tuple[SitesEpsilon, ...] = ()
+    not_covered: tuple[str, ...] = ()
+    text: str
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the content of `statement.json`."""
-        parts = [self.one_site]
-        if self.up_to_m_sites:
-            rows = ", ".join(f"{row['sites']}: {rounded_up(row['epsilon'])}" for row in self.up_to_m_sites)
-            who = f"A {self.unit} with records" if self.unit in PERSON_UNITS else "A person with one record"
+    @classmethod
+    def of(
+        cls,
+        one_site: str,
+        up_to_m_sites: tuple[SitesEpsilon, ...] = (),
+        *,
+        not_covered: tuple[str, ...] = NOT_COVERED,
+        unit: str = "record",
+    ) -> Statement:
+        """Return the statement with all of it put into words."""
+        parts = [one_site]
+        if up_to_m_sites:
+            rows = ", ".join(f"{row.sites}: {rounded_up(row.epsilon)}" for row in up_to_m_sites)
+            who = f"A {unit} with records" if unit in PERSON_UNITS else "A person with one record"
             parts.append(f"{who} at each of m sites is protected with epsilon (m: epsilon) {rows}.")
-        parts.append(_NOT_COVERED + " ".join(self.not_covered))
-        return {
-            "one_site": self.one_site,
-            "up_to_m_sites": self.up_to_m_sites,
-            "not_covered": list(self.not_covered),
-            "text": "\n\n".join(parts),
-        }
+        parts.append(_NOT_COVERED + " ".join(not_covered))
+        return cls(one_site=one_site, up_to_m_sites=up_to_m_sites, not_covered=not_covered, text="\n\n".join(parts))
 
 
 def without_uncovered(statement: str, listed: Iterable[str]) -> str:
@@ -272,7 +314,7 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
         parts += noise_rounded_down(release.metrics_mechanism.noise_multiplier) + (
             "" if release.metrics_sha256 else ", which was asked for and never arrived here"
         )
-    epsilon = release.epsilon_planned if stopped_early else release.epsilon_bound
+    epsilon = release.epsilon_stated(stopped_early=stopped_early)
     planned = ""
     if stopped_early:
         planned = (
@@ -301,56 +343,6 @@ def _sampling_in_words(release: SiteRelease) -> str:
     )
 
 
-def privacy_record(
-    release: SiteRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True
-) -> dict[str, Any]:
-    """Return the content of a site's `privacy.json`: enough to recompute epsilon with an accountant alone."""
-    protected = release.protected
-    check = prv_cross_check(release.arrived_events, release.delta) if protected else CrossCheck()
-    last = release.events[-1] if release.events else None
-    return {
-        "site": release.site,
-        "run": run,
-        "unit": release.unit,
-        "records_per_person": release.records_per_person,
-        "relation": relation(release.unit),
-        "delta": release.delta,
-        "sample_rate": last.sample_rate if last else None,
-        "noise_multiplier": last.noise_multiplier if last else None,
-        "max_grad_norm": release.max_grad_norm,
-        "steps_planned": release.steps_planned,
-        "steps_executed": release.steps,
-        "epsilon_budget": release.epsilon_budget or None,
-        "epsilon_spent": finite_or_none(release.epsilon) if protected else None,
-        "epsilon_spent_prv": check.epsilon,
-        "epsilon_spent_prv_missing": check.reason,
-        "epsilon_bound": finite_or_none(release.epsilon_bound) if protected else None,
-        "epsilon_planned": finite_or_none(release.epsilon_planned) if protected and stopped_early else None,
-        "rounds_unanswered": list(release.unanswered),
-        "update_sha256": list(release.updates),
-        "accountant": ACCOUNTANT,
-        "randomness": release.randomness,
-        "private": release.private,
-        "declared_records": release.declared_records,
-        "rounds": list(release.rounds),
-        "events": [
-            {"noise_multiplier": e.noise_multiplier, "sample_rate": e.sample_rate, "steps": e.steps}
-            for e in release.arrived_events
-        ],
-        "metrics": _metrics_record(release),
-        "statement": site_statement(release, run, stopped_early=stopped_early, pretrained=pretrained),
-        "not_covered": list(not_covered(release.unit, pretrained=pretrained)),
-    }
-
-
-def _metrics_record(release: SiteRelease) -> dict[str, Any] | None:
-    """Return what was asked for; if it arrived, it is the last of `events` as well."""
-    mechanism = release.metrics_mechanism
-    if mechanism is None:
-        return None
-    return {"names": list(release.metrics), **asdict(mechanism), "sha256": release.metrics_sha256}
-
-
 def run_statement(
     releases: Sequence[SiteRelease], run: str, *, stopped_early: bool = False, pretrained: bool = True
 ) -> Statement:
@@ -364,39 +356,30 @@ def run_statement(
         PrivacyError: if the releases are of different units; their epsilons say different things.
     """
     if not releases:
-        return Statement(one_site=f"Run {run} released nothing yet.")
+        return Statement.of(f"Run {run} released nothing yet.")
     if any(not release.protected for release in releases):
         worst = next(release for release in releases if not release.protected)
         uncovered = not_covered(worst.unit, pretrained=pretrained)
-        return Statement(
-            one_site=site_statement(worst, run, pretrained=pretrained), unit=worst.unit, not_covered=uncovered
-        )
+        return Statement.of(site_statement(worst, run, pretrained=pretrained), unit=worst.unit, not_covered=uncovered)
     if len(units := {release.unit for release in releases}) > 1:
         raise PrivacyError(
             f"the releases of run {run} are by different units ({', '.join(sorted(units))}); none is stated."
         )
-
-    def stated(release: SiteRelease) -> float:
-        return release.epsilon_planned if stopped_early else release.epsilon_bound
-
-    by_epsilon = sorted(releases, key=stated, reverse=True)
-    worst = by_epsilon[0]
-    table: list[dict[str, float | int]] = [
-        {
-            "sites": count,
-            "epsilon": compose_epsilon(
-                [e for r in by_epsilon[:count] for e in (r.planned_events if stopped_early else r.possible_events)],
-                worst.delta,
-            ),
-        }
-        for count in _counts(len(by_epsilon))
-    ]
+    worst = worst_first(releases, stopped_early=stopped_early)[0]
+    stated = rounded_up(worst.epsilon_stated(stopped_early=stopped_early))
+    table = tuple(
+        SitesEpsilon(
+            sites=count,
+            epsilon=compose_epsilon(events_at_sites(releases, count, stopped_early=stopped_early), worst.delta),
+        )
+        for count in _counts(len(releases))
+    )
     about = "A person with one record at one site: everything released about it is"
     if worst.unit in PERSON_UNITS:
         about = f"A {worst.unit} whose records are all at one site: everything released about them is"
     sentence = (
         f"Run {run}, {len(releases)} sites. {about} "
-        f"({rounded_up(stated(worst))}, {delta_rounded_up(worst.delta)})-differentially private under "
+        f"({stated}, {delta_rounded_up(worst.delta)})-differentially private under "
         f"{relation(worst.unit)}, by PLD accounting, against an observer of every update of every site; the largest epsilon of a "
         f"site, {worst.site}. "
         f"{AS_REPORTED}"
@@ -409,7 +392,18 @@ def run_statement(
     if any(release.unanswered for release in releases):
         sentence += " Requests that were never answered here are counted as executed."
     uncovered = (*not_covered(worst.unit, pretrained=pretrained), *([STOPPED_EARLY] if stopped_early else []))
-    return Statement(one_site=sentence, up_to_m_sites=table, unit=worst.unit, not_covered=uncovered)
+    return Statement.of(sentence, table, unit=worst.unit, not_covered=uncovered)
+
+
+def worst_first(releases: Sequence[SiteRelease], *, stopped_early: bool) -> list[SiteRelease]:
+    """Return the releases, those with the largest stated epsilon first."""
+    return sorted(releases, key=lambda release: release.epsilon_stated(stopped_early=stopped_early), reverse=True)
+
+
+def events_at_sites(releases: Sequence[SiteRelease], count: int, *, stopped_early: bool) -> tuple[GaussianSteps, ...]:
+    """Return what is composed for a person at `count` sites: everything stated of those with the largest epsilons."""
+    worst = worst_first(releases, stopped_early=stopped_early)[:count]
+    return tuple(event for release in worst for event in release.stated_events(stopped_early=stopped_early))
 
 
 def _counts(sites: int) -> list[int]:

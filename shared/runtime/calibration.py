@@ -15,11 +15,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from shared.errors import AdapterError
+from shared.files.json_files import Count, Finite, Share
 from shared.models.batches import Batch
 from shared.tasks import Task
 
@@ -41,9 +44,9 @@ class Bin:
         confidence, accuracy: their means; 0 if there are none.
     """
 
-    count: int
-    confidence: float
-    accuracy: float
+    count: Count
+    confidence: Share
+    accuracy: Share
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,13 +61,13 @@ class Calibration:
         bins_before, bins_after: reliability of the reported ones, from confidence 0 to 1.
     """
 
-    temperature: float
-    fitted_on: int
-    reported_on: int
-    loss_before: float
-    loss_after: float
-    error_before: float
-    error_after: float
+    temperature: Annotated[float, Field(gt=0)]
+    fitted_on: Count
+    reported_on: Count
+    loss_before: Finite
+    loss_after: Finite
+    error_before: Share
+    error_after: Share
     bins_before: tuple[Bin, ...]
     bins_after: tuple[Bin, ...]
 

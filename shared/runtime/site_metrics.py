@@ -17,13 +17,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field
 from torch import Tensor
 
 from shared.errors import ConfigError
+from shared.files.json_files import Positive
 from shared.job.job import Job
 from shared.models.batches import Example, collate
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
@@ -125,9 +128,9 @@ class Estimate:
 
     metric: str
     value: float | None
-    standard_error: float | None
+    standard_error: Positive | None
     votes: float
-    sites: int
+    sites: Annotated[int, Field(ge=1)]
 
 
 def estimate(metric: str, counts: Sequence[Sequence[float]], job: Job) -> Estimate:

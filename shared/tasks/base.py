@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
 from torch import Tensor, nn
 
 from shared.errors import DataError
+from shared.files.json_files import Count, Finite, Share
 from shared.job.kinds import TaskKind
 from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import Batch, Example
@@ -17,6 +19,7 @@ from shared.models.batches import Batch, Example
 Record = Mapping[str, Any]
 Prediction = dict[str, Any]
 """What a model says of a text, by name."""
+_PAIR = Field(min_length=2, max_length=2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +39,10 @@ class Evaluation:
 
     metrics: dict[str, float | None]
     labels: tuple[str, ...] | None = None
-    confusion: list[list[int]] | None = None
-    confusion_cells: list[list[int]] | None = None
-    roc: list[list[float]] | None = None
-    pairs: list[list[float]] | None = None
+    confusion: list[list[Count]] | None = None
+    confusion_cells: list[Annotated[list[Count], Field(min_length=3, max_length=3)]] | None = None
+    roc: Annotated[list[Annotated[list[Share], _PAIR]], Field(min_length=2)] | None = None
+    pairs: Annotated[list[Annotated[list[Finite], _PAIR]], Field(min_length=1)] | None = None
     note: str | None = None
 
 

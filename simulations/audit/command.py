@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -71,11 +72,11 @@ def audit_run(
                     run, shadows=shadows, targets=trainings, alpha=alpha, seed=seed, progress=tell
                 )
                 seeds = list(range(seed, seed + shadows + trainings))
-    content = audits.save_result(run, result, seeds=seeds)
+    record = audits.save_result(run, result, seeds=seeds)
     figure = folder / "audit" / f"tier{tier}.png"
     write_figure(figure, result, scored)
     if as_json:
-        print_json(content)
+        print_json(asdict(record))
     else:
         console.print(result_table(result))
         for reason in result.reasons:

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
 from shared.errors import PrivacyError
-from shared.files.json_files import finite_or_none
 
 Verdict = Literal["consistent", "violated", "inconclusive"]
 
@@ -51,21 +50,6 @@ class AuditResult:
             f"LOWER BOUND {bound_rounded_down(self.lower_bound)} / "
             f"CEILING {bound_rounded_down(self.ceiling)} / {self.verdict} at alpha {self.alpha:g}"
         )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the result as plain data; an infinite number is None."""
-        return {
-            "tier": self.tier,
-            "audited": self.audited,
-            "claim": finite_or_none(self.claim),
-            "delta": self.delta,
-            "alpha": self.alpha,
-            "lower_bound": finite_or_none(self.lower_bound),
-            "ceiling": finite_or_none(self.ceiling),
-            "verdict": self.verdict,
-            "reasons": list(self.reasons),
-            "details": dict(self.details),
-        }
 
 
 def judge(*, claim: float, lower_bound: float, ceiling: float) -> tuple[Verdict, tuple[str, ...]]:

@@ -9,18 +9,20 @@ Guarantees (tests: tests/simulations/audit/test_run.py)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+from server.records.privacy import AnyRecord, CoordinatorRecord, read_sites
+from server.records.results import AuditRecord
+from server.records.run import RunRecord
 from server.rounds.central_release import SitesRelease
 from server.runs.folder import load_job
 from shared.epsilons import noise_rounded_down, rate_rounded_up
 from shared.errors import RunError
 from shared.files.atomic import write_json
-from shared.files.json_files import read_object
+from shared.files.json_files import finite_or_none, read_if_there, read_record
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
@@ -77,49 +79,46 @@ def open_run(folder: Path) -> AuditedRun:
     if job.privacy.mechanism == "none":
         raise RunError(f"the run in {folder} is not private (privacy.mechanism 'none'): it claims no epsilon to audit.")
     # Under central DP the coordinator alone released anything under a guarantee.
-    where = "privacy.json" if job.privacy.central else "sites/*/privacy.json"
-    records = [{"site": COORDINATOR} | _read_json(path) for path in sorted(folder.glob(where))]
+    path = folder / "privacy.json"
+    records: Sequence[AnyRecord] = read_sites(folder)
+    if job.privacy.central:
+        records = [read_record(path, CoordinatorRecord)] if path.exists() else []
     if not records:
-        raise RunError(f"{folder} holds no {where.replace('*', 'NAME')}; finish the run first.")
+        where = "privacy.json" if job.privacy.central else "sites/NAME/privacy.json"
+        raise RunError(f"{folder} holds no {where}; finish the run first.")
     for record in records:
-        if not record["private"] or record["randomness"] != "os":
+        if not record.private or record.randomness != "os":
             raise RunError(
-                f"site {record['site']} of {folder} has no epsilon: its updates were released without noise, or with randomness "
+                f"site {record.site} of {folder} has no epsilon: its updates were released without noise, or with randomness "
                 "that was injected for a test. There is nothing to audit."
             )
-    worst = max(records, key=lambda record: record["epsilon_spent"] or 0.0)
-    if not worst["events"]:
+    worst = max(records, key=lambda record: record.epsilon_spent or 0.0)
+    if not worst.events:
         raise RunError(f"no site of {folder} released anything, so there is nothing to audit; finish the run first.")
     return AuditedRun(
         folder=folder,
         job=job,
-        site=str(worst["site"]),
+        site=COORDINATOR if job.privacy.central else worst.site,
         plan=_executed_plan(job, worst),
-        claim=math.inf if worst["epsilon_spent"] is None else float(worst["epsilon_spent"]),
+        claim=math.inf if worst.epsilon_spent is None else worst.epsilon_spent,
     )
 
 
-def _executed_plan(job: Job, record: dict[str, Any]) -> PrivacyPlan:
+def _executed_plan(job: Job, record: AnyRecord) -> PrivacyPlan:
     """Return the job's plan with the steps of a privacy record, if the two speak of the same mechanism."""
     plan = PrivacyPlan.of_coordinator(job) if job.privacy.central else PrivacyPlan.from_job(job)
-    steps = 0
-    metrics = record.get("metrics")
-    released = metrics is not None and metrics["sha256"] is not None  # then they are the last event
-    for event in record["events"][: -1 if released else None]:
-        found = (event["noise_multiplier"], event["sample_rate"])
+    for event in record.training:
+        found = (event.noise_multiplier, event.sample_rate)
         expected = (plan.noise_multiplier, plan.sample_rate)
         if not all(math.isclose(a, b, rel_tol=_SAME_PLAN) for a, b in zip(found, expected, strict=True)):
             raise RunError(
-                f"the privacy record of site {record['site']} has noise multiplier and sampling rate {found}, the job's plan "
+                f"the privacy record of site {record.site} has noise multiplier and sampling rate {found}, the job's plan "
                 f"{expected}; they do not belong together. Restore the run folder."
             )
-        plan = replace(plan, noise_multiplier=event["noise_multiplier"])
-        steps += event["steps"]
-    return replace(plan, planned_steps=steps, delta=record["delta"], metrics=plan.metrics if released else None)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_object(path)
+        plan = replace(plan, noise_multiplier=event.noise_multiplier)
+    steps = sum(event.steps for event in record.training)
+    released = len(record.events) > len(record.training)  # metrics, after the training
+    return replace(plan, planned_steps=steps, delta=record.delta, metrics=plan.metrics if released else None)
 
 
 def check_simulation(run: AuditedRun) -> None:
@@ -129,8 +128,8 @@ def check_simulation(run: AuditedRun) -> None:
             f"the noise of {run.folder} was added by the coordinator over all sites; tiers 2 and 3 train one site and so cannot "
             "audit it. Use --tier 1."
         )
-    path = run.folder / "run.json"
-    mode = str(_read_json(path).get("mode", "")) if path.exists() else ""
+    record = read_if_there(run.folder / "run.json", RunRecord)
+    mode = (record and record.mode) or ""
     if not mode.startswith("simulation"):
         raise RunError(
             f"{run.folder} is {'a ' + mode if mode else 'not a simulation'}; tiers 2 and 3 train on the audited data and so work "
@@ -229,16 +228,16 @@ def audit_gradient_canaries(
 # --- results ---
 
 
-def save_result(run: AuditedRun, result: AuditResult, *, seeds: list[int]) -> dict[str, Any]:
+def save_result(run: AuditedRun, result: AuditResult, *, seeds: list[int]) -> AuditRecord:
     """Write `audit/tierN.json` atomically and return its content."""
-    content = {
-        **result.as_dict(),
-        "run": run.job.name,
-        "job_sha256": run.job.sha256,
-        "site": run.site,
-        "seeds": seeds,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "version": silotune_version(),
-    }
-    write_json(run.folder / "audit" / f"tier{result.tier}.json", content)
-    return content
+    record = AuditRecord(
+        **vars(result) | {name: finite_or_none(getattr(result, name)) for name in ("claim", "lower_bound", "ceiling")},
+        run=run.job.name,
+        job_sha256=run.job.sha256,
+        site=run.site,
+        seeds=tuple(seeds),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=silotune_version(),
+    )
+    write_json(run.folder / "audit" / f"tier{result.tier}.json", record)
+    return record

@@ -29,6 +29,8 @@ from client.node.fleet import TlsFacts, tls_facts
 from client.site.home import SiteHome
 from server import commands as coordinator_commands
 from server.coordinator.run_file import RunSettings, submit
+from server.records.privacy import read_sites
+from server.records.results import read_evaluation
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.data.datasets import DataSource, write_jsonl
@@ -313,14 +315,10 @@ def summary(
 ) -> Mapping[str, Any]:
     """Return the figures of a finished run."""
     metric = task_of(job).primary_metric
-    evaluation = json.loads((submission.run_folder / "evaluation.json").read_text())
-    spent = [
-        json.loads(p.read_text())["epsilon_bound"] for p in sorted(submission.run_folder.glob("sites/*/privacy.json"))
-    ]
+    evaluation = read_evaluation(submission.run_folder / "evaluation.json")
+    spent = [record.epsilon_bound or 0.0 for record in read_sites(submission.run_folder)]
     return {
-        f"{metric}_federated_dp": None
-        if evaluation["metrics"][metric] is None
-        else round(evaluation["metrics"][metric], 4),
+        f"{metric}_federated_dp": None if evaluation.primary is None else round(evaluation.primary, 4),
         "rounds": submission.progress(),
         "sites": len(sites),
         "round_overhead_seconds_median": round(statistics.median(round_overheads(federation, submission, sites)), 3),

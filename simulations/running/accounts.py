@@ -8,8 +8,8 @@ from pathlib import Path
 
 from client.ledger.ledger import Budget, Ledger
 from client.site.config import SiteConfig
+from server.records.privacy import read_site
 from server.reports.compliance import Account
-from server.reports.compliance.records import PrivacyRecord, parse_record
 from server.runs.folder import load_job
 from shared.job.parsing import load_toml, parse
 
@@ -33,7 +33,7 @@ def simulated_accounts(run: Path, *, without: Collection[str] = ()) -> list[Acco
         config = parse(SiteConfig, load_toml(place / "site.toml"), source=str(place / "site.toml"))
         cap = config.budget
         budget = Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition)
-        declared = parse_record(PrivacyRecord, record).declared_records
+        declared = read_site(record).declared_records
         with closing(Ledger(file, dataset=config.dataset, unit=unit, budget=budget)) as ledger:
             export = ledger.export(site=config.name, declared_records=declared)
         accounts.append(Account(file=file, export=export, from_ledger=True))

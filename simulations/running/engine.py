@@ -17,8 +17,8 @@ from flwr.serverapp.grid import Grid
 from client.app import make_client_app
 from server.aggregation.mean import DIVERGED
 from server.app import Run, make_server_app
+from server.records.results import DIVERGED_FILE, Diverged
 from server.reports.run import write_report_if_possible
-from server.rounds.convergence import DIVERGED_FILE
 from server.rounds.early_stopping import is_over, require_public_records
 from server.rounds.loop import TooFewSites
 from server.rounds.observer import Observer
@@ -390,9 +390,8 @@ def _run_baseline(
     except TooFewSites as error:
         if arm.job.privacy.mechanism != "none" or DIVERGED not in str(error):
             raise
-        write_json(
-            arm.folder / DIVERGED_FILE, {"reason": "no update could be aggregated, for its values grew too large"}
-        )
+        reason = "no update could be aggregated, for its values grew too large"
+        write_json(arm.folder / DIVERGED_FILE, Diverged(reason=reason))
         log.warning("baseline %s diverged: %s", arm.name, error)
 
 

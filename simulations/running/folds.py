@@ -9,20 +9,17 @@ or synthetic are cross-validated, as in a sweep.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from server.records.results import FOLDS_FILE, Folds, read_evaluation
 from server.reports.run import write_report_if_possible
-from server.reports.run.run_data import read_evaluation
 from server.rounds.early_stopping import is_over
 from server.store.checkpoint import Checkpoint
 from shared.errors import PrivacyError
 from shared.files.atomic import write_json
 from simulations.running.engine import FEDERATED, MakeObserver, run_scenario
 from simulations.scenario import Scenario
-
-FOLDS_FILE = "folds.json"
 
 
 def run_folds(
@@ -61,25 +58,22 @@ def run_folds(
         if not is_over(checkpoint, scenario.job):
             return finished[0]
     arms = {arm: found for arm in [FEDERATED, *scenario.baselines.arms] if (found := _by_metric(places, arm))}
-    test_records = [len(fold.test) for fold in folds]
-    write_json(folder / FOLDS_FILE, {"folds": len(folds), "test_records": test_records, "arms": arms})
+    test_records = tuple(len(fold.test) for fold in folds)
+    write_json(folder / FOLDS_FILE, Folds(folds=len(folds), test_records=test_records, arms=arms))
     write_report_if_possible(folder)
     return finished[0]
 
 
-def _by_metric(places: Sequence[Path], arm: str) -> Mapping[str, list[float]]:
+def _by_metric(places: Sequence[Path], arm: str) -> dict[str, tuple[float, ...]]:
     """Return every metric of an arm over the folds; one that a fold could not measure is left out."""
-    found: list[dict[str, Any]] = []
+    found: list[dict[str, float | None]] = []
     for place in places:
         path = (place if arm == FEDERATED else place / "baselines" / arm) / "evaluation.json"
         if arm != FEDERATED and not path.exists():
             return {}  # a baseline that diverged so far that it could not go on
-        found.append(dict(read_evaluation(path).metrics))
-    return {
-        name: [float(metrics[name]) for metrics in found]
-        for name in found[0]
-        if all(m.get(name) is not None for m in found)
-    }
+        found.append(read_evaluation(path).metrics)
+    values = {name: [value for metrics in found if (value := metrics.get(name)) is not None] for name in found[0]}
+    return {name: tuple(of_folds) for name, of_folds in values.items() if len(of_folds) == len(found)}
 
 
 def _require_unprivate(scenario: Scenario) -> None:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from server.records.results import REPEATS_FILE, read_evaluation
 from server.reports.ensembles import composed_privacy, open_ensemble
 from server.reports.run import write_report_if_possible
-from server.reports.run.run_data import read_evaluation
 from server.rounds.early_stopping import is_over
 from server.rounds.public_records import hold_back
 from server.store.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ def run_repeats(
         test = hold_back(public, task_of(scenario.job).roles[0]).reported
         places = {arm: [_folder_of(place, arm) for place in folders.values()] for arm in arms}
         summary["ensembles"] = {arm: _ensemble(runs, scenario, test) for arm, runs in places.items()}
-    write_json(folder / "repeats.json", summary)
+    write_json(folder / REPEATS_FILE, summary)
     write_report_if_possible(folder)
     return finished
 
@@ -77,6 +77,4 @@ def _folder_of(folder: Path, arm: str) -> Path:
 
 
 def _final_metric(folder: Path, arm: str) -> float | None:
-    evaluation = read_evaluation(_folder_of(folder, arm) / "evaluation.json")
-    value = evaluation.metrics[evaluation.primary_metric]
-    return None if value is None else float(value)
+    return read_evaluation(_folder_of(folder, arm) / "evaluation.json").primary

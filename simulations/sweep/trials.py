@@ -13,11 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from server.records.privacy import read_sites
+from server.records.results import read_evaluation
 from server.rounds.observer import Observer
 from server.runs.folder import foreign_entries
 from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
-from shared.files.json_files import read_object
 from shared.files.outputs import listed
 from shared.runtime.runtime import load_runtime
 from shared.tasks import Record, task_of
@@ -90,11 +91,11 @@ def executed_epsilon(folder: Path) -> float | None:
     Raises:
         RunError: if the run folder holds no privacy record.
     """
-    records = [read_object(path) for path in sorted(folder.glob("sites/*/privacy.json"))]
+    records = read_sites(folder)
     if not records:
         raise RunError(f"{folder} holds no privacy record of a site; no epsilon can be stated for it.")
-    found = [record["epsilon_spent"] for record in records]
-    return None if None in found else max(float(epsilon) for epsilon in found)
+    found = [record.epsilon_spent for record in records]
+    return None if None in found else max(epsilon for epsilon in found if epsilon is not None)
 
 
 class _Rounds(Observer):
@@ -109,16 +110,16 @@ class _Rounds(Observer):
 
 
 def _scores(folder: Path) -> dict[str, Any]:
-    evaluation = read_object(folder / "evaluation.json")
-    metrics = evaluation["metrics"]
+    evaluation = read_evaluation(folder / "evaluation.json")
+    metrics = evaluation.metrics
     if not all(math.isfinite(value) for value in metrics.values() if value is not None):
         raise RunError("the training diverged: a metric is not a finite number. Try a smaller learning rate.")
-    if metrics[evaluation["primary_metric"]] is None:
+    if evaluation.primary is None:
         raise RunError(
-            f"the evaluation data leaves {evaluation['primary_metric']} undefined, so settings cannot be compared by it; give "
+            f"the evaluation data leaves {evaluation.primary_metric} undefined, so settings cannot be compared by it; give "
             "other evaluation data."
         )
-    return {"score": metrics[evaluation["primary_metric"]], "metrics": metrics}
+    return {"score": evaluation.primary, "metrics": metrics}
 
 
 def _confirm(scenario: Scenario, finished: Checkpoint, records: list[Record]) -> dict[str, float | None]:

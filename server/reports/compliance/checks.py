@@ -9,9 +9,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from server.records.results import AuditRecord
 from server.reports.compliance.ledgers import LedgerFacts
 from server.reports.compliance.log import LogFacts
-from server.reports.compliance.records import AuditRecord
 from server.reports.run.run_data import RunData
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.job.job import Job
@@ -148,7 +148,7 @@ def statement_discrepancies(data: RunData, statements: Sequence[Statement]) -> I
     """Does statement.json state what is recomputed?"""
     if data.statement is None or len(statements) != 1:
         return
-    computed = {int(row["sites"]): float(row["epsilon"]) for row in statements[0].up_to_m_sites}
+    computed = {row.sites: row.epsilon for row in statements[0].up_to_m_sites}
     for row in data.statement.up_to_m_sites:
         if not computed:
             yield "statement.json states an epsilon, but none can be stated from what was executed."

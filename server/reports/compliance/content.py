@@ -15,7 +15,6 @@ from server.reports.compliance.checks import CHECKS
 from server.reports.compliance.document import (
     Block,
     Bullets,
-    Column,
     Document,
     Notice,
     Paragraph,
@@ -23,7 +22,9 @@ from server.reports.compliance.document import (
     SignatureLines,
     Table,
     entries,
+    numbers,
     section,
+    wide,
 )
 from server.reports.compliance.facts import Facts
 from server.reports.run.formats import (
@@ -131,7 +132,7 @@ def _summary(facts: Facts) -> Section:
             f"epsilon {rounded_up(headline.epsilon)} at delta {format_delta(headline.delta)} for one {headline.unit} "
             f"{headline.where}"
         )
-    verdicts = [f"tier {audit.tier} {audit.verdict}" for audit in facts.audits]
+    verdicts = [f"tier {audit.tier} {audit.verdict}" for audit in facts.data.audits]
     return section(
         "summary",
         "Summary",
@@ -286,12 +287,7 @@ def _participants(facts: Facts) -> Section:
         caption = (
             "Sites. The declared size is public: a round number that the site chose, not the count of its records."
         )
-        columns = (
-            Column(title="Site", width="wide"),
-            Column(title="Declared size", number=True),
-            Column(title="Updates released", number=True),
-            Column(title="Requests never answered", number=True),
-        )
+        columns = (wide("Site"), *numbers("Declared size", "Updates released", "Requests never answered"))
         blocks.append(Table(caption=caption, columns=columns, rows=rows))
     return section("participants", "By whom", blocks)
 

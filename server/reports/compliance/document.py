@@ -123,6 +123,16 @@ class Document:
 HASH = Column(title="SHA-256", mono=True)
 
 
+def numbers(*titles: str) -> tuple[Column, ...]:
+    """Return columns of numbers."""
+    return tuple(Column(title=title, number=True) for title in titles)
+
+
+def wide(title: str) -> Column:
+    """Return a column of text that needs room."""
+    return Column(title=title, width="wide")
+
+
 def section(anchor: str, title: str, blocks: Sequence[Block]) -> Section:
     """Return a section."""
     return Section(id=anchor, title=title, blocks=tuple(blocks))

@@ -15,9 +15,11 @@ from server.reports.compliance.document import (
     Section,
     Table,
     entries,
+    numbers,
     section,
+    wide,
 )
-from server.reports.compliance.facts import CentralFacts, Facts, Guarantee, SiteFacts, accountants_agree
+from server.reports.compliance.facts import Accounted, CentralFacts, Facts, Guarantee, SiteFacts, accountants_agree
 from server.reports.run.formats import (
     NOT_RECORDED,
     format_budget,
@@ -72,12 +74,7 @@ def _sites_table(guarantee: Guarantee) -> Table:
     return Table(
         caption=f"Whoever is at several sites is protected less. Epsilon for one {guarantee.unit} at each of up to so many "
         "sites, those with the largest epsilon first; check: the second accountant.",
-        columns=(
-            Column(title="Sites"),
-            Column(title="Epsilon", number=True),
-            Column(title="Check (PRV)", number=True),
-            Column(title="Agree"),
-        ),
+        columns=(Column(title="Sites"), *numbers("Epsilon", "Check (PRV)"), Column(title="Agree")),
         rows=tuple(
             (
                 str(row.sites),
@@ -95,7 +92,7 @@ def _central_table(central: CentralFacts) -> Table:
     titles = ("Sampling rate of sites", "Noise multiplier", "Noise events", "Delta", "Epsilon")
     return Table(
         caption="What the coordinator executed over all sites together, and the epsilon that follows from it.",
-        columns=(Column(title="Unit", width="wide"), *(Column(title=title, number=True) for title in titles)),
+        columns=(wide("Unit"), *numbers(*titles)),
         rows=(
             (
                 record.unit,
@@ -131,11 +128,7 @@ def _mechanism_table(facts: Facts) -> Table:
     return Table(
         caption="What was executed at each site, and the epsilon that follows from it. Steps of requests never answered "
         "are included; where lines differ, each is a mechanism of its own.",
-        columns=(
-            Column(title="Site", width="wide"),
-            Column(title="Unit"),
-            *(Column(title=title, number=True) for title in titles),
-        ),
+        columns=(wide("Site"), Column(title="Unit"), *numbers(*titles)),
         rows=tuple(rows),
     )
 
@@ -157,23 +150,12 @@ def accountant_section(facts: Facts) -> Section:
                 if facts.central is None
                 else "Epsilon of what the coordinator published.",
                 columns=(
-                    Column(title="Site", width="wide"),
-                    Column(title="PLD", number=True),
-                    Column(title="PRV", number=True),
-                    Column(title="Recorded by the run", number=True),
-                    Column(title="What arrived (PLD)", number=True),
+                    wide("Site"),
+                    *numbers("PLD", "PRV", "Recorded by the run", "What arrived (PLD)"),
                     Column(title="Agree"),
                 ),
                 rows=tuple(
-                    (
-                        facts.called(site.release.site),
-                        shown(site.epsilon),
-                        shown(site.epsilon_prv),
-                        shown(site.recorded),
-                        shown(site.epsilon_arrived),
-                        _yes_no(site.accountants_agree and site.record_agrees),
-                    )
-                    for site in facts.sites
+                    _accountant_row(facts.called(site.release.site), site, site.epsilon_arrived) for site in facts.sites
                 )
                 + _central_row(facts.central),
             )
@@ -193,14 +175,17 @@ def accountant_section(facts: Facts) -> Section:
 def _central_row(central: CentralFacts | None) -> tuple[tuple[str, ...], ...]:
     if central is None:
         return ()
-    epsilon, agrees = shown(central.epsilon), central.accountants_agree and central.record_agrees
-    recorded = shown(central.record.epsilon_spent)
-    return (("coordinator", epsilon, shown(central.epsilon_prv), recorded, epsilon, _yes_no(agrees)),)
+    return (_accountant_row("coordinator", central, central.epsilon),)
+
+
+def _accountant_row(name: str, found: Accounted, arrived: float | None) -> tuple[str, ...]:
+    epsilons = map(shown, (found.epsilon, found.epsilon_prv, found.recorded, arrived))
+    return (name, *epsilons, _yes_no(found.accountants_agree and found.record_agrees))
 
 
 def audit_section(facts: Facts) -> Section:
     """What audits of this run found."""
-    if not facts.audits:
+    if not facts.data.audits:
         text = "No audit of this run was made. “silotune audit RUN” makes one and changes nothing that was released."
         return section("audits", "Audits", [Paragraph(text=text)])
     blocks: list[Block] = [
@@ -213,12 +198,9 @@ def audit_section(facts: Facts) -> Section:
             caption="Audits of this run.",
             columns=(
                 Column(title="Tier"),
-                Column(title="Claim", number=True),
-                Column(title="Lower bound", number=True),
-                Column(title="Ceiling", number=True),
-                Column(title="Alpha", number=True),
+                *numbers("Claim", "Lower bound", "Ceiling", "Alpha"),
                 Column(title="Verdict"),
-                Column(title="What was audited", width="wide"),
+                wide("What was audited"),
             ),
             rows=tuple(
                 (
@@ -230,13 +212,13 @@ def audit_section(facts: Facts) -> Section:
                     audit.verdict,
                     printable(audit.audited),
                 )
-                for audit in facts.audits
+                for audit in facts.data.audits
             ),
         ),
     ]
-    for audit in facts.audits:
+    for audit in facts.data.audits:
         blocks += [Paragraph(text=f"Tier {audit.tier}:"), Bullets(items=audit.reasons)] if audit.reasons else []
-    if any(audit.verdict == "violated" for audit in facts.audits):
+    if any(audit.verdict == "violated" for audit in facts.data.audits):
         blocks.insert(
             0, Notice(level="danger", title="An audit refutes the claim.", items=("Do not rely on epsilon.",))
         )
@@ -260,7 +242,7 @@ def version_section(facts: Facts) -> Section:
         ),
         Table(
             caption="Files that this report was made from.",
-            columns=(Column(title="File", width="wide"), Column(title="Size", number=True), HASH),
+            columns=(wide("File"), *numbers("Size"), HASH),
             rows=tuple((printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.sources),
         ),
     ]
@@ -268,7 +250,7 @@ def version_section(facts: Facts) -> Section:
         blocks.append(
             Table(
                 caption="The adapter that was trained.",
-                columns=(Column(title="File", width="wide"), Column(title="Size", number=True), HASH),
+                columns=(wide("File"), *numbers("Size"), HASH),
                 rows=tuple(
                     (printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.data.adapter
                 ),

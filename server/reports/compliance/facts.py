@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from server.records.privacy import CoordinatorRecord
 from server.reports.compliance import checks
 from server.reports.compliance.ledgers import LedgerFacts
 from server.reports.compliance.log import LogFacts
-from server.reports.compliance.records import AuditRecord, CentralRecord
 from server.reports.run.formats import join_names, printable
-from server.reports.run.run_data import RunData
+from server.reports.run.run_data import FileHash, RunData
 from shared.job.job import Job
 from shared.privacy.statement import SiteRelease, Statement
 from shared.trust.signed_job import SignedJob
@@ -23,22 +23,16 @@ PRV_TOLERANCE = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
-class SiteFacts:
-    """One site: what it released, and epsilon by two accountants (None where nothing may be stated).
+class Accounted:
+    """What was released under one guarantee, and its epsilon by two accountants (None where nothing may be stated).
 
     Attributes:
-        release: what was executed, as the run recorded it.
-        statement: in words, made anew.
         epsilon: PLD, requests of unknown outcome counted as executed.
-        epsilon_arrived: PLD of what arrived only.
-        epsilon_prv: PRV of the same as `epsilon`; None also if that accountant gave no number.
+        epsilon_prv: PRV of the same; None also if that accountant gave no number.
         recorded: what the run had written down for `epsilon`.
     """
 
-    release: SiteRelease
-    statement: str
     epsilon: float | None
-    epsilon_arrived: float | None
     epsilon_prv: float | None
     recorded: float | None
 
@@ -52,6 +46,21 @@ class SiteFacts:
         """Whether the run's own record says the same as what is computed now."""
         return checks.agree(self.epsilon, self.recorded)
 
+
+@dataclass(frozen=True, kw_only=True)
+class SiteFacts(Accounted):
+    """One site.
+
+    Attributes:
+        release: what was executed, as the run recorded it.
+        statement: in words, made anew.
+        epsilon_arrived: PLD of what arrived only.
+    """
+
+    release: SiteRelease
+    statement: str
+    epsilon_arrived: float | None
+
     @property
     def over_budget(self) -> bool:
         """Whether more was spent than the site's cap for one run."""
@@ -60,28 +69,10 @@ class SiteFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CentralFacts:
-    """What a trusted coordinator published about all sites together (central DP), and its epsilon by two accountants.
+class CentralFacts(Accounted):
+    """What a trusted coordinator published about all sites together (central DP), as the run wrote it."""
 
-    Attributes:
-        record: as the run wrote it.
-        epsilon: PLD of its events; None where nothing may be stated.
-        epsilon_prv: PRV of the same.
-    """
-
-    record: CentralRecord
-    epsilon: float | None
-    epsilon_prv: float | None
-
-    @property
-    def record_agrees(self) -> bool:
-        """Whether the run's own record says the same as what is computed now."""
-        return checks.agree(self.epsilon, self.record.epsilon_spent if self.epsilon is not None else None)
-
-    @property
-    def accountants_agree(self) -> bool:
-        """Whether PRV gives the same as PLD, within its own error."""
-        return accountants_agree(self.epsilon, self.epsilon_prv)
+    record: CoordinatorRecord
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +134,6 @@ class Release:
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileHash:
-    """A file that the report was made from or speaks of."""
-
-    name: str
-    num_bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
 class Facts:
     """Everything that the report states about one run.
 
@@ -178,7 +160,6 @@ class Facts:
     releases: tuple[Release, ...]
     ledgers: tuple[LedgerFacts, ...]
     log: LogFacts | None
-    audits: tuple[AuditRecord, ...]
     adapter_signer: str | None
     sources: tuple[FileHash, ...]
     discrepancies: tuple[str, ...]
@@ -221,7 +202,7 @@ class Facts:
         if self.central is not None and self.central.epsilon is not None:
             record = self.central.record
             where = f"over {record.num_sites_declared:,} declared sites, the coordinator being trusted"
-            epsilon = record.release.epsilon_promised if self.data.stopped_early else self.central.epsilon
+            epsilon = record.epsilon_promised if self.data.stopped_early else self.central.epsilon
             return Headline(epsilon=epsilon, delta=record.delta, unit=record.unit, where=where)
         epsilon, _, worst = max(
             ((self._stated(site), -index, site.release) for index, site in enumerate(self.sites)),
@@ -232,7 +213,7 @@ class Facts:
 
     def _stated(self, site: SiteFacts) -> float:
         """A run that its own rule ended early promised the epsilon of its whole plan."""
-        return site.release.epsilon_planned if self.data.stopped_early else site.epsilon or 0.0
+        return site.release.epsilon_promised if self.data.stopped_early else site.epsilon or 0.0
 
 
 def accountants_agree(pld: float | None, prv: float | None) -> bool:

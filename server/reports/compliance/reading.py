@@ -11,39 +11,35 @@ Formal guarantees (tests: tests/server/reports/test_compliance_report.py)
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import math
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
+from server.records.privacy import CoordinatorRecord, SiteRecord, read_site
 from server.reports.compliance import checks
 from server.reports.compliance.facts import (
     CentralFacts,
     ComposedEpsilon,
     Facts,
-    FileHash,
     Guarantee,
     Release,
     SiteFacts,
 )
 from server.reports.compliance.ledgers import Account, ledger_facts
 from server.reports.compliance.log import LogFacts, read_log
-from server.reports.compliance.records import AuditRecord, CentralRecord, PrivacyRecord, parse_record
 from server.reports.run.formats import natural_key
-from server.reports.run.run_data import RunData, read_run
+from server.reports.run.reading import read_run
+from server.reports.run.run_data import FileHash, RunData
 from server.runs.folder import load_job
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.errors import PrivacyError, RunError, TrustError
+from shared.files.json_files import read_record
 from shared.job.job import Job
-from shared.privacy.accounting import GaussianSteps, check_delta
+from shared.privacy.accounting import GaussianSteps, merged
 from shared.privacy.central_statement import central_statement
 from shared.privacy.cross_check import prv_cross_check
-from shared.privacy.plan import PrivacyPlan
-from shared.privacy.statement import SiteRelease, Statement, run_statement, site_statement
+from shared.privacy.statement import SiteRelease, Statement, events_at_sites, run_statement, site_statement, worst_first
 from shared.trust.signed_folder import SIGNATURE_FILE, verify_folder
 from shared.trust.signed_job import SignedJob
 
@@ -62,7 +58,6 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
         guarantees = _guarantees(sites, job, stopped_early=data.stopped_early)
     else:
         guarantees = (central_guarantee(central, job, stopped_early=data.stopped_early),)
-    audits = tuple(parse_record(AuditRecord, path) for path in sorted(run_dir.glob("audit/tier*.json")))
     ledgers = tuple(ledger_facts(account, job.sha256, [site.release for site in sites]) for account in accounts)
 
     # 2. What stands around it at a coordinator; a signature or a log that does not hold is a discrepancy.
@@ -80,7 +75,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     problems += checks.central_discrepancies(central, job)
     problems += checks.statement_discrepancies(data, [guarantee.statement for guarantee in guarantees])
     problems += checks.log_discrepancies(log, sites)
-    problems += checks.other_discrepancies(job, ledgers, audits)
+    problems += checks.other_discrepancies(job, ledgers, data.audits)
     return Facts(
         data=data,
         job=job,
@@ -92,7 +87,6 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
         releases=_releases(data, sites, log),
         ledgers=ledgers,
         log=log,
-        audits=audits,
         adapter_signer=signer,
         sources=_sources(run_dir, submission, accounts, data),
         discrepancies=tuple(map(data.named, problems)),
@@ -105,29 +99,29 @@ def read_central(path: Path) -> CentralFacts:
     Raises:
         RunError: if there is no such record, it is malformed or cannot be accounted for.
     """
-    record = parse_record(CentralRecord, path)
-    release = record.release
-    if not release.protected:
-        return CentralFacts(record=record, epsilon=None, epsilon_prv=None)
+    record = read_record(path, CoordinatorRecord)
+    if not record.protected:
+        return CentralFacts(record=record, epsilon=None, epsilon_prv=None, recorded=None)
     try:
-        epsilon = release.epsilon
+        epsilon = record.epsilon
     except PrivacyError as error:
         raise RunError(f"{path} cannot be accounted for: {error}; no report is made of it.") from None
-    if math.isinf(epsilon) or (record.rounds and not release.steps):
+    if math.isinf(epsilon) or (record.rounds and not record.steps):
         raise RunError(f"{path} cannot be accounted for: its epsilon cannot be bounded; no report is made of it.")
-    return CentralFacts(record=record, epsilon=epsilon, epsilon_prv=_prv(release.events, record.delta))
+    prv = _prv(record.events, record.delta)
+    return CentralFacts(record=record, epsilon=epsilon, epsilon_prv=prv, recorded=record.epsilon_spent)
 
 
 def central_guarantee(central: CentralFacts, job: Job, *, stopped_early: bool = False) -> Guarantee:
     """Return the statement, made anew from the record's numbers."""
     statement = central_statement(
-        central.record.release, job.name, stopped_early=stopped_early, pretrained=not job.model.is_image_network
+        central.record, job.name, stopped_early=stopped_early, pretrained=not job.model.is_image_network
     )
     return Guarantee(unit=central.record.unit, sites=(), statement=statement, composed=())
 
 
 def _sites(run_dir: Path, job: Job, *, stopped_early: bool) -> tuple[SiteFacts, ...]:
-    records = [(path, parse_record(PrivacyRecord, path)) for path in run_dir.glob("sites/*/privacy.json")]
+    records = [(path, read_site(path)) for path in run_dir.glob("sites/*/privacy.json")]
     facts = []
     for path, record in sorted(records, key=lambda item: natural_key(item[1].site)):
         try:
@@ -137,36 +131,8 @@ def _sites(run_dir: Path, job: Job, *, stopped_early: bool) -> tuple[SiteFacts, 
     return tuple(facts)
 
 
-def _site(record: PrivacyRecord, job: Job, *, stopped_early: bool) -> SiteFacts:
-    events = record.training
-    check_delta(record.delta)
-    if len(record.rounds) != len(record.update_sha256):
-        raise PrivacyError(f"{len(record.rounds)} rounds and {len(record.update_sha256)} hashes of updates")
-    if record.private and record.rounds and not sum(event.steps for event in events):
-        raise PrivacyError("updates were released, but no noisy step is recorded")
-    private = record.private and job.privacy.mechanism != "none"
-    # A request of unknown outcome counts as the job planned it, as the coordinator counts it; see server/rounds/loop.py.
-    plan = PrivacyPlan.from_job(job) if private and record.rounds_unanswered else None
-    release = SiteRelease(
-        site=record.site,
-        unit=record.unit,
-        delta=record.delta,
-        max_grad_norm=record.max_grad_norm,
-        declared_records=record.declared_records,
-        randomness=record.randomness,
-        epsilon_budget=record.epsilon_budget or 0.0,
-        steps_planned=record.steps_planned,
-        events=events,
-        rounds=record.rounds,
-        updates=record.update_sha256,
-        unanswered=record.rounds_unanswered,
-        per_round=plan.mechanism(job.training.local_steps) if plan else None,
-        metrics=record.metrics.names if record.metrics else (),
-        metrics_mechanism=record.metrics.mechanism if record.metrics else None,
-        metrics_sha256=record.metrics.sha256 if record.metrics else None,
-        private=private,
-        **_later_fields(record),
-    )
+def _site(record: SiteRecord, job: Job, *, stopped_early: bool) -> SiteFacts:
+    release = record.release(job)
     stated = release.protected
     if stated and math.isinf(release.epsilon_bound):
         raise PrivacyError("its epsilon cannot be bounded")
@@ -182,19 +148,8 @@ def _site(record: PrivacyRecord, job: Job, *, stopped_early: bool) -> SiteFacts:
     )
 
 
-def _later_fields(record: PrivacyRecord) -> dict[str, Any]:
-    """Whole numbers that a record and a release of a later version both have, such as records per person."""
-    extra = record.model_extra or {}
-    names = {field.name for field in dataclasses.fields(SiteRelease)} & extra.keys()
-    return {name: extra[name] for name in names if type(extra[name]) is int}
-
-
-def _prv(events: tuple[GaussianSteps, ...], delta: float) -> float | None:
-    steps: Counter[tuple[float, float]] = Counter()
-    for event in events:
-        steps[event.noise_multiplier, event.sample_rate] += event.steps
-    merged = [GaussianSteps(noise_multiplier=s, sample_rate=q, steps=count) for (s, q), count in steps.items()]
-    return prv_cross_check(merged, delta).epsilon
+def _prv(events: Iterable[GaussianSteps], delta: float) -> float | None:
+    return prv_cross_check(merged(events), delta).epsilon
 
 
 def _guarantees(sites: Sequence[SiteFacts], job: Job, *, stopped_early: bool) -> tuple[Guarantee, ...]:
@@ -217,22 +172,16 @@ def _guarantees(sites: Sequence[SiteFacts], job: Job, *, stopped_early: bool) ->
 
 
 def _composed(statement: Statement, releases: Sequence[SiteRelease], *, stopped_early: bool) -> list[ComposedEpsilon]:
-    """Return the statement's table, with PRV's epsilon of the same releases: those of the largest epsilons."""
-
-    def events(release: SiteRelease) -> tuple[GaussianSteps, ...]:
-        return release.planned_events if stopped_early else release.possible_events
-
-    worst = sorted(releases, key=lambda r: r.epsilon_planned if stopped_early else r.epsilon_bound, reverse=True)
+    """Return the statement's table, with PRV's epsilon of the same releases."""
+    rows = statement.up_to_m_sites
+    delta = worst_first(releases, stopped_early=stopped_early)[0].delta if rows else 0.0
     return [
         ComposedEpsilon(
-            sites=int(row["sites"]),
-            epsilon=float(row["epsilon"]),
-            epsilon_prv=_prv(
-                tuple(event for release in worst[: int(row["sites"])] for event in events(release)),
-                worst[0].delta,
-            ),
+            sites=row.sites,
+            epsilon=row.epsilon,
+            epsilon_prv=_prv(events_at_sites(releases, row.sites, stopped_early=stopped_early), delta),
         )
-        for row in statement.up_to_m_sites
+        for row in rows
     ]
 
 
@@ -275,52 +224,33 @@ def _releases(data: RunData, sites: Sequence[SiteFacts], log: LogFacts | None) -
     """Return every release by round and site: what the run counts, what it does not, and what never arrived."""
     judged = {(entry.round, entry.site, entry.sha256): entry for entry in log.updates} if log else {}
     found: dict[tuple[int, str, str | None], Release] = {}
-    for site in sites:
-        name = site.release.site
-        for number, sha256 in zip(site.release.rounds, site.release.updates, strict=True):
-            known = judged.get((number, name, sha256))
-            size = known.num_bytes if known else None
-            found[number, name, sha256] = Release(
-                round=number, site=name, sha256=sha256, num_bytes=size, outcome="accepted"
-            )
-        for number in site.release.unanswered:
-            found[number, name, None] = Release(
-                round=number,
-                site=name,
-                sha256=None,
-                num_bytes=None,
-                outcome="never answered",
-                reason="counted as executed",
-            )
-        if site.release.metrics_mechanism is not None:
-            arrived = site.release.metrics_sha256
-            after = data.federated.rounds_planned + 1
-            found[after, name, arrived] = Release(
-                round=after,
-                site=name,
-                sha256=arrived,
-                num_bytes=None,
-                outcome="accepted" if arrived else "never answered",
-                reason=f"metrics: {', '.join(site.release.metrics)}" + ("" if arrived else "; counted as executed"),
-            )
+
+    def add(number: int, name: str, outcome: str, reason: str = "", sha256: str | None = None) -> None:
+        known = judged.get((number, name, sha256)) if sha256 else None
+        size = known.num_bytes if known else None
+        found[number, name, sha256] = Release(
+            round=number, site=name, sha256=sha256, num_bytes=size, outcome=outcome, reason=reason
+        )
+
+    for release in (site.release for site in sites):
+        for number, sha256 in zip(release.rounds, release.updates, strict=True):
+            add(number, release.site, "accepted", sha256=sha256)
+        for number in release.unanswered:
+            add(number, release.site, "never answered", "counted as executed")
+        if release.metrics_mechanism is not None:
+            arrived, reason = release.metrics_sha256, f"metrics: {', '.join(release.metrics)}"
+            outcome = "accepted" if arrived else "never answered"
+            reason += "" if arrived else "; counted as executed"
+            add(data.federated.rounds_planned + 1, release.site, outcome, reason, arrived)
     for key, entry in judged.items():
         if key not in found:
             outcome = "not counted" if entry.accepted else "refused" if entry.sha256 else "failed"
-            found[key] = Release(
-                round=entry.round,
-                site=entry.site,
-                sha256=entry.sha256,
-                num_bytes=entry.num_bytes,
-                outcome=outcome,
-                reason=entry.reason,
-            )
-    told = {(release.round, release.site) for release in found.values()}
+            add(entry.round, entry.site, outcome, entry.reason, entry.sha256)
+    told = {(number, name) for number, name, _ in found}
     for record in data.federated.rounds:
-        for name, reason in record.failed.items():
+        for name, why in record.failed.items():
             if (record.round, name) not in told:
-                found[record.round, name, None] = Release(
-                    round=record.round, site=name, sha256=None, num_bytes=None, outcome="failed", reason=reason or ""
-                )
+                add(record.round, name, "failed", why)
     return tuple(sorted(found.values(), key=lambda release: (release.round, natural_key(release.site))))
 
 
@@ -338,13 +268,4 @@ def _sources(
     for account in accounts:
         what = "ledger" if account.from_ledger else "export of the ledger"
         paths[f"{what} of {data.called(account.export.site)}: {account.file.name}"] = account.file
-    return tuple(_hash(name, path) for name, path in paths.items() if path.is_file())
-
-
-def _hash(name: str, path: Path) -> FileHash:
-    try:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileHash(name=name, num_bytes=path.stat().st_size, sha256=digest)
-    except OSError as error:
-        raise RunError(f"{path} cannot be read ({error.strerror}); check its permissions.") from None
+    return tuple(FileHash.of(name, path) for name, path in paths.items() if path.is_file())

@@ -5,7 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from server.reports.compliance.document import HASH, Block, Bullets, Column, Paragraph, Section, Table, section
+from server.reports.compliance.document import (
+    HASH,
+    Block,
+    Bullets,
+    Column,
+    Paragraph,
+    Section,
+    Table,
+    numbers,
+    section,
+    wide,
+)
 from server.reports.compliance.facts import Facts, Release
 from server.reports.run.formats import NOT_RECORDED, format_delta, printable
 from shared.epsilons import as_set, rounded_up
@@ -41,15 +52,13 @@ def ledger_section(facts: Facts) -> Section:
 
 
 def _ledger_table(facts: Facts) -> Table:
-    numbers = ("Cap", "Before", "After", "At export", "Charged steps")
     return Table(
         caption="Epsilon spent of each account, by the account's own rule, at its delta.",
         columns=(
-            Column(title="Site, data set", width="wide"),
+            wide("Site, data set"),
             Column(title="Unit"),
             Column(title="Rule"),
-            *(Column(title=title, number=True) for title in numbers),
-            Column(title="Delta", number=True),
+            *numbers("Cap", "Before", "After", "At export", "Charged steps", "Delta"),
         ),
         rows=tuple(
             (
@@ -71,7 +80,7 @@ def _ledger_table(facts: Facts) -> Table:
 def _ledger_hashes(facts: Facts) -> Table:
     return Table(
         caption="The state of each ledger: its last entry names all before it. Compare it with the ledger at the site.",
-        columns=(Column(title="Site", width="wide"), Column(title="Entries", number=True), HASH),
+        columns=(wide("Site"), *numbers("Entries"), HASH),
         rows=tuple(
             (facts.called(ledger.export.site), str(ledger.export.num_entries), ledger.export.head_sha256)
             for ledger in facts.ledgers
@@ -126,12 +135,7 @@ def release_section(facts: Facts) -> Section:
             Table(
                 caption="Requests that brought no update. Those never answered count as executed: what was computed may "
                 "have been seen by somebody.",
-                columns=(
-                    Column(title="Round"),
-                    Column(title="Site", width="wide"),
-                    Column(title="Outcome"),
-                    Column(title="Reason", width="wide"),
-                ),
+                columns=(Column(title="Round"), wide("Site"), Column(title="Outcome"), wide("Reason")),
                 rows=tuple(
                     (
                         str(release.round),
@@ -162,9 +166,9 @@ def _release_table(facts: Facts, releases: Sequence[Release]) -> Table:
         caption=f"{len(releases):,} updates.{source}",
         columns=(
             Column(title="Round"),
-            Column(title="Site", width="wide"),
+            wide("Site"),
             Column(title="Outcome"),
-            *((Column(title="Bytes", number=True),) if sized else ()),
+            *(numbers("Bytes") if sized else ()),
             HASH,
         ),
         rows=tuple(rows),

@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from server.reports.run.reading import read_arm
 from server.reports.run.render import write_report
-from server.reports.run.run_data import read_arm
 
 
 def write_report_if_possible(run_dir: Path) -> None:

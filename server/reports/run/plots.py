@@ -23,6 +23,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from server.records.privacy import AnyRecord
+from server.records.rounds import RoundRecord
 from server.reports.run.formats import (
     format_budget,
     format_bytes,
@@ -35,7 +37,8 @@ from server.reports.run.formats import (
     short_label,
     shorten,
 )
-from server.reports.run.run_data import Arm, ReliabilityBin, RoundRecord, SiteRecord
+from server.reports.run.run_data import Arm
+from shared.runtime.calibration import Bin
 from shared.site_weights import SiteShare
 
 INK, MUTED, GRID, TRACK = "#1b2733", "#52606d", "#e3e8ee", "#dde4ec"
@@ -97,7 +100,7 @@ def metric_by_round(
     lines = [
         Line(
             title=title,
-            points=_finite((r.round * planned / max(arm.rounds_planned, 1), r.metric(metric)) for r in arm.rounds),
+            points=_finite((r.round * planned / max(arm.rounds_planned, 1), r.metrics.get(metric)) for r in arm.rounds),
             final=arm.final(metric),
         )
         for title, arm in zip(titles, (federated, *baselines), strict=True)
@@ -120,7 +123,7 @@ def metric_by_epsilon(
         Line(
             title=title,
             points=_finite(
-                (r.epsilon_max, r.metric(metric))
+                (r.epsilon_max, r.metrics.get(metric))
                 for r in arm.rounds
                 if arm.private and r.epsilon_max is not None and math.isfinite(r.epsilon_max)
             ),
@@ -151,7 +154,7 @@ def metric_by_epsilon(
         return _svg(figure, prefix="spent", alt=alt)
 
 
-def site_spend(sites: Sequence[SiteRecord], *, prefix: str, alt: str) -> Markup:
+def site_spend(sites: Sequence[AnyRecord], *, prefix: str, alt: str) -> Markup:
     """Epsilon spent against the budget, one bar for each site, in up to three panels."""
     num_panels = min(math.ceil(len(sites) / SITES_PER_PANEL), PANELS_PER_FIGURE)
     rows = math.ceil(len(sites) / num_panels)
@@ -170,7 +173,7 @@ def site_spend(sites: Sequence[SiteRecord], *, prefix: str, alt: str) -> Markup:
         return _svg(figure, prefix=prefix, alt=alt)
 
 
-def site_pages(sites: Sequence[SiteRecord]) -> Iterator[Sequence[SiteRecord]]:
+def site_pages(sites: Sequence[AnyRecord]) -> Iterator[Sequence[AnyRecord]]:
     """Cut many sites into figures that each fit on a printed page."""
     ordered = sorted(sites, key=lambda site: natural_key(site.site))
     size = SITES_PER_PANEL * PANELS_PER_FIGURE
@@ -246,9 +249,9 @@ def roc_curve(points: Sequence[Sequence[float]], *, positive: str, alt: str) -> 
         return _svg(figure, prefix="roc", alt=alt)
 
 
-def reliability(before: Sequence[ReliabilityBin], after: Sequence[ReliabilityBin] | None, *, alt: str) -> Markup:
+def reliability(before: Sequence[Bin], after: Sequence[Bin] | None, *, alt: str) -> Markup:
     """How often answers are right against how sure the model is of them; on the diagonal it is as good as it says."""
-    lines: list[tuple[Sequence[ReliabilityBin], str, str, Any]] = [
+    lines: list[tuple[Sequence[Bin], str, str, Any]] = [
         (before, "without a temperature" if after else "as it is", MUTED, (0, (4, 2)))
     ]
     if after:
@@ -361,7 +364,7 @@ def _label_ends(axes: Any, metric: str, lines: Sequence[Line]) -> None:
         )
 
 
-def _draw_site_bars(axes: Any, sites: Sequence[SiteRecord], *, rows: int, reach: float, compact: bool) -> None:
+def _draw_site_bars(axes: Any, sites: Sequence[AnyRecord], *, rows: int, reach: float, compact: bool) -> None:
     font = 8 if compact else 9
     for row, site in enumerate(sites):
         spent = site.epsilon_stated or 0.0

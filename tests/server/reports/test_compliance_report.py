@@ -260,7 +260,7 @@ def test_released_metrics_are_composed(run: Path, arrived: bool) -> None:
 )
 def test_metrics_that_are_not_accounted_for_stop_the_report(run: Path, metrics: dict[str, object]) -> None:
     edit_sites(run, metrics=metrics)
-    with pytest.raises(RunError, match=r"no report is made|is malformed"):
+    with pytest.raises(RunError, match=r"no report is made|is damaged"):
         read_facts(run)
 
 

@@ -152,7 +152,9 @@ def build_sites(folder: Path, names: list[str], *, randomness: str, steps: int, 
                 "accountant": "PLD",
                 "randomness": randomness,
                 "declared_records": 1000 + 50 * (index % 4),
+                "private": True,
                 "rounds": list(range(1, 13)),
+                "update_sha256": [f"{number:064x}" for number in range(1, 13)],
                 "events": [{"noise_multiplier": 0.8123, "sample_rate": 0.05, "steps": steps}],
                 "statement": STATEMENT.format(site=name, epsilon=spent),
             },
@@ -581,7 +583,8 @@ def test_same_folder_gives_same_bytes(tmp_path: Path) -> None:
     [
         ("job.json", None, "missing"),
         ("job.json", "{", "not JSON"),
-        ("job.json", "[]", "mechanism"),
+        ("job.json", "[]", "it holds a list, not an object"),
+        ("job.json", "{}", "mechanism"),
         ("job.json", '{"privacy": {"mechanism": "trust-me"}}', "trust-me"),
         ("run.json", None, "missing"),
         ("run.json", '{"status": "fine"}', "status"),
@@ -599,18 +602,25 @@ def test_same_folder_gives_same_bytes(tmp_path: Path) -> None:
         ),
         ("statement.json", None, "missing"),
         ("sites/site-1/privacy.json", None, "missing"),
-        ("sites/site-1/privacy.json", '{"site": "site-1"}', "epsilon_spent"),
-        ("sites/site-1/privacy.json", '{"site": "site-1", "randomness": "dice"}', "randomness"),
-        ("sites/site-1/privacy.json", '{"site": "site-1", "epsilon_spent": NaN}', "epsilon_spent"),
-        ("sites/site-1/privacy.json", '{"site": "s", "epsilon_spent": 1, "delta": 0.1}', "randomness"),
+        ("sites/site-1/privacy.json", '{"site": "site-1"}', "Field required"),
+        ("sites/site-1/privacy.json", {"epsilon_spent": None}, "epsilon_spent"),
+        ("sites/site-1/privacy.json", {"randomness": "dice"}, "randomness"),
+        ("sites/site-1/privacy.json", {"epsilon_spent": math.nan}, "NaN"),
+        ("sites/site-1/privacy.json", {"epsilon_spent": "much"}, "epsilon_spent"),
+        ("sites/site-1/privacy.json", {"randomness": None}, "randomness"),
+        ("sites/site-1/privacy.json", {"delta": None}, "delta"),
+        ("sites/site-1/privacy.json", {"declared_records": None}, "declared_records"),
+        ("sites/site-1/privacy.json", {"events": [{"noise_multiplier": 0, "sample_rate": 1, "steps": 1}]}, "noise"),
         ("baselines/central-dp/job.json", None, "missing"),
     ],
 )
-def test_bad_file_is_named(tmp_path: Path, file: str, content: str | None, found: str) -> None:
+def test_bad_file_is_named(tmp_path: Path, file: str, content: str | dict[str, Any] | None, found: str) -> None:
     folder = build_run(tmp_path / "run")
     before = render(folder)
     if content is None:
         (folder / file).unlink()
+    elif isinstance(content, dict):
+        edit(folder / file, **content)
     else:
         write(folder / file, content)
     with pytest.raises(RunError) as caught:
@@ -699,7 +709,7 @@ def test_each_sites_share_of_the_noise_is_shown_and_a_loud_site_is_named(tmp_pat
     assert "far above the share" not in page.text
 
 
-@pytest.mark.parametrize("case", ["one site", "not private", "weights of a later version", "no size"])
+@pytest.mark.parametrize("case", ["one site", "not private", "weights of a later version"])
 def test_shares_are_left_out_where_they_are_not_known(tmp_path: Path, case: str) -> None:
     run = build_run(
         tmp_path / "run",
@@ -708,8 +718,6 @@ def test_shares_are_left_out_where_they_are_not_known(tmp_path: Path, case: str)
     )
     if case == "weights of a later version":
         edit(run / "job.json", aggregation={"weights": "by-mood"})
-    if case == "no size":
-        edit(run / "sites" / "site-2" / "privacy.json", declared_records=None)
     assert "Share of noise" not in render(run)
 
 

@@ -278,7 +278,7 @@ def test_a_recomputed_round_is_a_second_charge(tmp_path: Path, monkeypatch: pyte
     release = setup.privacy.release()
     assert release is not None
     assert release.steps == 4
-    assert last.history[-1].epsilon_max == release.epsilon == release.epsilon_planned
+    assert last.history[-1].epsilon_max == release.epsilon == release.epsilon_budget
     # Four noisy rounds were declared to the sites and four were executed.
     with pytest.raises(PrivacyError, match=r"round 4 cannot be executed: .* 4 noisy rounds .* \(1 of them again"):
         run_rounds(grid_of(), coordinator(job, tmp_path), last)

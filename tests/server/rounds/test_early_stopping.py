@@ -16,13 +16,14 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from server.app import Run, execute
+from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.early_stopping import best_round, evaluations_without_improvement, is_over, stopped_early
 from server.rounds.local import LocalPrivacy
 from server.rounds.loop import Coordinator, run_rounds
 from server.rounds.observer import Observer
 from server.rounds.roster import Authority
-from server.store.checkpoint import Checkpoint, RoundRecord, load_checkpoint, save_checkpoint
+from server.store.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.errors import ConfigError
 from shared.job.job import Job
 from shared.job.parsing import parse

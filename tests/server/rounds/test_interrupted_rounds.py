@@ -14,12 +14,13 @@ from flwr.app import ConfigRecord, Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 import server.rounds.exchange as exchange_module
+from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.local import LocalPrivacy
 from server.rounds.loop import Coordinator, run_rounds
 from server.rounds.observer import Observer
 from server.rounds.roster import Authority
-from server.store.checkpoint import Checkpoint, RoundRecord
+from server.store.checkpoint import Checkpoint
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.tensors.adapters import encode

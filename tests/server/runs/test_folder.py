@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.records.rounds import RoundRecord
 from server.runs.folder import RunFolder, load_job
-from server.store.checkpoint import Checkpoint, RoundRecord
+from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps, compose_epsilon

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.store.checkpoint import Checkpoint, RoundRecord, load_checkpoint, save_checkpoint
+from server.records.rounds import RoundRecord
+from server.store.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.errors import RunError
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.statement import SiteRelease

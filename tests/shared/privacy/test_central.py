@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
+from server.records.privacy import CoordinatorRecord
 from shared.epsilons import rounded_up
 from shared.errors import ConfigError, PrivacyError
 from shared.job.job import Job
@@ -26,7 +27,6 @@ from shared.privacy.central import CentralPlan, ClippedSites, SitesSum
 from shared.privacy.central_statement import (
     NOT_COVERED_CENTRAL,
     CentralRelease,
-    central_privacy_record,
     central_statement,
 )
 from shared.privacy.mechanism import ClippedSum
@@ -397,22 +397,33 @@ def test_any_rule_of_aggregation_but_the_mean_is_refused(monkeypatch: pytest.Mon
 
 def release(**changes: Any) -> CentralRelease:
     given: dict[str, Any] = {
-        "num_sites": 120,
+        "num_sites_declared": 120,
         "delta": 1e-5,
-        "first_clip_norm": 0.1,
+        "clip_norm_first": 0.1,
         "update_noise_multiplier": 1.3,
         "count_noise": 3.0,
-        "rounds_planned": 8,
+        "steps_planned": 8,
         "rounds": (1, 2, 2, 3),
         "events": (GaussianSteps(noise_multiplier=1.2, sample_rate=0.5, steps=4),),
         "randomness": "os",
-        "epsilon_planned": 9.0,
+        "epsilon_budget": 9.0,
     }
     return CentralRelease(**given | changes)
 
 
+def privacy_record(release: CentralRelease, run: str, **how: bool) -> dict[str, Any]:
+    """Return the coordinator's `privacy.json` as it is read back."""
+    return written(CoordinatorRecord.of(release, run, **how))
+
+
+def written(record: Any) -> dict[str, Any]:
+    """Return what a record is as JSON."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(record), allow_nan=False))
+    return found
+
+
 def test_the_statement_names_the_unit_and_whom_it_trusts() -> None:
-    statement = central_statement(release(), "r").as_dict()
+    statement = written(central_statement(release(), "r"))
     epsilon = compose_epsilon([GaussianSteps(noise_multiplier=1.2, sample_rate=0.5, steps=4)], 1e-5)
     text = statement["one_site"]
     assert text.startswith("Unit: one site with everything that it holds.")
@@ -423,7 +434,7 @@ def test_the_statement_names_the_unit_and_whom_it_trusts() -> None:
     assert "one record" not in statement["text"]
     assert statement["up_to_m_sites"] == []
     assert any(item.startswith("The coordinator:") for item in statement["not_covered"])
-    record = central_privacy_record(release(), "r")
+    record = privacy_record(release(), "r")
     assert (record["unit"], record["released_by"], record["trusts"]) == ("site", "coordinator", ["coordinator"])
     assert record["epsilon_spent"] == pytest.approx(epsilon)
     assert record["epsilon_spent_prv"] == pytest.approx(epsilon, rel=0.02)
@@ -436,7 +447,7 @@ def test_injected_randomness_of_the_coordinator_prints_no_epsilon() -> None:
     injected = release(randomness="injected")
     assert injected.epsilon == math.inf
     assert "differentially private" not in central_statement(injected, "r").one_site
-    assert central_privacy_record(injected, "r")["epsilon_spent"] is None
+    assert privacy_record(injected, "r")["epsilon_spent"] is None
 
 
 def test_nothing_published_is_said_to_be_nothing() -> None:
@@ -453,10 +464,10 @@ EVENTS = (
 
 @pytest.mark.parametrize("stopped_early", [False, True])
 def test_the_whole_record_of_the_coordinator(stopped_early: bool) -> None:
-    made = release(events=EVENTS, rounds=(1, 2, 2, 3, 4, 5, 6), rounds_planned=20, epsilon_planned=5.5)
+    made = release(events=EVENTS, rounds=(1, 2, 2, 3, 4, 5, 6), steps_planned=20, epsilon_budget=5.5)
     spent = compose_epsilon(EVENTS, 1e-5)
     assert spent < 5.5
-    found = central_privacy_record(made, "r", stopped_early=stopped_early, pretrained=False)
+    found = privacy_record(made, "r", stopped_early=stopped_early, pretrained=False)
     assert found.pop("epsilon_spent_prv") == pytest.approx(spent, rel=0.02)
     told = f"({rounded_up(5.5 if stopped_early else spent)}, 1e-05)-differentially private"
     early = (
@@ -465,9 +476,9 @@ def test_the_whole_record_of_the_coordinator(stopped_early: bool) -> None:
     )
     statement = (
         "Unit: one site with everything that it holds. Everything that the coordinator published in run r, which is all global "
-        f"adapters and clipping bounds, is {told} under add or remove one site of {made.num_sites:,} declared ones, for Poisson "
-        "sampling of sites at rate 0.5, noise multiplier 1.2000, 4 executed rounds; Poisson sampling of sites at rate 0.25, "
-        "noise multiplier 2.0000, 3 executed rounds (1 of them recomputed after an interruption and counted again), by PLD "
+        f"adapters and clipping bounds, is {told} under add or remove one site of {made.num_sites_declared:,} declared ones, for "
+        "Poisson sampling of sites at rate 0.5, noise multiplier 1.2000, 4 executed rounds; Poisson sampling of sites at rate "
+        "0.25, noise multiplier 2.0000, 3 executed rounds (1 of them recomputed after an interruption and counted again), by PLD "
         f"accounting, against any number of other sites and the public.{early if stopped_early else ''} TRUSTED COORDINATOR: "
         "this does not protect against the coordinator itself, which received the sites' updates unprotected, and it says "
         "nothing about single records at a site of their own."
@@ -480,12 +491,12 @@ def test_the_whole_record_of_the_coordinator(stopped_early: bool) -> None:
         "relation": "add or remove one site",
         "trusts": ["coordinator"],
         "delta": 1e-5,
-        "num_sites_declared": made.num_sites,
+        "num_sites_declared": made.num_sites_declared,
         "sample_rate": 0.25,
         "noise_multiplier": 2.0,
         "update_noise_multiplier": made.update_noise_multiplier,
         "count_noise": made.count_noise,
-        "clip_norm_first": made.first_clip_norm,
+        "clip_norm_first": made.clip_norm_first,
         "steps_planned": 20,
         "steps_executed": 7,
         "rounds": [1, 2, 2, 3, 4, 5, 6],
@@ -503,9 +514,9 @@ def test_the_whole_record_of_the_coordinator(stopped_early: bool) -> None:
     text = central_statement(made, "r", stopped_early=stopped_early)
     assert text.one_site == statement
     assert list(text.not_covered) == [*NOT_COVERED_CENTRAL, *([STOPPED_EARLY] if stopped_early else [])]
-    assert central_privacy_record(made, "r")["epsilon_planned"] is None
+    assert privacy_record(made, "r")["epsilon_planned"] is None
     # What was executed counts where it is more than the plan.
-    assert release(events=EVENTS, epsilon_planned=0.1).epsilon_promised == spent
+    assert release(events=EVENTS, epsilon_budget=0.1).epsilon_promised == spent
 
 
 def test_the_whole_statements_where_nothing_is_promised() -> None:
@@ -517,12 +528,12 @@ def test_the_whole_statements_where_nothing_is_promised() -> None:
         "the noise, so no epsilon is stated."
     )
     assert list(statement.not_covered) == list(NOT_COVERED_CENTRAL)
-    record = central_privacy_record(injected, "r", stopped_early=True)
+    record = privacy_record(injected, "r", stopped_early=True)
     names = ("epsilon_spent", "epsilon_spent_prv", "epsilon_spent_prv_missing", "epsilon_planned")
     assert [record[name] for name in names] == [None] * 4
     nothing = release(events=(), rounds=())
     assert central_statement(nothing, "r").one_site == (
         "The coordinator published nothing in run r that depends on a site."
     )
-    record = central_privacy_record(nothing, "r")
+    record = privacy_record(nothing, "r")
     assert [record[name] for name in ("sample_rate", "noise_multiplier", "steps_executed")] == [None, None, 0]

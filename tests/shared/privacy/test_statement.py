@@ -6,11 +6,13 @@ import json
 import math
 import re
 from dataclasses import asdict, replace
+from typing import Any
 
 import dp_accounting
 import pytest
 from dp_accounting.pld import pld_privacy_accountant
 
+from server.records.privacy import SiteRecord
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.statement import (
@@ -19,9 +21,9 @@ from shared.privacy.statement import (
     NOT_COVERED,
     STOPPED_EARLY,
     SiteRelease,
+    SitesEpsilon,
     Statement,
     not_covered,
-    privacy_record,
     relation,
     run_statement,
     site_statement,
@@ -45,6 +47,17 @@ RELEASE = SiteRelease(
     rounds=(1, 2),
 )
 UNPROTECTED = [replace(RELEASE, randomness="injected"), replace(RELEASE, private=False, events=())]
+
+
+def privacy_record(release: SiteRelease, run: str, **how: bool) -> dict[str, Any]:
+    """Return a site's `privacy.json` as it is read back."""
+    return written(SiteRecord.of(release, run, **how))
+
+
+def written(record: Any) -> dict[str, Any]:
+    """Return what a record is as JSON."""
+    found: dict[str, Any] = json.loads(json.dumps(asdict(record), allow_nan=False))
+    return found
 
 
 def numbers_after_epsilon(text: str) -> list[str]:
@@ -93,7 +106,7 @@ def test_the_statement_says_everything_it_must() -> None:
         "The choice of settings", "sites reported as executed",
     ):  # fmt: skip
         assert part in text
-    full = run_statement([RELEASE], "run-7").as_dict()
+    full = written(run_statement([RELEASE], "run-7"))
     assert all(item in full["text"] for item in NOT_COVERED)
     assert full["not_covered"] == list(NOT_COVERED)
 
@@ -107,9 +120,9 @@ def test_injected_randomness_prints_no_epsilon(release: SiteRelease) -> None:
     texts = [site_statement(release, "run")]
     for releases in ([release], [RELEASE, release], [release, RELEASE, RELEASE]):
         statement = run_statement(releases, "run")
-        assert statement.up_to_m_sites == []
+        assert statement.up_to_m_sites == ()
         assert word in statement.one_site
-        texts += [statement.one_site, statement.as_dict()["text"]]
+        texts += [statement.one_site, statement.text]
     record = privacy_record(release, "run")
     assert record["epsilon_spent"] is None
     assert record["epsilon_spent_prv"] is None
@@ -142,13 +155,13 @@ def test_sites_compose_for_a_person_at_several() -> None:
     statement = run_statement([strong, weak, RELEASE], "run")
     assert f"({at_least(weak.epsilon)}, " in statement.one_site
     assert "weak" in statement.one_site
-    table = {row["sites"]: row["epsilon"] for row in statement.up_to_m_sites}
+    table = {row.sites: row.epsilon for row in statement.up_to_m_sites}
     assert table == {
         1: compose_epsilon([steps(40)], 1e-5),
         2: compose_epsilon([steps(70)], 1e-5),
         3: compose_epsilon([steps(80)], 1e-5),
     }
-    assert f"1: {at_least(table[1])}, 2: {at_least(table[2])}, 3: {at_least(table[3])}" in statement.as_dict()["text"]
+    assert f"1: {at_least(table[1])}, 2: {at_least(table[2])}, 3: {at_least(table[3])}" in statement.text
 
 
 @pytest.mark.parametrize(
@@ -156,15 +169,15 @@ def test_sites_compose_for_a_person_at_several() -> None:
 )
 def test_the_table_starts_at_one_site_and_ends_at_all(sites: int, rows: list[int]) -> None:
     table = run_statement([replace(RELEASE, events=(steps(1, sigma=5.0),))] * sites, "run").up_to_m_sites
-    assert [row["sites"] for row in table] == rows
-    epsilons = [row["epsilon"] for row in table]
+    assert [row.sites for row in table] == rows
+    epsilons = [row.epsilon for row in table]
     assert epsilons == sorted(epsilons)
 
 
 def test_privacy_record_can_be_recomputed_with_dp_accounting_alone() -> None:
     """Read back as JSON, with another library, another cell width and none of our code."""
     mixed = replace(RELEASE, events=(steps(10), steps(20, sigma=1.4)))
-    record = json.loads(json.dumps(privacy_record(mixed, "run"), allow_nan=False))
+    record = privacy_record(mixed, "run")
     assert record["relation"] == "add or remove one record"
     accountant = pld_privacy_accountant.PLDAccountant(
         dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=1e-4
@@ -179,7 +192,7 @@ def test_privacy_record_can_be_recomputed_with_dp_accounting_alone() -> None:
 
 def test_a_record_is_written_although_the_second_accountant_has_no_answer() -> None:
     """At delta 1e-14 PRV raises: once that happened after the budget was spent, and no record was written."""
-    record = json.loads(json.dumps(privacy_record(replace(RELEASE, delta=1e-14), "run"), allow_nan=False))
+    record = privacy_record(replace(RELEASE, delta=1e-14), "run")
     assert record["epsilon_spent"] == compose_epsilon(RELEASE.events, 1e-14)
     assert record["epsilon_spent_prv"] is None
     assert "rounding" in record["epsilon_spent_prv_missing"]
@@ -189,18 +202,18 @@ def test_a_record_is_written_although_the_second_accountant_has_no_answer() -> N
 def test_a_run_that_ended_early_promises_what_was_planned() -> None:
     """30 of 40 steps were executed: the first number is that of 40, everywhere; that of 30 stands beside it."""
     planned, executed = (compose_epsilon([steps(count)], 1e-5) for count in (40, 30))
-    assert RELEASE.epsilon_planned == planned > executed
+    assert RELEASE.epsilon_promised == planned > executed
     record = privacy_record(RELEASE, "run", stopped_early=True)
     assert (record["epsilon_planned"], record["epsilon_spent"]) == (planned, executed)
     run = run_statement([RELEASE, replace(RELEASE, site="south")], "run", stopped_early=True)
     for text in (record["statement"], run.one_site):
         assert f"({at_least(planned)}, 1e-05)" in text
         assert f"of the executed ones it is {at_least(executed)}" in text
-    assert [row["epsilon"] for row in run.up_to_m_sites] == [planned, compose_epsilon([steps(80)], 1e-5)]
+    assert [row.epsilon for row in run.up_to_m_sites] == [planned, compose_epsilon([steps(80)], 1e-5)]
     assert privacy_record(RELEASE, "run")["epsilon_planned"] is None
     # Rounds that were asked for twice count beyond the plan; nothing is promised below what was spent.
     more = replace(RELEASE, events=(steps(50),))
-    assert more.epsilon_planned == more.epsilon_bound
+    assert more.epsilon_promised == more.epsilon_bound
 
 
 @pytest.mark.parametrize("unit", ["record", "patient"])
@@ -210,7 +223,7 @@ def test_every_text_lists_all_that_is_not_covered(unit: str, pretrained: bool) -
     release = replace(RELEASE, unit=unit, records_per_person=2 if unit == "patient" else None)
     uncovered = not_covered(unit, pretrained=pretrained)
     record = privacy_record(release, "run", pretrained=pretrained)
-    whole = run_statement([release], "run", pretrained=pretrained).as_dict()
+    whole = written(run_statement([release], "run", pretrained=pretrained))
     assert record["not_covered"] == whole["not_covered"] == list(uncovered)
     for text in (record["statement"], whole["text"]):
         assert all(item in text for item in uncovered)
@@ -227,11 +240,11 @@ def test_each_epsilon_is_of_its_own_delta() -> None:
         assert record["epsilon_spent"] == compose_epsilon(events, delta)
         assert record["epsilon_bound"] == compose_epsilon([*events, steps(10)], delta)
         table = run_statement([waiting, replace(waiting, site="south")], "run").up_to_m_sites
-        assert [row["epsilon"] for row in table] == [compose_epsilon([steps(40 * count)], delta) for count in (1, 2)]
+        assert [row.epsilon for row in table] == [compose_epsilon([steps(40 * count)], delta) for count in (1, 2)]
 
 
 def test_an_empty_statement_has_a_text() -> None:
-    assert Statement(one_site="x").as_dict()["text"].startswith("x\n\nNot covered: ")
+    assert Statement.of("x").text.startswith("x\n\nNot covered: ")
 
 
 # --- requests that were never answered ---
@@ -264,9 +277,9 @@ def test_the_run_states_the_site_that_may_have_spent_most() -> None:
     statement = run_statement([sure, UNSURE], "run")
     assert at_least(UNSURE.epsilon_bound) in statement.one_site
     assert "counted as executed" in statement.one_site
-    assert statement.up_to_m_sites[0]["epsilon"] == UNSURE.epsilon_bound
+    assert statement.up_to_m_sites[0].epsilon == UNSURE.epsilon_bound
     both = compose_epsilon([steps(31), steps(38)], 1e-5)
-    assert statement.up_to_m_sites[1]["epsilon"] == pytest.approx(both, rel=1e-12)
+    assert statement.up_to_m_sites[1].epsilon == pytest.approx(both, rel=1e-12)
 
 
 def test_without_protection_there_is_no_bound_either() -> None:
@@ -289,7 +302,7 @@ def test_a_statement_by_the_person_says_so(unit: str) -> None:
         f"Epsilon holds for a {unit} with any number of records", f"A {unit} under several ids",
     ):  # fmt: skip
         assert part in text
-    whole = run_statement([release, replace(release, site="south")], "run").as_dict()
+    whole = written(run_statement([release, replace(release, site="south")], "run"))
     assert f"A {unit} whose records are all at one site" in whole["one_site"]
     assert f"A {unit} with records at each of m sites" in whole["text"]
     assert f"A {unit} under several ids" in " ".join(whole["not_covered"])
@@ -312,7 +325,7 @@ def test_units_are_never_mixed() -> None:
     for state in (site_statement, privacy_record):
         with pytest.raises(PrivacyError, match="no guarantee can be stated for the unit of privacy 'household'"):
             state(replace(RELEASE, unit="household"), "run")
-    for text in (site_statement(RELEASE, "run"), run_statement([RELEASE], "run").as_dict()["text"]):
+    for text in (site_statement(RELEASE, "run"), run_statement([RELEASE], "run").text):
         assert "patient" not in text
         assert "customer" not in text
         assert "several records of one person" in text.lower()
@@ -390,7 +403,7 @@ def test_the_whole_statements_of_what_is_not_protected() -> None:
     assert site_statement(empty, "r") == "Site north released nothing in run r."
     assert run_statement([], "r").one_site == "Run r released nothing yet."
     found = run_statement([FULL, replace(FULL, randomness="injected")], "r", pretrained=False)
-    assert (found.unit, found.not_covered) == ("patient", not_covered("patient", pretrained=False))
+    assert found.not_covered == not_covered("patient", pretrained=False)
 
 
 def test_the_whole_record_of_a_site() -> None:
@@ -435,7 +448,7 @@ def test_the_whole_record_of_a_site() -> None:
 def test_the_whole_statement_of_a_run(stopped_early: bool) -> None:
     other = replace(FULL, site="south", events=(steps(30),), unanswered=(), metrics_mechanism=None)
     events = [release.planned_events if stopped_early else release.possible_events for release in (FULL, other)]
-    first, second = sorted((FULL, other), key=lambda r: -(r.epsilon_planned if stopped_early else r.epsilon_bound))
+    first, second = sorted((FULL, other), key=lambda r: -(r.epsilon_promised if stopped_early else r.epsilon_bound))
     worst = max(compose_epsilon(e, 1e-5) for e in events)
     both = compose_epsilon([*events[0], *events[1]], 1e-5)
     found = run_statement([FULL, other], "r", stopped_early=stopped_early)
@@ -451,12 +464,11 @@ def test_the_whole_statement_of_a_run(stopped_early: bool) -> None:
         f"{AS_REPORTED}{early if stopped_early else ''} Requests that were never answered here are counted as executed."
     )
     assert first.site != second.site
-    assert found.up_to_m_sites == [{"sites": 1, "epsilon": worst}, {"sites": 2, "epsilon": both}]
-    assert found.unit == "patient"
+    assert found.up_to_m_sites == (SitesEpsilon(sites=1, epsilon=worst), SitesEpsilon(sites=2, epsilon=both))
     assert found.not_covered == (*not_covered("patient"), *([STOPPED_EARLY] if stopped_early else []))
-    assert found.as_dict() == {
+    assert written(found) == {
         "one_site": found.one_site,
-        "up_to_m_sites": found.up_to_m_sites,
+        "up_to_m_sites": [{"sites": 1, "epsilon": worst}, {"sites": 2, "epsilon": both}],
         "not_covered": list(found.not_covered),
         "text": f"{found.one_site}\n\nA patient with records at each of m sites is protected with epsilon (m: epsilon) 1: "
         f"{at_least(worst)}, 2: {at_least(both)}.\n\nNot covered: {' '.join(found.not_covered)}",
