@@ -60,18 +60,16 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
         if evaluation.exists():
             value = read_evaluation(evaluation).metrics[metric]
             result[f"{metric}_{name}"] = None if value is None else round(value, 4)
+    spreads: dict[tuple[str, str], tuple[float, ...]] = {}
     if (repeats := read_if_there(folder / REPEATS_FILE, Repeats)) is not None:
-        for arm, values in repeats.arms.items():
-            name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
-            result[f"{metric}_{name}_mean"] = round(statistics.mean(values), 4)
-            result[f"{metric}_{name}_std"] = round(statistics.stdev(values), 4)
+        spreads |= {(arm, ""): values for arm, values in repeats.arms.items()}
     if (folds := read_if_there(folder / FOLDS_FILE, Folds)) is not None:
-        for arm, values_of in folds.arms.items():
-            name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
-            if metric not in values_of:
-                continue  # undefined in a fold
-            result[f"{metric}_{name}_fold_mean"] = round(statistics.mean(values_of[metric]), 4)
-            result[f"{metric}_{name}_fold_std"] = round(statistics.stdev(values_of[metric]), 4)
+        # A metric may be undefined in a fold.
+        spreads |= {(arm, "_fold"): found[metric] for arm, found in folds.arms.items() if metric in found}
+    for (arm, which), values in spreads.items():
+        name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
+        result[f"{metric}_{name}{which}_mean"] = round(statistics.mean(values), 4)
+        result[f"{metric}_{name}{which}_std"] = round(statistics.stdev(values), 4)
     # A run that ended early promises the epsilon of its whole plan.
     stated = [r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in read_sites(folder)]
     known = [epsilon for epsilon in stated if epsilon is not None]

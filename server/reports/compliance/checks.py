@@ -20,7 +20,7 @@ from shared.privacy.statement import SiteRelease, Statement
 from shared.trust.signed_job import SignedJob
 
 if TYPE_CHECKING:
-    from server.reports.compliance.facts import CentralFacts, SiteFacts
+    from server.reports.compliance.facts import Accounted, CentralFacts, SiteFacts
 
 # Accountants of other versions differ in the last digits only.
 RECORD_TOLERANCE = 1e-3
@@ -57,11 +57,7 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
                 f"{name}: the run recorded epsilon {shown(site.recorded)}, recomputed from the executed steps it is "
                 f"{shown(site.epsilon)}. This report uses the recomputed number."
             )
-        if not site.accountants_agree:
-            yield (
-                f"{name}: the accountants differ by more than their error (PLD {shown(site.epsilon)}, PRV "
-                f"{shown(site.epsilon_prv)})."
-            )
+        yield from _accountant_discrepancies(name, site)
         if site.over_budget:
             yield f"{name} spent more in this run than its cap of {as_set(release.epsilon_budget)}."
         if release.unit != job.privacy.unit:
@@ -70,6 +66,12 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
             yield from _plan_discrepancies(name, release, job, plan)
     yield from _uncounted_rounds(data, sites)
     yield from _uncounted_metrics(data, sites)
+
+
+def _accountant_discrepancies(name: str, found: Accounted) -> Iterator[str]:
+    if not found.accountants_agree:
+        both = f"PLD {shown(found.epsilon)}, PRV {shown(found.epsilon_prv)}"
+        yield f"{name}: the accountants differ by more than their error ({both})."
 
 
 def _plan_discrepancies(name: str, release: SiteRelease, job: Job, plan: PrivacyPlan) -> Iterator[str]:
@@ -134,11 +136,7 @@ def central_discrepancies(central: CentralFacts | None, job: Job) -> Iterator[st
             f"The coordinator recorded epsilon {shown(central.record.epsilon_spent)}, recomputed from the executed rounds it is "
             f"{shown(central.epsilon)}. This report uses the recomputed number."
         )
-    if not central.accountants_agree:
-        yield (
-            f"The coordinator's record: the accountants differ by more than their error (PLD {shown(central.epsilon)}, PRV "
-            f"{shown(central.epsilon_prv)})."
-        )
+    yield from _accountant_discrepancies("The coordinator's record", central)
     executed = sum(event.steps for event in central.record.events)
     if executed != len(central.record.rounds):
         yield f"The coordinator's record names {len(central.record.rounds)} rounds, but {executed} are accounted for."

@@ -15,7 +15,7 @@ from server.reports.compliance.log import LogFacts
 from server.reports.run.formats import join_names, printable
 from server.reports.run.run_data import FileHash, RunData
 from shared.job.job import Job
-from shared.privacy.statement import SiteRelease, Statement
+from shared.privacy.statement import SiteRelease, SitesEpsilon, Statement
 from shared.trust.signed_job import SignedJob
 
 # PRV's epsilon carries an error bound of 0.01 in either direction, and PLD rounds up by less than that.
@@ -90,11 +90,9 @@ class Headline:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComposedEpsilon:
+class ComposedEpsilon(SitesEpsilon):
     """Epsilon for a person at up to so many sites, by both accountants."""
 
-    sites: int
-    epsilon: float
     epsilon_prv: float | None
 
 
