@@ -149,8 +149,13 @@ def plan_arms(scenario: Scenario, folder: Path, train: Sequence[Record]) -> list
                 f"baseline {name} has another privacy.unit than the scenario; run it as a scenario of its own."
             )
         records = sites if name == "federated-non-private" else {"central": list(train)}
-        arms.append(Arm(name, job, folder / "baselines" / name, records))
+        arms.append(Arm(name, job, arm_folder(folder, name), records))
     return arms
+
+
+def arm_folder(folder: Path, name: str) -> Path:
+    """Return the run folder of an arm within that of its scenario."""
+    return folder if name == FEDERATED else folder / "baselines" / name
 
 
 def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:

@@ -18,7 +18,7 @@ from server.rounds.early_stopping import is_over
 from server.store.checkpoint import Checkpoint
 from shared.errors import PrivacyError
 from shared.files.atomic import write_json
-from simulations.running.engine import FEDERATED, MakeObserver, run_scenario
+from simulations.running.engine import FEDERATED, MakeObserver, arm_folder, run_scenario
 from simulations.scenario import Scenario
 
 
@@ -68,7 +68,7 @@ def _by_metric(places: Sequence[Path], arm: str) -> dict[str, tuple[float, ...]]
     """Return every metric of an arm over the folds; one that a fold could not measure is left out."""
     found: list[dict[str, float | None]] = []
     for place in places:
-        path = (place if arm == FEDERATED else place / "baselines" / arm) / "evaluation.json"
+        path = arm_folder(place, arm) / "evaluation.json"
         if arm != FEDERATED and not path.exists():
             return {}  # a baseline that diverged so far that it could not go on
         found.append(read_evaluation(path).metrics)

@@ -15,7 +15,7 @@ from server.store.checkpoint import Checkpoint
 from shared.files.atomic import write_json
 from shared.runtime.ensembles import can_be_averaged
 from shared.tasks import Record, task_of
-from simulations.running.engine import FEDERATED, MakeObserver, run_scenario
+from simulations.running.engine import FEDERATED, MakeObserver, arm_folder, run_scenario
 from simulations.scenario import Scenario
 
 
@@ -39,7 +39,7 @@ def run_repeats(
     arms = [
         arm
         for arm in (FEDERATED, *scenario.baselines.arms)
-        if all((_folder_of(place, arm) / "evaluation.json").exists() for place in folders.values())
+        if all((arm_folder(place, arm) / "evaluation.json").exists() for place in folders.values())
     ]
     values = {arm: [_final_metric(place, arm) for place in folders.values()] for arm in arms}
     if any(value is None for found in values.values() for value in found):
@@ -48,7 +48,7 @@ def run_repeats(
     if can_be_averaged(scenario.job):
         _, public = scenario.load_data()
         test = hold_back(public, task_of(scenario.job).roles[0]).reported
-        places = {arm: [_folder_of(place, arm) for place in folders.values()] for arm in arms}
+        places = {arm: [arm_folder(place, arm) for place in folders.values()] for arm in arms}
         summary["ensembles"] = {arm: _ensemble(runs, scenario, test) for arm, runs in places.items()}
     write_json(folder / REPEATS_FILE, summary)
     write_report_if_possible(folder)
@@ -72,9 +72,5 @@ def _ensemble(runs: Sequence[Path], scenario: Scenario, test: Sequence[Record]) 
     }
 
 
-def _folder_of(folder: Path, arm: str) -> Path:
-    return folder if arm == FEDERATED else folder / "baselines" / arm
-
-
 def _final_metric(folder: Path, arm: str) -> float | None:
-    return read_evaluation(_folder_of(folder, arm) / "evaluation.json").primary
+    return read_evaluation(arm_folder(folder, arm) / "evaluation.json").primary
