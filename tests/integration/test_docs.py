@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
 import shlex
 import subprocess
@@ -19,10 +18,12 @@ import pytest
 from typer.main import get_command
 
 import cli
+from server.records.privacy import SiteRecord
 from shared.data.datasets import DataSource
 from shared.data.deidentify.config import DeidentifyConfig
+from shared.files.atomic import write_json
 from shared.privacy.accounting import GaussianSteps
-from shared.privacy.statement import SiteRelease, privacy_record
+from shared.privacy.statement import SiteRelease
 from simulations.running.settings import settings_table
 from simulations.scenario import Scenario, load_scenario
 
@@ -137,8 +138,7 @@ def test_accountant_snippet_gives_the_recorded_epsilon(tmp_path: Path) -> None:
         events=(GaussianSteps(noise_multiplier=0.9, sample_rate=0.1, steps=24),),
     )
     record = tmp_path / "sites" / "site-1" / "privacy.json"
-    record.parent.mkdir(parents=True)
-    record.write_text(json.dumps(privacy_record(release, "docs")))
+    write_json(record, SiteRecord.of(release, "docs"))
     done = subprocess.run(
         [sys.executable, "-c", snippet], cwd=tmp_path, capture_output=True, text=True, check=True, timeout=300
     )

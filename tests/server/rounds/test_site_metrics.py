@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -132,10 +132,11 @@ def test_the_sites_are_asked_once_after_the_last_round_and_added_up(job: Job) ->
     assert finished.history[-1].epsilon_max == finished.releases["a"].epsilon
     assert finished.site_metrics == {"a": COUNTS, "b": COUNTS, "c": COUNTS}
     record = site_metrics_record(finished, job)
-    (found,) = record["estimates"]
-    assert (found["value"], found["sites"], found["votes"]) == (0.7, 3, 300.0)
-    assert 0.02 < found["standard_error"] < 0.05
-    json.dumps(record, allow_nan=False)
+    (found,) = record.estimates
+    assert (found.value, found.sites, found.votes) == (0.7, 3, 300.0)
+    assert found.standard_error is not None
+    assert 0.02 < found.standard_error < 0.05
+    json.dumps(asdict(record), allow_nan=False)
     # Asked and answered: a resumed run does not ask again.
     assert run_rounds(grid, coordinator(job, []), finished) is finished
     assert len(asked) == 3
@@ -213,4 +214,4 @@ def test_nobody_answers(job: Job) -> None:
 
     finished = run(job, a=no, b=no, c=no)
     assert finished.site_metrics == {}
-    assert site_metrics_record(finished, job)["estimates"] == []
+    assert site_metrics_record(finished, job).estimates == ()
