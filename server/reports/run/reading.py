@@ -50,12 +50,13 @@ def read_run(run_dir: Path) -> RunData:
             f"{run_dir} is not a folder; expected the folder of a run, with job.json and run.json in it. "
             "Give the folder that the run printed when it started."
         )
-    run = read_record(run_dir / "run.json", RunRecord)
+    run = read_record(_required(run_dir / "run.json"), RunRecord)
     complete = run.status == "completed"
     federated = read_arm(run_dir, name="federated", complete=complete)
     statement = None
     if federated.private:
-        statement = (read_record if complete else read_if_there)(run_dir / "statement.json", Statement)
+        path = run_dir / "statement.json"
+        statement = read_if_there(_required(path) if complete else path, Statement)
     if federated.private and complete and not federated.sites:
         raise RunError(
             f"{run_dir / 'sites'} holds no privacy.json, but the job is private and completed; expected "
@@ -82,15 +83,16 @@ def read_arm(folder: Path, *, name: str, complete: bool = False) -> Arm:
     """Read one training; a completed one must have its rounds and its evaluation."""
     job = _read_job(folder / "job.json")
     private = job["privacy"]["mechanism"] != "none"
-    rounds = read_rounds(folder / "metrics.jsonl", complete=complete)
+    path = folder / "metrics.jsonl"
+    rounds = read_rounds(_required(path) if complete else path, complete=complete)
     path = folder / "evaluation.json"
-    evaluation = read_evaluation(path) if complete or path.exists() else None
+    evaluation = read_evaluation(_required(path)) if complete or path.exists() else None
     # A site that never answered released nothing and has no record.
     released = {name for record in rounds for name in record.sites} if complete else set()
     paths = [
         path for site in _folders(folder / "sites") if (path := site / "privacy.json").exists() or site.name in released
     ]
-    sites: tuple[AnyRecord, ...] = tuple(map(read_site, paths))
+    sites: tuple[AnyRecord, ...] = tuple(read_site(_required(path)) for path in paths)
     if job["privacy"]["mechanism"] == "central":
         paths = [path] if (path := folder / "privacy.json").exists() else []
         sites = tuple(read_record(path, CoordinatorRecord) for path in paths)
@@ -115,8 +117,18 @@ def read_arm(folder: Path, *, name: str, complete: bool = False) -> Arm:
     )
 
 
+def _required(path: Path) -> Path:
+    """Return `path`, of a file that every run in this state has; raises `RunError` if it is not there."""
+    if not path.exists():
+        raise RunError(
+            f"{path} is missing; expected it in the folder of every run in this state. "
+            "Check that this is a run folder and that it was copied completely."
+        )
+    return path
+
+
 def _read_job(path: Path) -> dict[str, Any]:
-    job = read_object(path)
+    job = read_object(_required(path))
     mechanism = job_value(job, "privacy", "mechanism")
     if mechanism not in ("dp-sgd", "central", "none"):
         raise damaged(path, f"privacy.mechanism is {mechanism!r}, expected 'dp-sgd', 'central' or 'none'")
