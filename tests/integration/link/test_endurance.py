@@ -115,7 +115,7 @@ def test_a_thousand_sites(consortium: Consortium) -> None:
     with CoordinatorProcess(folder) as coordinator:
         started = time.monotonic()
         with ManySites(coordinator.port, crowd) as sites:
-            eventually(lambda: sites.connected == 1000, timeout=60)
+            eventually(lambda: sites.connected == 1000, timeout=120)
             connected = time.monotonic() - started
             rounds = [coordinator.round(nodes=1000, size=30_000) for _ in range(3)]
             assert [outcome["right"] for outcome in rounds] == [1000] * 3
@@ -125,7 +125,7 @@ def test_a_thousand_sites(consortium: Consortium) -> None:
             coordinator.kill()
             restarted = time.monotonic()
             with CoordinatorProcess(folder, coordinator.port) as second:
-                eventually(lambda: sites.connected == 1000, timeout=60)
+                eventually(lambda: sites.connected == 1000, timeout=120)
                 back = time.monotonic() - restarted
                 assert second.round(nodes=1000, size=30_000)["right"] == 1000
     print(f"connected in {connected:.1f} s, back in {back:.1f} s, rounds {rounds}")  # noqa: T201
@@ -133,11 +133,12 @@ def test_a_thousand_sites(consortium: Consortium) -> None:
 
 def test_large_replies_of_many_sites_fit_into_memory(consortium: Consortium) -> None:
     crowd = consortium.crowd(300)
-    with CoordinatorProcess(consortium.files.certificate.parent) as coordinator:
-        before = coordinator.facts.memory_info().rss
-        with ManySites(coordinator.port, crowd) as sites:
-            eventually(lambda: sites.connected == 300, timeout=60)
-            outcome = coordinator.round(nodes=300, size=2_400_000, seconds=300)
-            assert outcome["right"] == 300
-            assert outcome["most_bytes"] - before < 500 * 2**20
+    with (
+        CoordinatorProcess(consortium.files.certificate.parent) as coordinator,
+        ManySites(coordinator.port, crowd) as sites,
+    ):
+        eventually(lambda: sites.connected == 300, timeout=120)
+        outcome = coordinator.round(nodes=300, size=2_400_000, seconds=300)
+        assert outcome["right"] == 300
+        assert outcome["most_bytes"] < 300 * 2**20
     print(outcome)  # noqa: T201
