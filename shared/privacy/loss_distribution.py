@@ -199,7 +199,7 @@ def step_divergence(epsilons: Array, sigma: float, rate: float, removed: bool) -
     # An argument x that is rounded moves a normal probability by about x^2 units; then the rounding of `ratio`.
     arguments = upper * (16 + 4 * near**2 + 4 * epsilons + 2 / sigma)
     errors[possible] = 2 * _UNIT * weight * (arguments + 4 * rounded / ratio * (sigma * density + upper))
-    return np.clip(deltas, 0.0, 1.0), errors
+    return np.maximum(deltas, 0.0), errors
 
 
 def _epsilon(parts: Sequence[tuple[StepLoss, int]], delta: float) -> float:

@@ -288,6 +288,38 @@ def test_a_tilt_is_sought_between_its_limits() -> None:
     assert module._least(lambda tilt: -tilt, 1e-2) == pytest.approx(60_000, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("event", "delta", "cell", "expected", "num"),
+    [
+        ((1.0, 0.1, 10), 1e-5, 1e-3, 2.8545, 1),  # the first tilt is good
+        ((5.0, 1e-9, 2), 1e-9, 1e-3, 0.0, 1),  # nothing is less
+        ((31.652105, 0.0117043559, 1), 3.2279358e-16, 1e-2, 0.01, 1),  # the next one would be the same
+        ((0.2491342, 3.41871088e-5, 2), 1.0999287e-5, 1e-3, 1.217396, 2),  # the first: 1.2195
+        ((44.08546, 0.143014223, 1), 1.60594075e-20, 1e-2, 0.03, 3),  # the first: 0.0395
+    ],
+)
+def test_what_is_lost_under_one_tilt_is_won_under_the_next(
+    event: tuple[float, float, int],
+    delta: float,
+    cell: float,
+    expected: float,
+    num: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In as few compositions as it takes: each costs up to half a second."""
+    tilts: list[float] = []
+
+    class Noted(TiltedDivergence):
+        def __init__(self, parts: object, tilt: float, log_moment: object) -> None:
+            tilts.append(tilt)
+            super().__init__(parts, tilt, log_moment)
+
+    monkeypatch.setattr(module, "TiltedDivergence", Noted)
+    found = module._epsilon([(step_loss(*event[:2], True, cell, 60), event[2])], delta)
+    assert found == pytest.approx(expected, rel=1e-3, abs=1e-12)
+    assert len(tilts) == num
+
+
 def test_cells_grow_until_there_are_few_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     events, tried = [(1.0, 0.1, 10)], []
     grid = module._on_grid
