@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from pathlib import Path
 
@@ -57,6 +58,34 @@ def test_a_dead_line_is_noticed_within_ten_seconds_by_both(consortium: Consortiu
         relay.thaw()
         (identifier,) = grid.push_messages([ask(grid, node, b"after")])
         assert data_of(pulled(grid, {identifier}, timeout=20)[identifier]) == b"after"
+
+
+def test_a_frozen_process_is_noticed_within_ten_seconds(consortium: Consortium, tmp_path: Path) -> None:
+    """Its kernel still acknowledges every packet."""
+    with serving(consortium) as (server, heard):
+        process = lone_site.start(tmp_path / "site", server.port, consortium.credentials["a"])
+        try:
+            eventually(lambda: heard.open == {"a"})
+            process.send_signal(signal.SIGSTOP)
+            started = time.monotonic()
+            eventually(lambda: not heard.open)
+            assert time.monotonic() - started < 10.5
+            process.send_signal(signal.SIGCONT)
+            eventually(lambda: heard.open == {"a"})
+        finally:
+            process.kill()
+            process.wait()
+    with (
+        CoordinatorProcess(consortium.files.certificate.parent) as coordinator,
+        site(coordinator.port, consortium.credentials["a"]) as (_, told),
+    ):
+        eventually(lambda: told.of("welcome"))
+        coordinator.facts.suspend()
+        started = time.monotonic()
+        eventually(lambda: told.of("trouble"))
+        assert time.monotonic() - started < 10.5
+        coordinator.facts.resume()
+        eventually(lambda: len(told.of("welcome")) == 2)
 
 
 def test_a_killed_site_that_comes_back_answers_what_it_was_asked(consortium: Consortium, tmp_path: Path) -> None:
