@@ -15,14 +15,14 @@ from typing import Any
 
 from shared.errors import ConfigError
 from shared.job.job import Job
+from shared.tasks import task_of
 
 EXAMPLES = 30_000
 """Examples that an arm without noise sees: small data sets are passed over more often."""
 FEWEST_PASSES, MOST_PASSES = 3, 30
 EVALUATIONS = 12
 PATIENCE = 5
-_LEARNING_RATES = {"causal_lm": 1e-2, "replies": 1e-2, "image_classification": 5e-3}
-_LEARNING_RATE = 2e-3
+_LEARNING_RATE, _OF_LANGUAGE_MODELS, _OF_IMAGES = 2e-3, 1e-2, 5e-3
 _FEDERATED_ROUNDS, _FEDERATED_STEPS = 40, 4
 
 
@@ -56,7 +56,7 @@ def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evalua
     per_site = max(num_records if alone else num_records // num_sites, 1)
     passes = min(max(EXAMPLES / num_records, FEWEST_PASSES), MOST_PASSES)
     changes |= _without_noise(job, records=per_site, passes=passes, evaluate_every=evaluate_every)
-    if not alone and job.task.kind not in _LEARNING_RATES:
+    if not (alone or task_of(job).causal_lm or job.model.is_image_network):
         _average_gently(changes, passes=passes, evaluate_every=evaluate_every)
     if name == "non-private-all-layers":
         changes["lora"] = {"last_layers": None}
@@ -81,7 +81,7 @@ def _without_noise(job: Job, *, records: int, passes: float, evaluate_every: int
             "rounds": rounds,
             "local_steps": max(math.ceil(passes / sample_rate / rounds), 1),
             "optimizer": "adamw",
-            "learning_rate": _LEARNING_RATES.get(job.task.kind, _LEARNING_RATE),
+            "learning_rate": _learning_rate(job),
             "head_learning_rate_factor": 1.0,
             "weight_decay": 0.01,
             "momentum": 0.9,
@@ -90,6 +90,12 @@ def _without_noise(job: Job, *, records: int, passes: float, evaluate_every: int
             "early_stopping": {"patience": PATIENCE, "keep": "best", "metric": "loss"},
         },
     }
+
+
+def _learning_rate(job: Job) -> float:
+    if job.model.is_image_network:
+        return _OF_IMAGES
+    return _OF_LANGUAGE_MODELS if task_of(job).causal_lm else _LEARNING_RATE
 
 
 def _average_gently(changes: dict[str, Any], *, passes: float, evaluate_every: int) -> None:

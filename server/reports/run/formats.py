@@ -41,12 +41,6 @@ _ABBREVIATIONS = {
 _TRAILING_NUMBER = re.compile(r"^(.*?)(\d{1,9})$", re.DOTALL)
 
 
-def _ceil(value: float, digits: int) -> float:
-    """Round up to `digits` decimals, forgiving float noise of 1e-6 units in the last place."""
-    scale = 10.0**digits
-    return math.ceil(value * scale - 1e-6) / scale
-
-
 def format_epsilon(value: float | None) -> str:
     """Two decimals, two significant digits below 0.1; rounded up."""
     if value is None:
