@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from client.ledger.account import Account
-from client.ledger.ledger import Entry, Ledger
+from client.ledger.file import Entry
+from client.ledger.ledger import Ledger
 from shared.errors import LedgerError, PrivacyError, TrustError
 from shared.privacy.accounting import compose_epsilon
-from shared.trust import audit_log
+from shared.trust import audit_chain, audit_log
+from shared.trust.audit_chain import BEGINNING
 from shared.trust.audit_log import AuditLog, Event
 
 
@@ -38,7 +40,7 @@ class AuditMirror:
 
     def __init__(self, log: AuditLog) -> None:
         self._log = log
-        self._read_up_to = audit_log.BEGINNING
+        self._read_up_to = BEGINNING
         self._mirrored: list[tuple[str, str]] = []  # hash and time of logging, of every ledger entry in the log
         self._is_first_call = True
 
@@ -121,7 +123,7 @@ def recount(log_folder: Path, *, delta: float, dataset: str, unit: str, job_id: 
     return rule.epsilon(account.counted(rule.composition))
 
 
-def _misplaced(folder: Path, entry: audit_log.Entry, what: str) -> NoReturn:
+def _misplaced(folder: Path, entry: audit_chain.Entry, what: str) -> NoReturn:
     raise TrustError(
         f"entry {entry.sequence} of the audit log {folder} is not one that this site's ledger makes: {what}. Find out "
         "what wrote it, and restore the latest backup of log and ledger."

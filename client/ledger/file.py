@@ -31,10 +31,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, Literal, NoReturn
 
 from shared.errors import LedgerError, TrustError
 from shared.files.atomic import sync_folder
+from shared.trust.keystore import Seal
 
 SCHEMA_VERSION = 2  # of version 1, the entries are the same; it knew no imports and would not have counted them
 OLDEST_VERSION = 1
@@ -66,16 +67,6 @@ _DIAGNOSES = {
 }
 
 
-class Cipher(Protocol):
-    """Encrypts under the site's key, such as `shared.trust.keystore.Seal`."""
-
-    def seal(self, plaintext: bytes, *, context: str) -> bytes:
-        """Return `plaintext` encrypted and authenticated together with `context`."""
-
-    def open(self, sealed: bytes, *, context: str) -> bytes:
-        """Return what was sealed, or raise `TrustError`."""
-
-
 @dataclass(frozen=True)
 class Entry:
     """One verified line of the ledger; every `payload` names its account (`dataset`, `unit`)."""
@@ -96,7 +87,7 @@ class LedgerFile:
         clock: the time of each new entry.
     """
 
-    def __init__(self, path: Path, *, cipher: Cipher | None, clock: Callable[[], datetime]) -> None:
+    def __init__(self, path: Path, *, cipher: Seal | None, clock: Callable[[], datetime]) -> None:
         self.path = path
         self._cipher = cipher
         self._clock = clock

@@ -43,35 +43,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.ledger.account import (
-    CHARGING_KINDS,
-    MAX_NAME,
-    Account,
-    Budget,
-    Charge,
-    Charged,
-    check_name,
-    check_sha256,
-    dataset_key,
-)
-from client.ledger.file import LOCK_TIMEOUT, SCHEMA_VERSION, Cipher, Entry, LedgerFile
+from client.ledger.account import CHARGING_KINDS, Account, Budget, Charge, check_name, check_sha256, dataset_key
+from client.ledger.file import SCHEMA_VERSION, Entry, LedgerFile
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import BudgetExceeded, LedgerError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.filter import SpendingRule
 from shared.privacy.ledger_export import ChargedSteps, LedgerExport
-
-__all__ = [
-    "LOCK_TIMEOUT",
-    "MAX_NAME",
-    "SCHEMA_VERSION",
-    "Budget",
-    "Charge",
-    "Charged",
-    "Cipher",
-    "Entry",
-    "Ledger",
-]
+from shared.trust.keystore import Seal
 
 
 class Ledger:
@@ -94,7 +73,7 @@ class Ledger:
         dataset: str,
         unit: str,
         budget: Budget,
-        cipher: Cipher | None = None,
+        cipher: Seal | None = None,
         mirror: Callable[[Ledger], None] | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
@@ -138,14 +117,7 @@ class Ledger:
             account = self._account(entries)
             epsilon = self._rule(account).epsilon(account.counted(self.budget.composition, charge))
             if epsilon <= self.budget.epsilon:
-                payload: dict[str, Any] = {
-                    "job_id": charge.job_id,
-                    "round": charge.round,
-                    "request_sha256": charge.request_sha256,
-                    "mechanism": asdict(charge.mechanism),
-                }
-                further = {"records": charge.records, "planned_steps": charge.planned_steps}
-                payload |= {name: value for name, value in further.items() if value is not None}
+                payload = {name: value for name, value in asdict(charge).items() if value is not None}
                 reservation = self._append(entries, "reserve", payload).sequence
         if reservation is not None:
             self._call_mirror()

@@ -30,6 +30,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client.site.config import SiteConfig
 from shared.errors import ConfigError, TrustError
 from shared.files.atomic import exclusive_lock
+from shared.files.places import Below
 from shared.job.parsing import load_toml, parse
 from shared.trust.audit_log import AuditLog
 from shared.trust.certificates import identity, load_certificate
@@ -45,59 +46,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SiteHome:
-    """The paths of a site's folder."""
+    """The paths of a site's folder; what lies there stands above."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """`site.toml`."""
-        return self.path / "site.toml"
-
-    @property
-    def policy(self) -> Path:
-        """`policy.toml`."""
-        return self.path / "policy.toml"
-
-    @property
-    def ca_certificate(self) -> Path:
-        """Certificate of the consortium's CA."""
-        return self.path / "ca.crt"
-
-    @property
-    def certificate(self) -> Path:
-        """The site's certificate."""
-        return self.path / "site.crt"
-
-    @property
-    def key(self) -> Path:
-        """The site's private key."""
-        return self.path / "keys" / "site.key"
-
-    @property
-    def next_key(self) -> Path:
-        """The key of a rotation that was requested but not installed."""
-        return self.path / "keys" / "site.key.next"
-
-    @property
-    def storage_key(self) -> Path:
-        """The key that seals what the site keeps."""
-        return self.path / "keys" / "storage.key"
-
-    @property
-    def log_key(self) -> Path:
-        """The key that signs the head of the audit log."""
-        return self.path / "keys" / "log.key"
-
-    @property
-    def audit(self) -> Path:
-        """Folder of the audit log."""
-        return self.path / "audit"
-
-    @property
-    def status(self) -> Path:
-        """What the running node says of itself."""
-        return self.path / "node.json"
+    config = Below("site.toml")
+    policy = Below("policy.toml")
+    ca_certificate = Below("ca.crt")
+    certificate = Below("site.crt")
+    key = Below("keys/site.key")
+    next_key = Below("keys/site.key.next")  # of a rotation that was requested but not installed
+    storage_key = Below("keys/storage.key")
+    log_key = Below("keys/log.key")
+    audit = Below("audit")
+    status = Below("node.json")
 
     def load_config(self) -> SiteConfig:
         """Return the parsed `site.toml`.

@@ -16,7 +16,8 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from client.ledger.ledger import Budget, Charge, Ledger
+from client.ledger.account import Budget, Charge
+from client.ledger.ledger import Ledger
 from client.site.config import SiteConfig
 from client.site.declared import drift
 from client.site.guard import Guard, NoGuard

@@ -45,7 +45,7 @@ from flwr.supercore.fab import Fab
 from flwr.supercore.interceptors import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from server.store.home import SuperLinkFiles
+from server.store.home import CoordinatorHome
 from shared.errors import RunError
 from shared.processes import die_with_parent
 
@@ -87,17 +87,17 @@ class SuperLink:
         process: the running child, or None.
     """
 
-    def __init__(self, files: SuperLinkFiles, *, fleet_address: str, control_port: int) -> None:
-        self._files, self._fleet_address, self._control_port = files, fleet_address, control_port
+    def __init__(self, home: CoordinatorHome, *, fleet_address: str, control_port: int) -> None:
+        self._home, self._fleet_address, self._control_port = home, fleet_address, control_port
         self.process: subprocess.Popen[bytes] | None = None
 
     def command(self) -> list[str]:
         """Return the command line; there is no way to leave out TLS or authentication."""
         return [
             str(Path(sys.executable).parent / "flower-superlink"),
-            "--ssl-ca-certfile", str(self._files.ca_certificate),
-            "--ssl-certfile", str(self._files.server_certificate),
-            "--ssl-keyfile", str(self._files.server_key),
+            "--ssl-ca-certfile", str(self._home.ca_certificate),
+            "--ssl-certfile", str(self._home.server_certificate),
+            "--ssl-keyfile", str(self._home.server_key),
             "--enable-supernode-auth",
             "--database", FLWR_IN_MEMORY_DB_NAME,
             "--host", CONTROL_HOST,
@@ -112,11 +112,11 @@ class SuperLink:
         Raises:
             RunError: if it ends or does not answer in time; the end of its log is quoted.
         """
-        self._files.log.parent.mkdir(parents=True, exist_ok=True)
+        self._home.superlink_log.parent.mkdir(parents=True, exist_ok=True)
         search = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
         settings = {
             "PATH": search,
-            "FLWR_HOME": str(self._files.flower_home),
+            "FLWR_HOME": str(self._home.flower),
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
         }
@@ -128,19 +128,21 @@ class SuperLink:
             env={**os.environ, **settings},
             preexec_fn=die_with_parent,
         )
-        threading.Thread(target=_keep_output, args=(self.process, self._files.log), daemon=True).start()
+        threading.Thread(target=_keep_output, args=(self.process, self._home.superlink_log), daemon=True).start()
         deadline = time.monotonic() + _START_TIMEOUT_SECONDS
         with self.control() as control:
             while not control.answers():
                 if self.process.poll() is not None or time.monotonic() > deadline:
                     self.stop()
-                    raise RunError(f"the SuperLink did not start; its log ends with:\n{_last_lines(self._files.log)}")
+                    raise RunError(
+                        f"the SuperLink did not start; its log ends with:\n{_last_lines(self._home.superlink_log)}"
+                    )
                 time.sleep(0.05)
 
     @contextlib.contextmanager
     def control(self) -> Iterator[Control]:
         """Return a client of the Control API."""
-        client = Control(self._control_port, self._files)
+        client = Control(self._control_port, self._home.ca_certificate)
         try:
             yield client
         finally:
@@ -167,11 +169,11 @@ class SuperLink:
 class Control:
     """The Control API on loopback: who may connect, which runs there are."""
 
-    def __init__(self, port: int, files: SuperLinkFiles) -> None:
+    def __init__(self, port: int, ca_certificate: Path) -> None:
         self._client = ControlHttpClient.from_server_address(
             server_address=f"{CONTROL_HOST}:{port}",
             insecure=False,
-            root_certificates=files.ca_certificate.read_bytes(),
+            root_certificates=ca_certificate.read_bytes(),
             interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr CLI")],
         )
 

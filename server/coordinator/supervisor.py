@@ -52,9 +52,7 @@ class Supervisor:
         self._stop = threading.Event()
         self._trust = TrustStore(home.trust)
         address = f"{self._config.fleet_host}:{self._config.fleet_port}"
-        self._superlink = SuperLink(
-            home.superlink_files(), fleet_address=address, control_port=self._config.control_port
-        )
+        self._superlink = SuperLink(home, fleet_address=address, control_port=self._config.control_port)
         self._certificate = b""
         self._nodes: dict[str, Any] = {}
         self._trust_problem: str | None = None
@@ -289,15 +287,14 @@ def check_server_certificate(home: CoordinatorHome) -> None:
     Raises:
         TrustError: a file is missing, the certificate has expired, or is not for the key that lies here.
     """
-    ca = home.trust / "ca.crt"
-    for path in (ca, home.server_certificate, home.server_key):
+    for path in (home.ca_certificate, home.server_certificate, home.server_key):
         if not path.exists():
             raise TrustError(
                 f"{path} is missing. Send {home.path}/server.csr to whoever runs the CA, then: silotune coordinator install "
                 f"{home.path} --certificate FILE --ca FILE"
             )
     certificate = load_certificate(home.server_certificate)
-    verify_certificate(certificate, load_certificate(ca), datetime.now(UTC))
+    verify_certificate(certificate, load_certificate(home.ca_certificate), datetime.now(UTC))
     if home.server_key.stat().st_mode & 0o077:
         raise TrustError(f"{home.server_key} can be read by others; run: chmod 600 {home.server_key}")
     key = load_plain_pem_key(home.server_key)

@@ -22,6 +22,7 @@ from pydantic import AwareDatetime, BaseModel, Field, ValidationError
 from shared.errors import RunError
 from shared.files.atomic import exclusive_lock
 from shared.files.json_files import read_object
+from shared.files.places import Below
 from shared.job.parsing import Section, load_toml, parse
 from shared.job.values import Name
 from shared.trust.audit_log import AuditLog
@@ -58,73 +59,23 @@ class _Status(BaseModel):
     sites: dict[str, _SiteStatus]
 
 
-@dataclass(frozen=True, kw_only=True)
-class SuperLinkFiles:
-    """Paths that one SuperLink works with.
-
-    Attributes:
-        ca_certificate, server_certificate, server_key: PEM files.
-        log: file that its output is appended to.
-        flower_home: Flower's own folder.
-    """
-
-    ca_certificate: Path
-    server_certificate: Path
-    server_key: Path
-    log: Path
-    flower_home: Path
-
-
 @dataclass(frozen=True)
 class CoordinatorHome:
-    """The paths of a coordinator's folder."""
+    """The paths of a coordinator's folder; what lies there stands above."""
 
     path: Path
 
-    @property
-    def config(self) -> Path:
-        """`coordinator.toml`."""
-        return self.path / "coordinator.toml"
-
-    @property
-    def trust(self) -> Path:
-        """Folder of the trust store."""
-        return self.path / "trust"
-
-    @property
-    def server_certificate(self) -> Path:
-        """The coordinator's TLS certificate."""
-        return self.trust / "server.crt"
-
-    @property
-    def server_key(self) -> Path:
-        """Its key."""
-        return self.path / "keys" / "server.key"
-
-    @property
-    def round_key(self) -> Path:
-        """The key that signs rounds and adapters."""
-        return self.path / "keys" / "round.key"
-
-    @property
-    def jobs(self) -> Path:
-        """Folder of the jobs."""
-        return self.path / "jobs"
-
-    @property
-    def audit(self) -> Path:
-        """Folder of the audit log."""
-        return self.path / "audit"
-
-    @property
-    def status(self) -> Path:
-        """What the running coordinator says of itself."""
-        return self.path / "coordinator.json"
-
-    @property
-    def superlink_log(self) -> Path:
-        """Output of Flower's processes, those of the ServerApp included."""
-        return self.path / "logs" / "superlink.log"
+    config = Below("coordinator.toml")
+    trust = Below("trust")
+    ca_certificate = Below("trust/ca.crt")
+    server_certificate = Below("trust/server.crt")
+    server_key = Below("keys/server.key")
+    round_key = Below("keys/round.key")
+    jobs = Below("jobs")
+    audit = Below("audit")
+    status = Below("coordinator.json")
+    superlink_log = Below("logs/superlink.log")  # of all Flower's processes, those of the ServerApp included
+    flower = Below("flower")
 
     def load_config(self) -> CoordinatorConfig:
         """Return the parsed `coordinator.toml`.
@@ -133,16 +84,6 @@ class CoordinatorHome:
             ConfigError: if it is missing or not valid.
         """
         return parse(CoordinatorConfig, load_toml(self.config), source=str(self.config))
-
-    def superlink_files(self) -> SuperLinkFiles:
-        """Return the paths that the SuperLink works with."""
-        return SuperLinkFiles(
-            ca_certificate=self.trust / "ca.crt",
-            server_certificate=self.server_certificate,
-            server_key=self.server_key,
-            log=self.superlink_log,
-            flower_home=self.path / "flower",
-        )
 
     def load_round_key(self, passphrase: str | None) -> SigningKey:
         """Return the key that signs rounds and adapters."""

@@ -15,6 +15,7 @@ from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
 from shared.terminal import JsonOption, console, print_json
 from shared.trust import audit_log
+from shared.trust.audit_chain import Entry
 from shared.trust.signing import find_verify_key
 
 audit_log_app = typer.Typer(
@@ -60,7 +61,7 @@ def show(
         for entry in entries:
             typer.echo(entry.line())
         return
-    shown: deque[audit_log.Entry] = deque(maxlen=last)
+    shown: deque[Entry] = deque(maxlen=last)
     try:
         shown.extend(entries)
     finally:  # a broken log shows what comes before the break, then the error
@@ -71,7 +72,7 @@ def show(
             console(160).print(_table(shown))
 
 
-def _table(entries: deque[audit_log.Entry]) -> Table:
+def _table(entries: deque[Entry]) -> Table:
     table = Table("#", "time", "event")
     table.add_column("details", overflow="fold")  # hashes are one long word, and none of it may be lost
     for entry in entries:

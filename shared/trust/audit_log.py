@@ -58,19 +58,6 @@ from shared.trust.audit_chain import (
 )
 from shared.trust.signing import SigningKey, VerifyKey
 
-__all__ = [
-    "BEGINNING",
-    "MAX_FILE_BYTES",
-    "MAX_TEXT",
-    "AuditLog",
-    "Entry",
-    "Event",
-    "Position",
-    "Verified",
-    "read",
-    "verify",
-]
-
 MAX_FILE_BYTES = 8 << 20
 MAX_TEXT = 2000  # characters of one string in `details`; the rest is cut off
 
@@ -214,15 +201,6 @@ class AuditLog:
         """Yield the entries after `start`, each checked and with the place after it; see `read`."""
         head = read_head(self.folder, self._verify_key)
         return scan(self.folder, start, head)
-
-    def change_key(self, seal_head: SigningKey, /, **details: Any) -> Entry:
-        """Record `key.rotated` and sign the head with another key from here on; `details` should name the key."""
-        with self.locked():
-            entry = self.append(Event.KEY_ROTATED, **details)
-            with self._explained():
-                write_head(self.folder, self._head, seal_head)
-            self._signer = seal_head
-            return entry
 
     @property
     def _verify_key(self) -> VerifyKey | None:

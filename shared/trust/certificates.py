@@ -23,6 +23,7 @@ from cryptography.x509.oid import NameOID
 
 from shared.errors import RunError, TrustError
 from shared.files import atomic
+from shared.files.bounded import read_bounded
 from shared.job.values import NAME_PATTERN
 
 Role = Literal["server", "site"]
@@ -254,17 +255,8 @@ def parse_certificate(pem: bytes, source: str) -> x509.Certificate:
 
 
 def read_file(path: Path, what: str) -> bytes:
-    """Return a file's content, bounded; TrustError if it cannot be read."""
-    try:
-        with path.open("rb") as file:
-            content = file.read(_MAX_FILE_BYTES + 1)
-    except FileNotFoundError:
-        raise TrustError(f"the {what} {path} does not exist; check the path, or restore it from its backup.") from None
-    except OSError as error:
-        raise TrustError(f"the {what} {path} cannot be read ({error.strerror}); mend its permissions.") from None
-    if len(content) > _MAX_FILE_BYTES:
-        raise TrustError(f"the {what} {path} is longer than {_MAX_FILE_BYTES} bytes; check the path.")
-    return content
+    """Return the content of a certificate, a list or a key; TrustError if it cannot be read or is too long."""
+    return read_bounded(path, what, _MAX_FILE_BYTES)[0]
 
 
 def file_name(cert: x509.Certificate) -> str:
@@ -272,9 +264,9 @@ def file_name(cert: x509.Certificate) -> str:
     return f"{identity(cert)[0]}-{hex_serial(cert.serial_number)}.crt"
 
 
-def pem_bytes(cert: x509.Certificate) -> bytes:
-    """Return a certificate as PEM."""
-    return cert.public_bytes(serialization.Encoding.PEM)
+def write_certificate(path: Path, cert: x509.Certificate) -> None:
+    """Write a certificate as PEM; see `write_public`."""
+    write_public(path, cert.public_bytes(serialization.Encoding.PEM))
 
 
 def common_name(cert: x509.Certificate) -> str:

@@ -11,7 +11,6 @@ import base64
 import json
 import os
 import secrets
-import stat
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
 
 from shared.errors import TrustError
 from shared.files import atomic
+from shared.files.bounded import read_bounded
 from shared.files.json_files import canonical_json
 
 KEY_BYTES = 32
@@ -76,7 +76,7 @@ def load_secret(path: Path, *, passphrase: str | None) -> bytes:
         TrustError: if the file is missing, damaged or of an unknown version; if it is not encrypted and anybody but
             its owner may read or write it; if it is encrypted and the passphrase is missing or wrong.
     """
-    content, mode = _read(path, "key file", _MAX_FILE_BYTES)
+    content, mode = read_bounded(path, "key file", _MAX_FILE_BYTES)
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -123,7 +123,7 @@ def read_passphrase(path: Path) -> str:
         TrustError: if the file is missing, empty, longer than 4096 bytes or not UTF-8; if anybody but its owner may
             read or write it, unless it is a container secret (below /run/secrets).
     """
-    content, mode = _read(path, "passphrase file", _MAX_PASSPHRASE_BYTES)
+    content, mode = read_bounded(path, "passphrase file", _MAX_PASSPHRASE_BYTES)
     if not path.resolve().is_relative_to(SECRETS_FOLDER.resolve()):
         _check_private(path, mode, "holds a passphrase")
     try:
@@ -216,23 +216,6 @@ def _decrypt(path: Path, document: dict[str, Any], passphrase: str | None) -> by
             f"{path} does not open: the passphrase is wrong, or the file was changed. Check the passphrase; if it is "
             "right, restore the file from its backup."
         ) from None
-
-
-def _read(path: Path, what: str, max_bytes: int) -> tuple[bytes, int]:
-    """Return the content and the mode of one and the same open file."""
-    try:
-        with path.open("rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            content = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise TrustError(f"the {what} {path} does not exist; check the path.") from None
-    except OSError as error:
-        raise TrustError(
-            f"the {what} {path} cannot be read ({error.strerror}); check the path and its permissions."
-        ) from None
-    if len(content) > max_bytes:
-        raise TrustError(f"the {what} {path} is longer than {max_bytes} bytes; check the path.")
-    return content, stat.S_IMODE(mode)
 
 
 def _check_private(path: Path, mode: int, holds: str) -> None:

@@ -55,9 +55,9 @@ from shared.trust.certificates import (
     judge,
     judge_files,
     load_certificate,
-    pem_bytes,
     read_subject,
     whole_seconds,
+    write_certificate,
     write_public,
 )
 from shared.trust.node_keys import load_private_key, save_private_key
@@ -104,7 +104,7 @@ def create_ca(
     )
     save_private_key(folder / "ca.key", key, passphrase)
     write_crl(folder, certificate, key, revoked=(), number=1, now=now)
-    write_public(folder / "ca.crt", pem_bytes(certificate))
+    write_certificate(folder / "ca.crt", certificate)
     return certificate
 
 
@@ -235,7 +235,7 @@ def approve(
         .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
         .sign(key, SHA256)
     )
-    write_public(folder / "issued" / file_name(certificate), pem_bytes(certificate))
+    write_certificate(folder / "issued" / file_name(certificate), certificate)
     return certificate
 
 
@@ -287,7 +287,7 @@ def publish(folder: Path, trust_folder: Path) -> int:
             raise TrustError(f"{trust_folder} belongs to another CA ({common_name(present)}); use a folder of its own.")
     check_rollback(trust_folder, authority.crl, seen_crl(trust_folder))
     write_public(trust_folder / "crl.pem", authority.crl.public_bytes(serialization.Encoding.PEM))
-    write_public(trust_folder / "ca.crt", pem_bytes(authority.certificate))
+    write_certificate(trust_folder / "ca.crt", authority.certificate)
     return crl_number(authority.crl)
 
 

@@ -29,6 +29,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import TrustError
+from shared.files.bounded import read_bounded
 from shared.files.json_files import canonical_json, parse_object
 from shared.job.parsing import explain
 from shared.trust import keystore
@@ -163,16 +164,8 @@ def load_verify_key(path: Path) -> VerifyKey:
     Raises:
         TrustError: if the file cannot be read or holds anything else.
     """
-    try:
-        with path.open(encoding="ascii") as file:
-            text = file.read(1000)
-    except FileNotFoundError:
-        raise TrustError(f"the public key {path} does not exist; check the path.") from None
-    except OSError as error:
-        raise TrustError(f"the public key {path} cannot be read ({error.strerror}); check the path.") from None
-    except UnicodeDecodeError:
-        text = ""
-    return VerifyKey.parse(text.strip(), source=str(path))
+    content, _ = read_bounded(path, "public key", 1000)
+    return VerifyKey.parse(content.decode(errors="replace").strip(), source=str(path))
 
 
 def find_verify_key(text: str) -> VerifyKey:

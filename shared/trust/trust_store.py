@@ -17,8 +17,8 @@ from shared.trust.certificates import (
     judge_site,
     load_certificate,
     parse_certificate,
-    pem_bytes,
     whole_seconds,
+    write_certificate,
     write_public,
 )
 from shared.trust.revocation import check_crl, check_rollback, crl_digest, crl_number, load_crl, seen_crl
@@ -54,7 +54,7 @@ class TrustStore:
         if state != "valid":
             raise TrustError(f"the certificate is not installed: {reason}")
         path = self.folder / "sites" / file_name(certificate)
-        write_public(path, pem_bytes(certificate))
+        write_certificate(path, certificate)
         return identity_of(path, certificate, state, reason)
 
     def _authority(self) -> tuple[x509.Certificate, x509.CertificateRevocationList | None]:

@@ -6,7 +6,8 @@ from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 
-from client.ledger.ledger import Budget, Ledger
+from client.ledger.account import Budget
+from client.ledger.ledger import Ledger
 from client.site.config import SiteConfig
 from server.records.privacy import read_site
 from server.reports.compliance import Account

@@ -398,7 +398,7 @@ def test_code_in_a_bundle_runs_at_a_stock_node_and_never_at_ours(federation: Fed
         stock = subprocess.Popen(
             command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
-    control = Control(federation.control_port, federation.coordinator.superlink_files())
+    control = Control(federation.control_port, federation.coordinator.ca_certificate)
     try:
 
         def online() -> dict[str, int]:

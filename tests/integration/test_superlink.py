@@ -24,10 +24,10 @@ from flwr.proto.node_pb2 import Node
 from client.node import fleet
 from client.node.fleet import FleetConnection, NotAdmitted, RunOver, Unreachable, tls_facts
 from server.coordinator.superlink import Control, KeyRemembered, SuperLink, public_key_bytes, pull_promptly
-from server.store.home import SuperLinkFiles
+from server.store.home import CoordinatorHome
 from shared.errors import RunError, TrustError
 from shared.trust.node_keys import write_plain_pem_key
-from shared.trust.pki import approve, create_ca, make_request
+from shared.trust.pki import approve, create_ca, make_request, publish
 from simulations.federation.processes import free_port
 from tests.integration.bundles import bundle_with_code
 from tests.integration.eventually import eventually
@@ -78,20 +78,16 @@ def main(grid, context):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> SuperLinkFiles:
+def home(tmp_path_factory: pytest.TempPathFactory) -> CoordinatorHome:
     folder = tmp_path_factory.mktemp("superlink")
+    made = CoordinatorHome(folder / "home")
     create_ca(folder / "ca", name="Contract", passphrase=None)
+    publish(folder / "ca", made.trust)
     key, request = make_request(name="coordinator", role="server", hosts=["localhost", "127.0.0.1"])
-    write_plain_pem_key(folder / "server.key", key)
+    write_plain_pem_key(made.server_key, key)
     certificate = approve(folder / "ca", request, passphrase=None)
-    (folder / "server.crt").write_bytes(certificate.public_bytes(Encoding.PEM))
-    return SuperLinkFiles(
-        ca_certificate=folder / "ca" / "ca.crt",
-        server_certificate=folder / "server.crt",
-        server_key=folder / "server.key",
-        log=folder / "logs" / "superlink.log",
-        flower_home=folder / "flower",
-    )
+    made.server_certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +96,9 @@ def address() -> str:
 
 
 @pytest.fixture(scope="module")
-def superlink(files: SuperLinkFiles, address: str) -> Iterator[SuperLink]:
+def superlink(home: CoordinatorHome, address: str) -> Iterator[SuperLink]:
     everywhere = f"0.0.0.0:{address.rpartition(':')[2]}"
-    link = SuperLink(files, fleet_address=everywhere, control_port=free_port())
+    link = SuperLink(home, fleet_address=everywhere, control_port=free_port())
     link.start()
     yield link
     link.stop()
@@ -115,12 +111,12 @@ def control(superlink: SuperLink) -> Iterator[Control]:
 
 
 @pytest.fixture
-def connect(files: SuperLinkFiles, address: str) -> Iterator[Callable[..., FleetConnection]]:
+def connect(home: CoordinatorHome, address: str) -> Iterator[Callable[..., FleetConnection]]:
     """Return an opener of connections; all are closed at the end."""
     made: list[FleetConnection] = []
 
     def opened(key: ec.EllipticCurvePrivateKey, *, to: str = address, ca: bytes | None = None) -> FleetConnection:
-        trusted = files.ca_certificate.read_bytes() if ca is None else ca
+        trusted = home.ca_certificate.read_bytes() if ca is None else ca
         made.append(FleetConnection(to, ca_certificate=trusted, private_key=key))
         return made[-1]
 
@@ -136,14 +132,14 @@ def new_key() -> ec.EllipticCurvePrivateKey:
 # --- the SuperLink's command line ---
 
 
-def test_tls_and_authentication_cannot_be_left_out(files: SuperLinkFiles) -> None:
-    command = SuperLink(files, fleet_address="0.0.0.0:9092", control_port=8000).command()
+def test_tls_and_authentication_cannot_be_left_out(home: CoordinatorHome) -> None:
+    command = SuperLink(home, fleet_address="0.0.0.0:9092", control_port=8000).command()
     assert "--insecure" not in command
     assert "--enable-supernode-auth" in command
     assert command[command.index("--host") + 1] == "127.0.0.1"
     for option in ("--ssl-certfile", "--ssl-keyfile", "--ssl-ca-certfile"):
         assert option in command
-    assert set(inspect.signature(SuperLink).parameters) == {"files", "fleet_address", "control_port"}
+    assert set(inspect.signature(SuperLink).parameters) == {"home", "fleet_address", "control_port"}
 
 
 def test_the_control_api_refuses_plain_http(superlink: SuperLink) -> None:
@@ -267,10 +263,10 @@ def test_nobody_can_register_through_the_fleet_api(control: Control, connect: Ca
     assert known in [node.node_id for node in control.nodes()]
 
 
-def test_an_unsigned_call_is_refused(files: SuperLinkFiles, address: str, superlink: SuperLink) -> None:
+def test_an_unsigned_call_is_refused(home: CoordinatorHome, address: str, superlink: SuperLink) -> None:
     from flwr.proto.fleet_pb2_grpc import FleetStub
 
-    credentials = grpc.ssl_channel_credentials(files.ca_certificate.read_bytes())
+    credentials = grpc.ssl_channel_credentials(home.ca_certificate.read_bytes())
     with grpc.secure_channel(address, credentials) as channel, pytest.raises(grpc.RpcError) as refused:
         FleetStub(channel).PullMessages(PullMessagesRequest(node=Node(node_id=1)), timeout=10)
     assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED
@@ -279,8 +275,8 @@ def test_an_unsigned_call_is_refused(files: SuperLinkFiles, address: str, superl
 # --- TLS ---
 
 
-def test_the_fleet_api_speaks_tls_1_3_and_http_2(files: SuperLinkFiles, address: str, superlink: SuperLink) -> None:
-    facts = tls_facts(address, files.ca_certificate.read_bytes())
+def test_the_fleet_api_speaks_tls_1_3_and_http_2(home: CoordinatorHome, address: str, superlink: SuperLink) -> None:
+    facts = tls_facts(address, home.ca_certificate.read_bytes())
     assert (facts.tls_version, facts.alpn) == ("TLSv1.3", "h2")
 
 
@@ -296,14 +292,14 @@ def test_a_server_of_another_ca_is_not_talked_to(
 
 
 def test_a_server_whose_certificate_names_another_host_is_not_talked_to(
-    superlink: SuperLink, address: str, files: SuperLinkFiles
+    superlink: SuperLink, address: str, home: CoordinatorHome
 ) -> None:
     port = address.rpartition(":")[2]
     with pytest.raises(TrustError, match="the address is one the certificate was made for"):
-        tls_facts(f"127.0.0.2:{port}", files.ca_certificate.read_bytes())
+        tls_facts(f"127.0.0.2:{port}", home.ca_certificate.read_bytes())
 
 
-def test_a_server_without_tls_is_not_talked_to(files: SuperLinkFiles, connect: Callable[..., FleetConnection]) -> None:
+def test_a_server_without_tls_is_not_talked_to(home: CoordinatorHome, connect: Callable[..., FleetConnection]) -> None:
     def hang_up() -> None:
         while True:
             try:
@@ -319,15 +315,15 @@ def test_a_server_without_tls_is_not_talked_to(files: SuperLinkFiles, connect: C
         threading.Thread(target=hang_up, daemon=True).start()
         plain = f"127.0.0.1:{listener.getsockname()[1]}"
         with pytest.raises(Unreachable, match="does not speak TLS"):
-            tls_facts(plain, files.ca_certificate.read_bytes())
+            tls_facts(plain, home.ca_certificate.read_bytes())
         with pytest.raises(Unreachable, match=r"does not speak TLS|cannot be reached"):
             connect(new_key(), to=plain).activate()
 
 
-def test_nobody_at_the_address_is_said_so(files: SuperLinkFiles, connect: Callable[..., FleetConnection]) -> None:
+def test_nobody_at_the_address_is_said_so(home: CoordinatorHome, connect: Callable[..., FleetConnection]) -> None:
     nowhere = f"127.0.0.1:{free_port()}"
     with pytest.raises(Unreachable, match="check the address and that the firewall"):
-        tls_facts(nowhere, files.ca_certificate.read_bytes())
+        tls_facts(nowhere, home.ca_certificate.read_bytes())
     with pytest.raises(Unreachable, match="check the address and that the firewall"):
         connect(new_key(), to=nowhere).activate()
 
@@ -439,7 +435,7 @@ def test_a_key_that_was_unregistered_needs_a_superlink_that_is_started_anew(
             connect(other).activate()
 
 
-def test_a_superlink_that_cannot_start_says_why(files: SuperLinkFiles, superlink: SuperLink, address: str) -> None:
-    second = SuperLink(files, fleet_address=address, control_port=free_port())
+def test_a_superlink_that_cannot_start_says_why(home: CoordinatorHome, superlink: SuperLink, address: str) -> None:
+    second = SuperLink(home, fleet_address=address, control_port=free_port())
     with pytest.raises(RunError, match="the SuperLink did not start; its log ends with"):
         second.start()

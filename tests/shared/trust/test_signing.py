@@ -134,10 +134,13 @@ def test_public_key_files(tmp_path: Path) -> None:
         load_verify_key(tmp_path / "none.pub")
     with pytest.raises(TrustError, match="cannot be read"):
         load_verify_key(tmp_path)
-    for content in (b"", b"\xff\xff", b"x" * 5000, f"{SIGNER.verify_key.text}\n{SIGNER.verify_key.text}\n".encode()):
+    for content in (b"", b"\xff\xff", b"x" * 1000, f"{SIGNER.verify_key.text}\n{SIGNER.verify_key.text}\n".encode()):
         path.write_bytes(content)
         with pytest.raises(TrustError, match=r"a\.pub: .* is not a public key"):
             load_verify_key(path)
+    path.write_bytes(b"x" * 1001)
+    with pytest.raises(TrustError, match=r"a\.pub is longer than 1000 bytes"):
+        load_verify_key(path)
 
 
 def test_a_user_names_a_key_or_its_file(tmp_path: Path) -> None:
