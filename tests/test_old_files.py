@@ -20,8 +20,8 @@ import pytest
 from shared.trust import audit_log
 from shared.trust.signed_file import Signer, sign_file, signature_file, verify_file
 from shared.trust.signed_folder import SIGNATURE_FILE, sign_folder, verify_folder
-from shared.trust.signed_job import SignedJob, sign_job, sign_round, verify_round
-from shared.trust.signing import SigningKey
+from shared.trust.signed_job import SignedJob, round_fields, sign_job
+from shared.trust.signing import Purpose, SigningKey
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "before_rooms.tar.xz"
 JOB = "934a084f3530c8128a1d01b36fd5dfa0eee8d5ed5423c4cfbbbbfb867997d75d"
@@ -198,8 +198,8 @@ def test_a_signed_job_is_read_and_written_as_ever() -> None:
 def test_a_signed_round_is_verified_and_signed_as_ever() -> None:
     fields = json.loads((SIGNED / "round.json").read_text()) | {"adapter": b"adapter"}
     signature = bytes.fromhex(fields.pop("signature"))
-    verify_round(SIGNER.verify_key, **fields, signature=signature)
-    assert sign_round(SIGNER, **fields) == signature
+    SIGNER.verify_key.verify(Purpose.ROUND, round_fields(**fields), signature)
+    assert SIGNER.sign(Purpose.ROUND, round_fields(**fields)) == signature
 
 
 def test_a_signed_file_is_verified_and_signed_as_ever(tmp_path: Path) -> None:

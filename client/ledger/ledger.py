@@ -279,12 +279,8 @@ class Ledger:
             self._append(entries, "budget", self._cap(export.rule.orders))
         self._call_mirror()
 
-    def verify(self) -> None:
-        """Check every entry of the file; the `LedgerError` names the first that is missing or was altered."""
-        self.entries()
-
     def entries(self) -> list[Entry]:
-        """Return all entries of the file, of every account, verified, oldest first."""
+        """Return all entries of the file, of every account, oldest first; `LedgerError` names the first that does not hold."""
         with self._file.transaction("DEFERRED"):
             return self._file.read_chain()
 
@@ -367,11 +363,9 @@ class Ledger:
         return BudgetExceeded(
             f"round {charge.round} of job {charge.job_id} asks for {charge.mechanism.steps} steps at noise "
             f"multiplier {noise_rounded_down(sigma)} and sample rate {rate_rounded_up(q)}. That would bring "
-            f"{self._name()} from epsilon "
-            f"{rounded_up(self.spent_epsilon(), 6)} to {rounded_up(epsilon, 6)} at delta "
+            f"{self._name()} from epsilon {rounded_up(self.spent_epsilon(), 6)} to {rounded_up(epsilon, 6)} at delta "
             f"{delta_rounded_up(self.budget.delta)} ({self.budget.composition} composition); the site's cap is "
-            f"{as_set(self.budget.epsilon)}. "
-            f"Nothing was charged. {steps} such steps still fit: ask for no more than "
+            f"{as_set(self.budget.epsilon)}. Nothing was charged. {steps} such steps still fit: ask for no more than "
             "that, for more noise or a smaller sample rate, or raise the site's cap in its settings.",
             steps_affordable=steps,
         )

@@ -260,10 +260,7 @@ class FleetConnection:
         if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED):
             if "CERTIFICATE_VERIFY_FAILED" in details or "certificate" in details.lower():
                 tls_facts(self.address, self._ca_certificate)  # says what is wrong with the certificate
-            raise Unreachable(
-                f"the coordinator at {self.address} cannot be reached ({details or code.name}); check the address and that the "
-                "firewall lets this machine open connections to it."
-            ) from None
+            raise _unreachable(self.address, details or code.name) from None
         raise Unreachable(f"the coordinator at {self.address} answered {code.name}: {details[:200]}") from None
 
 
@@ -297,10 +294,14 @@ def tls_facts(address: str, ca_certificate: bytes, *, timeout: float = 10.0) -> 
     except ssl.SSLError as error:
         raise Unreachable(f"{address} does not speak TLS as expected ({error.reason}).") from None
     except OSError as error:
-        raise Unreachable(
-            f"the coordinator at {address} cannot be reached ({error.strerror or error}); check the address and that the "
-            "firewall lets this machine open connections to it."
-        ) from None
+        raise _unreachable(address, error.strerror or str(error)) from None
+
+
+def _unreachable(address: str, reason: str) -> Unreachable:
+    return Unreachable(
+        f"the coordinator at {address} cannot be reached ({reason}); check the address and that the firewall lets this machine "
+        "open connections to it."
+    )
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -40,7 +40,8 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.sizes import declared_size
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal
-from shared.trust.signed_job import SignedJob, verify_round
+from shared.trust.signed_job import SignedJob, round_fields
+from shared.trust.signing import Purpose
 from shared.wire.messages import TrainRequest
 
 
@@ -104,14 +105,13 @@ class Guard:
         self.admit_job(order.signed_job if order else None)
         assert order is not None  # noqa: S101 (admit_job refused otherwise)
         try:
-            verify_round(
-                order.signed_job.coordinator,
+            fields = round_fields(
                 job_sha256=request.job.sha256,
                 round_number=request.round_number,
                 adapter=request.adapter,
                 sent_at=order.sent_at,
-                signature=order.signature,
             )
+            order.signed_job.coordinator.verify(Purpose.ROUND, fields, order.signature)
             sent_at = _parse_time(order.sent_at)
             if request.job != order.signed_job.job:
                 raise ValueError("the job is not the signed one")

@@ -17,8 +17,8 @@ node.json      what the running node says of itself
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -74,15 +74,13 @@ class SiteHome:
         key = load_signing_key(self.log_key, passphrase)
         return Signer(role="site", name=self.load_config().name, key=key)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Let one node at a time work in this folder.
 
         Raises:
             RunError: if another one does, or the folder is not there.
         """
-        with exclusive_lock(self.path / ".node.lock", f"another node works in {self.path}; stop it first."):
-            yield
+        return exclusive_lock(self.path / ".node.lock", f"another node works in {self.path}; stop it first.")
 
 
 @dataclass(frozen=True, kw_only=True)

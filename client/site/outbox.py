@@ -15,7 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -84,21 +84,14 @@ class Outbox:
         fields = json.loads(metadata["reply"])
         return TrainReply(**fields | {"update": tensors["update"].numpy().tobytes()})
 
-    def optimizer_state(self, job_sha256: str, round_number: int) -> dict[str, Tensor]:
-        """Return the moments after the latest earlier round of this job; post-processing of what was released."""
-        return self._kept("optimizer/", job_sha256, round_number)
-
-    def residual(self, job_sha256: str, round_number: int) -> dict[str, Tensor]:
-        """Return what the encoding of the latest earlier round lost; empty if there is none."""
-        return self._kept("residual/", job_sha256, round_number)
-
-    def _kept(self, prefix: str, job_sha256: str, round_number: int) -> dict[str, Tensor]:
+    def kept(self, what: Literal["optimizer", "residual"], job_sha256: str, round_number: int) -> dict[str, Tensor]:
+        """Return what `store_round` kept of the latest earlier round of this job; empty if there is none."""
         folder = self._round_file(job_sha256, round_number).parent
         earlier = [path for number, path in _rounds(folder) if number < round_number]
         if not earlier:
             return {}
         _, tensors = self._read_round(earlier[-1])
-        return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        return {n.removeprefix(f"{what}/"): t for n, t in tensors.items() if n.startswith(f"{what}/")}
 
     def check_charged(self, entries: Iterable[Entry]) -> None:
         """Raise `LedgerError` if a private release lies here that the ledger never charged: it is older than the release.
@@ -177,10 +170,9 @@ def _rounds(folder: Path) -> list[tuple[int, Path]]:
 
 def _uncharged(path: Path) -> LedgerError:
     return LedgerError(
-        f"{path} holds a release that ledger.db never charged, so the ledger is older than it: a backup was put back, "
-        f"or the ledger "
-        "was removed. Nothing more is charged or released. Restore the newest copies of ledger and audit log; an account that "
-        "came from another machine is taken over with `silotune site ledger HOME --import`."
+        f"{path} holds a release that ledger.db never charged, so the ledger is older than it: a backup was put back, or the "
+        "ledger was removed. Nothing more is charged or released. Restore the newest copies of ledger and audit log; an "
+        "account that came from another machine is taken over with `silotune site ledger HOME --import`."
     )
 
 

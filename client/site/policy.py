@@ -16,7 +16,7 @@ from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
@@ -86,21 +86,14 @@ class Policy(Section):
             names[key] = name
         return signers
 
-    @field_validator("tasks")
+    @field_validator("tasks", "metrics")
     @classmethod
-    def _check_tasks(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
-        for kind in tasks:
-            if kind not in TASK_KINDS:
-                raise ValueError(f"no task is called {kind!r}; {nearest(kind, TASK_KINDS)}")
-        return tasks
-
-    @field_validator("metrics")
-    @classmethod
-    def _check_metrics(cls, metrics: tuple[str, ...]) -> tuple[str, ...]:
-        for name in metrics:
-            if name not in METRICS:
-                raise ValueError(f"no metric is called {name!r}; {nearest(name, list(METRICS))}")
-        return metrics
+    def _check_known(cls, names: tuple[str, ...], field: ValidationInfo) -> tuple[str, ...]:
+        what, known = ("task", TASK_KINDS) if field.field_name == "tasks" else ("metric", tuple(METRICS))
+        for name in names:
+            if name not in known:
+                raise ValueError(f"no {what} is called {name!r}; {nearest(name, known)}")
+        return names
 
     @model_validator(mode="after")
     def _check_hours(self) -> Self:
@@ -309,8 +302,7 @@ def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
     if _exceeds(epsilon, policy.max_epsilon_per_job):
         yield (
             f"its plan{cut} costs epsilon {rounded_up(epsilon)} at delta {delta_rounded_up(plan.delta)}; this site "
-            f"accepts at most "
-            f"{as_set(policy.max_epsilon_per_job)} per job."
+            f"accepts at most {as_set(policy.max_epsilon_per_job)} per job."
         )
     if plan.noise_multiplier < policy.min_noise_multiplier:
         yield (

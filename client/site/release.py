@@ -200,7 +200,7 @@ class Update(Release[TrainReply, LocalRound]):
         return self._site.charge(request, request_sha256, mechanism, planned_steps=planned)
 
     def _moments(self, request: TrainRequest) -> dict[str, Tensor]:
-        return self._site.outbox.optimizer_state(request.job.sha256, request.round_number)
+        return self._site.outbox.kept("optimizer", request.job.sha256, request.round_number)
 
     def _compute(self, begun: Begun) -> LocalRound:
         work, request = begun.work, begun.request
@@ -225,7 +225,7 @@ class Update(Release[TrainReply, LocalRound]):
         encoded = encode_update(
             result.delta,
             job.federation.update_dtype,
-            residual=site.outbox.residual(job.sha256, round_number),
+            residual=site.outbox.kept("residual", job.sha256, round_number),
             salt=randomness.stream("salt", round_number=round_number, step=0).uint64(2).tobytes().hex(),
         )
         reply = TrainReply(

@@ -88,21 +88,13 @@ class Site(OpenedFolder):
         check_terms(self.config, job, declared_records=self.declared_records)
         return self.trained.usable(load_runtime(job, self.config.compute)).left_out
 
-    def train(self, request: TrainRequest) -> TrainReply:
-        """Execute one round of a job; see `Release.make`."""
-        return self.update.make(request)
-
-    def measure(self, request: TrainRequest) -> MetricsReply:
-        """Release the site metrics of a job; see `Release.make`."""
-        return self.metrics.make(request)
-
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""
-        return self.guarded(lambda: self.train(request), job=request.job, round_number=request.round_number)
+        return self.guarded(lambda: self.update.make(request), job=request.job, round_number=request.round_number)
 
     def answer_metrics(self, request: TrainRequest) -> MetricsReply | Refusal:
         """Release the job's site metrics, or refuse with a text that reveals nothing about the data."""
-        return self.guarded(lambda: self.measure(request), job=request.job, round_number=request.round_number)
+        return self.guarded(lambda: self.metrics.make(request), job=request.job, round_number=request.round_number)
 
     def refuse_unreadable(self, error: SilotuneError) -> Refusal:
         """Answer a request that could not be read, or whose job is not signed by whom it says."""

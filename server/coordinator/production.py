@@ -163,19 +163,19 @@ class _Recorder(Observer):
                 found[place] = replace(found[place], update_sha256=details["sha256"])
         return found
 
-    def _earlier(self, event: Event, round_number: int) -> list[dict[str, Any]]:
-        """Return what the audit log holds of this job and round."""
-        return [
-            entry.details
-            for entry in read(self._log.folder)
-            if entry.event == event
-            and (entry.details.get("job"), entry.details.get("round")) == (self._job_sha256, round_number)
-        ]
+    def _note(self, event: Event, **details: Any) -> None:
+        """Note in the audit log what happened to this job."""
+        self._log.append(event, job=self._job_sha256, **details)
 
     def resumed(self, checkpoint: Checkpoint) -> None:
         """See `Observer`; a round that became durable just before the process died gets its entry now."""
         record = checkpoint.history[-1]
-        if record.round and not self._earlier(Event.ROUND_COMPLETED, record.round):
+        noted = {
+            entry.details.get("round")
+            for entry in read(self._log.folder)
+            if entry.event == Event.ROUND_COMPLETED and entry.details.get("job") == self._job_sha256
+        }
+        if record.round not in noted:
             self._round_completed(record)
 
     def roster(self, sites: Sequence[SiteDescription]) -> None:
@@ -194,7 +194,7 @@ class _Recorder(Observer):
         """See `Observer`."""
         log.warning("site %s refused: %s", site, reason)
         if self._refused.get(site) != reason:
-            self._log.append(Event.SITE_REFUSED, job=self._job_sha256, site=site, reason=reason)
+            self._note(Event.SITE_REFUSED, site=site, reason=reason)
         self._refused[site] = reason
         self._submission.note(refused=self._refused)
 
@@ -205,9 +205,8 @@ class _Recorder(Observer):
 
     def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`."""
-        self._log.append(
+        self._note(
             Event.ROUND_ASKED,
-            job=self._job_sha256,
             round=round_number,
             sites=list(sites),
             declared_records=[self._sizes[site] for site in sites],
@@ -227,23 +226,19 @@ class _Recorder(Observer):
     def metrics_judged(self, site: str, reply: MetricsReply | None, problem: str | None) -> None:
         """See `Observer`."""
         if reply is not None:
-            release = reply.canonical()
-            facts = {"sha256": hashlib.sha256(release).hexdigest(), "bytes": len(release)}
-            self._log.append(Event.METRICS_ACCEPTED, job=self._job_sha256, site=site, **facts)
+            self._note(Event.METRICS_ACCEPTED, site=site, **_sha256_and_size(reply.canonical()))
         else:
             log.warning("metrics of site %s: %s", site, problem)
-            self._log.append(Event.METRICS_REFUSED, job=self._job_sha256, site=site, reason=problem)
+            self._note(Event.METRICS_REFUSED, site=site, reason=problem)
 
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """See `Observer`."""
-        facts = {"job": self._job_sha256, "round": round_number, "site": site}
-        if reply is not None:
-            facts |= {"sha256": hashlib.sha256(reply.update).hexdigest(), "bytes": len(reply.update)}
+        facts = {} if reply is None else _sha256_and_size(reply.update)
         if problem is None:
-            self._log.append(Event.UPDATE_ACCEPTED, **facts)
+            self._note(Event.UPDATE_ACCEPTED, round=round_number, site=site, **facts)
         else:
             log.warning("round %d, site %s: %s", round_number, site, problem)
-            self._log.append(Event.UPDATE_REFUSED, reason=problem, **facts)
+            self._note(Event.UPDATE_REFUSED, round=round_number, site=site, reason=problem, **facts)
 
     def round_done(self, checkpoint: Checkpoint) -> None:
         """See `Observer`."""
@@ -255,12 +250,14 @@ class _Recorder(Observer):
             ", ".join(record.sites) or "not told",
             "time not told" if record.seconds is None else f"{record.seconds:.2f} s",
         )
-        if record.round:
-            self._round_completed(record)
+        self._round_completed(record)
         self._submission.note(round=record.round, metrics=record.metrics, waiting=None)
 
     def _round_completed(self, record: RoundRecord) -> None:
-        epsilon = record.epsilon_max
-        self._log.append(
-            Event.ROUND_COMPLETED, job=self._job_sha256, round=record.round, sites=record.sites, epsilon_max=epsilon
-        )
+        if record.round:  # 0 is before training
+            sites, epsilon = record.sites, record.epsilon_max
+            self._note(Event.ROUND_COMPLETED, round=record.round, sites=sites, epsilon_max=epsilon)
+
+
+def _sha256_and_size(data: bytes) -> dict[str, Any]:
+    return {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}

@@ -139,14 +139,9 @@ class SuperLink:
                     )
                 time.sleep(0.05)
 
-    @contextlib.contextmanager
-    def control(self) -> Iterator[Control]:
-        """Return a client of the Control API."""
-        client = Control(self._control_port, self._home.ca_certificate)
-        try:
-            yield client
-        finally:
-            client.close()
+    def control(self) -> contextlib.closing[Control]:
+        """Return a client of the Control API, closed after the block."""
+        return contextlib.closing(Control(self._control_port, self._home.ca_certificate))
 
     def alive(self) -> bool:
         """Return whether the process runs."""

@@ -147,16 +147,9 @@ class Supervisor:
             if problem:
                 log.error("%s", problem)
                 self._log.append(Event.TRUST_BROKEN, reason=problem)
-        valid = {
-            public_key_bytes(site.public_key): site
-            for site in identities
-            if site.state == "valid" and site.public_key is not None
-        }
-        reasons = {
-            public_key_bytes(site.public_key): f"{site.state}: {site.reason}"
-            for site in identities
-            if site.state != "valid" and site.public_key is not None
-        }
+        keys = [(public_key_bytes(site.public_key), site) for site in identities if site.public_key is not None]
+        valid = {key: site for key, site in keys if site.state == "valid"}
+        reasons = {key: f"{site.state}: {site.reason}" for key, site in keys if site.state != "valid"}
         registered = {node.public_key: node for node in control.nodes()}
         for key, node in registered.items():
             if key not in valid or valid[key].name != node.name:

@@ -13,8 +13,8 @@ from server.rounds.earlier_requests import Asked
 from server.rounds.observer import Observer
 from shared.errors import RunError
 from shared.job.job import Job
-from shared.trust.signed_job import SignedJob, sign_round
-from shared.trust.signing import SigningKey
+from shared.trust.signed_job import SignedJob, round_fields
+from shared.trust.signing import Purpose, SigningKey
 from shared.wire.messages import DESCRIBE, Order, Refusal, SiteDescription, describe_request, unpack_description
 
 POLL_SECONDS = 0.1
@@ -41,11 +41,9 @@ class Authority:
     def order(self, round_number: int, adapter: bytes) -> Order:
         """Return the signatures that go with one round's request."""
         sent_at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        job_sha256 = self.signed_job.job.sha256
-        signature = sign_round(
-            self.key, job_sha256=job_sha256, round_number=round_number, adapter=adapter, sent_at=sent_at
-        )
-        return Order(signed_job=self.signed_job, sent_at=sent_at, signature=signature)
+        sha256 = self.signed_job.job.sha256
+        fields = round_fields(job_sha256=sha256, round_number=round_number, adapter=adapter, sent_at=sent_at)
+        return Order(signed_job=self.signed_job, sent_at=sent_at, signature=self.key.sign(Purpose.ROUND, fields))
 
 
 class Roster:

@@ -11,8 +11,7 @@ coordinator.json   what the running coordinator says of itself
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,13 +105,11 @@ class CoordinatorHome:
             return {}
         return said
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Let one coordinator at a time work in this folder.
 
         Raises:
             RunError: if another one does.
         """
         busy = f"another coordinator works in {self.path}; stop it first."
-        with exclusive_lock(self.path / ".coordinator.lock", busy):
-            yield
+        return exclusive_lock(self.path / ".coordinator.lock", busy)

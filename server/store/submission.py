@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict
 from shared.errors import RunError
 from shared.files.atomic import write_json, write_text
 from shared.files.json_files import read_record
+from shared.files.places import Below
 from shared.trust.signed_job import SignedJob
 
 State = Literal["submitted", "running", "completed", "failed", "stopped"]
@@ -48,21 +49,13 @@ class Submission:
     """The folder of one submitted job."""
 
     path: Path
+    run_folder = Below("run")
+    log = Below("log.txt")
 
     @property
     def name(self) -> str:
         """Number and name, for example 0001-demo."""
         return self.path.name
-
-    @property
-    def run_folder(self) -> Path:
-        """Where the run writes."""
-        return self.path / "run"
-
-    @property
-    def log(self) -> Path:
-        """What the coordinator's part of the run wrote about it."""
-        return self.path / "log.txt"
 
     def signed_job(self) -> SignedJob:
         """Return the job, its signature checked."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError
+from shared.files.json_files import parse_object
 from shared.job.job import Job
 from shared.job.parsing import apply_overrides, load_toml, nearest, parse
 from shared.trust.signed_job import SignedJob
@@ -48,11 +48,8 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ConfigError: if it is missing, unreadable or no object.
     """
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        return parse_object(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; check the path.") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds no JSON object; expected {what}.")
-    return raw
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read as {what} (JSON): {error}.") from None

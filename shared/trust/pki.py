@@ -192,28 +192,11 @@ def approve(
 
     # 1. The request: its holder has the key, and everything in it is of a known kind.
     request = read_request(csr_pem)
-    public_key, name, role = request.public_key, request.name, request.role
 
     # 2. Against what was issued before.
-    for other in authority.record(now):
-        same_key, same_name = other.public_key == public_key, other.name == name
-        if same_key and other.state == "revoked":
-            raise TrustError(f"the key of this request cannot be certified again: {other.reason} Make a new request.")
-        if other.state not in ("valid", "not yet valid"):
-            continue
-        if same_key and not same_name:
-            raise TrustError(
-                f"the key of this request belongs to {other.name}, and {name} asks for it; every holder needs a key "
-                "of its own. Make a new request."
-            )
-        if same_name and not same_key and not rotate:
-            raise TrustError(
-                f"{name} has a certificate with another key (serial {hex_serial(other.serial)}, valid until "
-                f"{date_text(other.not_after)}). If {name} changes its key, approve with --rotate and revoke the old one "
-                "afterwards; if this is somebody else, ask for another name."
-            )
+    _check_record(authority, request, now, rotate=rotate)
 
-    # 3. The certificate. Only what is written here is granted.
+    # 3. The certificate, which must not outlive the CA.
     end = now + timedelta(days=days)
     if end > authority.certificate.not_valid_after_utc:
         raise TrustError(
@@ -221,20 +204,7 @@ def approve(
             f"{date_text(authority.certificate.not_valid_after_utc)}; choose fewer --days, or make a new CA."
         )
     key = authority.private_key(passphrase)
-    usage = ExtendedKeyUsageOID.SERVER_AUTH if role == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
-    names: list[x509.GeneralName] = [_general_name(host) for host in request.hosts]
-    if role == "site":
-        names = [x509.UniformResourceIdentifier(f"silotune:site:{name}")]
-    certificate = (
-        _builder(_subject(name, role), authority.certificate.subject, public_key, now, timedelta(days=days))
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(ca=False), critical=True)
-        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
-        .sign(key, SHA256)
-    )
+    certificate = _issued(authority, request, key, now, days)
     write_certificate(folder / "issued" / file_name(certificate), certificate)
     return certificate
 
@@ -323,6 +293,49 @@ class _Authority:
 
     def identities(self, now: datetime) -> list[SiteIdentity]:
         return judge_files((self.folder / "issued").glob("*.crt"), judge, self.certificate, now, self.crl)
+
+
+def _check_record(authority: _Authority, request: Request, now: datetime, *, rotate: bool) -> None:
+    """Refuse a key that was revoked or is another's, and without `rotate` a second key under a name."""
+    name = request.name
+    for other in authority.record(now):
+        same_key, same_name = other.public_key == request.public_key, other.name == name
+        if same_key and other.state == "revoked":
+            raise TrustError(f"the key of this request cannot be certified again: {other.reason} Make a new request.")
+        if other.state not in ("valid", "not yet valid"):
+            continue
+        if same_key and not same_name:
+            raise TrustError(
+                f"the key of this request belongs to {other.name}, and {name} asks for it; every holder needs a key "
+                "of its own. Make a new request."
+            )
+        if same_name and not same_key and not rotate:
+            raise TrustError(
+                f"{name} has a certificate with another key (serial {hex_serial(other.serial)}, valid until "
+                f"{date_text(other.not_after)}). If {name} changes its key, approve with --rotate and revoke the old one "
+                "afterwards; if this is somebody else, ask for another name."
+            )
+
+
+def _issued(
+    authority: _Authority, request: Request, key: ec.EllipticCurvePrivateKey, now: datetime, days: int
+) -> x509.Certificate:
+    """Return the certificate of a request; only what is written here is granted."""
+    name, role, public_key = request.name, request.role, request.public_key
+    usage = ExtendedKeyUsageOID.SERVER_AUTH if role == "server" else ExtendedKeyUsageOID.CLIENT_AUTH
+    names: list[x509.GeneralName] = [_general_name(host) for host in request.hosts]
+    if role == "site":
+        names = [x509.UniformResourceIdentifier(f"silotune:site:{name}")]
+    return (
+        _builder(_subject(name, role), authority.certificate.subject, public_key, now, timedelta(days=days))
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(ca=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([usage]), critical=False)
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(key.public_key()), critical=False)
+        .sign(key, SHA256)
+    )
 
 
 def _subject(name: str, role: str) -> x509.Name:

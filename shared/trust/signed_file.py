@@ -128,7 +128,8 @@ def verify_file(path: Path, key: VerifyKey | None = None) -> FileSignature:
     """
     # 1. The signature, byte for byte as `sign_file` writes it, so that no byte can change unseen.
     place = signature_file(path)
-    content = read_signature(place, FileSignature.most_bytes)
+    with plain_file(place) as file:
+        content = file.read(FileSignature.most_bytes + 1)
     signature = FileSignature.open(content, source=str(place), key=key)
     if signature.text().encode() != content:
         raise FileSignature.refusal(str(place), "it is written in another way")
@@ -149,22 +150,13 @@ def sha256_and_size(path: Path) -> tuple[str, int]:
     Raises:
         TrustError: if it cannot be read, or is a device or a pipe.
     """
-    with _plain_file(path) as file:
+    with plain_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest(), file.tell()
 
 
-def read_signature(path: Path, most: int) -> bytes:
-    """Return the content of a signature file, but at most a byte more than `most`.
-
-    Raises:
-        TrustError: if it cannot be read, or is a device or a pipe.
-    """
-    with _plain_file(path) as file:
-        return file.read(most + 1)
-
-
 @contextmanager
-def _plain_file(path: Path) -> Iterator[BufferedReader]:
+def plain_file(path: Path) -> Iterator[BufferedReader]:
+    """Open a file to read it; TrustError if that fails, or it is a device or a pipe."""
     try:
         # Without O_NONBLOCK, opening a pipe would wait for whoever writes to it.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from shared.errors import TrustError
 from shared.files.atomic import write_json
-from shared.trust.signed_file import read_signature, sha256_and_size
+from shared.trust.signed_file import plain_file, sha256_and_size
 from shared.trust.signing import Purpose, SignedDocument, SigningKey, VerifyKey
 
 SIGNATURE_FILE = "signature.json"
@@ -63,7 +63,8 @@ def verify_folder(folder: Path, key: VerifyKey | None = None) -> VerifyKey:
     path = folder / SIGNATURE_FILE
     if not os.path.lexists(path):
         raise TrustError(f"{folder} carries no {SIGNATURE_FILE}; it was not signed by a coordinator.")
-    content = read_signature(path, _FolderSignature.most_bytes)
+    with plain_file(path) as file:
+        content = file.read(_FolderSignature.most_bytes + 1)
     signature = _FolderSignature.open(content, source=str(path), key=key)
 
     # 2. Every file that is there or should be.

@@ -146,50 +146,24 @@ def sign_job(
     Raises:
         TrustError: if a time has no time zone, or `not_after` is not after `issued`.
     """
-    start, end = _whole_seconds(issued), _whole_seconds(not_after)
     document = _JobDocument.sign(
         signer,
         job=job.canonical_json(),
         coordinator=coordinator.text,
-        issued=_time_text(start),
-        not_after=_time_text(end),
+        issued=_time_text(issued),
+        not_after=_time_text(not_after),
     )
-    return SignedJob(
-        job=job,
-        coordinator=coordinator,
-        issued=start,
-        not_after=end,
-        signer=signer.verify_key,
-        signature=document.signature,
-    )
+    return SignedJob.from_json(canonical_json(document.model_dump()), source="the signed job")
 
 
 def round_fields(*, job_sha256: str, round_number: int, adapter: bytes, sent_at: str) -> dict[str, Any]:
-    """Return what the coordinator signs when it sends `adapter` out for one round."""
+    """Return what the coordinator signs, for `Purpose.ROUND`, when it sends `adapter` out for one round."""
     return {
         "job_sha256": job_sha256,
         "round": round_number,
         "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
         "sent_at": sent_at,
     }
-
-
-def sign_round(key: SigningKey, *, job_sha256: str, round_number: int, adapter: bytes, sent_at: str) -> bytes:
-    """Return the coordinator's signature of one round, 64 bytes; see `round_fields`."""
-    fields = round_fields(job_sha256=job_sha256, round_number=round_number, adapter=adapter, sent_at=sent_at)
-    return key.sign(Purpose.ROUND, fields)
-
-
-def verify_round(
-    key: VerifyKey, *, job_sha256: str, round_number: int, adapter: bytes, sent_at: str, signature: bytes
-) -> None:
-    """Check that the coordinator with this key sent this adapter for this round of this job at that time.
-
-    Raises:
-        TrustError: if not.
-    """
-    fields = round_fields(job_sha256=job_sha256, round_number=round_number, adapter=adapter, sent_at=sent_at)
-    key.verify(Purpose.ROUND, fields, signature)
 
 
 def _parse_time(text: str, what: str) -> datetime:

@@ -53,7 +53,7 @@ class Order:
     Attributes:
         signed_job: the job with its signer's signature, checked.
         sent_at: ISO time at which the coordinator sent the round.
-        signature: of the coordinator over the job's hash, round, adapter and time; see `shared.trust.signed_job.sign_round`.
+        signature: of the coordinator over the job's hash, round, adapter and time; see `shared.trust.signed_job.round_fields`.
     """
 
     signed_job: SignedJob

@@ -32,8 +32,8 @@ from shared.runtime.runtime import load_runtime
 from shared.tensors.adapters import encode
 from shared.trust.keystore import Seal, load_secret
 from shared.trust.signed_folder import sign_folder
-from shared.trust.signed_job import sign_round
-from shared.trust.signing import load_signing_key
+from shared.trust.signed_job import round_fields
+from shared.trust.signing import Purpose, load_signing_key
 from shared.wire.messages import Order, TrainReply, TrainRequest
 from simulations.federation.processes import change_toml
 from tests.integration.conftest import site_records
@@ -166,7 +166,9 @@ def _train(site: SiteHome, hub: CoordinatorHome) -> None:
     job, sent_at = signed.job, datetime.now(UTC).isoformat(timespec="milliseconds")
     adapter = encode(load_runtime(job, ComputeConfig(device="cpu", precision="float32")).initial)
     key = load_signing_key(hub.round_key, None)
-    signature = sign_round(key, job_sha256=job.sha256, round_number=1, adapter=adapter, sent_at=sent_at)
+    signature = key.sign(
+        Purpose.ROUND, round_fields(job_sha256=job.sha256, round_number=1, adapter=adapter, sent_at=sent_at)
+    )
     order = Order(signed_job=signed, sent_at=sent_at, signature=signature)
     reply = open_site(site, passphrase=None).answer(TrainRequest(job=job, round_number=1, adapter=adapter, order=order))
     assert isinstance(reply, TrainReply), reply
@@ -275,7 +277,7 @@ def test_damage_that_only_the_running_node_or_coordinator_meets(name: str, copie
     def read() -> None:
         if name == "round-00001.safetensors":
             outbox.stored_round(job.sha256, 1, request_sha256="another")
-            outbox.optimizer_state(job.sha256, 2)
+            outbox.kept("optimizer", job.sha256, 2)
         else:
             evaluation_records(submission, submission.signed_job().job)
             settings_of(submission)

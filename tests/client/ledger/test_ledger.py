@@ -566,7 +566,7 @@ def test_full_disk_charges_nothing_and_recovers(path: Path) -> None:
             for _ in range(100):
                 ledger.reserve(charge(1))
                 num_charged += 1
-        ledger.verify()
+        ledger.entries()
         assert len(ledger.events()) == num_charged
         ledger._file._connection.execute("PRAGMA max_page_count = 1000000")
         ledger.reserve(charge(1))
@@ -716,7 +716,7 @@ def test_tampering_is_detected(path: Path, how: Callable[[sqlite3.Connection], N
         fill(ledger)
         tamper(path, how)
         with pytest.raises(LedgerError, match=diagnosis):
-            ledger.verify()
+            ledger.entries()
     with pytest.raises(LedgerError, match=diagnosis), opened(path):
         pass
 
@@ -857,7 +857,7 @@ def test_forged_entry_of_a_sealed_ledger_is_refused(path: Path) -> None:
             pass
     path.write_bytes(good)
     with opened_sealed(path) as ledger:
-        ledger.verify()
+        ledger.entries()
 
 
 # The others need the plain text: see test_forged_entry_of_a_sealed_ledger_is_refused.

@@ -23,8 +23,8 @@ from shared.models.backbones import backbone_sha256
 from shared.trust import audit_log
 from shared.trust.audit_log import Entry, Event
 from shared.trust.keystore import new_key, save_secret
-from shared.trust.signed_job import SignedJob, sign_job, sign_round
-from shared.trust.signing import SigningKey
+from shared.trust.signed_job import SignedJob, round_fields, sign_job
+from shared.trust.signing import Purpose, SigningKey
 from shared.wire.messages import (
     MetricsReply,
     Order,
@@ -75,13 +75,13 @@ class World:
     ) -> TrainRequest:
         """Return the request, ordered as a coordinator does it."""
         sent_at = sent_at or self.now.isoformat(timespec="milliseconds")
-        signature = sign_round(
-            key or self.coordinator,
+        fields = round_fields(
             job_sha256=request.job.sha256,
             round_number=request.round_number,
             adapter=request.adapter,
             sent_at=sent_at,
         )
+        signature = (key or self.coordinator).sign(Purpose.ROUND, fields)
         signed = self.signed(request.job, signer=signer)
         return replace(request, order=Order(signed_job=signed, sent_at=sent_at, signature=signature))
 

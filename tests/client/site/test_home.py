@@ -25,8 +25,8 @@ from shared.trust.audit_log import Event, read
 from shared.trust.certificates import load_certificate
 from shared.trust.node_keys import load_private_key
 from shared.trust.pki import approve, create_ca, make_request, revoke
-from shared.trust.signed_job import sign_job, sign_round
-from shared.trust.signing import SigningKey
+from shared.trust.signed_job import round_fields, sign_job
+from shared.trust.signing import Purpose, SigningKey
 from shared.wire.messages import Order, TrainReply, TrainRequest
 from simulations.federation.processes import change_toml
 from tests.conftest import Outcome
@@ -503,10 +503,10 @@ def ordered(request: TrainRequest) -> TrainRequest:
     signed = sign_job(
         request.job, signer=SIGNER, coordinator=key.verify_key, issued=now, not_after=now + timedelta(days=1)
     )
-    signature = sign_round(
-        key, job_sha256=request.job.sha256, round_number=1, adapter=request.adapter, sent_at=now.isoformat()
-    )
-    return replace(request, order=Order(signed_job=signed, sent_at=now.isoformat(), signature=signature))
+    sent_at = now.isoformat()
+    fields = round_fields(job_sha256=request.job.sha256, round_number=1, adapter=request.adapter, sent_at=sent_at)
+    signature = key.sign(Purpose.ROUND, fields)
+    return replace(request, order=Order(signed_job=signed, sent_at=sent_at, signature=signature))
 
 
 def test_a_ledger_that_was_taken_away_is_missed(installed: SiteHome, silotune: Command) -> None:

@@ -89,7 +89,7 @@ def test_no_id_stays_in_memory_or_shows_anywhere(
     caplog.set_level(logging.DEBUG)
     home = person_home()
     site = Site(home)
-    reply = site.train(request_for(person_job()))
+    reply = site.update.make(request_for(person_job()))
     assert MARKER not in repr(vars(site))
     assert MARKER not in caplog.text
     assert MARKER.encode() not in repr(reply).encode()
@@ -147,7 +147,7 @@ def test_a_job_without_noise_must_match_too(
 ) -> None:
     site = Site(person_home(allow_non_private=True))
     with pytest.raises(PolicyError, match=r"privacy.unit = 'patient'"):
-        site.train(request_for(private_job(privacy={"mechanism": "none"})))
+        site.update.make(request_for(private_job(privacy={"mechanism": "none"})))
 
 
 def test_a_weak_delta_is_judged_by_the_declared_number_of_persons(
@@ -156,16 +156,16 @@ def test_a_weak_delta_is_judged_by_the_declared_number_of_persons(
     site = Site(person_home(budget=BUDGET | {"delta": 0.5}))
     # 12 patients, declared as 8, which may stand for up to 16.
     with pytest.raises(PolicyError, match=r"declares 8 patients and may have up to twice as many"):
-        site.train(request_for(person_job(privacy={"delta": 1 / 16})))
-    assert site.train(request_for(person_job(privacy={"delta": 0.06}))).steps == 2
+        site.update.make(request_for(person_job(privacy={"delta": 1 / 16})))
+    assert site.update.make(request_for(person_job(privacy={"delta": 0.06}))).steps == 2
 
 
 def test_the_unit_cannot_change_once_something_was_charged(
     person_home: MakeHome, person_job: MakeJob, private_job: MakeJob, request_for: MakeRequest
 ) -> None:
-    Site(person_home()).train(request_for(person_job()))
+    Site(person_home()).update.make(request_for(person_job()))
     with pytest.raises(LedgerError, match="was charged by the unit 'patient'"):
-        Site(person_home(budget={"epsilon": 50.0})).train(request_for(private_job()))
+        Site(person_home(budget={"epsilon": 50.0})).update.make(request_for(private_job()))
 
 
 # --- the id column ---

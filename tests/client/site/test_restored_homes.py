@@ -141,8 +141,8 @@ def test_the_hundred_thousandth_round_starts_from_the_one_before(tmp_path: Path)
         fields = {f.name: "" for f in dataclasses.fields(TrainReply)}
         reply = TrainReply(**{**fields, "update": b"u", "job_sha256": job, "round_number": number})
         outbox.store_round(reply, request_sha256="", optimizer_state={"m": torch.tensor([float(number)])})
-    assert outbox.optimizer_state(job, 100_000)["m"].item() == 99_999
-    assert outbox.optimizer_state(job, 99_999)["m"].item() == 99_998
+    assert outbox.kept("optimizer", job, 100_000)["m"].item() == 99_999
+    assert outbox.kept("optimizer", job, 99_999)["m"].item() == 99_998
 
 
 def test_releases_that_are_older_than_the_ledger_are_made_and_charged_again(

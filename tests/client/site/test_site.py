@@ -66,7 +66,7 @@ def test_a_round_is_charged_before_it_is_trained(
     monkeypatch.setattr(Ledger, "commit", traced("commit", Ledger.commit))
     monkeypatch.setattr(release_module, "train_local_round", traced("train", train_local_round))
     monkeypatch.setattr(outbox_module, "write_bytes", traced("store", outbox_module.write_bytes))
-    reply = site.train(request_for(private_job()))
+    reply = site.update.make(request_for(private_job()))
     assert order == ["reserve", "train", "store", "commit"]
     assert reply.steps == 2
     assert steps_charged(site) == 2
@@ -79,7 +79,7 @@ def test_the_salt_on_the_wire_is_no_other_stream(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever reads the wire must not learn bits of noise or coins: the salt is all of it that a release shows."""
-    reply = Site(site_home(), new_randomness=injected).train(request_for(private_job()))
+    reply = Site(site_home(), new_randomness=injected).update.make(request_for(private_job()))
     header = reply.update[reply.update.index(b'{"__metadata__"') :]
     salt = json.JSONDecoder().raw_decode(header.decode(errors="replace"))[0]["__metadata__"]["salt"]
     assert salt == injected().stream("salt", round_number=1, step=0).uint64(2).tobytes().hex()
@@ -91,15 +91,15 @@ def test_the_salt_on_the_wire_is_no_other_stream(
             lambda self, purpose, other=other, **where: stream(self, other if purpose == "salt" else purpose, **where),
         )
         with pytest.raises(PrivacyError, match="was used before"):
-            Site(site_home(other), new_randomness=injected).train(request_for(private_job()))
+            Site(site_home(other), new_randomness=injected).update.make(request_for(private_job()))
 
 
 def test_the_same_request_gets_the_same_bytes_and_one_charge(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
 ) -> None:
     home, request = site_home(), request_for(private_job())
-    first = Site(home).train(request)
-    again = Site(home).train(request)  # another process: nothing but the folder is remembered
+    first = Site(home).update.make(request)
+    again = Site(home).update.make(request)  # another process: nothing but the folder is remembered
     assert again == first
     assert steps_charged(Site(home)) == 2
     assert first.randomness == "os"
@@ -110,20 +110,20 @@ def test_another_request_is_another_release_and_another_charge(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest, difference: str
 ) -> None:
     site, job = Site(site_home()), private_job()
-    first = site.train(request_for(job))
+    first = site.update.make(request_for(job))
     other = {
         "adapter": lambda: request_for(job, shift=1e-6),
         "round": lambda: request_for(job, 2),
         "job": lambda: request_for(private_job(name="other")),
     }[difference]()
-    second = site.train(other)
+    second = site.update.make(other)
     assert second.update != first.update
     assert steps_charged(site) == 4
 
 
 def test_a_new_release_has_new_noise(site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest) -> None:
     site, job = Site(site_home()), private_job()
-    one, two, three = (site.train(request_for(job, shift=shift)) for shift in (0.0, 1e-6, 0.0))
+    one, two, three = (site.update.make(request_for(job, shift=shift)) for shift in (0.0, 1e-6, 0.0))
     shapes = shapes_of(decode_any(one))
     difference = decode(one.update, shapes)["head.linear.weight"] - decode(two.update, shapes)["head.linear.weight"]
     assert float(difference.abs().max()) > 1e-3
@@ -152,7 +152,7 @@ def test_the_budget_stops_and_says_how_many_steps_fit(
     assert "1 such steps still fit" in refusal.reason
     assert steps_charged(site) == 4
     with pytest.raises(BudgetExceeded) as stop:
-        site.train(request_for(job, 3))
+        site.update.make(request_for(job, 3))
     assert stop.value.steps_affordable == 1
     # What was released before is still sent again, at no charge.
     assert isinstance(site.answer(request_for(job, 2)), TrainReply)
@@ -236,8 +236,8 @@ def test_a_job_without_noise_needs_the_sites_own_consent(
 ) -> None:
     request = request_for(private_job(privacy={"mechanism": "none"}))
     with pytest.raises(PolicyError, match=r"accepts only private jobs, but privacy\.mechanism is 'none'"):
-        Site(site_home()).train(request)
-    reply = Site(site_home("open", allow_non_private=True)).train(request)
+        Site(site_home()).update.make(request)
+    reply = Site(site_home("open", allow_non_private=True)).update.make(request)
     assert reply.noise_multiplier == 0
     assert reply.epsilon_budget == 0
 
@@ -251,14 +251,14 @@ def test_a_trusted_coordinator_needs_a_consent_of_its_own(
     for name, consent in (("none", {}), ("other", {"allow_non_private": True})):
         site = Site(site_home(name, **consent))
         with pytest.raises(PolicyError, match=r"protects its own records, but privacy\.mechanism is 'central'"):
-            site.train(request)
+            site.update.make(request)
         assert not (site.home / "rounds").exists()
     site = Site(site_home("trusting", allow_trusted_coordinator=True))
-    reply = site.train(request)
+    reply = site.update.make(request)
     assert (reply.noise_multiplier, reply.epsilon_budget) == (0, 0)
     assert not (site.home / "ledger.db").exists(), "the account of the unit 'site' is the coordinator's"
     with pytest.raises(PolicyError, match=r"privacy\.mechanism is 'none'"):
-        site.train(request_for(private_job(privacy={"mechanism": "none"})))
+        site.update.make(request_for(private_job(privacy={"mechanism": "none"})))
 
 
 def test_a_weaker_delta_than_the_sites_is_refused(
@@ -266,7 +266,7 @@ def test_a_weaker_delta_than_the_sites_is_refused(
 ) -> None:
     site = Site(site_home(budget={"epsilon": 50.0, "delta": 1e-6}))
     with pytest.raises(PolicyError, match="delta 1e-05 is weaker than this site's 1e-06"):
-        site.train(request_for(private_job()))
+        site.update.make(request_for(private_job()))
     assert isinstance(site.answer(request_for(private_job(privacy={"delta": 1e-6}))), TrainReply)
 
 
@@ -347,11 +347,11 @@ def test_a_damaged_stored_release_is_not_replaced_silently(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
 ) -> None:
     home, request = site_home(), request_for(private_job())
-    Site(home).train(request)
+    Site(home).update.make(request)
     (stored,) = (home / "rounds").glob("*/*.safetensors")
     stored.write_bytes(stored.read_bytes()[:-10])
     with pytest.raises(LedgerError, match="already charged"):
-        Site(home).train(request)
+        Site(home).update.make(request)
 
 
 def test_only_the_last_rounds_are_kept_and_an_older_one_can_be_asked_again(
@@ -359,12 +359,12 @@ def test_only_the_last_rounds_are_kept_and_an_older_one_can_be_asked_again(
 ) -> None:
     site, job = Site(site_home()), private_job(training={"rounds": 6, "local_steps": 1})
     for number in range(1, 6):
-        site.train(request_for(job, number))
+        site.update.make(request_for(job, number))
     names = sorted(path.name for path in (site.home / "rounds").glob("*/*"))
     assert [re.findall(r"\d+", name)[0] for name in names] == ["00003", "00004", "00005"]
     # A coordinator that went back to a backup asks for round 1 anew: charged once, then repeatable.
-    first = site.train(request_for(job, 1))
-    assert site.train(request_for(job, 1)) == first
+    first = site.update.make(request_for(job, 1))
+    assert site.update.make(request_for(job, 1)) == first
     assert steps_charged(site) == 6
 
 
@@ -373,10 +373,10 @@ def test_the_next_round_continues_from_the_sites_own_moments(
 ) -> None:
     job = private_job()
     request = request_for(job, 2)
-    cold = Site(site_home("cold"), new_randomness=injected).train(request)
+    cold = Site(site_home("cold"), new_randomness=injected).update.make(request)
     warm_site = Site(site_home("warm"), new_randomness=injected)
-    warm_site.train(request_for(job, 1))
-    warm = warm_site.train(request)
+    warm_site.update.make(request_for(job, 1))
+    warm = warm_site.update.make(request)
     shapes = shapes_of(decode_any(cold))
     assert not torch.equal(
         decode(cold.update, shapes)["head.linear.weight"], decode(warm.update, shapes)["head.linear.weight"]
@@ -387,8 +387,8 @@ def test_injected_randomness_is_marked_and_repeatable(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
 ) -> None:
     request = request_for(private_job())
-    one = Site(site_home("one"), new_randomness=injected).train(request)
-    two = Site(site_home("two"), new_randomness=injected).train(request)
+    one = Site(site_home("one"), new_randomness=injected).update.make(request)
+    two = Site(site_home("two"), new_randomness=injected).update.make(request)
     assert one.randomness == "injected"
     assert one.update == two.update
 
@@ -434,11 +434,11 @@ def test_what_an_encoding_lost_comes_with_the_next_round(
     sent = []
     for number in (1, 2, 3):
         request = request_for(job, number, shift=0.01 * (number - 1))
-        reply = Site(home).train(request)
-        assert Site(home).train(request) == reply, "a repeated request is answered with what was stored"
+        reply = Site(home).update.make(request)
+        assert Site(home).update.make(request) == reply, "a repeated request is answered with what was stored"
         sent.append(decode_update(reply.update, shapes_of(results[0].delta), dtype))
     assert len(results) == 3
-    last = Site(home).outbox.residual(job.sha256, 4)
+    last = Site(home).outbox.kept("residual", job.sha256, 4)
     for name in results[0].delta:
         missing = sum(result.delta[name].double() for result in results) - sum(part[name].double() for part in sent)
         torch.testing.assert_close(missing, last[name].double(), rtol=1e-4, atol=1e-6)
@@ -458,18 +458,18 @@ def test_a_crash_leaves_the_residual_of_the_last_stored_round(
         raise Crash
 
     job, home, results = private_job(federation={"update_dtype": "int8"}), site_home(), observed(monkeypatch)
-    Site(home).train(request_for(job, 1))
-    before = Site(home).outbox.residual(job.sha256, 2)
+    Site(home).update.make(request_for(job, 1))
+    before = Site(home).outbox.kept("residual", job.sha256, 2)
     with monkeypatch.context() as patch:
         patch.setattr(outbox_module, "write_bytes", crash)
         with pytest.raises(Crash):
             Site(home).answer(request_for(job, 2))
-    again = Site(home).outbox.residual(job.sha256, 2)
+    again = Site(home).outbox.kept("residual", job.sha256, 2)
     assert again.keys() == before.keys() == results[0].delta.keys()
     assert all(torch.equal(again[name], before[name]) for name in before)
     # The round that is computed again starts from it.
-    reply = Site(home).train(request_for(job, 2))
-    after = Site(home).outbox.residual(job.sha256, 3)
+    reply = Site(home).update.make(request_for(job, 2))
+    after = Site(home).outbox.kept("residual", job.sha256, 3)
     decoded = decode_update(reply.update, shapes_of(before), "int8")
     for name, lost in before.items():
         torch.testing.assert_close(decoded[name] + after[name], results[-1].delta[name] + lost, rtol=1e-4, atol=1e-6)
@@ -477,6 +477,6 @@ def test_a_crash_leaves_the_residual_of_the_last_stored_round(
 
 def test_plain_updates_leave_no_residual(site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest) -> None:
     site, job = Site(site_home()), private_job()
-    site.train(request_for(job, 1))
-    assert site.outbox.residual(job.sha256, 2) == {}
-    assert site.outbox.optimizer_state(job.sha256, 2)
+    site.update.make(request_for(job, 1))
+    assert site.outbox.kept("residual", job.sha256, 2) == {}
+    assert site.outbox.kept("optimizer", job.sha256, 2)

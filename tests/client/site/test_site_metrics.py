@@ -66,7 +66,7 @@ def test_metrics_are_charged_before_they_are_measured(
 
     monkeypatch.setattr(release_module, "cast_votes", traced("measure", release_module.cast_votes))
     monkeypatch.setattr(outbox_module, "write_bytes", traced("store", outbox_module.write_bytes))
-    reply = site.measure(asked)
+    reply = site.metrics.make(asked)
     assert order == ["measure after reserve", "store after reserve"]
     assert kinds(site) == ["open", "budget", "reserve", "commit"]
     assert site.ledger().events() == [GaussianSteps(noise_multiplier=4.0, sample_rate=1.0, steps=2)]
@@ -79,16 +79,16 @@ def test_metrics_are_charged_before_they_are_measured(
 
 
 def test_the_same_request_gets_the_same_counts_and_one_charge(site: Site, asked: TrainRequest) -> None:
-    first = site.measure(asked)
-    assert Site(site.home).measure(asked) == first
+    first = site.metrics.make(asked)
+    assert Site(site.home).metrics.make(asked) == first
     assert kinds(site).count("reserve") == 1
 
 
 def test_another_adapter_is_another_release(
     site: Site, job: Job, asked: TrainRequest, request_for: MakeRequest
 ) -> None:
-    first = site.measure(asked)
-    second = site.measure(request_for(job, 4, shift=0.02))
+    first = site.metrics.make(asked)
+    second = site.metrics.make(request_for(job, 4, shift=0.02))
     assert second.counts != first.counts
     assert kinds(site).count("reserve") == 2
 
@@ -199,13 +199,13 @@ def test_all_records_of_a_person_are_on_one_side_and_cast_one_vote(
     job = private_job(
         site_metrics={"names": ["loss"], "noise_multiplier": 0.2}, privacy=persons, training={"rounds": 3}
     )
-    counts = site.measure(request_for(job, 4)).counts["loss"]
+    counts = site.metrics.make(request_for(job, 4)).counts["loss"]
     assert sum(counts) == pytest.approx(site.held_out.persons.count, abs=6 * 0.2 * 2**0.5)
     assert site.ledger().events() == [GaussianSteps(noise_multiplier=0.2, sample_rate=1.0, steps=1)]
 
 
 def test_the_stored_counts_are_bound_to_their_job(site: Site, asked: TrainRequest) -> None:
-    site.measure(asked)
+    site.metrics.make(asked)
     (stored,) = site.home.glob("rounds/*/metrics.json")
     stored.write_text("{}")
     refusal = Site(site.home).answer_metrics(asked)
@@ -223,7 +223,7 @@ def residuals(site: Site, job: Job, request_for: MakeRequest, monkeypatch: pytes
     monkeypatch.setattr(release_module, "cast_votes", lambda *_: known)
     found = []
     for number in range(100):
-        counts = site.measure(request_for(job, 4, shift=0.001 * number)).counts
+        counts = site.metrics.make(request_for(job, 4, shift=0.001 * number)).counts
         found.append([*counts["accuracy"], *counts["loss"]])
     return (np.array(found) - exact) / job.site_metrics.noise_multiplier
 

@@ -17,7 +17,7 @@ from shared.errors import ConfigError, TrustError
 from shared.files.json_files import canonical_json
 from shared.job.job import Job
 from shared.job.parsing import parse
-from shared.trust.signed_job import SignedJob, round_fields, sign_job, sign_round, verify_round
+from shared.trust.signed_job import SignedJob, round_fields, sign_job
 from shared.trust.signing import Purpose, SigningKey
 
 ISSUED = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -220,26 +220,28 @@ def test_a_signed_round() -> None:
         "adapter_sha256": hashlib.sha256(b"adapter").hexdigest(),
         "sent_at": "2026-01-31",
     }
-    verify_round(COORDINATOR.verify_key, **ROUND, signature=sign_round(COORDINATOR, **ROUND))
+    COORDINATOR.verify_key.verify(
+        Purpose.ROUND, round_fields(**ROUND), COORDINATOR.sign(Purpose.ROUND, round_fields(**ROUND))
+    )
 
 
 @pytest.mark.parametrize(
     "changes", [{"job_sha256": "b" * 64}, {"round_number": 4}, {"adapter": b"adapter2"}, {"sent_at": "2026-02-01"}]
 )
 def test_any_change_of_a_round_is_refused(changes: dict[str, Any]) -> None:
-    signature = sign_round(COORDINATOR, **ROUND)
+    signature = COORDINATOR.sign(Purpose.ROUND, round_fields(**ROUND))
     with pytest.raises(TrustError, match="signature of the round is not one by"):
-        verify_round(COORDINATOR.verify_key, **(ROUND | changes), signature=signature)
+        COORDINATOR.verify_key.verify(Purpose.ROUND, round_fields(**(ROUND | changes)), signature)
     with pytest.raises(TrustError, match="signature of the round"):
-        verify_round(SIGNER.verify_key, **ROUND, signature=signature)
+        SIGNER.verify_key.verify(Purpose.ROUND, round_fields(**ROUND), signature)
 
 
 def test_a_job_signature_is_no_round_signature() -> None:
     signature = COORDINATOR.sign(Purpose.JOB, round_fields(**ROUND))
     with pytest.raises(TrustError, match="signature of the round"):
-        verify_round(COORDINATOR.verify_key, **ROUND, signature=signature)
+        COORDINATOR.verify_key.verify(Purpose.ROUND, round_fields(**ROUND), signature)
 
 
 def test_half_a_character_in_a_round_is_refused() -> None:
     with pytest.raises(TrustError, match="half a character"):
-        verify_round(COORDINATOR.verify_key, **(ROUND | {"sent_at": "\ud800"}), signature=bytes(64))
+        COORDINATOR.verify_key.verify(Purpose.ROUND, round_fields(**(ROUND | {"sent_at": "\ud800"})), bytes(64))
