@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from shared.errors import TrustError
-from shared.trust.certificates import judge_site, load_certificate, parse_certificate
+from shared.trust.certificates import Judge, load_certificate, parse_certificate
 from shared.trust.revocation import load_crl
 from shared.trust.trust_store import TrustStore
 
@@ -88,7 +88,7 @@ class Admission:
         ca, crl = self._snapshot.ca, self._snapshot.crl
         if ca is None:
             raise TrustError("the coordinator's trust store cannot be read; it lets nobody in.")
-        state, reason = judge_site(certificate, ca, self._now(), crl)
+        state, reason = Judge(ca=ca, crl=crl, now=self._now(), sites_only=True).judged(certificate)
         if state != "valid":
             raise TrustError(reason)
         key = key_bytes(certificate.public_key())

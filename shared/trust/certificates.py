@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -32,10 +32,6 @@ State = Literal[
 ]
 _MAX_FILE_BYTES = 16 << 20  # a revocation list grows by some 40 bytes an entry
 SHA256 = hashes.SHA256()
-Judge = Callable[
-    [x509.Certificate, x509.Certificate, datetime, x509.CertificateRevocationList | None], tuple[State, str]
-]
-
 
 # What `cryptography` raises for bytes that are no certificate, some of it only when a field is read.
 MALFORMED = (
@@ -145,65 +141,64 @@ def write_public(path: Path, data: bytes) -> None:
         raise RunError(f"could not write {path}: {error.strerror}; mend the permissions, then try again.") from error
 
 
-def judge(
-    cert: x509.Certificate, ca: x509.Certificate, now: datetime, crl: x509.CertificateRevocationList | None
-) -> tuple[State, str]:
-    """Return the state and the reason; `crl` was checked before."""
-    try:
-        cert.verify_directly_issued_by(ca)
-    except (InvalidSignature, *MALFORMED):
-        return "not signed by this CA", (
-            f"the certificate of {common_name(cert)} was not signed by this CA ({common_name(ca)}); ask the "
-            "consortium's CA for one."
-        )
-    try:
-        name, _ = identity(cert)
-    except (TrustError, *MALFORMED) as error:
-        return "unreadable", f"the certificate is not of the kind that this CA issues: {error}"
-    entry = crl.get_revoked_certificate_by_serial_number(cert.serial_number) if crl is not None else None
-    if entry is not None:
-        return "revoked", f"the certificate of {name} was revoked on {date_text(entry.revocation_date_utc)}."
-    for holder, checked in ((name, cert), ("the CA", ca)):
-        if now > checked.not_valid_after_utc:
-            end = date_text(checked.not_valid_after_utc)
-            return "expired", f"the certificate of {holder} expired on {end}; request a new one."
-        if now < checked.not_valid_before_utc:
-            start = date_text(checked.not_valid_before_utc)
-            return "not yet valid", (
-                f"the certificate of {holder} is not valid before {start}, and now is {date_text(now)}; check the clock."
-            )
-    return "valid", ""
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """What certificates are judged by.
 
+    Attributes:
+        ca: the consortium's certificate.
+        crl: its list of revoked certificates, checked before; None if there is none.
+        now: the time.
+        sites_only: whether a certificate must be a site's.
+    """
 
-def judge_site(
-    cert: x509.Certificate, ca: x509.Certificate, now: datetime, crl: x509.CertificateRevocationList | None
-) -> tuple[State, str]:
-    """As `judge`, for a certificate that must be a site's."""
-    state, reason = judge(cert, ca, now, crl)
-    if state == "valid" and identity(cert)[1] != "site":
-        return "not a site's certificate", f"the certificate of {identity(cert)[0]} is one for a server, not a site."
-    return state, reason
+    ca: x509.Certificate
+    crl: x509.CertificateRevocationList | None
+    now: datetime
+    sites_only: bool = False
 
+    def files(self, paths: Iterable[Path]) -> list[SiteIdentity]:
+        """Return one identity per file, by name and expiry; never fails because of one file."""
+        found = []
+        for path in paths:
+            if path.name.startswith("."):
+                continue
+            try:
+                certificate = load_certificate(path)
+            except TrustError as error:
+                found.append(SiteIdentity(path=path, name=_printable(path.stem), state="unreadable", reason=str(error)))
+                continue
+            found.append(identity_of(path, certificate, *self.judged(certificate)))
+        return sorted(found, key=lambda i: (i.name, i.not_after or datetime.max.replace(tzinfo=UTC), i.path))
 
-def judge_files(
-    paths: Iterable[Path],
-    judge: Judge,
-    ca: x509.Certificate,
-    now: datetime,
-    crl: x509.CertificateRevocationList | None,
-) -> list[SiteIdentity]:
-    """Return one identity per file; never fails because of one file."""
-    found = []
-    for path in paths:
-        if path.name.startswith("."):
-            continue
+    def judged(self, cert: x509.Certificate) -> tuple[State, str]:
+        """Return the state of a certificate and the reason."""
         try:
-            certificate = load_certificate(path)
-        except TrustError as error:
-            found.append(SiteIdentity(path=path, name=_printable(path.stem), state="unreadable", reason=str(error)))
-            continue
-        found.append(identity_of(path, certificate, *judge(certificate, ca, now, crl)))
-    return sorted(found, key=lambda i: (i.name, i.not_after or datetime.max.replace(tzinfo=UTC), i.path))
+            cert.verify_directly_issued_by(self.ca)
+        except (InvalidSignature, *MALFORMED):
+            return "not signed by this CA", (
+                f"the certificate of {common_name(cert)} was not signed by this CA ({common_name(self.ca)}); ask the "
+                "consortium's CA for one."
+            )
+        try:
+            name, role = identity(cert)
+        except (TrustError, *MALFORMED) as error:
+            return "unreadable", f"the certificate is not of the kind that this CA issues: {error}"
+        entry = self.crl.get_revoked_certificate_by_serial_number(cert.serial_number) if self.crl is not None else None
+        if entry is not None:
+            return "revoked", f"the certificate of {name} was revoked on {date_text(entry.revocation_date_utc)}."
+        for holder, checked in ((name, cert), ("the CA", self.ca)):
+            if self.now > checked.not_valid_after_utc:
+                end = date_text(checked.not_valid_after_utc)
+                return "expired", f"the certificate of {holder} expired on {end}; request a new one."
+            if self.now < checked.not_valid_before_utc:
+                start, now = date_text(checked.not_valid_before_utc), date_text(self.now)
+                return "not yet valid", (
+                    f"the certificate of {holder} is not valid before {start}, and now is {now}; check the clock."
+                )
+        if self.sites_only and role != "site":
+            return "not a site's certificate", f"the certificate of {name} is one for a server, not a site."
+        return "valid", ""
 
 
 def identity_of(path: Path, cert: x509.Certificate, state: State, reason: str) -> SiteIdentity:
@@ -264,9 +259,9 @@ def file_name(cert: x509.Certificate) -> str:
     return f"{identity(cert)[0]}-{hex_serial(cert.serial_number)}.crt"
 
 
-def write_certificate(path: Path, cert: x509.Certificate) -> None:
-    """Write a certificate as PEM; see `write_public`."""
-    write_public(path, cert.public_bytes(serialization.Encoding.PEM))
+def pem_bytes(cert: x509.Certificate) -> bytes:
+    """Return a certificate as PEM."""
+    return cert.public_bytes(serialization.Encoding.PEM)
 
 
 def common_name(cert: x509.Certificate) -> str:

@@ -43,6 +43,7 @@ from shared.errors import TrustError
 from shared.trust.certificates import (
     MALFORMED,
     SHA256,
+    Judge,
     Role,
     SiteIdentity,
     check_name,
@@ -52,12 +53,10 @@ from shared.trust.certificates import (
     file_name,
     hex_serial,
     is_p256,
-    judge,
-    judge_files,
     load_certificate,
+    pem_bytes,
     read_subject,
     whole_seconds,
-    write_certificate,
     write_public,
 )
 from shared.trust.node_keys import load_private_key, save_private_key
@@ -104,7 +103,7 @@ def create_ca(
     )
     save_private_key(folder / "ca.key", key, passphrase)
     write_crl(folder, certificate, key, revoked=(), number=1, now=now)
-    write_certificate(folder / "ca.crt", certificate)
+    write_public(folder / "ca.crt", pem_bytes(certificate))
     return certificate
 
 
@@ -205,7 +204,7 @@ def approve(
         )
     key = authority.private_key(passphrase)
     certificate = _issued(authority, request, key, now, days)
-    write_certificate(folder / "issued" / file_name(certificate), certificate)
+    write_public(folder / "issued" / file_name(certificate), pem_bytes(certificate))
     return certificate
 
 
@@ -257,7 +256,7 @@ def publish(folder: Path, trust_folder: Path) -> int:
             raise TrustError(f"{trust_folder} belongs to another CA ({common_name(present)}); use a folder of its own.")
     check_rollback(trust_folder, authority.crl, seen_crl(trust_folder))
     write_public(trust_folder / "crl.pem", authority.crl.public_bytes(serialization.Encoding.PEM))
-    write_certificate(trust_folder / "ca.crt", authority.certificate)
+    write_public(trust_folder / "ca.crt", pem_bytes(authority.certificate))
     return crl_number(authority.crl)
 
 
@@ -292,7 +291,8 @@ class _Authority:
         return identities
 
     def identities(self, now: datetime) -> list[SiteIdentity]:
-        return judge_files((self.folder / "issued").glob("*.crt"), judge, self.certificate, now, self.crl)
+        judge = Judge(ca=self.certificate, crl=self.crl, now=now)
+        return judge.files((self.folder / "issued").glob("*.crt"))
 
 
 def _check_record(authority: _Authority, request: Request, now: datetime, *, rotate: bool) -> None:

@@ -9,19 +9,17 @@ from cryptography import x509
 
 from shared.errors import RunError, TrustError
 from shared.trust.certificates import (
+    Judge,
     SiteIdentity,
     file_name,
     identity_of,
-    judge,
-    judge_files,
-    judge_site,
     load_certificate,
     parse_certificate,
+    pem_bytes,
     whole_seconds,
-    write_certificate,
     write_public,
 )
-from shared.trust.revocation import check_crl, check_rollback, crl_digest, crl_number, load_crl, seen_crl
+from shared.trust.revocation import check_rollback, crl_digest, crl_number, load_crl, seen_crl
 
 
 class TrustStore:
@@ -39,8 +37,7 @@ class TrustStore:
             TrustError: if `ca.crt` is missing or damaged; if `crl.pem` is damaged, not signed by this CA, older than
                 one seen before, or gone. Nobody may be let in then.
         """
-        ca, crl = self._authority()
-        return judge_files((self.folder / "sites").glob("*.crt"), judge_site, ca, now, crl)
+        return self._judge(now).files((self.folder / "sites").glob("*.crt"))
 
     def install(self, cert_pem: bytes, now: datetime | None = None) -> SiteIdentity:
         """Verify a site's certificate and store it as `sites/NAME-SERIAL.crt`.
@@ -48,16 +45,16 @@ class TrustStore:
         Raises:
             TrustError: if it is anything but a valid certificate of a site, signed by this CA.
         """
-        ca, crl = self._authority()
+        judge = self._judge(whole_seconds(now))
         certificate = parse_certificate(cert_pem, "the certificate")
-        state, reason = judge_site(certificate, ca, whole_seconds(now), crl)
+        state, reason = judge.judged(certificate)
         if state != "valid":
             raise TrustError(f"the certificate is not installed: {reason}")
         path = self.folder / "sites" / file_name(certificate)
-        write_certificate(path, certificate)
+        write_public(path, pem_bytes(certificate))
         return identity_of(path, certificate, state, reason)
 
-    def _authority(self) -> tuple[x509.Certificate, x509.CertificateRevocationList | None]:
+    def _judge(self, now: datetime) -> Judge:
         ca = load_certificate(self.folder / "ca.crt")
         seen = seen_crl(self.folder)  # before the list, so that one published in between is never taken for older
         path = self.folder / "crl.pem"
@@ -67,22 +64,15 @@ class TrustStore:
                 write_public(self.folder / "crl.number", f"{crl_number(crl)} {crl_digest(crl)}\n".encode())
             except RunError as error:
                 raise TrustError(f"the newest revocation list cannot be remembered: {error}") from None
-        return ca, crl
+        return Judge(ca=ca, crl=crl, now=now, sites_only=True)
 
 
-def verify_certificate(
-    cert: x509.Certificate,
-    ca_cert: x509.Certificate,
-    now: datetime,
-    crl: x509.CertificateRevocationList | None = None,
-) -> None:
-    """Check that a certificate was issued by a CA, is valid at `now` and is not on the CA's revocation list.
+def verify_certificate(cert: x509.Certificate, ca_cert: x509.Certificate, now: datetime) -> None:
+    """Check that a certificate was issued by a CA and is valid at `now`; who is no trust store has no revocation list.
 
     Raises:
-        TrustError: if it is not, saying which, or if the list was not signed by the CA.
+        TrustError: if it is not, saying which.
     """
-    if crl is not None:
-        check_crl(crl, ca_cert, "the revocation list")
-    state, reason = judge(cert, ca_cert, now, crl)
+    state, reason = Judge(ca=ca_cert, crl=None, now=now).judged(cert)
     if state != "valid":
         raise TrustError(reason)
