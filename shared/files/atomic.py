@@ -16,8 +16,11 @@ from typing import Any
 from shared.errors import RunError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Replace `path` by `data` atomically and durably (temporary file, fsync, rename, fsync of the folder).
+
+    Args:
+        mode: of the new file, which is private to its owner until it is complete.
 
     Raises:
         RunError: if the disk is full or the folder cannot be written; `path` keeps its old content.
@@ -30,6 +33,7 @@ def write_bytes(path: Path, data: bytes) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
+            os.fchmod(handle, mode)
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(path.parent)

@@ -7,7 +7,6 @@ keys are ECDSA P-256. Only `SiteIdentity.state` says whether a certificate is ge
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from shared.errors import RunError, TrustError
+from shared.errors import TrustError
 from shared.files import atomic
 from shared.files.bounded import read_bounded
 from shared.job.values import NAME_PATTERN
@@ -130,15 +129,7 @@ def write_public(path: Path, data: bytes) -> None:
     Raises:
         RunError: if it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    atomic.write_bytes(temporary, data)
-    try:
-        temporary.chmod(0o644)
-        temporary.replace(path)
-        atomic.sync_folder(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"could not write {path}: {error.strerror}; mend the permissions, then try again.") from error
+    atomic.write_bytes(path, data, mode=0o644)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,19 @@ def test_content_is_replaced_and_no_temporary_file_stays(tmp_path: Path) -> None
     assert os.listdir(path.parent) == ["file"]
 
 
+def test_a_file_is_private_until_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    modes, fsync = [], os.fsync
+    for mode in (0o600, 0o644):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                os, "fchmod", lambda handle, to: (modes.append(os.fstat(handle).st_mode & 0o777), fsync(handle))
+            )
+            atomic.write_bytes(tmp_path / "file", b"x", mode=mode)
+        atomic.write_bytes(tmp_path / "file", b"x", mode=mode)
+        assert (tmp_path / "file").stat().st_mode & 0o777 == mode
+    assert modes == [0o600, 0o600]
+
+
 @pytest.mark.parametrize("call", ["fsync", "replace", "fdopen"])
 def test_a_full_disk_leaves_the_old_content_and_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str

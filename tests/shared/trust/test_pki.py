@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
@@ -374,11 +375,11 @@ def test_a_failed_write_leaves_the_old_list(consortium: Consortium, monkeypatch:
     consortium.site("north")
     before = (consortium.ca / "crl.pem").read_bytes()
 
-    def fail(self: Path, target: Path) -> Path:
+    def fail(source: str, target: Path) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", fail)
+        patch.setattr(os, "replace", fail)
         with pytest.raises(RunError, match=r"could not write .*crl\.pem: No space left"):
             revoke(consortium.ca, "north", **NO_WORD)
     assert (consortium.ca / "crl.pem").read_bytes() == before
