@@ -80,7 +80,7 @@ class Event(StrEnum):
     RELEASE_STORED = "release.stored"  # a finished update was stored; it has not left yet
     RELEASE_SENT = "release.sent"  # an update left the site
     REPLY_SENT = "reply.sent"  # a description or a refusal left the site; neither holds anything of a record
-    KEY_ROTATED = "key.rotated"  # a key was replaced; from here on the head is signed with the new one
+    KEY_ROTATED = "key.rotated"  # the site's key or certificate was exchanged; it connects anew
     # The coordinator
     COORDINATOR_STARTED = "coordinator.started"  # the coordinator's process started
     COORDINATOR_STOPPED = "coordinator.stopped"  # it ended in an orderly way

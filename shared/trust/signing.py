@@ -35,6 +35,11 @@ from shared.job.parsing import explain
 from shared.trust import keystore
 
 _PREFIX = "ed25519:"
+_PRIME = 2**255 - 19
+# The y of the points of order 1, 2, 4 and 8, also written with the prime added: under such a key everybody can sign, and the
+# library below does not refuse it.
+_EIGHTH = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
+_SMALL_ORDER = {0, 1, _PRIME - 1, _PRIME, _PRIME + 1, _EIGHTH, _PRIME - _EIGHTH}
 
 
 class Purpose(StrEnum):
@@ -59,6 +64,8 @@ class VerifyKey:
     def __post_init__(self) -> None:
         if len(self.raw) != 32:
             raise TrustError(f"a public Ed25519 key has 32 bytes; found {len(self.raw)}.")
+        if int.from_bytes(self.raw, "little") % 2**255 in _SMALL_ORDER:
+            raise TrustError(f"{self.text} is a key under which everybody can sign; find out who made it.")
 
     @classmethod
     def parse(cls, text: str, *, source: str | None = None) -> Self:

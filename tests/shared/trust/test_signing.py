@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import pickle
 import re
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from shared.errors import TrustError
 from shared.trust import keystore
@@ -95,6 +97,37 @@ def test_a_malformed_public_key_is_refused(text: str) -> None:
     with pytest.raises(TrustError, match="is not a public key; expected ed25519:") as caught:
         VerifyKey.parse(text)
     assert len(str(caught.value)) < 400
+
+
+def weak_keys() -> list[bytes]:
+    """Return the encodings of the eight points that eight times themselves are none, and of the same with the prime added."""
+    prime = 2**255 - 19
+    eighth = int.from_bytes(bytes.fromhex("26e8958fc2b227b045c3f489f2ef98f0d5dfac05d3c63339b13802886d53fc05"), "little")
+    places = [0, 1, prime - 1, eighth, prime - eighth, prime, prime + 1]
+    return [(y + (sign << 255)).to_bytes(32, "little") for y in places for sign in (0, 1)]
+
+
+@pytest.mark.parametrize("raw", weak_keys(), ids=bytes.hex)
+def test_a_key_under_which_everybody_can_sign_is_refused(raw: bytes) -> None:
+    with pytest.raises(TrustError, match="is a key under which everybody can sign"):
+        VerifyKey(raw)
+    with pytest.raises(TrustError, match="everybody can sign"):
+        VerifyKey.parse("ed25519:" + base64.urlsafe_b64encode(raw).decode().rstrip("="))
+
+
+def test_such_a_key_would_verify_what_nobody_signed() -> None:
+    # Why they are refused: the library below takes this signature, made without any secret, for some text or all.
+    nobodys = (1).to_bytes(32, "little") + bytes(32)
+    fooled = 0
+    for raw in weak_keys():
+        for text in range(64):
+            try:
+                Ed25519PublicKey.from_public_bytes(raw).verify(nobodys, bytes([text]))
+            except InvalidSignature:
+                continue
+            fooled += 1
+            break
+    assert fooled >= 8
 
 
 def test_keys_of_the_wrong_length_are_refused() -> None:
