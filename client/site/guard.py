@@ -100,8 +100,16 @@ class Guard:
 
     def admit_round(self, request: TrainRequest) -> None:
         """Note a request; raise `PolicyError` unless the job's coordinator sent it, now."""
-        self._received(request)
         order = request.order
+        self.log.append(
+            Event.REQUEST_RECEIVED,
+            job=request.job.sha256,
+            name=request.job.name,
+            round=request.round_number,
+            signer=order.signed_job.signer.text if order else None,
+            adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
+            bytes=len(request.adapter),
+        )
         self.admit_job(order.signed_job if order else None)
         assert order is not None  # noqa: S101 (admit_job refused otherwise)
         try:
@@ -136,18 +144,6 @@ class Guard:
     def admit_metrics(self, job: Job) -> None:
         """Raise `PolicyError` unless the policy lets every one of the job's site metrics out."""
         check_metrics(self.policy, job)
-
-    def _received(self, request: TrainRequest) -> None:
-        """Note who asked for what."""
-        self.log.append(
-            Event.REQUEST_RECEIVED,
-            job=request.job.sha256,
-            name=request.job.name,
-            round=request.round_number,
-            signer=request.order.signed_job.signer.text if request.order else None,
-            adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
-            bytes=len(request.adapter),
-        )
 
     def told(self, error: SilotuneError) -> str:
         """Return what may be told; what a real site spent on other jobs is its own business."""

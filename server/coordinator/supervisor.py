@@ -11,7 +11,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -19,7 +18,7 @@ import httpx
 
 from server.coordinator.superlink import Control, KeyRemembered, SuperLink, public_key_bytes, server_bundle
 from server.store.home import CoordinatorHome
-from server.store.submission import Submission, submissions
+from server.store.submission import Submission, now_text, submissions
 from shared.errors import RunError, SilotuneError, TrustError
 from shared.files.atomic import write_json
 from shared.trust.audit_log import Event
@@ -248,23 +247,18 @@ class Supervisor:
     def _say(self, state: str, **facts: object) -> None:
         # A full disk, or a certificate that is just being exchanged, must not end a coordinator that only wants to say so.
         with contextlib.suppress(SilotuneError):
-            self._write_status(state, facts)
-
-    def _write_status(self, state: str, facts: Mapping[str, object]) -> None:
-        write_json(
-            self.home.status,
-            {
+            certificate = load_certificate(self.home.server_certificate)
+            said = {
                 "state": state,
                 "pid": os.getpid(),
-                "updated": datetime.now(UTC).isoformat(timespec="seconds"),
+                "updated": now_text(),
                 "fleet_address": f"{self._config.fleet_host}:{self._config.fleet_port}",
                 "sites": self._nodes,
                 "trust_problem": self._trust_problem,
                 "job": self._active[0].name if self._active else None,
-                "certificate_until": load_certificate(self.home.server_certificate).not_valid_after_utc.isoformat(),
-                **facts,
-            },
-        )
+                "certificate_until": certificate.not_valid_after_utc.isoformat(),
+            }
+            write_json(self.home.status, said | facts)
 
 
 class _Attempts:

@@ -94,16 +94,7 @@ def load_checkpoint(path: Path, *, job_sha256: str) -> Checkpoint | None:
     return found
 
 
-_UNREADABLE = (
-    OSError,
-    SafetensorError,
-    LookupError,
-    TypeError,
-    ValueError,
-    AttributeError,
-    RecursionError,
-    PrivacyError,
-)
+_UNREADABLE = (OSError, SafetensorError, LookupError, TypeError, ValueError, AttributeError, PrivacyError)
 
 
 def _built(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> Checkpoint:

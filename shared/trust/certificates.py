@@ -111,7 +111,8 @@ def expiry_warning(cert: x509.Certificate, now: datetime, days: int = 30) -> str
         return f"the certificate of {name} expired on {date_text(end)}; request a new one."
     if end - now > timedelta(days=days):
         return None
-    return f"the certificate of {name} expires in {count_of((end - now).days, 'day')}, on {date_text(end)}; renew it."
+    left = (end - now).days
+    return f"the certificate of {name} expires in {left} day{'s' * (left != 1)}, on {date_text(end)}; renew it."
 
 
 def load_certificate(path: Path) -> x509.Certificate:
@@ -276,11 +277,6 @@ def hex_serial(serial: int | None) -> str:
 def date_text(time: datetime | None) -> str:
     """Return a time as it is shown."""
     return "" if time is None else f"{time.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return "1 day", "2 days"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def whole_seconds(now: datetime | None) -> datetime:
