@@ -42,6 +42,7 @@ from shared.privacy.cross_check import prv_cross_check
 from shared.privacy.statement import SiteRelease, Statement, events_at_sites, run_statement, site_statement, worst_first
 from shared.trust.signed_folder import SIGNATURE_FILE, verify_folder
 from shared.trust.signed_job import SignedJob
+from shared.trust.signing import VerifyKey
 
 
 def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
@@ -67,7 +68,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     log = _log(home, job.sha256, problems) if home else None
     if log is not None and central is not None:
         log = log.without_participants()
-    signer = _adapter_signer(run_dir / "adapter", problems)
+    signer = _adapter_signer(run_dir / "adapter", signed.coordinator if signed else None, problems)
 
     # 3. Whether all of it fits together.
     problems += checks.job_discrepancies(data, job, signed)
@@ -210,11 +211,11 @@ def _log(home: CoordinatorHome, job_sha256: str, problems: list[str]) -> LogFact
         return None
 
 
-def _adapter_signer(folder: Path, problems: list[str]) -> str | None:
+def _adapter_signer(folder: Path, coordinator: VerifyKey | None, problems: list[str]) -> str | None:
     if not (folder / SIGNATURE_FILE).exists():
         return None
     try:
-        return verify_folder(folder).text
+        return verify_folder(folder, coordinator).text
     except TrustError as error:
         problems.append(f"The signature of the adapter does not hold: {error}")
         return None

@@ -41,6 +41,7 @@ from shared.privacy.statement import without_uncovered
 from shared.trust import audit_log
 from shared.trust.audit_log import Event
 from shared.trust.signed_file import Signer, signature_file
+from shared.trust.signed_folder import sign_folder
 from shared.trust.signed_job import sign_job
 from shared.trust.signing import SigningKey, save_signing_key
 from simulations.running.accounts import simulated_accounts
@@ -510,6 +511,17 @@ def test_a_coordinators_run_names_its_keys_and_compares_its_log(coordinator: Coo
     page = text_of(render_html(compose(facts), NOW))
     assert facts.signed_job is not None
     assert facts.signed_job.signer.text in page
+
+
+def test_an_adapter_that_another_key_signed_is_a_discrepancy(coordinator: CoordinatorHome) -> None:
+    run = coordinator.jobs / "0001-small" / "run"
+    sign_folder(run / "adapter", coordinator.load_round_key(None))
+    assert read_facts(run).discrepancies == ()
+    assert read_facts(run).adapter_signer == coordinator.load_round_key(None).verify_key.text
+    sign_folder(run / "adapter", SigningKey.generate())  # whoever changed the adapter can sign it anew
+    facts = read_facts(run)
+    assert facts.adapter_signer is None
+    assert [text for text in facts.discrepancies if "signature of the adapter does not hold" in text]
 
 
 def test_a_report_under_central_privacy_does_not_tell_who_was_drawn(coordinator: CoordinatorHome) -> None:
