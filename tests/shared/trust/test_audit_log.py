@@ -332,12 +332,24 @@ def test_any_changed_byte_is_detected(
     changed = bytearray(content[name])
     changed[index] = byte
     with copy_of(content | {name: bytes(changed)}) as folder:
-        with pytest.raises(TrustError, match=r"(audit-\d{5}\.jsonl, line \d|head\.json)"):
+        # A head without a signature may name another file; then that file is told, for it is not there.
+        with pytest.raises(TrustError, match=r"(audit-\d{5}\.jsonl(, line \d| is missing)|head\.json)"):
             verify(folder, verify_head=KEY.verify_key if signed else None)
         if name != "head.json":
             line = content[name][:index].count(b"\n") + 1
             with pytest.raises(TrustError, match=rf"{name}, line {line},"):
                 list(read(folder))
+
+
+def test_a_head_that_names_the_next_file_is_detected(good: dict[str, bytes], good_unsigned: dict[str, bytes]) -> None:
+    for content, key, text in (
+        (good_unsigned, None, r"audit-00005\.jsonl is missing"),
+        (good, KEY.verify_key, "head.json"),
+    ):
+        changed = content["head.json"].replace(b"audit-00004", b"audit-00005")
+        assert changed != content["head.json"]
+        with copy_of(content | {"head.json": changed}) as folder, pytest.raises(TrustError, match=text):
+            verify(folder, verify_head=key)
 
 
 @given(data=st.data())
