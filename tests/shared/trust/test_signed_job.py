@@ -91,7 +91,7 @@ def test_an_instance_cannot_hold_a_wrong_signature(changes: dict[str, Any]) -> N
 FIELDS = sorted(json.loads(SIGNED.to_json()))
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(field=st.sampled_from(FIELDS), data=st.data())
 def test_any_changed_field_is_refused(field: str, data: st.DataObject) -> None:
     document = json.loads(SIGNED.to_json())
@@ -105,7 +105,7 @@ def test_any_changed_field_is_refused(field: str, data: st.DataObject) -> None:
             SignedJob.from_json(json.dumps(document), source="job.json")
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(data=st.data())
 def test_any_changed_character_is_refused_or_means_the_same(data: st.DataObject) -> None:
     text = SIGNED.to_json()
