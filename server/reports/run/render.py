@@ -10,14 +10,9 @@ Formal guarantees:
 
 from __future__ import annotations
 
-import base64
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from server.records.rounds import RoundRecord
 from server.reports.run import formats
@@ -50,9 +45,27 @@ from server.reports.run.tables import (
 )
 from shared.files.atomic import write_bytes
 from shared.files.outputs import HTML_MARK, check_file
+from shared.pages import render_page
 from shared.privacy.statement import without_uncovered
 
 REPORT_NAME = "report.html"
+_TEMPLATE = Path(__file__).with_name("report.html")
+_FILTERS: dict[str, Callable[..., Any]] = {
+    "epsilon": formats.format_epsilon,
+    "bound": formats.format_bound,
+    "budget": formats.format_budget,
+    "delta": formats.format_delta,
+    "number": formats.format_number,
+    "rate": formats.format_rate,
+    "noise": formats.format_noise,
+    "bytes": formats.format_bytes,
+    "seconds": formats.format_seconds,
+    "time": formats.format_time,
+    "recorded": lambda value: formats.NOT_RECORDED if value is None or value == "" else value,
+    "names": formats.join_names,
+    "name": formats.printable,
+    "paragraphs": formats.paragraphs,
+}
 MAX_PRINTED_STATEMENTS = 12
 
 
@@ -66,45 +79,9 @@ def write_report(run_dir: Path) -> Path:
     """
     data = with_real_names(read_run(run_dir))
     check_file(run_dir / REPORT_NAME, HTML_MARK, way_out="move it away")
-    html = _environment().get_template(REPORT_NAME).render(view=_view(data))
     path = run_dir / REPORT_NAME
-    write_bytes(path, html.encode("utf-8", errors="replace"))
+    write_bytes(path, render_page(_TEMPLATE, filters=_FILTERS, view=_view(data)))
     return path
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {
-        "epsilon": formats.format_epsilon,
-        "bound": formats.format_bound,
-        "budget": formats.format_budget,
-        "delta": formats.format_delta,
-        "number": formats.format_number,
-        "rate": formats.format_rate,
-        "noise": formats.format_noise,
-        "bytes": formats.format_bytes,
-        "seconds": formats.format_seconds,
-        "time": formats.format_time,
-        "recorded": lambda value: formats.NOT_RECORDED if value is None or value == "" else value,
-        "names": formats.join_names,
-        "name": formats.printable,
-        "paragraphs": formats.paragraphs,
-        "csp_hash": _csp_hash,
-    }
-    return environment
-
-
-def _csp_hash(style: str) -> Markup:
-    """The source expression under which a Content-Security-Policy admits exactly this style sheet."""
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
-    return Markup(f"'sha256-{digest}'")  # noqa: S704 - base64
 
 
 def _view(data: RunData) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -145,25 +143,16 @@ def printable(text: str) -> str:
 
 def render_html(found: Explanation, run: str) -> bytes:
     """Return the page, UTF-8: no script, nothing loaded, every text escaped."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from shared.pages import render_page
 
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["value"] = lambda value: signed(value, found)
-    environment.filters["named"] = named
-    environment.filters["csp_hash"] = _csp_hash
-    environment.filters["bar_width"] = lambda word: f"{_bar_width(word, found):.1f}"
-    environment.filters["bar_x"] = lambda word: f"{101 - (_bar_width(word, found) if word.attribution < 0 else 0):.1f}"
-    page = environment.get_template("explain.html").render(
-        found=found, run=run, texts=_cleaned(found), ranked=ranked(found)
-    )
-    return page.encode("utf-8", errors="replace")
+    filters = {
+        "value": lambda value: signed(value, found),
+        "named": named,
+        "bar_width": lambda word: f"{_bar_width(word, found):.1f}",
+        "bar_x": lambda word: f"{101 - (_bar_width(word, found) if word.attribution < 0 else 0):.1f}",
+    }
+    template = Path(__file__).with_name("explain.html")
+    return render_page(template, filters=filters, found=found, run=run, texts=_cleaned(found), ranked=ranked(found))
 
 
 def _cleaned(found: Explanation) -> Sequence[Sequence[Part]]:
@@ -172,10 +161,3 @@ def _cleaned(found: Explanation) -> Sequence[Sequence[Part]]:
 
 def _bar_width(word: Word, found: Explanation) -> float:
     return _HALF_BAR * abs(word.attribution) / found.largest if found.largest else 0.0
-
-
-def _csp_hash(style: str) -> Any:
-    from markupsafe import Markup
-
-    digest = base64.b64encode(hashlib.sha256(str(style).encode()).digest()).decode()
-    return Markup(f"'sha256-{digest}'")  # noqa: S704 - base64

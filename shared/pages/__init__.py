@@ -1,0 +1,46 @@
+"""The shell of every HTML page that Silotune writes: its head, its base style sheet, and how a template is filled in.
+
+Guarantee (test_pages.py): a page is one file that runs no script and loads nothing, every text in it is escaped, and a
+name that a template uses and nobody gave is an error.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+_FOLDER = Path(__file__).parent
+
+
+def render_page(template: Path, *, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> bytes:
+    """Return the page that a template makes of `values`, UTF-8.
+
+    Args:
+        template: NAME.html, which extends `page.html`; its own style sheet, NAME.css beside it, follows `page.css`.
+        filters: what the template calls, beside what Jinja has.
+    """
+    environment = Environment(
+        loader=FileSystemLoader([template.parent, _FOLDER]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters or {}
+    sheets = (_FOLDER / "page.css", template.with_suffix(".css"))
+    style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
+    # The page's Content-Security-Policy admits exactly this style sheet.
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    page = environment.get_template(template.name).render(
+        **values,
+        style=Markup(style),  # noqa: S704 - files of this package
+        style_hash=Markup(f"'sha256-{digest}'"),  # noqa: S704 - base64
+    )
+    return page.encode("utf-8", errors="replace")
