@@ -24,6 +24,7 @@ from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import check_new_files
 from shared.job.parsing import parse
+from shared.options import JsonOption
 from shared.stopping import orderly
 from shared.terminal import print_json
 from shared.trust.certificates import fingerprint, load_certificate
@@ -42,7 +43,6 @@ site_app = typer.Typer(
 )
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @site_app.command()

@@ -27,7 +27,8 @@ RUN python docker/stage.py coordinator --requirements --extras "$EXTRAS" > requi
     && pip install --require-hashes --no-deps --no-build-isolation --use-pep517 --requirement requirements.txt \
     && if [ "$TORCH" != cuda ]; then pip install --no-deps --constraint constraints.txt --index-url "$TORCH_INDEX_URL" torch; fi \
     && pip install --constraint constraints.txt torch
-COPY LICENSE cli.py ./
+COPY LICENSE ./
+COPY cli/ cli/
 COPY server/ server/
 COPY shared/ shared/
 RUN python docker/stage.py coordinator /build/staged \

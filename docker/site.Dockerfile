@@ -27,7 +27,8 @@ RUN python docker/stage.py site --requirements --extras "$EXTRAS" > requirements
     && pip install --require-hashes --no-deps --no-build-isolation --use-pep517 --requirement requirements.txt \
     && if [ "$TORCH" != cuda ]; then pip install --no-deps --constraint constraints.txt --index-url "$TORCH_INDEX_URL" torch; fi \
     && pip install --constraint constraints.txt torch
-COPY LICENSE cli.py ./
+COPY LICENSE ./
+COPY cli/ cli/
 COPY client/ client/
 COPY shared/ shared/
 RUN python docker/stage.py site /build/staged \

@@ -23,9 +23,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Folders of code by image.
-IMAGES = {"site": ("client", "shared"), "coordinator": ("server", "shared")}
+IMAGES = {"site": ("cli", "client", "shared"), "coordinator": ("cli", "server", "shared")}
 # Files of the repository root that both have.
-ROOT_FILES = ("LICENSE", "cli.py")
+ROOT_FILES = ("LICENSE",)
 # What a folder of code may hold that is no part of it.
 LEFT_OUT = (".pyc", ".pyo", ".swp", ".orig", ".rej")
 
@@ -62,7 +62,7 @@ def image_pyproject(image: str, root: Path = ROOT) -> str:
     packages = sorted(
         {path.parent.as_posix().replace("/", ".") for path in image_files(image, root) if len(path.parts) > 1}
     )
-    lines += ["", "[tool.setuptools]", 'py-modules = ["cli"]', f"packages = {json.dumps(packages)}"]
+    lines += ["", "[tool.setuptools]", f"packages = {json.dumps(packages)}"]
     data = sorted({f"*{path.suffix}" for path in image_files(image, root) if len(path.parts) > 1} - {"*.py"})
     lines += ["", "[tool.setuptools.package-data]", f'"*" = {json.dumps(data)}', ""]
     return "\n".join(lines)

@@ -21,6 +21,7 @@ from server.store.submission import Submission, find, submissions
 from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import check_new_files
+from shared.options import JsonOption
 from shared.stopping import orderly, saying
 from shared.terminal import print_json
 from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
@@ -36,7 +37,6 @@ coordinator_app = typer.Typer(
 )
 
 HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobOption = Annotated[str | None, typer.Option("--job", help="Number or name of the job; the newest by default.")]
 # A coordinator writes its status twice a second; a restart of the SuperLink takes some seconds.
 _STALE_SECONDS = 60.0

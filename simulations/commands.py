@@ -1,173 +1,133 @@
-"""What `silotune demo` and `silotune simulate` do."""
+"""`silotune demo`, `simulate`, `federation`, `sweep`, `settings` and `small-gpt2`; what they do is in the rooms below."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
+import typer
 
-from server.records.privacy import CoordinatorRecord, read_sites
-from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
-from server.reports.run import read_arm, write_report_if_possible
-from server.rounds.early_stopping import is_over, stopped_early
-from server.runs.folder import check_place, peak_rss_mb
-from shared.epsilons import rounded_up
-from shared.errors import RunError
-from shared.files.json_files import read_if_there, read_record
-from shared.privacy.statement import Statement
-from shared.stopping import saying
-from shared.tasks import task_of
-from shared.terminal import print_json
-from simulations.audit.run import audit_run_mechanism
-from simulations.data.small_gpt2 import prepare_backbone
-from simulations.running.folds import run_folds
-from simulations.running.live import LiveView
-from simulations.running.repeats import run_repeats
-from simulations.scenario import Scenario, builtin_scenario, load_scenario
+from shared.errors import ConfigError, RunError
+from shared.options import JsonAtEndOption, OutOption, OverridesOption
+
+if TYPE_CHECKING:
+    from simulations.sweep.selection import NumTrials
+
+ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
 
 
-def simulate_builtin(name: str, *, out: Path | None, overrides: Sequence[str], resume: bool, as_json: bool) -> None:
-    """Run a scenario that ships with the package, or continue it."""
-    _start(builtin_scenario(name, overrides), out, resume=resume, stop_after=None, as_json=as_json)
-
-
-def simulate_file(
-    path: Path,
-    *,
-    out: Path | None,
-    overrides: Sequence[str],
-    resume: bool,
-    stop_after: int | None,
-    as_json: bool,
+def demo(
+    out: OutOption = None,
+    overrides: OverridesOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonAtEndOption = False,
 ) -> None:
-    """Run a scenario file, or continue it."""
-    _start(load_scenario(path, overrides), out, resume=resume, stop_after=stop_after, as_json=as_json)
+    """Eight sites tune a real BERT on movie reviews under differential privacy, with baselines and a report."""
+    from simulations.scenario import builtin_scenario
+    from simulations.simulating import run_scenario
+
+    run_scenario(builtin_scenario("demo", overrides or []), out, resume=resume, as_json=as_json)
 
 
-def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
-    """Return the figures of a finished run, read back from its folder."""
-    metric = task_of(scenario.job).primary_metric
-    arms = {"federated" if scenario.job.privacy.mechanism == "none" else "federated_dp": folder}
-    arms |= {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
-    result: dict[str, Any] = {"run_dir": str(folder)}
-    for name, place in arms.items():
-        evaluation = place / "evaluation.json"
-        if evaluation.exists():
-            value = read_evaluation(evaluation).metrics[metric]
-            result[f"{metric}_{name}"] = None if value is None else round(value, 4)
-    spreads: dict[tuple[str, str], tuple[float, ...]] = {}
-    if (repeats := read_if_there(folder / REPEATS_FILE, Repeats)) is not None:
-        spreads |= {(arm, ""): values for arm, values in repeats.arms.items()}
-    if (folds := read_if_there(folder / FOLDS_FILE, Folds)) is not None:
-        # A metric may be undefined in a fold.
-        spreads |= {(arm, "_fold"): found[metric] for arm, found in folds.arms.items() if metric in found}
-    for (arm, which), values in spreads.items():
-        name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
-        result[f"{metric}_{name}{which}_mean"] = round(statistics.mean(values), 4)
-        result[f"{metric}_{name}{which}_std"] = round(statistics.stdev(values), 4)
-    # A run that ended early promises the epsilon of its whole plan.
-    stated = [r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in read_sites(folder)]
-    known = [epsilon for epsilon in stated if epsilon is not None]
-    result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
-    if scenario.job.privacy.central and (folder / "privacy.json").exists():
-        record = read_record(folder / "privacy.json", CoordinatorRecord)
-        result |= {
-            "unit": record.unit,
-            "epsilon": record.epsilon_planned or record.epsilon_spent,
-            "num_sites": record.num_sites_declared,
-        }
-    result["delta"] = scenario.job.privacy.delta
-    audited = read_if_there(folder / "audit" / "tier1.json", AuditRecord)
-    result["audit"] = audited.verdict if audited else None
-    result |= _calibration(folder)
-    result["diverged"] = {name: reason for name, place in arms.items() if (reason := _diverged(place, name))}
-    result["seconds"] = round(seconds, 1)
-    result["peak_rss_mb"] = round(peak_rss_mb())
-    return result
+def simulate(
+    scenario: Annotated[Path, typer.Argument(help="Scenario file (TOML).")],
+    out: OutOption = None,
+    overrides: OverridesOption = None,
+    resume: ResumeOption = False,
+    stop_after: Annotated[
+        int | None, typer.Option("--stop-after", min=1, help="Stop after this round; continue with --resume.")
+    ] = None,
+    folds: Annotated[
+        int | None, typer.Option("--folds", metavar="K", help="k-fold cross-validation: simulation.folds=K.")
+    ] = None,
+    as_json: JsonAtEndOption = False,
+) -> None:
+    """Run a scenario: many sites on one machine, through the code that real sites run."""
+    from simulations.scenario import load_scenario
+    from simulations.simulating import run_scenario
+
+    changes = [*(overrides or []), *([] if folds is None else [f"simulation.folds={folds}"])]
+    run_scenario(load_scenario(scenario, changes), out, resume=resume, stop_after=stop_after, as_json=as_json)
 
 
-def _start(scenario: Scenario, out: Path | None, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
+def federation(
+    scenario: Annotated[Path | None, typer.Argument(help="Scenario file; the demo by default.")] = None,
+    out: OutOption = None,
+    overrides: OverridesOption = None,
+    as_json: JsonAtEndOption = False,
+) -> None:
+    """A coordinator and three sites as separate processes on this machine, over gRPC and TLS with authentication."""
+    from simulations.federation.run import run_federation
+    from simulations.scenario import builtin_scenario, load_scenario
+
+    changes = ["partition.num_sites=3", "federation.min_sites=3", *(overrides or [])]
+    loaded = load_scenario(scenario, changes) if scenario else builtin_scenario("demo", changes)
+    run_federation(loaded, out, as_json=as_json)
+
+
+def sweep(
+    file: Annotated[Path, typer.Argument(help="Sweep file, or scenario file with --axis (TOML).")],
+    axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--axis",
+            metavar="KEY=VALUES",
+            help="Vary one key: privacy.epsilon=1,3,8,inf. Repeatable; also LOW:HIGH[:log].",
+        ),
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(metavar="N,N", help="Repeat every setting under these seeds.")] = None,
+    search: Annotated[str | None, typer.Option(help="grid: every combination; optuna: at each budget by TPE.")] = None,
+    trials: Annotated[int | None, typer.Option(help="Settings that Optuna asks for at each budget.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder; by default sweeps/NAME-DATE.")] = None,
+    overrides: OverridesOption = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the sweep in --out; finished trials stay.")
+    ] = False,
+    account_tuning: Annotated[
+        bool, typer.Option("--account-tuning", help="Private data: a random number of trials, only the best released.")
+    ] = False,
+    mean_trials: Annotated[float | None, typer.Option(help="Of --account-tuning: expected number of trials.")] = None,
+    trial_distribution: Annotated[
+        str | None, typer.Option(help="Of --account-tuning: geometric (default), logarithmic or poisson.")
+    ] = None,
+    as_json: JsonAtEndOption = False,
+) -> None:
+    """Run a scenario under many settings and draw what accuracy each privacy budget buys."""
+    from simulations.sweep.run import run_sweep
+    from simulations.sweep.spec import load_sweep
+
     if resume and out is None:
-        raise RunError("--resume needs --out, the folder of the run to continue.")
-    folder = out or _new_folder(scenario.name)
-    with saying(lambda: how_to_continue(folder)):
-        _simulate(scenario, folder, resume=resume, stop_after=stop_after, as_json=as_json)
+        raise RunError("--resume needs --out, the folder of the sweep to continue.")
+    loaded = load_sweep(file, axes=axes or [], seeds=seeds, search=search, trials=trials, overrides=overrides or [])
+    if account_tuning:
+        law = _law(mean_trials, trial_distribution)
+    elif mean_trials is None and trial_distribution is None:
+        law = None
+    else:
+        raise ConfigError("--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out.")
+    run_sweep(loaded, out, law=law, resume=resume, as_json=as_json)
 
 
-def how_to_continue(folder: Path) -> str:
-    """Return what to tell when a simulation was stopped."""
-    if not (folder / "job.json").exists():
-        return "nothing was written; start the command again."
-    return f"continue with the same command and --resume --out {folder}"
+def settings() -> None:
+    """Print every key of a scenario file with its default and meaning, as Markdown (docs/settings.md)."""
+    from simulations.running.settings import settings_table
+
+    typer.echo(settings_table())
 
 
-def _calibration(folder: Path) -> dict[str, float]:
-    """Return the run's temperature and what it did to the expected calibration error, where it has one."""
-    path = folder / "evaluation.json"
-    found = read_evaluation(path).calibration if path.exists() else None
-    if found is None:
-        return {}
-    after = {"temperature": round(found.temperature, 4), "calibration_error": round(found.error_after, 4)}
-    return (after if found.fitted_on else {}) | {"calibration_error_without_temperature": round(found.error_before, 4)}
+def small_gpt2() -> None:
+    """Train the small GPT-2 of the built-in scenarios on public text, once, and print its folder."""
+    from simulations.data.small_gpt2 import small_gpt2 as train_once
+
+    typer.echo(train_once())
 
 
-def _what_took(scenario: Scenario) -> str:
-    """Return what the seconds of the command are of."""
-    trainings = 1 + len(scenario.baselines.arms)
-    times = scenario.simulation.folds or scenario.simulation.repeats
-    return f"{trainings * times} training{'s' if trainings * times > 1 else ''} with evaluation, audit and report"
+def _law(mean: float | None, distribution: str | None) -> NumTrials:
+    from simulations.sweep.selection import DISTRIBUTIONS, NumTrials
 
-
-def _diverged(folder: Path, name: str) -> str | None:
-    """Return why the arm in `folder` counts as diverged, or None."""
-    return read_arm(folder, name=name).diverged if (folder / "job.json").exists() else None
-
-
-def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
-    started = time.monotonic()
-    console = Console(stderr=as_json)
-    check_place(folder)  # before a backbone is trained or data is read
-    prepare_backbone(scenario.job.model.backbone, console)
-    with LiveView(console) as view:
-        run = run_repeats if scenario.simulation.folds is None else run_folds
-        finished = run(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
-    complete = is_over(finished, scenario.job)
-    if complete and scenario.job.privacy.mechanism != "none":
-        with console.status("auditing the mechanism on canaries"):
-            audit_run_mechanism(folder)
-        write_report_if_possible(folder)
-    figures = summary(folder, scenario, seconds=time.monotonic() - started)
-    if as_json:
-        print_json(figures)
-        return
-    for name, reason in figures.pop("diverged").items():
-        console.print(f"warning: {name} diverged: {reason}", style="yellow", highlight=False, soft_wrap=True)
-    figures["seconds"] = (
-        f"{figures['seconds']} (this command: {_what_took(scenario)}; the report's time is of one training)"
-    )
-    for key, value in figures.items():
-        console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
-    if stopped_early(finished, scenario.job):
-        console.print(
-            f"stopped early after round {finished.round_number} of {scenario.job.training.rounds}: no improvement on the public "
-            "records; the epsilon of all planned rounds is what was promised, and the statement names both",
-            soft_wrap=True,
-        )
-    if not complete:
-        console.print(
-            f"stopped after round {finished.round_number}; continue with --resume --out {folder}",
-            soft_wrap=True,
-        )
-        return
-    console.print(f"\nreport: {folder / 'report.html'}", soft_wrap=True)
-    statement = read_if_there(folder / "statement.json", Statement)
-    console.print(statement.one_site if statement else False)
-
-
-def _new_folder(name: str) -> Path:
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    if mean is None:
+        raise ConfigError("--account-tuning needs --mean-trials, the expected number of trials, for example 10.")
+    for known in DISTRIBUTIONS:
+        if known == (distribution or "geometric"):
+            return NumTrials(distribution=known, mean=mean)
+    raise ConfigError(f"--trial-distribution is {distribution!r}; expected one of {', '.join(DISTRIBUTIONS)}.")

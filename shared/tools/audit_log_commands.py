@@ -13,7 +13,8 @@ from rich.text import Text
 
 from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
-from shared.terminal import JsonOption, console, print_json
+from shared.options import JsonLineOption
+from shared.terminal import console, print_json
 from shared.trust import audit_log
 from shared.trust.audit_chain import Entry
 from shared.trust.signing import find_verify_key
@@ -32,7 +33,7 @@ def verify(
         str | None,
         typer.Option("--key", metavar="KEY", help="Public key of the log's owner: ed25519:... or a .pub file."),
     ] = None,
-    as_json: JsonOption = False,
+    as_json: JsonLineOption = False,
 ) -> None:
     """Check every entry and the head; a log that was changed in any way ends with status 1."""
     found = audit_log.verify(folder, verify_head=None if key is None else find_verify_key(key))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shared import terminal
-from shared.terminal import JsonOption
+from shared.options import JsonLineOption
 
 if TYPE_CHECKING:  # cryptography is imported by the command that needs it
     from shared.trust.certificates import SiteIdentity
@@ -178,7 +178,7 @@ def publish(ca_dir: CaArgument, trust_dir: TrustArgument) -> None:
 @pki_app.command()
 def show(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A CA folder or a trust store.")],
-    as_json: JsonOption = False,
+    as_json: JsonLineOption = False,
 ) -> None:
     """List certificates: who may connect, until when, and why not."""
     from shared.trust import certificates, pki, trust_store

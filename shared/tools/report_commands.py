@@ -15,7 +15,8 @@ import typer
 from typer.core import TyperGroup
 
 from shared.errors import TrustError
-from shared.terminal import JsonOption, print_json
+from shared.options import JsonLineOption
+from shared.terminal import print_json
 from shared.trust.signed_file import Signer, fingerprint, sign_file, signature_file, verify_file
 from shared.trust.signing import VerifyKey, find_verify_key
 
@@ -50,7 +51,7 @@ def verify(
     key: Annotated[
         str | None, typer.Option(metavar="KEY", help="The key that must have signed: ed25519:... or a .pub file.")
     ] = None,
-    as_json: JsonOption = False,
+    as_json: JsonLineOption = False,
 ) -> None:
     """Check that no byte of a report was changed since it was signed, and by whom; exit status 1 if not."""
     expected = None if key is None else find_verify_key(key)

@@ -30,9 +30,9 @@ from shared.privacy.randomness import SiteRandomness
 from shared.privacy.sizes import declared_size
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.tasks import Record, task_of
-from simulations.audit import AuditResult
 from simulations.audit.lira import audit_lira, lira_scores, logit_confidence
 from simulations.audit.one_run import Training, audit_one_run, draw_coins
+from simulations.audit.result import AuditResult
 from simulations.audit.run import ALPHA, AuditedRun, NewRandomness, Progress, check_simulation
 from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.sites import site_homes

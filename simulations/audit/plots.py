@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 from shared.epsilons import bound_rounded_down, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.files.atomic import write_bytes
-from simulations.audit import AuditResult
 from simulations.audit.lira import FALSE_POSITIVE_RATE, roc
 from simulations.audit.one_run import Training
+from simulations.audit.result import AuditResult
 
 IN, OUT, CLAIM, BOUND, CEILING = "#D55E00", "#0072B2", "#000000", "#009E73", "#8A8A8A"
 INK, GRID = "#222222", "#DDDDDD"

@@ -28,11 +28,11 @@ from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.version import silotune_version
-from simulations.audit import AuditResult, MechanismAudit, audit_mechanism
 from simulations.audit.canaries import train_on_gradient_canaries
-from simulations.audit.mechanism import Release
+from simulations.audit.mechanism import MechanismAudit, Release, audit_mechanism
 from simulations.audit.mechanism_release import TrainerRelease
 from simulations.audit.one_run import Training, audit_one_run
+from simulations.audit.result import AuditResult
 
 NewRandomness = Callable[[], SiteRandomness]
 Progress = Callable[[int, int, str], None]

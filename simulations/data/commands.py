@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from shared import terminal
-from shared.terminal import JsonOption
+from shared.options import JsonLineOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -26,7 +26,7 @@ LICENCES = {
 
 @data_app.command("list")
 def list_data(
-    as_json: JsonOption = False,
+    as_json: JsonLineOption = False,
 ) -> None:
     """List the public data sets: task, records, bytes to fetch, licence, source, and whether each is here."""
     from rich.table import Table

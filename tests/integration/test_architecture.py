@@ -7,13 +7,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-PACKAGES = ("shared", "client", "server", "simulations")
+PACKAGES = ("shared", "client", "server", "simulations", "cli")
 
 
 def test_every_file_and_folder_that_it_names_exists() -> None:
-    named = set(
-        re.findall(r"[`\"]((?:(?:shared|client|server|simulations)/[\w/.]+|cli\.py|pyproject\.toml))[`\"]", TEXT)
-    )
+    named = set(re.findall(r"[`\"]((?:(?:shared|client|server|simulations|cli)/[\w/.]+|pyproject\.toml))[`\"]", TEXT))
     assert len(named) > 40
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 

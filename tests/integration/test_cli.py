@@ -32,6 +32,8 @@ def test_help_names_every_command(silotune: Silotune) -> None:
 
 def test_version(silotune: Silotune) -> None:
     assert silotune("version").out == silotune_version() + "\n"
+    assert silotune("--version") == silotune("version")
+    assert silotune("--version", "nonsense").out == silotune_version() + "\n", "it comes before everything else"
 
 
 def test_predict_answers_arguments_in_order(silotune: Silotune, finished_run: Path) -> None:

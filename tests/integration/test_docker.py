@@ -96,7 +96,7 @@ def service(image: str) -> dict[str, Any]:
 @pytest.mark.parametrize("image", IMAGES)
 def test_an_image_holds_only_its_own_code(image: str) -> None:
     files = stage.image_files(image)
-    assert Path("cli.py") in files
+    assert Path("cli/commands.py") in files
     assert {path.parts[0] for path in files if len(path.parts) > 1} == set(stage.IMAGES[image])
     assert not {path.parts[0] for path in files} & set(FORBIDDEN[image])
     assert not [path for path in files if "__pycache__" in path.parts or path.suffix == ".pyc"]
@@ -153,9 +153,9 @@ for package in packages:
     imported += [info.name for info in pkgutil.walk_packages(module.__path__, package + ".")]
 for name in imported:
     importlib.import_module(name)
-import cli, click, typer
-assert cli.__file__.startswith(folder), cli.__file__
-command = typer.main.get_command(cli.command_line())
+import click, typer
+from cli.commands import app
+command = typer.main.get_command(app)
 print(json.dumps({"modules": imported, "commands": command.list_commands(click.Context(command))}))
 """
 
@@ -179,10 +179,29 @@ def test_every_module_of_an_image_imports_without_the_others(staged: tuple[str, 
 
 
 def test_the_command_line_starts_without_the_others(staged: tuple[str, Path], tmp_path: Path) -> None:
-    _, folder = staged
+    image, folder = staged
     result = run_staged(folder, tmp_path, "-m", "cli", "--help")
     assert result.returncode == 0, result.stderr
-    assert "silotune" in result.stdout or "Usage" in result.stdout
+    listed = {words[1] for line in result.stdout.splitlines() if len(words := line.split()) > 2 and words[0] == "│"}
+    own, others = ("site", "coordinator") if image == "site" else ("coordinator", "site")
+    assert {own, "predict", "monitor", "report", "version"} <= listed
+    assert not {others, "demo", "simulate", "sweep", "audit", "new", "data"} & listed
+
+
+def test_a_command_of_another_part_says_which_one_it_needs(staged: tuple[str, Path], tmp_path: Path) -> None:
+    image, folder = staged
+    others, part = ("coordinator", "server") if image == "site" else ("site", "client")
+    for words, needed in (
+        (["demo"], "simulations"),
+        (["audit", "run"], "simulations"),
+        ([others, "--help"], part),
+        (["new", "--help"], "simulations"),
+        (["ensemble", "a", "b", "--scenario", "none.toml"], "server" if image == "site" else "simulations"),
+    ):
+        result = run_staged(folder, tmp_path, "-m", "cli", *words)
+        assert result.returncode == 1
+        assert f"error: this command needs the part {needed!r} of Silotune" in result.stderr
+        assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("staged", ["coordinator"], indirect=True)

@@ -17,7 +17,7 @@ import click
 import pytest
 from typer.main import get_command
 
-import cli
+from cli.commands import app
 from server.records.privacy import SiteRecord
 from shared.data.datasets import DataSource
 from shared.data.deidentify.config import DeidentifyConfig
@@ -62,11 +62,13 @@ def test_there_are_commands_in_the_documents() -> None:
 
 @pytest.mark.parametrize("arguments", commands(), ids=" ".join)
 def test_documented_commands_parse(arguments: list[str]) -> None:
-    command, name, rest = get_command(cli.command_line()), "", arguments
+    command, name, rest = get_command(app), "", arguments
     while isinstance(command, click.Group):
         default = getattr(command, "default_command", None)  # `report RUN` is `report write RUN`
         name, *rest = rest if rest[0] in command.commands or default is None else [default, *rest]
-        command = command.commands[name]
+        found = command.get_command(click.Context(command), name)
+        assert found is not None, name
+        command = found
     with command.make_context(name, rest, resilient_parsing=False) as context:
         for item in context.params.get("overrides") or []:
             assert "=" in item

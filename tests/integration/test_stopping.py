@@ -81,6 +81,50 @@ def test_a_stopped_simulation_says_how_to_go_on_and_goes_on(
         assert num_lines(folder / "metrics.jsonl") > done
 
 
+AGAIN = "stopped; start the command again to do it from the beginning.\n"
+
+
+@contextmanager
+def installed_script(*arguments: object, before: str = "") -> Iterator[subprocess.Popen[str]]:
+    """Run what the installed `silotune` script runs."""
+    code = f"import sys; from cli import main; {before}; sys.exit(main())"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        preexec_fn=_heed_ctrl_c,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize("milliseconds", [10, 50, 100, 200])
+def test_ctrl_c_while_a_command_is_imported_is_one_sentence(tmp_path: Path, milliseconds: int) -> None:
+    with installed_script("demo", "--out", tmp_path / "run", before="print(flush=True)") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(milliseconds / 1000)
+        status, _, err = stop(process, signal.SIGINT)
+    assert (status, err) == (130, AGAIN)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("milliseconds", [50, 100, 200])
+def test_ctrl_c_right_after_the_start_is_one_sentence_or_ends_python_itself(tmp_path: Path, milliseconds: int) -> None:
+    with installed_script("demo", "--out", tmp_path / "run") as process:
+        time.sleep(milliseconds / 1000)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=200)
+    # Until Python has started, which takes longer on a busy machine, it says itself that it was interrupted.
+    assert (process.returncode, err) == (130, AGAIN) or ", in main" not in err
+    assert process.returncode != 0
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("seconds", [1.0, 4.0])
 def test_a_simulation_that_is_stopped_at_once_prints_no_traceback(
     scenario_file: MakeScenario, tmp_path: Path, seconds: float

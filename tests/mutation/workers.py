@@ -31,14 +31,14 @@ import pytest
 
 from tests.mutation.swap import loaded_functions, swaps
 
-PACKAGES = ("client", "server", "shared", "simulations", "tests", "benchmarks")
-_FILES = ("cli.py", "pyproject.toml")
+PACKAGES = ("cli", "client", "server", "shared", "simulations", "tests", "benchmarks")
+_FILES = ("pyproject.toml",)
 _OF_EACH_RUN = {"grpc", "ray", "flwr"}  # start threads, which a fork does not survive
 
 
 def load_libraries(names: Iterable[str]) -> None:
     """Import modules that tests need beside the project, so that no run of theirs has to."""
-    top = {*PACKAGES, "cli", "conftest", "__main__", *_OF_EACH_RUN}
+    top = {*PACKAGES, "conftest", "__main__", *_OF_EACH_RUN}
     for name in names:
         if name.partition(".")[0] not in top and name not in sys.modules:
             with contextlib.suppress(Exception), warnings.catch_warnings():
@@ -411,7 +411,7 @@ def _run_tests(
 def _enter(folder: Path, *, write_bytecode: bool) -> None:
     """Make this process see the copy and nothing of the checkout."""
     os.chdir(folder)
-    top = {*PACKAGES, "cli"}
+    top = {*PACKAGES}
     for name in [name for name in sys.modules if name.partition(".")[0] in top]:
         del sys.modules[name]
     checkout = str(Path(__file__).parents[2])

@@ -23,8 +23,8 @@ from shared.epsilons import (
     rounded_up,
     rounded_up_short,
 )
-from simulations.audit import AuditResult
-from simulations.audit.command import result_table
+from simulations.audit.commands import result_table
+from simulations.audit.result import AuditResult
 
 ROOT = Path(__file__).parents[2]
 AN_EPSILON = re.compile(r"epsilon|spent|claim|\bcap\b")

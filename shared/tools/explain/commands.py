@@ -12,10 +12,11 @@ from shared import terminal
 from shared.data.cells import value_fault
 from shared.data.text_lines import LineReader
 from shared.errors import DataError
+from shared.options import OnlyJsonOption, RunArgument
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(help="Run folder.")],
+    run: RunArgument,
     text: Annotated[
         str | None,
         typer.Argument(help="The text; standard input if it is left out. Of a pair, both with a tab between."),
@@ -33,7 +34,7 @@ def explain(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page that stands alone; it holds the text.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
+    as_json: OnlyJsonOption = False,
 ) -> None:
     """Show which words moved a prediction, by integrated gradients; whatever they add up to is printed and checked.
 

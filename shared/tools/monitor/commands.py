@@ -17,6 +17,7 @@ import typer
 
 from shared import terminal
 from shared.errors import ConfigError, DataError
+from shared.options import DelimiterOption, QuotingOption
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -58,11 +59,8 @@ def monitor(
         Literal["auto", "text", "csv", "jsonl", "parquet"],
         typer.Option("--format", help="auto goes by the name's ending."),
     ] = "auto",
-    delimiter: Annotated[str | None, typer.Option(help="Between CSV cells; a comma, or a tab in .tsv.")] = None,
-    quoting: Annotated[
-        Literal["checked", "trusted", "none"],
-        typer.Option(help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
-    ] = "checked",
+    delimiter: DelimiterOption = None,
+    quoting: QuotingOption = "checked",
     encoding: Annotated[str, typer.Option(help="Of the files.")] = "utf-8",
     window: Annotated[int, typer.Option(help="Texts of a window.")] = 500,
     every: Annotated[

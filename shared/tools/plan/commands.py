@@ -18,6 +18,7 @@ from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_u
 from shared.errors import ConfigError
 from shared.files.json_files import finite_or_none
 from shared.job.parsing import parse
+from shared.options import OnlyJsonOption
 from shared.tools.plan.figure import UtilityFile, UtilityPoint, draw
 from shared.tools.plan.tables import print_answers, print_shares, site_warnings
 from shared.trust.job_files import read_job, read_json
@@ -72,7 +73,7 @@ def plan(
         Path | None, typer.Option(metavar="FILE", help="Measured points (JSON) to set beside the plan.")
     ] = None,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write plan.json and plan.png.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")] = False,
+    as_json: OnlyJsonOption = False,
 ) -> None:
     """Plan a privacy budget: give all but one of batch, epochs, noise and epsilon, and the missing one is found."""
 

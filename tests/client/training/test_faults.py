@@ -38,7 +38,7 @@ from shared.privacy.randomness import KeyStream, SiteRandomness
 from shared.runtime.runtime import load_runtime
 from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.tokens import token_losses
-from simulations.audit import MechanismAudit, audit_mechanism
+from simulations.audit.mechanism import MechanismAudit, audit_mechanism
 from simulations.audit.mechanism_release import TrainerRelease
 
 DIMENSION = 64

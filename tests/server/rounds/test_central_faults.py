@@ -37,7 +37,7 @@ from shared.privacy.randomness import KeyStream, SiteRandomness
 from shared.tensors.adapters import Shapes
 from shared.tensors.grid_sum import GridSum
 from shared.wire.messages import SiteDescription
-from simulations.audit import MechanismAudit, audit_mechanism
+from simulations.audit.mechanism import MechanismAudit, audit_mechanism
 from tests.server.rounds.central_sites import SHAPES, coordinator, grid_of, make_job
 from tests.server.rounds.central_sites import released as released_by
 

@@ -21,11 +21,11 @@ from shared.errors import PrivacyError, RunError
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import KeyStream, SiteRandomness
-from simulations.audit import AuditResult
 from simulations.audit.canaries import train_on_gradient_canaries
 from simulations.audit.mechanism_release import TrainerRelease
 from simulations.audit.models import audit_shadow_models, audit_text_canaries, open_site
 from simulations.audit.one_run import audit_one_run
+from simulations.audit.result import AuditResult
 from simulations.audit.run import (
     audit_gradient_canaries,
     audit_run_mechanism,

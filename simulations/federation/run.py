@@ -1,4 +1,4 @@
-"""What `silotune federation` does: a scenario as a real federation of processes on this machine."""
+"""A scenario as a real federation of processes on this machine, as `silotune federation` shows it."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from shared.stopping import saying
 from shared.terminal import print_json
 from simulations.federation.processes import Federation, now, summary
 from simulations.running.engine import FEDERATED, check_early_stopping, plan_arms
-from simulations.scenario import builtin_scenario, load_scenario
+from simulations.scenario import Scenario
 
 
-def run_federation(scenario_file: Path | None, *, out: Path | None, overrides: Sequence[str], as_json: bool) -> None:
+def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> None:
     """Run a scenario's federated arm: a coordinator and one process for each site, over gRPC and TLS."""
     started = time.monotonic()
     console = Console(stderr=as_json, highlight=False, soft_wrap=True)
-    changes = ["partition.num_sites=3", "federation.min_sites=3", *overrides]
-    scenario = load_scenario(scenario_file, changes) if scenario_file else builtin_scenario("demo", changes)
     unit = scenario.job.privacy.unit
     if unit == "site":
         raise ConfigError(

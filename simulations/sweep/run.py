@@ -1,10 +1,9 @@
-"""What `silotune sweep` does: run every trial that is not finished, then tables, figure and files."""
+"""A sweep as `silotune sweep` shows it: run every trial that is not finished, then tables, figure and files."""
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from shared import terminal
 from shared.data.datasets import dataset_fingerprint
-from shared.errors import ConfigError, PrivacyError, RunError
+from shared.errors import PrivacyError
 from shared.privacy.plan import PrivacyPlan
 from shared.stopping import saying
 from shared.tasks import Record
@@ -24,28 +23,18 @@ from simulations.sweep.journal import Journal, TrialResult
 from simulations.sweep.private import Selection, plan_selection, run_selection
 from simulations.sweep.progress import SweepProgress
 from simulations.sweep.search import num_trials, require_optuna, search
-from simulations.sweep.selection import DISTRIBUTIONS, NumTrials
-from simulations.sweep.spec import Setting, Sweep, load_sweep
+from simulations.sweep.selection import NumTrials
+from simulations.sweep.spec import Setting, Sweep
 from simulations.sweep.tables import frontier_table, trials_table
 from simulations.sweep.trials import run_trial
 
 
-def run_sweep(
-    path: Path,
-    *,
-    axes: Sequence[str],
-    seeds: str | None,
-    search_by: str | None,
-    trials: int | None,
-    overrides: Sequence[str],
-    out: Path | None,
-    resume: bool,
-    account_tuning: bool,
-    mean_trials: float | None,
-    trial_distribution: str | None,
-    as_json: bool,
-) -> None:
+def run_sweep(sweep: Sweep, out: Path | None, *, law: NumTrials | None, resume: bool, as_json: bool) -> None:
     """Run a sweep, or continue it, and print what came out.
+
+    Args:
+        out: its folder; by default a new one in `sweeps/`.
+        law: of the number of trials, where the tuning is accounted for.
 
     Raises:
         ConfigError: bad settings, found before a trial runs.
@@ -54,23 +43,15 @@ def run_sweep(
     """
     started = time.monotonic()
     console = terminal.console(140, as_json=as_json)
-    if resume and out is None:
-        raise RunError("--resume needs --out, the folder of the sweep to continue.")
-    sweep = load_sweep(path, axes=axes, seeds=seeds, search=search_by, trials=trials, overrides=overrides)
     folder = out or Path("sweeps") / f"{sweep.name}-{datetime.now():%Y%m%d-%H%M%S}"
     with saying(lambda: _how_to_continue(folder)):
-        (private if account_tuning else results).check_place(folder)
+        (results if law is None else private).check_place(folder)
         scenario = sweep.scenario(sweep.first(), sweep.seeds[0])
-        if account_tuning:
-            law = _law(mean_trials, trial_distribution)
+        if law is not None:
             with console.status("the settings are checked and their noise is calibrated"):
                 selection = plan_selection(sweep, law)
             _select(selection, scenario, folder, resume=resume, console=console, as_json=as_json)
             return
-        if mean_trials is not None or trial_distribution is not None:
-            raise ConfigError(
-                "--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out."
-            )
         require_unprivate_data(scenario)
         if sweep.config.search == "optuna":
             require_optuna()
@@ -163,15 +144,6 @@ def _run_trials(sweep: Sweep, folder: Path, journal: Journal, confirmation: list
             return result
 
         search(sweep, run_one)
-
-
-def _law(mean: float | None, distribution: str | None) -> NumTrials:
-    if mean is None:
-        raise ConfigError("--account-tuning needs --mean-trials, the expected number of trials, for example 10.")
-    for known in DISTRIBUTIONS:
-        if known == (distribution or "geometric"):
-            return NumTrials(distribution=known, mean=mean)
-    raise ConfigError(f"--trial-distribution is {distribution!r}; expected one of {', '.join(DISTRIBUTIONS)}.")
 
 
 def _select(

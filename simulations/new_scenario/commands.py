@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from shared.errors import ConfigError
+from shared.options import DelimiterOption, OptionalQuotingOption
 
 if TYPE_CHECKING:
     from shared.job.kinds import TaskKind
@@ -50,11 +51,8 @@ def new(
     revision: Annotated[str | None, typer.Option(help="Commit of a hub id, 40 hexadecimal digits.")] = None,
     public: Annotated[bool, typer.Option("--public", help="The records are public.")] = False,
     synthetic: Annotated[bool, typer.Option("--synthetic", help="The records are nobody's.")] = False,
-    delimiter: Annotated[str | None, typer.Option(help="Between CSV cells; a comma, or a tab in .tsv.")] = None,
-    quoting: Annotated[
-        Literal["checked", "trusted", "none"] | None,
-        typer.Option(help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
-    ] = None,
+    delimiter: DelimiterOption = None,
+    quoting: OptionalQuotingOption = None,
     encoding: Annotated[str | None, typer.Option(help="Of the files; UTF-8 if not given.")] = None,
     declared: Annotated[
         bool, typer.Option("--declared", help="Read no record: everything is declared by the options below.")
@@ -76,8 +74,8 @@ def new(
     """
     from rich.console import Console
 
-    from simulations.new_scenario.command import new_scenario
     from simulations.new_scenario.question import SITE_ROLE, Question
+    from simulations.new_scenario.writing import new_scenario
 
     if public and synthetic:
         raise ConfigError(

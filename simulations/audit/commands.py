@@ -1,79 +1,78 @@
-"""What `silotune audit` does: one tier on one run, a table, a figure and `audit/tierN.json`."""
+"""`silotune audit`: one tier on one run, a table, a figure and `audit/tierN.json`; status 3 if the claim is violated."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
 from shared.errors import ConfigError, excerpt
+from shared.options import JsonAtEndOption, RunArgument
 from shared.terminal import print_json
-from simulations.audit import AuditResult
-from simulations.audit import run as audits
-from simulations.audit.models import audit_shadow_models, audit_text_canaries
-from simulations.audit.one_run import Training
-from simulations.audit.plots import write_figure
-from simulations.audit.result import check_alpha
+
+if TYPE_CHECKING:
+    from simulations.audit.one_run import Training
+    from simulations.audit.result import AuditResult
+    from simulations.audit.run import Progress as Telling
 
 VIOLATED_STATUS = 3
 LEAST_SHADOWS, LEAST_CANARIES = 64, 32
 MOST_OF_AN_AUDIT = 1_000_000
 _COLOURS = {"consistent": "cyan", "violated": "bold red", "inconclusive": "yellow"}
 
-Canaries = Literal["gradient", "text"]
 
-
-def audit_run(
-    folder: Path,
-    *,
-    tier: int,
-    canaries: str,
-    num_canaries: int,
-    trainings: int,
-    shadows: int,
-    alpha: float,
-    seed: int,
-    as_json: bool,
+def audit(
+    run: RunArgument,
+    tier: Annotated[
+        int, typer.Option(help="1: mechanism, in seconds; 2: one run with canaries; 3: shadow models.")
+    ] = 1,
+    canaries: Annotated[
+        str, typer.Option(help="Of tier 2: gradient (sees every step) or text (final adapter).")
+    ] = "gradient",
+    num_canaries: Annotated[int, typer.Option(help="Of tier 2, in each training.")] = 1000,
+    trainings: Annotated[int, typer.Option(help="Independent trainings of tier 2, attacked models of tier 3.")] = 5,
+    shadows: Annotated[int, typer.Option(help="Shadow models of tier 3, at least 64.")] = 64,
+    alpha: Annotated[float, typer.Option(help="Chance of accusing a correct run, at most 0.001.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Public seed of canaries and coins.")] = 0,
+    as_json: JsonAtEndOption = False,
 ) -> None:
-    """Audit a run, print the result and leave it in `folder/audit`; ends with status 3 if the claim is violated.
+    """Put the claimed epsilon of a run to the test; the verdict is consistent, violated or inconclusive."""
+    from simulations.audit import run as audits
+    from simulations.audit.models import audit_shadow_models, audit_text_canaries
+    from simulations.audit.plots import write_figure
+    from simulations.audit.result import check_alpha
 
-    Raises:
-        ConfigError: if an option is out of range.
-        RunError: see `simulations.audit.run.open_run` and `check_simulation`.
-    """
     _check_options(tier, canaries, num_canaries, trainings, shadows)
     check_alpha(alpha)
     console = Console(stderr=as_json, highlight=False)
-    run = audits.open_run(folder)
+    opened = audits.open_run(run)
     scored: Sequence[Training] = ()
     if tier == 1:
         with console.status("the trainer runs on canaries"):
-            result = audits.mechanism_result(run, audits.audit_run_mechanism(folder, alpha=alpha, seed=seed))
+            result = audits.mechanism_result(opened, audits.audit_run_mechanism(run, alpha=alpha, seed=seed))
         seeds = [seed]
     else:
-        audits.check_simulation(run)
+        audits.check_simulation(opened)
         with _progress(console) as tell:
             if tier == 2:
-                audit = audits.audit_gradient_canaries if canaries == "gradient" else audit_text_canaries
-                result, scored = audit(
-                    run, num_canaries=num_canaries, trainings=trainings, alpha=alpha, seed=seed, progress=tell
+                attack = audits.audit_gradient_canaries if canaries == "gradient" else audit_text_canaries
+                result, scored = attack(
+                    opened, num_canaries=num_canaries, trainings=trainings, alpha=alpha, seed=seed, progress=tell
                 )
                 seeds = list(range(seed, seed + trainings))
             else:
                 result, scored = audit_shadow_models(
-                    run, shadows=shadows, targets=trainings, alpha=alpha, seed=seed, progress=tell
+                    opened, shadows=shadows, targets=trainings, alpha=alpha, seed=seed, progress=tell
                 )
                 seeds = list(range(seed, seed + shadows + trainings))
-    record = audits.save_result(run, result, seeds=seeds)
-    figure = folder / "audit" / f"tier{tier}.png"
+    record = audits.save_result(opened, result, seeds=seeds)
+    figure = run / "audit" / f"tier{tier}.png"
     write_figure(figure, result, scored)
     if as_json:
         print_json(asdict(record))
@@ -118,15 +117,17 @@ def _check_options(tier: int, canaries: str, num_canaries: int, trainings: int, 
 
 
 @contextmanager
-def _progress(console: Console) -> Iterator[audits.Progress]:
+def _progress(console: Console) -> Iterator[Telling]:
+    from rich import progress as bars
+
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with bars.Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("")
 
         def tell(done: int, total: int, what: str) -> None:

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shared.options import QuotingOption
 from shared.terminal import print_json
 
 if TYPE_CHECKING:
@@ -44,10 +45,7 @@ def deidentify(
     ] = None,
     delimiter: Annotated[str | None, typer.Option(help="Between CSV cells; by default a comma, or a tab.")] = None,
     encoding: Annotated[str, typer.Option(help="Of CSV, JSONL and text.")] = "utf-8",
-    quoting: Annotated[
-        Literal["checked", "trusted", "none"],
-        typer.Option(help="Of CSV: none takes quotes for plain characters; see data.train.quoting."),
-    ] = "checked",
+    quoting: QuotingOption = "checked",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out and --report if they exist.")] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the report as one JSON line and nothing else.")

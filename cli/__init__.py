@@ -1,0 +1,77 @@
+"""The `silotune` command: the composition root, which may import everything and which nothing imports.
+
+This file imports next to nothing at its top: Ctrl-C while Python imports the rest ends as later, with a sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; a user's mistake ends with a message and a status, never with a traceback."""
+    try:
+        from shared.stopping import terminable
+
+        with terminable():
+            _run(arguments)
+    except (Exception, KeyboardInterrupt) as error:
+        if (explained := _explained(error)) is None:
+            raise
+        from rich.console import Console
+
+        text, status = explained
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+        raise SystemExit(status) from None
+
+
+def _run(arguments: list[str] | None) -> None:
+    from cli.commands import app
+
+    try:
+        app(args=arguments, standalone_mode=True)
+    except SystemExit as end:
+        # typer ends with a status of its own where it meets Ctrl-C; the interruption itself is what `main` explains.
+        cause = end.__context__.__cause__ if end.__context__ is not None else None
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause from None
+        raise
+
+
+def _explained(error: BaseException) -> tuple[str, int] | None:
+    """Return what to say of `error` and the status to end with; None if it is a defect."""
+    from shared.errors import SilotuneError
+    from shared.stopping import Stopped, signal_of
+
+    if isinstance(error, KeyboardInterrupt):
+        error = Stopped("start the command again to do it from the beginning.", number=signal_of(error))
+    if isinstance(error, SilotuneError):
+        return str(error) if isinstance(error, Stopped) else f"error: {error}", error.exit_code
+    if isinstance(error, OSError | RuntimeError):
+        if (refused := _refused_path(error)) is None:
+            return None
+        import logging
+
+        logging.getLogger(__name__).info("where it happened:", exc_info=error)
+        return f"error: {refused}. Check the path, this account's rights and the space on its disk.", 1
+    part = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    if part not in ("client", "server", "simulations"):
+        return None
+    return (
+        f"error: this command needs the part {part!r} of Silotune, which this installation does not have: images of sites and "
+        "coordinators hold only what they need. Run it from a full installation."
+    ), 1
+
+
+def _refused_path(error: OSError | RuntimeError) -> str | None:
+    """Return which path the system refuses and why; None if the error is of another kind, thus a defect."""
+    from shared.errors import excerpt
+
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return f"{excerpt(str(error.filename))}: {error.strerror}"
+        # Of a write, which names no file: to standard output, or by a library.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+        return f"something could not be written: {error.strerror}" if full else None
+    # What `Path.resolve` raises for links that lead in a circle, up to Python 3.12.
+    return str(error) if str(error).startswith("Symlink loop") else None

@@ -1,0 +1,117 @@
+"""Which commands there are and where each stands; its module is imported when the command is asked for.
+
+A command's function stands in the room that does the work, in a file that is light: what needs PyTorch is imported inside
+the function. Images of sites and coordinators hold some of the rooms only, and commands of the others are not listed there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import warnings
+from typing import Annotated
+
+import click
+import typer
+from typer.core import TyperGroup
+
+# In the order of `silotune --help`.
+PLACES = {
+    "demo": "simulations.commands:demo",
+    "simulate": "simulations.commands:simulate",
+    "federation": "simulations.commands:federation",
+    "sweep": "simulations.commands:sweep",
+    "small-gpt2": "simulations.commands:small_gpt2",
+    "predict": "shared.tools.inference_commands:predict",
+    "ensemble": "cli.reports:ensemble",
+    "generate": "shared.tools.inference_commands:generate",
+    "audit": "simulations.audit.commands:audit",
+    "settings": "simulations.commands:settings",
+    "version": "cli.commands:version",
+    "plan": "shared.tools.plan.commands:plan",
+    "monitor": "shared.tools.monitor.commands:monitor",
+    "explain": "shared.tools.explain.commands:explain",
+    "deidentify": "shared.tools.deidentify_commands:deidentify",
+    "new": "simulations.new_scenario.commands:new",
+    "site": "client.commands:site_app",
+    "coordinator": "server.commands:coordinator_app",
+    "data": "simulations.data.commands:data_app",
+    "pki": "shared.tools.pki_commands:pki_app",
+    "audit-log": "shared.tools.audit_log_commands:audit_log_app",
+    "report": "cli.reports:report_app",
+}
+
+
+class Commands(TyperGroup):
+    """Finds a command in `PLACES`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands whose part of Silotune is installed."""
+        parts = {name: place.partition(".")[0] for name, place in PLACES.items()}
+        return [name for name, part in parts.items() if importlib.util.find_spec(part) is not None]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return a command; a name that nobody knows is compared with all of them."""
+        for name in [cmd_name] if cmd_name in PLACES else self.list_commands(ctx):
+            if name not in self.commands:
+                self.commands[name] = _load(name)
+        return self.commands.get(cmd_name)
+
+
+def _load(name: str) -> click.Command:
+    module, _, attribute = PLACES[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    alone = typer.Typer()
+    if isinstance(found, typer.Typer):
+        alone.add_typer(found, name=name)
+    else:
+        alone.command(name)(found)
+    return typer.main.get_group(alone).commands[name]
+
+
+app = typer.Typer(
+    name="silotune",
+    cls=Commands,
+    help="Tune one language model together, privately: federated LoRA under differential privacy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+def version() -> None:
+    """Print the version."""
+    from shared.version import silotune_version
+
+    typer.echo(silotune_version())
+
+
+def _version_asked(asked: bool) -> None:
+    if asked:
+        version()
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    verbose: Annotated[bool, typer.Option("--verbose", help="Show log messages.")] = False,
+    version_only: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version_asked, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    # No part of Silotune calls home, whatever else the environment says.
+    os.environ["FLWR_TELEMETRY_ENABLED"], os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "0", "1"
+    logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    if not verbose:
+        _quiet_libraries()
+
+
+def _quiet_libraries() -> None:
+    """Silence progress bars and warnings of libraries that say nothing a user could act on."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    warnings.simplefilter("ignore")

@@ -1,0 +1,45 @@
+"""Options that several commands have: one type each, so that they are spelled and explained alike."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from shared.errors import ConfigError
+
+RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
+OverridesOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the scenario, for example training.rounds=10."),
+]
+OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/NAME-DATE.")]
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JsonLineOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
+OnlyJsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]
+JsonAtEndOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON line at the end, and nothing else on standard output.")
+]
+
+Quoting = Literal["checked", "trusted", "none"]
+_QUOTING = typer.Option("--quoting", help="Of CSV: none takes quotes for plain characters; see data.train.quoting.")
+QuotingOption = Annotated[Quoting, _QUOTING]
+OptionalQuotingOption = Annotated[Quoting | None, _QUOTING]
+DelimiterOption = Annotated[
+    str | None, typer.Option("--delimiter", help="Between CSV cells; a comma, or a tab in .tsv.")
+]
+EncodingOption = Annotated[str | None, typer.Option("--encoding", help="Of CSV, JSONL and text; utf-8 by default.")]
+
+
+def how_to_read(option: str, file: Path | None, **given: str | None) -> dict[str, Any]:
+    """Return those options that say how the file of `option` is read.
+
+    Raises:
+        ConfigError: there is such an option, but no file.
+    """
+    found = {name: value for name, value in given.items() if value is not None}
+    if found and file is None:
+        raise ConfigError(f"--{next(iter(found))} says how {option} is read, but no {option} was given.")
+    return found

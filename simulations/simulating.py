@@ -1,0 +1,162 @@
+"""A run of a scenario as `silotune demo` and `silotune simulate` show it: progress, figures, audit, report."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from server.records.privacy import CoordinatorRecord, read_sites
+from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
+from server.reports.run import read_arm, write_report_if_possible
+from server.rounds.early_stopping import is_over, stopped_early
+from server.runs.folder import check_place, peak_rss_mb
+from shared.epsilons import rounded_up
+from shared.errors import RunError
+from shared.files.json_files import read_if_there, read_record
+from shared.privacy.statement import Statement
+from shared.stopping import saying
+from shared.tasks import task_of
+from shared.terminal import print_json
+from simulations.audit.run import audit_run_mechanism
+from simulations.data.small_gpt2 import prepare_backbone
+from simulations.running.folds import run_folds
+from simulations.running.live import LiveView
+from simulations.running.repeats import run_repeats
+from simulations.scenario import Scenario
+
+
+def run_scenario(
+    scenario: Scenario, out: Path | None, *, resume: bool = False, stop_after: int | None = None, as_json: bool = False
+) -> None:
+    """Run a scenario with its baselines, audit and report, or continue it.
+
+    Args:
+        out: the run folder; by default a new one in `runs/`.
+        stop_after: the round after which the run is left for later.
+    """
+    if resume and out is None:
+        raise RunError("--resume needs --out, the folder of the run to continue.")
+    folder = out or _new_folder(scenario.name)
+    with saying(lambda: how_to_continue(folder)):
+        _simulate(scenario, folder, resume=resume, stop_after=stop_after, as_json=as_json)
+
+
+def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
+    """Return the figures of a finished run, read back from its folder."""
+    metric = task_of(scenario.job).primary_metric
+    arms = {"federated" if scenario.job.privacy.mechanism == "none" else "federated_dp": folder}
+    arms |= {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
+    result: dict[str, Any] = {"run_dir": str(folder)}
+    for name, place in arms.items():
+        evaluation = place / "evaluation.json"
+        if evaluation.exists():
+            value = read_evaluation(evaluation).metrics[metric]
+            result[f"{metric}_{name}"] = None if value is None else round(value, 4)
+    spreads: dict[tuple[str, str], tuple[float, ...]] = {}
+    if (repeats := read_if_there(folder / REPEATS_FILE, Repeats)) is not None:
+        spreads |= {(arm, ""): values for arm, values in repeats.arms.items()}
+    if (folds := read_if_there(folder / FOLDS_FILE, Folds)) is not None:
+        # A metric may be undefined in a fold.
+        spreads |= {(arm, "_fold"): found[metric] for arm, found in folds.arms.items() if metric in found}
+    for (arm, which), values in spreads.items():
+        name = next(iter(arms)) if arm == "federated" else arm.replace("-", "_")
+        result[f"{metric}_{name}{which}_mean"] = round(statistics.mean(values), 4)
+        result[f"{metric}_{name}{which}_std"] = round(statistics.stdev(values), 4)
+    # A run that ended early promises the epsilon of its whole plan.
+    stated = [r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in read_sites(folder)]
+    known = [epsilon for epsilon in stated if epsilon is not None]
+    result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
+    if scenario.job.privacy.central and (folder / "privacy.json").exists():
+        record = read_record(folder / "privacy.json", CoordinatorRecord)
+        result |= {
+            "unit": record.unit,
+            "epsilon": record.epsilon_planned or record.epsilon_spent,
+            "num_sites": record.num_sites_declared,
+        }
+    result["delta"] = scenario.job.privacy.delta
+    audited = read_if_there(folder / "audit" / "tier1.json", AuditRecord)
+    result["audit"] = audited.verdict if audited else None
+    result |= _calibration(folder)
+    result["diverged"] = {name: reason for name, place in arms.items() if (reason := _diverged(place, name))}
+    result["seconds"] = round(seconds, 1)
+    result["peak_rss_mb"] = round(peak_rss_mb())
+    return result
+
+
+def how_to_continue(folder: Path) -> str:
+    """Return what to tell when a simulation was stopped."""
+    if not (folder / "job.json").exists():
+        return "nothing was written; start the command again."
+    return f"continue with the same command and --resume --out {folder}"
+
+
+def _calibration(folder: Path) -> dict[str, float]:
+    """Return the run's temperature and what it did to the expected calibration error, where it has one."""
+    path = folder / "evaluation.json"
+    found = read_evaluation(path).calibration if path.exists() else None
+    if found is None:
+        return {}
+    after = {"temperature": round(found.temperature, 4), "calibration_error": round(found.error_after, 4)}
+    return (after if found.fitted_on else {}) | {"calibration_error_without_temperature": round(found.error_before, 4)}
+
+
+def _what_took(scenario: Scenario) -> str:
+    """Return what the seconds of the command are of."""
+    trainings = 1 + len(scenario.baselines.arms)
+    times = scenario.simulation.folds or scenario.simulation.repeats
+    return f"{trainings * times} training{'s' if trainings * times > 1 else ''} with evaluation, audit and report"
+
+
+def _diverged(folder: Path, name: str) -> str | None:
+    """Return why the arm in `folder` counts as diverged, or None."""
+    return read_arm(folder, name=name).diverged if (folder / "job.json").exists() else None
+
+
+def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
+    started = time.monotonic()
+    console = Console(stderr=as_json)
+    check_place(folder)  # before a backbone is trained or data is read
+    prepare_backbone(scenario.job.model.backbone, console)
+    with LiveView(console) as view:
+        run = run_repeats if scenario.simulation.folds is None else run_folds
+        finished = run(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
+    complete = is_over(finished, scenario.job)
+    if complete and scenario.job.privacy.mechanism != "none":
+        with console.status("auditing the mechanism on canaries"):
+            audit_run_mechanism(folder)
+        write_report_if_possible(folder)
+    figures = summary(folder, scenario, seconds=time.monotonic() - started)
+    if as_json:
+        print_json(figures)
+        return
+    for name, reason in figures.pop("diverged").items():
+        console.print(f"warning: {name} diverged: {reason}", style="yellow", highlight=False, soft_wrap=True)
+    figures["seconds"] = (
+        f"{figures['seconds']} (this command: {_what_took(scenario)}; the report's time is of one training)"
+    )
+    for key, value in figures.items():
+        console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
+    if stopped_early(finished, scenario.job):
+        console.print(
+            f"stopped early after round {finished.round_number} of {scenario.job.training.rounds}: no improvement on the public "
+            "records; the epsilon of all planned rounds is what was promised, and the statement names both",
+            soft_wrap=True,
+        )
+    if not complete:
+        console.print(
+            f"stopped after round {finished.round_number}; continue with --resume --out {folder}",
+            soft_wrap=True,
+        )
+        return
+    console.print(f"\nreport: {folder / 'report.html'}", soft_wrap=True)
+    statement = read_if_there(folder / "statement.json", Statement)
+    console.print(statement.one_site if statement else False)
+
+
+def _new_folder(name: str) -> Path:
+    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -1,0 +1,72 @@
+"""The table of commands: every line leads to a command, and none of their files loads what is heavy."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from typer.main import get_command
+
+from cli.commands import PLACES, app
+
+ROOT = Path(__file__).parents[2]
+HEAVY = (
+    "torch",
+    "transformers",
+    "peft",
+    "opacus",
+    "flwr",
+    "grpc",
+    "ray",
+    "sklearn",
+    "scipy",
+    "numpy",
+    "matplotlib",
+    "jinja2",
+)
+
+
+def test_every_line_leads_to_a_command_of_that_name() -> None:
+    group = get_command(app)
+    assert isinstance(group, click.Group)
+    context = click.Context(group)
+    assert group.list_commands(context) == list(PLACES), "a full installation has them all, in this order"
+    for name in PLACES:
+        found = group.get_command(context, name)
+        assert found is not None
+        assert found.name == name
+        assert found.help
+
+
+def test_help_of_everything_loads_nothing_heavy() -> None:
+    code = f"""
+import json, sys
+import cli
+sys.argv = ["silotune", "--help"]
+try:
+    cli.main()
+except SystemExit as ended:
+    assert not ended.code, ended.code
+print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_a_command_loads_no_other_command_s_file() -> None:
+    code = "import sys, cli\ntry:\n    cli.main(['version'])\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert "cli.commands" in loaded
+    assert not {name for name in loaded if name.startswith(("client", "server", "simulations", "shared.tools"))}
+
+
+def test_a_name_that_nobody_knows_is_compared_with_all(silotune: Callable[..., Any]) -> None:
+    outcome = silotune("moniter")
+    assert outcome.status == 2
+    assert "No such command 'moniter'. Did you mean 'monitor'?" in " ".join(outcome.err.replace("│", " ").split())
