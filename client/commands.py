@@ -18,6 +18,7 @@ from rich.table import Table
 from client.node.status import read_status
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, check_holder
+from shared import terminal
 from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.errors import RunError, TrustError
@@ -26,7 +27,6 @@ from shared.files.outputs import check_new_files
 from shared.job.parsing import parse
 from shared.options import JsonOption
 from shared.stopping import orderly
-from shared.terminal import print_json
 from shared.trust.certificates import fingerprint, load_certificate
 from shared.trust.keystore import new_key, passphrase_from_environment, save_secret
 from shared.trust.node_keys import load_private_key, save_private_key
@@ -193,7 +193,7 @@ def check(
             console.print(f"{mark} [bold]{finding.name}[/]: ", end="", highlight=False)
             console.print(finding.text, highlight=False, markup=False, soft_wrap=True)
     if as_json:
-        print_json([vars(finding) for finding in findings])
+        terminal.print_json([vars(finding) for finding in findings])
     if any(finding.outcome == "failed" for finding in findings):
         raise typer.Exit(1)
 
@@ -214,12 +214,12 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
     """Show what the running node does; exit status 1 if it does not run or is not connected."""
     said = read_status(SiteHome(home))
     if as_json:
-        print_json(said)
+        terminal.print_json(said)
     else:
-        console = Console(highlight=False, soft_wrap=True)
+        console = terminal.console(soft_wrap=True)
         for key, value in said.items():
             if value is not None:
-                console.print(f"{key:>18}  {value}", markup=False)
+                console.print(f"{key:>18}  {value}")
     if not said["healthy"]:
         raise typer.Exit(1)
 
@@ -313,7 +313,7 @@ def _show_account(account: LedgerExport, *, as_json: bool) -> None:
             )
         )
         return
-    console = Console(highlight=False, soft_wrap=True)
+    console = terminal.console(soft_wrap=True)
     console.print(
         f"epsilon {rounded_up(spent, 4)} of {as_set(account.epsilon)} spent at delta {delta_rounded_up(account.delta)} for each "
         f"{account.unit}; the chain is unbroken"

@@ -13,17 +13,16 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 from cryptography import x509
-from rich.console import Console
 from rich.table import Table
 
 from server.store.home import CoordinatorConfig, CoordinatorHome
 from server.store.submission import Submission, find, submissions
+from shared import terminal
 from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import check_new_files
 from shared.options import JsonOption
 from shared.stopping import orderly, saying
-from shared.terminal import print_json
 from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
 from shared.trust.keystore import passphrase_from_environment
 from shared.trust.node_keys import load_plain_pem_key, write_plain_pem_key
@@ -160,7 +159,7 @@ def submit_job(
     if wait and not as_json:
         typer.echo(f"{submission.name}: {submission.state()['state']}; its run folder is {submission.run_folder}")
     if as_json:
-        print_json(_job_state(submission))
+        terminal.print_json(_job_state(submission))
     if wait and (state := submission.state())["state"] != "completed":
         raise RunError(f"{submission.name} {state['state']}: {state.get('problem') or 'see the log'}")
 
@@ -174,7 +173,7 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
     alive = _alive(said)
     jobs = [_job_state(submission) for submission in submissions(place.jobs)]
     if as_json:
-        print_json({"alive": alive, **said, "jobs": jobs})
+        terminal.print_json({"alive": alive, **said, "jobs": jobs})
     else:
         _print_status(said, alive, jobs)
     if not alive:
@@ -269,7 +268,7 @@ def _job_state(submission: Submission) -> dict[str, Any]:
 
 
 def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]]) -> None:
-    console = Console(highlight=False, markup=False)  # a site's text is shown as it is
+    console = terminal.console()  # a site's text is shown as it is
     console.print(f"coordinator: {said.get('state', 'never started') if alive else 'not running'}")
     for key in ("fleet_address", "certificate_until", "trust_problem", "problem"):
         if said.get(key):

@@ -18,6 +18,11 @@ def excerpt(value: object, most: int = 80) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}...{text[-most // 4 :]} ({len(text):,} characters)"
 
 
+def printable(text: str, instead: str = "\N{REPLACEMENT CHARACTER}", *, lines: bool = False) -> str:
+    """Return `text` with `instead` for control characters, which steer a terminal and reorder text; line ends may stay."""
+    return "".join(c if c.isprintable() or (lines and c == "\n") else instead for c in text)
+
+
 class SilotuneError(Exception):
     """Base of all errors that a user can act on."""
 

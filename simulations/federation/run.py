@@ -7,12 +7,11 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
+from typing import TYPE_CHECKING, Any
 
 from client.node.status import read_status
 from server.store.submission import Submission
+from shared import terminal
 from shared.errors import ConfigError, RunError
 from shared.files.outputs import check_folder, make_folder
 from shared.job.job import Job
@@ -20,16 +19,18 @@ from shared.models.images import image_network_sha256
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from shared.stopping import saying
-from shared.terminal import print_json
 from simulations.federation.processes import Federation, now, summary
 from simulations.running.engine import FEDERATED, check_early_stopping, plan_arms
 from simulations.scenario import Scenario
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> None:
     """Run a scenario's federated arm: a coordinator and one process for each site, over gRPC and TLS."""
     started = time.monotonic()
-    console = Console(stderr=as_json, highlight=False, soft_wrap=True)
+    console = terminal.console(as_json=as_json, soft_wrap=True)
     unit = scenario.job.privacy.unit
     if unit == "site":
         raise ConfigError(
@@ -82,7 +83,7 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
                 console.print(f"{name}: {line.partition('silotune.node: ')[2]}")
     figures = summary(federation, submission, arm.job, list(arm.sites), facts)
     console.print(f"{time.monotonic() - started:.0f} s; report: {submission.run_folder / 'report.html'}")
-    print_json(figures)
+    terminal.print_json(figures)
 
 
 def _budget_for(plan: PrivacyPlan) -> float:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from shared import terminal
 from shared.errors import ConfigError
 from shared.options import DelimiterOption, OptionalQuotingOption
 
@@ -72,8 +73,6 @@ def new(
     Name the columns: --text and --label to classify, --text and --score for a number, --text, --pair and --label for pairs,
     --tokens and --tags for entities, --text alone or --prompt and --response for GPT-2, --pixels and --label for images.
     """
-    from rich.console import Console
-
     from simulations.new_scenario.question import SITE_ROLE, Question
     from simulations.new_scenario.writing import new_scenario
 
@@ -109,7 +108,7 @@ def new(
         image_shape=(int(sizes[0]), int(sizes[1]), int(sizes[2])) if sizes else None,
         declared_only=declared,
     )
-    new_scenario(question, force=force, console=Console(highlight=False, markup=False, soft_wrap=True))
+    new_scenario(question, force=force, console=terminal.console(soft_wrap=True))
 
 
 def _kind(task: str | None) -> TaskKind | None:

@@ -13,6 +13,7 @@ import tomli_w
 
 from shared.data.datasets import PERSON_ROLE
 from shared.epsilons import noise_rounded_down
+from shared.errors import printable
 from shared.job.kinds import RULES
 from simulations.new_scenario.lengths import Backbone
 from simulations.new_scenario.looking import Findings
@@ -69,7 +70,7 @@ def _head(draft: Draft) -> str:
         origin = "No record was read for it: labels, lengths and sizes are what was declared."
     else:
         origin = "Labels, lengths and sizes were looked up in the file, on this machine; no other setting looked at a record."
-    said = [f"Written by `silotune new` from {_plain(question.data.name)}. {origin}"]
+    said = [f"Written by `silotune new` from {printable(question.data.name, '?')}. {origin}"]
     if question.data_kind == "private" and not question.declared_only:
         said.append(
             "The records count as private, and what is looked up in private records is itself a release: rounded lengths and "
@@ -78,7 +79,7 @@ def _head(draft: Draft) -> str:
         )
     said += draft.found.remarks
     comments = "".join(
-        textwrap.fill(_plain(one), _WIDTH, initial_indent="# ", subsequent_indent="# ") + "\n" for one in said
+        textwrap.fill(printable(one, "?"), _WIDTH, initial_indent="# ", subsequent_indent="# ") + "\n" for one in said
     )
     return comments + _lines([("name", draft.name, ""), ("seed", 0, "public: partition and first weights")])
 
@@ -195,7 +196,7 @@ def _source(part: str, path: Path, columns: dict[str, str], question: Question) 
 
 def _partition(draft: Draft) -> str:
     if draft.num_sites is None:
-        value = f"a site for each value of {_plain(draft.question.columns[SITE_ROLE])!r}, as in reality"
+        value = f"a site for each value of {printable(draft.question.columns[SITE_ROLE], '?')!r}, as in reality"
         return _section("partition", [("kind", "column", ""), ("column", SITE_ROLE, value)])
     why = "no column says which site has a record (--site); real sites differ: try dirichlet"
     why_many = "asked for (--sites)" if draft.question.sites else "so that each has enough records"
@@ -252,8 +253,3 @@ def _relative(path: Path, out: Path) -> str:
     """Return the path from the scenario's folder, or the whole one if they have little in common."""
     relative = os.path.relpath(path.resolve(), out.resolve().parent)
     return relative if not relative.startswith(os.path.join("..", "..", "..")) else str(path.resolve())
-
-
-def _plain(text: str) -> str:
-    """Return `text` for a comment: on one line, without control characters."""
-    return "".join(character if character.isprintable() else "?" for character in text)

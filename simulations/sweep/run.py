@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -29,11 +28,10 @@ from simulations.sweep.tables import frontier_table, trials_table
 from simulations.sweep.trials import run_trial
 
 
-def run_sweep(sweep: Sweep, out: Path | None, *, law: NumTrials | None, resume: bool, as_json: bool) -> None:
+def run_sweep(sweep: Sweep, folder: Path, *, law: NumTrials | None, resume: bool, as_json: bool) -> None:
     """Run a sweep, or continue it, and print what came out.
 
     Args:
-        out: its folder; by default a new one in `sweeps/`.
         law: of the number of trials, where the tuning is accounted for.
 
     Raises:
@@ -43,7 +41,6 @@ def run_sweep(sweep: Sweep, out: Path | None, *, law: NumTrials | None, resume: 
     """
     started = time.monotonic()
     console = terminal.console(140, as_json=as_json)
-    folder = out or Path("sweeps") / f"{sweep.name}-{datetime.now():%Y%m%d-%H%M%S}"
     with saying(lambda: _how_to_continue(folder)):
         (results if law is None else private).check_place(folder)
         scenario = sweep.scenario(sweep.first(), sweep.seeds[0])

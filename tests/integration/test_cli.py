@@ -149,9 +149,10 @@ def test_simulate_stops_resumes_and_prints_one_json_line(
 def test_a_human_sees_figures_statement_and_report(
     silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    folder = tmp_path / "run"
+    folder = tmp_path / "[bold]run[^1]" / "[" / "red]"  # what rich would take for markup is a name
     done = silotune("simulate", scenario_file(training={"rounds": 1}), "--out", folder)
     assert done.status == 0, done.err
+    assert f"run_dir  {folder}\n" in done.out
     assert f"report: {folder / 'report.html'}" in done.out
     assert json.loads((folder / "statement.json").read_text())["one_site"] in " ".join(done.out.split())
     assert "accuracy_federated_dp" in done.out

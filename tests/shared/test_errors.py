@@ -1,8 +1,8 @@
-"""An unexpected error is told by kind and place: its text may quote a record."""
+"""An unexpected error is told by kind and place: its text may quote a record. What is told steers no terminal."""
 
 from __future__ import annotations
 
-from shared.errors import place_of
+from shared.errors import place_of, printable
 
 
 def test_kind_and_place_are_told_and_no_text() -> None:
@@ -21,3 +21,8 @@ def test_kind_and_place_are_told_and_no_text() -> None:
     assert "\nled to by ValueError\n" in told
     assert "test_errors.py, line " in told
     assert told.endswith("in inner")
+
+
+def test_control_characters_are_not_printed() -> None:
+    assert printable("a\x1b[2J\u202eb\nc") == "a\ufffd[2J\ufffdb\ufffdc"
+    assert printable("a\x1bb\nc", "?", lines=True) == "a?b\nc"

@@ -19,6 +19,7 @@ from shared.epsilons import (
     rate_rounded_up,
     rounded_up_short,
 )
+from shared.errors import printable as printable
 
 NOT_RECORDED = "not recorded"
 """Of a fact that the run's files do not tell."""
@@ -197,11 +198,6 @@ def short_label(name: str, width: int) -> str:
     name = printable(re.sub(r" \([a-z0-9._-]+\)$", "", name))
     wide = sum(unicodedata.east_asian_width(character) in "WF" for character in name)
     return shorten(name, max(3, width * len(name) // (len(name) + wide)) if name else width)
-
-
-def printable(text: str) -> str:
-    """Replace control characters, which XML cannot carry and which can reorder text on screen."""
-    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in text)
 
 
 def paragraphs(text: str) -> Sequence[str]:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from shared.errors import printable
 from shared.tools.explain.attributions import Explanation, Word
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def ranked(found: Explanation) -> list[Word]:
 
 def named(word: Word) -> str:
     """Return a word as it stands in a list; some tokenizers make tokens of spaces."""
-    return printable(word.word).strip() or "(space)"
+    return printable(word.word, lines=True).strip() or "(space)"
 
 
 def signed(value: float, found: Explanation) -> str:
@@ -94,9 +95,9 @@ def print_explanation(console: Console, found: Explanation) -> None:
             if part.level:
                 marks = (abs(part.level) + 1) // 2
                 style = (_FOR if part.level > 0 else _AGAINST)[marks - 1]
-                line.append(printable(part.text) + ("+" if part.level > 0 else "−") * marks, style=style)
+                line.append(printable(part.text, lines=True) + ("+" if part.level > 0 else "−") * marks, style=style)
             else:
-                line.append(printable(part.text), style="dim" if part.unread else "")
+                line.append(printable(part.text, lines=True), style="dim" if part.unread else "")
         console.print(line)
     console.print()
     table = Table(box=box.SIMPLE_HEAD)
@@ -105,7 +106,9 @@ def print_explanation(console: Console, found: Explanation) -> None:
     table.add_column("against, for", no_wrap=True)
     for word in ranked(found)[:_MOST_ROWS]:
         table.add_row(
-            Text(printable(word.word)), signed(word.attribution, found), _bar(word.attribution, found.largest)
+            Text(printable(word.word, lines=True)),
+            signed(word.attribution, found),
+            _bar(word.attribution, found.largest),
         )
     console.print(table)
     if len(found.words) > _MOST_ROWS:
@@ -136,11 +139,6 @@ def _bar(value: float, largest: float) -> Any:
     return Text(" " * 10 + "|" + "█" * width, style="bright_blue")
 
 
-def printable(text: str) -> str:
-    """Replace control characters, which could move the cursor or reorder text; line ends stay."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def render_html(found: Explanation, run: str) -> bytes:
     """Return the page, UTF-8: no script, nothing loaded, every text escaped."""
     from shared.pages import render_page
@@ -156,7 +154,10 @@ def render_html(found: Explanation, run: str) -> bytes:
 
 
 def _cleaned(found: Explanation) -> Sequence[Sequence[Part]]:
-    return [[part._replace(text=printable(part.text)) for part in parts_of(found, i)] for i in range(len(found.texts))]
+    return [
+        [part._replace(text=printable(part.text, lines=True)) for part in parts_of(found, i)]
+        for i in range(len(found.texts))
+    ]
 
 
 def _bar_width(word: Word, found: Explanation) -> float:

@@ -33,7 +33,6 @@ from shared.tools.explain.report import (
     named,
     parts_of,
     print_explanation,
-    printable,
     ranked,
     render_html,
     signed,
@@ -411,7 +410,6 @@ def test_the_terminal_shows_signs_without_colour_and_no_control_characters() -> 
         made_up("a [b] c"),
     )
     assert "\x1b[" in coloured.getvalue()
-    assert printable("a\nb") == "a\nb"
 
 
 def test_levels_and_numbers() -> None:
