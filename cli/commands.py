@@ -16,6 +16,7 @@ from typing import Annotated
 import click
 import typer
 from typer.core import TyperGroup
+from typer.main import get_command, get_group
 
 # In the order of `silotune --help`.
 PLACES = {
@@ -49,8 +50,8 @@ class Commands(TyperGroup):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands whose part of Silotune is installed."""
-        parts = {name: place.partition(".")[0] for name, place in PLACES.items()}
-        return [name for name, part in parts.items() if importlib.util.find_spec(part) is not None]
+        here = {part for part in ("cli", "client", "server", "shared", "simulations") if importlib.util.find_spec(part)}
+        return [name for name, place in PLACES.items() if place.partition(".")[0] in here]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return a command; a name that nobody knows is compared with all of them."""
@@ -63,12 +64,11 @@ class Commands(TyperGroup):
 def _load(name: str) -> click.Command:
     module, _, attribute = PLACES[name].partition(":")
     found = getattr(importlib.import_module(module), attribute)
-    alone = typer.Typer()
     if isinstance(found, typer.Typer):
-        alone.add_typer(found, name=name)
-    else:
-        alone.command(name)(found)
-    return typer.main.get_group(alone).commands[name]
+        return get_group(found)
+    alone = typer.Typer(add_completion=False)
+    alone.command(name)(found)
+    return get_command(alone)
 
 
 app = typer.Typer(

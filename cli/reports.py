@@ -5,7 +5,7 @@ simulation is at hand, that of simulations too, so no single room can hold them.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,9 +20,9 @@ from shared.options import (
 )
 from shared.tools.report_commands import report_app
 from shared.tools.report_commands import sign_report as sign_file
-
-if TYPE_CHECKING:
-    from shared.trust.signed_file import Signer
+from shared.trust.keystore import passphrase_from_environment
+from shared.trust.signed_file import Signer
+from shared.trust.signing import load_signing_key
 
 
 def ensemble(
@@ -114,13 +114,10 @@ def sign_report(
 
 def _signer(place: Path) -> Signer:
     """Return who signs: the owner of a folder, or whoever holds a key file."""
-    from shared.trust.keystore import passphrase_from_environment
-    from shared.trust.signed_file import Signer
-    from shared.trust.signing import load_signing_key
-
     passphrase = passphrase_from_environment()
     if not place.is_dir():
         return Signer(role="key holder", name=place.stem, key=load_signing_key(place, passphrase))
+    # An image holds one of the two sides, so neither is imported at the top.
     if (place / "coordinator.toml").exists():
         from server.store.home import CoordinatorHome
 

@@ -17,17 +17,18 @@ from rich.table import Table
 
 from client.node.status import read_status
 from client.site.config import SiteConfig
-from client.site.home import SiteHome, check_holder
+from client.site.home import SiteHome, check_holder, open_site
 from shared import terminal
 from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
-from shared.files.outputs import check_new_files
+from shared.files.outputs import JSON_MARK, check_file, check_new_files
 from shared.job.parsing import parse
 from shared.options import JsonOption
 from shared.stopping import orderly
 from shared.trust.certificates import fingerprint, load_certificate
+from shared.trust.job_files import read_job
 from shared.trust.keystore import new_key, passphrase_from_environment, save_secret
 from shared.trust.node_keys import load_private_key, save_private_key
 from shared.trust.pki import make_request
@@ -173,7 +174,6 @@ def check(
 ) -> None:
     """Test certificate, clock, connection, device, data, disk and ledger, and say what to mend."""
     from client.check import check_site
-    from shared.trust.job_files import read_job
 
     asked = None if job is None else read_job(job, [])
     styles = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -240,8 +240,6 @@ def ledger(
     ] = None,
 ) -> None:
     """Show the privacy budget: what was charged, for which job, and the cap; export it, or import it from another machine."""
-    from client.site.home import open_site
-    from shared.files.outputs import JSON_MARK, check_file
     from shared.privacy.ledger_export import load_export, save_export
 
     if export is not None:

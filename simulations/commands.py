@@ -28,7 +28,8 @@ def demo(
     from simulations.simulating import run_scenario
 
     scenario = builtin_scenario("demo", overrides or [])
-    run_scenario(scenario, _folder(out, "run", scenario.name, resume=resume), resume=resume, as_json=as_json)
+    _check_resume(resume, out, "run")
+    run_scenario(scenario, out or _new_folder("run", scenario.name), resume=resume, as_json=as_json)
 
 
 def simulate(
@@ -50,7 +51,8 @@ def simulate(
 
     changes = [*(overrides or []), *([] if folds is None else [f"simulation.folds={folds}"])]
     loaded = load_scenario(scenario, changes)
-    folder = _folder(out, "run", loaded.name, resume=resume)
+    _check_resume(resume, out, "run")
+    folder = out or _new_folder("run", loaded.name)
     run_scenario(loaded, folder, resume=resume, stop_after=stop_after, as_json=as_json)
 
 
@@ -100,6 +102,7 @@ def sweep(
     from simulations.sweep.run import run_sweep
     from simulations.sweep.spec import load_sweep
 
+    _check_resume(resume, out, "sweep")
     loaded = load_sweep(file, axes=axes or [], seeds=seeds, search=search, trials=trials, overrides=overrides or [])
     if account_tuning:
         law = _law(mean_trials, trial_distribution)
@@ -107,8 +110,7 @@ def sweep(
         law = None
     else:
         raise ConfigError("--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out.")
-    folder = _folder(out, "sweep", loaded.name, resume=resume)
-    run_sweep(loaded, folder, law=law, resume=resume, as_json=as_json)
+    run_sweep(loaded, out or _new_folder("sweep", loaded.name), law=law, resume=resume, as_json=as_json)
 
 
 def settings() -> None:
@@ -125,11 +127,13 @@ def small_gpt2() -> None:
     typer.echo(train_once())
 
 
-def _folder(out: Path | None, kind: str, name: str, *, resume: bool) -> Path:
-    """Return the folder of a run or a sweep: the given one, or a new one in `runs` or `sweeps`."""
+def _check_resume(resume: bool, out: Path | None, kind: str) -> None:
     if resume and out is None:
         raise RunError(f"--resume needs --out, the folder of the {kind} to continue.")
-    return out or Path(f"{kind}s") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+
+
+def _new_folder(kind: str, name: str) -> Path:
+    return Path(f"{kind}s") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
 
 
 def _law(mean: float | None, distribution: str | None) -> NumTrials:

@@ -9,8 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from shared import terminal
+from shared.data.datasets import DataSource
+from shared.data.deidentify.config import DeidentifyConfig
+from shared.data.deidentify.spans import placeholder
+from shared.errors import ConfigError
+from shared.files import atomic
+from shared.files.outputs import JSON_MARK, check_file
+from shared.job.parsing import parse
 from shared.options import QuotingOption
 
 if TYPE_CHECKING:
@@ -52,14 +61,8 @@ def deidentify(
     ] = False,
 ) -> None:
     """Mask names, dates and numbers in the text of a file, and count them; complements differential privacy, replaces nothing."""
-    from shared.data.datasets import DataSource
-    from shared.data.deidentify.config import DeidentifyConfig
     from shared.data.deidentify.engine import open_deidentifier
     from shared.data.deidentify.files import deidentify_file, require_another
-    from shared.errors import ConfigError
-    from shared.files import atomic
-    from shared.files.outputs import JSON_MARK, check_file
-    from shared.job.parsing import parse
 
     named = [model.partition("=") for model in models or []]
     if wrong := [model for model, (left, _, right) in zip(models or [], named, strict=True) if not left or not right]:
@@ -96,8 +99,6 @@ def deidentify(
 @contextmanager
 def _progress() -> Iterator[Callable[[int], None]]:
     """Yield what shows on a terminal how many records are done; elsewhere nothing is shown."""
-    from rich.console import Console
-
     begun = shown = time.monotonic()
     with Console(stderr=True, highlight=False).status("reading") as status:
 
@@ -114,10 +115,7 @@ def _progress() -> Iterator[Callable[[int], None]]:
 
 
 def _show(tally: MaskTally, out: Path) -> None:
-    from rich.table import Table
-
     from shared.data.deidentify.report import CAVEAT
-    from shared.data.deidentify.spans import placeholder
 
     console = terminal.console(soft_wrap=True)
     console.print(f"wrote {out}; masked by {tally.by()} in {tally.touched:,} of {tally.records:,} records.")

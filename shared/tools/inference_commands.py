@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.errors import ConfigError
+from shared.job.compute import ComputeConfig
 from shared.options import DelimiterOption, EncodingOption, OptionalQuotingOption, RunArgument, how_to_read
 from shared.terminal import print_json
 
@@ -44,7 +45,6 @@ def predict(
 ) -> None:
     """Label texts or images (pixel values) with what a run trained; find entities, rate, match pairs (text, tab, text)."""
     from shared.data.text_stream import TextFormat, file_texts, given_texts
-    from shared.job.compute import ComputeConfig
     from shared.job.job_file import load_job
     from shared.runtime.ensembles import Ensemble, Member
     from shared.runtime.inference import load_tuned
@@ -85,7 +85,6 @@ def generate(
 ) -> None:
     """Continue texts, or answer prompts, with the GPT-2 adapter of a run; of several the share of different words is told."""
     from shared.data.text_stream import given_texts
-    from shared.job.compute import ComputeConfig
     from shared.job.job_file import load_job
     from shared.runtime.inference import Decoding, distinct, generate_all, load_tuned
     from shared.tasks import task_of

@@ -5,15 +5,20 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from cryptography.hazmat.primitives.serialization import Encoding
+from rich.table import Table
+from rich.text import Text
 
 from shared import terminal
+from shared.errors import TrustError
+from shared.files.outputs import CERTIFICATE_MARK, CSR_MARK, check_file
 from shared.options import JsonLineOption
-
-if TYPE_CHECKING:  # cryptography is imported by the command that needs it
-    from shared.trust.certificates import SiteIdentity
+from shared.trust import certificates, keystore, node_keys, pki, signing
+from shared.trust.certificates import SiteIdentity
+from shared.trust.trust_store import TrustStore
 
 pki_app = typer.Typer(
     name="pki",
@@ -50,8 +55,6 @@ def init(
     passphrase_file: PassphraseOption = None,
 ) -> None:
     """Make a certificate authority: one for the whole consortium, on a machine that need not be online."""
-    from shared.trust import pki
-
     passphrase = _passphrase(passphrase_file)
     certificate = pki.create_ca(ca_dir, name=name, days=days, passphrase=passphrase)
     typer.echo(f"CA {name}: {ca_dir / 'ca.crt'}, valid until {_date(certificate.not_valid_after_utc)}")
@@ -73,9 +76,6 @@ def request(
     passphrase_file: PassphraseOption = None,
 ) -> None:
     """Make a private key, which stays here, and a request for its certificate, which goes to the CA."""
-    from shared.files.outputs import CSR_MARK, check_file
-    from shared.trust import certificates, node_keys, pki
-
     passphrase = _passphrase(passphrase_file)
     key, csr = pki.make_request(name=name, role=role.value, hosts=hosts or ())
     key_path, csr_path = out_dir / f"{name}.key", out_dir / f"{name}.csr"
@@ -102,11 +102,6 @@ def approve(
     passphrase_file: PassphraseOption = None,
 ) -> None:
     """Issue the certificate that a request asks for. Compare the fingerprint with its sender before you hand it out."""
-    from cryptography.hazmat.primitives.serialization import Encoding
-
-    from shared.files.outputs import CERTIFICATE_MARK, check_file
-    from shared.trust import certificates, pki
-
     csr = _read(request_file)
     asked = pki.read_request(csr)
     path = out or request_file.with_suffix(".crt")
@@ -128,9 +123,6 @@ def install(
     certificates: Annotated[list[Path], typer.Argument(metavar="CERT...", help="Certificates of sites (.crt).")],
 ) -> None:
     """Let sites connect: put their certificates into the coordinator's trust store."""
-    from shared.errors import TrustError
-    from shared.trust.trust_store import TrustStore
-
     store = TrustStore(trust_dir)
     for path in certificates:
         try:
@@ -152,8 +144,6 @@ def revoke(
     passphrase_file: PassphraseOption = None,
 ) -> None:
     """Revoke all certificates of a name, or one by its serial. It cannot be undone."""
-    from shared.trust import pki
-
     number = pki.revoke(ca_dir, target, passphrase=_passphrase(passphrase_file))
     typer.echo(f"{number} certificate{'' if number == 1 else 's'} of {target} revoked" + ("" if number else " before"))
     if publish_to is None:
@@ -169,8 +159,6 @@ def revoke(
 @pki_app.command()
 def publish(ca_dir: CaArgument, trust_dir: TrustArgument) -> None:
     """Copy the CA's certificate and its newest revocation list into a trust store."""
-    from shared.trust import pki
-
     number = pki.publish(ca_dir, trust_dir)
     typer.echo(f"revocation list {number} published to {trust_dir}")
 
@@ -181,11 +169,9 @@ def show(
     as_json: JsonLineOption = False,
 ) -> None:
     """List certificates: who may connect, until when, and why not."""
-    from shared.trust import certificates, pki, trust_store
-
     now = datetime.now(UTC)
     is_ca = (folder / "issued").is_dir() or (folder / "ca.key").exists()
-    identities = pki.issued(folder, now) if is_ca else trust_store.TrustStore(folder).sites(now)
+    identities = pki.issued(folder, now) if is_ca else TrustStore(folder).sites(now)
     if as_json:
         terminal.print_json([_as_json(found) for found in identities])
     else:
@@ -202,8 +188,6 @@ def signer(
     passphrase_file: PassphraseOption = None,
 ) -> None:
     """Make a key pair for signing jobs, and print the public key for the sites' policies."""
-    from shared.trust import certificates, signing
-
     certificates.check_name(out.name)
     passphrase = _passphrase(passphrase_file)
     key = signing.SigningKey.generate()
@@ -217,14 +201,10 @@ def signer(
 
 
 def _passphrase(file: Path | None) -> str | None:
-    from shared.trust import keystore
-
     return keystore.read_passphrase(file) if file is not None else keystore.passphrase_from_environment()
 
 
 def _read(path: Path) -> bytes:
-    from shared.errors import TrustError
-
     try:
         return path.read_bytes()
     except OSError as error:
@@ -237,9 +217,6 @@ def _say_protection(path: Path, passphrase: str | None) -> None:
 
 
 def _print_table(title: str, identities: list[SiteIdentity]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(title=Text(title), title_justify="left")
     for column in ("Name", "Role", "State", "Until", "Key", "Serial"):
         table.add_column(column, overflow="fold", no_wrap=column == "Key")
@@ -273,16 +250,12 @@ def _as_json(found: SiteIdentity) -> dict[str, Any]:
 
 
 def _warning(found: SiteIdentity, now: datetime) -> str | None:
-    from shared.trust import certificates
-
     return (
         certificates.expiry_warning(certificates.load_certificate(found.path), now) if found.state == "valid" else None
     )
 
 
 def _fingerprint(found: SiteIdentity) -> str:
-    from shared.trust import certificates
-
     return "" if found.public_key is None else certificates.fingerprint(found.public_key)
 
 

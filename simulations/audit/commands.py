@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.table import Table
 
 from shared import terminal
@@ -16,8 +17,6 @@ from shared.errors import ConfigError, excerpt
 from shared.options import JsonAtEndOption, RunArgument
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from simulations.audit.one_run import Training
     from simulations.audit.result import AuditResult
     from simulations.audit.run import Progress as Telling

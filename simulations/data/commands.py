@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
 from shared import terminal
+from shared.errors import ConfigError, DataError
+from shared.job.parsing import nearest
 from shared.options import JsonLineOption
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from simulations.data.builtin_data import PublicData
 
 data_app = typer.Typer(name="data", help="Public data sets for scenarios: list them, fetch them.", no_args_is_help=True)
@@ -29,8 +31,6 @@ def list_data(
     as_json: JsonLineOption = False,
 ) -> None:
     """List the public data sets: task, records, bytes to fetch, licence, source, and whether each is here."""
-    from rich.table import Table
-
     from simulations.data.builtin_data import BUILTIN
 
     rows = [{"name": name, **described(data)} for name, data in BUILTIN.items()]
@@ -62,8 +62,6 @@ def fetch(
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is not the recorded one.")] = False,
 ) -> None:
     """Fetch public data sets; what is kept has the recorded SHA-256, and HTTP_PROXY and HTTPS_PROXY are used."""
-    from shared.errors import ConfigError
-    from shared.job.parsing import nearest
     from simulations.data.builtin_data import BUILTIN
 
     for name in names:
@@ -125,7 +123,6 @@ def described(data: PublicData) -> dict[str, Any]:
 
 def presence(data: PublicData) -> str:
     """Return "yes", "no", or "another file" if what is in its place is not the recorded one."""
-    from shared.errors import DataError
     from simulations.data.archives import PackageArchive, cache_folder
     from simulations.data.builtin_data import data_folders
 

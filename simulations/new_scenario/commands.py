@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from shared import terminal
 from shared.errors import ConfigError
+from shared.job.kinds import RULES, TaskKind
+from shared.job.parsing import nearest
 from shared.options import DelimiterOption, OptionalQuotingOption
-
-if TYPE_CHECKING:
-    from shared.job.kinds import TaskKind
 
 _Column = str | None
 
@@ -112,8 +111,6 @@ def new(
 
 
 def _kind(task: str | None) -> TaskKind | None:
-    from shared.job.kinds import RULES
-    from shared.job.parsing import nearest
 
     if task is not None and task not in RULES:
         raise ConfigError(f"--task is {task!r}; {nearest(task, sorted(RULES))}")

@@ -12,6 +12,9 @@ from shared import terminal
 from shared.data.cells import value_fault
 from shared.data.text_lines import LineReader
 from shared.errors import DataError
+from shared.files.atomic import write_bytes
+from shared.files.outputs import HTML_MARK, check_file
+from shared.job.compute import ComputeConfig
 from shared.options import OnlyJsonOption, RunArgument
 
 
@@ -41,8 +44,6 @@ def explain(
     Without TEXT standard input is read: an argument can be seen in the machine's list of processes. A pair has a tab between.
     """
 
-    from shared.files.outputs import HTML_MARK, check_file
-    from shared.job.compute import ComputeConfig
     from shared.job.job_file import load_job
     from shared.runtime.inference import load_tuned
     from shared.tools.explain.attributions import explain as attribute
@@ -62,8 +63,6 @@ def explain(
     found = attribute(runtime, given, label=label, word=word, baseline=baseline, steps=steps)
     console = terminal.console(120)
     if html is not None:
-        from shared.files.atomic import write_bytes
-
         write_bytes(html, render_html(found, job.name))
     if as_json:
         terminal.print_json(content(found, job.name))

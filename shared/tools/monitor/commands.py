@@ -14,16 +14,18 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
+from rich.console import Console
 
 from shared import terminal
 from shared.errors import ConfigError, DataError
+from shared.files.atomic import write_bytes, write_json
+from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
 from shared.options import DelimiterOption, QuotingOption
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from shared.data.text_stream import Item, Skipped, TextFormat
-    from shared.job.job import Job
     from shared.runtime.runtime import Runtime
     from shared.tools.monitor.monitor import Monitor, Window
     from shared.tools.monitor.quantification import AdjustedCount
@@ -89,8 +91,6 @@ def monitor(
 
     from shared.data.known_texts import KnownTexts
     from shared.data.text_stream import Files, Skipped, TextFormat
-    from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
-    from shared.job.compute import ComputeConfig
     from shared.job.job_file import load_job
     from shared.runtime.inference import load_tuned
     from shared.tools.monitor.monitor import Monitor, MonitorSettings
@@ -394,7 +394,6 @@ class _Reporter:
         sys.stdout.flush()
 
     def _write(self, *, stopped: bool, warnings: Sequence[str] = ()) -> None:
-        from shared.files.atomic import write_bytes, write_json
         from shared.tools.monitor import report
         from shared.tools.monitor.figure import draw_monitor
 

@@ -6,8 +6,9 @@ up. Expected utility is drawn from measurements that the user gives, and never m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,16 +16,19 @@ import typer
 
 from shared import terminal
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
-from shared.errors import ConfigError
+from shared.errors import ConfigError, SilotuneError
+from shared.files.atomic import write_bytes, write_json
 from shared.files.json_files import finite_or_none
-from shared.job.parsing import parse
+from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
+from shared.job.parsing import nearest, parse
 from shared.options import OnlyJsonOption
 from shared.tools.plan.figure import UtilityFile, UtilityPoint, draw
 from shared.tools.plan.tables import print_answers, print_shares, site_warnings
 from shared.trust.job_files import read_job, read_json
 
 if TYPE_CHECKING:
-    from shared.job.job import Job
     from shared.privacy.ledger_export import LedgerExport
     from shared.tools.plan.affordability import SiteAnswer
     from shared.tools.plan.planning import Question, Setting
@@ -77,7 +81,6 @@ def plan(
 ) -> None:
     """Plan a privacy budget: give all but one of batch, epochs, noise and epsilon, and the missing one is found."""
 
-    from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
     from shared.tools.plan.planning import Question
 
     if out is not None:
@@ -184,8 +187,6 @@ def _plan_job(
 
 def _count_parameters(job: Job) -> int | None:
     """Return the trainable parameters of a job whose backbone is on this machine; nothing is fetched for it."""
-    from shared.errors import SilotuneError
-    from shared.job.compute import ComputeConfig
     from shared.runtime.runtime import load_runtime
 
     here = job.model.is_image_network or job.model.backbone.startswith("embedded:")
@@ -222,9 +223,6 @@ def parse_sweep(text: str) -> tuple[str, list[float]]:
     Raises:
         ConfigError: if the text is not of that form.
     """
-    from dataclasses import fields
-
-    from shared.job.parsing import nearest
     from shared.tools.plan.planning import Question
 
     name, separator, spec = text.partition("=")
@@ -253,8 +251,6 @@ def parse_sweep(text: str) -> tuple[str, list[float]]:
 
 
 def _values(spec: str) -> list[float]:
-    import math
-
     if ":" not in spec:
         values = [float(part) for part in spec.split(",")]
     else:
@@ -340,7 +336,5 @@ def _point(setting: Setting) -> dict[str, Any]:
 def _write(
     out: Path, document: dict[str, Any], settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None
 ) -> None:
-    from shared.files.atomic import write_bytes, write_json
-
     write_json(out / "plan.json", document)
     write_bytes(out / "plan.png", draw(settings, utility))
