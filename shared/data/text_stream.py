@@ -256,7 +256,7 @@ def given_texts(arguments: Sequence[str] | None, read: Callable[[int], bytes]) -
             if line.fault is not None:
                 skipped.add(line.fault.reason, f"line {line.number}")
             elif not line.text.strip():
-                skipped.add("that are blank", f"line {line.number}")
+                skipped.add("left blank", f"line {line.number}")
             else:
                 texts[line.number] = line.text.strip()
     if not texts:

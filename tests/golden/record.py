@@ -53,12 +53,13 @@ def record(out: Path, *, project: Path = CHECKOUT, cases: Sequence[str] = (), ke
     """
     out.mkdir(parents=True)
     environment = {name: os.environ[name] for name in _KEPT if name in os.environ} | _ENVIRONMENT
-    with _work_folder() as work:
+    with _work_folder() as (work, lock):
         paths = [str(path) for path in (_INSIDE, project.resolve(), work, out.resolve())]
         subprocess.run(
             [sys.executable, *paths, *(cases or CASES)],
             env=environment | {"PYTHONPATH": str(project.resolve())},
             cwd=work,
+            pass_fds=[lock],  # should this process be killed, that one still keeps the folder for itself until it ends
             check=True,
         )
         if keep is not None:
@@ -66,14 +67,14 @@ def record(out: Path, *, project: Path = CHECKOUT, cases: Sequence[str] = (), ke
 
 
 @contextlib.contextmanager
-def _work_folder() -> Iterator[Path]:
-    """Give an empty folder whose path is the same for every record: it becomes part of jobs and of their hashes."""
+def _work_folder() -> Iterator[tuple[Path, int]]:
+    """Give an empty folder of the same path for every record, since it becomes part of jobs and their hashes; and its lock."""
     place = Path(tempfile.gettempdir()) / f"silotune-golden-{os.getuid()}"
     with place.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two records at once take turns
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
         try:
-            yield place
+            yield place, lock.fileno()
         finally:
             shutil.rmtree(place, ignore_errors=True)

@@ -61,7 +61,7 @@ def test_predict_keeps_row_numbers_and_tells_what_it_leaves_out(
     answers = [json.loads(line) for line in outcome.out.splitlines()]
     assert [(answer["row"], answer["text"]) for answer in answers] == [(1, "fine"), (6, "last")]
     assert outcome.err.splitlines() == [
-        "left out: 2 rows that are blank: line 2, line 5",
+        "left out: 2 rows left blank: line 2, line 5",
         "left out: 1 row not in the encoding: line 3",
         "left out: 1 row with a NUL character: line 4",
     ]
@@ -85,7 +85,7 @@ def test_predict_reads_standard_input_and_writes_json_lines(
         assert answer["probability"] == max(answer["probabilities"].values())
         assert answer["probabilities"][answer["label"]] == answer["probability"]
     assert [answer["row"] for answer in answers] == [1, 3, 4]
-    assert outcome.err.strip() == "left out: 1 row that are blank: line 2"
+    assert outcome.err.strip() == "left out: 1 row left blank: line 2"
     monkeypatch.setattr("sys.stdin", stdin("\n"))
     empty = silotune("predict", finished_run)
     assert empty.status == 1
