@@ -65,6 +65,7 @@ def _load(name: str) -> click.Command:
     module, _, attribute = PLACES[name].partition(":")
     found = getattr(importlib.import_module(module), attribute)
     if isinstance(found, typer.Typer):
+        found.suggest_commands = False  # click does
         return get_group(found)
     alone = typer.Typer(add_completion=False)
     alone.command(name)(found)
@@ -74,6 +75,7 @@ def _load(name: str) -> click.Command:
 app = typer.Typer(
     name="silotune",
     cls=Commands,
+    suggest_commands=False,
     help="Tune one language model together, privately: federated LoRA under differential privacy.",
     no_args_is_help=True,
     add_completion=False,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from client.training.proof import prove_trainer
 from client.training.trainer import per_example_hooks, train_local_round
+from shared.data.datasets import TEXT_ROLES
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -197,6 +198,12 @@ def test_every_kind_stands_in_every_table() -> None:
     kinds = TASKS.keys()
     assert kinds == {*get_args(TaskKind)} == CASES.keys() == RULES.keys() == CHECKS.keys()
     assert RATES.keys() == {kind for kind, task in TASKS.items() if not task.causal_lm}
+
+
+def test_deidentify_knows_every_role_that_a_person_writes() -> None:
+    """A role is masked, or is one of those that hold no free text; a new one has to be put on either side."""
+    not_free_text = {"label", "score", "tags", "pixels"}
+    assert {role for task in TASKS.values() for role in task.roles} == TEXT_ROLES | not_free_text
 
 
 def test_a_kind_says_what_it_is(job: Job, runtime: Runtime) -> None:

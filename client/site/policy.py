@@ -46,7 +46,7 @@ class Policy(Section):
     signers: dict[Name, str] = Field(min_length=1)
     """Who may sign jobs: a name of your choice and the public key, `ed25519:...`."""
     tasks: tuple[str, ...] = Field(min_length=1)
-    """Accepted kinds of task: `sequence_classification`, `causal_lm`."""
+    """Accepted kinds of task, such as `sequence_classification`; docs/tasks.md has them all."""
     backbones: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(min_length=1)
     """Accepted backbones: a job's `model.backbone`, word for word, and the SHA-256 of its files (64 hex digits); of a network for
     images, which has none, of its description."""

@@ -238,7 +238,7 @@ def given_texts(arguments: Sequence[str] | None, read: Callable[[int], bytes]) -
     A blank line is left out and counted like one that cannot be read: whoever counts lines must be able to go on counting.
 
     Raises:
-        DataError: if an argument is no text, or nothing is left.
+        DataError: if an argument is no text or blank, or nothing is left.
     """
     skipped = Skipped()
     texts: dict[int, str] = {}
@@ -246,6 +246,8 @@ def given_texts(arguments: Sequence[str] | None, read: Callable[[int], bytes]) -
         for number, text in enumerate(arguments, start=1):
             if (fault := value_fault("text", text)) is not None:
                 raise DataError(f"text {number} holds {fault}; give it in UTF-8.")
+            if not text.strip():
+                raise DataError(f"text {number} is blank; give what is to be read.")
             texts[number] = text
     else:
         lines = LineReader("standard input", "utf-8")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import pytest
 from typer.main import get_command
 
 from cli.commands import PLACES, app
@@ -70,3 +71,10 @@ def test_a_name_that_nobody_knows_is_compared_with_all(silotune: Callable[..., A
     outcome = silotune("moniter")
     assert outcome.status == 2
     assert "No such command 'moniter'. Did you mean 'monitor'?" in " ".join(outcome.err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(("typed", "meant"), [("nwe", "new"), ("site inti", "init"), ("pki aprove", "approve")])
+def test_a_slip_is_told_once(typed: str, meant: str, silotune: Callable[..., Any]) -> None:
+    outcome = silotune(*typed.split())
+    assert outcome.status == 2
+    assert (outcome.out + outcome.err).count(f"'{meant}'") == 1

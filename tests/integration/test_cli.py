@@ -182,3 +182,10 @@ def test_a_process_keeps_standard_output_clean(
     assert json.loads(out)["run_dir"] == str(tmp_path / "run")
     assert "Warning" not in err
     assert "Loading weights" not in err, "bars of libraries do not belong between ours"
+
+
+def test_a_blank_text_is_no_question(finished_run: Path, silotune: Callable[..., Any]) -> None:
+    outcome = silotune("predict", finished_run, "a dull plot", " ")
+    assert outcome.status == 1
+    assert outcome.err == "error: text 2 is blank; give what is to be read.\n"
+    assert outcome.out == ""

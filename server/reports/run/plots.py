@@ -189,7 +189,8 @@ def noise_shares(shares: Sequence[SiteShare], *, units: str, alt: str) -> Markup
     shown = [share for share in shares if share in loudest]
     height = len(shown) * 0.34 + 0.75
     with _figure(height) as figure:
-        axes = figure.add_axes((0.165, 0.42 / height, 0.72, (height - 0.75) / height))
+        # The longest bar has its label to the right of the axes.
+        axes = figure.add_axes((0.165, 0.42 / height, 0.63, (height - 0.75) / height))
         rows = range(len(shown))
         noise = [share.noise for share in shown]
         colors = [DANGER if share.far_above else MAIN for share in shown]

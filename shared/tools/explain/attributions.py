@@ -172,7 +172,7 @@ def _check_options(task: Predicting, *, label: str | None, word: int | None, ste
     if word is not None and not task.by_word:
         raise ConfigError("--word is for token_classification, where each word has its own prediction; leave it out.")
     if label is not None and label not in task.config.labels:
-        raise ConfigError(f"--label is {label!r}; {nearest(label, list(task.config.labels))}.")
+        raise ConfigError(f"--label is {label!r}; {nearest(label, list(task.config.labels))}")
 
 
 def integrate(

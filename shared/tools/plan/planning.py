@@ -310,8 +310,10 @@ def _missing(question: Question) -> Quantity:
             "all four quantities are given, so nothing is left to find; leave out " + _any_of(names.values())
         )
     if len(missing) > 1:
-        left = _any_of(names[quantity] for quantity in missing)
-        raise ConfigError(f"{len(missing)} quantities are missing, and one can be found; give all but one of {left}")
+        give = ("one of " if len(missing) == 2 else "all but one of ") + _any_of(
+            names[quantity] for quantity in missing
+        )
+        raise ConfigError(f"{len(missing)} quantities are missing, and one can be found; give {give}")
     return missing[0]
 
 
