@@ -26,6 +26,8 @@ def run_on_ray(server_app: ServerApp, client_app: ClientApp, num_sites: int, con
     os.environ.setdefault("FLWR_DISABLE_UPDATE_CHECK", "1")
     os.environ.setdefault("FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION", "1")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Of a worker that has not started within this time, a minute by default, Ray waits for the registration for ever.
+    os.environ.setdefault("RAY_worker_register_timeout_seconds", "600")
     try:
         import ray  # noqa: F401
     except ModuleNotFoundError:
