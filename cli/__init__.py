@@ -20,8 +20,10 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         from rich.console import Console
 
+        from shared.errors import printable
+
         text, status = explained
-        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(text)
+        Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable(text, lines=True))
         raise SystemExit(status) from None
 
 

@@ -23,7 +23,7 @@ from shared.data.cells import surrogate
 from shared.data.quotes import SeenRows, quote_is_open
 from shared.data.text_lines import MAX_ROW_BYTES, TOO_LONG, TOO_LONG_ADVICE, Line, LineReader, read_pieces
 from shared.errors import DataError
-from shared.files.json_files import DuplicateKey, refuse_constant, unique_keys
+from shared.files.json_files import DuplicateKey, finite_number, refuse_constant, unique_keys
 
 Quoting = Literal["checked", "trusted", "none"]
 Kind = Literal["csv", "jsonl", "text"]
@@ -317,7 +317,7 @@ def parse_object(text: str) -> dict[str, Any] | str:
     return value
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+_JSON = json.JSONDecoder(object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite_number)
 
 
 def _json_kind(value: object) -> str:

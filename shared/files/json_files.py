@@ -20,8 +20,8 @@ from shared.errors import PrivacyError, RunError
 RecordT = TypeVar("RecordT")
 
 # Numbers of a record, checked where one is read.
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -99,7 +99,9 @@ def parse_object(text: str) -> dict[str, Any]:
         ValueError: if it is none, holds a key twice, a number that is not finite, or is nested too deep.
     """
     try:
-        found = json.loads(text, object_pairs_hook=unique_keys, parse_constant=refuse_constant)
+        found = json.loads(
+            text, object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite_number
+        )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
     if not isinstance(found, dict):
@@ -127,6 +129,14 @@ def unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 def refuse_constant(name: str) -> NoReturn:
     """Raise ValueError for NaN and infinity, which Python reads and JSON does not know."""
     raise ValueError(f"it holds {name}, which is no number")
+
+
+def finite_number(text: str) -> float:
+    """Return a number of JSON; ValueError for one like 1e999, which Python reads as infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"it holds {text[:20]}, which is too large for a number")
+    return number
 
 
 def canonical_json(value: Any) -> str:

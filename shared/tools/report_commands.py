@@ -60,7 +60,9 @@ def verify(
         said = {"role": found.role, "name": found.name, "signed_at": found.signed_at, "signer": found.signer}
         print_json({"sha256": found.sha256, "num_bytes": found.bytes, **said, "key_checked": expected is not None})
         return
-    typer.echo(f"unchanged since {printable(found.name)} ({found.role}) signed it on {found.signed_at}")
+    typer.echo(
+        f"unchanged since {printable(found.name)} ({printable(found.role)}) signed it on {printable(found.signed_at)}"
+    )
     typer.echo(f"signed with {found.signer}, fingerprint {fingerprint(VerifyKey.parse(found.signer))}")
     if expected is None:
         typer.echo("whose key that is was not checked; give --key. Role, name and time are the signer's own words.")

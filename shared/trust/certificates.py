@@ -36,6 +36,7 @@ SHA256 = hashes.SHA256()
 MALFORMED = (
     ValueError,
     TypeError,
+    KeyError,  # a name of an unknown kind of text
     UnsupportedAlgorithm,
     x509.DuplicateExtension,
     x509.ExtensionNotFound,
@@ -262,7 +263,7 @@ def common_name(cert: x509.Certificate) -> str:
     """Return the holder's name for a message, whatever it holds."""
     try:
         found = cert.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
-    except ValueError:
+    except MALFORMED:
         found = []
     return printable(str(found[0].value), "?") if found else "without a name"
 

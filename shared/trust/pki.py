@@ -140,14 +140,14 @@ def read_request(csr_pem: bytes) -> Request:
     try:
         request = x509.load_pem_x509_csr(csr_pem)
         public_key, signed = request.public_key(), request.is_signature_valid
-        wishes = [extension.value for extension in request.extensions]
+        wishes, subject = [extension.value for extension in request.extensions], request.subject
     except MALFORMED:
         raise TrustError("the request is no PEM certificate request; expected the .csr file that was made.") from None
     if not isinstance(public_key, ec.EllipticCurvePublicKey) or not is_p256(public_key):
         raise TrustError("the request holds a key that is not ECDSA P-256; make it with: silotune pki request")
     if not signed:
         raise TrustError("the request is not signed by the key in it, or was changed on its way; ask for it again.")
-    name, role = read_subject(request.subject, "the request")
+    name, role = read_subject(subject, "the request")
     alternatives = [other for wish in wishes if isinstance(wish, x509.SubjectAlternativeName) for other in wish]
     hosts = []
     for other in alternatives:

@@ -28,7 +28,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from shared.errors import TrustError
+from shared.errors import TrustError, excerpt
 from shared.files.bounded import read_bounded
 from shared.files.json_files import canonical_json, parse_object
 from shared.job.parsing import explain
@@ -76,10 +76,10 @@ class VerifyKey:
         """
         raw = _from_base64(text.removeprefix(_PREFIX), url_safe=True) if text.startswith(_PREFIX) else None
         if raw is None or len(raw) != 32:
-            shown = text if len(text) <= 80 else text[:80] + "..."
-            where = "" if source is None else f"{source}: "
+            # Of a file nothing is shown: it may be the private key, given by mistake.
+            shown = excerpt(text) if source is None else f"{source}: what it holds"
             raise TrustError(
-                f"{where}{shown!r} is not a public key; expected {_PREFIX} followed by 43 characters of base64url, as "
+                f"{shown} is not a public key; expected {_PREFIX} followed by 43 characters of base64url, as "
                 "`silotune pki signer` prints it."
             )
         return cls(raw)

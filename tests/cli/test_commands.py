@@ -78,3 +78,10 @@ def test_a_slip_is_told_once(typed: str, meant: str, silotune: Callable[..., Any
     outcome = silotune(*typed.split())
     assert outcome.status == 2
     assert (outcome.out + outcome.err).count(f"'{meant}'") == 1
+
+
+def test_control_characters_in_an_error_do_not_reach_the_terminal(silotune: Callable[..., Any], tmp_path: Path) -> None:
+    outcome = silotune("report", tmp_path / "\x1b[2Jrun")
+    assert outcome.status == 1
+    assert "\x1b" not in outcome.err
+    assert "\N{REPLACEMENT CHARACTER}[2Jrun" in outcome.err

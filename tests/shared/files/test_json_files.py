@@ -28,6 +28,7 @@ class Shape(BaseModel):
         (b"null", "it holds a NoneType, not an object"),
         (b'{"number": 1, "number": 2}', "it holds a key twice"),
         (b'{"number": NaN}', "it holds NaN, which is no number"),
+        (b'{"number": 1e999}', "it holds 1e999, which is too large for a number"),
         (b'{"a":' * 100_000, "nested too deep"),
         (b'{"number": ' + b"9" * 5000 + b"}", "Exceeds the limit"),
         (b"{}", "number: Field required"),

@@ -589,6 +589,26 @@ def test_a_certificate_by_this_ca_of_another_kind_is_unreadable(consortium: Cons
             certificates.identity(certificate)
 
 
+def test_a_name_of_an_unknown_kind_of_text_stops_nobody(consortium: Consortium) -> None:
+    """`cryptography` raises a KeyError for it, and only when the name is read."""
+    _, certificate = consortium.site("north")
+    consortium.install(certificate)
+    odd = bytearray(certificate.public_bytes(serialization.Encoding.DER))
+    odd[odd.index(b"\x0c\x05north")] = 0xCC
+    pem = x509.load_der_x509_certificate(bytes(odd)).public_bytes(PEM)
+    with pytest.raises(TrustError):
+        consortium.store.install(pem, NOW)
+    (consortium.store.folder / "sites" / "x.crt").write_bytes(pem)
+    assert sorted(state for _, state in consortium.states()) == ["not signed by this CA", "valid"]
+    # A request, before its signature is looked at.
+    odd = bytearray(
+        x509.load_pem_x509_csr(make_request(name="south", role="site")[1]).public_bytes(serialization.Encoding.DER)
+    )
+    odd[odd.index(b"\x0c\x05south")] = 0xCC
+    with pytest.raises(TrustError, match="is no PEM certificate request"):
+        approve(consortium.ca, x509.load_der_x509_csr(bytes(odd)).public_bytes(PEM), passphrase=None, now=NOW)
+
+
 def test_verify_certificate_says_what_is_wrong(consortium: Consortium, other_ca: Path) -> None:
     ca, stranger = (certificates.load_certificate(folder / "ca.crt") for folder in (consortium.ca, other_ca))
     _, certificate = consortium.site("north", days=10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import pickle
 import re
 from pathlib import Path
@@ -182,3 +183,13 @@ def test_a_user_names_a_key_or_its_file(tmp_path: Path) -> None:
     for text in ("ed25519:short", str(tmp_path / "none.pub")):
         with pytest.raises(TrustError):
             find_verify_key(text)
+
+
+def test_a_private_key_that_is_given_as_the_public_one_is_not_shown(tmp_path: Path) -> None:
+    path = tmp_path / "signer.key"
+    path.write_text(json.dumps({"format": "silotune-signing-key/1", "secret": "XqlgHRAwF0"}))
+    with pytest.raises(
+        TrustError, match=r"signer\.key: what it holds is not a public key; expected ed25519:"
+    ) as caught:
+        load_verify_key(path)
+    assert "XqlgHRAwF0" not in str(caught.value)
