@@ -18,7 +18,7 @@ import grpc
 
 from client.link.failures import NotAdmitted, Unreachable, explained
 from client.link.letterbox import Letterbox
-from shared.errors import SilotuneError, TrustError, place_of
+from shared.errors import SilotuneError, TrustError, place_of, printable
 from shared.link import frames, tls
 from shared.link.frames import Hello, LinkError, Welcome
 from shared.link.line import Line, Parcel, new_id
@@ -173,7 +173,7 @@ class LinkClient:
                     raise LinkError(f"what answers at {self._address} did not welcome this site.")
                 self._welcome, self._welcomed = welcome, True
                 session.begin()
-                log.info("connected to %s as %s", self._address, welcome.site)
+                log.info("connected to %s as %s", self._address, printable(welcome.site))
                 self._events.connected(welcome)
             else:
                 with self._letterbox.lock:

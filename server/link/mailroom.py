@@ -8,6 +8,7 @@ Guarantees (tests: tests/server/link/test_mailroom.py)
     * A reply is no longer than twice what was asked, and `REPLY_SLACK_BYTES`.
     * At most `UPLOAD_SLOTS` replies are on their way, or as many as fit, with those that wait to be fetched, into `UPLOAD_BYTES`;
       parts that a cut left behind count as well. While `HELD_BYTES` wait to be fetched, no other begins.
+    * A reply whose request has expired gives its slot to one that is waited for, however slowly its site sends it.
     * For every request there is an answer in the end: the reply, or why there is none.
 """
 
@@ -257,9 +258,13 @@ class Mailroom:
             len(self._uploads) + len(self._parked) >= UPLOAD_SLOTS
             and self._promised + self._held + offer.num_bytes > UPLOAD_BYTES
         ):
-            if not self._parked:
+            late = [other for other, part in self._uploads.items() if part.offer.reply_to not in other.requests]
+            if not self._parked and not late:
                 return False
-            self._remove(next(iter(self._parked)))  # the oldest
+            gives_way = next(iter(self._parked)) if self._parked else late[0]  # the oldest
+            if gives_way.line is not None and gives_way in self._uploads:
+                gives_way.line.abandon()
+            self._remove(gives_way)
         return True
 
     def _remove(self, box: Mailbox) -> Incoming | None:

@@ -39,6 +39,14 @@ _GRACE_SECONDS = 0.5
 ResultT = TypeVar("ResultT")
 
 
+class _Health(health.aio.HealthServicer):  # type: ignore[misc]  # has no types
+    """The standard service without its streams: the admission does not see them, and an idle connection must end."""
+
+    async def Watch(self, request: object, context: Any) -> None:  # noqa: N802 (its name in the protocol)
+        """Refuse to be watched."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "ask by Check.")
+
+
 @dataclass(frozen=True, kw_only=True)
 class LinkFiles:
     """Where the server's part of TLS lies.
@@ -156,7 +164,7 @@ class LinkServer:
         _raise_descriptor_limit()
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         server = grpc.aio.server(options=list(SERVER.items()))
-        healthy = health.aio.HealthServicer()
+        healthy = _Health()
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         server.add_generic_rpc_handlers((self._service.handlers(),))
         credentials = grpc.dynamic_ssl_server_credentials(

@@ -12,6 +12,7 @@ from typing import Any
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
 
 from shared.link import frames
+from shared.link.bounds import check_parts
 from shared.link.frames import Envelope, Failure, LinkError
 
 _SMALL_RECORDS: dict[str, Any] = {"config": ConfigRecord, "metric": MetricRecord}
@@ -43,8 +44,9 @@ def open_envelope(payload: bytes) -> Envelope:
     """Return what a payload holds.
 
     Raises:
-        LinkError: if it is no envelope.
+        LinkError: if it is no envelope, or one of too many parts.
     """
+    check_parts(Envelope, payload)
     return frames.message_of(Envelope, payload)
 
 

@@ -221,6 +221,10 @@ class Line:
         self._progress = self._clock()
         self._acknowledge(len(incoming.data))
 
+    def abandon(self) -> None:
+        """Let go of what is arriving; the next chunk of it ends the stream."""
+        self._offer = self._incoming = None
+
     def _receive_chunk(self, chunk: Chunk) -> None:
         incoming = self._incoming
         if incoming is None:

@@ -245,6 +245,9 @@ def test_the_health_service_answers_whoever_holds_a_certificate(consortium: Cons
             for name in ("", "silotune.link.v1.Link"):
                 status = stub.Check(health_pb2.HealthCheckRequest(service=name), timeout=10).status
                 assert status == health_pb2.HealthCheckResponse.SERVING
+            # A stream would keep open the connection of a site that was revoked since.
+            with pytest.raises(grpc.RpcError, match="ask by Check"):
+                next(stub.Watch(health_pb2.HealthCheckRequest(), timeout=10))
 
 
 def test_a_certificate_that_is_exchanged_serves_the_next_connection(consortium: Consortium) -> None:

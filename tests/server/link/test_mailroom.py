@@ -193,6 +193,32 @@ def test_uploads_wait_for_a_slot_and_go_on_when_one_is_free(room: Mailroom) -> N
     assert sites[1].hears() == Ack(offers[1].id, 0)
 
 
+def test_who_sends_slowly_holds_a_slot_no_longer_than_the_request_lives(room: Mailroom, clock: Clock) -> None:
+    big = 6 * 2**20
+    slow = [Site(room, node) for node in range(UPLOAD_SLOTS)]
+    asked = [ask(room, site.node, ttl=300.0) for site in slow]
+    for site in slow:
+        site.fetch()
+    offers = [site.offer(request, big) for site, request in zip(slow, asked, strict=True)]
+    honest = Site(room, UPLOAD_SLOTS)
+    wanted = ask(room, honest.node)
+    honest.fetch()
+    offer = honest.offer(wanted, big)
+    for number in range(10):
+        for site, offered in zip(slow, offers, strict=True):
+            site.hears()
+            site.send(offered, number, number + 1)
+        clock.now += 29.0
+        room.tick()
+        assert honest.hears() is None
+    clock.now += 29.0
+    room.tick()
+    assert honest.hears() == Ack(offer.id, 0)
+    with pytest.raises(LinkError, match="a chunk came of a message that was not asked for"):
+        slow[0].send(offers[0], 10, 11)
+    assert [answer.code for answer in room.fetch(asked)] == [EXPIRED] * UPLOAD_SLOTS
+
+
 def test_small_uploads_do_not_wait_for_each_other(room: Mailroom) -> None:
     sites = [Site(room, node) for node in range(500)]
     for site in sites:
