@@ -12,7 +12,7 @@ import pytest
 
 from shared.errors import ConfigError
 from shared.privacy.plan import PrivacyPlan
-from simulations.sweep import commands, private
+from simulations.sweep import private, run
 from simulations.sweep.journal import TrialResult
 from simulations.sweep.selection import NumTrials, selection_epsilon
 from simulations.sweep.spec import load_sweep
@@ -62,7 +62,7 @@ def test_only_the_selected_trial_is_left(
     scenario: Path, tmp_path: Path, silotune: Silotune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixed_number(monkeypatch, 4)
-    real, scores = commands.run_trial, []
+    real, scores = run.run_trial, []
 
     def noted(*arguments: Any, **options: Any) -> TrialResult:
         result = real(*arguments, **options)
@@ -71,7 +71,7 @@ def test_only_the_selected_trial_is_left(
         scores.append(result)
         return result
 
-    monkeypatch.setattr(commands, "run_trial", noted)
+    monkeypatch.setattr(run, "run_trial", noted)
     outcome = silotune("sweep", scenario, *AXIS, *ACCOUNT, "--out", tmp_path / "out")
     assert outcome.status == 0, outcome.err
     assert len(scores) == 4
@@ -131,7 +131,7 @@ def test_number_and_settings_are_drawn_once_and_survive_an_interruption(
     scenario: Path, tmp_path: Path, silotune: Silotune, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fixed_number(monkeypatch, 5)
-    real, ran = commands.run_trial, []
+    real, ran = run.run_trial, []
 
     def interrupted(sweep: Any, setting: Any, *arguments: Any, **options: Any) -> TrialResult:
         if len(ran) == 2:
@@ -140,7 +140,7 @@ def test_number_and_settings_are_drawn_once_and_survive_an_interruption(
         return real(sweep, setting, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(commands, "run_trial", interrupted)
+        patch.setattr(run, "run_trial", interrupted)
         assert silotune("sweep", scenario, *AXIS, *ACCOUNT, "--out", tmp_path / "out").status == 130
     state = tmp_path / "out" / ".private" / "state.json"
     drawn = json.loads(state.read_text())["choices"]
@@ -156,7 +156,7 @@ def test_number_and_settings_are_drawn_once_and_survive_an_interruption(
     assert "other settings or other data" in other.err
     rest: list[Any] = []
     monkeypatch.setattr(
-        commands, "run_trial", lambda s, setting, *a, **k: (rest.append(setting), real(s, setting, *a, **k))[1]
+        run, "run_trial", lambda s, setting, *a, **k: (rest.append(setting), real(s, setting, *a, **k))[1]
     )
     done = silotune("sweep", scenario, *AXIS, *ACCOUNT, "--out", tmp_path / "out", "--resume")
     assert done.status == 0, done.err
