@@ -145,7 +145,8 @@ def rotate(home: HomeArgument) -> None:
     save_private_key(place.next_key, key, passphrase_from_environment(), replace=True)
     write_bytes(home / f"{name}.csr", request)
     typer.echo(
-        f"send {home / f'{name}.csr'} to whoever runs the CA (`silotune pki approve --rotate`); the key's fingerprint:"
+        f"send {home / f'{name}.csr'} to whoever runs the CA (`silotune pki approve --role site --rotate`); the key's "
+        "fingerprint:"
     )
     typer.echo(f"   {fingerprint(key.public_key())}")
 

@@ -92,6 +92,16 @@ def request(
 def approve(
     ca_dir: CaArgument,
     request_file: Annotated[Path, typer.Argument(metavar="REQUEST", help="The request (.csr).")],
+    role: Annotated[
+        RoleChoice,
+        typer.Option("--role", help="Whom you mean to certify: a `site`, or as `server` the coordinator."),
+    ],
+    hosts: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--host", help="For a server, once or more: every DNS name or IP address that the request asks for."
+        ),
+    ] = None,
     days: DaysOption = 365,
     out: Annotated[
         Path | None, typer.Option("--out", help="Where to write the certificate; by default beside the request.")
@@ -101,12 +111,23 @@ def approve(
     ] = False,
     passphrase_file: PassphraseOption = None,
 ) -> None:
-    """Issue the certificate that a request asks for. Compare the fingerprint with its sender before you hand it out."""
+    """Issue the certificate that a request asks for, if it asks for the role and the hosts that you name.
+
+    Compare the fingerprint with its sender before you hand the certificate out.
+    """
     csr = _read(request_file)
     asked = pki.read_request(csr)
     path = out or request_file.with_suffix(".crt")
     check_file(path, CERTIFICATE_MARK, way_out="choose another file with --out")
-    certificate = pki.approve(ca_dir, csr, days=days, passphrase=_passphrase(passphrase_file), rotate=rotate)
+    certificate = pki.approve(
+        ca_dir,
+        csr,
+        role=role.value,
+        hosts=hosts or (),
+        days=days,
+        passphrase=_passphrase(passphrase_file),
+        rotate=rotate,
+    )
     certificates.write_public(path, certificate.public_bytes(Encoding.PEM))
     typer.echo(f"certificate: {path}")
     typer.echo(f"{asked.role} {asked.name}, serial {certificate.serial_number:x}")

@@ -15,7 +15,8 @@ Guarantees (tests in tests/shared/trust/test_pki.py)
     * A certificate that was revoked stays revoked in a trust store, also if an older list is put back or the list is
       removed (test_an_older_crl_is_refused, test_a_removed_crl_is_refused).
     * A key that was revoked is never certified again (test_a_revoked_key_never_comes_back).
-    * What a request asks for beyond its name, role and hosts is not granted (test_wishes_of_a_request_are_ignored).
+    * What a request asks for beyond its name, role and hosts is not granted (test_wishes_of_a_request_are_ignored). Role and
+      hosts are named by whoever approves; a request for others is refused (test_who_approves_names_role_and_hosts).
 
 Not guaranteed
     * Sites do not see the revocation of a server certificate: gRPC reads no revocation list. Give server certificates
@@ -162,6 +163,8 @@ def approve(
     folder: Path,
     csr_pem: bytes,
     *,
+    role: str,
+    hosts: Sequence[str] = (),
     days: int = 365,
     passphrase: str | None,
     now: datetime | None = None,
@@ -175,22 +178,28 @@ def approve(
     Args:
         folder: the CA folder.
         csr_pem: the request.
+        role: what the caller wants to certify, `server` or `site`; a request for the other is refused, for whoever writes
+            the request could else become the coordinator.
+        hosts: all names and addresses of a server; a request for others, or for fewer, is refused.
         days: life of the certificate.
         passphrase: of `ca.key`.
         now: the time; the clock's if None.
         rotate: allow a second key under a name; both are valid until one is revoked or expires.
 
     Raises:
-        TrustError: if the request is malformed, its signature, key, name, role or hosts are not acceptable, its key
-            is revoked or belongs to another name, its name has another key (without `rotate`), or the CA expires
-            before the certificate would.
+        TrustError: if the request is malformed, its signature, key, name, role or hosts are not acceptable or not those
+            that the caller named, its key is revoked or belongs to another name, its name has another key (without
+            `rotate`), or the CA expires before the certificate would.
     """
     now = whole_seconds(now)
     _check_days(days)
+    check_role(role)
+    _check_hosts(role, hosts, whose="the approval")
     authority = _Authority(folder)
 
-    # 1. The request: its holder has the key, and everything in it is of a known kind.
+    # 1. The request: its holder has the key, everything in it is of a known kind, and it asks for nothing else than is meant.
     request = read_request(csr_pem)
+    _check_meant(request, role, hosts)
 
     # 2. Against what was issued before.
     _check_record(authority, request, now, rotate=rotate)
@@ -295,6 +304,31 @@ class _Authority:
         return judge.files((self.folder / "issued").glob("*.crt"))
 
 
+def _check_meant(request: Request, role: str, hosts: Sequence[str]) -> None:
+    """Refuse a request for another role or other hosts than the caller means to certify."""
+    if request.role != role:
+        raise TrustError(
+            f"the request of {request.name} asks for a certificate of a {request.role}, not of a {role}. Only the coordinator "
+            f"gets one of a server. If {request.name} is meant to be a {request.role}, approve with --role {request.role}; "
+            "else have the request made again."
+        )
+    asked, named = _host_set(request.hosts), _host_set(hosts)
+    if more := [host for host in request.hosts if not _host_set([host]) <= named]:
+        raise TrustError(
+            f"the request of {request.name} asks for {', '.join(more)} too. If sites are meant to dial that, name it with "
+            "--host; else have the request made again."
+        )
+    if fewer := [host for host in hosts if not _host_set([host]) <= asked]:
+        raise TrustError(
+            f"the request of {request.name} does not ask for {', '.join(fewer)}; leave out that --host, or have the request "
+            "made again with it."
+        )
+
+
+def _host_set(hosts: Sequence[str]) -> set[str]:
+    return {str(_general_name(host).value).lower() for host in hosts}
+
+
 def _check_record(authority: _Authority, request: Request, now: datetime, *, rotate: bool) -> None:
     """Refuse a key that was revoked or is another's, and without `rotate` a second key under a name."""
     name = request.name
@@ -372,11 +406,11 @@ def _key_usage(*, ca: bool) -> x509.KeyUsage:
     )
 
 
-def _check_hosts(role: str, hosts: Sequence[str]) -> None:
+def _check_hosts(role: str, hosts: Sequence[str], *, whose: str = "the request") -> None:
     if role == "site" and hosts:
-        raise TrustError("a site's request names hosts; only a server has them. Leave out --host.")
+        raise TrustError(f"{whose} of a site names hosts; only a server has them. Leave out --host.")
     if role == "server" and not hosts:
-        raise TrustError("a server's request names no host; give each name and address that sites dial with --host.")
+        raise TrustError(f"{whose} of a server names no host; give each name and address that sites dial with --host.")
     for host in hosts:
         _general_name(host)
 

@@ -50,6 +50,7 @@ from shared.trust.pki import approve, create_ca, publish, revoke
 from shared.trust.signing import SigningKey, load_verify_key
 
 HOST = "127.0.0.1"
+HOSTS = ("localhost", HOST)
 COMMAND = ("-m", "cli")
 
 
@@ -94,13 +95,13 @@ class Federation:
         with _quietly():
             coordinator_commands.init(
                 home.path,
-                host=["localhost", HOST],
+                host=list(HOSTS),
                 fleet_host=HOST,
                 fleet_port=self.fleet_port,
                 control_port=self.control_port,
             )
         publish(self.ca, home.trust)
-        certificate = self._approve(home.path / "server.csr", "server.crt")
+        certificate = self._approve(home.path / "server.csr", "server.crt", hosts=HOSTS)
         with _quietly():
             coordinator_commands.install(home.path, certificate=certificate, ca=self.ca / "ca.crt")
 
@@ -171,7 +172,7 @@ class Federation:
 
     def renew_server_certificate(self) -> None:
         """Install a new certificate for the coordinator; it takes it up by itself."""
-        certificate = self._approve(self.coordinator.path / "server.csr", "server-next.crt")
+        certificate = self._approve(self.coordinator.path / "server.csr", "server-next.crt", hosts=HOSTS)
         with _quietly():
             coordinator_commands.install(self.coordinator.path, certificate=certificate)
 
@@ -244,10 +245,11 @@ class Federation:
         """Shake hands with the Fleet API."""
         return tls_facts(f"{HOST}:{self.fleet_port}", (self.ca / "ca.crt").read_bytes())
 
-    def _approve(self, request: Path, name: str) -> Path:
+    def _approve(self, request: Path, name: str, *, hosts: Sequence[str] = ()) -> Path:
         from cryptography.hazmat.primitives.serialization import Encoding
 
-        certificate = approve(self.ca, request.read_bytes(), passphrase=None, rotate=True)
+        role = "server" if hosts else "site"
+        certificate = approve(self.ca, request.read_bytes(), role=role, hosts=hosts, passphrase=None, rotate=True)
         path = self.folder / name
         path.write_bytes(certificate.public_bytes(Encoding.PEM))
         return path

@@ -58,7 +58,7 @@ CHECK, LEDGER = "site check W/site --offline --json", "site ledger W/site --expo
 INSTALL, ADMIT = "site install W/site --certificate W/north.crt", "coordinator install W/hub --site W/north.crt"
 SIGN, STATUS = "report sign W/report.html", "coordinator status W/hub"
 SUBMIT = "coordinator submit W/hub W/run.toml --signer W/signer.key --set seed=7"
-SHOW, APPROVE = "pki show W/hub/trust", "pki approve W/ca W/site/north.csr --out W/again.crt"
+SHOW, APPROVE = "pki show W/hub/trust", "pki approve W/ca W/site/north.csr --role site --out W/again.crt"
 VERIFY, SHOW_LOG = "audit-log verify W/site/audit", "audit-log show W/site/audit"
 JOB = "hub/jobs/0001-test"
 READS = [
@@ -127,8 +127,9 @@ def world(tiny_bert: Path, federation_job: Callable[..., Job], tmp_path_factory:
     about += ["--coordinator", "127.0.0.1:9", "--signer", f"consortium={world / 'signer.pub'}"]
     ended("site", "init", site.path, "--name", "north", *about)
     ended("coordinator", "init", hub.path, "--host", "localhost")
-    for request, certificate in ((site.path / "north.csr", "north.crt"), (hub.path / "server.csr", "server.crt")):
-        ended("pki", "approve", ca, request, "--out", world / certificate)
+    ended("pki", "approve", ca, site.path / "north.csr", "--role", "site", "--out", world / "north.crt")
+    as_server = ["--role", "server", "--host", "localhost"]
+    ended("pki", "approve", ca, hub.path / "server.csr", *as_server, "--out", world / "server.crt")
     ended("site", "install", site.path, "--certificate", world / "north.crt", "--ca", ca / "ca.crt")
     lists = ["--ca", ca / "ca.crt", "--crl", ca / "crl.pem", "--site", world / "north.crt"]
     ended("coordinator", "install", hub.path, "--certificate", world / "server.crt", *lists)

@@ -167,7 +167,7 @@ def site_key(name: str) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
 def admit(federation: Federation, name: str, request: bytes) -> Path:
     """Have the CA approve a request and the coordinator admit it."""
     path = federation.folder / f"{name}.crt"
-    path.write_bytes(approve(federation.ca, request, passphrase=None).public_bytes(Encoding.PEM))
+    path.write_bytes(approve(federation.ca, request, role="site", passphrase=None).public_bytes(Encoding.PEM))
     federation.admit(path)
     return path
 
@@ -222,7 +222,7 @@ def test_a_coordinator_of_another_ca_is_not_talked_to(federation: Federation, tm
         # 1. Only the CA was exchanged: the site's own certificate does not fit any more.
         eventually(lambda: "was not signed by this CA (Another consortium)" in problem_of(federation, "f"))
         # 2. All of its identity is of another consortium: the coordinator's certificate does not hold.
-        certificate = approve(tmp_path / "other", (home.path / "f.csr").read_bytes(), passphrase=None)
+        certificate = approve(tmp_path / "other", (home.path / "f.csr").read_bytes(), role="site", passphrase=None)
         home.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
         eventually(lambda: "does not hold" in problem_of(federation, "f"))
         problem = problem_of(federation, "f")
@@ -243,7 +243,7 @@ def test_an_expired_certificate_ends_the_connection_and_its_renewal_mends_it(fed
         assert connection.pull() is None
         # Its certificate is exchanged for one that ends in three seconds.
         begin = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=3)
-        ending = approve(federation.ca, request, days=1, passphrase=None, now=begin)
+        ending = approve(federation.ca, request, role="site", days=1, passphrase=None, now=begin)
         (admitted,) = federation.coordinator.trust.glob("sites/short-*.crt")
         write_public(admitted.with_name("short-ending.crt"), ending.public_bytes(Encoding.PEM))
         admitted.unlink()
@@ -552,8 +552,9 @@ def test_a_site_that_is_admitted_late_joins_and_once_revoked_is_out_at_once_for_
     federation.start_site("c")
     with pytest.raises(TrustError, match="revoked"):
         federation.admit(certificate)
+    request = (federation.site("c").path / "c.csr").read_bytes()
     with pytest.raises(TrustError, match="cannot be certified again"):
-        approve(federation.ca, (federation.site("c").path / "c.csr").read_bytes(), passphrase=None)
+        approve(federation.ca, request, role="site", passphrase=None)
     eventually(lambda: "was revoked or has expired" in problem_of(federation, "c"))
     assert rounds_of(running)[-1]["sites"] == ["a", "b"]
 

@@ -85,7 +85,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> CoordinatorHome:
     publish(folder / "ca", made.trust)
     key, request = make_request(name="coordinator", role="server", hosts=["localhost", "127.0.0.1"])
     write_plain_pem_key(made.server_key, key)
-    certificate = approve(folder / "ca", request, passphrase=None)
+    certificate = approve(folder / "ca", request, role="server", hosts=["localhost", "127.0.0.1"], passphrase=None)
     made.server_certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
     return made
 

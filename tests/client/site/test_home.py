@@ -95,8 +95,8 @@ def installed(home: SiteHome, ca: Path, certified: Path, silotune: Command) -> S
     return home
 
 
-def certify(ca: Path, request: bytes, to: Path, **options: Any) -> Path:
-    to.write_bytes(approve(ca, request, passphrase=None, **options).public_bytes(Encoding.PEM))
+def certify(ca: Path, request: bytes, to: Path, *, role: str = "site", **options: Any) -> Path:
+    to.write_bytes(approve(ca, request, role=role, passphrase=None, **options).public_bytes(Encoding.PEM))
     return to
 
 
@@ -199,7 +199,8 @@ def test_install_refuses_and_changes_nothing(
         certify(ca, make_request(name="south", role="site")[1], wrong)
         text = "the certificate was made for the site 'south', but this is the site 'north' (name in site.toml)"
     elif mistake == "a server's":
-        certify(ca, make_request(name="hub", role="server", hosts=["localhost"])[1], wrong)
+        request = make_request(name="hub", role="server", hosts=["localhost"])[1]
+        certify(ca, request, wrong, role="server", hosts=["localhost"])
         text = "the certificate was made for the server 'hub'"
     elif mistake == "expired":
         certify(ca, request, wrong, days=1, now=datetime.now(UTC) - timedelta(days=2))
@@ -233,13 +234,13 @@ def test_a_new_key_takes_over_when_its_certificate_is_installed(
     old = load_private_key(installed.key, None)
     rotated = silotune("site", "rotate", installed.path)
     assert rotated.status == 0
-    assert "silotune pki approve --rotate" in rotated.out
+    assert "silotune pki approve --role site --rotate" in rotated.out
     # Until then the old key stays in use.
     assert load_identity(installed, passphrase=None).private_key.private_numbers() == old.private_numbers()
     new = load_private_key(installed.next_key, None)
     request = (installed.path / "north.csr").read_bytes()
     with pytest.raises(TrustError, match="approve with --rotate"):
-        approve(ca, request, passphrase=None)
+        approve(ca, request, role="site", passphrase=None)
     certificate = certify(ca, request, tmp_path / "new.crt", rotate=True)
     assert silotune("site", "install", installed.path, "--certificate", certificate).status == 0
     identity = load_identity(installed, passphrase=None)

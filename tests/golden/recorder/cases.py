@@ -224,15 +224,16 @@ def _consortium(folder: Path) -> tuple[str, ...]:
 
 _SITE = ("--name", "clinic", "--coordinator", "localhost:9092", "--data", "train.csv")
 _COLUMNS = ("--column", "text=review", "--column", "label=verdict")
+_SERVER = ("--role", "server", "--host", "localhost")
 _CONSORTIUM = (
     ("pki", "init", "ca", "--name", "Consortium"),
     ("pki", "signer", "consortium"),
     ("coordinator", "init", "coordinator", "--host", "localhost"),
-    ("pki", "approve", "ca", "coordinator/server.csr", "--out", "server.crt"),
+    ("pki", "approve", "ca", "coordinator/server.csr", *_SERVER, "--out", "server.crt"),
     ("pki", "publish", "ca", "coordinator/trust"),
     ("coordinator", "install", "coordinator", "--certificate", "server.crt", "--ca", "ca/ca.crt"),
     ("site", "init", "clinic", *_SITE, *_COLUMNS, "--signer", "consortium=consortium.pub"),
-    ("pki", "approve", "ca", "clinic/clinic.csr", "--out", "clinic.crt"),
+    ("pki", "approve", "ca", "clinic/clinic.csr", "--role", "site", "--out", "clinic.crt"),
     ("site", "install", "clinic", "--certificate", "clinic.crt", "--ca", "ca/ca.crt"),
     ("coordinator", "install", "coordinator", "--site", "clinic.crt"),
     ("site", "policy", "clinic"),
@@ -243,7 +244,7 @@ _CONSORTIUM = (
     ("coordinator", "submit", "coordinator", "job.toml", "--signer", "consortium.key"),
     ("coordinator", "status", "coordinator"),
     ("site", "rotate", "clinic"),
-    ("pki", "approve", "ca", "clinic/clinic.csr", "--out", "next.crt", "--rotate"),
+    ("pki", "approve", "ca", "clinic/clinic.csr", "--role", "site", "--out", "next.crt", "--rotate"),
     ("pki", "revoke", "ca", "clinic"),
     ("pki", "publish", "ca", "coordinator/trust"),
     ("pki", "show", "coordinator/trust"),
@@ -280,7 +281,7 @@ def _join(name: str) -> tuple[Command, ...]:
     place = ("--name", name, "--coordinator", "localhost:9092", "--data", f"{name}.csv")
     return (
         ("site", "init", home, *place, *_COLUMNS, "--signer", "consortium=consortium.pub"),
-        ("pki", "approve", "ca", f"{home}/{name}.csr", "--out", certificate, "--days", "3000"),
+        ("pki", "approve", "ca", f"{home}/{name}.csr", "--role", "site", "--out", certificate, "--days", "3000"),
         ("site", "install", home, "--certificate", certificate, "--ca", "ca/ca.crt"),
         ("coordinator", "install", "coordinator", "--site", certificate),
     )

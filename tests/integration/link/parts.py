@@ -45,7 +45,7 @@ class Consortium:
             path.mkdir(parents=True)
         pki.create_ca(self.ca, name="consortium", passphrase=None)
         key, request = pki.make_request(name="coordinator", role="server", hosts=["localhost", HOST])
-        certificate = pki.approve(self.ca, request, passphrase=None)
+        certificate = pki.approve(self.ca, request, role="server", hosts=["localhost", HOST], passphrase=None)
         self.files = LinkFiles(certificate=folder / "server.pem", key=folder / "server.key", trust=self.trust)
         self.files.certificate.write_bytes(pem_bytes(certificate))
         write_plain_pem_key(self.files.key, key)
@@ -62,7 +62,7 @@ class Consortium:
     def certify(self, name: str, *, rotate: bool = False) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
         """Return a key and its certificate."""
         key, request = pki.make_request(name=name, role="site")
-        return key, pem_bytes(pki.approve(self.ca, request, passphrase=None, rotate=rotate))
+        return key, pem_bytes(pki.approve(self.ca, request, role="site", passphrase=None, rotate=rotate))
 
     def crowd(self, number: int) -> list[Credentials]:
         """Return the credentials of many sites that are admitted."""

@@ -254,7 +254,9 @@ def test_a_certificate_that_is_exchanged_serves_the_next_connection(consortium: 
     with serving(consortium) as (server, heard), site(server.port, consortium.credentials["a"]):
         eventually(lambda: heard.open == {"a"})
         key, request = pki.make_request(name="coordinator", role="server", hosts=["localhost"])
-        certificate = pki.approve(consortium.ca, request, passphrase=None, rotate=True)
+        certificate = pki.approve(
+            consortium.ca, request, role="server", hosts=["localhost"], passphrase=None, rotate=True
+        )
         pki.revoke(consortium.ca, "coordinator", passphrase=None)
         consortium.files.key.unlink()
         write_plain_pem_key(consortium.files.key, key)

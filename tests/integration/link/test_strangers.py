@@ -132,7 +132,7 @@ def self_signed(name: str) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
     folder = Path(tempfile.mkdtemp())
     pki.create_ca(folder, name="consortium", passphrase=None)
     key, request = pki.make_request(name=name, role="site")
-    return key, pem_bytes(pki.approve(folder, request, passphrase=None))
+    return key, pem_bytes(pki.approve(folder, request, role="site", passphrase=None))
 
 
 def test_without_a_certificate_of_the_ca_no_handler_runs(
@@ -162,7 +162,8 @@ def test_without_a_certificate_of_the_ca_no_handler_runs(
 def test_a_certificate_of_the_ca_is_not_enough(consortium: Consortium) -> None:
     """It must be a site's, lie in the trust store, and name the holder that it names there."""
     server_key, request = pki.make_request(name="other", role="server", hosts=["localhost"])
-    of_a_server = consortium.shown(server_key, pem_bytes(pki.approve(consortium.ca, request, passphrase=None)))
+    certificate = pki.approve(consortium.ca, request, role="server", hosts=["localhost"], passphrase=None)
+    of_a_server = consortium.shown(server_key, pem_bytes(certificate))
     not_admitted = consortium.shown(*consortium.certify("c"))
     with serving(consortium) as (server, heard):
         for shown, words in ((of_a_server, ""), (not_admitted, "does not lie in the coordinator's trust store")):

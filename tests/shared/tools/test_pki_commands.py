@@ -39,7 +39,7 @@ def run(line: str) -> str:
 def consortium() -> None:
     run("init ca --name North-Group")
     run("request site --name north --role site")
-    run("approve ca site/north.csr")
+    run("approve ca site/north.csr --role site")
     run("publish ca trust")
     run("install trust site/north.crt")
 
@@ -55,7 +55,7 @@ def test_from_the_ca_to_a_connected_site() -> None:
     assert "ca/ca.key (not encrypted: only its mode 0600 protects it)" in output
     asked = run("request site --name north --role site")
     assert stat.S_IMODE(Path("site/north.key").stat().st_mode) == 0o600
-    issued = run("approve ca site/north.csr --days 90")
+    issued = run("approve ca site/north.csr --role site --days 90")
     assert fingerprint(asked) == fingerprint(issued)
     certificate = certificates.load_certificate(Path("site/north.crt"))
     assert f"site north, serial {certificate.serial_number:x}" in issued
@@ -73,12 +73,25 @@ def test_from_the_ca_to_a_connected_site() -> None:
 def test_a_server_and_its_hosts() -> None:
     consortium()
     run("request coordinator --name main --role server --host localhost --host 127.0.0.1")
-    output = run("approve ca coordinator/main.csr --out tls/server.pem")
+    output = run("approve ca coordinator/main.csr --role server --host localhost --host 127.0.0.1 --out tls/server.pem")
     assert "hosts: localhost, 127.0.0.1" in output
     assert certificates.identity(certificates.load_certificate(Path("tls/server.pem"))) == ("main", "server")
     assert not Path("coordinator/main.crt").exists()
     with pytest.raises(TrustError, match=r"tls/server\.pem: the certificate is not installed: .*one for a server"):
         run("install trust tls/server.pem")
+
+
+def test_who_approves_names_the_role() -> None:
+    consortium()
+    run("request other --name hub --role server --host fl.example.org")
+    for missing in ("", " --role server"):
+        result = CliRunner().invoke(pki_app, f"approve ca other/hub.csr{missing}".split())
+        assert result.exit_code != 0
+    with pytest.raises(TrustError, match="asks for a certificate of a server, not of a site"):
+        run("approve ca other/hub.csr --role site")
+    with pytest.raises(TrustError, match=r"asks for fl\.example\.org too"):
+        run("approve ca other/hub.csr --role server --host localhost")
+    assert not Path("other/hub.crt").exists()
 
 
 def test_revoking_and_publishing() -> None:
@@ -100,8 +113,8 @@ def test_rotation() -> None:
     consortium()
     run("request new --name north --role site")
     with pytest.raises(TrustError, match="approve with --rotate"):
-        run("approve ca new/north.csr")
-    run("approve ca new/north.csr --rotate")
+        run("approve ca new/north.csr --role site")
+    run("approve ca new/north.csr --role site --rotate")
     run("install trust site/north.crt new/north.crt")
     old = certificates.load_certificate(Path("site/north.crt"))
     assert [found["state"] for found in json.loads(run("show trust --json"))] == ["valid", "valid"]
@@ -144,7 +157,7 @@ def test_show() -> None:
 def test_show_warns_before_something_expires() -> None:
     run("init ca --name North-Group --days 25")
     run("request site --name north --role site")
-    run("approve ca site/north.csr --days 20")
+    run("approve ca site/north.csr --role site --days 20")
     result = CliRunner().invoke(pki_app, ["show", "ca", "--json"], catch_exceptions=False)
     assert len(json.loads(result.stdout)) == 1  # warnings do not disturb the JSON
     assert "warning: the certificate of north expires in 19 days" in result.stderr
@@ -155,7 +168,7 @@ def test_show_of_an_expired_site() -> None:
     now = datetime.now(UTC)
     pki.create_ca(Path("ca"), name="x", passphrase=None, now=now - timedelta(days=100))
     request = pki.make_request(name="north", role="site")[1]
-    pki.approve(Path("ca"), request, days=10, passphrase=None, now=now - timedelta(days=50))
+    pki.approve(Path("ca"), request, role="site", days=10, passphrase=None, now=now - timedelta(days=50))
     [found] = json.loads(run("show ca --json"))
     assert found["state"] == "expired"
 
@@ -167,11 +180,11 @@ def test_a_passphrase_from_a_file_or_the_environment(monkeypatch: pytest.MonkeyP
     assert "ca/ca.key (encrypted)" in run("init ca --name x --passphrase-file word")
     run("request site --name north --role site --passphrase-file word")
     with pytest.raises(TrustError, match=r"ca\.key is encrypted and there is no passphrase"):
-        run("approve ca site/north.csr")
+        run("approve ca site/north.csr --role site")
     with pytest.raises(TrustError, match="passphrase is wrong"):
-        run("approve ca site/north.csr --passphrase-file wrong")
+        run("approve ca site/north.csr --role site --passphrase-file wrong")
     monkeypatch.setenv("SILOTUNE_PASSPHRASE_FILE", "word")
-    run("approve ca site/north.csr")
+    run("approve ca site/north.csr --role site")
     run("revoke ca north")
     assert node_keys.load_private_key(Path("site/north.key"), WORD)
     Path("word").chmod(0o644)
@@ -195,9 +208,12 @@ def test_signer() -> None:
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("approve ca nowhere.csr", r"nowhere\.csr cannot be read \(No such file or directory\); check the path"),
-        ("approve ca site/north.crt", "is no PEM certificate request"),
-        ("approve nowhere site/north.csr", "nowhere holds no CA"),
+        (
+            "approve ca nowhere.csr --role site",
+            r"nowhere\.csr cannot be read \(No such file or directory\); check the path",
+        ),
+        ("approve ca site/north.crt --role site", "is no PEM certificate request"),
+        ("approve nowhere site/north.csr --role site", "nowhere holds no CA"),
         ("install trust nowhere.crt", r"nowhere\.crt cannot be read"),
         ("install trust site/north.csr", r"site/north\.csr: the certificate is not a PEM file"),
         ("install nowhere site/north.crt", r"nowhere/ca\.crt does not exist"),
@@ -207,7 +223,7 @@ def test_signer() -> None:
         ("init ca --name x", "ca holds a CA already"),
         ("request site --name north --role site", r"site/north\.key exists already"),
         ("request site --name a/b --role site", "the name is 'a/b'"),
-        ("request site --name x --role site --host h", "a site's request names hosts"),
+        ("request site --name x --role site --host h", "the request of a site names hosts"),
         ("request site --name x --role server", "names no host"),
         ("signer keys/_x", "the name is '_x'"),
         ("signer ops --passphrase-file nowhere", "passphrase file nowhere does not exist"),
@@ -220,7 +236,7 @@ def test_mistakes_are_explained(line: str, text: str) -> None:
 
 
 def test_the_command_line_refuses_what_it_does_not_know() -> None:
-    for line in ("request site --name x --role boss", "approve ca x.csr --days 0", "frobnicate"):
+    for line in ("request site --name x --role boss", "approve ca x.csr --role site --days 0", "frobnicate"):
         assert CliRunner().invoke(pki_app, line.split()).exit_code == 2
     assert CliRunner().invoke(pki_app, ["--help"]).exit_code == 0
 

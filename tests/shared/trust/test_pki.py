@@ -41,7 +41,7 @@ class Consortium:
 
     def site(self, name: str, *, now: datetime = NOW, **options: Any) -> tuple[ec.EllipticCurvePrivateKey, Any]:
         key, csr = make_request(name=name, role="site")
-        certificate = approve(self.ca, csr, passphrase=None, now=now, **options)
+        certificate = approve(self.ca, csr, role="site", passphrase=None, now=now, **options)
         return key, certificate
 
     def install(self, certificate: x509.Certificate, now: datetime = NOW) -> certificates.SiteIdentity:
@@ -141,8 +141,8 @@ def test_a_ca_key_under_a_passphrase(tmp_path: Path, monkeypatch: pytest.MonkeyP
     request = make_request(name="north", role="site")[1]
     for passphrase, text in [(None, "there is no passphrase"), ("wrong", "passphrase is wrong")]:
         with pytest.raises(TrustError, match=text):
-            approve(tmp_path, request, passphrase=passphrase, now=NOW)
-    certificate = approve(tmp_path, request, passphrase="word", now=NOW)  # noqa: S106
+            approve(tmp_path, request, role="site", passphrase=passphrase, now=NOW)
+    certificate = approve(tmp_path, request, role="site", passphrase="word", now=NOW)  # noqa: S106
     with pytest.raises(TrustError, match="there is no passphrase"):
         revoke(tmp_path, "north", passphrase=None, now=NOW)
     assert revoke(tmp_path, f"{certificate.serial_number:x}", passphrase="word", now=NOW) == 1  # noqa: S106
@@ -151,15 +151,15 @@ def test_a_ca_key_under_a_passphrase(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_folder_without_a_ca_or_with_parts_missing(tmp_path: Path, consortium: Consortium, other_ca: Path) -> None:
     request = make_request(name="north", role="site")[1]
     with pytest.raises(TrustError, match="holds no CA"):
-        approve(tmp_path / "nowhere", request, **NO_WORD)
+        approve(tmp_path / "nowhere", request, role="site", **NO_WORD)
     crl = (consortium.ca / "crl.pem").read_bytes()
     (consortium.ca / "crl.pem").unlink()
     with pytest.raises(TrustError, match=r"revocation list .*crl\.pem does not exist; .*backup"):
-        approve(consortium.ca, request, **NO_WORD)
+        approve(consortium.ca, request, role="site", **NO_WORD)
     (consortium.ca / "crl.pem").write_bytes(crl)
     shutil.copy(other_ca / "ca.key", consortium.ca / "ca.key")
     with pytest.raises(TrustError, match=r"ca\.key and ca\.crt in .* do not belong together"):
-        approve(consortium.ca, request, **NO_WORD)
+        approve(consortium.ca, request, role="site", **NO_WORD)
 
 
 # --- requests and approval ----------------------------------------------------------------------------------------
@@ -191,7 +191,8 @@ def test_an_issued_site_certificate(consortium: Consortium) -> None:
 def test_an_issued_server_certificate_has_its_hosts(consortium: Consortium) -> None:
     _, request = make_request(name="coordinator", role="server", hosts=["fl.example.org", "127.0.0.1", "::1"])
     assert pki.read_request(request).hosts == ("fl.example.org", "127.0.0.1", "::1")
-    certificate = approve(consortium.ca, request, **NO_WORD)
+    hosts = ["::1", "FL.example.org", "127.0.0.1"]
+    certificate = approve(consortium.ca, request, role="server", hosts=hosts, **NO_WORD)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
     assert names.get_values_for_type(x509.DNSName) == ["fl.example.org"]
     assert [str(address) for address in names.get_values_for_type(x509.IPAddress)] == ["127.0.0.1", "::1"]
@@ -206,7 +207,7 @@ def test_an_issued_server_certificate_has_its_hosts(consortium: Consortium) -> N
         ({"name": "x\n"}, "the name is"),
         ({"name": "x" * 65}, "the name is"),
         ({"role": "boss"}, "the role is 'boss'; expected server or site"),
-        ({"hosts": ["localhost"]}, "a site's request names hosts"),
+        ({"hosts": ["localhost"]}, "the request of a site names hosts"),
         ({"role": "server"}, "names no host"),
         ({"role": "server", "hosts": ["localhost:9092"]}, "the host is 'localhost:9092'; expected a DNS name"),
         ({"role": "server", "hosts": ["*.example.org"]}, "without a port or a wildcard"),
@@ -258,7 +259,7 @@ def test_a_request_is_checked_at_the_ca(consortium: Consortium) -> None:
     ]
     for request, text in refused:
         with pytest.raises(TrustError, match=text):
-            approve(consortium.ca, request, **NO_WORD)
+            approve(consortium.ca, request, role="site", **NO_WORD)
     assert not (consortium.ca / "issued").exists()
 
 
@@ -268,21 +269,44 @@ def test_wishes_of_a_request_are_ignored(consortium: Consortium) -> None:
         x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH, ExtendedKeyUsageOID.CODE_SIGNING]),
         pki._key_usage(ca=True),
     )
-    certificate = approve(consortium.ca, csr(extensions=wishes), **NO_WORD)
+    certificate = approve(consortium.ca, csr(extensions=wishes), role="site", **NO_WORD)
     assert not certificate.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert not certificate.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
     usage = certificate.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
     assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH]
 
 
+@pytest.mark.parametrize(
+    ("asked", "hosts_asked", "role", "hosts", "text"),
+    [
+        ("server", ["localhost"], "site", [], "the request of x asks for a certificate of a server, not of a site"),
+        ("site", [], "server", ["localhost"], "the request of x asks for a certificate of a site, not of a server"),
+        ("server", ["localhost", "fl.example.org"], "server", ["localhost"], r"asks for fl\.example\.org too"),
+        ("server", ["localhost"], "server", ["localhost", "::1"], "does not ask for ::1"),
+        ("server", ["localhost"], "server", [], "the approval of a server names no host"),
+        ("site", [], "site", ["localhost"], "the approval of a site names hosts"),
+        ("site", [], "boss", [], "the role is 'boss'"),
+        ("server", ["localhost"], "server", ["*"], "the host is"),
+    ],
+)
+def test_who_approves_names_role_and_hosts(
+    consortium: Consortium, asked: str, hosts_asked: list[str], role: str, hosts: list[str], text: str
+) -> None:
+    """A request alone does not decide what it becomes: else a site's would become the coordinator's certificate."""
+    request = make_request(name="x", role=asked, hosts=hosts_asked)[1]
+    with pytest.raises(TrustError, match=text):
+        approve(consortium.ca, request, role=role, hosts=hosts, **NO_WORD)
+    assert not (consortium.ca / "issued").exists()
+
+
 def test_a_certificate_does_not_outlive_the_ca(tmp_path: Path) -> None:
     create_ca(tmp_path, name="x", days=100, **NO_WORD)
     request = make_request(name="north", role="site")[1]
     with pytest.raises(TrustError, match=r"but the CA expires on .*choose fewer --days"):
-        approve(tmp_path, request, days=101, **NO_WORD)
+        approve(tmp_path, request, role="site", days=101, **NO_WORD)
     with pytest.raises(TrustError, match="days is 0"):
-        approve(tmp_path, request, days=0, **NO_WORD)
-    approve(tmp_path, request, days=100, **NO_WORD)
+        approve(tmp_path, request, role="site", days=0, **NO_WORD)
+    approve(tmp_path, request, role="site", days=100, **NO_WORD)
 
 
 def test_another_key_under_a_known_name_needs_rotation(consortium: Consortium) -> None:
@@ -307,26 +331,26 @@ def test_rotation_keeps_both_keys_until_the_old_one_is_revoked(consortium: Conso
 
 def test_a_renewal_with_the_same_key_needs_no_rotation(consortium: Consortium) -> None:
     _, request = make_request(name="north", role="site")
-    first = approve(consortium.ca, request, **NO_WORD)
-    second = approve(consortium.ca, request, passphrase=None, now=NOW + DAY)
+    first = approve(consortium.ca, request, role="site", **NO_WORD)
+    second = approve(consortium.ca, request, role="site", passphrase=None, now=NOW + DAY)
     assert first.serial_number != second.serial_number
 
 
 def test_one_key_has_one_name(consortium: Consortium) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    approve(consortium.ca, csr(key=key), **NO_WORD)
+    approve(consortium.ca, csr(key=key), role="site", **NO_WORD)
     name = [(NameOID.COMMON_NAME, "south"), (NameOID.ORGANIZATIONAL_UNIT_NAME, "site")]
     with pytest.raises(TrustError, match="the key of this request belongs to north, and south asks for it"):
-        approve(consortium.ca, csr(key=key, name=name), rotate=True, **NO_WORD)
+        approve(consortium.ca, csr(key=key, name=name), role="site", rotate=True, **NO_WORD)
 
 
 def test_a_revoked_key_never_comes_back(consortium: Consortium) -> None:
     key = ec.generate_private_key(ec.SECP256R1())
-    approve(consortium.ca, csr(key=key), days=10, **NO_WORD)
+    approve(consortium.ca, csr(key=key), role="site", days=10, **NO_WORD)
     consortium.revoke("north")
     for when in (NOW, NOW + 20 * DAY):
         with pytest.raises(TrustError, match=r"cannot be certified again: .* was revoked on .*Make a new request"):
-            approve(consortium.ca, csr(key=key), passphrase=None, now=when, rotate=True)
+            approve(consortium.ca, csr(key=key), role="site", passphrase=None, now=when, rotate=True)
     consortium.site("north")  # a new key may
 
 
@@ -542,7 +566,7 @@ def test_odd_files_are_shown_and_not_trusted(consortium: Consortium, other_ca: P
 
 
 def test_certificates_of_others_are_refused(consortium: Consortium, other_ca: Path) -> None:
-    certificate = approve(other_ca, make_request(name="north", role="site")[1], **NO_WORD)
+    certificate = approve(other_ca, make_request(name="north", role="site")[1], role="site", **NO_WORD)
     with pytest.raises(TrustError, match=r"not installed: .*north was not signed by this CA \(North Group\)"):
         consortium.install(certificate)
     (consortium.store.folder / "sites").mkdir()
@@ -553,7 +577,7 @@ def test_certificates_of_others_are_refused(consortium: Consortium, other_ca: Pa
 
 def test_a_server_certificate_does_not_let_a_site_in(consortium: Consortium) -> None:
     request = make_request(name="coordinator", role="server", hosts=["localhost"])[1]
-    certificate = approve(consortium.ca, request, **NO_WORD)
+    certificate = approve(consortium.ca, request, role="server", hosts=["localhost"], **NO_WORD)
     with pytest.raises(TrustError, match="coordinator is one for a server, not a site"):
         consortium.install(certificate)
     (consortium.store.folder / "sites").mkdir()
@@ -606,7 +630,9 @@ def test_a_name_of_an_unknown_kind_of_text_stops_nobody(consortium: Consortium) 
     )
     odd[odd.index(b"\x0c\x05south")] = 0xCC
     with pytest.raises(TrustError, match="is no PEM certificate request"):
-        approve(consortium.ca, x509.load_der_x509_csr(bytes(odd)).public_bytes(PEM), passphrase=None, now=NOW)
+        approve(
+            consortium.ca, x509.load_der_x509_csr(bytes(odd)).public_bytes(PEM), role="site", passphrase=None, now=NOW
+        )
 
 
 def test_verify_certificate_says_what_is_wrong(consortium: Consortium, other_ca: Path) -> None:
@@ -623,7 +649,7 @@ def test_verify_certificate_says_what_is_wrong(consortium: Consortium, other_ca:
 
 def test_an_expired_ca_vouches_for_nobody(tmp_path: Path) -> None:
     ca = create_ca(tmp_path, name="x", days=10, **NO_WORD)
-    certificate = approve(tmp_path, make_request(name="north", role="site")[1], days=10, **NO_WORD)
+    certificate = approve(tmp_path, make_request(name="north", role="site")[1], role="site", days=10, **NO_WORD)
     long_lived = pki._builder(certificate.subject, ca.subject, certificate.public_key(), NOW, 20 * DAY).sign(
         node_keys.load_private_key(tmp_path / "ca.key", None), hashes.SHA256()
     )
@@ -680,7 +706,7 @@ def test_a_fingerprint_is_the_hash_of_the_public_key() -> None:
 
 def server_files(ca: Path, folder: Path, hosts: list[str], now: datetime = NOW, days: int = 10) -> tuple[Path, Path]:
     key, request = make_request(name="coordinator", role="server", hosts=hosts)
-    certificate = approve(ca, request, days=days, passphrase=None, now=now, rotate=True)
+    certificate = approve(ca, request, role="server", hosts=hosts, days=days, passphrase=None, now=now, rotate=True)
     folder.mkdir(exist_ok=True)
     (folder / "server.pem").write_bytes(certificate.public_bytes(PEM))
     node_keys.write_plain_pem_key(folder / "server.key", key)
@@ -742,7 +768,7 @@ def test_openssl_refuses(tmp_path: Path, other_ca: Path, hosts: list[str], chang
     server = server_files(tmp_path / "ca", tmp_path / "server", hosts, now=when)
     if change == "site":
         key, request = make_request(name="north", role="site")
-        server[0].write_bytes(approve(tmp_path / "ca", request, **NO_WORD).public_bytes(PEM))
+        server[0].write_bytes(approve(tmp_path / "ca", request, role="site", **NO_WORD).public_bytes(PEM))
         node_keys.write_plain_pem_key(server[1], key)
     trusted = (other_ca if change == "wrong CA" else tmp_path / "ca") / "ca.crt"
     with pytest.raises(ssl.SSLCertVerificationError, match=text):
