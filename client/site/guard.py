@@ -20,6 +20,7 @@ from client.ledger.audit_mirror import AuditMirror
 from client.ledger.ledger import Ledger
 from client.site.charged_records import RECORDS_FILE, ChargedRecords
 from client.site.declared import durable_size
+from client.site.limits import check_adapter_size
 from client.site.policy import (
     Policy,
     check_backbone,
@@ -111,6 +112,7 @@ class Guard:
             bytes=len(request.adapter),
         )
         self.admit_job(order.signed_job if order else None)
+        check_adapter_size(self.policy.limits, len(request.adapter))
         assert order is not None  # noqa: S101 (admit_job refused otherwise)
         try:
             fields = round_fields(

@@ -18,6 +18,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
+from client.site.limits import Limits, broken_limits
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
 from shared.job.job import Job
@@ -66,6 +67,7 @@ class Policy(Section):
     """A job whose `federation.min_sites` is lower is refused: alone, a site's update would be the result."""
     max_clock_skew_seconds: float = Field(default=300.0, gt=0)
     """Largest accepted difference between the coordinator's clock and this site's, in seconds."""
+    limits: Limits = Limits()
 
     @field_validator("signers")
     @classmethod
@@ -245,6 +247,7 @@ def policy_template(*, signers: Mapping[str, str] | None = None, max_epsilon_per
         backbones="\n".join(_embedded_backbones()),
         image_networks="\n".join(_image_networks()),
         **{name: field.default for name, field in Policy.model_fields.items() if not field.is_required()},
+        **Limits().model_dump(),
     )
 
 
@@ -281,6 +284,7 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
             f"its federation.min_sites is {job.federation.min_sites}; this site takes part only from "
             f"{policy.min_sites} sites on."
         )
+    yield from broken_limits(policy.limits, job)
 
 
 def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
@@ -375,6 +379,14 @@ max_clock_skew_seconds = {max_clock_skew_seconds}
 # Metrics of held-out records that may be released, once a job, with noise and charged to the ledger:
 # "accuracy", "confusion", "loss". Needs evaluation_share in site.toml. Empty: nothing but noisy updates leaves.
 metrics = []
+
+# How large a job may be, whoever signed it: what is larger is refused before anything is loaded for it.
+# Labels of a task, rank of the adapters, tokens of a text, and the adapter that a round sends, in millions of bytes.
+[limits]
+max_labels = {max_labels}
+max_rank = {max_rank}
+max_length = {max_length}
+max_adapter_megabytes = {max_adapter_megabytes}
 
 # Who may sign jobs: a name of your choice and the public key. Ask for the key by telephone or in person, not
 # through the coordinator.

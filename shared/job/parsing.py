@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from shared.errors import ConfigError, excerpt
 
+_MOST_FINDINGS = 30  # a hostile job could have a hundred thousand, and each is compared with what is known
+
 
 class Section(BaseModel):
     """Base of all configuration sections: frozen, finite numbers only, unknown keys refused."""
@@ -65,7 +67,10 @@ def parse(model: type[SectionT], raw: Mapping[str, Any], *, source: str) -> Sect
     try:
         return model.model_validate(dict(raw))
     except ValidationError as error:
-        lines = [explain(model, detail) for detail in error.errors()]
+        found = error.errors(include_url=False)
+        lines = [explain(model, detail) for detail in found[:_MOST_FINDINGS]]
+        if len(found) > _MOST_FINDINGS:
+            lines.append(f"and {len(found) - _MOST_FINDINGS:,} more")
         raise ConfigError(f"{source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
 
 

@@ -40,6 +40,7 @@ KEPT_ROUNDS = 3
 _CONTENT = "silotune"
 _MOST_REASON_CHARACTERS = 600
 _MOST_METRICS_CHARACTERS = 1 << 22
+_MOST_JOB_CHARACTERS = 1 << 20  # as of a signed one
 _MOST_COUNTED = 1 << 53
 """No count in a message is greater, nor a noisy one: all of them, and sums of thousands, are then numbers of every kind."""
 # What reading a malformed header may raise; int(inf) overflows.
@@ -221,8 +222,11 @@ def unpack_request(content: RecordDict, kind: Literal["train", "metrics"] = "tra
             order = Order(signed_job=signed, sent_at=str(header["sent_at"]), signature=bytes(header["signature"]))
             job = signed.job
         else:
-            job = parse(Job, json.loads(str(header["job"])), source="the job in the request")
-    except (KeyError, ValueError, TypeError, OverflowError):
+            text = str(header["job"])
+            if len(text) > _MOST_JOB_CHARACTERS:
+                raise ValueError("too long")
+            job = parse(Job, json.loads(text), source="the job in the request")
+    except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         raise RunError("the request has no readable job or round number.") from None
     return TrainRequest(job=job, round_number=round_number, adapter=_bytes(header, "adapter"), order=order)
 

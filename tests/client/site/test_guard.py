@@ -281,8 +281,12 @@ def test_rounds_run_only_within_the_hours(world: World, asked: TrainRequest) -> 
         ({"privacy": {"noise_multiplier": 0.4}}, ["its plan costs epsilon", "this site accepts at most 2 per job"]),
         ({"training": {"rounds": 300}}, ["it plans 600 steps (300 rounds of 2); this site accepts at most 200"]),
         ({"federation": {"min_sites": 1}}, ["its federation.min_sites is 1; this site takes part only from 2"]),
+        (
+            {"task": {"labels": [f"{n}" for n in range(1001)]}},
+            ["task.labels asks for 1,001; this site accepts at most 1,000"],
+        ),
     ],
-    ids=["epsilon", "steps", "sites"],
+    ids=["epsilon", "steps", "sites", "labels"],
 )
 def test_a_job_beyond_the_limits_is_refused_in_every_message(
     world: World,
