@@ -99,9 +99,8 @@ def _settings(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
     budget = config.budget
     text = (
-        f"site {config.name}, budget epsilon {as_set(budget.epsilon)} at delta {delta_rounded_up(budget.delta)} for "
-        f"each {budget.unit}, "
-        f"composition {budget.composition}"
+        f"site {config.name}, budget epsilon {as_set(budget.epsilon)} at delta {delta_rounded_up(budget.delta)} for each "
+        f"{budget.unit}, composition {budget.composition}"
     )
     if budget.composition == "fixed":
         return "warning", (

@@ -87,9 +87,8 @@ class DataSource(Section):
     def _check_there_is_text_to_mask(self) -> Self:
         if self.deidentify is not None and not self.columns.keys() & TEXT_ROLES:
             raise ValueError(
-                f"deidentify masks the roles {', '.join(sorted(TEXT_ROLES))}, but columns names none of them; remove "
-                f"it, or give the "
-                "text one of these roles"
+                f"deidentify masks the roles {', '.join(sorted(TEXT_ROLES))}, but columns names none of them; remove it, "
+                "or give the text one of these roles"
             )
         return self
 

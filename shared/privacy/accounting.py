@@ -27,14 +27,7 @@ from scipy.special import log_ndtr, ndtr
 
 from shared.epsilons import as_set, rounded_up
 from shared.errors import PrivacyError
-from shared.limits import (
-    MAX_EPSILON,
-    MAX_NOISE_MULTIPLIER,
-    MAX_STEPS,
-    MIN_DELTA,
-    MIN_NOISE_MULTIPLIER,
-    MIN_SAMPLE_RATE,
-)
+from shared.limits import MAX_EPSILON, MAX_NOISE_MULTIPLIER, MAX_STEPS, MIN_DELTA, MIN_NOISE_MULTIPLIER, MIN_SAMPLE_RATE
 from shared.privacy.crossing import crossing
 from shared.privacy.loss_distribution import composed_epsilon, largest_loss
 

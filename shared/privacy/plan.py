@@ -175,8 +175,7 @@ def _noise_multiplier(
     if mean_loss(event) > MAX_MEAN_LOSS:
         raise PrivacyError(
             f"no epsilon can be stated for privacy.noise_multiplier {as_set(privacy.noise_multiplier)} at sampling rate "
-            f"{rate_rounded_up(sample_rate)} over {steps:,} steps: it would be about a thousand or more. Raise the "
-            f"noise multiplier, or "
-            "lower the number of steps or the rate."
+            f"{rate_rounded_up(sample_rate)} over {steps:,} steps: it would be about a thousand or more. Raise the noise "
+            "multiplier, or lower the number of steps or the rate."
         )
     return privacy.noise_multiplier

@@ -378,11 +378,9 @@ def run_statement(
     if worst.unit in PERSON_UNITS:
         about = f"A {worst.unit} whose records are all at one site: everything released about them is"
     sentence = (
-        f"Run {run}, {len(releases)} sites. {about} "
-        f"({stated}, {delta_rounded_up(worst.delta)})-differentially private under "
-        f"{relation(worst.unit)}, by PLD accounting, against an observer of every update of every site; the largest epsilon of a "
-        f"site, {worst.site}. "
-        f"{AS_REPORTED}"
+        f"Run {run}, {len(releases)} sites. {about} ({stated}, {delta_rounded_up(worst.delta)})-differentially private "
+        f"under {relation(worst.unit)}, by PLD accounting, against an observer of every update of every site; the "
+        f"largest epsilon of a site, {worst.site}. {AS_REPORTED}"
     )
     if stopped_early:
         sentence += (

@@ -105,12 +105,10 @@ class MechanismAudit:
         low, high = self.noise_multiplier_interval
         found = f" ({', '.join(self.failed)})" if self.failed else ""
         return (
-            f"CLAIM epsilon {rounded_up(self.claim)} at delta {delta_rounded_up(self.delta)} / "
-            f"LOWER BOUND {bound_rounded_down(self.epsilon_lower_bound)} / "
-            f"CEILING {bound_rounded_down(self.ceiling)} / "
-            f"noise multiplier {noise_rounded_down(self.noise_multiplier)}, in effect {noise_rounded_down(low)} to "
-            f"{rounded_up(high, 4)} / "
-            f"{self.verdict}{found} at alpha {self.alpha:g}"
+            f"CLAIM epsilon {rounded_up(self.claim)} at delta {delta_rounded_up(self.delta)} / LOWER BOUND "
+            f"{bound_rounded_down(self.epsilon_lower_bound)} / CEILING {bound_rounded_down(self.ceiling)} / noise "
+            f"multiplier {noise_rounded_down(self.noise_multiplier)}, in effect {noise_rounded_down(low)} to "
+            f"{rounded_up(high, 4)} / {self.verdict}{found} at alpha {self.alpha:g}"
         )
 
     def result(self, audited: str) -> AuditResult:

@@ -64,9 +64,8 @@ def judge(*, claim: float, lower_bound: float, ceiling: float) -> tuple[Verdict,
         )
     if claim > ceiling:
         return "inconclusive", (
-            f"this audit cannot show more than epsilon {bound_rounded_down(ceiling)}, "
-            "however bad the mechanism is, so it cannot falsify the "
-            f"claimed {rounded_up(claim)}. More canaries raise the ceiling.",
+            f"this audit cannot show more than epsilon {bound_rounded_down(ceiling)}, however bad the mechanism is, so "
+            f"it cannot falsify the claimed {rounded_up(claim)}. More canaries raise the ceiling.",
         )
     return "consistent", ("the observations do not contradict the claim; that proves nothing.",)
 

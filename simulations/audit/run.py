@@ -180,11 +180,9 @@ def mechanism_result(run: AuditedRun, audit: MechanismAudit) -> AuditResult:
     audited = "coordinator's round (with a fixed clipping bound)" if run.job.privacy.central else "trainer"
     return audit.result(
         f"the {audited} of this installation under the plan of {run.site} (unit {run.plan.unit}, sampling rate "
-        f"{rate_rounded_up(run.plan.sample_rate)}, noise "
-        f"multiplier {noise_rounded_down(run.plan.noise_multiplier)}, clipping norm "
-        f"{rate_rounded_up(run.plan.max_grad_norm)}), on canaries, "
-        f"{steps} of {run.plan.planned_steps} steps per call, {audit.observed_steps} noisy steps in all; the accounting of all "
-        f"{run.plan.planned_steps} steps"
+        f"{rate_rounded_up(run.plan.sample_rate)}, noise multiplier {noise_rounded_down(run.plan.noise_multiplier)}, "
+        f"clipping norm {rate_rounded_up(run.plan.max_grad_norm)}), on canaries, {steps} of {run.plan.planned_steps} "
+        f"steps per call, {audit.observed_steps} noisy steps in all; the accounting of all {run.plan.planned_steps} steps"
     )
 
 

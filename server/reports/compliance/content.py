@@ -18,7 +18,6 @@ from server.reports.compliance.document import (
     Document,
     Notice,
     Paragraph,
-    Section,
     SignatureLines,
     Table,
     entries,
@@ -58,27 +57,27 @@ def compose_document(facts: Facts, *, now: datetime, signer: Signer | None, file
         signer: who will sign the file; None if nobody does.
         file_name: of the report, to which its signature refers.
     """
-    sections = [
-        _summary(facts),
-        _training(facts),
-        _participants(facts),
-        _data(facts),
-        evidence.guarantee_section(facts),
-        spending.ledger_section(facts),
-        spending.release_section(facts),
-        evidence.accountant_section(facts),
-        evidence.audit_section(facts),
-        evidence.version_section(facts),
-        _limits(facts),
-        _signature(signer, file_name),
-    ]
+    sections = (
+        section("summary", "Summary", _summary(facts)),
+        section("training", "What was trained", _training(facts)),
+        section("participants", "By whom", _participants(facts)),
+        section("data", "On what kind of data", _data(facts)),
+        section("guarantee", "The guarantee", evidence.guarantee(facts)),
+        section("ledger", "The sites' ledgers before and after", spending.ledgers(facts)),
+        section("releases", "Every release", spending.releases(facts)),
+        section("accountants", "Accountants compared", evidence.accountants(facts)),
+        section("audits", "Audits", evidence.audits(facts)),
+        section("versions", "Versions and hashes", evidence.versions(facts)),
+        section("limits", "Limits of the guarantee, in plain words", _limits(facts)),
+        section("signature", "Signatures", _signature(signer, file_name)),
+    )
     return Document(
         title=f"Compliance report: {printable(facts.job.name)}",
         subtitle="Federated fine-tuning under differential privacy, made with Silotune",
         language="en",
         created=format_time(now.astimezone(UTC)),
         lead=tuple(_lead(facts)),
-        sections=tuple(sections),
+        sections=sections,
     )
 
 
@@ -124,7 +123,7 @@ def _why_not_private(facts: Facts) -> str:
     )
 
 
-def _summary(facts: Facts) -> Section:
+def _summary(facts: Facts) -> Iterator[Block]:
     run, headline = facts.data.run, facts.headline
     privacy = "none is guaranteed"
     if headline is not None:
@@ -133,22 +132,16 @@ def _summary(facts: Facts) -> Section:
             f"{headline.where}"
         )
     verdicts = [f"tier {audit.tier} {audit.verdict}" for audit in facts.data.audits]
-    return section(
-        "summary",
-        "Summary",
-        [
-            entries(
-                ("Run", printable(facts.job.name)),
-                ("State", _STATUS[run.status]),
-                ("Time", f"{format_time(run.created)} to {format_time(run.finished)}"),
-                ("Privacy", privacy),
-                ("Sites", _number_of_sites(facts)),
-                ("Rounds", _rounds(facts)),
-                ("Result", _result(facts)),
-                ("Audits", ", ".join(verdicts) or "none was made"),
-                ("Discrepancies", str(len(facts.discrepancies)) if facts.discrepancies else "none found"),
-            ),
-        ],
+    yield entries(
+        ("Run", printable(facts.job.name)),
+        ("State", _STATUS[run.status]),
+        ("Time", f"{format_time(run.created)} to {format_time(run.finished)}"),
+        ("Privacy", privacy),
+        ("Sites", _number_of_sites(facts)),
+        ("Rounds", _rounds(facts)),
+        ("Result", _result(facts)),
+        ("Audits", ", ".join(verdicts) or "none was made"),
+        ("Discrepancies", str(len(facts.discrepancies)) if facts.discrepancies else "none found"),
     )
 
 
@@ -180,7 +173,7 @@ def _result(facts: Facts) -> str | None:
     return f"{metric_title(metric)} {format_metric(metric, value)}{where}{uncovered}"
 
 
-def _training(facts: Facts) -> Section:
+def _training(facts: Facts) -> Iterator[Block]:
     job = facts.job
     training = job.training
     if job.model.is_image_network:
@@ -191,34 +184,28 @@ def _training(facts: Facts) -> Section:
     else:
         what = "A small adapter and, for a classifier, its output layer. The language model below it was not changed."
         sent = "adapter"
-    return section(
-        "training",
-        "What was trained",
-        [
-            Paragraph(
-                text=f"{what} The coordinator sent the {sent} out, sites improved it on their own records, and "
-                f"{_way_back(facts)}"
-            ),
-            entries(
-                *_model_entries(job),
-                ("Task", task_of(job).about),
-                ("Labels", _labels(job.task.labels)),
-                (
-                    "Length",
-                    f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'step')} at each site"
-                    + (f" planned, {facts.data.federated.rounds_done} executed" if facts.data.stopped_early else ""),
-                ),
-                (
-                    "Optimiser",
-                    f"{training.optimizer}, learning rate {training.learning_rate:g}, schedule {training.schedule}",
-                ),
-                ("Aggregation", f"mean of the sites' updates, weights {job.aggregation.weights}"),
-                ("Updates sent in", job.federation.update_dtype),
-                ("Took", format_seconds(facts.data.run.seconds)),
-                ("Job (SHA-256)", job.sha256),
-                mono=("Job (SHA-256)",),
-            ),
-        ],
+    yield Paragraph(
+        text=f"{what} The coordinator sent the {sent} out, sites improved it on their own records, and "
+        f"{_way_back(facts)}"
+    )
+    yield entries(
+        *_model_entries(job),
+        ("Task", task_of(job).about),
+        ("Labels", _labels(job.task.labels)),
+        (
+            "Length",
+            f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'step')} at each site"
+            + (f" planned, {facts.data.federated.rounds_done} executed" if facts.data.stopped_early else ""),
+        ),
+        (
+            "Optimiser",
+            f"{training.optimizer}, learning rate {training.learning_rate:g}, schedule {training.schedule}",
+        ),
+        ("Aggregation", f"mean of the sites' updates, weights {job.aggregation.weights}"),
+        ("Updates sent in", job.federation.update_dtype),
+        ("Took", format_seconds(facts.data.run.seconds)),
+        ("Job (SHA-256)", job.sha256),
+        mono=("Job (SHA-256)",),
     )
 
 
@@ -249,7 +236,7 @@ def _way_back(facts: Facts) -> str:
     return "every record's part was clipped and noise added before it came back. No record left a site."
 
 
-def _participants(facts: Facts) -> Section:
+def _participants(facts: Facts) -> Iterator[Block]:
     rows = tuple(
         (
             facts.called(site.release.site),
@@ -259,70 +246,58 @@ def _participants(facts: Facts) -> Section:
         )
         for site in facts.sites
     )
-    blocks: list[Block] = []
     if facts.signed_job is not None:
         signed = facts.signed_job
-        blocks.append(
-            entries(
-                ("Coordinator", printable(facts.coordinator or NOT_RECORDED)),
-                ("Coordinator's key", signed.coordinator.text),
-                ("Its fingerprint", fingerprint(signed.coordinator)),
-                ("Job signed by", signed.signer.text),
-                ("Signer's fingerprint", fingerprint(signed.signer)),
-                ("Job signed on", f"{format_time(signed.issued)}, valid until {format_time(signed.not_after)}"),
-                mono=("Coordinator's key", "Its fingerprint", "Job signed by", "Signer's fingerprint"),
-            )
+        yield entries(
+            ("Coordinator", printable(facts.coordinator or NOT_RECORDED)),
+            ("Coordinator's key", signed.coordinator.text),
+            ("Its fingerprint", fingerprint(signed.coordinator)),
+            ("Job signed by", signed.signer.text),
+            ("Signer's fingerprint", fingerprint(signed.signer)),
+            ("Job signed on", f"{format_time(signed.issued)}, valid until {format_time(signed.not_after)}"),
+            mono=("Coordinator's key", "Its fingerprint", "Job signed by", "Signer's fingerprint"),
         )
-        blocks.append(
-            Paragraph(
-                text="Sites connect with certificates of the consortium's CA and train only jobs that are signed by whom their "
-                "own policy names. Compare the fingerprints with those that you were given by another way.",
-                role="note",
-            )
+        yield Paragraph(
+            text="Sites connect with certificates of the consortium's CA and train only jobs that are signed by whom their "
+            "own policy names. Compare the fingerprints with those that you were given by another way.",
+            role="note",
         )
     else:
         where = "a simulation has none" if facts.simulated else "the run folder does not lie in a coordinator's folder"
-        blocks.append(Paragraph(text=f"No coordinator's signature stands behind this run: {where}."))
+        yield Paragraph(text=f"No coordinator's signature stands behind this run: {where}.")
     if rows:
         caption = (
             "Sites. The declared size is public: a round number that the site chose, not the count of its records."
         )
         columns = (wide("Site"), *numbers("Declared size", "Updates released", "Requests never answered"))
-        blocks.append(Table(caption=caption, columns=columns, rows=rows))
-    return section("participants", "By whom", blocks)
+        yield Table(caption=caption, columns=columns, rows=rows)
 
 
-def _data(facts: Facts) -> Section:
+def _data(facts: Facts) -> Iterator[Block]:
     dataset, job = facts.data.run.dataset, facts.job
     total = sum(site.release.declared_records for site in facts.sites)
     most = job.privacy.model_dump().get("records_per_person")  # of jobs whose unit is a person
-    return section(
-        "data",
-        "On what kind of data",
-        [
-            entries(
-                ("Kind", task_of(job).content),
-                ("Data set", printable(dataset.name) if dataset.name else None),
-                (
-                    "Training records",
-                    f"{dataset.train_records:,}" if facts.simulated and dataset.train_records else None,
-                ),
-                ("Declared sizes", f"{total:,} in all {_count(len(facts.sites), 'site')}" if facts.sites else None),
-                _size_of_a_record(job),
-                ("Unit of privacy", ", ".join(f"one {guarantee.unit}" for guarantee in facts.guarantees)),
-                ("Most records of one person in a step", str(most) if most else None),
-                (
-                    "Evaluation records",
-                    f"{facts.data.run.test_records:,}, {dataset.test_kind or 'public'}"
-                    if facts.data.run.test_records
-                    else None,
-                ),
-            ),
-            Paragraph(
-                text="What the records say, whom they concern and on what legal basis they are processed is known to the sites "
-                "only. This report cannot tell; each site's own record of processing does.",
-            ),
-        ],
+    yield entries(
+        ("Kind", task_of(job).content),
+        ("Data set", printable(dataset.name) if dataset.name else None),
+        (
+            "Training records",
+            f"{dataset.train_records:,}" if facts.simulated and dataset.train_records else None,
+        ),
+        ("Declared sizes", f"{total:,} in all {_count(len(facts.sites), 'site')}" if facts.sites else None),
+        _size_of_a_record(job),
+        ("Unit of privacy", ", ".join(f"one {guarantee.unit}" for guarantee in facts.guarantees)),
+        ("Most records of one person in a step", str(most) if most else None),
+        (
+            "Evaluation records",
+            f"{facts.data.run.test_records:,}, {dataset.test_kind or 'public'}"
+            if facts.data.run.test_records
+            else None,
+        ),
+    )
+    yield Paragraph(
+        text="What the records say, whom they concern and on what legal basis they are processed is known to the sites "
+        "only. This report cannot tell; each site's own record of processing does.",
     )
 
 
@@ -333,76 +308,62 @@ def _size_of_a_record(job: Job) -> tuple[str, str]:
     return "Longest text", f"{job.model.max_length:,} tokens; what is longer was cut"
 
 
-def _limits(facts: Facts) -> Section:
-    blocks: list[Block] = []
+def _limits(facts: Facts) -> Iterator[Block]:
     headline = facts.headline
     if headline is not None:
         unit = headline.unit
-        blocks.append(
-            Paragraph(
-                text=f"Differential privacy limits what anybody can learn about one {unit} from everything that was released, "
-                f"whatever else they know. With epsilon {rounded_up(headline.epsilon)}, the odds of any guess about one {unit} "
-                f"rise by a factor of at most {_factor(headline.epsilon)}, except with probability "
-                f"{format_delta(headline.delta)}. It is a limit for the worst case, not a forecast. For comparison: epsilon 1 is "
-                "a factor of 2.8, epsilon 3 of 21, epsilon 8 of 2,981. Whether a factor is small enough is "
-                "a judgement, and not one of mathematics."
-            )
+        yield Paragraph(
+            text=f"Differential privacy limits what anybody can learn about one {unit} from everything that was released, "
+            f"whatever else they know. With epsilon {rounded_up(headline.epsilon)}, the odds of any guess about one {unit} "
+            f"rise by a factor of at most {_factor(headline.epsilon)}, except with probability "
+            f"{format_delta(headline.delta)}. It is a limit for the worst case, not a forecast. For comparison: epsilon 1 is "
+            "a factor of 2.8, epsilon 3 of 21, epsilon 8 of 2,981. Whether a factor is small enough is "
+            "a judgement, and not one of mathematics."
         )
-    blocks += [
-        Paragraph(text="The guarantee does not cover:"),
-        Bullets(items=facts.not_covered),
-        Paragraph(text="Beyond that:"),
-        Bullets(
-            items=(
-                "It does not make the data anonymous in the sense of a law, and it is no judgement on whether the processing is "
-                "lawful or fair.",
-                "It limits what shows of single persons. What holds for many records in common, such as how a group writes, is "
-                "meant to be learnt and is not hidden.",
-                "The coordinator's files tell what it received. What a site released by another way, only the site knows.",
-                "An audit can refute a claim and cannot prove one.",
-                "A signature proves who handed this file out and that no byte was changed since. It does not make what it says "
-                "true.",
-            )
-        ),
-    ]
-    return section("limits", "Limits of the guarantee, in plain words", blocks)
-
-
-def _signature(signer: Signer | None, file_name: str) -> Section:
-    blocks: list[Block] = []
-    if signer is None:
-        blocks.append(
-            Paragraph(
-                text=f"When this report was made it was not signed. If {file_name}.sig.json lies beside it, somebody signed it "
-                "later; “silotune report verify” tells who."
-            )
-        )
-    else:
-        blocks += [
-            Paragraph(
-                text=f"This file is signed (Ed25519). The signature lies beside it in {file_name}.sig.json; pass both on. A byte "
-                "changed in either of them, and the check fails."
-            ),
-            entries(
-                ("Signed by", f"{printable(signer.name)} ({signer.role})"),
-                ("Public key", signer.verify_key.text),
-                ("Fingerprint", fingerprint(signer.verify_key)),
-                ("Check", f"silotune report verify {file_name} --key {signer.verify_key.text}"),
-                mono=("Public key", "Fingerprint", "Check"),
-            ),
-            Paragraph(
-                text="Take the key from whom you trust, not from this page: whoever forges a report prints their own key on it.",
-                role="note",
-            ),
-        ]
-    blocks.append(SignatureLines(roles=("For the coordinator", "For data protection")))
-    blocks.append(
-        Paragraph(
-            text=f"Made by Silotune {silotune_version()}. Signing by hand adds to the electronic signature.",
-            role="note",
+    yield Paragraph(text="The guarantee does not cover:")
+    yield Bullets(items=facts.not_covered)
+    yield Paragraph(text="Beyond that:")
+    yield Bullets(
+        items=(
+            "It does not make the data anonymous in the sense of a law, and it is no judgement on whether the processing is "
+            "lawful or fair.",
+            "It limits what shows of single persons. What holds for many records in common, such as how a group writes, is "
+            "meant to be learnt and is not hidden.",
+            "The coordinator's files tell what it received. What a site released by another way, only the site knows.",
+            "An audit can refute a claim and cannot prove one.",
+            "A signature proves who handed this file out and that no byte was changed since. It does not make what it says "
+            "true.",
         )
     )
-    return section("signature", "Signatures", blocks)
+
+
+def _signature(signer: Signer | None, file_name: str) -> Iterator[Block]:
+    if signer is None:
+        yield Paragraph(
+            text=f"When this report was made it was not signed. If {file_name}.sig.json lies beside it, somebody signed it "
+            "later; “silotune report verify” tells who."
+        )
+    else:
+        yield Paragraph(
+            text=f"This file is signed (Ed25519). The signature lies beside it in {file_name}.sig.json; pass both on. A byte "
+            "changed in either of them, and the check fails."
+        )
+        yield entries(
+            ("Signed by", f"{printable(signer.name)} ({signer.role})"),
+            ("Public key", signer.verify_key.text),
+            ("Fingerprint", fingerprint(signer.verify_key)),
+            ("Check", f"silotune report verify {file_name} --key {signer.verify_key.text}"),
+            mono=("Public key", "Fingerprint", "Check"),
+        )
+        yield Paragraph(
+            text="Take the key from whom you trust, not from this page: whoever forges a report prints their own key on it.",
+            role="note",
+        )
+    yield SignatureLines(roles=("For the coordinator", "For data protection"))
+    yield Paragraph(
+        text=f"Made by Silotune {silotune_version()}. Signing by hand adds to the electronic signature.",
+        role="note",
+    )
 
 
 def _factor(epsilon: float) -> str:

@@ -5,7 +5,7 @@ Every text is plain text; whoever lays it out escapes it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -133,7 +133,7 @@ def wide(title: str) -> Column:
     return Column(title=title, width="wide")
 
 
-def section(anchor: str, title: str, blocks: Sequence[Block]) -> Section:
+def section(anchor: str, title: str, blocks: Iterable[Block]) -> Section:
     """Return a section."""
     return Section(id=anchor, title=title, blocks=tuple(blocks))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from server.reports.compliance.checks import shown
 from server.reports.compliance.document import (
@@ -12,21 +12,14 @@ from server.reports.compliance.document import (
     Column,
     Notice,
     Paragraph,
-    Section,
     Table,
     entries,
     numbers,
-    section,
     wide,
 )
-from server.reports.compliance.facts import Accounted, CentralFacts, Facts, Guarantee, SiteFacts, accountants_agree
-from server.reports.run.formats import (
-    NOT_RECORDED,
-    format_budget,
-    format_bytes,
-    format_delta,
-    printable,
-)
+from server.reports.compliance.facts import Accounted, CentralFacts, Facts, Guarantee, accountants_agree
+from server.reports.run.formats import NOT_RECORDED, format_budget, format_bytes, format_delta, printable
+from server.reports.run.run_data import FileHash
 from shared.epsilons import bound_rounded_down, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.privacy.statement import without_uncovered
 
@@ -34,40 +27,31 @@ from shared.privacy.statement import without_uncovered
 MAX_SITE_STATEMENTS = 24
 
 
-def guarantee_section(facts: Facts) -> Section:
+def guarantee(facts: Facts) -> Iterator[Block]:
     """The statement for each unit of privacy, what was executed, and the statement of each site."""
-    blocks: list[Block] = []
-    for guarantee in facts.guarantees:
+    for found in facts.guarantees:
         if len(facts.guarantees) > 1:
-            blocks.append(
-                Paragraph(text=f"Unit of privacy: one {guarantee.unit}. Sites: {facts.join_sites(guarantee.sites)}.")
-            )
-        blocks.append(Paragraph(text=facts.data.named(guarantee.statement.one_site), role="statement"))
-        if len(guarantee.composed) > 1:
-            blocks.append(_sites_table(guarantee))
+            yield Paragraph(text=f"Unit of privacy: one {found.unit}. Sites: {facts.join_sites(found.sites)}.")
+        yield Paragraph(text=facts.data.named(found.statement.one_site), role="statement")
+        if len(found.composed) > 1:
+            yield _sites_table(found)
     if facts.central is not None:
-        return section("guarantee", "The guarantee", [*blocks, _central_table(facts.central)])
+        yield _central_table(facts.central)
+        return
     if facts.sites:
-        blocks.append(_mechanism_table(facts))
+        yield _mechanism_table(facts)
     if len(facts.sites) <= MAX_SITE_STATEMENTS:
-        blocks.append(
-            Paragraph(text="The statement of each site; what they do not cover stands under “Limits of the guarantee”:")
+        yield Paragraph(
+            text="The statement of each site; what they do not cover stands under “Limits of the guarantee”:"
         )
-        blocks.append(Bullets(items=tuple(_claim(facts, site) for site in facts.sites)))
+        claims = (without_uncovered(site.statement, facts.not_covered) for site in facts.sites)
+        yield Bullets(items=tuple(map(facts.data.named, claims)))
     else:
-        blocks.append(
-            Paragraph(
-                text=f"The statements of the {len(facts.sites)} sites say the same as this table; each stands in the site's "
-                "privacy.json.",
-                role="note",
-            )
+        yield Paragraph(
+            text=f"The statements of the {len(facts.sites)} sites say the same as this table; each stands in the site's "
+            "privacy.json.",
+            role="note",
         )
-    return section("guarantee", "The guarantee", blocks)
-
-
-def _claim(facts: Facts, site: SiteFacts) -> str:
-    """The statement of one site, without what is not covered."""
-    return facts.data.named(without_uncovered(site.statement, facts.not_covered))
 
 
 def _sites_table(guarantee: Guarantee) -> Table:
@@ -133,43 +117,34 @@ def _mechanism_table(facts: Facts) -> Table:
     )
 
 
-def accountant_section(facts: Facts) -> Section:
+def accountants(facts: Facts) -> Iterator[Block]:
     """Epsilon by two accountants, beside what the run had recorded."""
-    blocks: list[Block] = [
-        Paragraph(
-            text="For this report every epsilon was computed anew from what was executed, by two accountants of different "
-            "construction: privacy loss distributions (PLD) and the PRV accountant of Opacus. PLD is what is "
-            "stated. PRV gives an upper bound that is itself only right to about 0.01, so it may lie a little above a cap that "
-            "PLD keeps to. Where it would take long, or delta is too small for it, it gives none."
-        )
-    ]
+    yield Paragraph(
+        text="For this report every epsilon was computed anew from what was executed, by two accountants of different "
+        "construction: privacy loss distributions (PLD) and the PRV accountant of Opacus. PLD is what is "
+        "stated. PRV gives an upper bound that is itself only right to about 0.01, so it may lie a little above a cap that "
+        "PLD keeps to. Where it would take long, or delta is too small for it, it gives none."
+    )
     if facts.private:
-        blocks.append(
-            Table(
-                caption="Epsilon of each site."
-                if facts.central is None
-                else "Epsilon of what the coordinator published.",
-                columns=(
-                    wide("Site"),
-                    *numbers("PLD", "PRV", "Recorded by the run", "What arrived (PLD)"),
-                    Column(title="Agree"),
-                ),
-                rows=tuple(
-                    _accountant_row(facts.called(site.release.site), site, site.epsilon_arrived) for site in facts.sites
-                )
-                + _central_row(facts.central),
+        yield Table(
+            caption="Epsilon of each site." if facts.central is None else "Epsilon of what the coordinator published.",
+            columns=(
+                wide("Site"),
+                *numbers("PLD", "PRV", "Recorded by the run", "What arrived (PLD)"),
+                Column(title="Agree"),
+            ),
+            rows=tuple(
+                _accountant_row(facts.called(site.release.site), site, site.epsilon_arrived) for site in facts.sites
             )
+            + _central_row(facts.central),
         )
-        blocks.append(
-            Paragraph(
-                text="To check it with software that is not ours, take sampling rate, noise multiplier and steps from the table "
-                "above, or the events in each site's privacy.json; docs/privacy.md has the few lines for it.",
-                role="note",
-            )
+        yield Paragraph(
+            text="To check it with software that is not ours, take sampling rate, noise multiplier and steps from the table "
+            "above, or the events in each site's privacy.json; docs/privacy.md has the few lines for it.",
+            role="note",
         )
     else:
-        blocks.append(Paragraph(text="No epsilon is stated for this run, so there is none to check."))
-    return section("accountants", "Accountants compared", blocks)
+        yield Paragraph(text="No epsilon is stated for this run, so there is none to check.")
 
 
 def _central_row(central: CentralFacts | None) -> tuple[tuple[str, ...], ...]:
@@ -183,80 +158,68 @@ def _accountant_row(name: str, found: Accounted, arrived: float | None) -> tuple
     return (name, *epsilons, _yes_no(found.accountants_agree and found.record_agrees))
 
 
-def audit_section(facts: Facts) -> Section:
+def audits(facts: Facts) -> Iterator[Block]:
     """What audits of this run found."""
     if not facts.data.audits:
         text = "No audit of this run was made. “silotune audit RUN” makes one and changes nothing that was released."
-        return section("audits", "Audits", [Paragraph(text=text)])
-    blocks: list[Block] = [
-        Paragraph(
-            text="An audit attacks the mechanism and bounds epsilon from below by what it sees. Violated: the bound reaches the "
-            "claim. Inconclusive: the claim lies above the ceiling, which no attack of this kind could reach. Consistent: it "
-            "could have refuted the claim, and did not."
-        ),
-        Table(
-            caption="Audits of this run.",
-            columns=(
-                Column(title="Tier"),
-                *numbers("Claim", "Lower bound", "Ceiling", "Alpha"),
-                Column(title="Verdict"),
-                wide("What was audited"),
-            ),
-            rows=tuple(
-                (
-                    str(audit.tier),
-                    shown(audit.claim),
-                    _bound(audit.lower_bound),
-                    _bound(audit.ceiling),
-                    f"{audit.alpha:g}",
-                    audit.verdict,
-                    printable(audit.audited),
-                )
-                for audit in facts.data.audits
-            ),
-        ),
-    ]
-    for audit in facts.data.audits:
-        blocks += [Paragraph(text=f"Tier {audit.tier}:"), Bullets(items=audit.reasons)] if audit.reasons else []
+        yield Paragraph(text=text)
+        return
     if any(audit.verdict == "violated" for audit in facts.data.audits):
-        blocks.insert(
-            0, Notice(level="danger", title="An audit refutes the claim.", items=("Do not rely on epsilon.",))
-        )
-    return section("audits", "Audits", blocks)
+        yield Notice(level="danger", title="An audit refutes the claim.", items=("Do not rely on epsilon.",))
+    yield Paragraph(
+        text="An audit attacks the mechanism and bounds epsilon from below by what it sees. Violated: the bound reaches the "
+        "claim. Inconclusive: the claim lies above the ceiling, which no attack of this kind could reach. Consistent: it "
+        "could have refuted the claim, and did not."
+    )
+    yield Table(
+        caption="Audits of this run.",
+        columns=(
+            Column(title="Tier"),
+            *numbers("Claim", "Lower bound", "Ceiling", "Alpha"),
+            Column(title="Verdict"),
+            wide("What was audited"),
+        ),
+        rows=tuple(
+            (
+                str(audit.tier),
+                shown(audit.claim),
+                _bound(audit.lower_bound),
+                _bound(audit.ceiling),
+                f"{audit.alpha:g}",
+                audit.verdict,
+                printable(audit.audited),
+            )
+            for audit in facts.data.audits
+        ),
+    )
+    for audit in facts.data.audits:
+        if audit.reasons:
+            yield Paragraph(text=f"Tier {audit.tier}:")
+            yield Bullets(items=audit.reasons)
 
 
-def version_section(facts: Facts) -> Section:
+def versions(facts: Facts) -> Iterator[Block]:
     """Software, machine, and the hash of every file that was read or produced."""
     run, log = facts.data.run, facts.log
     machine = ", ".join(filter(None, [run.machine.system, run.machine.device, run.machine.precision]))
     packages = ", ".join(f"{name} {version}" for name, version in sorted(run.versions.items()) if version)
-    blocks: list[Block] = [
-        entries(
-            ("Software", packages or NOT_RECORDED),
-            ("Machine", printable(machine) or NOT_RECORDED),
-            ("Mode", printable(run.mode or NOT_RECORDED)),
-            ("Adapter signed by", facts.adapter_signer),
-            ("Coordinator's audit log", _log_text(facts)),
-            ("Its last entry (SHA-256)", log.sha256 if log else None),
-            mono=("Adapter signed by", "Its last entry (SHA-256)"),
-        ),
-        Table(
-            caption="Files that this report was made from.",
-            columns=(wide("File"), *numbers("Size"), HASH),
-            rows=tuple((printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.sources),
-        ),
-    ]
+    yield entries(
+        ("Software", packages or NOT_RECORDED),
+        ("Machine", printable(machine) or NOT_RECORDED),
+        ("Mode", printable(run.mode or NOT_RECORDED)),
+        ("Adapter signed by", facts.adapter_signer),
+        ("Coordinator's audit log", _log_text(facts)),
+        ("Its last entry (SHA-256)", log.sha256 if log else None),
+        mono=("Adapter signed by", "Its last entry (SHA-256)"),
+    )
+    yield _file_table("Files that this report was made from.", facts.sources)
     if facts.data.adapter:
-        blocks.append(
-            Table(
-                caption="The adapter that was trained.",
-                columns=(wide("File"), *numbers("Size"), HASH),
-                rows=tuple(
-                    (printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in facts.data.adapter
-                ),
-            )
-        )
-    return section("versions", "Versions and hashes", blocks)
+        yield _file_table("The adapter that was trained.", facts.data.adapter)
+
+
+def _file_table(caption: str, files: Sequence[FileHash]) -> Table:
+    rows = tuple((printable(file.name), format_bytes(file.num_bytes), file.sha256) for file in files)
+    return Table(caption=caption, columns=(wide("File"), *numbers("Size"), HASH), rows=rows)
 
 
 def _log_text(facts: Facts) -> str | None:

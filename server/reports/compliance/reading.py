@@ -17,14 +17,7 @@ from pathlib import Path
 
 from server.records.privacy import CoordinatorRecord, SiteRecord, read_site
 from server.reports.compliance import checks
-from server.reports.compliance.facts import (
-    CentralFacts,
-    ComposedEpsilon,
-    Facts,
-    Guarantee,
-    Release,
-    SiteFacts,
-)
+from server.reports.compliance.facts import CentralFacts, ComposedEpsilon, Facts, Guarantee, Release, SiteFacts
 from server.reports.compliance.ledgers import Account, ledger_facts
 from server.reports.compliance.log import LogFacts, read_log
 from server.reports.run.formats import natural_key

@@ -5,50 +5,33 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from server.reports.compliance.document import (
-    HASH,
-    Block,
-    Bullets,
-    Column,
-    Paragraph,
-    Section,
-    Table,
-    numbers,
-    section,
-    wide,
-)
+from server.reports.compliance.document import HASH, Block, Bullets, Column, Paragraph, Table, numbers, wide
 from server.reports.compliance.facts import Facts, Release
 from server.reports.run.formats import NOT_RECORDED, format_delta, printable
 from shared.epsilons import as_set, rounded_up
 
 
-def ledger_section(facts: Facts) -> Section:
+def ledgers(facts: Facts) -> Iterator[Block]:
     """Each given account before and after the job."""
-    blocks: list[Block] = []
     if facts.central is not None:
         text = "The coordinator accounts for this run, and for this run only; the sites' ledgers were not charged."
-        blocks.append(Paragraph(text=text))
+        yield Paragraph(text=text)
     if facts.ledgers:
-        blocks.append(
-            Paragraph(
-                text="A site's ledger keeps what everything that was ever released from a data set has spent, across runs, and "
-                "refuses what would cross the cap. Before: up to this job's first charge. After: up to its last one."
-            )
+        yield Paragraph(
+            text="A site's ledger keeps what everything that was ever released from a data set has spent, across runs, and "
+            "refuses what would cross the cap. Before: up to this job's first charge. After: up to its last one."
         )
-        blocks.append(_ledger_table(facts))
-        blocks.append(_ledger_hashes(facts))
-        blocks += _ledger_notes(facts)
+        yield _ledger_table(facts)
+        yield _ledger_hashes(facts)
+        yield from _ledger_notes(facts)
     given = {ledger.export.site for ledger in facts.ledgers}
     missing = [site.release.site for site in facts.sites if site.release.site not in given]
     if missing:
-        blocks.append(
-            Paragraph(
-                text=f"Not given: the {'ledger' if len(missing) == 1 else 'ledgers'} of {facts.join_sites(missing)}. A ledger "
-                "stays at its site; what it holds before and after this job is not known here. The site can hand out an export "
-                "(“silotune site ledger HOME --export FILE”), and this report be made again with “--ledger FILE”."
-            )
+        yield Paragraph(
+            text=f"Not given: the {'ledger' if len(missing) == 1 else 'ledgers'} of {facts.join_sites(missing)}. A ledger "
+            "stays at its site; what it holds before and after this job is not known here. The site can hand out an export "
+            "(“silotune site ledger HOME --export FILE”), and this report be made again with “--ledger FILE”."
         )
-    return section("ledger", "The sites' ledgers before and after", blocks)
 
 
 def _ledger_table(facts: Facts) -> Table:
@@ -111,7 +94,7 @@ def _ledger_notes(facts: Facts) -> Iterator[Block]:
         yield Bullets(items=tuple(notes))
 
 
-def release_section(facts: Facts) -> Section:
+def releases(facts: Facts) -> Iterator[Block]:
     """Every update that left a site, and every request that brought none."""
     if facts.central is not None:
         rounds = ", ".join(map(str, facts.central.record.rounds)) or "none"
@@ -119,37 +102,33 @@ def release_section(facts: Facts) -> Section:
             f"The coordinator published the adapter after these rounds: {rounds}. A round that was recomputed stands here twice "
             "and counts twice. The sites' updates went to the coordinator only and are recorded nowhere."
         )
-        return section("releases", "Every release", [Paragraph(text=text)])
+        yield Paragraph(text=text)
+        return
     released = [release for release in facts.releases if release.sha256 is not None]
     others = [release for release in facts.releases if release.sha256 is None]
-    blocks: list[Block] = [
-        Paragraph(
-            text="All that left a site for this job, beside its name, version and declared size. Each update is the trained "
-            "adapter after clipping and noise, and is named by the SHA-256 of its bytes."
-        )
-    ]
+    yield Paragraph(
+        text="All that left a site for this job, beside its name, version and declared size. Each update is the trained "
+        "adapter after clipping and noise, and is named by the SHA-256 of its bytes."
+    )
     if released:
-        blocks.append(_release_table(facts, released))
+        yield _release_table(facts, released)
     if others:
-        blocks.append(
-            Table(
-                caption="Requests that brought no update. Those never answered count as executed: what was computed may "
-                "have been seen by somebody.",
-                columns=(Column(title="Round"), wide("Site"), Column(title="Outcome"), wide("Reason")),
-                rows=tuple(
-                    (
-                        str(release.round),
-                        facts.called(release.site),
-                        release.outcome,
-                        printable(release.reason) or NOT_RECORDED,
-                    )
-                    for release in others
-                ),
-            )
+        yield Table(
+            caption="Requests that brought no update. Those never answered count as executed: what was computed may "
+            "have been seen by somebody.",
+            columns=(Column(title="Round"), wide("Site"), Column(title="Outcome"), wide("Reason")),
+            rows=tuple(
+                (
+                    str(release.round),
+                    facts.called(release.site),
+                    release.outcome,
+                    printable(release.reason) or NOT_RECORDED,
+                )
+                for release in others
+            ),
         )
     if not facts.releases:
-        blocks.append(Paragraph(text="Nothing was released yet."))
-    return section("releases", "Every release", blocks)
+        yield Paragraph(text="Nothing was released yet.")
 
 
 def _release_table(facts: Facts, releases: Sequence[Release]) -> Table:

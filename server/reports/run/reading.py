@@ -29,13 +29,7 @@ from server.records.run import RunRecord
 from server.reports.run.formats import natural_key
 from server.reports.run.run_data import Arm, FileHash, RunData, job_value
 from shared.errors import RunError
-from shared.files.json_files import (
-    damaged,
-    read_if_there,
-    read_object,
-    read_record,
-    read_text,
-)
+from shared.files.json_files import damaged, read_if_there, read_object, read_record, read_text
 from shared.privacy.statement import Statement
 
 

@@ -80,25 +80,20 @@ def write_report(run_dir: Path) -> Path:
     data = with_real_names(read_run(run_dir))
     check_file(run_dir / REPORT_NAME, HTML_MARK, way_out="move it away")
     path = run_dir / REPORT_NAME
-    write_bytes(path, render_page(_TEMPLATE, filters=_FILTERS, view=_view(data)))
+    write_bytes(path, render_page(_TEMPLATE, filters=_FILTERS, data=data, arm=data.federated, view=_view(data)))
     return path
 
 
 def _view(data: RunData) -> dict[str, Any]:
-    """Everything that the template shows, computed; the template holds words and order only."""
+    """What the template shows beside the run and its federated arm, computed; it holds words and order only."""
     arm, job_name = data.federated, data.federated.job.get("name")
     titles = [title_of(one) for one in data.arms]
     return {
         "name": formats.printable(
             data.run.name or (job_name if isinstance(job_name, str) else "") or "Run without a name"
         ),
-        "run": data.run,
-        "complete": data.complete,
-        "job_sha256_matches": data.job_sha256_matches,
         "figures": figures(data, titles),
-        "audits": data.audits,
         "settings": settings(arm),
-        "adapter": data.adapter,
         "max_matrix_labels": MAX_MATRIX_LABELS,
         "max_label_rows": MAX_LABEL_ROWS,
         "max_printed_statements": MAX_PRINTED_STATEMENTS,
@@ -112,25 +107,19 @@ def _quality(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
     """How good the model is, beside the baselines."""
     arm, metric, repeats = data.federated, data.primary_metric, data.repeats
     return {
-        "metric": metric,
         "metric_title": formats.metric_title(metric),
-        "higher_is_better": data.higher_is_better,
         "value": formats.format_metric(metric, arm.final(metric)),
         "interval": interval(metric, arm, data.run.test_records),
         "comparison": [comparison_row(data, title, one) for title, one in zip(titles, data.arms, strict=True)],
         "cards": cards(data),
         "repeats": repeat_rows(data),
         "folds": fold_rows(data),
-        "num_folds": data.folds.folds if data.folds else 0,
-        "seeds": repeats.seeds if repeats else (),
         "ensembles": bool(repeats and repeats.ensembles),
         "site_metrics": site_metric_rows(data),
-        "evaluation": arm.evaluation,
         "calibration": calibration_rows(data),
         "fitted": [title_of(one) for one in data.arms if fitted(one)],
         "confusion": confusion(arm),
         "all_metrics": all_metrics(data),
-        "metrics_note": arm.evaluation.note if arm.evaluation is not None else None,
     }
 
 
@@ -139,19 +128,12 @@ def _privacy(data: RunData) -> dict[str, Any]:
     arm, statement, shares = data.federated, data.statement, arm_shares(data.federated)
     injected = [site.site for site in arm.sites if arm.private and site.randomness == "injected"]
     return {
-        "private": arm.private,
         "void": bool(injected),
         "injected": injected,
         "over_budget": [site.site for site in arm.sites if arm.private and site.over_budget],
-        "epsilon": arm.epsilon,
-        "budget": arm.budget,
-        "delta": arm.delta,
         "same_delta": len({site.delta for site in arm.sites}) == 1,
-        "unit": arm.unit,
-        "declared": arm.declared,
         "central": arm.central_sites is not None,
         "num_sites": arm.central_sites or len(data.site_names),
-        "statement": statement,
         "statement_text": without_uncovered(statement.text, statement.not_covered) if statement else "",
         "composed": composed(data),
         "sites": sorted(arm.sites, key=lambda site: formats.natural_key(site.site)),
@@ -167,12 +149,7 @@ def _rounds(data: RunData) -> dict[str, Any]:
     arm, metric, rounds = data.federated, data.primary_metric, data.federated.rounds
     by_loss = (arm.early_stopping or {}).get("metric") == "loss"
     return {
-        "rounds_done": arm.rounds_done,
-        "rounds_planned": arm.rounds_planned,
-        "stopped_early": data.stopped_early,
-        "early_stopping": arm.early_stopping,
         "decided_by": "Loss" if by_loss else formats.metric_title(metric),
-        "kept_round": arm.kept_round,
         "num_failures": sum(len(record.failed) for record in rounds),
         "bytes_up": total(rounds, "bytes_up"),
         "bytes_down": total(rounds, "bytes_down"),

@@ -10,13 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from server.records.privacy import AnyRecord, SiteRecord
-from server.records.results import (
-    AuditRecord,
-    EvaluationRecord,
-    Folds,
-    Repeats,
-    SiteMetrics,
-)
+from server.records.results import AuditRecord, EvaluationRecord, Folds, Repeats, SiteMetrics
 from server.records.rounds import RoundRecord
 from server.records.run import RunRecord
 from server.reports.run.formats import LOWER_IS_BETTER, natural_key

@@ -105,8 +105,7 @@ class Deidentifier:
             else:
                 raise DataError(
                     f"{place}: {role!r} holds a {type(value).__name__}, which cannot be de-identified. Expected text, or "
-                    f"a list of "
-                    "words; mend the row, or leave the column out."
+                    "a list of words; mend the row, or leave the column out."
                 )
             counts += own
         return MaskedRecord(record=changed, counts=counts)

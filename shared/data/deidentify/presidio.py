@@ -78,9 +78,8 @@ def load_presidio(chosen: tuple[tuple[str, str], ...]) -> PresidioNames:
     places = dict(chosen) or _installed()
     if not places:
         raise PresidioUnusable(
-            "Presidio is installed, but no spaCy model for it. Install en_core_web_lg or zh_core_web_lg, or name "
-            "a package or folder "
-            "under models."
+            "Presidio is installed, but no spaCy model for it. Install en_core_web_lg or zh_core_web_lg, or name a "
+            "package or folder under models."
         )
     models = {language: _load_model(language, place) for language, place in sorted(places.items())}
     return PresidioNames(models, version=importlib.metadata.version("presidio-analyzer"))

@@ -237,9 +237,8 @@ def check_delta_for(delta: float, records: int) -> None:
     """Raise `ConfigError` if `delta` would allow to publish a whole record of this many."""
     if delta >= 1 / records:
         raise ConfigError(
-            f"delta is {delta_rounded_up(delta)}, which would allow to publish a whole record: with {records:,} "
-            f"records it must be below "
-            f"1/n = {1 / records:.1e}; use at most {default_delta(records):.1e}."
+            f"delta is {delta_rounded_up(delta)}, which would allow to publish a whole record: with {records:,} records "
+            f"it must be below 1/n = {1 / records:.1e}; use at most {default_delta(records):.1e}."
         )
 
 
@@ -248,9 +247,8 @@ def check_statable(event: GaussianSteps) -> None:
     if mean_loss(event) > MAX_MEAN_LOSS:
         raise ConfigError(
             f"no useful epsilon can be stated for noise multiplier {as_set(event.noise_multiplier)}, sample rate "
-            f"{rate_rounded_up(event.sample_rate)} and {event.steps:,} steps: it would be about a thousand or more. "
-            f"Use more noise, fewer "
-            "steps or a smaller batch."
+            f"{rate_rounded_up(event.sample_rate)} and {event.steps:,} steps: it would be about a thousand or more. Use "
+            "more noise, fewer steps or a smaller batch."
         )
 
 
@@ -351,8 +349,7 @@ def _steps_of(question: Question, batch: float, population: float) -> int:
     if not 1 <= steps <= MAX_STEPS:
         raise ConfigError(
             f"--epochs {question.epochs:g} at sample rate {rate_rounded_up(batch / population)} is {steps:,} steps; "
-            f"expected 1 to "
-            f"{MAX_STEPS:,}. Change one of the two."
+            f"expected 1 to {MAX_STEPS:,}. Change one of the two."
         )
     return steps
 
@@ -405,8 +402,7 @@ def _largest_batch(question: Question, population: int, delta: float) -> int:
     if not (steps(first) >= 1 and fits(first)):
         raise ConfigError(
             f"no batch is small enough for epsilon {as_set(epsilon)} with noise multiplier {as_set(sigma)} over that "
-            f"many steps. Give "
-            "more epsilon, more noise or fewer steps."
+            "many steps. Give more epsilon, more noise or fewer steps."
         )
     batch = largest_from(first, population * _likely_rate(question, sigma, epsilon, delta))
     while (larger := next_with_fewer_steps(batch)) <= longest and fits(larger):
