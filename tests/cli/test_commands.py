@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,22 +11,7 @@ import pytest
 from typer.main import get_command
 
 from cli.commands import PLACES, app
-
-ROOT = Path(__file__).parents[2]
-HEAVY = (
-    "torch",
-    "transformers",
-    "peft",
-    "opacus",
-    "flwr",
-    "grpc",
-    "ray",
-    "sklearn",
-    "scipy",
-    "numpy",
-    "matplotlib",
-    "jinja2",
-)
+from tests.loading import HEAVY, run_and_list
 
 
 def test_every_line_leads_to_a_command_of_that_name() -> None:
@@ -45,24 +27,13 @@ def test_every_line_leads_to_a_command_of_that_name() -> None:
 
 
 def test_help_of_everything_loads_nothing_heavy() -> None:
-    code = f"""
-import json, sys
-import cli
-sys.argv = ["silotune", "--help"]
-try:
-    cli.main()
-except SystemExit as ended:
-    assert not ended.code, ended.code
-print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == []
+    out, loaded = run_and_list("--help")
+    assert "Usage:" in out
+    assert not loaded & {*HEAVY}
 
 
 def test_a_command_loads_no_other_command_s_file() -> None:
-    code = "import sys, cli\ntry:\n    cli.main(['version'])\nfinally:\n    print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
-    loaded = set(done.stdout.splitlines()[-1].split())
+    _, loaded = run_and_list("version")
     assert "cli.commands" in loaded
     assert not {name for name in loaded if name.startswith(("client", "server", "simulations", "shared.tools"))}
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import re
 import struct
-import subprocess
-import sys
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -28,6 +26,7 @@ from shared.tools.plan.commands import parse_sweep, plan
 from shared.tools.plan.figure import UtilityPoint
 from shared.trust.job_files import BESIDE_A_JOB, read_job
 from simulations.scenario import Scenario, load_scenario
+from tests.loading import HEAVY, run_and_list
 
 DEMO = Path(str(files("simulations"))) / "demo.toml"
 NUMBERS = ("--records", 4000, "--batch-size", 200, "--epochs", 5)
@@ -295,31 +294,9 @@ def test_the_command_is_mounted(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_plan_of_numbers_loads_nothing_that_it_does_not_need() -> None:
     """A compliance officer waits for the answer, not for the libraries of a training."""
-    heavy = (
-        "torch",
-        "transformers",
-        "peft",
-        "opacus",
-        "flwr",
-        "grpc",
-        "ray",
-        "pandas",
-        "sklearn",
-        "matplotlib",
-        "pyarrow",
-    )
-    arguments = ["plan", *map(str, NUMBERS), "--sweep", "epsilon=3,8"]
-    code = f"""
-import sys, cli
-try:
-    cli.main({arguments!r})
-except SystemExit as ended:
-    assert not ended.code, ended.code
-print("loaded:", *(name for name in {heavy!r} if name in sys.modules))
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
-    assert "epsilon" in done.stdout
-    assert done.stdout.splitlines()[-1].split() == ["loaded:"]
+    out, loaded = run_and_list("plan", *NUMBERS, "--sweep", "epsilon=3,8")
+    assert "epsilon" in out
+    assert not loaded & ({*HEAVY} - {"numpy", "scipy"})
 
 
 def test_a_plan_for_patients_counts_patients_and_says_so(tmp_path: Path) -> None:
