@@ -292,3 +292,5 @@ def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]])
                 console.print(f"  {key}: {state[key]}", soft_wrap=True, style="yellow")
         for site, reason in (state.get("refused") or {}).items():
             console.print(f"  {site} refused: {reason}", soft_wrap=True, style="yellow")
+        for site, doubt in (state.get("doubted") or {}).items():
+            console.print(f"  {site}, {doubt}", soft_wrap=True, style="yellow")

@@ -67,5 +67,5 @@ def drift(declared: int, num_units: int, unit: str) -> str | None:
     return (
         f"{found}. With so many more than declared, a step can move the adapter up to {num_units / declared:,.0f} times as "
         "far as by the declared size, and every site, this one as well, may refuse the next round's adapter as none that "
-        "the job can have led to (AdapterError)"
+        "the job can have led to (AdapterError), and the coordinator may leave this site's updates out as too long"
     )

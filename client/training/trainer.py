@@ -299,11 +299,9 @@ def build_optimizer(
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, training: TrainingConfig, step: int) -> None:
     """Set the learning rate of the public schedule for global step `step` (0-based, over all planned steps)."""
-    progress = min(step / training.planned_steps, 1.0)
-    warmth = min((step + 1) / (training.warmup_steps + 1), 1.0)
-    factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+    rate = training.learning_rate_at(step)
     for group in optimizer.param_groups:
-        group["lr"] = training.learning_rate * warmth * factor[training.schedule] * group["factor"]
+        group["lr"] = rate * group["factor"]
 
 
 def dump_optimizer(

@@ -143,6 +143,7 @@ class _Recorder(Observer):
         self._sizes: dict[str, int] = {}
         self._job_sha256 = submission.state()["job_sha256"]
         self._warned: set[str] = set()
+        self._doubted: dict[str, str] = dict(submission.state().get("doubted") or {})
 
     def asked_since(self, round_number: int) -> list[Asked]:
         """Return what earlier processes asked of sites for later rounds and what came, from the audit log."""
@@ -239,6 +240,13 @@ class _Recorder(Observer):
         else:
             log.warning("round %d, site %s: %s", round_number, site, problem)
             self._note(Event.UPDATE_REFUSED, round=round_number, site=site, reason=problem, **facts)
+
+    def update_doubted(self, round_number: int, site: str, doubt: str) -> None:
+        """See `Observer`."""
+        log.warning("round %d, site %s: %s", round_number, site, doubt)
+        self._note(Event.UPDATE_DOUBTED, round=round_number, site=site, reason=doubt)
+        self._doubted[site] = f"round {round_number}: {doubt}"
+        self._submission.note(doubted=self._doubted)
 
     def round_done(self, checkpoint: Checkpoint) -> None:
         """See `Observer`."""

@@ -22,6 +22,8 @@ class RoundRecord:
         epsilon_max: largest epsilon spent by a site so far; None if nothing private was released.
         sites: sites whose update was aggregated.
         failed: other sites that were asked, with the reason.
+        doubted: what is suspicious about an update that was aggregated: it is shorter than its noise alone would be.
+        norms: L2 norms of the adapter after the round, "adapter" and "head".
         bytes_up, bytes_down: adapter bytes from and to all sites; None where it would tell who was drawn in secret.
         seconds: wall clock of the round, None likewise; `seconds_evaluation` of it went into evaluation.
     """
@@ -32,6 +34,8 @@ class RoundRecord:
     epsilon_max: Positive | None = None
     sites: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    doubted: dict[str, str] = field(default_factory=dict)
+    norms: dict[str, Positive] = field(default_factory=dict)
     bytes_up: Count | None = 0
     bytes_down: Count | None = 0
     seconds: Positive | None = 0.0

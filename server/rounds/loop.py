@@ -27,6 +27,7 @@ from server.rounds.observer import Observer
 from server.rounds.releases import Made
 from server.rounds.roster import Authority, Roster
 from server.rounds.site_metrics import collect_site_metrics
+from server.rounds.update_bounds import UpdateBounds, adapter_norms
 from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
 from shared.job.job import Job
@@ -148,7 +149,14 @@ def _before_training(coordinator: Coordinator) -> Checkpoint:
     started = time.monotonic()
     metrics, deciding = coordinator.evaluated(coordinator.initial_adapter)
     seconds = time.monotonic() - started
-    first = RoundRecord(round=0, metrics=metrics, deciding=deciding, seconds=seconds, seconds_evaluation=seconds)
+    first = RoundRecord(
+        round=0,
+        metrics=metrics,
+        deciding=deciding,
+        norms=adapter_norms(coordinator.initial_adapter, coordinator.update_shapes),
+        seconds=seconds,
+        seconds_evaluation=seconds,
+    )
     checkpoint = Checkpoint(
         job_sha256=coordinator.job.sha256,
         round_number=0,
@@ -192,6 +200,8 @@ def _run_round(
         epsilon_max=privacy.epsilon(releases),
         sites=updates.names,
         failed=dict(sorted(updates.failed.items())),
+        doubted=dict(sorted(updates.doubted.items())),
+        norms=adapter_norms(following, coordinator.update_shapes),
         bytes_up=updates.bytes_up,
         bytes_down=len(updates.adapter) * len(asked),
         seconds=finished - started,
@@ -229,7 +239,7 @@ def _collect_updates(
         coordinator.update_shapes,
         [site.declared_records for site in asked.values()],
     )
-    updates = _Updates(coordinator, number, adapter, asked, aggregation)
+    updates = _Updates(coordinator, number, adapter, asked, aggregation, checkpoint)
     collect(
         grid,
         updates,
@@ -253,6 +263,7 @@ class _Updates(Question[TrainReply]):
         aggregation: the round's, to which they are added.
         made: the updates that came, by site, aggregated or not; without their bytes.
         names: sites whose update was added.
+        doubted: what is suspicious about an update that was added, by site.
         bytes_up: of all updates.
     """
 
@@ -265,12 +276,22 @@ class _Updates(Question[TrainReply]):
         adapter: bytes,
         sites: Mapping[int, SiteDescription],
         aggregation: Aggregation | SitesAggregation,
+        checkpoint: Checkpoint,
     ) -> None:
         super().__init__(coordinator.job, number, adapter, sites)
         self._observer, self._shapes, self.aggregation = coordinator.observer, coordinator.update_shapes, aggregation
         self._plan = PrivacyPlan.from_job(self.job)
+        self._bounds = UpdateBounds(
+            self.job,
+            self._plan,
+            checkpoint.adapter,
+            self._shapes,
+            number,
+            earlier=[record.norms for record in checkpoint.history[:-1]],
+        )
         self.made: dict[str, Made] = {}
         self.names: list[str] = []
+        self.doubted: dict[str, str] = {}
         self.bytes_up = 0
 
     def unpack(self, message: Message) -> TrainReply | Refusal:
@@ -283,8 +304,13 @@ class _Updates(Question[TrainReply]):
         self.made[site.site] = Made.of(reply)
         self.unknown.discard(site.site)
         update = decode_update(reply.update, self._shapes, self.job.federation.update_dtype)
+        # A site that declares another size in its answer is judged by the larger one; by its description it weighs.
+        doubt = self._bounds.check(update, max(site.declared_records, reply.declared_records))
         self.aggregation.add(update, site.declared_records)
         self.names.append(site.site)
+        if doubt:
+            self.doubted[site.site] = doubt
+            self._observer.update_doubted(self.number, site.site, doubt)
 
     def _check(self, reply: TrainReply, name: str) -> None:
         """Raise `RunError` for another name, job, round or mechanism than was asked."""

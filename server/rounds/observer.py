@@ -32,6 +32,9 @@ class Observer:
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """A site's update was taken (`problem` is None) or not; `reply` is None if there was none to read."""
 
+    def update_doubted(self, round_number: int, site: str, doubt: str) -> None:
+        """A site's update counts, but is suspicious; told before `update_judged`."""
+
     def stopped_early(self, checkpoint: Checkpoint) -> None:
         """The run ends before its planned rounds, by the job's own rule; told again if it is resumed after that."""
 

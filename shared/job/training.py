@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -79,6 +80,13 @@ class TrainingConfig(Section):
                 "the full learning rate would never be reached"
             )
         return self
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of global step `step` (0-based, over all planned steps), but for the head's factor."""
+        progress = min(step / self.planned_steps, 1.0)
+        warmth = min((step + 1) / (self.warmup_steps + 1), 1.0)
+        factor = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}
+        return self.learning_rate * warmth * factor[self.schedule]
 
     @property
     def planned_steps(self) -> int:

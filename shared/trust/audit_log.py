@@ -91,6 +91,7 @@ class Event(StrEnum):
     JOB_FINISHED = "job.finished"  # it ended: completed, stopped or failed
     ROUND_ASKED = "round.asked"  # the adapter went out to the sites of a round
     UPDATE_ACCEPTED = "update.accepted"  # a site's update passed all checks
+    UPDATE_DOUBTED = "update.doubted"  # a site's update counts, but is shorter than its noise alone would be
     UPDATE_REFUSED = "update.refused"  # a site's update, or its refusal, does not count
     METRICS_ACCEPTED = "metrics.accepted"  # a site's metrics passed all checks
     METRICS_REFUSED = "metrics.refused"  # a site releases none, or what came does not count

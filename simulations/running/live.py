@@ -128,6 +128,8 @@ class ArmObserver(Observer):
             figures.append(f"epsilon {rounded_up(record.epsilon_max, 2)}{unit}")
         if record.failed:
             figures.append(f"{len(record.failed)} sites failed")
+        if record.doubted:
+            figures.append(f"{len(record.doubted)} updates shorter than their noise")
         text = " · ".join(figures)
         self._view.progress().update(self._bar, completed=done, description=f"{self._arm.name:<11} {text}")
         self._view.say(f"{self._arm.name}: {text}")

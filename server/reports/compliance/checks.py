@@ -65,6 +65,7 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
         if plan is not None and plan.private and release.private:
             yield from _plan_discrepancies(name, release, job, plan)
     yield from _uncounted_rounds(data, sites)
+    yield from _doubted_updates(data)
     yield from _uncounted_metrics(data, sites)
 
 
@@ -96,6 +97,18 @@ def _plan_discrepancies(name: str, release: SiteRelease, job: Job, plan: Privacy
 
 def _close(found: float, expected: float) -> bool:
     return math.isclose(found, expected, rel_tol=1e-6)
+
+
+def _doubted_updates(data: RunData) -> Iterator[str]:
+    rounds: dict[str, list[int]] = {}
+    for record in data.federated.rounds:
+        for name in record.doubted:
+            rounds.setdefault(name, []).append(record.round)
+    for name, numbers in sorted(rounds.items()):
+        yield (
+            f"Site {name}: its update was shorter than the prescribed noise alone would make it in "
+            f"{len(numbers)} of its rounds, first in round {numbers[0]}; it seems to add too little noise."
+        )
 
 
 def _uncounted_metrics(data: RunData, sites: Sequence[SiteFacts]) -> Iterator[str]:

@@ -151,6 +151,7 @@ def _rounds(data: RunData) -> dict[str, Any]:
     return {
         "decided_by": "Loss" if by_loss else formats.metric_title(metric),
         "num_failures": sum(len(record.failed) for record in rounds),
+        "doubted_sites": sorted({site for record in rounds for site in record.doubted}, key=formats.natural_key),
         "bytes_up": total(rounds, "bytes_up"),
         "bytes_down": total(rounds, "bytes_down"),
         "bytes_up_each": _bytes_up_each(rounds),

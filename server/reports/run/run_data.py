@@ -231,6 +231,7 @@ def with_real_names(data: RunData) -> RunData:
                 record,
                 sites=list(map(called, record.sites)),
                 failed={called(site): reason for site, reason in record.failed.items()},
+                doubted={called(site): doubt for site, doubt in record.doubted.items()},
             )
             for record in arm.rounds
         )

@@ -81,6 +81,7 @@ def round_row(record: RoundRecord, metric: str, all_sites: Sequence[str]) -> dic
         "num_replied": len(record.sites),
         "replied": "all" if everyone else formats.join_names(map(formats.printable, record.sites)),
         "failed": [{"sites": formats.join_names(sites), "reason": reason} for reason, sites in reasons.items()],
+        "doubted": [{"site": formats.printable(site), "reason": doubt} for site, doubt in record.doubted.items()],
         "bytes_up": record.bytes_up,
         "bytes_down": record.bytes_down,
         "seconds": record.seconds,

@@ -264,8 +264,14 @@ def test_the_recorder_finds_in_the_log_what_an_earlier_process_was_at(
     first.round_started(2, ["a"], b"other")
     reply = an_update()
     first.update_judged(2, "a", reply, None)
+    first.update_doubted(2, "a", "its update is too short")
+    assert submitted.state()["doubted"] == {"a": "round 2: its update is too short"}
+    [noted] = [entry for entry in audit_log.read(home.audit) if entry.event == Event.UPDATE_DOUBTED]
+    assert (noted.details["site"], noted.details["round"]) == ("a", 2)
     first.round_started(2, ["a"], b"another")
     second = _Recorder(submitted, submitted.signed_job().job, home.open_log(key))
+    second.update_doubted(3, "b", "its update is too short")
+    assert sorted(submitted.state()["doubted"]) == ["a", "b"]
     found = second.asked_since(0)
     assert [(one.site.site, one.site.declared_records, one.round_number) for one in found] == [
         ("a", 8, 1),

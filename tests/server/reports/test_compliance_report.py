@@ -337,6 +337,14 @@ def test_what_does_not_fit_is_said(run: Path, changes: dict[str, Any], said: str
     assert any(said in problem for problem in read_facts(run).discrepancies)
 
 
+def test_an_update_shorter_than_its_noise_is_a_discrepancy(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[2]["doubted"] = {"site-1": "its update is 0.8 long"}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    said = "would make it in 1 of its rounds, first in round 2; it seems to add too little noise"
+    assert any(said in problem for problem in read_facts(run).discrepancies)
+
+
 def test_a_statement_that_differs_is_a_discrepancy(run: Path) -> None:
     edit(run / "statement.json", up_to_m_sites=[{"sites": 1, "epsilon": 0.5}])
     assert any("statement.json states epsilon 0.5000" in problem for problem in read_facts(run).discrepancies)

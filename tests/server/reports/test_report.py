@@ -709,6 +709,17 @@ def test_each_sites_share_of_the_noise_is_shown_and_a_loud_site_is_named(tmp_pat
     assert "far above the share" not in page.text
 
 
+def test_an_update_that_is_shorter_than_its_noise_is_told(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", num_sites=3)
+    assert "add too little noise" not in render(run)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines[1]["doubted"] = {"site-2": "its update is <b>0.8</b> long"}
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    page = Page(render(run))
+    assert "site-2 sent updates that are shorter than the prescribed noise alone" in page.text
+    assert "site-2: its update is <b>0.8</b> long" in page.text
+
+
 @pytest.mark.parametrize("case", ["one site", "not private", "weights of a later version"])
 def test_shares_are_left_out_where_they_are_not_known(tmp_path: Path, case: str) -> None:
     run = build_run(

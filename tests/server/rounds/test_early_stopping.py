@@ -49,7 +49,7 @@ SERIES = [0.50, 0.60, 0.70, 0.69, 0.71, 0.65, 0.71, 0.64, 0.63, 0.90]
 
 
 def make_job(rule: dict[str, Any] | None, *, rounds: int = 9, **sections: Any) -> Job:
-    training: dict[str, Any] = {"rounds": rounds, "local_steps": 2}
+    training: dict[str, Any] = {"rounds": rounds, "local_steps": 2, "learning_rate": 1.0}
     if rule is not None:
         training["early_stopping"] = rule
     raw = {

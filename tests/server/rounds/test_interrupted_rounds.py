@@ -48,7 +48,7 @@ def make_job(rounds: int = 2) -> Job:
     raw = {
         "name": "interrupted",
         "task": {"kind": "sequence_classification", "labels": ["x", "y"]},
-        "training": {"rounds": rounds, "local_steps": 2},
+        "training": {"rounds": rounds, "local_steps": 2, "learning_rate": 1.0},
         "privacy": {"noise_multiplier": 1.0},
         "federation": {"min_sites": 1, "round_timeout_seconds": 30.0},
     }

@@ -53,7 +53,12 @@ def make_job(**sections: Any) -> Job:
         "training": {"rounds": 2, "local_steps": 2},
         "privacy": {"noise_multiplier": 1.0},
     }
-    return parse(Job, raw | sections, source="test")
+    raw |= sections
+    raw["training"] = {
+        "learning_rate": 10.0,
+        **raw["training"],
+    }  # so that the updates below are within the plan's bounds
+    return parse(Job, raw, source="test")
 
 
 def honest(reply: TrainReply, request: TrainRequest) -> RecordDict:
@@ -317,13 +322,14 @@ def test_arrival_order_does_not_change_the_result() -> None:
     names = [f"s{i}" for i in range(9)]
     generator = torch.Generator().manual_seed(0)
     noisy: dict[str, Behaviour] = {
-        name: lying(update=encode({n: torch.randn(t.shape, generator=generator) * 1e3 for n, t in INITIAL.items()}))
+        name: lying(update=encode({n: torch.randn(t.shape, generator=generator) * 1e2 for n, t in INITIAL.items()}))
         for name in names
     }
-    straight = run_rounds(grid_of(noisy, names=names), coordinator(make_job()), None)
+    job = make_job(training={"rounds": 2, "local_steps": 2, "learning_rate": 1000.0})
+    straight = run_rounds(grid_of(noisy, names=names), coordinator(job), None)
     shuffled = ShufflingGrid(grid_of(noisy, names=names)._client_app, 9)
     shuffled.orders = []
-    other = run_rounds(shuffled, coordinator(make_job()), None)
+    other = run_rounds(shuffled, coordinator(job), None)
     assert shuffled.orders[1] != sorted(shuffled.orders[1]), "the test must shuffle"
     assert all(torch.equal(straight.adapter[name], other.adapter[name]) for name in INITIAL)
     assert straight.history[-1].sites == other.history[-1].sites
@@ -353,9 +359,73 @@ def test_updates_come_as_the_job_names_and_in_no_other_form(dtype: Any) -> None:
 
 def test_a_diverged_update_is_refused_and_the_round_goes_on() -> None:
     update = encode({**UPDATES["b"], "w": torch.full((2, 3), 1e4)})
-    last = run_rounds(grid_of({"b": lying(update=update)}), coordinator(make_job()), None)
+    job = make_job(privacy={"mechanism": "none"})  # of noised updates less is accepted, see below
+    last = run_rounds(grid_of({"b": lying(update=update)}), coordinator(job), None)
     assert last.history[-1].sites == ["a", "c"]
     assert "holds values up to 10000, expected at most 4096" in last.history[-1].failed["b"]
+
+
+def test_an_update_longer_than_the_plan_allows_is_left_out_and_still_a_release() -> None:
+    update = encode({**UPDATES["b"], "w": torch.full((2, 3), 30.0)})
+    job = make_job()
+    last = run_rounds(grid_of({"b": lying(update=update)}), coordinator(job), None)
+    assert last.history[-1].sites == ["a", "c"]
+    assert "moves a value of 'w' 1.48 times as far as 2 steps of adamw can" in last.history[-1].failed["b"]
+    assert last.releases["b"].steps == 4
+    clean = run_rounds(
+        grid_of({"b": lambda reply, request: pack_refusal(Refusal(site="b", code="PolicyError", reason="no"))}),
+        coordinator(job),
+        None,
+    )
+    assert all(torch.equal(last.adapter[name], clean.adapter[name]) for name in INITIAL)
+
+
+class Doubts(Observer):
+    def __init__(self) -> None:
+        self.told: list[tuple[int, str]] = []
+
+    def update_doubted(self, round_number: int, site: str, doubt: str) -> None:
+        self.told.append((round_number, site))
+
+
+def test_an_update_shorter_than_its_noise_counts_and_is_told() -> None:
+    shapes = {"w": torch.Size([40, 50]), "head.b": torch.Size([2])}
+    sgd = {"rounds": 2, "local_steps": 2, "optimizer": "sgd", "learning_rate": 1.0}
+    job = make_job(training=sgd, federation={"min_sites": 3})
+    std = 1.0 / (0.05 * 8)  # of one step's noise at a site that declares 8 records
+
+    def noised(scale: float) -> Behaviour:
+        def act(reply: TrainReply, request: TrainRequest) -> RecordDict:
+            generator = torch.Generator().manual_seed(request.round_number)
+            update = {name: torch.randn(shape, generator=generator) * scale * std for name, shape in shapes.items()}
+            return pack_reply(replace(reply, update=encode(update)))
+
+        return act
+
+    observer = Doubts()
+    there = replace(
+        coordinator(job),
+        initial_adapter={name: torch.zeros(shape) for name, shape in shapes.items()},
+        update_shapes=shapes,
+        observer=observer,
+    )
+    last = run_rounds(grid_of({"a": noised(2.0), "b": noised(0.2), "c": noised(2.0)}), there, None)
+    assert observer.told == [(1, "b"), (2, "b")]
+    for record in last.history[1:]:
+        assert record.sites == ["a", "b", "c"]
+        assert record.failed == {}
+        assert list(record.doubted) == ["b"]
+        assert "declares 8 records would alone make it" in record.doubted["b"]
+
+
+@pytest.mark.parametrize(("described", "answered"), [(1024, 8), (8, 1024)])
+def test_a_site_that_says_two_sizes_is_bounded_by_the_larger(described: int, answered: int) -> None:
+    """Else it would weigh by the one and have the room of the other."""
+    sgd = {"rounds": 1, "local_steps": 2, "optimizer": "sgd", "learning_rate": 0.5, "momentum": 0.0}
+    job = make_job(training=sgd)
+    long = lying(update=encode({**UPDATES["b"], "w": torch.full((2, 3), 6.0)}), declared_records=answered)
+    last = run_rounds(grid_of({"b": long}, sizes={"a": 8, "b": described, "c": 8}), coordinator(job), None)
+    assert "declares 1,024 records is longer than" in last.history[-1].failed["b"]
 
 
 def test_the_draw_of_sites_is_public_and_repeatable() -> None:

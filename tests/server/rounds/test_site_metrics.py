@@ -47,7 +47,7 @@ def job() -> Job:
     raw: dict[str, Any] = {
         "name": "metrics",
         "task": {"kind": "sequence_classification", "labels": ["x", "y"]},
-        "training": {"rounds": 2, "local_steps": 2},
+        "training": {"rounds": 2, "local_steps": 2, "learning_rate": 1.0},
         "privacy": {"noise_multiplier": 1.0},
         "site_metrics": {"names": ["accuracy"], "noise_multiplier": 5.0},
     }
