@@ -106,6 +106,8 @@ NUMBERS = ("noise_multiplier", "sample_rate", "max_grad_norm", "delta", "epsilon
         *(lambda key=key: changed(**{key: "9" * 400}) for key in ("steps", "round_number", "declared_records")),
         lambda: changed(steps=-1),
         lambda: changed(declared_records=0),
+        lambda: changed(declared_records=4 * 10**18),
+        lambda: changed(declared_records=10**9 + 1),
         lambda: changed(site="../../etc/cron.d/x"),
         lambda: changed(site=".."),
         lambda: changed(site=""),
@@ -132,6 +134,7 @@ def test_a_malformed_reply_becomes_a_refusal(content: Callable[[], RecordDict]) 
         {"declared_records": "x"},
         {"declared_records": "9" * 400},
         {"declared_records": 0},
+        {"declared_records": 4 * 10**18},
         {"kind": "update"},
     ],
 )
