@@ -143,8 +143,9 @@ class Roster:
             answer = Refusal(
                 site=answer.site,
                 code="RunError",
-                reason=f"it declares {answer.declared_records:,} records; federation.max_declared_records of the job is {most:,}. "
-                "If it has so many, have the job signed anew with a higher limit; else mend declared_records in site.toml there",
+                reason=f"it declares {answer.declared_records:,} records; federation.max_declared_records of the job is "
+                f"{most:,}. If it has so many, have the job signed anew with a higher limit; else mend declared_records in "
+                "site.toml there",
             )
         if isinstance(answer, SiteDescription):
             self._sites[node] = answer

@@ -332,7 +332,7 @@ def _refusal(message: Message) -> Refusal | None:
     try:
         header = _header(message.content, "refusal")
         site, code, reason = (_shortened(str(header[key])) for key in ("site", "code", "reason"))
-        return Refusal(site=site, code=code, reason=reason)
+        return Refusal(site=site.replace("\n", " "), code=code.replace("\n", " "), reason=reason)
     except _MALFORMED:
         return None
 
@@ -360,9 +360,13 @@ def _site_name(header: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Return `text` bounded, and without what a terminal would act on."""
+    """Return `text` bounded, and without what a terminal would act on.
+
+    Lines after the first are indented, so that none of them looks like a line of ours in a log or a table.
+    """
     plain = printable(text[: _MOST_REASON_CHARACTERS + 1], "?", lines=True)
-    return plain if len(plain) <= _MOST_REASON_CHARACTERS else plain[:_MOST_REASON_CHARACTERS] + "…"
+    short = plain if len(plain) <= _MOST_REASON_CHARACTERS else plain[:_MOST_REASON_CHARACTERS] + "…"
+    return "\n    ".join(line.strip() for line in short.split("\n"))
 
 
 def _header(content: RecordDict, kind: str) -> dict[str, Any]:
