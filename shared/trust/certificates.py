@@ -1,7 +1,7 @@
 """X.509 certificates as this project issues them: read, judged, shown.
 
 A certificate names its holder (CN) and its role (OU): `server` for the coordinator's TLS, `site` for a site's node key. All
-keys are ECDSA P-256. Only `SiteIdentity.state` says whether a certificate is genuine.
+keys are ECDSA P-256, which node authentication and TLS both take. Only `SiteIdentity.state` says whether one is genuine.
 """
 
 from __future__ import annotations

@@ -8,21 +8,16 @@ Three folders, on three kinds of machine:
     anywhere      a private key is made where it is used and never leaves; a request (CSR) travels to the CA and a
                   certificate comes back.
 
-All keys are ECDSA P-256: flwr's node authentication and TLS both take them. A certificate names its holder (CN) and
-its role (OU): `server` for the coordinator's TLS, `site` for a site's node key.
+What a certificate says is told in `shared/trust/certificates.py`, what a revocation list guarantees in
+`shared/trust/revocation.py`.
 
 Guarantees (tests in tests/shared/trust/test_pki.py)
-    * A certificate that was revoked stays revoked in a trust store, also if an older list is put back or the list is
-      removed (test_an_older_crl_is_refused, test_a_removed_crl_is_refused).
     * A key that was revoked is never certified again (test_a_revoked_key_never_comes_back).
     * What a request asks for beyond its name, role and hosts is not granted (test_wishes_of_a_request_are_ignored). Role and
       hosts are named by whoever approves; a request for others is refused (test_who_approves_names_role_and_hosts).
 
-Not guaranteed
-    * Sites do not see the revocation of a server certificate: gRPC reads no revocation list. Give server certificates
-      a short life.
-    * `next_update` of the list is not enforced: an old list that was never replaced stays in force.
-    * Whoever can write the trust store and removes `crl.number` as well can go back to an older list.
+Not guaranteed: sites do not see the revocation of a server certificate, for gRPC reads no revocation list. Give server
+certificates a short life.
 """
 
 from __future__ import annotations

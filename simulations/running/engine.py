@@ -71,6 +71,18 @@ class Arm:
 MakeObserver = Callable[[Arm], Observer]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Running:
+    """What all arms of one run have in common; see `run_scenario`."""
+
+    scenario: Scenario
+    test: Sequence[Record]
+    fold: Fold | None
+    observer: MakeObserver
+    resume: bool
+    injected_seed: str | None
+
+
 def run_scenario(
     scenario: Scenario,
     folder: Path,
@@ -106,12 +118,15 @@ def run_scenario(
     for arm in arms:
         check_arm(scenario, arm, test)
         check_run_folder(arm.folder, arm.job, resume=resume)
-    finished = _run_arm(scenario, arms[0], test, fold, observer, resume, stop_after, injected_seed)
+    running = _Running(
+        scenario=scenario, test=test, fold=fold, observer=observer, resume=resume, injected_seed=injected_seed
+    )
+    finished = _run_arm(running, arms[0], stop_after=stop_after)
     if not is_over(finished, arms[0].job):
         return finished
     for arm in arms[1:]:
         if not (resume and _is_complete(arm)):
-            _run_baseline(scenario, arm, test, fold, observer, resume, injected_seed)
+            _run_baseline(running, arm)
     if arms[1:] or stop_after is not None:  # else it is written already
         write_report_if_possible(folder)
     return finished
@@ -329,27 +344,19 @@ def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
     }
 
 
-def _run_arm(
-    scenario: Scenario,
-    arm: Arm,
-    test: Sequence[Record],
-    fold: Fold | None,
-    observer: MakeObserver,
-    resume: bool,
-    stop_after: int | None,
-    injected_seed: str | None,
-) -> Checkpoint:
+def _run_arm(running: _Running, arm: Arm, *, stop_after: int | None = None) -> Checkpoint:
+    scenario, injected_seed = running.scenario, running.injected_seed
     run = Run(
         job=arm.job,
         folder=arm.folder,
-        public_records=test,
+        public_records=running.test,
         compute=scenario.compute,
-        details=_details(scenario, arm, test, fold),
-        resume=resume,
+        details=_details(running, arm),
+        resume=running.resume,
         evaluate_every=scenario.simulation.evaluate_every,
         stop_after=stop_after,
         report=False,
-        observer=observer(arm),
+        observer=running.observer(arm),
         may_fit=arm.job.privacy.mechanism == "none" or scenario.data.evaluation_kind != "private",
         new_randomness=_coordinator_randomness(injected_seed),
         prepare=functools.partial(write_site_homes, scenario, arm),
@@ -365,7 +372,7 @@ def _run_arm(
         runtime = load_runtime(arm.job, scenario.compute)
         runtime.warm_cache([example for part in arm.sites.values() for example in runtime.encode(part)])
         # The test records as well, as far as there is room: they come up in every evaluation of every arm.
-        runtime.warm_cache(runtime.encode(test))
+        runtime.warm_cache(runtime.encode(running.test))
         grid = InProcessGrid(
             client_app,
             len(arm.sites),
@@ -380,18 +387,10 @@ def _run_arm(
     return run.finished
 
 
-def _run_baseline(
-    scenario: Scenario,
-    arm: Arm,
-    test: Sequence[Record],
-    fold: Fold | None,
-    observer: MakeObserver,
-    resume: bool,
-    injected_seed: str | None,
-) -> None:
+def _run_baseline(running: _Running, arm: Arm) -> None:
     """Run a baseline; if one without noise diverges so far that nothing can be aggregated, note that and let the run go on."""
     try:
-        _run_arm(scenario, arm, test, fold, observer, resume, None, injected_seed)
+        _run_arm(running, arm)
     except TooFewSites as error:
         if arm.job.privacy.mechanism != "none" or DIVERGED not in str(error):
             raise
@@ -412,7 +411,8 @@ def with_dropouts(grid: Grid, scenario: Scenario) -> Grid:
     return DropoutGrid(grid, probability, scenario.seed) if probability else grid
 
 
-def _details(scenario: Scenario, arm: Arm, test: Sequence[Record], fold: Fold | None) -> Mapping[str, Any]:
+def _details(running: _Running, arm: Arm) -> Mapping[str, Any]:
+    scenario, fold = running.scenario, running.fold
     # Also of the baselines beside a private run: they train on the same records.
     protected = scenario.job.privacy.mechanism != "none"
     return {
@@ -422,7 +422,7 @@ def _details(scenario: Scenario, arm: Arm, test: Sequence[Record], fold: Fold | 
             "name": scenario.data.builtin or (scenario.data.train.path if scenario.data.train else scenario.name),
             # The number of private records is a release; what sites declare is public and stands beside each of them.
             **({} if protected else {"train_records": sum(len(records) for records in arm.sites.values())}),
-            "test_records": len(test),
+            "test_records": len(running.test),
             "test_kind": scenario.data.evaluation_kind,
             **({"test_name": scenario.data.test.path} if scenario.data.test else {}),
             "partition": scenario.partition.model_dump(mode="json"),
