@@ -313,7 +313,22 @@ def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:
     Raises:
         ConfigError: naming every bad key.
     """
-    return build_scenario(apply_overrides(load_toml(path), overrides), source=str(path), base=path.resolve().parent)
+    raw = apply_overrides(load_scenario_file(path), overrides)
+    return build_scenario(raw, source=str(path), base=path.resolve().parent)
+
+
+def load_scenario_file(path: Path) -> dict[str, Any]:
+    """Read a scenario or sweep file; `ConfigError`, saying what a scenario is, if it is something else."""
+    try:
+        return load_toml(path)
+    except ConfigError as error:
+        if path.suffix == ".toml" or not path.exists():
+            raise
+        what = "a folder" if path.is_dir() else "no TOML file"
+        raise ConfigError(
+            f"{path} is {what}; expected a scenario, a TOML file that says which records, task, model and settings to simulate. "
+            f"`silotune new RECORDS --text COLUMN --label COLUMN` looks at a file of records and writes one."
+        ) from error
 
 
 def builtin_scenario(name: str, overrides: Sequence[str] = ()) -> Scenario:

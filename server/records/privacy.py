@@ -56,7 +56,7 @@ class PrivacyRecord:
     randomness: Origin
     private: bool = True
     events: tuple[GaussianSteps, ...]
-    rounds: tuple[int, ...]
+    rounds: tuple[Count, ...]
     statement: str | None = None
     not_covered: tuple[str, ...] = ()
 
@@ -106,12 +106,12 @@ class SiteRecord(PrivacyRecord):
     """
 
     site: str
-    records_per_person: int | None = None
-    max_grad_norm: float
+    records_per_person: Count | None = None
+    max_grad_norm: Positive
     epsilon_bound: Positive | None = None
-    rounds_unanswered: tuple[int, ...] = ()
+    rounds_unanswered: tuple[Count, ...] = ()
     update_sha256: tuple[str, ...]
-    declared_records: int
+    declared_records: Count
     metrics: MetricsEvent | None = None
 
     @classmethod

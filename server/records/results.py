@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from shared.files.json_files import Count, Finite, Positive, Share, damaged, read_record
+from server.records.metrics import Metrics, in_range
+from shared.files.json_files import Count, Finite, Positive, Share, Whole, damaged, read_record
 from shared.runtime.calibration import Calibration
 from shared.runtime.site_metrics import Estimate
 from shared.tasks import Evaluation
@@ -27,6 +28,7 @@ class EvaluationRecord(Evaluation):
         calibration: how sure it is; None of a task without classes.
     """
 
+    metrics: Metrics
     primary_metric: str
     higher_is_better: bool | None = None
     round: Count | None = None
@@ -58,15 +60,20 @@ def read_evaluation(path: Path) -> EvaluationRecord:
     return found
 
 
+def _estimate_in_range(found: Estimate) -> Estimate:
+    in_range(found.metric, found.value)
+    return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class SiteMetrics:
     """`site_metrics.json`: noisy counts on the sites' own held-out records by site and metric, and what they say together."""
 
     noise_multiplier: Positive
-    largest_loss: float | None = None
+    largest_loss: Positive | None = None
     labels: tuple[str, ...] = ()
-    sites: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    estimates: tuple[Estimate, ...] = ()
+    sites: dict[str, dict[str, list[Finite]]] = field(default_factory=dict)
+    estimates: tuple[Annotated[Estimate, AfterValidator(_estimate_in_range)], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +88,8 @@ class AuditRecord:
     tier: Annotated[int, Field(ge=1, le=3)]
     audited: str
     claim: Positive | None
-    delta: float
-    alpha: Positive
+    delta: Share
+    alpha: Share
     lower_bound: Positive | None
     ceiling: Positive | None
     verdict: Literal["consistent", "violated", "inconclusive"]
@@ -91,7 +98,7 @@ class AuditRecord:
     run: str | None = None
     job_sha256: str | None = None
     site: str | None = None
-    seeds: tuple[int, ...] = ()
+    seeds: tuple[Whole, ...] = ()
     date: str | None = None
     version: str | None = None
 
@@ -105,18 +112,28 @@ def read_audits(run_dir: Path) -> tuple[AuditRecord, ...]:
 class EnsembleRecord:
     """What the adapters of all seeds say together; epsilon is the composition of their runs."""
 
-    metrics: dict[str, float | None]
+    metrics: Metrics
     epsilon: Positive | None = None
     delta: Share | None = None
+
+
+_Values = Annotated[tuple[Finite, ...], Field(min_length=2)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Repeats:
     """`repeats.json`: the same scenario under several seeds; final value of the primary metric by arm."""
 
-    seeds: tuple[int, ...]
-    arms: dict[str, Annotated[tuple[Finite, ...], Field(min_length=2)]]
+    seeds: tuple[Whole, ...]
+    arms: dict[str, _Values]
     ensembles: dict[str, EnsembleRecord] = field(default_factory=dict)
+
+
+def _values_in_range(metrics: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+    for name, values in metrics.items():
+        for value in values:
+            in_range(name, value)
+    return metrics
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +142,7 @@ class Folds:
 
     folds: Annotated[int, Field(ge=2)]
     test_records: tuple[Count, ...]
-    arms: dict[str, dict[str, Annotated[tuple[Finite, ...], Field(min_length=2)]]]
+    arms: dict[str, Annotated[dict[str, _Values], AfterValidator(_values_in_range)]]
 
 
 @dataclass(frozen=True, kw_only=True)

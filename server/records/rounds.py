@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from server.records.metrics import Metrics
 from shared.files.atomic import write_text
 from shared.files.json_files import Count, Positive, canonical_json, damaged, parse_record, read_text
 
@@ -29,8 +30,8 @@ class RoundRecord:
     """
 
     round: Count
-    metrics: dict[str, float | None] = field(default_factory=dict)
-    deciding: dict[str, float | None] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
+    deciding: Metrics = field(default_factory=dict)
     epsilon_max: Positive | None = None
     sites: list[str] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)

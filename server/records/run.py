@@ -14,7 +14,7 @@ class Machine:
     """Where the coordinator ran."""
 
     system: str | None = None
-    cpu_count: int | None = None
+    cpu_count: Count | None = None
     device: str | None = None
     precision: str | None = None
 

@@ -1,7 +1,8 @@
 """JSON files of ours, read back: whatever happened to one on the way ends in one error, which names the file.
 
 Guarantee (tests: tests/shared/files/test_json_files.py, and tests/integration/test_damaged_runs.py for every file of a run): a
-file that is missing, cut short, of another kind or shape, or holds a key twice, NaN or too deep a nest is a `RunError`.
+file that is missing, cut short, of another kind or shape, or holds a key twice, NaN, a number beyond 1.8e308 or too deep a nest
+is a `RunError`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 Positive = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Whole = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 
 
 def read_text(path: Path) -> str:
@@ -56,9 +58,7 @@ def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     Raises:
         RunError: see the module's guarantee.
     """
-    text = read_text(path)
-    _object(text, path)
-    return parse_record(text, kind, path)
+    return parse_record(read_text(path), kind, path)
 
 
 def read_if_there(path: Path, kind: type[RecordT]) -> RecordT | None:
@@ -68,12 +68,13 @@ def read_if_there(path: Path, kind: type[RecordT]) -> RecordT | None:
 
 def parse_record(text: str, kind: type[RecordT], path: Path, *, where: str = "") -> RecordT:
     """Return the JSON `text`, which stands in `path` (at `where`), as a `kind`; see `read_record`."""
+    _object(text, path, where)
     try:
         return cast(RecordT, _adapter(cast(Hashable, kind)).validate_json(text, strict=True))
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise damaged(path, f"{where}{key}: {first['msg']}" if key else f"{where}{first['msg']}") from None
+        key, message = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
+        raise damaged(path, f"{where}{key}: {message}" if key else f"{where}{message}") from None
     except PrivacyError as error:  # of a mechanism that cannot be accounted for
         raise damaged(path, f"{where}{error}") from None
 
@@ -83,24 +84,28 @@ def _adapter(kind: Hashable) -> TypeAdapter[object]:
     return TypeAdapter(cast(type[object], kind))
 
 
-def _object(text: str, path: Path) -> dict[str, Any]:
+def _object(text: str, path: Path, where: str = "") -> dict[str, Any]:
     try:
         return parse_object(text)
     except json.JSONDecodeError as error:
-        raise damaged(path, f"it is not JSON ({error})") from None
+        raise damaged(path, f"{where}it is not JSON ({error})") from None
     except ValueError as error:
-        raise damaged(path, str(error)) from None
+        raise damaged(path, f"{where}{error}") from None
 
 
 def parse_object(text: str) -> dict[str, Any]:
     """Return the JSON object in `text`.
 
     Raises:
-        ValueError: if it is none, holds a key twice, a number that is not finite, or is nested too deep.
+        ValueError: if it is none, holds a key twice, a number that is not finite or beyond 1.8e308, or is nested too deep.
     """
     try:
         found = json.loads(
-            text, object_pairs_hook=unique_keys, parse_constant=refuse_constant, parse_float=finite_number
+            text,
+            object_pairs_hook=unique_keys,
+            parse_constant=refuse_constant,
+            parse_float=finite_number,
+            parse_int=whole_number,
         )
     except RecursionError:
         raise ValueError("it is nested too deep") from None
@@ -111,7 +116,7 @@ def parse_object(text: str) -> dict[str, Any]:
 
 def damaged(path: Path, what: str) -> RunError:
     """Return the error for a file of ours that is not as it was written."""
-    short = what if len(what) <= 200 else f"{what[:200]}…"
+    short = what.removesuffix(".") if len(what) <= 200 else f"{what[:200]}…"
     return RunError(
         f"{path} is damaged or not of Silotune: {short}. Expected the file as Silotune wrote it; restore it from a backup, or "
         "start a new run in another folder."
@@ -137,6 +142,12 @@ def finite_number(text: str) -> float:
     if not math.isfinite(number):
         raise ValueError(f"it holds {text[:20]}, which is too large for a number")
     return number
+
+
+def whole_number(text: str) -> int:
+    """Return a whole number of JSON; ValueError for one that no floating-point number reaches, such as 1 with 400 zeros."""
+    finite_number(text)
+    return int(text)
 
 
 def canonical_json(value: Any) -> str:

@@ -4,6 +4,7 @@ Guarantees (tests: tests/shared/files/test_outputs.py, tests/integration/test_fo
     * A file is replaced only if Silotune made it, which a mark inside says; any other one stays, and the error names it.
     * Links, devices and folders in the place of a file, and files in the place of a folder, are refused and left alone.
     * The checks write nothing, so a command makes them before it works.
+    * Folders above what is written are made by every command alike, and only once there is something to write.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The shell of every HTML page that Silotune writes: its head, its base style sheet, and how a template is filled in.
 
-Guarantee (test_pages.py): a page is one file that runs no script and loads nothing, every text in it is escaped, and a
-name that a template uses and nobody gave is an error.
+Guarantee (test_pages.py): a page is one file that runs no script and loads nothing, every text in it is escaped, no control
+character stands in it but line ends and tabs, and a name that a template uses and nobody gave is an error.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 _FOLDER = Path(__file__).parent
+_CONTROLS = {
+    code: "\N{REPLACEMENT CHARACTER}" for code in (*range(0x20), *range(0x7F, 0xA0)) if chr(code) not in "\n\t"
+}
 
 
 def render_page(template: Path, *, filters: Mapping[str, Callable[..., Any]] | None = None, **values: Any) -> bytes:
@@ -43,4 +46,4 @@ def render_page(template: Path, *, filters: Mapping[str, Callable[..., Any]] | N
         style=Markup(style),  # noqa: S704 - files of this package
         style_hash=Markup(f"'sha256-{digest}'"),  # noqa: S704 - base64
     )
-    return page.encode("utf-8", errors="replace")
+    return page.replace("\r\n", "\n").translate(_CONTROLS).encode("utf-8", errors="replace")

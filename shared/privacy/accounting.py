@@ -26,7 +26,7 @@ from scipy.optimize import bisect
 from scipy.special import log_ndtr, ndtr
 
 from shared.epsilons import as_set, rounded_up
-from shared.errors import PrivacyError
+from shared.errors import PrivacyError, excerpt
 from shared.limits import MAX_EPSILON, MAX_NOISE_MULTIPLIER, MAX_STEPS, MIN_DELTA, MIN_NOISE_MULTIPLIER, MIN_SAMPLE_RATE
 from shared.privacy.crossing import crossing
 from shared.privacy.loss_distribution import composed_epsilon, largest_loss
@@ -51,6 +51,7 @@ MAX_MEAN_LOSS = 1000.0
 # Below this a step hides next to nothing, and the exponential of its largest loss would leave double precision; above the
 # other one the accountant counts less noise than there is.
 _LEAST_ACCOUNTED, _MOST_ACCOUNTED = 0.05, 1e5
+_TOO_MANY_STEPS = 1 << 53  # from here on double precision no longer counts
 # Of the grid on which a search for noise begins, in units of epsilon; no number that is returned was found on it alone.
 _COARSE_CELL, _COARSEST_CELL, _COARSE_SLACK, _COARSE_STEPS = 1e-2, 0.05, 3e-3, 2000
 
@@ -62,7 +63,7 @@ class GaussianSteps:
     Attributes:
         noise_multiplier: standard deviation of the noise divided by `max_grad_norm`, > 0.
         sample_rate: probability with which each record enters a step, in (0, 1].
-        steps: number of executed noisy steps, >= 0.
+        steps: number of executed noisy steps, >= 0 and below 2^53.
     """
 
     noise_multiplier: float
@@ -78,6 +79,8 @@ class GaussianSteps:
             raise PrivacyError(f"sample_rate is {self.sample_rate}; expected a probability in (0, 1].")
         if self.steps < 0:
             raise PrivacyError(f"steps is {self.steps}; expected 0 or more.")
+        if self.steps >= _TOO_MANY_STEPS:
+            raise PrivacyError(f"steps is {excerpt(self.steps)}; expected a number below 2^53.")
 
 
 def merged(events: Iterable[GaussianSteps]) -> tuple[GaussianSteps, ...]:

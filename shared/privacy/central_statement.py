@@ -16,6 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
+from shared.files.json_files import Count, Positive
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.randomness import Origin
 from shared.privacy.statement import PRE_TRAINING, STOPPED_EARLY, Release, Statement, relation
@@ -59,16 +60,16 @@ class CentralRelease(Release):
         epsilon_budget: epsilon of all planned rounds; None if it is not finite.
     """
 
-    num_sites_declared: int
+    num_sites_declared: Count
     delta: float
     clip_norm_first: Annotated[float, Field(gt=0)]
     update_noise_multiplier: Annotated[float, Field(gt=0)]
     count_noise: Annotated[float, Field(gt=0)] | None
-    steps_planned: Annotated[int, Field(ge=0)]
-    rounds: tuple[int, ...]
+    steps_planned: Count
+    rounds: tuple[Count, ...]
     events: tuple[GaussianSteps, ...]
     randomness: Origin
-    epsilon_budget: Annotated[float, Field(ge=0)] | None = None
+    epsilon_budget: Positive | None = None
     private: bool = True
 
     @property

@@ -63,8 +63,8 @@ MAX_ORDER = 512
 _RELATIVE_SLACK, _ABSOLUTE_SLACK = 1e-9, 1e-12
 # The root is found to this accuracy and the spend raised by as much.
 _ROOT_TOLERANCE = 1e-10
-# Below this a step hides nothing, and squares of the noise multiplier would leave the range of double precision.
-_LEAST_NOISE_MULTIPLIER = 1e-3
+# Below the first a step hides nothing, above the second everything; beyond, squares would leave double precision.
+_LEAST_NOISE_MULTIPLIER, _MOST_NOISE_MULTIPLIER = 1e-3, 1e100
 # Above this a spend is called infinite, as double precision would no longer resolve the root.
 _LARGEST_SPEND = 1e6
 # The orders are the one that is best for plain Gaussian noise, and this share of it: sampling a small part of the
@@ -169,7 +169,8 @@ def renyi_divergence(noise_multiplier: float, sample_rate: float, order: int) ->
     """
     if noise_multiplier < _LEAST_NOISE_MULTIPLIER:
         return math.inf
-    (found,) = _compute_rdp_poisson_subsampled_gaussian(sample_rate, noise_multiplier, [order])
+    counted = min(noise_multiplier, _MOST_NOISE_MULTIPLIER)  # less noise may be counted than there is
+    (found,) = _compute_rdp_poisson_subsampled_gaussian(sample_rate, counted, [order])
     bound = max(float(found), 0.0) * (1 + _RELATIVE_SLACK) + _ABSOLUTE_SLACK
     return math.inf if math.isnan(bound) else bound
 

@@ -16,9 +16,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from shared.errors import LedgerError, PrivacyError
 from shared.files.atomic import write_text
+from shared.files.json_files import Count
 from shared.job.parsing import Section
-from shared.privacy.accounting import GaussianSteps
-from shared.privacy.filter import Composition, SpendingRule, check_orders, filter_orders
+from shared.privacy.accounting import GaussianSteps, merged
+from shared.privacy.filter import Composition, SpendingRule, filter_orders
 
 FORMAT: Literal["silotune-ledger/1"] = "silotune-ledger/1"
 
@@ -31,13 +32,13 @@ class ChargedSteps(Section):
     """
 
     job_id: str
-    round: int = Field(ge=0)
+    round: Count
     noise_multiplier: float = Field(gt=0)
     sample_rate: float = Field(gt=0, le=1)
-    steps: int = Field(ge=0)
+    steps: Count
     committed: bool
     time: str
-    planned_steps: int | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
+    planned_steps: Count | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
 
     @property
     def mechanism(self) -> GaussianSteps:
@@ -58,7 +59,7 @@ class LedgerExport(Section):
     site: str
     dataset: str
     unit: str
-    declared_records: int = Field(ge=1)
+    declared_records: Count = Field(ge=1)
     epsilon: float = Field(gt=0)
     delta: float = Field(gt=0, lt=1)
     composition: Composition
@@ -66,17 +67,16 @@ class LedgerExport(Section):
     charges: tuple[ChargedSteps, ...]
     held_back: tuple[ChargedSteps, ...] = Field(default=(), exclude_if=lambda value: not value)
     """Under "fixed": the rest of the plan of every job that may stop early, as its round 0. It was not executed, and counts."""
-    num_entries: int = Field(ge=0)
+    num_entries: Count
     head_sha256: str
     exported_at: str
 
     @model_validator(mode="after")
-    def _check_orders(self) -> Self:
-        if self.orders:
-            try:
-                check_orders(self.orders)
-            except PrivacyError as error:
-                raise ValueError(str(error)) from None
+    def _check_rule(self) -> Self:
+        try:
+            _ = self.rule, merged(self.mechanisms)
+        except PrivacyError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @property
@@ -113,7 +113,8 @@ def load_export(path: Path) -> LedgerExport:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
+        message = first["msg"].removeprefix("Value error, ").removesuffix(".")
         raise LedgerError(
-            f"{path} is not an export of a ledger ({where}: {first['msg']}). Make one at the site with "
+            f"{path} is not an export of a ledger ({where}: {message}). Make one at the site with "
             "`silotune site ledger HOME --export FILE`."
         ) from None

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import PrivacyError
+from shared.files.json_files import Count, Positive
 from shared.job.values import PERSON_UNITS
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.randomness import Origin
@@ -232,8 +233,8 @@ class SiteRelease(Release):
 class SitesEpsilon:
     """Epsilon of one person, record or the like at each of up to so many sites."""
 
-    sites: Annotated[int, Field(ge=1)]
-    epsilon: Annotated[float, Field(ge=0)]
+    sites: Annotated[Count, Field(ge=1)]
+    epsilon: Positive
 
 
 @dataclass(frozen=True, kw_only=True)

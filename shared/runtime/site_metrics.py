@@ -26,7 +26,7 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.errors import ConfigError
-from shared.files.json_files import Positive
+from shared.files.json_files import Count, Finite, Positive
 from shared.job.job import Job
 from shared.models.batches import Example, collate
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
@@ -127,10 +127,10 @@ class Estimate:
     """
 
     metric: str
-    value: float | None
+    value: Finite | None
     standard_error: Positive | None
-    votes: float
-    sites: Annotated[int, Field(ge=1)]
+    votes: Finite
+    sites: Annotated[Count, Field(ge=1)]
 
 
 def estimate(metric: str, counts: Sequence[Sequence[float]], job: Job) -> Estimate:

@@ -38,7 +38,10 @@ class ReportGroup(TyperGroup):
 report_app = typer.Typer(
     name="report",
     cls=ReportGroup,
-    help="Write the report of a run (`report RUN`), sign a report, or check one that was signed.",
+    help="Write the report of a run, sign a report, or check one that was signed.\n\n"
+    "`silotune report RUN` writes RUN/report.html anew; with `--format html` or `--format pdf` it writes the compliance report, "
+    "with `--out FILE` elsewhere than in RUN, with `--ledger EXPORT` beside a site's account, with `--sign WHO` signed. "
+    "The options stand in `silotune report write --help`; the word “write” can be left out.",
     no_args_is_help=True,
 )
 

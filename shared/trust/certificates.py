@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -150,8 +150,15 @@ class Judge:
     now: datetime
     sites_only: bool = False
 
-    def files(self, paths: Iterable[Path]) -> list[SiteIdentity]:
-        """Return one identity per file, by name and expiry; never fails because of one file."""
+    def files(
+        self, paths: Iterable[Path], *, concerns: Callable[[x509.Certificate], bool] | None = None
+    ) -> list[SiteIdentity]:
+        """Return one identity per file, by name and expiry; never fails because of one file.
+
+        Args:
+            paths: of certificates.
+            concerns: leaves out certificates that it returns False of, before they are checked; unreadable files stay.
+        """
         found = []
         for path in paths:
             if path.name.startswith("."):
@@ -163,7 +170,8 @@ class Judge:
                     SiteIdentity(path=path, name=printable(path.stem, "?"), state="unreadable", reason=str(error))
                 )
                 continue
-            found.append(identity_of(path, certificate, *self.judged(certificate)))
+            if concerns is None or concerns(certificate):
+                found.append(identity_of(path, certificate, *self.judged(certificate)))
         return sorted(found, key=lambda i: (i.name, i.not_after or datetime.max.replace(tzinfo=UTC), i.path))
 
     def judged(self, cert: x509.Certificate) -> tuple[State, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from shared import terminal
 from shared.epsilons import bound_rounded_down, delta_rounded_up, rounded_up
-from shared.errors import ConfigError, excerpt
+from shared.errors import ConfigError, RunError, excerpt
 from shared.options import JsonAtEndOption, RunArgument
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ def audit(
     record = audits.save_result(opened, result, seeds=seeds)
     figure = run / "audit" / f"tier{tier}.png"
     write_figure(figure, result, scored)
+    stale = _update_report(run)
     if as_json:
         terminal.print_json(asdict(record))
     else:
@@ -81,8 +83,21 @@ def audit(
         for reason in result.reasons:
             console.print(f"  {reason}", soft_wrap=True)
         console.print(f"\naudited: {result.audited}\nfigure: {figure}", soft_wrap=True)
+    if stale is not None:
+        typer.echo(f"the run's report does not have this audit yet: {stale}", err=True)
     if result.verdict == "violated":
         raise typer.Exit(VIOLATED_STATUS)
+
+
+def _update_report(run: Path) -> str | None:
+    """Write the run's report anew, so that it has the audit; return why not, if that does not go."""
+    from server.reports.run import write_report
+
+    try:
+        write_report(run)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 def result_table(result: AuditResult) -> Table:

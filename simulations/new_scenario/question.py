@@ -11,6 +11,7 @@ from shared.data.datasets import PERSON_ROLE
 from shared.errors import ConfigError
 from shared.job.kinds import RULES, TaskKind
 from shared.job.values import PERSON_UNITS
+from shared.privacy.accounting import check_delta, check_epsilon
 from shared.tasks import TASKS
 
 SITE_ROLE = "site"
@@ -97,7 +98,12 @@ def columns_of(kind: TaskKind, columns: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_question(question: Question) -> None:
-    """Raise `ConfigError` if the question contradicts itself, before any record is read."""
+    """Raise `ConfigError` or `PrivacyError` if the question contradicts itself, or asks for what no scenario can have, before
+    any record is read.
+    """
+    check_epsilon(question.epsilon)
+    if question.delta is not None:
+        check_delta(question.delta)
     named: dict[str, str] = {}
     for role, column in question.columns.items():
         if column in named:

@@ -20,6 +20,7 @@ from shared.data.datasets import PERSON_ROLE, Record
 from shared.epsilons import as_set, noise_rounded_down, rate_rounded_up
 from shared.errors import ConfigError, DataError
 from shared.files.atomic import write_text
+from shared.files.outputs import check_parent
 from shared.job.kinds import RULES, TaskKind
 from shared.privacy.sizes import declared_size, default_delta
 from shared.tasks import TASKS
@@ -211,6 +212,7 @@ def _check_target(question: Question, *, force: bool) -> None:
         raise ConfigError(f"--out {question.out} is the data itself; name another file.")
     if question.out.exists() and not force:
         raise ConfigError(f"{question.out} is there already; --force replaces it, --out names another.")
+    check_parent(question.out)
 
 
 def _usual_backbone(kind: TaskKind) -> str:

@@ -20,9 +20,9 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
-from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse
+from shared.job.parsing import Section, apply_overrides, nearest, parse
 from shared.job.values import Name
-from simulations.scenario import Scenario, build_scenario
+from simulations.scenario import Scenario, build_scenario, load_scenario_file
 
 Search = Literal["grid", "optuna"]
 Setting = dict[str, Any]
@@ -239,7 +239,7 @@ def load_sweep(
     Raises:
         ConfigError: naming every bad key.
     """
-    found = load_toml(path)
+    found = load_scenario_file(path)
     raw: dict[str, Any] = found if "scenario" in found else {"scenario": path.name}
     given = {"search": search, "trials": trials, "seeds": None if seeds is None else _parse_seeds(seeds)}
     raw = {**raw, **{key: value for key, value in given.items() if value is not None}}
@@ -254,7 +254,7 @@ def load_sweep(
 
 def _resolve(config: SweepConfig, path: Path, overrides: Sequence[str]) -> Sweep:
     fixed = [f"{key}={json.dumps(_plain(value), ensure_ascii=False)}" for key, value in config.fixed.items()]
-    raw = apply_overrides(load_toml(path), [*fixed, *overrides])
+    raw = apply_overrides(load_scenario_file(path), [*fixed, *overrides])
     base = path.resolve().parent
     plain = build_scenario(raw, source=str(path), base=base)
     if EPSILON in config.axes and plain.job.privacy.noise_multiplier is not None:

@@ -26,6 +26,46 @@ def test_every_line_leads_to_a_command_of_that_name() -> None:
         assert found.help
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("predict", "a film"),
+        ("generate", "a film"),
+        ("explain", "a film"),
+        ("audit",),
+        ("monitor", __file__),
+        ("report",),
+        ("report", "--format", "html"),
+    ],
+    ids=" ".join,
+)
+def test_what_is_no_run_folder_is_told_what_one_is(
+    silotune: Callable[..., Any], tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    (tmp_path / "notes.csv").write_text("note\n")
+    for place, found in (("nowhere", "is not there"), ("notes.csv", "is a file"), (".", "holds no job.json")):
+        outcome = silotune(arguments[0], tmp_path / place, *arguments[1:])
+        assert outcome.status == 1
+        assert f"{found}; expected the folder of a run, with job.json and run.json in it" in outcome.err
+
+
+@pytest.mark.parametrize("command", [("simulate",), ("federation",), ("sweep", "--axis", "privacy.epsilon=1,3")])
+def test_what_is_no_scenario_is_told_what_one_is(
+    silotune: Callable[..., Any], tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    (tmp_path / "notes.csv").write_text("note,triage\na pain,low\n")
+    outcome = silotune(command[0], tmp_path / "notes.csv", *command[1:])
+    assert outcome.status == 2
+    assert "notes.csv is no TOML file; expected a scenario" in outcome.err
+    assert "silotune new" in outcome.err
+
+
+def test_help_of_report_names_its_options(silotune: Callable[..., Any]) -> None:
+    told = silotune("report", "--help").out
+    for option in ("--format html", "--out", "--ledger", "--sign", "report write --help"):
+        assert option in " ".join(told.replace("│", " ").split()), option
+
+
 def test_help_of_everything_loads_nothing_heavy() -> None:
     out, loaded = run_and_list("--help")
     assert "Usage:" in out

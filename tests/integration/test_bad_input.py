@@ -163,7 +163,7 @@ def test_an_adapter_that_is_missing_or_no_adapter(silotune: Silotune, finished_r
     check_refused(silotune("predict", run, "x"), "cannot be read", "give the run's adapter folder")
     shutil.rmtree(run / "adapter")
     check_refused(silotune("predict", run, "x"), "holds no tuned adapter", "Finish the run first")
-    check_refused(silotune("predict", tmp_path, "x"), "holds no readable job.json")
+    check_refused(silotune("predict", tmp_path, "x"), "holds no job.json", "expected the folder of a run")
     check_refused(silotune("generate", finished_run, "x"), "does not continue texts", "silotune predict")
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from server.reports.run.formats import format_bound
 
 MakeScenario = Callable[..., Path]
 Silotune = Callable[..., Any]
@@ -159,6 +162,56 @@ def test_our_own_files_are_replaced(silotune: Silotune, run: Path, tmp_path: Pat
     for _ in range(2):
         outcome = silotune(*words)
         assert outcome.status == 0, outcome.err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["report", "RUN", "--format", "html", "--out", "OUT/x.html"],
+        ["explain", "RUN", "a dull plot", "--html", "OUT/x.html"],
+        ["monitor", "RUN", "IN/texts.txt", "--window", "5", "--out", "OUT"],
+        ["plan", "--records", "1000", "--batch-size", "50", "--epochs", "2", "--epsilon", "3", "--out", "OUT"],
+        ["deidentify", "IN/texts.txt", "--out", "OUT/x.txt"],
+        ["deidentify", "IN/texts.txt", "--out", "IN/x.txt", "--report", "OUT/x.json", "--overwrite"],
+        ["pki", "request", "OUT", "--name", "a", "--role", "site"],
+        ["simulate", "RUN/../scenario.toml", "--out", "OUT/run"],
+        ["new", "IN/many.csv", "--text", "review", "--label", "verdict", "--out", "OUT/x.toml"],
+    ],
+    ids=" ".join,
+)
+def test_folders_above_what_is_written_are_made_by_every_command_alike(
+    silotune: Silotune, run: Path, tmp_path: Path, arguments: list[str]
+) -> None:
+    (tmp_path / "texts.txt").write_text("a dull plot\n" * 12)
+    rows = "".join(f"film {n} is {'good' if n % 2 else 'bad'},{n % 2}\n" for n in range(200))
+    (tmp_path / "many.csv").write_text("review,verdict\n" + rows)
+    out = tmp_path / "not" / "there"
+    words = [
+        word.replace("RUN", str(run)).replace("OUT", str(out)).replace("IN/", f"{tmp_path}/") for word in arguments
+    ]
+    outcome = silotune(*words)
+    assert outcome.status == 0, outcome.err
+    assert any(out.iterdir())
+    (tmp_path / "a-file").write_text("mine")
+    check_refused(silotune(*(word.replace(str(out), str(tmp_path / "a-file" / "below")) for word in words)), "a-file")
+
+
+def test_an_audit_stands_in_the_report_of_its_run(silotune: Silotune, run: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    for place in copy.glob("audit/*"):
+        place.unlink()
+    assert silotune("report", copy).status == 0
+    before = (copy / "report.html").read_text()
+    assert silotune("audit", copy).status == 0
+    after = (copy / "report.html").read_text()
+    bound = json.loads((copy / "audit" / "tier1.json").read_text())["lower_bound"]
+    shown = format_bound(bound)
+    assert after.count(shown) > before.count(shown)
+    (copy / "report.html").write_text("mine")
+    outcome = silotune("audit", copy)
+    assert outcome.status == 0
+    assert "the run's report does not have this audit yet: " in outcome.err
+    assert (copy / "report.html").read_text() == "mine"
 
 
 @pytest.mark.parametrize("place", ["a-file", "a-file/below", "dangling", "n" * 300, "/dev/null", "/proc/none"])

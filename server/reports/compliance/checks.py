@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 # Accountants of other versions differ in the last digits only.
 RECORD_TOLERANCE = 1e-3
 
-CHECKS = (
-    "The job in the run folder is the one that the run names by its hash and, where it was signed, the one that was signed.",
+_NAMED_JOB = "The job in the run folder is the one that the run names by its hash"
+_UNNAMED_JOB = (
+    "Not checked: whether the job in the run folder is the one that was run. run.json names no hash of it (job_sha256)"
+)
+_CHECKS = (
     "The recorded epsilon of every site and of the composition over sites is the one recomputed from the executed steps.",
     "Two accountants of different construction agree within their error.",
     "Every aggregated update stands in the site's privacy record; every site executed the noise, sampling rate and steps that "
@@ -35,6 +38,14 @@ CHECKS = (
     "Every given ledger covers the steps that the coordinator received.",
     "No audit says violated, and each audited this very job.",
 )
+
+
+def what_was_compared(data: RunData, signed: SignedJob | None) -> tuple[str, ...]:
+    """Return what a report says of a run in which nothing was found, and what could not be compared."""
+    job = _UNNAMED_JOB if data.run.job_sha256 is None else _NAMED_JOB
+    if signed is not None:
+        job += "; it is the one that was signed" if data.run.job_sha256 is None else ", and the one that was signed"
+    return f"{job}.", *_CHECKS
 
 
 def job_discrepancies(data: RunData, job: Job, signed: SignedJob | None) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 
 from server.reports.compliance import evidence, spending
-from server.reports.compliance.checks import CHECKS
+from server.reports.compliance.checks import what_was_compared
 from server.reports.compliance.document import (
     Block,
     Bullets,
@@ -106,7 +106,9 @@ def _lead(facts: Facts) -> Iterator[Block]:
         )
     if not facts.discrepancies:
         yield Notice(
-            level="good", title="Nothing was found that does not fit together. What was compared:", items=CHECKS
+            level="good",
+            title="Nothing was found that does not fit together. What was compared:",
+            items=what_was_compared(facts.data, facts.signed_job),
         )
 
 

@@ -21,6 +21,7 @@ from server.reports.compliance.reading import read_facts
 from shared.errors import RunError
 from shared.files.atomic import write_bytes
 from shared.files.outputs import HTML_MARK, JSON_MARK, PDF_MARK, check_file
+from shared.job.job_file import check_run_folder
 from shared.trust.signed_file import Signer, sign_file, signature_file
 
 Format = Literal["html", "pdf"]
@@ -50,6 +51,7 @@ def write_compliance_report(
         RunError: if the run folder is malformed, or the file cannot be written or is somebody else's.
     """
     path = out or run_dir / f"{FILE_STEM}.{format}"
+    check_run_folder(run_dir)
     check_file(path, HTML_MARK if format == "html" else PDF_MARK, way_out="choose another file with --out")
     check_file(signature_file(path), JSON_MARK, way_out="choose another file with --out")
     moment = now or datetime.now(UTC)

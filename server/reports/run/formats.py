@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from server.records.metrics import is_share
 from shared.epsilons import (
     as_set,
     bound_rounded_down,
@@ -26,8 +27,6 @@ NOT_RECORDED = "not recorded"
 NOT_EVALUATED = "not evaluated"
 """Of a metric that was not measured, or not yet."""
 
-# Metrics that are shares of one and read better in percent; the gap between two of them is in points.
-_SHARES = frozenset({"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"})
 LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
 _ABBREVIATIONS = {
     "auc": "AUC",
@@ -121,11 +120,6 @@ def format_time(value: datetime | None) -> str:
     return f"{value:%Y-%m-%d %H:%M} {zone}"
 
 
-def is_share(name: str) -> bool:
-    """True for `f1`, and also for `f1 Disease` and `recall@3`."""
-    return re.split("[ @]", name, maxsplit=1)[0] in _SHARES
-
-
 def metric_title(name: str) -> str:
     """`macro_f1` -> `Macro F1`; `f1 Disease` -> `F1 Disease`."""
     if name in _ABBREVIATIONS:
@@ -143,6 +137,8 @@ def format_metric(name: str, value: float | None) -> str:
         return "not finite"
     if is_share(name):
         return f"{100 * value:.1f} %"
+    if abs(value) >= 1e9:
+        return f"{value:.3g}"
     return f"{value:,.2f}" if abs(value) >= 10 else f"{value:.3f}"
 
 

@@ -23,6 +23,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from server.records.metrics import is_share
 from server.records.privacy import AnyRecord
 from server.records.rounds import RoundRecord
 from server.reports.run.formats import (
@@ -30,7 +31,6 @@ from server.reports.run.formats import (
     format_bytes,
     format_epsilon,
     format_metric,
-    is_share,
     metric_title,
     natural_key,
     printable,

@@ -10,8 +10,9 @@ import hashlib
 import stat
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from server.records.job import read_job
+from server.records.metrics import in_range
 from server.records.privacy import AnyRecord, CoordinatorRecord, read_site, require_claim
 from server.records.results import (
     DIVERGED_FILE,
@@ -27,9 +28,10 @@ from server.records.results import (
 from server.records.rounds import read_rounds
 from server.records.run import RunRecord
 from server.reports.run.formats import natural_key
-from server.reports.run.run_data import Arm, FileHash, RunData, job_value
+from server.reports.run.run_data import Arm, FileHash, RunData
 from shared.errors import RunError
-from shared.files.json_files import damaged, read_if_there, read_object, read_record, read_text
+from shared.files.json_files import damaged, read_if_there, read_record, read_text
+from shared.job.job_file import check_run_folder
 from shared.privacy.statement import Statement
 
 
@@ -39,11 +41,7 @@ def read_run(run_dir: Path) -> RunData:
     Raises:
         RunError: if a required file is missing or any file is malformed.
     """
-    if not run_dir.is_dir():
-        raise RunError(
-            f"{run_dir} is not a folder; expected the folder of a run, with job.json and run.json in it. "
-            "Give the folder that the run printed when it started."
-        )
+    check_run_folder(run_dir)
     run = read_record(_required(run_dir / "run.json"), RunRecord)
     complete = run.status == "completed"
     federated = read_arm(run_dir, name="federated", complete=complete)
@@ -57,7 +55,7 @@ def read_run(run_dir: Path) -> RunData:
             "one for every site (under central DP, one in the run's folder). Without them no epsilon can be shown: copy "
             "the sites' records back and write the report again."
         )
-    return RunData(
+    data = RunData(
         run=run,
         federated=federated,
         baselines=tuple(
@@ -71,11 +69,18 @@ def read_run(run_dir: Path) -> RunData:
         site_metrics=read_if_there(run_dir / "site_metrics.json", SiteMetrics),
         job_sha256_matches=_job_matches(run_dir / "job.json", run.job_sha256),
     )
+    try:  # which metric the seeds' values are of stands in another file
+        for values in data.repeats.arms.values() if data.repeats else ():
+            for value in values:
+                in_range(data.primary_metric, value)
+    except ValueError as error:
+        raise damaged(run_dir / REPEATS_FILE, f"arms: {error}") from None
+    return data
 
 
 def read_arm(folder: Path, *, name: str, complete: bool = False) -> Arm:
     """Read one training; a completed one must have its rounds and its evaluation."""
-    job = _read_job(folder / "job.json")
+    job = read_job(_required(folder / "job.json"))
     private = job["privacy"]["mechanism"] != "none"
     path = folder / "metrics.jsonl"
     rounds = read_rounds(_required(path) if complete else path, complete=complete)
@@ -119,14 +124,6 @@ def _required(path: Path) -> Path:
             "Check that this is a run folder and that it was copied completely."
         )
     return path
-
-
-def _read_job(path: Path) -> dict[str, Any]:
-    job = read_object(_required(path))
-    mechanism = job_value(job, "privacy", "mechanism")
-    if mechanism not in ("dp-sgd", "central", "none"):
-        raise damaged(path, f"privacy.mechanism is {mechanism!r}, expected 'dp-sgd', 'central' or 'none'")
-    return job
 
 
 def _folders(parent: Path) -> Sequence[Path]:

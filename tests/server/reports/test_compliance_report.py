@@ -355,6 +355,15 @@ def test_another_job_is_a_discrepancy(run: Path) -> None:
     assert "job.json is not the job that run.json names by its hash." in read_facts(run).discrepancies
 
 
+def test_a_run_that_does_not_name_its_job_is_not_said_to_agree(facts: Facts, run: Path) -> None:
+    agree, unknown = "the one that the run names by its hash", "Not checked: whether the job"
+    assert agree in text_of(render_html(compose(facts), NOW))
+    edit(run / "run.json", job_sha256=None)
+    text = text_of(render_html(compose(read_facts(run)), NOW))
+    assert agree not in text
+    assert unknown in text
+
+
 def test_audits_are_shown_and_a_violated_one_comes_first(run: Path) -> None:
     audit = {
         "tier": 1,
@@ -757,7 +766,7 @@ def test_mistakes_end_with_a_message(small_run: Path, tmp_path: Path, silotune: 
     for arguments, said in (
         (("report", small_run, "--format", "docx"), "expected html or pdf"),
         (("report", small_run, "--sign", tmp_path), "add --format"),
-        (("report", tmp_path / "nowhere", "--format", "pdf"), "is not a folder"),
+        (("report", tmp_path / "nowhere", "--format", "pdf"), "is not there; expected the folder of a run"),
         (("report", small_run, "--format", "html", "--sign", tmp_path), "no folder of a coordinator or a site"),
         (("report", small_run, "--format", "html", "--ledger", small_run / "run.json"), "is not an export"),
         (("report", small_run, "--format", "html", "--out", "/proc/no/report.html"), "could not write"),

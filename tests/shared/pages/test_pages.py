@@ -53,6 +53,14 @@ def test_half_of_a_surrogate_pair_does_not_stop_a_page(template: Path) -> None:
     assert b"<p>a?b</p>" in render_page(template, filters={"twice": str}, name="a\ud800b")
 
 
+def test_no_control_character_stands_in_a_page(template: Path) -> None:
+    controls = "".join(map(chr, (*range(0x20), *range(0x7F, 0xA0))))
+    page = render_page(template, filters={"twice": str}, name=f"a{controls}b\r\nc").decode()
+    assert {character for character in controls if character in page} == {"\n", "\t"}
+    assert f"<p>a{9 * chr(0xFFFD)}\t\n" in page, "each shows that something was there"
+    assert "b\nc</p>" in page
+
+
 def test_every_page_extends_the_shell() -> None:
     folders = [PRODUCT / folder for folder in ("client", "server", "shared", "simulations")]
     pages = {path for folder in folders for path in folder.rglob("*.html")} - {PRODUCT / "shared/pages/page.html"}

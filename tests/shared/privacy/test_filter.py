@@ -340,6 +340,10 @@ def test_a_spend_above_a_million_is_infinite() -> None:
         assert (found == pytest.approx(num, rel=1e-4)) if is_finite else (found == math.inf)
 
 
+def test_the_divergence_of_noise_without_end_is_that_of_much_noise() -> None:
+    assert renyi_divergence(1e308, 0.5, 8) == renyi_divergence(1e100, 0.5, 8) < 1e-11
+
+
 def test_the_divergence_of_next_to_no_noise_is_infinite() -> None:
     assert renyi_divergence(0.999e-3, 1e-9, 2) == math.inf
     assert renyi_divergence(1e-3, 1.0, 2) == pytest.approx(1e6, rel=1e-6)

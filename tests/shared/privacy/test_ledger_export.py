@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,10 @@ def test_it_is_measured_by_its_own_rule() -> None:
         ({"charges": [CHARGES[0].model_dump() | {"steps": -1}]}, r"charges\.0\.steps"),
         ({"charges": [CHARGES[0].model_dump() | {"noise_multiplier": 0}]}, r"charges\.0\.noise_multiplier"),
         ({"charges": [CHARGES[0].model_dump() | {"sample_rate": float("nan")}]}, r"charges\.0\.sample_rate"),
+        ({"charges": [CHARGES[0].model_dump() | {"steps": 10**400}]}, r"charges\.0\.steps"),
+        ({"charges": 2 * [CHARGES[0].model_dump() | {"steps": 2**53 - 1}]}, r"below 2\^53"),
+        ({"declared_records": 2**53}, "declared_records"),
+        ({"delta": 1e-40}, "delta is 1e-40; expected a number from 1e-30"),
     ],
 )
 def test_a_file_that_is_no_export_is_explained(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
@@ -71,6 +76,14 @@ def test_a_file_that_is_no_export_is_explained(tmp_path: Path, changes: dict[str
     path.write_text(json.dumps(export().model_dump(mode="json") | changes))
     with pytest.raises(LedgerError, match=rf"is not an export of a ledger \(.*{problem}.*--export"):
         load_export(path)
+
+
+@pytest.mark.parametrize("composition", ["adaptive", "fixed"])
+def test_noise_without_end_is_measured(composition: str) -> None:
+    drowned = CHARGES[0].model_copy(update={"noise_multiplier": 1e308})
+    found = export(charges=(drowned,), composition=composition)
+    nearly = export(charges=(drowned.model_copy(update={"noise_multiplier": 1e100}),), composition=composition)
+    assert found.rule.epsilon(found.mechanisms) == nearly.rule.epsilon(nearly.mechanisms) < math.inf
 
 
 def test_paths_that_cannot_be_used_are_explained(tmp_path: Path) -> None:

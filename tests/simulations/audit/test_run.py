@@ -119,7 +119,7 @@ def test_a_run_that_is_not_private_unfinished_or_none_is_refused(
         path.unlink()
     with pytest.raises(RunError, match="finish the run first"):
         open_run(run_copy)
-    with pytest.raises(RunError, match="is it a run folder"):
+    with pytest.raises(RunError, match="expected the folder of a run"):
         open_run(tmp_path)
 
 

@@ -117,6 +117,14 @@ def refused(silotune: Run, tmp_path: Path, tiny_bert: Path) -> Run:
     return run
 
 
+def test_options_are_checked_before_records_are_read(refused: Run, tmp_path: Path) -> None:
+    (tmp_path / "blank.csv").write_text("note,triage\n ,a\n")
+    columns = ("--text", "note", "--label", "triage")
+    assert "blank" in refused(tmp_path / "blank.csv", *columns)
+    assert "epsilon is -3; expected" in refused(tmp_path / "blank.csv", *columns, "--epsilon", "-3")
+    assert "delta is 2.0; expected" in refused(tmp_path / "blank.csv", *columns, "--delta", "2")
+
+
 # --- what is written ---
 
 
