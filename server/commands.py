@@ -27,7 +27,7 @@ from shared.trust.certificates import expiry_warning, fingerprint, load_certific
 from shared.trust.keystore import passphrase_from_environment
 from shared.trust.node_keys import load_plain_pem_key, write_plain_pem_key
 from shared.trust.pki import make_request
-from shared.trust.revocation import load_crl
+from shared.trust.revocation import check_newer, load_crl
 from shared.trust.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
 from shared.trust.trust_store import TrustStore, verify_certificate
 
@@ -94,7 +94,7 @@ def install(
     root = load_certificate(authority)
     loaded = _own_certificate(place, certificate, root, now) if certificate is not None else None
     if crl is not None:
-        load_crl(crl, root)
+        check_newer(place.trust, load_crl(crl, root), root)
     if ca is not None:
         write_bytes(place.trust / "ca.crt", ca.read_bytes())
     if certificate is not None and loaded is not None:
@@ -224,6 +224,11 @@ def stop(
     said = place.read_status()
     if not _alive(said):
         raise RunError(f"no coordinator runs in {home}.")
+    if not place.works_there(int(said["pid"])):
+        raise RunError(
+            f"{place.status} names process {said['pid']}, which is no coordinator of this folder, so it gets no signal. A "
+            "coordinator that runs writes that file anew every second: if there is one, try again."
+        )
     os.kill(int(said["pid"]), signal.SIGTERM)
     typer.echo("the coordinator was asked to stop; its jobs resume when it starts again.")
 

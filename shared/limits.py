@@ -24,6 +24,8 @@ MIN_SAMPLE_RATE = 1e-9
 """Smallest probability with which a record enters a step; of a billion records less than one would."""
 MAX_SITES = 10_000_000
 """Sites of one federation, declared or waited for."""
+MAX_RECORDS = 1_000_000_000
+"""Records, or persons, that one site can declare."""
 MAX_TABLE_LABELS = 100
 """Labels up to which whatever has a number for each pair of labels is kept and released whole."""
 MAX_LEARNING_RATE = 1000.0

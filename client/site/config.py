@@ -10,6 +10,7 @@ from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.job.compute import ComputeConfig
 from shared.job.parsing import Section
 from shared.job.values import PERSON_UNITS, Delta, Name, Unit
+from shared.limits import MAX_RECORDS
 
 
 class BudgetConfig(Section):
@@ -45,7 +46,7 @@ class SiteConfig(Section):
     """Name under which the ledger keeps this data's budget. Adding records does not make a new data set."""
     data: DataSource
     budget: BudgetConfig
-    declared_records: int | None = Field(default=None, ge=1)
+    declared_records: int | None = Field(default=None, ge=1, le=MAX_RECORDS)
     """The public size of the data set, in records, or in patients or customers where they are `budget.unit`; None declares
     the largest power of two that was not above it at first use, which then stays (`declared.json`)."""
     evaluation_share: float = Field(default=0.0, ge=0, lt=1)

@@ -138,6 +138,15 @@ class Roster:
                 code="TrustError",
                 reason=f"its key was admitted for {registered!r}, but it calls itself {answer.site!r}; mend site.toml there",
             )
+        most = self._job.federation.max_declared_records
+        if isinstance(answer, SiteDescription) and answer.declared_records > most:
+            answer = Refusal(
+                site=answer.site,
+                code="RunError",
+                reason=f"it declares {answer.declared_records:,} records; federation.max_declared_records of the job is "
+                f"{most:,}. If it has so many, have the job signed anew with a higher limit; else mend declared_records in "
+                "site.toml there",
+            )
         if isinstance(answer, SiteDescription):
             self._sites[node] = answer
             return

@@ -11,6 +11,7 @@ coordinator.json   what the running coordinator says of itself
 
 from __future__ import annotations
 
+import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,20 @@ class CoordinatorHome:
         except (RunError, ValidationError):
             return {}
         return said
+
+    def works_there(self, pid: int) -> bool:
+        """Return whether this process has the lock file open that `locked` holds, as far as the system tells."""
+        lock = self.path / ".coordinator.lock"
+        try:
+            wanted = lock.stat()
+            for handle in Path(f"/proc/{pid}/fd").iterdir():
+                with contextlib.suppress(OSError):  # closed since
+                    found = handle.stat()
+                    if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
+                        return True
+        except OSError:
+            return False
+        return False
 
     def locked(self) -> AbstractContextManager[None]:
         """Let one coordinator at a time work in this folder.

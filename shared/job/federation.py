@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from shared.job.parsing import Section
-from shared.limits import MAX_LEARNING_RATE, MAX_SITES, MAX_TIMEOUT_SECONDS
+from shared.limits import MAX_LEARNING_RATE, MAX_RECORDS, MAX_SITES, MAX_TIMEOUT_SECONDS
 
 
 class AggregationConfig(Section):
@@ -47,6 +47,12 @@ class FederationConfig(Section):
     """A round with fewer valid replies is not aggregated and the run stops."""
     sites_per_round: int | None = Field(default=None, ge=1, le=MAX_SITES)
     """Number of sites drawn for each round; None asks all of them."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    max_declared_records: int = Field(
+        default=1_000_000, ge=1, le=MAX_RECORDS, exclude_if=lambda value: value == 1_000_000
+    )
+    """Most records (or patients, customers) that a site may declare; one that declares more takes no part. Weights follow from
+    these sizes, which nobody can check: set it to about what your largest site has."""
     round_timeout_seconds: float = Field(default=3600.0, gt=0, le=MAX_TIMEOUT_SECONDS)
     """After this long a round goes on without the sites that have not answered."""
     # Not written out where it is not set: jobs of older versions keep their hash.

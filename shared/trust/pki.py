@@ -25,6 +25,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -57,7 +58,7 @@ from shared.trust.certificates import (
     write_public,
 )
 from shared.trust.node_keys import load_private_key, save_private_key
-from shared.trust.revocation import check_rollback, crl_number, load_crl, seen_crl, write_crl
+from shared.trust.revocation import check_newer, crl_number, load_crl, write_crl
 
 MAX_DAYS = 36_500
 BACKDATING = timedelta(minutes=5)  # so that a machine whose clock is a little late accepts a new certificate
@@ -88,7 +89,8 @@ def create_ca(
     """Make a CA with a new key and an empty revocation list; `name` is 1 to 64 printable characters.
 
     Raises:
-        TrustError: if the folder holds a CA already, or the name or the number of days is out of bounds.
+        TrustError: if the folder holds a CA already, others may write into it, or the name or the number of days is out of
+            bounds.
         RunError: if the folder cannot be written.
     """
     if not (0 < len(name) <= 64 and name.isprintable() and name.strip() == name):
@@ -97,6 +99,11 @@ def create_ca(
     for file in ("ca.key", "ca.crt", "crl.pem"):
         if os.path.lexists(folder / file):
             raise TrustError(f"{folder} holds a CA already ({file}); choose another folder.")
+    if folder.exists():
+        _check_private(folder)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)
     now = whole_seconds(now)
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
@@ -268,7 +275,7 @@ def publish(folder: Path, trust_folder: Path) -> int:
         present = load_certificate(trust_folder / "ca.crt")
         if present.public_key() != authority.certificate.public_key():
             raise TrustError(f"{trust_folder} belongs to another CA ({common_name(present)}); use a folder of its own.")
-    check_rollback(trust_folder, authority.crl, seen_crl(trust_folder))
+    check_newer(trust_folder, authority.crl, authority.certificate)
     write_public(trust_folder / "crl.pem", authority.crl.public_bytes(serialization.Encoding.PEM))
     write_public(trust_folder / "ca.crt", pem_bytes(authority.certificate))
     return crl_number(authority.crl)
@@ -280,6 +287,9 @@ class _Authority:
     def __init__(self, folder: Path) -> None:
         if not (folder / "ca.crt").exists():
             raise TrustError(f"{folder} holds no CA (no ca.crt); check the path, or make one: silotune pki init")
+        for part in (folder, folder / "issued"):
+            if part.exists():
+                _check_private(part)
         self.folder = folder
         self.certificate = load_certificate(folder / "ca.crt")
         # A list made afresh would un-revoke everybody, so a missing one is an error.
@@ -431,6 +441,15 @@ def _general_name(host: str) -> x509.DNSName | x509.IPAddress:
     if len(host) > 253 or not re.fullmatch(rf"{label}(\.{label})*", host):
         raise TrustError(f"the host is {host!r}; expected a DNS name or an IP address, without a port or a wildcard.")
     return x509.DNSName(host)
+
+
+def _check_private(folder: Path) -> None:
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    if mode & 0o022:
+        raise TrustError(
+            f"others may write into {folder} (mode {mode:04o}), so they could exchange what this CA issued or revoked; check "
+            f"that nobody did, then: chmod 700 {folder}"
+        )
 
 
 def _check_days(days: int) -> None:

@@ -8,6 +8,7 @@ list.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Iterable
@@ -86,6 +87,19 @@ def seen_crl(folder: Path) -> tuple[int, str]:
     if match is None:
         raise TrustError(f"{path} is damaged; restore it from its backup, or remove it if crl.pem is the newest list.")
     return int(match[1]), match[2]
+
+
+def check_newer(folder: Path, crl: x509.CertificateRevocationList, ca: x509.Certificate) -> None:
+    """Refuse to put a list into a trust store that is older than the one there, or than the newest that was seen there.
+
+    Raises:
+        TrustError: naming both numbers.
+    """
+    seen = seen_crl(folder)
+    with contextlib.suppress(TrustError):  # none, damaged, or another CA's: then what was seen decides
+        present = load_crl(folder / "crl.pem", ca)
+        seen = max(seen, (crl_number(present), crl_digest(present)))
+    check_rollback(folder, crl, seen)
 
 
 def check_rollback(folder: Path, crl: x509.CertificateRevocationList | None, seen: tuple[int, str]) -> bool:

@@ -26,6 +26,7 @@ from shared.files.json_files import canonical_json
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.job.values import NAME_PATTERN
+from shared.limits import MAX_RECORDS
 from shared.privacy.randomness import Origin
 from shared.trust.signed_job import SignedJob
 
@@ -255,7 +256,7 @@ def unpack_description(message: Message) -> SiteDescription | Refusal:
         header = _header(message.content, "description")
         return SiteDescription(
             site=_site_name(header),
-            declared_records=_whole(header["declared_records"], least=1),
+            declared_records=_whole(header["declared_records"], least=1, most=MAX_RECORDS),
             version=str(header["version"]),
         )
     except _MALFORMED:
@@ -275,7 +276,7 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
             round_number=_whole(header["round_number"]),
             job_sha256=str(header["job_sha256"]),
             update=_bytes(header, "update"),
-            declared_records=_whole(header["declared_records"], least=1),
+            declared_records=_whole(header["declared_records"], least=1, most=MAX_RECORDS),
             noise_multiplier=_finite(header["noise_multiplier"]),
             sample_rate=_finite(header["sample_rate"]),
             max_grad_norm=_finite(header["max_grad_norm"]),
@@ -331,14 +332,14 @@ def _refusal(message: Message) -> Refusal | None:
     try:
         header = _header(message.content, "refusal")
         site, code, reason = (_shortened(str(header[key])) for key in ("site", "code", "reason"))
-        return Refusal(site=site, code=code, reason=reason)
+        return Refusal(site=site.replace("\n", " "), code=code.replace("\n", " "), reason=reason)
     except _MALFORMED:
         return None
 
 
-def _whole(value: Any, *, least: int = 0) -> int:
+def _whole(value: Any, *, least: int = 0, most: int = _MOST_COUNTED) -> int:
     number = int(value)
-    if not least <= number <= _MOST_COUNTED:
+    if not least <= number <= most:
         raise ValueError("a number that no count can be")
     return number
 
@@ -359,9 +360,13 @@ def _site_name(header: dict[str, Any]) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Return `text` bounded, and without what a terminal would act on."""
+    """Return `text` bounded, and without what a terminal would act on.
+
+    Lines after the first are indented, so that none of them looks like a line of ours in a log or a table.
+    """
     plain = printable(text[: _MOST_REASON_CHARACTERS + 1], "?", lines=True)
-    return plain if len(plain) <= _MOST_REASON_CHARACTERS else plain[:_MOST_REASON_CHARACTERS] + "…"
+    short = plain if len(plain) <= _MOST_REASON_CHARACTERS else plain[:_MOST_REASON_CHARACTERS] + "…"
+    return "\n    ".join(line.strip() for line in short.split("\n"))
 
 
 def _header(content: RecordDict, kind: str) -> dict[str, Any]:

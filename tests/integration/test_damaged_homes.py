@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import subprocess
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -266,6 +267,40 @@ def test_no_signal_goes_to_a_number_that_a_damaged_file_names(pid: object, tmp_p
     outcome = silotune("coordinator", "stop", tmp_path)
     assert outcome.status == 1
     assert "no coordinator runs in" in outcome.err
+
+
+def test_an_older_revocation_list_is_not_installed_over_a_newer_one(
+    copied: Callable[[], Path], silotune: Silotune
+) -> None:
+    world = copied()
+    older = (world / "ca" / "crl.pem").read_bytes()
+    assert silotune("pki", "revoke", world / "ca", "north").status == 0
+    assert silotune("coordinator", "install", world / "hub", "--crl", world / "ca" / "crl.pem").status == 0
+    (world / "older.pem").write_bytes(older)
+    outcome = silotune("coordinator", "install", world / "hub", "--crl", world / "older.pem")
+    assert outcome.status == 1
+    assert "the revocation list is number 1, but number 2 was seen before" in outcome.err
+    assert (world / "hub/trust/crl.pem").read_bytes() == (world / "ca" / "crl.pem").read_bytes()
+
+
+def test_no_signal_goes_to_a_process_that_is_no_coordinator_of_the_folder(tmp_path: Path, silotune: Silotune) -> None:
+    """Its number may have been given to another process since, or written there by somebody else."""
+    home = CoordinatorHome(tmp_path)
+    other = subprocess.Popen(["sleep", "60"])
+    try:
+        said = {"pid": other.pid, "updated": datetime.now(UTC).isoformat(), "state": "running", "sites": {}}
+        home.status.write_text(json.dumps(said))
+        with home.locked():  # by this very process, so a coordinator runs, but not that one
+            outcome = silotune("coordinator", "stop", tmp_path)
+            assert home.works_there(os.getpid())
+        assert outcome.status == 1
+        assert f"names process {other.pid}, which is no coordinator of this folder, so it gets no signal" in outcome.err
+        assert other.poll() is None
+        assert not home.works_there(os.getpid())
+        assert not home.works_there(2**30)
+    finally:
+        other.kill()
+        other.wait()
 
 
 @pytest.mark.parametrize("name", ["round-00001.safetensors", "settings.json", "evaluation.jsonl", "signed_job.json"])

@@ -42,7 +42,7 @@ class Consortium:
     def __init__(self, folder: Path, sites: tuple[str, ...] = ("a", "b")) -> None:
         self.ca, self.trust = folder / "ca", folder / "trust"
         for path in (self.ca, self.trust / "sites"):
-            path.mkdir(parents=True)
+            path.mkdir(parents=True, mode=0o700)
         pki.create_ca(self.ca, name="consortium", passphrase=None)
         key, request = pki.make_request(name="coordinator", role="server", hosts=["localhost", HOST])
         certificate = pki.approve(self.ca, request, role="server", hosts=["localhost", HOST], passphrase=None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -142,6 +143,25 @@ def test_a_site_that_joins_late_takes_part_and_one_that_left_does_not(
     made.update()
     assert names_of(made.present()) == {1: "a", 2: "b"}
     assert grid.asked == [1, 2], "whoever comes back is known"
+
+
+@pytest.mark.parametrize(("limit", "declared"), [(1_000_000, 1_000_001), (500, 4096), (1_000_000, 10**9)])
+def test_a_site_that_declares_more_than_the_job_allows_takes_no_part(
+    grid: StandInGrid, roster: Callable[..., Roster], notes: Notes, limit: int, declared: int
+) -> None:
+    made = roster({1: "a", 2: "b"}, max_declared_records=limit)
+    most = replace(described("a"), declared_records=limit)
+    grid.online, grid.answers = [1, 2], {1: most, 2: replace(described("b"), declared_records=declared)}
+    assert names_of(made.wait()) == {1: "a"}
+    [(site, reason)] = notes.refused
+    assert site == "b"
+    assert f"it declares {declared:,} records; federation.max_declared_records of the job is {limit:,}" in reason
+
+
+def test_the_limit_of_declared_sizes_leaves_old_jobs_their_hash() -> None:
+    assert make_job(max_declared_records=1_000_000).sha256 == make_job().sha256
+    assert "max_declared_records" not in make_job().canonical_json()
+    assert make_job(max_declared_records=500).sha256 != make_job().sha256
 
 
 def test_the_newer_of_two_keys_of_one_site_counts(grid: StandInGrid, roster: Callable[..., Roster]) -> None:

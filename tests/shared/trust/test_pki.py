@@ -299,6 +299,47 @@ def test_who_approves_names_role_and_hosts(
     assert not (consortium.ca / "issued").exists()
 
 
+def test_the_folder_of_a_ca_is_for_its_keeper(tmp_path: Path) -> None:
+    create_ca(tmp_path / "new" / "ca", name="x", **NO_WORD)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "new" / "ca").iterdir()}
+    assert stat.S_IMODE((tmp_path / "new" / "ca").stat().st_mode) == 0o700
+    assert modes["ca.key"] == 0o600
+    request = make_request(name="north", role="site")[1]
+    for mode, part in ((0o770, "."), (0o707, "."), (0o777, "issued")):
+        folder = tmp_path / f"{mode:o}{part}"
+        create_ca(folder, name="x", **NO_WORD)
+        approve(folder, request, role="site", **NO_WORD)
+        (folder / part).chmod(mode)
+        for act in (
+            lambda folder=folder: approve(folder, request, role="site", **NO_WORD),
+            lambda folder=folder: revoke(folder, "north", **NO_WORD),
+            lambda folder=folder: publish(folder, tmp_path / "trust"),
+        ):
+            with pytest.raises(TrustError, match=rf"others may write into .* \(mode {mode:04o}\).*chmod 700"):
+                act()
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(TrustError, match="others may write into"):
+        create_ca(tmp_path / "open", name="x", **NO_WORD)
+    assert list((tmp_path / "open").iterdir()) == []
+
+
+def test_an_older_list_is_not_put_over_a_newer_one(consortium: Consortium, tmp_path: Path) -> None:
+    """A CA folder from an old backup would else stop all sites, or let a revoked one in where no list was read yet."""
+    old = tmp_path / "old"
+    consortium.site("north")
+    shutil.copytree(consortium.ca, old)
+    consortium.revoke("north")
+    newest = (consortium.store.folder / "crl.pem").read_bytes()
+    (consortium.store.folder / "crl.number").unlink(missing_ok=True)  # nobody looked at the store since
+    with pytest.raises(TrustError, match="the revocation list is number 1, but number 2 was seen before"):
+        publish(old, consortium.store.folder)
+    assert (consortium.store.folder / "crl.pem").read_bytes() == newest
+    # A damaged list is mended by the newest.
+    (consortium.store.folder / "crl.pem").write_text("damaged")
+    assert publish(consortium.ca, consortium.store.folder) == 2
+
+
 def test_a_certificate_does_not_outlive_the_ca(tmp_path: Path) -> None:
     create_ca(tmp_path, name="x", days=100, **NO_WORD)
     request = make_request(name="north", role="site")[1]

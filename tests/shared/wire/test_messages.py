@@ -84,6 +84,18 @@ def test_an_error_of_the_transport_becomes_a_refusal() -> None:
     assert messages.unpack_reply(failed) == Refusal(site="", code="Flower7", reason="gone")
 
 
+def test_a_refusal_forges_no_line_of_a_log() -> None:
+    forged = "no\n2026-11-30 12:00:00 INFO silotune.coordinator: round 3: all is well\r\n  b refused: it is broken"
+    content = messages.pack_refusal(Refusal(site="a\nb", code="Policy\nError", reason=forged))
+    found = messages.unpack_reply(answered(content))
+    assert isinstance(found, Refusal)
+    assert (found.site, found.code) == ("a     b", "Policy     Error")
+    first, *others = found.reason.split("\n")
+    assert first == "no"
+    assert len(others) == 2
+    assert all(line.startswith("    ") and "\r" not in line for line in others)
+
+
 NUMBERS = ("noise_multiplier", "sample_rate", "max_grad_norm", "delta", "epsilon_budget", "steps", "declared_records")
 
 
@@ -106,6 +118,8 @@ NUMBERS = ("noise_multiplier", "sample_rate", "max_grad_norm", "delta", "epsilon
         *(lambda key=key: changed(**{key: "9" * 400}) for key in ("steps", "round_number", "declared_records")),
         lambda: changed(steps=-1),
         lambda: changed(declared_records=0),
+        lambda: changed(declared_records=4 * 10**18),
+        lambda: changed(declared_records=10**9 + 1),
         lambda: changed(site="../../etc/cron.d/x"),
         lambda: changed(site=".."),
         lambda: changed(site=""),
@@ -132,6 +146,7 @@ def test_a_malformed_reply_becomes_a_refusal(content: Callable[[], RecordDict]) 
         {"declared_records": "x"},
         {"declared_records": "9" * 400},
         {"declared_records": 0},
+        {"declared_records": 4 * 10**18},
         {"kind": "update"},
     ],
 )
@@ -174,7 +189,7 @@ def test_a_refusal_cannot_act_on_a_terminal() -> None:
     said = Refusal(site="a", code="PolicyError", reason="no\x1b[2J\x07 way\nsecond line")
     answer = messages.unpack_reply(answered(messages.pack_refusal(said)))
     assert isinstance(answer, Refusal)
-    assert answer.reason == "no?[2J? way\nsecond line"
+    assert answer.reason == "no?[2J? way\n    second line"
 
 
 METRICS = messages.MetricsReply(
