@@ -14,7 +14,7 @@ help:
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
 	@echo "make bench  step, epoch, simulation, wire and aggregation beside their peers, about 40 minutes; ARGS='step' runs one"
 	@echo "make results  the README's accuracy tables, three seeds of every scenario, hours; ARGS='digits' measures one row"
-	@echo "make bench-rounds  what a round costs beyond training, beside Flower's own SuperNode"
+	@echo "make bench-rounds  what a round costs beyond training, with a coordinator and three sites as processes"
 	@echo "make test   install, then all checks and tests"
 	@echo "make coverage  the same tests, and which lines of the product none of them reaches; ARGS='tests/client' runs some"
 	@echo "make test-endurance  sites and coordinators killed, cut off and out of disk space, for a quarter of an hour"

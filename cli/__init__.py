@@ -28,6 +28,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _run(arguments: list[str] | None) -> None:
+    import shared.link  # noqa: F401  (limits TLS to 1.3 before Flower imports grpc)
     from cli.commands import app
 
     try:

@@ -5,26 +5,23 @@ Sites are opened once per process and kept, so a round pays no import, no model 
 
 from __future__ import annotations
 
-import functools
 import logging
-import os
 from collections.abc import Callable
-from pathlib import Path
-from typing import TypeVar
+from dataclasses import replace
+from typing import Literal, TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from client.site.home import SiteHome, open_site
 from client.site.site import Site
 from client.site.slots import Slots
-from shared.errors import ConfigError, SilotuneError
-from shared.trust.keystore import passphrase_from_environment
+from shared.errors import SilotuneError
 from shared.wire.messages import (
     MetricsReply,
     Refusal,
     SiteDescription,
     TrainReply,
+    TrainRequest,
     pack_description,
     pack_metrics,
     pack_refusal,
@@ -34,6 +31,9 @@ from shared.wire.messages import (
 )
 
 log = logging.getLogger("silotune.site")
+
+WAITED_SECONDS = "waited-seconds"
+"""Key of the node's run configuration: how long a message has been at the site before it is looked at."""
 
 OpenSite = Callable[[Context], Site]
 Answer = SiteDescription | TrainReply | MetricsReply | Refusal
@@ -65,13 +65,19 @@ def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> Clien
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return answered(message, context, lambda site: site.answer(unpack_request(message.content)))
+        return answered(message, context, lambda site: site.answer(asked(message, context)))
 
     @app.query("metrics")
     def metrics(message: Message, context: Context) -> Message:
-        return answered(message, context, lambda site: site.answer_metrics(unpack_request(message.content, "metrics")))
+        return answered(message, context, lambda site: site.answer_metrics(asked(message, context, "metrics")))
 
     return app
+
+
+def asked(message: Message, context: Context, kind: Literal["train", "metrics"] = "train") -> TrainRequest:
+    """Return the request of a message; see `unpack_request`."""
+    request = unpack_request(message.content, kind)
+    return replace(request, waited_seconds=float(context.run_config.get(WAITED_SECONDS, 0.0)))
 
 
 def attempt(context: Context, open_site: OpenSite, act: Callable[[Site], ResultT]) -> ResultT | Refusal:
@@ -98,22 +104,3 @@ def packed(answer: Answer, message: Message) -> Message:
     else:
         content = pack_refusal(answer)
     return Message(content, reply_to=message)
-
-
-def this_site(context: Context) -> Site:
-    """Return the real site that this process stands for: the folder named by SILOTUNE_SITE_HOME, with all its guards.
-
-    For Flower's own SuperNode, which is a fallback: it executes the code of a bundle, which `client.node.node` never does.
-    """
-    home = os.environ.get("SILOTUNE_SITE_HOME")
-    if not home:
-        raise ConfigError("set SILOTUNE_SITE_HOME to the site's folder (the one with site.toml).")
-    return _open_real(Path(home))
-
-
-@functools.lru_cache(maxsize=1)
-def _open_real(home: Path) -> Site:
-    return open_site(SiteHome(home), passphrase=passphrase_from_environment())
-
-
-app = make_client_app(this_site)

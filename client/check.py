@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from client.node.fleet import FleetConnection, NotAdmitted, tls_facts
+from client.link.client import welcome
+from client.link.handshake import tls_facts
+from client.node.node import credentials_of
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, load_identity, open_log, open_site
 from client.site.policy import load_policy
@@ -17,7 +19,7 @@ from shared.data.datasets import PERSON_ROLE, DataSource, FileFacts, read_record
 from shared.data.deidentify.report import MaskTally
 from shared.data.overlap import num_shared
 from shared.epsilons import as_set, delta_rounded_up, rounded_up
-from shared.errors import SilotuneError
+from shared.errors import SilotuneError, printable
 from shared.job.job import Job
 from shared.job.values import PERSON_UNITS
 from shared.privacy.sizes import default_delta
@@ -246,21 +248,16 @@ def _audit_log(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
 
 
 def _connection(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
-    identity = load_identity(home, passphrase=passphrase)
-    facts = tls_facts(identity.address, identity.ca_certificate)
-    return "ok", f"{identity.address} answers over {facts.tls_version}, ALPN {facts.alpn}"
+    identity, proxy = load_identity(home, passphrase=passphrase), home.load_config().proxy
+    facts = tls_facts(identity.address, identity.ca_certificate, proxy=proxy)
+    through = "" if proxy is None else " through the proxy"
+    return "ok", f"{identity.address} answers{through} over {facts.tls_version}, ALPN {facts.alpn}"
 
 
 def _admission(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
     identity = load_identity(home, passphrase=passphrase)
-    connection = FleetConnection(
-        identity.address, ca_certificate=identity.ca_certificate, private_key=identity.private_key
+    found = welcome(identity.address, credentials_of(home, passphrase=passphrase), proxy=home.load_config().proxy)
+    return (
+        "ok",
+        f"the coordinator admits this site as {printable(found.site)}; it runs Silotune {printable(found.software)}",
     )
-    try:
-        connection.activate()
-        connection.heartbeat()
-    except NotAdmitted as error:
-        return "failed", str(error)
-    finally:
-        connection.close()
-    return "ok", "the coordinator admits this site's key, and the clocks agree"

@@ -64,7 +64,7 @@ ENV PATH=/opt/silotune/bin:$PATH \
 USER 10001:10001
 WORKDIR /var/lib/silotune
 VOLUME /var/lib/silotune
-# Fleet API, gRPC over TLS. The Control API (8000) stays on loopback inside the container.
+# gRPC over mutual TLS, the only port that listens.
 EXPOSE 9092
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=60s --timeout=30s --start-period=120s --retries=3 \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import logging.handlers
 import os
 import signal
 import time
@@ -37,7 +38,7 @@ coordinator_app = typer.Typer(
 
 HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
 JobOption = Annotated[str | None, typer.Option("--job", help="Number or name of the job; the newest by default.")]
-# A coordinator writes its status twice a second; a restart of the SuperLink takes some seconds.
+# A coordinator writes its status twice a second; evaluating a model may hold it up.
 _STALE_SECONDS = 60.0
 
 
@@ -45,17 +46,14 @@ _STALE_SECONDS = 60.0
 def init(
     home: HomeArgument,
     host: Annotated[list[str], typer.Option("--host", help="Name or address under which sites reach this machine.")],
-    fleet_host: Annotated[str, typer.Option(help="Address to listen on for sites.")] = "0.0.0.0",  # noqa: S104
-    fleet_port: Annotated[int, typer.Option(help="Port for sites.")] = 9092,
-    control_port: Annotated[int, typer.Option(help="Port of the Control API, on loopback only.")] = 8000,
+    listen_host: Annotated[str, typer.Option(help="Address to listen on for sites.")] = "0.0.0.0",  # noqa: S104
+    listen_port: Annotated[int, typer.Option(help="Port for sites, the only one that listens.")] = 9092,
 ) -> None:
     """Make the folder, the keys and the certificate request."""
     place = CoordinatorHome(home)
     if place.config.exists():
         raise RunError(f"{home} is a coordinator's folder already; choose another, or remove it first.")
-    config = CoordinatorConfig(
-        hosts=tuple(host), fleet_host=fleet_host, fleet_port=fleet_port, control_port=control_port
-    )
+    config = CoordinatorConfig(hosts=tuple(host), listen_host=listen_host, listen_port=listen_port)
     made = (place.server_key, place.round_key, home / "round.pub", home / "server.csr")
     check_new_files(home, [path.relative_to(home).as_posix() for path in made])
     for folder in (home, place.trust / "sites", place.jobs, home / "keys", home / "logs"):
@@ -67,7 +65,7 @@ def init(
     write_text(home / "round.pub", round_key.verify_key.text + "\n")
     write_bytes(home / "server.csr", request)
     write_text(place.config, tomli_w.dumps(config.model_dump(mode="json")))  # last: it makes the folder count
-    typer.echo(f"made {home}; keys/server.key is protected by file permissions, for Flower reads it as it is.")
+    typer.echo(f"made {home}; keys/server.key is protected by file permissions.")
     typer.echo(f"1. send {home / 'server.csr'} to whoever runs the CA; read them the key's fingerprint by telephone:")
     typer.echo(f"   {fingerprint(key.public_key())}")
     typer.echo(f"2. silotune coordinator install {home} --certificate server.crt --ca ca.crt --crl crl.pem")
@@ -113,16 +111,29 @@ def start(home: HomeArgument) -> None:
     """Run the coordinator in the foreground until it is stopped (Ctrl-C, SIGTERM, `coordinator stop`)."""
     from server.coordinator.supervisor import Supervisor
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     place = CoordinatorHome(home)
     supervisor = Supervisor(place)
+    _log_to(place.log)
     if place.server_certificate.exists() and (
         warning := expiry_warning(load_certificate(place.server_certificate), datetime.now(UTC))
     ):
         logging.getLogger("silotune.coordinator").warning(warning)
     with orderly(supervisor.stop, f"go on with: silotune coordinator start {home}; its jobs resume then"):
         supervisor.run()
+
+
+def _log_to(path: Path) -> None:
+    """Write the log to the terminal, or whatever the service manager keeps, and to a file that is rotated."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handlers: list[logging.Handler] = [
+        logging.StreamHandler(),
+        logging.handlers.RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8"),
+    ]
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=handlers, force=True
+    )
+    for noisy in ("flwr", "absl"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @coordinator_app.command("submit")
@@ -184,15 +195,13 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
 def logs(
     home: HomeArgument,
     job: JobOption = None,
-    superlink: Annotated[
-        bool, typer.Option("--superlink", help="Print the log of Flower's SuperLink instead.")
-    ] = False,
+    own: Annotated[bool, typer.Option("--coordinator", help="Print the coordinator's own log instead.")] = False,
     lines: Annotated[int, typer.Option("--last", help="Number of lines.")] = 50,
     follow: Annotated[bool, typer.Option("--follow", help="Go on printing.")] = False,
 ) -> None:
-    """Print the log of a job, or of Flower's SuperLink."""
+    """Print the log of a job, or of the coordinator itself."""
     place = CoordinatorHome(home)
-    path = place.superlink_log if superlink else find(place.jobs, job).log
+    path = place.log if own else find(place.jobs, job).log
     if not path.exists():
         raise RunError(f"{path} does not exist yet; it never ran.")
     text = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -275,12 +284,13 @@ def _job_state(submission: Submission) -> dict[str, Any]:
 def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]]) -> None:
     console = terminal.console()  # a site's text is shown as it is
     console.print(f"coordinator: {said.get('state', 'never started') if alive else 'not running'}")
-    for key in ("fleet_address", "certificate_until", "trust_problem", "problem"):
+    for key in ("address", "certificate_until", "trust_problem", "problem"):
         if said.get(key):
             console.print(f"  {key}: {said[key]}", soft_wrap=True)
-    table = Table("site", "connected", "admitted until", box=None)
+    table = Table("site", "connected", "last seen", "admitted until", box=None)
     for name, site in sorted(said.get("sites", {}).items()):
-        table.add_row(name, "yes" if site["online"] and alive else "no", site["until"])
+        online = "yes" if site["online"] and alive else "no"
+        table.add_row(name, online, site.get("last_seen") or "never", site["until"])
     console.print(table)
     for state in jobs:
         line = f"{state['name']}: {state['state']}, {state['rounds_durable']} rounds durable"

@@ -1,7 +1,8 @@
 """A site's connection to the coordinator: opened from here, opened again after a cut, one stream at a time.
 
-The site listens on nothing. What arrives goes whole and once to a handler in a thread of its own, so that a handler that
-trains for an hour disturbs no connection; its answer is kept until the coordinator has it.
+The site listens on nothing. What arrives goes whole and once to a handler, in the thread that runs the client; the connection
+has threads of its own, so that a handler that trains for an hour does not disturb it. Answers are kept until the coordinator has
+them.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ class NodeEvents:
     def noticed(self, text: str) -> None:
         """The coordinator has something to say."""
 
+    def answered(self) -> None:
+        """An answer is ready, and on its way unless there is none; what takes long may be done here."""
+
+    def delivered(self, reply: Parcel) -> None:
+        """The coordinator has an answer whole, or wants it no more."""
+
 
 class LinkClient:
     """See the module.
@@ -84,7 +91,7 @@ class LinkClient:
     ) -> None:
         self._address, self._credentials, self._handler, self._proxy = address, credentials, handler, proxy
         self._events = events or NodeEvents()
-        self._letterbox = Letterbox()
+        self._letterbox = Letterbox(delivered=self._events.delivered)
         self._instance = new_id()
         self._stop = threading.Event()
         self._welcome: Welcome | None = None
@@ -107,8 +114,22 @@ class LinkClient:
             RunError: this process would accept TLS 1.2.
         """
         tls.check()
-        worker = threading.Thread(target=self._work, name="answers", daemon=True)
-        worker.start()
+        defects: list[BaseException] = []
+        connection = threading.Thread(target=self._keep_connected, args=(defects,), name="link", daemon=True)
+        connection.start()
+        self._work()
+        connection.join()
+        if defects:
+            raise defects[0]
+
+    def _keep_connected(self, defects: list[BaseException]) -> None:
+        try:
+            self._connect()
+        except BaseException as error:  # a defect: the thread that answers must not go on alone
+            defects.append(error)
+            self._stop.set()
+
+    def _connect(self) -> None:
         wait, told = FIRST_BACKOFF_SECONDS, ""
         while not self._stop.is_set():
             self._welcomed = False
@@ -126,7 +147,6 @@ class LinkClient:
                     wait = LONGEST_BACKOFF_SECONDS
             self._stop.wait(wait * random.uniform(0.75, 1.0))
             wait = min(2 * wait, LONGEST_BACKOFF_SECONDS)
-        worker.join()
 
     # --- answers ---
 
@@ -141,6 +161,7 @@ class LinkClient:
             except Exception as error:
                 log.error("a request was not answered: %s", place_of(error))
             self._letterbox.answer(request, payload)
+            self._events.answered()
 
     # --- connection ---
 
@@ -182,6 +203,40 @@ class LinkClient:
     def _explained(self, call: Any, session: _Session) -> SilotuneError:
         code, details = call.code(), str(call.details() or "")
         return explained(code, details, address=self._address, proxy=self._proxy, welcomed=session.welcomed)
+
+
+def welcome(address: str, credentials: Credentials, *, proxy: str | None = None) -> Welcome:
+    """Connect once, to see that the coordinator lets this site in, and return what it said.
+
+    Raises:
+        NotAdmitted: it does not, for example because the site's node is connected now.
+        TrustError, Unreachable: as for the connection of a node.
+    """
+    heard = _FirstWord()
+    client = LinkClient(address, lambda: credentials, lambda request, welcome: None, proxy=proxy, events=heard)
+    thread = threading.Thread(target=client.run, name="welcome", daemon=True)
+    thread.start()
+    heard.came.wait(CONNECT_SECONDS + _FAREWELL_SECONDS)
+    client.stop()
+    thread.join(_FAREWELL_SECONDS)
+    if heard.welcome is None:
+        raise heard.problem or Unreachable(f"the coordinator at {address} did not answer.")
+    return heard.welcome
+
+
+class _FirstWord(NodeEvents):
+    def __init__(self) -> None:
+        self.came = threading.Event()
+        self.welcome: Welcome | None = None
+        self.problem: SilotuneError | None = None
+
+    def connected(self, welcome: Welcome) -> None:
+        self.welcome = self.welcome or welcome
+        self.came.set()
+
+    def trouble(self, error: SilotuneError) -> None:
+        self.problem = self.problem or error
+        self.came.set()
 
 
 class _Session:
@@ -253,4 +308,4 @@ def _heard(text: str, noticed: Callable[[str], None]) -> None:
     noticed(text)
 
 
-__all__ = ["Credentials", "Handler", "LinkClient", "NodeEvents", "NotAdmitted", "Unreachable"]
+__all__ = ["Credentials", "Handler", "LinkClient", "NodeEvents", "NotAdmitted", "Unreachable", "welcome"]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 
 from shared.link.frames import LinkError, Offer
 from shared.link.line import Incoming, Line, Mail, Parcel, new_id
@@ -21,11 +22,15 @@ _REMEMBERED = 4096
 class Letterbox(Mail):
     """See the module.
 
+    Args:
+        delivered: is told of every reply that is not kept any more; with the lock held, so it calls nothing here.
+
     Attributes:
         lock: to be held by whoever calls a method that says so, or uses a line of this letterbox.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, delivered: Callable[[Parcel], None] = lambda reply: None) -> None:
+        self._tell_delivered = delivered
         self.lock = threading.Condition()
         self._taken: OrderedDict[bytes, None] = OrderedDict()
         self._open: OrderedDict[bytes, Parcel] = OrderedDict()
@@ -88,7 +93,9 @@ class Letterbox(Mail):
 
     def delivered(self, parcel_id: bytes) -> None:
         """See `Mail`."""
-        self._replies.pop(parcel_id, None)
+        reply = self._replies.pop(parcel_id, None)
+        if reply is not None:
+            self._tell_delivered(reply)
         self.lock.notify_all()
 
     def offered(self, offer: Offer, line: Line) -> None:

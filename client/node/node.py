@@ -1,4 +1,4 @@
-"""The site's long-lived process: pulls messages, lets the installed ClientApp answer, pushes the replies.
+"""The site's long-lived process: takes messages from the link, lets the installed ClientApp answer.
 
 What it never does: download or execute code, listen on a port, send data, or tell the coordinator more than the refusals
 and releases of `client.site.site`. The backbone is loaded once, when a job is announced, so a round pays no import and no load.
@@ -10,34 +10,31 @@ import contextlib
 import logging
 import os
 import threading
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from functools import partial
-from typing import TypeVar
+from collections.abc import Iterator
 
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client.app import make_client_app
-from client.node.fleet import HEARTBEAT_SECONDS, FleetConnection, RunOver, TlsFacts, Unreachable, tls_facts
+from client.app import WAITED_SECONDS, make_client_app
+from client.link.answering import answering
+from client.link.client import Credentials, LinkClient, NodeEvents
 from client.node.status import StatusFile
 from client.site.guard import Guard
-from client.site.home import Identity, SiteHome, load_identity, open_site
+from client.site.home import SiteHome, load_identity, open_site
 from client.site.site import Site
 from client.site.slots import Slots
 from shared.errors import SilotuneError, place_of
+from shared.link.frames import Welcome
+from shared.link.line import Parcel
 from shared.trust.audit_log import AuditLog, Event
+from shared.trust.certificates import pem_bytes
 from shared.wire.messages import WITHHELD, carries_release
 
 log = logging.getLogger("silotune.node")
 
-FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.05, 0.5
-_LASTED_SECONDS = 60.0
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.5, 5.0
+_LOOK_SECONDS, _LOOKS_A_STATUS = 0.5, 10
 _ERROR_IN_CLIENT_APP = 100
-
-AnswerT = TypeVar("AnswerT")
 
 
 class Node:
@@ -52,11 +49,14 @@ class Node:
         self.home = home
         self._passphrase = passphrase
         self._stop = threading.Event()
+        self._client: LinkClient | None = None
         self._status = StatusFile(home)
 
     def stop(self) -> None:
         """Ask `run` to return after the message at hand; safe in a signal handler and in any thread."""
         self._stop.set()
+        if self._client is not None:
+            self._client.stop()
 
     def run(self) -> None:
         """Serve until `stop` is called.
@@ -71,143 +71,154 @@ class Node:
             site.checked_ledger()  # a broken ledger is found now, not in the first round
             for text in site.warnings():
                 log.warning("%s.", text)
+            work = Work(self.home, site, client_app, self._status)
+            self._client = LinkClient(
+                self.home.coordinator(),
+                lambda: credentials_of(self.home, passphrase=self._passphrase),
+                answering(work.answer),
+                proxy=self.home.load_config().proxy,
+                events=work,
+            )
+            if self._stop.is_set():
+                return
             _log(site).append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())
             self._status.say("starting")
-            wait = _FIRST_WAIT_SECONDS
             try:
-                while not self._stop.is_set():
-                    started = time.monotonic()
-                    try:
-                        self._session(site, client_app)
-                    except SilotuneError as error:
-                        log.warning("%s", error)
-                        self._status.say("waiting", problem=str(error))
-                    wait = _FIRST_WAIT_SECONDS if time.monotonic() - started > _LASTED_SECONDS else wait
-                    self._stop.wait(wait)
-                    wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
+                with self._watching(site, self._client):
+                    self._client.run()
             finally:
                 _log(site).append(Event.NODE_STOPPED, pid=os.getpid())
                 self._status.say("stopped")
 
-    def _session(self, site: Site, client_app: ClientApp) -> None:
-        """Connect and serve until the connection is lost for good, the key was exchanged, or `stop` is called."""
-        identity = load_identity(self.home, passphrase=self._passphrase)
-        facts = tls_facts(identity.address, identity.ca_certificate)
-        connection = FleetConnection(
-            identity.address, ca_certificate=identity.ca_certificate, private_key=identity.private_key
-        )
-        try:
-            connection.activate()
-            self._note_connected(site, identity, facts)
-            with self._heartbeats(connection):
-                self._serve(site, client_app, connection, identity)
-        finally:
-            connection.close()
-
-    def _serve(self, site: Site, client_app: ClientApp, connection: FleetConnection, identity: Identity) -> None:
-        installed = self._installed()
-        answered = time.monotonic()
-        while not self._stop.is_set():
-            if self._installed() != installed:
-                self._note_rotation(site)
-                return
-            try:
-                message = self._persistently(connection.pull)
-            except RunOver as error:
-                log.warning("%s", error)
-                continue
-            if message is None:
-                # Within a fiftieth of the silence so far: prompt between rounds, and light on the coordinator otherwise.
-                silence = time.monotonic() - answered
-                self._stop.wait(min(max(FIRST_POLL_SECONDS, silence / 50), LONGEST_POLL_SECONDS))
-                continue
-            self._status.say("working", message_type=message.metadata.message_type)
-            reply = answer(client_app, message, connection.node_id)
-            try:
-                sent = self._persistently(partial(connection.push, reply))
-                self._note_sent(site, message, reply, sent)
-            except RunOver as error:
-                log.warning("a reply was not taken: %s", error)
-            self._status.say("connected", left_out=str(site.left_out) if site.left_out else None)
-            with contextlib.suppress(SilotuneError):  # the next round would find out, and say so
-                site.anticipate()
-            answered = time.monotonic()
-
-    def _persistently(self, call: Callable[[], AnswerT]) -> AnswerT:
-        """Call until the network carries it: a reply that is not delivered would be trained for nothing."""
-        wait, cut = _FIRST_WAIT_SECONDS, False
-        while True:
-            try:
-                result = call()
-                if cut:
-                    log.info("the coordinator answers again")
-                    self._status.say("connected", problem=None)
-                return result
-            except Unreachable as error:
-                cut = True
-                if self._stop.is_set():
-                    raise
-                log.warning("%s", error)
-                self._status.say("waiting", problem=str(error))
-                self._stop.wait(wait)
-                wait = min(2 * wait, _LONGEST_WAIT_SECONDS)
-
     @contextlib.contextmanager
-    def _heartbeats(self, connection: FleetConnection) -> Iterator[None]:
-        """Tell the coordinator in the background that this site lives, also while it trains."""
+    def _watching(self, site: Site, client: LinkClient) -> Iterator[None]:
+        """Connect anew when another key, certificate or CA was installed, and say now and then that the process lives."""
         over = threading.Event()
 
-        def beat() -> None:
-            while not over.wait(HEARTBEAT_SECONDS / 2):
-                # What is wrong is reported by the next pull or push.
-                with contextlib.suppress(SilotuneError):
-                    connection.heartbeat()
-                self._status.say()
+        def watch() -> None:
+            installed, looks = self._installed(), 0
+            while not over.wait(_LOOK_SECONDS):
+                looks += 1
+                if looks % _LOOKS_A_STATUS == 0:
+                    self._status.say()
+                if (now := self._installed()) != installed:
+                    installed = now
+                    log.info("another key or certificate was installed; connecting anew")
+                    with contextlib.suppress(SilotuneError):  # a full disk; the connection matters more
+                        _log(site).append(Event.KEY_ROTATED)
+                    client.renew()
 
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread = threading.Thread(target=watch, name="watch", daemon=True)
         thread.start()
         try:
             yield
         finally:
             over.set()
-            thread.join(timeout=HEARTBEAT_SECONDS)
+            thread.join()
 
-    def _installed(self) -> tuple[int, ...]:
+    def _installed(self) -> tuple[int | None, ...]:
         """Return what changes when another key, certificate or CA is installed."""
-        return tuple(
-            path.stat().st_mtime_ns for path in (self.home.certificate, self.home.key, self.home.ca_certificate)
+        return tuple(_changed(path) for path in (self.home.certificate, self.home.key, self.home.ca_certificate))
+
+
+class Work(NodeEvents):
+    """What is done with each message, and noted of it and of the connection.
+
+    Args:
+        home: the site's folder.
+        site: opened from it.
+        client_app: answers.
+        status: what the node says of itself.
+    """
+
+    def __init__(self, home: SiteHome, site: Site, client_app: ClientApp, status: StatusFile) -> None:
+        self._home, self._site, self._client_app, self._status = home, site, client_app, status
+        self._connected = self._working = False
+        self._made: dict[str, tuple[Event, str]] = {}  # of replies that are not delivered yet, by their request
+
+    def answer(self, message: Message, node: int, waited: float) -> Message:
+        """Return the installed ClientApp's answer; of an exception nothing leaves but that there was one."""
+        kind = message.metadata.message_type
+        self._working = True
+        self._say(message_type=kind)
+        context = Context(
+            run_id=message.metadata.run_id,
+            node_id=node,
+            node_config={},
+            state=RecordDict(),
+            run_config={WAITED_SECONDS: waited},
         )
-
-    def _note_connected(self, site: Site, identity: Identity, facts: TlsFacts) -> None:
-        until = identity.certificate.not_valid_after_utc.isoformat(timespec="seconds")
-        log.info("connected to %s over %s, ALPN %s, %s", identity.address, facts.tls_version, facts.alpn, facts.cipher)
-        _log(site).append(Event.NODE_CONNECTED, coordinator=identity.address, certificate_until=until, **asdict(facts))
-        self._status.say(
-            "connected", coordinator=identity.address, certificate_until=until, problem=None, **asdict(facts)
-        )
-
-    def _note_rotation(self, site: Site) -> None:
-        log.info("another key or certificate was installed; connecting anew")
-        _log(site).append(Event.KEY_ROTATED)
-
-    def _note_sent(self, site: Site, message: Message, reply: Message, num_bytes: int) -> None:
+        try:
+            reply = self._client_app(message, context)
+        except Exception as error:
+            log.error("a message of type %r failed: %s", kind, place_of(error))
+            reply = Message(Error(code=_ERROR_IN_CLIENT_APP, reason=WITHHELD), reply_to=message)
         event = Event.RELEASE_SENT if carries_release(reply) else Event.REPLY_SENT
-        _log(site).append(event, message_type=message.metadata.message_type, bytes=num_bytes)
+        self._made[message.metadata.message_id] = (event, kind)
+        return reply
+
+    def answered(self) -> None:
+        """See `NodeEvents`; prepares for the next round while the answer is on its way."""
+        self._working = False
+        self._say(left_out=str(self._site.left_out) if self._site.left_out else None)
+        with contextlib.suppress(SilotuneError):  # the next round would find out, and say so
+            self._site.anticipate()
+
+    def delivered(self, reply: Parcel) -> None:
+        """See `NodeEvents`."""
+        event, kind = self._made.pop(reply.reply_to.hex(), (Event.REPLY_SENT, ""))
+        self._note(event, message_type=kind, bytes=len(reply.payload))
+
+    def connected(self, welcome: Welcome) -> None:
+        """See `NodeEvents`."""
+        address = self._home.load_config().coordinator
+        self._connected = True
+        self._note(Event.NODE_CONNECTED, coordinator=address, software=welcome.software)
+        self._say(coordinator=address, problem=None)
+
+    def trouble(self, error: SilotuneError) -> None:
+        """See `NodeEvents`."""
+        self._connected = False
+        self._say(problem=str(error))
+
+    def noticed(self, text: str) -> None:
+        """See `NodeEvents`."""
+        self._say(notice=text)
+
+    def _say(self, **facts: object) -> None:
+        state = "waiting" if not self._connected else "working" if self._working else "connected"
+        self._status.say(state, **facts)
+
+    def _note(self, event: Event, **details: object) -> None:
+        # The connection must not end with a full disk: what a release costs was charged, and noted, when it was stored.
+        try:
+            _log(self._site).append(event, **details)
+        except SilotuneError as error:
+            log.error("%s", error)
+
+
+def credentials_of(home: SiteHome, *, passphrase: str | None) -> Credentials:
+    """Return what a site shows the coordinator, checked.
+
+    Raises:
+        ConfigError, TrustError: as for `load_identity`.
+    """
+    found = load_identity(home, passphrase=passphrase)
+    return Credentials(
+        ca=found.ca_certificate,
+        certificate=pem_bytes(found.certificate),
+        key=found.private_key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()),
+    )
+
+
+def _changed(path: os.PathLike[str]) -> int | None:
+    try:
+        return os.stat(path).st_mtime_ns
+    except OSError:  # it is just being replaced
+        return None
 
 
 def _log(site: Site) -> AuditLog:
     """Return the audit log of a site that `open_site` opened."""
     assert isinstance(site.guard, Guard)  # noqa: S101
     return site.guard.log
-
-
-def answer(client_app: ClientApp, message: Message, node_id: int) -> Message:
-    """Return the installed ClientApp's answer; of an exception nothing leaves but that there was one."""
-    context = Context(
-        run_id=message.metadata.run_id, node_id=node_id, node_config={}, state=RecordDict(), run_config={}
-    )
-    try:
-        return client_app(message, context)
-    except Exception as error:
-        log.error("a message of type %r failed: %s", message.metadata.message_type, place_of(error))
-        return Message(Error(code=_ERROR_IN_CLIENT_APP, reason=WITHHELD), reply_to=message)

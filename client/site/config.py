@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from typing import Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.job.compute import ComputeConfig
@@ -63,7 +64,23 @@ class SiteConfig(Section):
     answers: AnswersConfig = AnswersConfig()
     compute: ComputeConfig = ComputeConfig()
     coordinator: str | None = None
-    """Address of the coordinator's Fleet API, host:port; only a real site has one."""
+    """Address of the coordinator, host:port; only a real site has one."""
+    proxy: str | None = None
+    """`http://host:port` or `http://user:password@host:port` of an HTTP proxy to reach it through (CONNECT); the encrypted
+    connection goes through it to the coordinator. A proxy of the environment is never used."""
+
+    @field_validator("proxy")
+    @classmethod
+    def _check_proxy(cls, proxy: str | None) -> str | None:
+        if proxy is not None:
+            try:
+                named = urlsplit(proxy)
+                complete = named.scheme == "http" and bool(named.hostname) and bool(named.port)
+            except ValueError:
+                complete = False
+            if not complete or not proxy.isascii() or not proxy.isprintable() or " " in proxy:
+                raise ValueError('the proxy must be of the form "http://host:port" or "http://user:password@host:port"')
+        return proxy
 
     @model_validator(mode="after")
     def _check_id_column(self) -> Self:

@@ -12,7 +12,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,7 @@ class Guard:
                 "or the adapter was changed on the way, or somebody else sent it."
             ) from None
         now = self._clock()
-        check_clock(self.policy, sent_at, now)
+        check_clock(self.policy, sent_at, now - timedelta(seconds=request.waited_seconds))
         check_hours(self.policy, now.astimezone())
 
     def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None:

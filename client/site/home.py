@@ -69,6 +69,17 @@ class SiteHome:
         """
         return parse(SiteConfig, load_toml(self.config), source=str(self.config))
 
+    def coordinator(self) -> str:
+        """Return the coordinator's address, host:port.
+
+        Raises:
+            ConfigError: `site.toml` names none, or is not valid.
+        """
+        address = self.load_config().coordinator
+        if address is None:
+            raise ConfigError(f'{self.config} names no coordinator; add the line: coordinator = "host:9092"')
+        return address
+
     def signer(self, passphrase: str | None) -> Signer:
         """Return who signs files for this site: its name, with the key of its audit log."""
         key = load_signing_key(self.log_key, passphrase)
@@ -88,7 +99,7 @@ class Identity:
     """Who the site is towards the coordinator.
 
     Attributes:
-        address: of the coordinator's Fleet API, host:port.
+        address: of the coordinator, host:port.
         ca_certificate: PEM.
         certificate: the site's own.
         private_key: belongs to it.
@@ -107,9 +118,7 @@ def load_identity(home: SiteHome, *, passphrase: str | None, now: datetime | Non
         ConfigError: `site.toml` names no coordinator.
         TrustError: key, certificate or CA are missing, do not belong together, or have expired.
     """
-    config = home.load_config()
-    if config.coordinator is None:
-        raise ConfigError(f'{home.config} names no coordinator; add the line: coordinator = "host:9092"')
+    config, address = home.load_config(), home.coordinator()
     for path, what in ((home.ca_certificate, "the consortium's CA certificate"), (home.certificate, "its certificate")):
         if not path.exists():
             raise TrustError(
@@ -123,7 +132,7 @@ def load_identity(home: SiteHome, *, passphrase: str | None, now: datetime | Non
     if certificate.public_key() != private_key.public_key():
         raise TrustError(f"{home.certificate} was made for another key than {home.key}; install the one for this key.")
     return Identity(
-        address=config.coordinator,
+        address=address,
         ca_certificate=home.ca_certificate.read_bytes(),
         certificate=certificate,
         private_key=private_key,

@@ -1,33 +1,18 @@
-"""The ServerApp of real runs: Flower starts it, the coordinator's folder tells it everything.
-
-It resumes by itself from the last durable checkpoint, so killing it at any moment costs at most the round at hand, and the
-sites answer a repeated request with the release that they stored.
-"""
+"""A submitted job as a run: the coordinator's folder tells it everything, and hears what happens."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import logging.handlers
-import os
-import signal
-import sys
-import threading
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import httpx
-from flwr.app import Context
-from flwr.serverapp import ServerApp
-from flwr.serverapp.grid import Grid
+from flwr.app import Context, RecordDict
 
-from server.app import Run, execute
+from server.app import Run, make_server_app
 from server.coordinator.run_file import evaluation_records, settings_of
-from server.coordinator.superlink import pull_promptly, registered_names
+from server.link.grid import COORDINATOR_NODE_ID, LinkGrid
 from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.observer import Observer
@@ -35,7 +20,6 @@ from server.rounds.roster import Authority
 from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
-from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.site_weights import noise_warnings
 from shared.trust.audit_log import AuditLog, Event, read
@@ -45,76 +29,22 @@ from shared.wire.messages import MetricsReply, SiteDescription, TrainReply
 
 log = logging.getLogger("silotune.coordinator")
 
-_LASTING = (ConfigError, DataError, ModelError, PrivacyError, TrustError)
 
-_PARENT_POLL_SECONDS, _FAREWELL_SECONDS = 0.5, 2.0
+def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission) -> None:
+    """Run or resume a submitted job over `grid` until it is complete.
 
-app = ServerApp()
-
-
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Run the job that the run's configuration names; called by Flower."""
-    home = CoordinatorHome(Path(str(context.run_config["home"])))
-    submission = Submission(home.jobs / str(context.run_config["job"]))
-    _log_to(submission.log)
-    pull_promptly()
-    _end_with_parent()
-    try:
-        run_submission(grid, home, submission)
-    except SilotuneError as error:
-        with contextlib.suppress(SilotuneError):
-            submission.note("failed" if _lasts(error) else None, problem=str(error))
-        raise
-    except Exception as error:
-        # A disk or a SuperLink in trouble is no defect of the job.
-        defect = not isinstance(error, OSError | httpx.HTTPError)
-        with contextlib.suppress(SilotuneError):
-            submission.note(problem=f"{type(error).__name__}; see the log", defect=defect)
-        log.exception("the job ended early")
-        raise
-
-
-def _log_to(path: Path) -> None:
-    """Keep the job's log in its folder: Flower throws away what a ServerApp prints."""
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=2, encoding="utf-8")
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=[handler], force=True
-    )
-    for noisy in ("httpx", "flwr", "absl"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-
-def _end_with_parent() -> None:
-    """End this process soon after the one that started it.
-
-    Flower asks it to end by a signal whose handler takes locks, and now and then waits for one for ever. What is left would
-    keep the run folder locked, and no other attempt could resume the run.
+    Raises:
+        Halted: it was told to end before.
     """
-    words = sys.argv
-    parent = int(words[words.index("--parent-pid") + 1]) if "--parent-pid" in words[:-1] else os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_PARENT_POLL_SECONDS)
-        time.sleep(_FAREWELL_SECONDS)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    threading.Thread(target=watch, name="parent", daemon=True).start()
-
-
-def _lasts(error: SilotuneError) -> bool:
-    """Return whether trying again would meet the same error; a log that a full disk refuses can be written again later."""
-    return isinstance(error, _LASTING) and not isinstance(error.__cause__, OSError | RunError)
-
-
-def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) -> Checkpoint:
-    """Run or resume a submitted job over `grid` until it is complete."""
     signed, settings = submission.signed_job(), settings_of(submission)
     key = home.load_round_key(passphrase_from_environment())
     observer = _Recorder(submission, signed.job, home.open_log(key))
     authority = Authority(
-        signed_job=signed, key=key, registered=lambda: registered_names(grid), asked_since=observer.asked_since
+        signed_job=signed,
+        key=key,
+        registered=grid.names,
+        may_repeat=grid.may_repeat,
+        asked_since=observer.asked_since,
     )
     submission.note("running", problem=None, defect=False)
     run = Run(
@@ -128,10 +58,12 @@ def run_submission(grid: Grid, home: CoordinatorHome, submission: Submission) ->
         observer=observer,
         authority=authority,
     )
-    checkpoint = execute(grid, run)
+    context = Context(
+        run_id=grid.run_id, node_id=COORDINATOR_NODE_ID, node_config={}, state=RecordDict(), run_config={}
+    )
+    make_server_app(run)(grid, context)
     sign_folder(submission.run_folder / "adapter", key)
     submission.note("completed", problem=None, waiting=None)
-    return checkpoint
 
 
 class _Recorder(Observer):

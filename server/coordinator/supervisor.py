@@ -1,7 +1,7 @@
-"""The coordinator's long-lived process: keeps the SuperLink up, lets in whom the trust store names, drives the jobs.
+"""The coordinator's long-lived process: keeps the link to the sites up and drives the jobs.
 
 It holds no state of its own: what it does follows from the folder, so it may be killed at any moment and started again
-(tests/integration/test_federation_failures.py).
+(tests/integration/test_federation_failures.py). It starts no process and listens on one port.
 """
 
 from __future__ import annotations
@@ -11,30 +11,30 @@ import logging
 import os
 import threading
 import time
-from datetime import UTC, datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import httpx
-
-from server.coordinator.superlink import Control, KeyRemembered, SuperLink, public_key_bytes, server_bundle
+from server.coordinator.attempt import Attempt
+from server.coordinator.journal import Journal
+from server.link.server import LinkFiles, LinkServer, SiteState
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission, now_text, submissions
-from shared.errors import RunError, SilotuneError, TrustError
+from shared.errors import SilotuneError, TrustError
 from shared.files.atomic import write_json
 from shared.trust.audit_log import Event
 from shared.trust.certificates import load_certificate
 from shared.trust.keystore import passphrase_from_environment
 from shared.trust.node_keys import load_plain_pem_key
-from shared.trust.trust_store import TrustStore, verify_certificate
+from shared.trust.trust_store import verify_certificate
 
 log = logging.getLogger("silotune.coordinator")
 
-POLL_SECONDS = 1.0
-SERVER_APP, CLIENT_APP = "server.coordinator.production:app", "client.app:app"
+POLL_SECONDS = 0.5
 # A defect that shows this often without a new round in between will not go away by itself; a full disk or a lost network may.
 _MOST_DEFECTS = 8
 _LONGEST_WAIT_SECONDS = 30.0
-_TRUST_GRACE_SECONDS = 5.0
+_FAREWELL_SECONDS = 20.0
 
 
 class Supervisor:
@@ -48,18 +48,13 @@ class Supervisor:
         self.home = home
         self._config = home.load_config()
         self._log = home.open_log(home.load_round_key(passphrase_from_environment()))
+        self._journal = Journal(self._log)
         self._stop = threading.Event()
-        self._trust = TrustStore(home.trust)
-        address = f"{self._config.fleet_host}:{self._config.fleet_port}"
-        self._superlink = SuperLink(home, fleet_address=address, control_port=self._config.control_port)
-        self._certificate = b""
-        self._nodes: dict[str, Any] = {}
+        self._link = self._new_link()
+        self._sites: dict[str, SiteState] = {}
         self._trust_problem: str | None = None
-        self._trusted_until = 0.0
         self._attempts: dict[str, _Attempts] = {}
-        self._active: tuple[Submission, int] | None = None
-        self._closing = contextlib.ExitStack()
-        self._open_control: Control | None = None
+        self._active: Attempt | None = None
 
     def stop(self) -> None:
         """Ask `run` to return; safe in a signal handler and in any thread."""
@@ -69,133 +64,96 @@ class Supervisor:
         """Work until `stop` is called.
 
         Raises:
-            SilotuneError: the folder is not complete, or the SuperLink does not start.
+            SilotuneError: the folder is not complete, or the port is taken.
         """
         with self.home.locked():
             check_server_certificate(self.home)
             self._log.append(Event.COORDINATOR_STARTED, pid=os.getpid())
             try:
-                self._start_superlink()
+                self._say("starting")
+                self._start_link()
                 while not self._stop.is_set():
                     self._turn()
                     self._stop.wait(POLL_SECONDS)
             finally:
-                self._closing.close()
-                self._superlink.stop()
+                if self._active is not None:
+                    self._active.halt()
+                    if not self._active.join(_FAREWELL_SECONDS):
+                        log.warning("job %s did not end in time; it resumes all the same", self._active.submission.name)
+                self._link.stop()
+                with contextlib.suppress(SilotuneError):
+                    self._journal.write(everything=True)
                 self._say("stopped")
                 self._log.append(Event.COORDINATOR_STOPPED, pid=os.getpid())
 
-    def _start_superlink(self) -> None:
-        self._say("starting")
-        self._certificate = self.home.server_certificate.read_bytes()
-        self._superlink.start()
-        log.info("SuperLink listens on %s:%d (TLS)", self._config.fleet_host, self._config.fleet_port)
-        # Whatever ran in an earlier SuperLink is over.
-        self._active = None
-        self._closing.close()
-        self._open_control = None
+    def _new_link(self) -> LinkServer:
+        files = LinkFiles(certificate=self.home.server_certificate, key=self.home.server_key, trust=self.home.trust)
+        return LinkServer(self._config.address, files, events=self._journal)
 
-    def _restart_superlink(self, reason: str) -> None:
-        """Start the SuperLink anew: sites connect again by themselves, and a run resumes from its folder."""
-        log.warning("starting the SuperLink again: %s", reason)
-        self._log.append(Event.SUPERLINK_RESTARTED, reason=reason)
-        self._superlink.stop()
-        self._start_superlink()
+    def _start_link(self) -> None:
+        self._link.start()
+        log.info("sites connect to %s (mutual TLS 1.3)", self._config.address)
 
     def _turn(self) -> None:
         try:
-            if not self._superlink.alive():
-                self._restart_superlink("it ended")
-            elif self._superlink_must_restart():
-                self._restart_superlink("another server certificate was installed")
-            self._admit(self._control())
-            self._drive(self._control())
+            if not self._link.alive:
+                self._restart_link()
+            self._look_at_sites()
+            self._journal.write()
+            self._drive()
             self._say("running")
-        except (SilotuneError, OSError, httpx.HTTPError) as error:
+        except (SilotuneError, OSError) as error:
             problem = str(error) or type(error).__name__
             log.error("%s", problem)
             self._say("troubled", problem=problem)
 
-    def _control(self) -> Control:
-        """Return the one client of the running SuperLink; a TLS handshake for every question would cost more."""
-        if self._open_control is None:
-            self._open_control = self._closing.enter_context(self._superlink.control())
-        return self._open_control
-
-    def _superlink_must_restart(self) -> bool:
-        if self.home.server_certificate.read_bytes() == self._certificate:
-            return False
-        check_server_certificate(self.home)
-        return True
+    def _restart_link(self) -> None:
+        """Open the port anew: sites connect again by themselves, and the run at hand resumes from its folder."""
+        log.warning("the link to the sites ended; opening it again")
+        self._log.append(Event.LINK_RESTARTED, reason="it ended")
+        if self._active is not None:
+            self._active.halt()
+        self._link = self._new_link()
+        self._start_link()
 
     # --- who may connect ---
 
-    def _admit(self, control: Control) -> None:
-        """Make the SuperLink's list of keys equal to the valid certificates of the trust store."""
-        try:
-            identities, problem = self._trust.sites(datetime.now(UTC)), None
-        except TrustError as error:
-            if self._trusted_until > time.monotonic():
-                return  # a file may be on its way
-            # A trust store that cannot be trusted lets nobody in.
-            identities, problem = [], str(error)
-        else:
-            self._trusted_until = time.monotonic() + _TRUST_GRACE_SECONDS
+    def _look_at_sites(self) -> None:
+        """Note who may connect and who may not any more; the link itself has gone by it already."""
+        sites, problem = self._link.sites()
         if problem != self._trust_problem:
             self._trust_problem = problem
             if problem:
-                log.error("%s", problem)
                 self._log.append(Event.TRUST_BROKEN, reason=problem)
-        keys = [(public_key_bytes(site.public_key), site) for site in identities if site.public_key is not None]
-        valid = {key: site for key, site in keys if site.state == "valid"}
-        reasons = {key: f"{site.state}: {site.reason}" for key, site in keys if site.state != "valid"}
-        registered = {node.public_key: node for node in control.nodes()}
-        for key, node in registered.items():
-            if key not in valid or valid[key].name != node.name:
-                control.unregister(node.node_id)
-                reason = problem or reasons.get(key, "its certificate is no longer in the trust store")
-                log.warning("site %s may not connect any more: %s", node.name, reason)
-                self._log.append(Event.SITE_REMOVED, site=node.name, reason=reason)
-        for key, site in valid.items():
-            if key not in registered:
-                assert site.public_key is not None  # noqa: S101 (selected above)
-                try:
-                    control.register(site.name, site.public_key)
-                except KeyRemembered as error:
-                    self._restart_superlink(str(error))
-                    return
-                except RunError as error:  # of one site; the others must not wait for it
-                    log.error("site %s cannot be admitted: %s", site.name, error)
-                    continue
-                until = site.not_after.isoformat() if site.not_after else None
-                log.info("site %s may connect until %s", site.name, until)
-                self._log.append(Event.SITE_REGISTERED, site=site.name, until=until)
-        nodes: dict[str, Any] = {}
-        for key, site in valid.items():
-            # While a key is exchanged, a site has two.
-            online = key in registered and registered[key].online
-            before = nodes.get(site.name, {"online": False, "until": ""})
-            nodes[site.name] = {
-                "online": online or before["online"],
-                "until": max(str(site.not_after), before["until"]),
-            }
-        self._nodes = nodes
+        before, now = _keys(self._sites), _keys(sites)
+        refused = {node: reason for site in sites.values() for node, reason in site.facts.refused.items()}
+        for node, (name, _) in before.items():
+            if node not in now:
+                reason = problem or refused.get(node, "its certificate is no longer in the trust store")
+                log.warning("site %s may not connect any more: %s", name, reason)
+                self._log.append(Event.SITE_REMOVED, site=name, reason=reason)
+        for node, (name, end) in now.items():
+            if node not in before:
+                until = end.isoformat() if end else None
+                log.info("site %s may connect until %s", name, until)
+                self._log.append(Event.SITE_REGISTERED, site=name, until=until)
+        self._sites = sites
 
     # --- jobs ---
 
-    def _drive(self, control: Control) -> None:
+    def _drive(self) -> None:
         """Run the oldest open job; start it again if it ended without being complete."""
         if self._active is not None:
-            submission, run_id = self._active
-            run = control.run(run_id)
-            if submission.stop_requested and submission.is_open:
-                if run is not None and not run.status.startswith("finished"):
-                    control.stop_run(run_id)
-                self._finish(submission, "stopped")
-            elif run is not None and not run.status.startswith("finished"):
+            submission = self._active.submission
+            stopping = submission.stop_requested and submission.is_open
+            if stopping:
+                self._active.halt()
+            if self._active.alive:
                 return
+            if stopping:
+                self._finish(submission, "stopped")
             elif submission.is_open:
-                self._failed(submission, run.details if run else "the SuperLink does not know it")
+                self._failed(submission)
             else:
                 self._finish(submission, submission.state()["state"])
             self._active = None
@@ -213,21 +171,18 @@ class Supervisor:
                 self._log.append(
                     Event.JOB_SUBMITTED, job=state["job_sha256"], name=submission.name, signer=state["signer"]
                 )
-            # Before the run is there: on a full disk this fails, and one run after the other would be started.
-            submission.note("running")
-            config = {"home": str(self.home.path.resolve()), "job": submission.name}
-            run_id = control.start_run(server_bundle(SERVER_APP, CLIENT_APP), config)
-            self._active = (submission, run_id)
-            log.info("job %s runs (Flower's run %d)", submission.name, run_id)
-            submission.note(flower_run=run_id)
+            # Before it begins: on a full disk this fails, and one attempt after the other would be started.
+            submission.note("running", started=datetime.now(UTC).isoformat(timespec="milliseconds"))
+            self._active = Attempt(self.home, submission, self._link)
+            log.info("job %s runs", submission.name)
             return
 
-    def _failed(self, submission: Submission, details: str) -> None:
+    def _failed(self, submission: Submission) -> None:
         """Plan another attempt, later each time; give up only on what cannot go away."""
         attempts, progress, state = self._attempts[submission.name], submission.progress(), submission.state()
         attempts.count = 1 if progress > attempts.progress else attempts.count + 1
         attempts.progress = progress
-        problem = state.get("problem") or details
+        problem = state.get("problem") or "see its log"
         if state.get("defect") and attempts.count >= _MOST_DEFECTS:
             submission.note(problem=f"{attempts.count} attempts without a new round; the last one: {problem}")
             self._finish(submission, "failed")
@@ -252,13 +207,28 @@ class Supervisor:
                 "state": state,
                 "pid": os.getpid(),
                 "updated": now_text(),
-                "fleet_address": f"{self._config.fleet_host}:{self._config.fleet_port}",
-                "sites": self._nodes,
+                "address": self._config.address,
+                "sites": {name: _told(site) for name, site in self._sites.items() if site.facts.valid},
                 "trust_problem": self._trust_problem,
-                "job": self._active[0].name if self._active else None,
+                "job": self._active.submission.name if self._active else None,
                 "certificate_until": certificate.not_valid_after_utc.isoformat(),
             }
             write_json(self.home.status, said | facts)
+
+
+def _keys(sites: Mapping[str, SiteState]) -> dict[int, tuple[str, datetime | None]]:
+    """Return number of a key that may connect -> name and end of its certificate."""
+    return {node: (name, end) for name, site in sites.items() for node, end in site.facts.valid.items()}
+
+
+def _told(site: SiteState) -> dict[str, Any]:
+    """Return what the status says of a site."""
+    seen = None if site.seen_before is None else datetime.now(UTC) - timedelta(seconds=site.seen_before)
+    return {
+        "online": site.online,
+        "until": max(str(end) for end in site.facts.valid.values()),
+        "last_seen": None if seen is None else seen.isoformat(timespec="seconds"),
+    }
 
 
 class _Attempts:

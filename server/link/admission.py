@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from shared.errors import TrustError
-from shared.trust.certificates import Judge, load_certificate, parse_certificate
+from shared.trust.certificates import Judge, SiteIdentity, load_certificate, parse_certificate
 from shared.trust.revocation import load_crl
 from shared.trust.trust_store import TrustStore
 
@@ -52,11 +52,25 @@ class Visitor:
 
 
 @dataclass(frozen=True)
+class SiteFacts:
+    """What the trust store says of a site.
+
+    Attributes:
+        valid: end of its certificates that count, by the number of their key; while a key is exchanged, it has two.
+        refused: why the others do not, by the number of their key.
+    """
+
+    valid: Mapping[int, datetime | None]
+    refused: Mapping[int, str]
+
+
+@dataclass(frozen=True)
 class _Snapshot:
     stamp: object = None
     read_at: float = -1e9
     names: dict[bytes, str] = field(default_factory=dict)
     reasons: dict[bytes, str] = field(default_factory=dict)
+    sites: dict[str, SiteFacts] = field(default_factory=dict)
     ca: x509.Certificate | None = None
     crl: x509.CertificateRevocationList | None = None
 
@@ -120,6 +134,10 @@ class Admission:
         """Return node -> name of everybody who may connect."""
         return {node_of(key): name for key, name in self._snapshot.names.items()}
 
+    def sites(self) -> dict[str, SiteFacts]:
+        """Return name -> facts of every site in the trust store, those who may not connect included."""
+        return self._snapshot.sites
+
     def refresh(self) -> None:
         """Read the trust store if one of its files came, went or was replaced."""
         if self._stamp() != self._snapshot.stamp and self._clock() >= self._retry_at:
@@ -148,6 +166,7 @@ class Admission:
             read_at=read_at,
             names={key: site.name for site, key in keyed if site.state == "valid"},
             reasons={key: site.reason for site, key in keyed if site.state != "valid"},
+            sites=_by_name(keyed),
             ca=ca,
             crl=crl,
         )
@@ -167,6 +186,21 @@ class Admission:
 
     def _stamp(self) -> object:
         return [_changed(path) for path in self._watched]
+
+
+def _by_name(keyed: Sequence[tuple[SiteIdentity, bytes]]) -> dict[str, SiteFacts]:
+    together: dict[str, list[tuple[SiteIdentity, bytes]]] = {}
+    for site, key in keyed:
+        together.setdefault(site.name, []).append((site, key))
+    found: dict[str, SiteFacts] = {}
+    for name, certificates in together.items():
+        found[name] = SiteFacts(
+            valid={node_of(key): site.not_after for site, key in certificates if site.state == "valid"},
+            refused={
+                node_of(key): f"{site.state}: {site.reason}" for site, key in certificates if site.state != "valid"
+            },
+        )
+    return found
 
 
 def _changed(path: str) -> tuple[int, int] | None:

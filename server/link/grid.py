@@ -2,11 +2,13 @@
 
 The round loop and the rest of a ServerApp run in a thread of their own and see what every Grid shows; nothing here blocks on a
 site. Guarantees (tests: tests/integration/link/test_link.py): every method may be called from any thread; `pull_messages` never
-raises for what a site sent; a reply names as its source the node whose stream it came on.
+raises for what a site sent; a reply names as its source the node whose stream it came on; once halted, every method that
+asks or answers raises `Halted`, and no site is sent what this run still wanted.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterable
 
@@ -15,12 +17,17 @@ from flwr.serverapp.grid import Grid
 
 from server.link.mailroom import UNREADABLE, Answer
 from server.link.server import LinkServer
+from shared.errors import RunError
 from shared.link.envelope import content_of, message, open_envelope, seal_envelope
 from shared.link.frames import LinkError
 from shared.link.line import Parcel, new_id
 
 COORDINATOR_NODE_ID = 1
 _POLL_SECONDS = 0.02
+
+
+class Halted(RunError):
+    """The run is to end now: it, or the whole coordinator, is being stopped."""
 
 
 class LinkGrid(Grid):
@@ -32,8 +39,28 @@ class LinkGrid(Grid):
     """
 
     def __init__(self, server: LinkServer, run_id: int) -> None:
-        self._server, self._run_id = server, run_id
+        self._server, self.run_id = server, run_id
         self._run: object = None
+        self._halted = threading.Event()
+        self._open: set[str] = set()
+        self._repeated: set[str] = set()
+
+    def halt(self) -> None:
+        """End the run that uses this Grid, in whatever thread it is."""
+        self._halted.set()
+
+    def close(self) -> None:
+        """Forget what is not answered: a site must not train, and charge, for nobody."""
+        wanted, self._open = [bytes.fromhex(identifier) for identifier in self._open], set()
+        self._server.call(self._server.mailroom.withdraw, wanted)
+
+    def may_repeat(self, message_id: str) -> bool:
+        """Return whether the answer to a request that was pulled may be one to its repetition.
+
+        A request whose stream ended is offered again on the next one. If the site's process died in between, it may have made,
+        and charged, a release before, and refuse now.
+        """
+        return message_id in self._repeated
 
     # `Run` is not public, and nothing here uses it.
     def set_run(self, run: object) -> None:
@@ -50,7 +77,7 @@ class LinkGrid(Grid):
     ) -> Message:
         """See `Grid`; the id is random, and set."""
         metadata = Metadata(
-            run_id=self._run_id,
+            run_id=self.run_id,
             message_id=new_id().hex(),
             src_node_id=COORDINATOR_NODE_ID,
             dst_node_id=dst_node_id,
@@ -64,6 +91,7 @@ class LinkGrid(Grid):
 
     def get_node_ids(self) -> Iterable[int]:
         """See `Grid`; sites that are connected, or were a moment ago, and may be."""
+        self._check()
         return self._server.call(self._node_ids)
 
     def names(self) -> dict[int, str]:
@@ -72,6 +100,7 @@ class LinkGrid(Grid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid`; messages that share their content are one set of bytes in memory."""
+        self._check()
         messages, parcels = list(messages), []
         sealed: dict[tuple[int, str, str], bytes] = {}
         for one in messages:
@@ -81,12 +110,19 @@ class LinkGrid(Grid):
                 sealed[key] = seal_envelope(one)
             parcels.append((facts.dst_node_id, Parcel(bytes.fromhex(facts.message_id), b"", sealed[key]), facts))
         self._server.call(self._send, parcels)
+        self._open |= {facts.message_id for _, _, facts in parcels}
         return [facts.message_id for _, _, facts in parcels]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """See `Grid`."""
+        self._check()
         wanted = [bytes.fromhex(identifier) for identifier in message_ids]
-        return [_reply(answer) for answer in self._server.call(self._server.mailroom.fetch, wanted)]
+        answers = self._server.call(self._server.mailroom.fetch, wanted)
+        for answer in answers:
+            self._open.discard(answer.request.metadata.message_id)
+            if answer.request.times_offered > 1:
+                self._repeated.add(answer.request.metadata.message_id)
+        return [_reply(answer) for answer in answers]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """See `Grid`."""
@@ -99,6 +135,10 @@ class LinkGrid(Grid):
             if not came:
                 time.sleep(_POLL_SECONDS)
         return replies
+
+    def _check(self) -> None:
+        if self._halted.is_set():
+            raise Halted("the run is being stopped.")
 
     # --- in the link's thread ---
 

@@ -53,6 +53,7 @@ class Request:
         expires: on the clock.
         wanted: when somebody last asked for the answer.
         line: on which it was offered last.
+        times_offered: on how many lines; after more than one, its site may have answered it before.
     """
 
     parcel: Parcel
@@ -60,6 +61,7 @@ class Request:
     expires: float
     wanted: float
     line: Line | None = None
+    times_offered: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Mailbox(Mail):
         self.node = node
         self.line: Line | None = None
         self.away_since = away_since
+        self.met = False
         self.requests: dict[bytes, Request] = {}
         self._room = room
 
@@ -89,6 +92,7 @@ class Mailbox(Mail):
         for request in self.requests.values():
             if request.line is not line and request.wanted >= recently:
                 request.line = line
+                request.times_offered += 1
                 return request.parcel
         return None
 
@@ -120,7 +124,7 @@ class Mailbox(Mail):
 
     def open(self, line: Line) -> None:
         """Take the one line of this site."""
-        self.line = line
+        self.line, self.met = line, True
 
     def hang_up(self, now: float) -> None:
         """Let go of the line; what has arrived of a reply is kept for the next one."""
@@ -152,6 +156,13 @@ class Mailroom:
         """Return the sites whose stream is open, or was a moment ago."""
         recently = self.clock() - AWAY_SECONDS
         return [n for n, box in self._boxes.items() if box.line is not None or box.away_since > recently]
+
+    def seen_before(self, node: int) -> float | None:
+        """Return how many seconds ago a site was connected: 0 if it is now, None if it never was."""
+        box = self._boxes.get(node)
+        if box is None or not box.met:
+            return None
+        return 0.0 if box.line is not None else self.clock() - box.away_since
 
     # --- requests and answers ---
 
@@ -187,6 +198,15 @@ class Mailroom:
         until = max(request.expires, self.clock() + KEPT_SECONDS)
         self._answers[request.parcel.id] = Answer(request, until, payload, code, reason)
         self._held += len(payload)
+
+    def withdraw(self, wanted: Iterable[bytes]) -> None:
+        """Forget requests whose answers nobody will fetch, and answers that are here."""
+        for parcel_id in wanted:
+            if (box := self._asked.pop(parcel_id, None)) is not None:
+                del box.requests[parcel_id]
+            elif (answer := self._answers.pop(parcel_id, None)) is not None:
+                self._held -= len(answer.payload)
+        self.serve()
 
     def expel_all_but(self, admitted: Collection[int]) -> None:
         """Give up all requests to sites that may not connect any more."""

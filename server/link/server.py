@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
-from server.link.admission import Admission
+from server.link.admission import Admission, SiteFacts
 from server.link.events import LinkEvents
 from server.link.mailroom import Mailroom
 from server.link.service import LinkService
@@ -69,6 +69,21 @@ class LinkFiles:
         except OSError as error:
             raise TrustError(f"{error.filename} cannot be read ({error.strerror}).") from None
         return key, certificate, ca
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteState:
+    """A site that lies in the trust store, as the link sees it.
+
+    Attributes:
+        online: whether its stream is open, or was a moment ago.
+        seen_before: seconds since it was connected last; None if it never was while this process runs.
+        facts: of its certificates.
+    """
+
+    online: bool
+    seen_before: float | None
+    facts: SiteFacts
 
 
 class LinkServer:
@@ -149,7 +164,21 @@ class LinkServer:
         except (RuntimeError, TimeoutError):
             raise RunError("the link to the sites does not answer.") from None
 
+    def sites(self) -> tuple[dict[str, SiteState], str | None]:
+        """Return name -> state of all sites in the trust store, and what is wrong with the trust store, if anything."""
+        return self.call(lambda: (self._site_states(), self.admission.problem))
+
     # --- in the thread ---
+
+    def _site_states(self) -> dict[str, SiteState]:
+        self.admission.refresh()
+        connected, states = set(self.mailroom.connected()), {}
+        for name, facts in self.admission.sites().items():
+            seen = [ago for node in facts.valid if (ago := self.mailroom.seen_before(node)) is not None]
+            states[name] = SiteState(
+                online=any(node in connected for node in facts.valid), seen_before=min(seen, default=None), facts=facts
+            )
+        return states
 
     def _run(self, started: Future[int]) -> None:
         try:

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import ClassVar, Generic, Literal, TypeVar
 
 from flwr.app import Message
@@ -27,31 +26,15 @@ from shared.wire.messages import (
     Refusal,
     SiteDescription,
     TrainRequest,
-    carries_release,
     pack_request,
 )
 
 _LONGEST_POLL_SECONDS = 1.0
-_NODES_PER_PULL = 16  # all requests to a node in one pull, so that its release wins over its refusal
+_NODES_PER_PULL = 16  # so many answers are in memory at once
 _PATIENT_SHARE = 0.75  # of the time that the answers took last time passes before the first look
-# A request may be lost with the process that pulled it, while its node stays online. Sites answer a repeated one with what
-# they stored, so asking again costs no budget; each time after twice as long.
-ASK_AGAIN_SECONDS = 30.0
+_EXPIRES_AFTER_SECONDS = 5.0  # the end of the round's patience; a site does not begin what nobody waits for
 
 ReplyT = TypeVar("ReplyT")
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a node answered.
-
-    Attributes:
-        times_asked: more than once, a refusal may answer a repetition, and the release may still be on its way.
-    """
-
-    node: int
-    message: Message
-    times_asked: int
 
 
 def exchange(
@@ -61,63 +44,40 @@ def exchange(
     *,
     timeout: float,
     expected: float,
-    repeat: bool,
     meanwhile: Callable[[], None] = lambda: None,
-) -> Iterator[Answer]:
-    """Ask `nodes` and yield each one's answer as it comes, until all came or `timeout` seconds passed.
+) -> Iterator[tuple[int, Message]]:
+    """Ask `nodes` and yield (node, answer) as they come, until all came or `timeout` seconds passed.
 
     What was yielded is not kept, and the answers of at most `_NODES_PER_PULL` nodes are in memory: a thousand updates need not
-    fit into it.
+    fit into it. That a request arrives, also at a site that was cut off or killed meanwhile, is the Grid's business.
 
     Flower's own `send_and_receive` polls every three seconds; this begins with every tenth of one. A reply is matched by the
-    request that it answers: an error about a lost message comes from the SuperLink, not from the node. Of several answers, one
-    with a release counts.
+    request that it answers: an error about a lost message comes from the Grid, not from the node.
 
     Args:
         requests: makes the messages for some nodes, signed now.
         expected: seconds that the answers will take, as far as one knows; asking before costs the sites' calls their time.
-        repeat: ask those again who are silent; only for sites that answer a repeated request as the first.
         meanwhile: what can be done once the requests are out.
     """
-    node_of: dict[str, int] = {}
-    identifiers_of: dict[int, list[str]] = {}
-    times_asked: Counter[int] = Counter()
-
-    def ask(some: Sequence[int]) -> None:
-        messages = requests(some)
-        pushed = set(grid.push_messages(messages))
-        metadata = [message.metadata for message in messages]
-        for facts in metadata:
-            if facts.message_id in pushed:
-                node_of[facts.message_id] = facts.dst_node_id
-                identifiers_of.setdefault(facts.dst_node_id, []).append(facts.message_id)
-        times_asked.update(some)
-
-    started, ask_again = time.monotonic(), ASK_AGAIN_SECONDS
-    if nodes:
-        ask(nodes)
+    started = time.monotonic()
+    messages = requests(nodes) if nodes else []
+    pushed = set(grid.push_messages(messages)) if messages else set()
+    node_of = {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in pushed}
     meanwhile()
-    answered: set[int] = set()
     time.sleep(max(0.0, min(_PATIENT_SHARE * expected, _LONGEST_POLL_SECONDS) - (time.monotonic() - started)))
-    while waiting := [node for node in identifiers_of if node not in answered]:
-        some_came = False
+    while node_of:
+        waiting, some_came = list(node_of), False
         for first in range(0, len(waiting), _NODES_PER_PULL):
-            some = waiting[first : first + _NODES_PER_PULL]
-            came: dict[int, Message] = {}
-            for message in grid.pull_messages({identifier for node in some for identifier in identifiers_of[node]}):
-                some_came = True
-                node = node_of.get(message.metadata.reply_to_message_id)
-                if node in some and (node not in came or carries_release(message)):
-                    came[node] = message
-            answered.update(came)
-            for node in list(came):
-                yield Answer(node, came.pop(node), times_asked[node])
+            came = deque(grid.pull_messages(waiting[first : first + _NODES_PER_PULL]))
+            while came:
+                message = came.popleft()
+                node = node_of.pop(message.metadata.reply_to_message_id, None)
+                if node is not None:
+                    some_came = True
+                    yield node, message
         elapsed = time.monotonic() - started
         if elapsed > timeout:
             break
-        if repeat and elapsed > ask_again:
-            ask([node for node in nodes if node not in answered])
-            ask_again += 2 * ask_again
         if not some_came:
             # A long round is asked about less often: the delay stays within two percent of it.
             time.sleep(min(max(POLL_SECONDS, elapsed / 50), _LONGEST_POLL_SECONDS))
@@ -163,7 +123,8 @@ class Question(ABC, Generic[ReplyT]):
         content = TrainRequest(job=self.job, round_number=self.number, adapter=self.adapter, order=order)
         kind = TRAIN if self.kind == "train" else METRICS
         packed = pack_request(content, self.kind)
-        return [grid.create_message(packed, kind, node, str(self.number)) for node in nodes]
+        ttl = self.job.federation.round_timeout_seconds + _EXPIRES_AFTER_SECONDS
+        return [grid.create_message(packed, kind, node, str(self.number), ttl) for node in nodes]
 
 
 def collect(
@@ -177,24 +138,24 @@ def collect(
     """Ask, and judge each answer as it comes, until everyone answered or time is up.
 
     Args:
-        authority: signs the requests to real sites, which are asked again while they are silent.
+        authority: signs the requests to real sites.
         expected, meanwhile: see `exchange`.
     """
-    for found in exchange(
+    for node, message in exchange(
         grid,
         lambda nodes: question.requests(grid, nodes, authority),
         list(question.sites),
         timeout=question.job.federation.round_timeout_seconds,
         expected=expected,
-        repeat=authority is not None,
         meanwhile=meanwhile,
     ):
-        site, answer = question.sites[found.node], question.unpack(found.message)
+        site, answer = question.sites[node], question.unpack(message)
         reply = None if isinstance(answer, Refusal) else answer
         if isinstance(answer, Refusal):
             question.failed[site.site] = f"{answer.code}: {answer.reason}"
+            repeated = authority is not None and authority.may_repeat(message.metadata.reply_to_message_id)
             # What cannot be read may hide a release, and so may a refusal to a repeated request.
-            if not found.message.has_error() and answer.code != MALFORMED and found.times_asked == 1:
+            if not message.has_error() and answer.code != MALFORMED and not repeated:
                 question.unknown.discard(site.site)
         else:
             try:

@@ -30,12 +30,15 @@ class Authority:
         signed_job: the job as its signer signed it.
         key: the coordinator's key, which the signed job names.
         registered: returns node id -> name under which the node's key was admitted.
+        may_repeat: returns whether the answer to the request with this id may be one to its repetition: a site's process that
+            died may have made, and charged, a release that its next one does not tell of.
         asked_since: returns what earlier processes of this run asked of sites for rounds after the given one, oldest first.
     """
 
     signed_job: SignedJob
     key: SigningKey
     registered: Callable[[], Mapping[int, str]]
+    may_repeat: Callable[[str], bool] = lambda message_id: False
     asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
 
     def order(self, round_number: int, adapter: bytes) -> Order:
@@ -130,7 +133,6 @@ class Roster:
     def _note(self, node: int, answer: SiteDescription | Refusal) -> None:
         if self._authority:
             self._names |= self._authority.registered()
-        # Flower names nodes only while they are online.
         registered = self._names.get(node)
         if isinstance(answer, SiteDescription) and registered is not None and answer.site != registered:
             answer = Refusal(

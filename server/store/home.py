@@ -1,11 +1,11 @@
 """The coordinator's folder: which file lies where, and what its settings are.
 
 coordinator.toml   name, hosts and ports
-keys/              server.key (TLS; plain PEM, for Flower reads it) and round.key (signs rounds and adapters); made here
+keys/              server.key (TLS; plain PEM) and round.key (signs rounds and adapters); made here
 trust/             ca.crt, crl.pem, server.crt and sites/*.crt: who may connect
 jobs/NUMBER-NAME/  the signed job, its public evaluation data, its state and its run folder
 audit/             the audit log
-logs/, flower/     Flower's output and own files
+logs/              what the coordinator wrote about itself
 coordinator.json   what the running coordinator says of itself
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import AwareDatetime, BaseModel, Field, ValidationError
+from pydantic import AwareDatetime, BaseModel, Field, ValidationError, model_validator
 
 from shared.errors import RunError
 from shared.files.atomic import exclusive_lock
@@ -36,13 +36,26 @@ class CoordinatorConfig(Section):
     name: Name = "coordinator"
     """Name in the server certificate."""
     hosts: tuple[str, ...] = Field(default=("localhost", "127.0.0.1"), min_length=1)
-    """Host names and addresses under which sites reach the Fleet API; they stand in the server certificate."""
-    fleet_host: str = "0.0.0.0"  # noqa: S104 (sites must reach it; TLS and authentication are always on)
-    """Address that the Fleet API (gRPC over TLS, for sites) listens on."""
-    fleet_port: int = Field(default=9092, ge=1, le=65535)
-    """Its port: the only one that a firewall has to open."""
-    control_port: int = Field(default=8000, ge=1, le=65535)
-    """Port of Flower's Control API, which has no authentication: always on 127.0.0.1."""
+    """Host names and addresses under which sites reach it; they stand in the server certificate."""
+    listen_host: str = "0.0.0.0"  # noqa: S104 (sites must reach it; mutual TLS is always on)
+    """Address to listen on for sites (gRPC over mutual TLS 1.3)."""
+    listen_port: int = Field(default=9092, ge=1, le=65535)
+    """Its port: the only one that listens, and that a firewall has to open."""
+
+    @property
+    def address(self) -> str:
+        """Where to listen, host:port."""
+        host = f"[{self.listen_host}]" if ":" in self.listen_host else self.listen_host
+        return f"{host}:{self.listen_port}"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_versions_before_0_2(cls, raw: Any) -> Any:
+        """Read the names that the keys had, and leave out the port of Flower's Control API, which is gone."""
+        if not isinstance(raw, dict):
+            return raw
+        names = {"fleet_host": "listen_host", "fleet_port": "listen_port"}
+        return {names.get(key, key): value for key, value in raw.items() if key != "control_port"}
 
 
 class _SiteStatus(BaseModel):
@@ -74,8 +87,7 @@ class CoordinatorHome:
     jobs = Below("jobs")
     audit = Below("audit")
     status = Below("coordinator.json")
-    superlink_log = Below("logs/superlink.log")  # of all Flower's processes, those of the ServerApp included
-    flower = Below("flower")
+    log = Below("logs/coordinator.log")
 
     def load_config(self) -> CoordinatorConfig:
         """Return the parsed `coordinator.toml`.

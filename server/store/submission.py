@@ -35,7 +35,7 @@ class _State(BaseModel):
 
     state: State
     job_sha256: str
-    flower_run: int | None = None
+    started: str | None = None
     problem: str | None = None
     defect: bool = False
     waiting: str | None = None

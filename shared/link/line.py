@@ -22,7 +22,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from shared.link.frames import Ack, Chunk, Frame, LinkError, Notice, Offer, bytes_of, frame_of
@@ -46,11 +46,13 @@ class Parcel:
         id: of `new_id`; the same message always has the same.
         reply_to: id of the request; empty in a request.
         payload: at least one byte.
+        since: when it was made here, or had arrived whole; on the monotonic clock.
     """
 
     id: bytes
     reply_to: bytes
     payload: bytes
+    since: float = field(default_factory=time.monotonic, compare=False)
 
     @cached_property
     def sha256(self) -> bytes:

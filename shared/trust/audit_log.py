@@ -96,7 +96,12 @@ class Event(StrEnum):
     METRICS_ACCEPTED = "metrics.accepted"  # a site's metrics passed all checks
     METRICS_REFUSED = "metrics.refused"  # a site releases none, or what came does not count
     ROUND_COMPLETED = "round.completed"  # the updates were aggregated and the result is on the disk
-    SUPERLINK_RESTARTED = "superlink.restarted"  # Flower's process was started again, and why
+    SITE_CONNECTED = "site.connected"  # a site's stream was opened
+    SITE_DISCONNECTED = "site.disconnected"  # it ended, and why
+    CONNECTION_REFUSED = "connection.refused"  # somebody with a certificate was not let in, and why
+    TWIN_REFUSED = "twin.refused"  # a second process showed the key of a site that is connected
+    LINK_RESTARTED = "link.restarted"  # the port for sites was opened again, and why
+    SUPERLINK_RESTARTED = "superlink.restarted"  # the same in logs of versions before 0.2
     TRUST_BROKEN = "trust.broken"  # the trust store cannot be trusted, so no site may connect
     # Both
     LOG_RECOVERED = "log.recovered"  # the end of the log was repaired after a crash, or missing entries were added

@@ -35,10 +35,7 @@ def load_private_key(path: Path, passphrase: str | None) -> ec.EllipticCurvePriv
 
 
 def write_plain_pem_key(path: Path, key: ec.EllipticCurvePrivateKey) -> None:
-    """Write an unencrypted PEM key of mode 0600, for `flower-superlink --ssl-keyfile`, which reads no other.
-
-    This undoes the passphrase of the key file. Write it to a file system in memory (`/run`, `/dev/shm`), start the
-    process, and remove it: the key is read once, at the start. The key file stays the lasting copy.
+    """Write an unencrypted PEM key of mode 0600, of a server that starts without anybody who could type a passphrase.
 
     Raises:
         RunError: if the file cannot be written.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -87,12 +87,14 @@ class TrainRequest:
         round_number: 1-based.
         adapter: the global adapter, encoded by `shared.tensors.adapters`.
         order: signatures; None in a simulation, which real sites refuse.
+        waited_seconds: how long it has been here, behind another request; the site's own measure.
     """
 
     job: Job
     round_number: int
     adapter: bytes
     order: Order | None = None
+    waited_seconds: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

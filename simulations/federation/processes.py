@@ -25,7 +25,7 @@ from typing import Any
 import tomli_w
 
 from client import commands as site_commands
-from client.node.fleet import TlsFacts, tls_facts
+from client.link.handshake import TlsFacts, tls_facts
 from client.site.home import SiteHome
 from server import commands as coordinator_commands
 from server.coordinator.run_file import RunSettings, submit
@@ -60,15 +60,14 @@ class Federation:
 
     Attributes:
         folder: holds `ca/`, `coordinator/` and one folder for each site.
-        fleet_port: where the coordinator listens for sites.
+        port: where the coordinator listens for sites.
         connect_port: where the sites connect to; differs if a test puts something in between.
         environment: added to that of every process.
         processes: running children by name; the coordinator is "coordinator".
     """
 
     folder: Path
-    fleet_port: int = field(default_factory=lambda: free_port())
-    control_port: int = field(default_factory=lambda: free_port())
+    port: int = field(default_factory=lambda: free_port())
     connect_port: int | None = None
     environment: dict[str, str] = field(default_factory=dict)
     signer: SigningKey = field(default_factory=SigningKey.generate)
@@ -96,9 +95,8 @@ class Federation:
             coordinator_commands.init(
                 home.path,
                 host=list(HOSTS),
-                fleet_host=HOST,
-                fleet_port=self.fleet_port,
-                control_port=self.control_port,
+                listen_host=HOST,
+                listen_port=self.port,
             )
         publish(self.ca, home.trust)
         certificate = self._approve(home.path / "server.csr", "server.crt", hosts=HOSTS)
@@ -130,7 +128,7 @@ class Federation:
         home = self.site(name)
         data = self.folder / f"{name}.jsonl"
         write_jsonl(data, list(records))
-        address = f"{HOST}:{self.connect_port or self.fleet_port}"
+        address = f"{HOST}:{self.connect_port or self.port}"
         with _quietly():
             site_commands.init(
                 home.path,
@@ -242,8 +240,8 @@ class Federation:
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def tls(self) -> TlsFacts:
-        """Shake hands with the Fleet API."""
-        return tls_facts(f"{HOST}:{self.fleet_port}", (self.ca / "ca.crt").read_bytes())
+        """Shake hands with the coordinator."""
+        return tls_facts(f"{HOST}:{self.port}", (self.ca / "ca.crt").read_bytes())
 
     def _approve(self, request: Path, name: str, *, hosts: Sequence[str] = ()) -> Path:
         from cryptography.hazmat.primitives.serialization import Encoding

@@ -21,6 +21,7 @@ class RecordingProxy:
             TLS of both sides, so that it records what they say to each other.
 
     Attributes:
+        shows: certificate and key (PEM files) of the client, which the proxy shows the server in its place.
         port: where it listens.
         sent, received: what clients sent and received, one entry a connection.
     """
@@ -30,6 +31,7 @@ class RecordingProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.port = 0
+        self.shows: tuple[Path, Path] | None = None
         self.sent: list[bytearray] = []
         self.received: list[bytearray] = []
 
@@ -55,6 +57,8 @@ class RecordingProxy:
         towards_server = None
         if self._server_files is not None:
             towards_server = ssl.create_default_context(cafile=str(self._server_files[2]))
+            if self.shows is not None:
+                towards_server.load_cert_chain(*self.shows)
             towards_server.set_alpn_protocols(["h2"])
         try:
             from_server, to_server = await asyncio.open_connection(

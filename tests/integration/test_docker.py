@@ -168,7 +168,7 @@ def test_every_module_of_an_image_imports_without_the_others(staged: tuple[str, 
     found = json.loads(result.stdout.splitlines()[-1])
     expected = {
         "site": {"client.site.site", "client.site.policy"},
-        "coordinator": {"server.rounds.loop", "server.coordinator.superlink"},
+        "coordinator": {"server.rounds.loop", "server.coordinator.supervisor"},
     }[image]
     assert expected | {"shared.job.job", "shared.trust.signing"} <= set(found["modules"])
     if image in found["commands"]:  # `silotune site`, `silotune coordinator`

@@ -17,7 +17,7 @@ from shared.trust import audit_log
 from shared.trust.audit_log import Event
 from shared.trust.signed_folder import verify_folder
 from shared.trust.signing import load_verify_key
-from simulations.federation.processes import Federation, change_toml, round_overheads
+from simulations.federation.processes import HOST, Federation, change_toml, round_overheads
 
 
 @dataclass
@@ -64,7 +64,7 @@ def test_the_run_is_complete_over_tls_1_3(finished: Finished) -> None:
     assert all(record["sites"] == ["a", "b", "c"] for record in records[1:])
     assert (finished.tls_version, finished.alpn) == ("TLSv1.3", "h2")
     for name in "abc":
-        assert "over TLSv1.3, ALPN h2" in finished.federation.log_of(name)
+        assert f"connected to {HOST}:{finished.federation.port} as {name}" in finished.federation.log_of(name)
 
 
 def test_both_sides_logged_the_same_updates(finished: Finished) -> None:

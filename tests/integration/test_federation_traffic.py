@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from client.node.node import credentials_of
 from client.site.home import open_site
 from server.store.submission import Submission
 from shared.job.compute import ComputeConfig
@@ -74,6 +75,15 @@ def say_in_the_clear() -> None:
         thread.join(timeout=30)
 
 
+def shown_by(federation: Federation, name: str) -> tuple[Path, Path]:
+    """Return certificate and key of a site, which whoever wants to decrypt must have stolen."""
+    shown = credentials_of(federation.site(name), passphrase=None)
+    files = (federation.folder / "stolen.crt", federation.folder / "stolen.key")
+    for path, data in zip(files, (shown.certificate, shown.key), strict=True):
+        path.write_bytes(data)
+    return files
+
+
 @pytest.fixture(scope="module")
 def run(
     found_federation: Callable[..., Federation], federation_job: Callable[..., Job], tiny_bert: Path
@@ -82,12 +92,13 @@ def run(
     home = federation.coordinator
     files = (home.server_certificate, home.server_key, home.trust / "ca.crt")
     with contextlib.ExitStack() as stack:
-        encrypted = stack.enter_context(RecordingProxy(federation.fleet_port))
-        decrypted = stack.enter_context(RecordingProxy(federation.fleet_port, server_files=files))
+        encrypted = stack.enter_context(RecordingProxy(federation.port))
+        decrypted = stack.enter_context(RecordingProxy(federation.port, server_files=files))
         rules = {"backbones": {str(tiny_bert): backbone_sha256(tiny_bert)}}
         for name, proxy in (("a", encrypted), ("b", decrypted)):
             federation.connect_port = proxy.port
             federation.join(name, planted_records(name), epsilon=8.0, policy=rules)
+        decrypted.shows = shown_by(federation, "b")
         job = federation_job(task={"labels": LABELS})
         public = [{"text": f"a public line {i}", "label": LABELS[i % 2]} for i in range(8)]
         sniffer = stack.enter_context(LoopbackSniffer()) if may_sniff() else None
@@ -158,13 +169,8 @@ def test_on_the_whole_machine_nothing_can_be_read(run: Run) -> None:
     assert run.sniffer.num_dropped == 0
     assert run.sniffer.holds(CONTROL)
     federation = run.federation
-    assert run.sniffer.ports() >= {
-        federation.fleet_port,
-        federation.control_port,
-        run.encrypted.port,
-        run.decrypted.port,
-    }
-    # 2. Nothing that is worth reading is in it: between sites, proxies, SuperLink and ServerApp.
+    assert run.sniffer.ports() >= {federation.port, run.encrypted.port, run.decrypted.port}
+    # 2. Nothing that is worth reading is in it: between sites, proxies and coordinator.
     for what, pieces in secrets(run).items():
         for piece in pieces:
             assert not run.sniffer.holds(piece), f"{what} can be read on the loopback interface"
@@ -176,7 +182,7 @@ def test_nothing_of_a_record_is_written_down_outside_of_the_data(run: Run) -> No
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     files += [federation.folder / f"{name}.log" for name in ("a", "b", "coordinator")]
     assert any(path.name == "audit-00001.jsonl" for path in files)
-    assert any(path.name == "superlink.log" for path in files)
+    assert any(path.name == "coordinator.log" for path in files)
     for path in files:
         data = path.read_bytes()
         for sentence in SENTENCES.values():

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 import shutil
-import signal
 import socket
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -25,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from flwr.app import Message
 
-from client.node.fleet import FleetConnection, NotAdmitted, Unreachable
+from client.link.answering import answering
+from client.link.client import Credentials
 from client.node.node import Node
 from client.node.status import read_status
 from client.site.home import open_site
-from server.coordinator.superlink import Control
 from server.store.home import CoordinatorConfig
 from server.store.submission import Submission
 from shared.errors import ConfigError, TrustError
@@ -40,61 +36,17 @@ from shared.trust.audit_log import Entry, Event
 from shared.trust.pki import approve, create_ca, make_request, write_public
 from shared.trust.signing import SigningKey
 from shared.wire.messages import DESCRIBE, SiteDescription, pack_description, unpack_describe
-from simulations.federation.processes import HOST, Federation, change_toml, free_port
+from simulations.federation.processes import HOST, Federation, change_toml
 from tests.conftest import Outcome
-from tests.integration.bundles import bundle_with_code
 from tests.integration.eventually import eventually
-
-MALICIOUS = """
-import json, os, time
-from pathlib import Path
-
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import ServerApp
-
-client_app = ClientApp()
-server_app = ServerApp()
-
-@client_app.query("steal")
-def steal(message, context):
-    folder = Path(str(context.run_config["folder"]))
-    (folder / f"executed-at-{context.node_id}").write_text(str(os.getpid()))
-    return Message(RecordDict({"loot": ConfigRecord({"text": "everything"})}), reply_to=message)
-
-@server_app.main()
-def main(grid, context):
-    folder = Path(str(context.run_config["folder"]))
-    nodes = {node.node_id: node.name for node in grid.get_nodes()}
-    content = RecordDict({"order": ConfigRecord({"text": "hand it over"})})
-    requests = [
-        Message(content, dst_node_id=node, message_type=kind) for node in nodes for kind in ("query.steal", "train")
-    ]
-    waiting, found = {identifier for identifier in grid.push_messages(requests) if identifier}, []
-    asked = {request.metadata.message_id: request.metadata for request in requests}
-    deadline = time.monotonic() + 120
-    while waiting and time.monotonic() < deadline:
-        for reply in grid.pull_messages(waiting):
-            request = asked[reply.metadata.reply_to_message_id]
-            waiting.discard(request.message_id)
-            found.append({
-                "site": nodes[request.dst_node_id],
-                "node": str(request.dst_node_id),
-                "type": request.message_type,
-                "error": reply.error.reason if reply.has_error() else None,
-                "content": None if reply.has_error() else {k: dict(v) for k, v in reply.content.config_records.items()},
-            })
-        time.sleep(0.1)
-    (folder / "replies.part").write_text(json.dumps(found))
-    (folder / "replies.part").rename(folder / "replies.json")
-"""
+from tests.integration.link.parts import site
 
 
 @pytest.fixture(scope="module")
 def federation(found_federation: Callable[..., Federation]) -> Federation:
     """Coordinator and the sites a, b and c run; c has a certificate that the coordinator was not given."""
     made = found_federation(["a", "b", "c"], policy={"max_steps": 1900})
-    change_toml(made.coordinator.config, fleet_host="0.0.0.0")  # noqa: S104 (what is tested)
+    change_toml(made.coordinator.config, listen_host="0.0.0.0")  # noqa: S104 (what is tested)
     for certificate in made.coordinator.trust.glob("sites/c-*.crt"):
         certificate.unlink()
     made.start_coordinator()
@@ -139,7 +91,7 @@ def copied(federation: Federation, folder: Path) -> Federation:
     """Return a copy of the coordinator's folder without its jobs, for what the running one must not see."""
     made = copy.copy(federation)
     made.folder = folder
-    ignored = shutil.ignore_patterns("jobs", "*.db*", "flower")
+    ignored = shutil.ignore_patterns("jobs")
     shutil.copytree(federation.coordinator.path, made.coordinator.path, ignore=ignored)
     return made
 
@@ -172,17 +124,10 @@ def admit(federation: Federation, name: str, request: bytes) -> Path:
     return path
 
 
-def connection_of(federation: Federation, key: ec.EllipticCurvePrivateKey) -> FleetConnection:
-    ca = (federation.ca / "ca.crt").read_bytes()
-    return FleetConnection(f"{HOST}:{federation.fleet_port}", ca_certificate=ca, private_key=key)
-
-
-def activated(connection: FleetConnection) -> bool:
-    try:
-        connection.activate()
-    except (NotAdmitted, Unreachable):  # the latter while the SuperLink starts anew, to take a removed key again
-        return False
-    return True
+def shown(federation: Federation, key: ec.EllipticCurvePrivateKey, certificate: Path) -> Credentials:
+    """Return what a site without a folder shows."""
+    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    return Credentials(ca=(federation.ca / "ca.crt").read_bytes(), certificate=certificate.read_bytes(), key=pem)
 
 
 def refused_by_all(federation: Federation, submission: Submission) -> dict[str, str]:
@@ -202,13 +147,17 @@ def end(federation: Federation, submission: Submission) -> None:
 def test_a_key_that_nobody_registered_is_refused_and_told_why(
     federation: Federation, silotune: Callable[..., Outcome]
 ) -> None:
-    eventually(lambda: "does not admit this site's key" in problem_of(federation, "c"))
-    shown = silotune("site", "status", federation.site("c").path)
-    assert shown.status == 1
-    assert "waiting" in shown.out
-    assert "Either it is not registered, was revoked or has expired (ask the coordinator)" in shown.out
-    assert "does not admit this site's key" in federation.log_of("c")
+    why = "does not lie in the coordinator's trust store; ask the coordinator"
+    eventually(lambda: why in problem_of(federation, "c"))
+    told = silotune("site", "status", federation.site("c").path)
+    assert told.status == 1
+    assert "waiting" in told.out
+    assert "does not admit this site" in told.out
+    assert why in federation.log_of("c")
     assert "c" not in federation.coordinator.read_status()["sites"]
+    (noted,) = eventually(lambda: coordinator_log(federation, Event.CONNECTION_REFUSED)[:1])
+    assert noted.details["site"] == "c"
+    assert why in noted.details["reason"]
 
 
 def test_a_coordinator_of_another_ca_is_not_talked_to(federation: Federation, tmp_path: Path) -> None:
@@ -226,7 +175,7 @@ def test_a_coordinator_of_another_ca_is_not_talked_to(federation: Federation, tm
         home.certificate.write_bytes(certificate.public_bytes(Encoding.PEM))
         eventually(lambda: "does not hold" in problem_of(federation, "f"))
         problem = problem_of(federation, "f")
-        assert f"the certificate of {HOST}:{federation.fleet_port} does not hold" in problem
+        assert f"the certificate of {HOST}:{federation.port} does not hold" in problem
         assert "Check that ca.crt is the consortium's" in problem
         assert not site_log(federation, "f", Event.NODE_CONNECTED)
     finally:
@@ -236,35 +185,25 @@ def test_a_coordinator_of_another_ca_is_not_talked_to(federation: Federation, tm
 
 def test_an_expired_certificate_ends_the_connection_and_its_renewal_mends_it(federation: Federation) -> None:
     key, request = site_key("short")
-    admit(federation, "short", request)
-    connection = connection_of(federation, key)
-    try:
-        eventually(lambda: activated(connection))
-        assert connection.pull() is None
+    credentials = shown(federation, key, admit(federation, "short", request))
+    with site(federation.port, credentials, lambda asked, welcome: None) as (_, told):
+        eventually(lambda: told.of("welcome"))
         # Its certificate is exchanged for one that ends in three seconds.
         begin = datetime.now(UTC) - timedelta(days=1) + timedelta(seconds=3)
         ending = approve(federation.ca, request, role="site", days=1, passphrase=None, now=begin)
         (admitted,) = federation.coordinator.trust.glob("sites/short-*.crt")
         write_public(admitted.with_name("short-ending.crt"), ending.public_bytes(Encoding.PEM))
         admitted.unlink()
-
-        def refusal() -> str:
-            try:
-                connection.pull()
-            except NotAdmitted as error:
-                return str(error)
-            return ""
-
-        assert "does not admit this site's key any more" in eventually(refusal)
+        (trouble,) = eventually(lambda: told.of("trouble")[:1])
+        assert trouble[1] == "NotAdmitted"
+        assert "the certificate of short expired on" in trouble[2]
         (removed,) = eventually(lambda: removals(federation, "short"))
         assert removed.details["reason"].startswith("expired: the certificate of short expired on ")
         eventually(lambda: "short" not in federation.coordinator.read_status()["sites"])
         # The same key, certified anew.
+        before = len(told.of("welcome"))
         admit(federation, "short", request)
-        eventually(lambda: activated(connection))
-        assert connection.pull() is None
-    finally:
-        connection.close()
+        eventually(lambda: len(told.of("welcome")) > before)
 
 
 # --- which jobs are accepted ---
@@ -365,72 +304,6 @@ def test_what_a_site_says_is_shown_as_it_is(
     assert "waiting: for [/a]" in shown
 
 
-# --- code that travels ---
-
-
-def test_code_in_a_bundle_runs_at_a_stock_node_and_never_at_ours(federation: Federation, tmp_path: Path) -> None:
-    # 1. So far our nodes answered jobs, and nobody asked for a bundle.
-    log = federation.coordinator.superlink_log
-    assert "[Fleet.GetFab]" not in log.read_text()
-    # 2. Flower's own node joins under a key of its own.
-    key, request = site_key("stock")
-    admit(federation, "stock", request)
-    pem = tmp_path / "stock.key"
-    pem.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption()))
-    pem.chmod(0o600)
-    command = [
-        str(Path(sys.executable).parent / "flower-supernode"),
-        "--superlink", f"{HOST}:{federation.fleet_port}",
-        "--root-certificates", str(federation.ca / "ca.crt"),
-        "--auth-supernode-private-key", str(pem),
-        "--isolation", "subprocess",
-        "--port", str(free_port()),
-    ]  # fmt: skip
-    environment = {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
-        "FLWR_HOME": str(tmp_path / "flower"),
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-    }
-    eventually(lambda: "stock" in federation.coordinator.read_status()["sites"])
-    with (tmp_path / "stock.log").open("wb") as output:
-        stock = subprocess.Popen(
-            command, env=os.environ | environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
-    control = Control(federation.control_port, federation.coordinator.ca_certificate)
-    try:
-
-        def online() -> dict[str, int]:
-            assert stock.poll() is None, (tmp_path / "stock.log").read_text()
-            return {node.name: node.node_id for node in control.nodes() if node.online}
-
-        eventually(lambda: online().keys() >= {"a", "b", "stock"})
-        nodes = online()
-        # 3. Somebody who reached the Control API starts a run whose bundle holds code.
-        bundle = bundle_with_code("malicious_app", MALICIOUS, {"folder": ""})
-        control.start_run(bundle, {"folder": str(tmp_path)})
-        eventually((tmp_path / "replies.json").exists, timeout=150)
-    finally:
-        control.close()
-        if stock.poll() is None:
-            os.killpg(stock.pid, signal.SIGKILL)
-        stock.wait()
-    replies = {(r["site"], r["type"]): r for r in json.loads((tmp_path / "replies.json").read_text())}
-    # 4. It ran at the stock node, and nowhere else.
-    assert [path.name for path in tmp_path.glob("executed-at-*")] == [f"executed-at-{nodes['stock']}"]
-    assert replies["stock", "query.steal"]["content"] == {"loot": {"text": "everything"}}
-    assert "[Fleet.GetFab]" in log.read_text()
-    # 5. Ours answered what they were sent with nothing but that there was one, and go on.
-    for name in "ab":
-        assert re.fullmatch(r"\w+", replies[name, "query.steal"]["error"])
-        refusal = replies[name, "train"]["content"]["silotune"]
-        assert refusal["kind"] == "refusal"
-        assert (refusal["site"], refusal["code"], refusal["reason"]) == (name, "Withheld", "see the site's own log")
-        assert federation.processes[name].poll() is None
-        assert eventually(lambda name=name: read_status(federation.site(name))["healthy"])
-
-
 # --- what listens ---
 
 
@@ -444,35 +317,29 @@ def foreign_addresses() -> list[str]:
     ]
 
 
-def test_only_the_fleet_port_listens_beyond_loopback(federation: Federation, running: Submission) -> None:
-    parent = psutil.Process(federation.processes["coordinator"].pid)
-    listening = {
-        (connection.laddr.ip, connection.laddr.port)
-        for process in [parent, *parent.children(recursive=True)]
-        for connection in process.net_connections(kind="inet")
-        if connection.status == psutil.CONN_LISTEN
-    }
-    assert {port for ip, port in listening if ip not in ("127.0.0.1", "::1")} == {federation.fleet_port}
-    assert ("127.0.0.1", federation.control_port) in listening
-    for name in "ab":  # a site listens nowhere
-        node = psutil.Process(federation.processes[name].pid)
-        for process in [node, *node.children(recursive=True)]:
-            assert not [c for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+def test_nothing_listens_but_the_port_for_sites_and_no_process_is_started(
+    federation: Federation, running: Submission
+) -> None:
+    listening = {}
+    for name in ("coordinator", "a", "b"):
+        process = psutil.Process(federation.processes[name].pid)
+        assert process.children() == []
+        found = [c for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
+        listening[name] = {connection.laddr.port for connection in found}
+    assert listening == {"coordinator": {federation.port}, "a": set(), "b": set()}
 
 
 @pytest.mark.skipif(not foreign_addresses(), reason="this machine has only loopback addresses")
-def test_from_elsewhere_only_the_fleet_api_answers_and_only_over_tls(federation: Federation) -> None:
+def test_from_elsewhere_the_port_answers_over_tls_only(federation: Federation) -> None:
     context = ssl.create_default_context(cafile=str(federation.ca / "ca.crt"))
     context.set_alpn_protocols(["h2"])
     for address in foreign_addresses():
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection((address, federation.control_port), timeout=5)
         with (
-            socket.create_connection((address, federation.fleet_port), timeout=10) as plain,
+            socket.create_connection((address, federation.port), timeout=10) as plain,
             context.wrap_socket(plain, server_hostname="localhost") as wrapped,
         ):
             assert (wrapped.version(), wrapped.selected_alpn_protocol()) == ("TLSv1.3", "h2")
-        with socket.create_connection((address, federation.fleet_port), timeout=10) as plain:
+        with socket.create_connection((address, federation.port), timeout=10) as plain:
             plain.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
             try:
                 answer = plain.recv(100)
@@ -485,11 +352,11 @@ def test_from_elsewhere_only_the_fleet_api_answers_and_only_over_tls(federation:
 def test_no_option_turns_tls_or_authentication_off(
     federation: Federation, silotune: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    assert CoordinatorConfig.model_fields.keys() == {"name", "hosts", "fleet_host", "fleet_port", "control_port"}
+    assert CoordinatorConfig.model_fields.keys() == {"name", "hosts", "listen_host", "listen_port"}
     for command in ("init", "install", "start", "submit"):
-        shown = silotune("coordinator", command, "--help").out.lower()
+        told = silotune("coordinator", command, "--help").out.lower()
         for word in ("insecure", "no-tls", "no-auth", "control-host", "plain"):
-            assert word not in shown
+            assert word not in told
     changed = copy.copy(federation)
     changed.folder = tmp_path
     changed.coordinator.path.mkdir()
@@ -506,18 +373,16 @@ def test_a_site_that_calls_itself_otherwise_than_it_was_admitted_is_refused(
     federation: Federation, running: Submission
 ) -> None:
     key, request = site_key("impostor")
-    admit(federation, "impostor", request)
-    connection = connection_of(federation, key)
-    try:
-        eventually(lambda: activated(connection))
-        message = eventually(connection.pull)
+    credentials = shown(federation, key, admit(federation, "impostor", request))
+
+    def lie(message: Message, node: int, waited: float) -> Message:
         assert message.metadata.message_type == DESCRIBE
         assert unpack_describe(message.content) is not None
         description = SiteDescription(site="a", declared_records=32, version="1")
-        connection.push(Message(pack_description(description), reply_to=message))
+        return Message(pack_description(description), reply_to=message)
+
+    with site(federation.port, credentials, answering(lie)):
         reason = eventually(lambda: running.state().get("refused", {}).get("impostor"))
-    finally:
-        connection.close()
     assert "its key was admitted for 'impostor', but it calls itself 'a'" in reason
     (entry,) = [e for e in coordinator_log(federation, Event.SITE_REFUSED) if e.details["site"] == "impostor"]
     assert entry.details["reason"] == reason
@@ -535,12 +400,13 @@ def test_a_site_that_is_admitted_late_joins_and_once_revoked_is_out_at_once_for_
     # 2. Revoked in the midst of a job.
     federation.revoke("c")
     started = time.monotonic()
-    eventually(lambda: "does not admit this site's key" in problem_of(federation, "c"))
+    eventually(lambda: "does not admit this site" in problem_of(federation, "c"))
     seconds = time.monotonic() - started
     assert seconds < 20  # two or three on a machine that is not busy
     (removed,) = eventually(lambda: removals(federation, "c"))
     assert removed.details["reason"].startswith("revoked: the certificate of c was revoked on ")
-    assert "does not admit this site's key any more" in federation.log_of("c")
+    assert "was revoked" in problem_of(federation, "c")
+    assert "was revoked" in federation.log_of("c")
     assert silotune("site", "status", federation.site("c").path).status == 1
     # 3. The others go on without it.
     reached = rounds_of(running)[-1]["round"]
@@ -555,7 +421,7 @@ def test_a_site_that_is_admitted_late_joins_and_once_revoked_is_out_at_once_for_
     request = (federation.site("c").path / "c.csr").read_bytes()
     with pytest.raises(TrustError, match="cannot be certified again"):
         approve(federation.ca, request, role="site", passphrase=None)
-    eventually(lambda: "was revoked or has expired" in problem_of(federation, "c"))
+    eventually(lambda: "was revoked" in problem_of(federation, "c"))
     assert rounds_of(running)[-1]["sites"] == ["a", "b"]
 
 

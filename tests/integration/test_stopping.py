@@ -164,7 +164,7 @@ def test_a_coordinator_ends_in_an_orderly_way_and_says_how_to_go_on(tmp_path: Pa
         federation.found()
         federation.start_coordinator()
         process, home = federation.processes["coordinator"], federation.coordinator
-        with running("coordinator", "logs", home.path, "--superlink", "--follow") as following:
+        with running("coordinator", "logs", home.path, "--coordinator", "--follow") as following:
             time.sleep(5.0)
             status, _, err = stop(following, signal.SIGINT)
             assert status == 130

@@ -14,17 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import make_client_app
+from client.link.answering import answering
 from client.node import node as node_module
-from client.node.node import Node, answer
+from client.node.node import Node, Work
 from client.node.status import STALE_AFTER_SECONDS, StatusFile, read_status
 from client.site.home import SiteHome
 from client.site.site import Site
 from shared.errors import LedgerError, RunError
+from shared.link.envelope import message as made_message
+from shared.link.envelope import seal_envelope
+from shared.link.frames import Welcome
+from shared.link.line import Parcel
 from shared.trust import audit_log
 from shared.trust.audit_log import Event
 from shared.wire.messages import DESCRIBE, TRAIN, WITHHELD, describe_request
@@ -68,18 +72,28 @@ def start() -> Iterator[Callable[[SiteHome], subprocess.Popen[str]]]:
             process.communicate()
 
 
-@pytest.fixture(autouse=True)
-def _flower_knows_who_makes_messages() -> None:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 0, 1
-
-
 def message_of(kind: str, content: RecordDict | None = None) -> Message:
-    message = Message(content or RecordDict({"x": ConfigRecord({"y": 1})}), dst_node_id=1, message_type=kind)
-    message.metadata.__dict__["_message_id"] = "1"
-    return message
+    metadata = Metadata(1, "01" * 16, 1, 2, "", "", time.time(), 60.0, kind)
+    return made_message(content or RecordDict({"x": ConfigRecord({"y": 1})}), metadata)
 
 
 # --- what of an exception leaves ---
+
+
+class QuietSite:
+    """What a node asks of a site beside its answers."""
+
+    left_out: str | None = None
+
+    def __init__(self, home: SiteHome) -> None:
+        self.guard = node_module.open_site(home, passphrase=None).guard
+
+    def anticipate(self) -> None: ...
+
+
+def work_of(home: SiteHome, client_app: ClientApp) -> Work:
+    site: Any = QuietSite(home)
+    return Work(home, site, client_app, StatusFile(home))
 
 
 def raising(error: Exception) -> ClientApp:
@@ -93,22 +107,22 @@ def raising(error: Exception) -> ClientApp:
     "error", [ValueError(CONFIDENTIAL), KeyError(CONFIDENTIAL), RuntimeError(CONFIDENTIAL), OSError(5, CONFIDENTIAL)]
 )
 @pytest.mark.parametrize("kind", [DESCRIBE, TRAIN])
-def test_of_an_exception_nothing_leaves_but_that_there_was_one(error: Exception, kind: str) -> None:
-    reply = answer(raising(error), message_of(kind, describe_request()), 1)
+def test_of_an_exception_nothing_leaves_but_that_there_was_one(home: SiteHome, error: Exception, kind: str) -> None:
+    reply = work_of(home, raising(error)).answer(message_of(kind, describe_request()), 1, 0.0)
     assert reply.has_error()
     assert reply.error.reason == WITHHELD
     assert CONFIDENTIAL not in str(reply)
-    assert CONFIDENTIAL.encode() not in reply.deflate()
+    assert CONFIDENTIAL.encode() not in seal_envelope(reply)
 
 
-def test_a_message_that_no_app_knows_is_answered_with_an_error() -> None:
-    reply = answer(raising(RunError("unused")), message_of("query.steal"), 1)
+def test_a_message_that_no_app_knows_is_answered_with_an_error(home: SiteHome) -> None:
+    reply = work_of(home, raising(RunError("unused"))).answer(message_of("query.steal"), 1, 0.0)
     assert reply.has_error()
     assert reply.error.reason == WITHHELD
 
 
-def test_a_site_that_cannot_be_opened_does_not_say_why() -> None:
-    reply = answer(raising(RunError(CONFIDENTIAL)), message_of(DESCRIBE, describe_request()), 1)
+def test_a_site_that_cannot_be_opened_does_not_say_why(home: SiteHome) -> None:
+    reply = work_of(home, raising(RunError(CONFIDENTIAL))).answer(message_of(DESCRIBE, describe_request()), 1, 0.0)
     assert not reply.has_error()
     assert dict(reply.content.config_records["silotune"]) == {
         "kind": "refusal",
@@ -118,38 +132,49 @@ def test_a_site_that_cannot_be_opened_does_not_say_why() -> None:
     }
 
 
-class _OneMessage:
-    """A connection that brings one message, then stops the node."""
-
-    node_id = 1
-
-    def __init__(self, node: Node, message: Message) -> None:
-        self._node, self._message = node, message
-        self.replies: list[Message] = []
-
-    def pull(self) -> Message:
-        return self._message
-
-    def push(self, reply: Message) -> int:
-        self.replies.append(reply)
-        self._node.stop()
-        return 1
-
-
 def test_status_and_audit_log_hold_nothing_of_an_exception(home: SiteHome, caplog: pytest.LogCaptureFixture) -> None:
-    node = Node(home, passphrase=None)
-    site = node_module.open_site(home, passphrase=None)
-    connection: Any = _OneMessage(node, message_of(DESCRIBE, describe_request()))
-    identity = node_module.load_identity(home, passphrase=None)
-    node._serve(site, raising(ValueError(CONFIDENTIAL)), connection, identity)
-    (reply,) = connection.replies
-    assert reply.error.reason == WITHHELD
-    assert CONFIDENTIAL not in home.status.read_text()
+    work = work_of(home, raising(ValueError(CONFIDENTIAL)))
+    work.connected(Welcome(2, "a", "0.2.0"))
+    asked = message_of(DESCRIBE, describe_request())
+    assert work.answer(asked, 2, 0.0).error.reason == WITHHELD
+    assert read_status(home)["state"] == "working"
+    work.answered()
     assert read_status(home)["state"] == "connected"
-    assert CONFIDENTIAL not in "".join(entry.line() for entry in audit_log.read(home.audit))
+    work.delivered(Parcel(bytes(16), bytes.fromhex(asked.metadata.message_id), b"reply"))
+    assert CONFIDENTIAL not in home.status.read_text()
+    noted = list(audit_log.read(home.audit))
+    assert CONFIDENTIAL not in "".join(entry.line() for entry in noted)
+    assert [(entry.event, entry.details.get("bytes")) for entry in noted] == [
+        (Event.NODE_CONNECTED, None),
+        (Event.REPLY_SENT, 5),
+    ]
     # The site's own people see its kind and place: the text may quote a record.
     assert CONFIDENTIAL not in caplog.text
     assert "failed: ValueError\n" in caplog.text
+
+
+def test_trouble_shows_until_the_connection_is_there_again(home: SiteHome) -> None:
+    work = work_of(home, raising(RunError("unused")))
+    work.trouble(RunError("the line was cut"))
+    assert (read_status(home)["state"], read_status(home)["problem"]) == ("waiting", "the line was cut")
+    work.connected(Welcome(2, "a", "0.2.0"))
+    assert (read_status(home)["state"], read_status(home)["problem"]) == ("connected", None)
+
+
+def test_a_request_that_nobody_waits_for_any_more_is_not_trained() -> None:
+    """It waited behind another one; its release would be charged for nothing."""
+    answered: list[float] = []
+
+    def answer(message: Message, node: int, waited: float) -> Message:
+        answered.append(waited)
+        return Message(RecordDict(), reply_to=message)
+
+    handle = answering(answer)
+    payload, welcome = seal_envelope(message_of(TRAIN)), Welcome(2, "a", "0.2.0")
+    assert handle(Parcel(bytes(16), b"", payload, since=time.monotonic() - 61.0), welcome) is None
+    assert answered == []
+    assert handle(Parcel(bytes(16), b"", payload, since=time.monotonic() - 30.0), welcome)
+    assert answered == [pytest.approx(30.0, abs=5.0)]
 
 
 # --- what it says of itself ---
@@ -232,7 +257,8 @@ def test_a_node_waits_for_its_coordinator_and_ends_when_it_is_told(
     eventually(lambda: process.poll() is None and read_status(home)["state"] == "waiting")
     shown = silotune("site", "status", home.path)
     assert shown.status == 1
-    assert "cannot be reached (Connection refused); check the address and that the firewall" in shown.out
+    assert "cannot be reached" in shown.out
+    assert "check the address, that the coordinator runs, and that the firewall" in shown.out
     # 2. A second node in the same folder is turned away.
     second = start(home)
     output, _ = second.communicate(timeout=120)

@@ -1,6 +1,6 @@
 """A federation of real homes inside one process: the coordinator's ServerApp asks the sites' ClientApp.
 
-Both apps are what Flower starts, so they are found by their kind, in whatever module they stand.
+Up to version 0.1 both were apps that Flower started, and are found by their kind, in whatever module they stand.
 Only the network between them is left out: requests are signed, ledgers sealed and audit logs kept.
 """
 
@@ -30,7 +30,11 @@ from flwr.supercore.task_identity import TaskIdentity
 def serve(coordinator: Path, sites: Sequence[Path], job: str) -> None:
     """Run the submitted `job` of a coordinator's home over sites' homes until it has ended."""
     TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
-    app = _find("server", ServerApp)[1]
+    found = _find("server", ServerApp)
+    if found is None:
+        _run_submission(HomesGrid(sites), coordinator, job)
+        return
+    app = found[1]
     context = _context(SUPERLINK_NODE_ID)
     context.run_config = {"home": str(coordinator.resolve()), "job": job}
     app(HomesGrid(sites), context)
@@ -40,9 +44,13 @@ class HomesGrid(Grid):
     """A Grid with one node for each site's home; its node answers when its reply is pulled, in the order of requests."""
 
     def __init__(self, sites: Sequence[Path]) -> None:
-        module = _find("client", ClientApp)[0]
+        found = _find("client", ClientApp)
         self._sites = dict(enumerate(sites, start=1))
-        self._modules = {node: _copy(module, node) for node in self._sites}
+        if found is None:
+            self._apps = {node: _app_of(home) for node, home in self._sites.items()}
+        else:
+            modules = {node: _copy(found[0], node) for node in self._sites}
+            self._apps = {node: _apps(module, ClientApp)[0] for node, module in modules.items()}
         self._contexts = {node: _context(node) for node in self._sites}
         self._waiting: dict[str, Message] = {}
         self._run = Run.create_empty(run_id=1)
@@ -70,6 +78,16 @@ class HomesGrid(Grid):
         """See `Grid`; the name is the one under which the coordinator admitted the node's key."""
         return [NodeInfo(node_id=node, name=home.name) for node, home in self._sites.items()]
 
+    run_id = 1
+
+    def names(self) -> dict[int, str]:
+        """Return node -> the name under which the coordinator admitted its key."""
+        return {node: home.name for node, home in self._sites.items()}
+
+    def may_repeat(self, message_id: str) -> bool:
+        """Return that no site was killed."""
+        return False
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid`."""
         identifiers = []
@@ -93,8 +111,7 @@ class HomesGrid(Grid):
     def _answer(self, message: Message) -> Message:
         node = message.metadata.dst_node_id
         os.environ["SILOTUNE_SITE_HOME"] = str(self._sites[node].resolve())
-        client = _apps(self._modules[node], ClientApp)[0]
-        reply: Message = client(message, self._contexts[node])
+        reply: Message = self._apps[node](message, self._contexts[node])
         return reply
 
 
@@ -102,8 +119,32 @@ def _context(node: int) -> Context:
     return Context(run_id=1, node_id=node, node_config={}, state=RecordDict(), run_config={})
 
 
-def _find(package: str, kind: type[Any]) -> tuple[ModuleType, Any]:
-    """Return the module below `package` that holds an app of this kind, and the app."""
+def _run_submission(grid: Any, coordinator: Path, job: str) -> None:
+    from server.coordinator.production import run_submission
+    from server.store.home import CoordinatorHome
+    from server.store.submission import Submission
+
+    home = CoordinatorHome(coordinator.resolve())
+    run_submission(grid, home, Submission(home.jobs / job))
+
+
+def _app_of(home: Path) -> ClientApp:
+    """Return the app of one site, which keeps its home open."""
+    from client.app import make_client_app
+    from client.site.home import SiteHome, open_site
+
+    opened: list[Any] = []
+
+    def site(context: Context) -> Any:
+        if not opened:
+            opened.append(open_site(SiteHome(home.resolve()), passphrase=None))
+        return opened[0]
+
+    return make_client_app(site)
+
+
+def _find(package: str, kind: type[Any]) -> tuple[ModuleType, Any] | None:
+    """Return the module below `package` that holds an app of this kind, and the app; None if there is none."""
     top = importlib.import_module(package)
     for found in sorted(pkgutil.walk_packages(top.__path__, f"{package}."), key=lambda m: m.name):
         if found.name.endswith("__main__"):
@@ -111,7 +152,7 @@ def _find(package: str, kind: type[Any]) -> tuple[ModuleType, Any]:
         module = importlib.import_module(found.name)
         if apps := _apps(module, kind):
             return module, apps[0]
-    raise LookupError(f"no module of {package} holds a {kind.__name__}")
+    return None
 
 
 def _apps(module: ModuleType, kind: type[Any]) -> list[Any]:

@@ -35,7 +35,7 @@ def start(folder: Path, port: int, credentials: Credentials) -> subprocess.Popen
 
 def main(folder: Path, port: int) -> None:
     shown = Credentials(**{name: (folder / name).read_bytes() for name in ("ca", "certificate", "key")})
-    same = answering(lambda message, node: Message(message.content, reply_to=message))
+    same = answering(lambda message, node, waited: Message(message.content, reply_to=message))
 
     def handle(request: Parcel, welcome: Welcome) -> bytes | None:
         with (folder / "handled").open("a") as file:

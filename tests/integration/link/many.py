@@ -26,7 +26,7 @@ class _AtOnce(Letterbox):
     def __init__(self) -> None:
         super().__init__()
         self.welcome: Welcome | None = None
-        self._same = answering(lambda message, node: Message(message.content, reply_to=message))
+        self._same = answering(lambda message, node, waited: Message(message.content, reply_to=message))
 
     def arrived(self, parcel: Parcel) -> None:
         super().arrived(parcel)

@@ -31,7 +31,7 @@ from tests.integration.link.parts import HOST, Consortium, eventually, serving, 
 from tests.integration.link.relay import ConnectProxy, Relay
 
 
-def same(message: Message, node: int) -> Message:
+def same(message: Message, node: int, waited: float) -> Message:
     return Message(message.content, reply_to=message)
 
 
@@ -219,10 +219,10 @@ def test_a_proxy_of_the_environment_is_not_used(consortium: Consortium, monkeypa
 def test_stopping_a_site_waits_for_the_answer_at_hand(consortium: Consortium) -> None:
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(message: Message, node: int) -> Message:
+    def slow(message: Message, node: int, waited: float) -> Message:
         begun.set()
         go_on.wait(30)
-        return same(message, node)
+        return same(message, node, waited)
 
     with serving(consortium) as (server, _):
         grid = LinkGrid(server, 1)

@@ -58,7 +58,7 @@ def app_of(sites: Path) -> ClientApp:
 def handler(app: ClientApp, partition: int) -> Handler:
     """Let the app answer as one of the two sites."""
 
-    def act(message: Message, node: int) -> Message:
+    def act(message: Message, node: int, waited: float) -> Message:
         where: Any = {"partition-id": partition, "num-partitions": 2}
         context = Context(
             run_id=message.metadata.run_id, node_id=node, node_config=where, state=RecordDict(), run_config={}

@@ -1,21 +1,24 @@
-"""The coordinator's process against a SuperLink and a folder in trouble; the real ones: tests/integration."""
+"""The coordinator's process against a link and a folder in trouble; the real ones: tests/integration."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import httpx
 import pytest
 
+import server.coordinator.journal as journal_module
 import server.coordinator.supervisor as supervisor_module
-from server.coordinator.production import _lasts
+from server.coordinator.attempt import lasts
+from server.coordinator.journal import Journal
 from server.coordinator.run_file import RunSettings, submit
-from server.coordinator.superlink import FlowerRun
 from server.coordinator.supervisor import Supervisor
+from server.link.admission import SiteFacts
+from server.link.server import SiteState
 from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
@@ -30,31 +33,41 @@ from shared.wire.messages import TrainReply
 from simulations.federation.processes import Federation
 
 
-class StandInControl:
-    """The Control API; a test sets what it answers."""
+class StandInLink:
+    """The link; a test sets what it says."""
+
+    alive = True
+    problem: str | None = None
 
     def __init__(self) -> None:
-        self.runs: dict[int, FlowerRun] = {}
-        self.registered: list[Any] = []
-        self.stopped: list[int] = []
+        self.states: dict[str, SiteState] = {}
+        self.started = 0
 
-    def nodes(self) -> list[Any]:
-        return self.registered
+    def start(self) -> None:
+        self.alive = True
+        self.started += 1
 
-    def start_run(self, bundle: bytes, config: Any) -> int:
-        number = len(self.runs) + 1
-        self.runs[number] = FlowerRun(run_id=number, status="running", details="")
-        return number
+    def stop(self) -> None:
+        self.alive = False
 
-    def run(self, run_id: int) -> FlowerRun | None:
-        return self.runs.get(run_id)
+    def sites(self) -> tuple[dict[str, SiteState], str | None]:
+        return self.states, self.problem
 
-    def stop_run(self, run_id: int) -> None:
-        self.stopped.append(run_id)
 
-    def end(self, details: str = "Task failed") -> None:
-        number = max(self.runs)
-        self.runs[number] = FlowerRun(run_id=number, status="finished:failed", details=details)
+class StandInAttempt:
+    """One attempt at a job, which ends when a test says so."""
+
+    made: ClassVar[list[StandInAttempt]] = []
+
+    def __init__(self, home: CoordinatorHome, submission: Submission, link: Any) -> None:
+        self.submission, self.alive, self.halted = submission, True, False
+        self.made.append(self)
+
+    def halt(self) -> None:
+        self.halted = True
+
+    def join(self, timeout: float) -> bool:
+        return not self.alive
 
 
 @pytest.fixture
@@ -73,19 +86,24 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 @pytest.fixture
-def control() -> StandInControl:
-    return StandInControl()
+def attempts(monkeypatch: pytest.MonkeyPatch) -> list[StandInAttempt]:
+    monkeypatch.setattr(StandInAttempt, "made", [])
+    monkeypatch.setattr(supervisor_module, "Attempt", StandInAttempt)
+    return StandInAttempt.made
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> StandInLink:
+    made = StandInLink()
+    monkeypatch.setattr(supervisor_module, "LinkServer", lambda *_, **__: made)
+    return made
 
 
 @pytest.fixture
 def supervisor(
-    home: CoordinatorHome, control: StandInControl, clock: list[float], monkeypatch: pytest.MonkeyPatch
+    home: CoordinatorHome, link: StandInLink, attempts: list[StandInAttempt], clock: list[float]
 ) -> Supervisor:
-    made = Supervisor(home)
-    made._certificate = home.server_certificate.read_bytes()
-    monkeypatch.setattr(made._superlink, "alive", lambda: True)
-    monkeypatch.setattr(made, "_control", lambda: control)
-    return made
+    return Supervisor(home)
 
 
 @pytest.fixture
@@ -108,16 +126,16 @@ def status_of(home: CoordinatorHome) -> dict[str, Any]:
 
 
 def test_a_run_that_ends_early_is_started_again_later_each_time(
-    supervisor: Supervisor, submitted: Submission, control: StandInControl, clock: list[float]
+    supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt], clock: list[float]
 ) -> None:
     supervisor._turn()
-    assert submitted.state()["flower_run"] == 1
+    assert submitted.state()["started"]
     waits = []
     for number in range(2, 10):
-        control.end()
+        attempts[-1].alive = False
         supervisor._turn()
         started = clock[0]
-        while len(control.runs) < number:
+        while len(attempts) < number:
             clock[0] += 0.5
             supervisor._turn()
         waits.append(clock[0] - started)
@@ -128,32 +146,36 @@ def test_a_run_that_ends_early_is_started_again_later_each_time(
 
 
 def test_progress_makes_the_next_attempt_prompt_again(
-    supervisor: Supervisor, submitted: Submission, control: StandInControl, clock: list[float]
+    supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt], clock: list[float]
 ) -> None:
     supervisor._turn()
     for _ in range(5):
-        control.end()
+        attempts[-1].alive = False
         supervisor._turn()
         clock[0] += 60
         supervisor._turn()
     submitted.run_folder.mkdir()
     (submitted.run_folder / "metrics.jsonl").write_text("{}\n{}\n")
-    control.end()
-    runs = len(control.runs)
+    attempts[-1].alive = False
+    before = len(attempts)
     supervisor._turn()
     supervisor._turn()
-    assert len(control.runs) == runs + 1
+    assert len(attempts) == before + 1
 
 
 def test_a_defect_that_stays_ends_the_job_with_its_reason(
-    supervisor: Supervisor, submitted: Submission, control: StandInControl, clock: list[float], home: CoordinatorHome
+    supervisor: Supervisor,
+    submitted: Submission,
+    attempts: list[StandInAttempt],
+    clock: list[float],
+    home: CoordinatorHome,
 ) -> None:
     for _ in range(20):
         supervisor._turn()
         if not submitted.is_open:
             break
         submitted.note(problem="ZeroDivisionError; see the log", defect=True)
-        control.end()
+        attempts[-1].alive = False
         clock[0] += 60
     state = submitted.state()
     assert state["state"] == "failed"
@@ -162,25 +184,121 @@ def test_a_defect_that_stays_ends_the_job_with_its_reason(
     assert ended.details["state"] == "failed"
 
 
-def test_a_job_that_was_stopped_is_stopped_in_flower_too(
-    supervisor: Supervisor, submitted: Submission, control: StandInControl
+def test_a_job_that_was_stopped_ends_once_its_attempt_has(
+    supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt]
 ) -> None:
     supervisor._turn()
     submitted.request_stop()
     supervisor._turn()
-    assert control.stopped == [1]
+    assert attempts[0].halted
+    assert submitted.is_open, "its thread still works in the run folder"
+    attempts[0].alive = False
+    supervisor._turn()
     assert submitted.state()["state"] == "stopped"
     supervisor._turn()
-    assert len(control.runs) == 1
+    assert len(attempts) == 1
 
 
-@pytest.mark.parametrize(
-    "trouble", [httpx.ConnectError("refused"), OSError("disk"), RunError("the SuperLink refused"), TrustError("log")]
-)
+def test_a_job_that_completed_while_it_was_being_stopped_is_complete(
+    supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt]
+) -> None:
+    supervisor._turn()
+    submitted.request_stop()
+    submitted.note("completed")
+    attempts[0].alive = False
+    supervisor._turn()
+    assert submitted.state()["state"] == "completed"
+
+
+def test_a_link_that_ended_is_opened_again_and_the_run_resumes(
+    supervisor: Supervisor,
+    submitted: Submission,
+    attempts: list[StandInAttempt],
+    link: StandInLink,
+    home: CoordinatorHome,
+    clock: list[float],
+) -> None:
+    supervisor._turn()
+    link.alive = False
+    supervisor._turn()
+    assert (link.started, attempts[0].halted) == (1, True)
+    attempts[0].alive = False
+    supervisor._turn()
+    clock[0] += 1
+    supervisor._turn()
+    assert len(attempts) == 2
+    (entry,) = [entry for entry in audit_log.read(home.audit) if entry.event == Event.LINK_RESTARTED]
+    assert entry.details == {"reason": "it ended"}
+
+
+UNTIL = datetime(2027, 1, 1, tzinfo=UTC)
+
+
+def site_state(*valid: int, refused: Mapping[int, str] | None = None, seen: float | None = 0.0) -> SiteState:
+    facts = SiteFacts(valid=dict.fromkeys(valid, UNTIL), refused=refused or {})
+    return SiteState(online=seen == 0.0, seen_before=seen, facts=facts)
+
+
+def test_who_may_connect_and_who_may_not_any_more_is_noted_once(
+    supervisor: Supervisor, link: StandInLink, home: CoordinatorHome
+) -> None:
+    link.states = {"a": site_state(1, seen=None), "b": site_state(2), "c": site_state(refused={3: "revoked: it was"})}
+    supervisor._turn()
+    supervisor._turn()
+    said = status_of(home)["sites"]
+    assert (said["a"]["online"], said["a"]["last_seen"], said["b"]["online"]) == (False, None, True)
+    assert datetime.now(UTC) - datetime.fromisoformat(said["b"]["last_seen"]) < timedelta(minutes=1)
+    assert "c" not in said
+    # The key of b is exchanged, then the old one revoked.
+    link.states = {"a": link.states["a"], "b": site_state(2, 4)}
+    supervisor._turn()
+    link.states = {"a": link.states["a"], "b": site_state(4, refused={2: "revoked: the certificate of b was revoked"})}
+    supervisor._turn()
+    link.states, link.problem = {}, "the trust store cannot be read"
+    supervisor._turn()
+    noted = [(entry.event, dict(entry.details)) for entry in audit_log.read(home.audit)]
+    until = "2027-01-01T00:00:00+00:00"
+    assert noted == [
+        (Event.SITE_REGISTERED, {"site": "a", "until": until}),
+        (Event.SITE_REGISTERED, {"site": "b", "until": until}),
+        (Event.SITE_REGISTERED, {"site": "b", "until": until}),
+        (Event.SITE_REMOVED, {"site": "b", "reason": "revoked: the certificate of b was revoked"}),
+        (Event.TRUST_BROKEN, {"reason": "the trust store cannot be read"}),
+        (Event.SITE_REMOVED, {"site": "a", "reason": "the trust store cannot be read"}),
+        (Event.SITE_REMOVED, {"site": "b", "reason": "the trust store cannot be read"}),
+    ]
+
+
+def test_what_the_link_tells_stands_in_the_log_and_cannot_flood_it(
+    home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
+    journal = Journal(home.open_log(home.load_round_key(None)))
+    for turn in range(100):
+        now[0] += 0.5
+        journal.connected("a", f"ipv4:10.0.0.1:{turn}", "0.2.0")
+        journal.disconnected("a", "the connection ended")
+        journal.write()
+    journal.twin("a", "ipv4:10.0.0.9:1")
+    journal.refused("b", "ipv4:10.0.0.2:1", "revoked")
+    journal.write(everything=True)
+    noted = [(entry.event, dict(entry.details)) for entry in audit_log.read(home.audit)]
+    assert noted == [
+        (Event.SITE_CONNECTED, {"site": "a", "peer": "ipv4:10.0.0.1:0", "software": "0.2.0"}),
+        (Event.SITE_DISCONNECTED, {"site": "a", "reason": "the connection ended"}),
+        (Event.SITE_CONNECTED, {"site": "a", "peer": "ipv4:10.0.0.1:99", "software": "0.2.0", "times": 99}),
+        (Event.SITE_DISCONNECTED, {"site": "a", "reason": "the connection ended", "times": 99}),
+        (Event.TWIN_REFUSED, {"site": "a", "peer": "ipv4:10.0.0.9:1"}),
+        (Event.CONNECTION_REFUSED, {"site": "b", "peer": "ipv4:10.0.0.2:1", "reason": "revoked"}),
+    ]
+
+
+@pytest.mark.parametrize("trouble", [OSError("disk"), RunError("the link does not answer"), TrustError("log")])
 def test_trouble_is_told_and_lived_through(
     supervisor: Supervisor, home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch, trouble: Exception
 ) -> None:
-    def fails(control: Any) -> None:
+    def fails() -> None:
         raise trouble
 
     with monkeypatch.context() as patch:
@@ -200,32 +318,18 @@ def test_a_status_that_cannot_be_written_ends_nothing(supervisor: Supervisor, mo
     supervisor._turn()
 
 
-def test_a_broken_server_certificate_is_told_and_the_old_one_stays_in_use(
-    supervisor: Supervisor, home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    good = home.server_certificate.read_bytes()
-    restarted: list[bool] = []
-    monkeypatch.setattr(supervisor._superlink, "stop", lambda: restarted.append(True))
-    home.server_certificate.write_bytes(b"half a certifi")
-    supervisor._turn()
-    home.server_certificate.write_bytes(good)
-    supervisor._turn()
-    assert restarted == []
-    assert status_of(home)["state"] == "running"
-
-
 # --- what the ServerApp makes of an error ---
 
 
 def test_only_what_cannot_go_away_ends_a_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert _lasts(ConfigError("no such task"))
-    assert _lasts(TrustError("the signature does not hold"))
-    assert not _lasts(RunError("too few sites"))
+    assert lasts(ConfigError("no such task"))
+    assert lasts(TrustError("the signature does not hold"))
+    assert not lasts(RunError("too few sites"))
     log = AuditLog(tmp_path / "audit")
     monkeypatch.setattr("os.write", _full)
     with pytest.raises(TrustError, match="cannot be written") as caught:
         log.append(Event.JOB_SUBMITTED)
-    assert not _lasts(caught.value), "space can be freed"
+    assert not lasts(caught.value), "space can be freed"
 
 
 def _full(*_: Any) -> int:

@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.server.superlink.linkstate.utils import create_message_error_unavailable_ins_message
 
 import server.rounds.roster as roster_module
 from server.rounds.local import LocalPrivacy, select_sites
@@ -23,6 +22,7 @@ from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
 from shared.job.job import Job
 from shared.job.parsing import parse
+from shared.link.envelope import message as made_message
 from shared.tensors.adapters import encode
 from shared.wire.messages import (
     Refusal,
@@ -278,19 +278,24 @@ def test_sites_that_never_answer_cost_the_timeout_and_no_more(mute: frozenset[in
     assert 0.4 <= time.monotonic() - started < 10
 
 
+def lost(request: str) -> Message:
+    """Return what a Grid answers in its own name for a message that it lost."""
+    metadata = Metadata(1, "ff", 1, 1, request, "", time.time(), 60.0, "train")
+    return made_message(Error(code=5, reason="lost"), metadata)
+
+
 class LosingGrid(InProcessGrid):
-    """Answers for node 2 as a SuperLink does that lost the message: in its own name."""
+    """Answers for node 2 as one does that lost the message."""
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies = []
         for reply in super().pull_messages(message_ids):
             if reply.metadata.src_node_id == 2 and reply.metadata.message_type == "train":
-                lost = create_message_error_unavailable_ins_message(reply.metadata.reply_to_message_id, run_id=1)
-                replies.append(lost)
+                replies.append(lost(reply.metadata.reply_to_message_id))
             else:
                 replies.append(reply)
         # And an answer to nothing that was asked.
-        return [*replies, create_message_error_unavailable_ins_message("never sent", run_id=1)]
+        return [*replies, lost("never sent")]
 
 
 def test_a_lost_message_is_booked_to_the_site_that_was_asked() -> None:

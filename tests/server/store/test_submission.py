@@ -99,11 +99,11 @@ def test_a_job_is_found_by_number_and_name_and_the_newest_without(tmp_path: Path
 
 def test_a_note_keeps_what_was_known(tmp_path: Path) -> None:
     made = submitted(tmp_path)
-    made.note("running", flower_run=7)
+    made.note("running", started="2026")
     made.note(round=3)
     made.note("completed", problem=None)
     state = made.state()
-    assert (state["state"], state["flower_run"], state["round"]) == ("completed", 7, 3)
+    assert (state["state"], state["started"], state["round"]) == ("completed", "2026", 3)
     assert state["signer"] == SIGNER.verify_key.text
     assert not made.is_open
 
