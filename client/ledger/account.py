@@ -106,6 +106,7 @@ class Charged:
         time: when it was charged, UTC, ISO 8601.
         imported: whether it was made in another ledger.
         planned_steps: see `Charge`.
+        request_sha256: what was asked; None of a charge that was made in another ledger.
     """
 
     job_id: str
@@ -115,6 +116,7 @@ class Charged:
     time: str
     imported: bool
     planned_steps: int | None = None
+    request_sha256: str | None = None
 
 
 @dataclass(kw_only=True)
@@ -160,6 +162,7 @@ class Account:
                 time=payload["charged_at"] if imported else time,
                 imported=imported,
                 planned_steps=payload.get("planned_steps"),
+                request_sha256=payload.get("request_sha256"),
             )
         elif kind == "commit":
             reserved = self.charges[payload["reservation"]]

@@ -43,7 +43,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from client.ledger.account import CHARGING_KINDS, Account, Budget, Charge, check_name, check_sha256, dataset_key
+from client.ledger.account import (
+    CHARGING_KINDS,
+    Account,
+    Budget,
+    Charge,
+    Charged,
+    check_name,
+    check_sha256,
+    dataset_key,
+)
 from client.ledger.file import SCHEMA_VERSION, Entry, LedgerFile
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.errors import BudgetExceeded, LedgerError
@@ -171,6 +180,10 @@ class Ledger:
     def events(self, job_id: str | None = None) -> list[GaussianSteps]:
         """Return the charges of the account, or of one job: executed steps; reserved until committed."""
         return self._account().events(job_id)
+
+    def charges(self, job_id: str) -> list[Charged]:
+        """Return the charges of one job, oldest first."""
+        return [charged for charged in self._account().charges.values() if charged.job_id == job_id]
 
     def spent_epsilon(self, job_id: str | None = None) -> float:
         """Return the spend of the account by its own rule, or epsilon of one job by PLD, at `budget.delta`.

@@ -137,22 +137,11 @@ class Work(NodeEvents):
         self._made: dict[str, tuple[Event, str]] = {}  # of replies that are not delivered yet, by their request
 
     def answer(self, message: Message, node: int, waited: float) -> Message:
-        """Return the installed ClientApp's answer; of an exception nothing leaves but that there was one."""
+        """Answer a message, for `answering`."""
         kind = message.metadata.message_type
         self._working = True
         self._say(message_type=kind)
-        context = Context(
-            run_id=message.metadata.run_id,
-            node_id=node,
-            node_config={},
-            state=RecordDict(),
-            run_config={WAITED_SECONDS: waited},
-        )
-        try:
-            reply = self._client_app(message, context)
-        except Exception as error:
-            log.error("a message of type %r failed: %s", kind, place_of(error))
-            reply = Message(Error(code=_ERROR_IN_CLIENT_APP, reason=WITHHELD), reply_to=message)
+        reply = answer(self._client_app, message, node, waited=waited)
         event = Event.RELEASE_SENT if carries_release(reply) else Event.REPLY_SENT
         self._made[message.metadata.message_id] = (event, kind)
         return reply
@@ -195,6 +184,18 @@ class Work(NodeEvents):
             _log(self._site).append(event, **details)
         except SilotuneError as error:
             log.error("%s", error)
+
+
+def answer(client_app: ClientApp, message: Message, node: int, *, waited: float = 0.0) -> Message:
+    """Return the installed ClientApp's answer; of an exception nothing leaves but that there was one."""
+    run_id = message.metadata.run_id
+    run_config: dict[str, bool | float | int | str] = {WAITED_SECONDS: waited}
+    context = Context(run_id=run_id, node_id=node, node_config={}, state=RecordDict(), run_config=run_config)
+    try:
+        return client_app(message, context)
+    except Exception as error:
+        log.error("a message of type %r failed: %s", message.metadata.message_type, place_of(error))
+        return Message(Error(code=_ERROR_IN_CLIENT_APP, reason=WITHHELD), reply_to=message)
 
 
 def credentials_of(home: SiteHome, *, passphrase: str | None) -> Credentials:

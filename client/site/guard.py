@@ -143,6 +143,21 @@ class Guard:
             events = list(planned)
         check_spend(self.policy, compose_epsilon(events, job.privacy.delta))
 
+    def admit_progress(self, ledger: Ledger, request: TrainRequest, request_sha256: str) -> None:
+        """Raise `PolicyError` unless a job's rounds go forward, each from one adapter.
+
+        A coordinator that shows a site two adapters in one round, or goes back, gets two releases where the job plans one. What
+        was charged and not stored, because the process died, may be asked for again: by the same request.
+        """
+        for charged in ledger.charges(request.job.sha256):
+            same = charged.round == request.round_number
+            if charged.round > request.round_number or (same and charged.request_sha256 not in (None, request_sha256)):
+                raise PolicyError(
+                    f"round {request.round_number} was asked for, but this site has answered round {charged.round} of the job"
+                    f"{' from another adapter' if same else ''}; rounds go forward only, each from one adapter. If the "
+                    "coordinator's folder was put back to an older state, submit the job anew."
+                )
+
     def admit_metrics(self, job: Job) -> None:
         """Raise `PolicyError` unless the policy lets every one of the job's site metrics out."""
         check_metrics(self.policy, job)
@@ -211,6 +226,7 @@ class NoGuard:
     def admit_job(self, signed: SignedJob | None) -> None: ...
     def admit_round(self, request: TrainRequest) -> None: ...
     def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None: ...
+    def admit_progress(self, ledger: Ledger, request: TrainRequest, request_sha256: str) -> None: ...
     def admit_metrics(self, job: Job) -> None: ...
     def refused(self, job: Job | None, round_number: int | None, error: Exception, *, sent: bool) -> None: ...
     def prepared(self, signed: SignedJob) -> None: ...

@@ -102,6 +102,8 @@ class Release(ABC, Generic[ReplyT, ResultT]):
             if plan.private:
                 site.checked_ledger()
             return stored
+        if plan.private:
+            site.guard.admit_progress(site.checked_ledger(), request, request_sha256)
         # 3. Model and global adapter, all checked before a record is read or anything is charged.
         runtime = load_proven(job, site.config.compute)
         start = _checked_adapter(runtime, plan, request)

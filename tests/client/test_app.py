@@ -6,21 +6,15 @@ import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from client import app as app_module
-from client.app import make_client_app, this_site
-from client.commands import init
-from client.site.guard import Guard
+from client.app import make_client_app
 from client.site.site import Site
-from shared.data.datasets import write_jsonl
-from shared.errors import ConfigError, DataError
+from shared.errors import DataError
 from shared.job.job import Job
-from shared.trust.signing import SigningKey
 from shared.wire.messages import (
     DESCRIBE,
     TRAIN,
@@ -122,22 +116,3 @@ def test_a_site_that_cannot_be_opened_says_why_in_its_own_log_only(caplog: pytes
     assert isinstance(reply, Refusal)
     assert "ward-7.csv" not in f"{description} {reply}"
     assert "ward-7.csv does not exist" in caplog.text
-
-
-def test_a_real_site_is_the_folder_in_the_environment(
-    tmp_path: Path, records: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    context = Context(run_id=1, node_id=1, node_config={}, state=RecordDict(), run_config={})
-    monkeypatch.delenv("SILOTUNE_SITE_HOME", raising=False)
-    with pytest.raises(ConfigError, match="SILOTUNE_SITE_HOME"):
-        this_site(context)
-    home, data = tmp_path / "home", tmp_path / "data.jsonl"
-    write_jsonl(data, records)
-    signer = f"consortium={SigningKey.generate().verify_key.text}"
-    init(home, name="real", coordinator="localhost:1", data=data, columns=["text=text", "label=label"], signer=[signer])
-    monkeypatch.setenv("SILOTUNE_SITE_HOME", str(home))
-    site = this_site(context)
-    assert site.config.name == "real"
-    assert isinstance(site.guard, Guard), "there is no way to a real site around its policy"
-    assert site.new_randomness().origin == "os"
-    assert isinstance(app_module.app, ClientApp)

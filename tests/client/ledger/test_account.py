@@ -34,10 +34,11 @@ def test_each_kind_of_entry_means_what_it_says() -> None:
     commit = ("commit", {"reservation": 3, "executed_steps": 7})
     read = account(("open", {}), ("budget", CAP), RESERVE, ("import", {}), IMPORTED, ("migrate", {}), RESERVE, commit)
     fewer = GaussianSteps(noise_multiplier=1.5, sample_rate=0.1, steps=7)
+    of_a: dict[str, Any] = {"job_id": "a", "round": 4, "imported": False, "request_sha256": "0" * 64}
     assert read.charges == {
-        3: Charged(job_id="a", round=4, mechanism=fewer, committed=True, time="3", imported=False),
+        3: Charged(**of_a, mechanism=fewer, committed=True, time="3"),
         5: Charged(job_id="b", round=5, mechanism=STEPS, committed=True, time="then", imported=True),
-        7: Charged(job_id="a", round=4, mechanism=STEPS, committed=False, time="7", imported=False),
+        7: Charged(**of_a, mechanism=STEPS, committed=False, time="7"),
     }
     assert read.caps == [CAP]
     assert read.events() == [fewer, STEPS, STEPS]

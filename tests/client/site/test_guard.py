@@ -321,16 +321,44 @@ def test_repeated_rounds_count_towards_the_limit_of_the_job(
 ) -> None:
     change_toml(world.home.policy, max_epsilon_per_job=6.0)
     answers = []
-    for number in range(12):  # other bytes each time, so each is a release of its own
-        answers.append(world.site.answer(world.order(request_for(job, shift=number * 1e-6))))
+    for _ in range(12):  # charged, and not stored: as if the process had died in between
+        answers.append(world.site.answer(world.order(request_for(job))))
         if isinstance(answers[-1], Refusal):
             break
+        for stored in world.home.path.glob("rounds/*/*"):
+            stored.unlink()
     assert isinstance(answers[0], TrainReply)
     assert isinstance(answers[-1], Refusal)
     assert answers[-1].reason.startswith(
         "with this round, repeated ones included, the job would exceed this site's limit"
     )
     assert world.site.ledger().spent_epsilon(job.sha256) <= 6.0
+
+
+def test_a_round_has_one_adapter_and_rounds_go_forward_only(
+    world: World, job: Job, request_for: Callable[..., TrainRequest]
+) -> None:
+    """Two adapters in one round, or a round that is over once more, are releases that the job does not plan."""
+    first = world.site.answer(world.order(request_for(job, 1)))
+    assert isinstance(first, TrainReply)
+    reason = world.refusal(world.order(request_for(job, 1, shift=1e-6)))
+    assert "this site has answered round 1 of the job from another adapter; rounds go forward only" in reason
+    assert isinstance(world.site.answer(world.order(request_for(job, 3))), TrainReply), "it may have missed some"
+    reason = world.refusal(world.order(request_for(job, 2)))
+    assert "round 2 was asked for, but this site has answered round 3 of the job; rounds go forward only" in reason
+    # What it has released it gives again, as it is.
+    assert world.site.answer(world.order(request_for(job, 1))) == first
+    # Another job has rounds of its own.
+    assert isinstance(
+        world.site.answer(world.order(request_for(job.model_copy(update={"name": "other"}), 1))), TrainReply
+    )
+
+
+def test_a_round_that_waited_here_is_as_old_as_when_it_came(world: World, asked: TrainRequest) -> None:
+    """Behind another round, longer than the clocks may differ."""
+    world.now += timedelta(seconds=900)
+    assert "800 seconds behind this site's clock" in world.refusal(replace(asked, waited_seconds=100.0))
+    assert isinstance(world.site.answer(replace(asked, waited_seconds=890.0)), TrainReply)
 
 
 def test_a_signer_that_is_struck_out_signs_nothing_any_more(world: World, asked: TrainRequest) -> None:

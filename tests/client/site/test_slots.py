@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 from flwr.app import Context, Message
-from flwr.supercore.task_identity import TaskIdentity
 
 from client.app import make_client_app
 from client.node.node import answer
@@ -34,11 +33,6 @@ class Clock:
     def pause(self, seconds: float) -> None:
         self.waited.append(seconds)
         self.now += seconds
-
-
-@pytest.fixture(autouse=True)
-def _flower_knows_who_makes_messages() -> None:
-    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 0, 0, 1
 
 
 @pytest.mark.parametrize(("work", "leaves"), [(0.0, 10.0), (0.1, 10.0), (9.9, 10.0), (10.0, 10.0), (10.1, 20.0)])

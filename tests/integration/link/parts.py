@@ -126,10 +126,10 @@ class Heard(LinkEvents, NodeEvents):
 
 
 @contextlib.contextmanager
-def serving(consortium: Consortium, *, port: int = 0) -> Iterator[tuple[LinkServer, Heard]]:
+def serving(consortium: Consortium, *, port: int = 0, host: str = HOST) -> Iterator[tuple[LinkServer, Heard]]:
     """Run the coordinator's end."""
     heard = Heard()
-    with LinkServer(f"{HOST}:{port}", consortium.files, events=heard) as server:
+    with LinkServer(f"{host}:{port}", consortium.files, events=heard) as server:
         yield server, heard
 
 
