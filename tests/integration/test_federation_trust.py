@@ -227,7 +227,7 @@ def test_a_job_signed_by_a_stranger_is_refused_by_every_site(
         assert text in "".join(e.details["reason"] for e in coordinator_log(federation, Event.SITE_REFUSED))
         assert charges(federation, name) == 0
     shown = silotune("coordinator", "status", federation.coordinator.path).out
-    assert f"a refused: PolicyError: site a refuses the job stranger:\n  - {text}" in shown
+    assert f"a refused: PolicyError: site a refuses the job stranger:\n    - {text}" in shown
     assert "0 of 2 nodes take part, federation.min_sites is 2" in shown
     end(federation, submission)
 
