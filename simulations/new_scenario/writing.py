@@ -8,6 +8,7 @@ nothing but the scenario is written (and, from a file of tagged words, their cop
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -76,10 +77,18 @@ def _written(question: Question, *, force: bool) -> tuple[Draft, str]:
         found, records = look(question, kind)
     draft = _draft(question, found, records, backbone)
     text = document(draft)
-    scenario = build_scenario(tomllib.loads(text), source="the new scenario", base=question.out.resolve().parent)
+    base = question.out.resolve().parent
+    scenario = build_scenario(_with_whole_paths(tomllib.loads(text), base), source="the new scenario", base=base)
     if records:
         _check(scenario, question, backbone)
     return draft, text
+
+
+def _with_whole_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Return a scenario whose files can be read although the folder that it is to be in may not be there yet."""
+    for name in {"train", "test"} & raw["data"].keys():
+        raw["data"][name]["path"] = os.path.normpath(base / raw["data"][name]["path"])
+    return raw
 
 
 def _draft(question: Question, found: Findings, records: Sequence[Record], backbone: Backbone | None) -> Draft:
