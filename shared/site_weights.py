@@ -97,6 +97,8 @@ def noise_warnings(sizes: Mapping[str, int], config: AggregationConfig) -> list[
         if config.weights != "equal"
         else 'Set aggregation.weights = "declared", or leave the site out'
     )
+    if config.robust != "none":  # shares of a mean
+        return []
     return [
         f"{share.site} declares {sizes[share.site]:,} records, {share.records:.1%} of all, but brings {share.noise:.1%} of the "
         f"noise of every round (aggregation.weights is {config.weights!r}). {remedy}."

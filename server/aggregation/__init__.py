@@ -9,6 +9,7 @@ from torch import Tensor
 from server.aggregation.exact import ExactLoraMean
 from server.aggregation.mean import LARGEST_VALUE, WeightedMean
 from server.aggregation.optimizers import apply_update
+from server.aggregation.robust import RobustMean
 from shared.job.federation import AggregationConfig
 from shared.site_weights import SiteWeights
 from shared.tensors.adapters import Shapes
@@ -17,8 +18,8 @@ Adapter = dict[str, Tensor]
 
 
 class Aggregation:
-    """One round's aggregation. Of an update nothing stays but its part of the sums, so memory does not grow with the sites,
-    and the order in which they answer changes no bit.
+    """One round's aggregation. The order in which sites answer changes no bit. Of an update nothing stays but its part of the
+    sums, so memory does not grow with the sites; only a robust rule keeps all of them (`server.aggregation.robust`).
     """
 
     def __init__(
@@ -33,6 +34,8 @@ class Aggregation:
     ) -> None:
         """Begin a round.
 
+        Raises ConfigError if a robust rule would have to keep too much.
+
         Args:
             current: the global adapter that the sites started from.
             server_state: state of the server optimiser, empty before the first round.
@@ -43,10 +46,13 @@ class Aggregation:
         """
         self._current, self._server_state, self._config = current, server_state, config
         self._exact: ExactLoraMean | None = None
+        self._mean: WeightedMean | RobustMean
         self._weights = SiteWeights(asked_records, config)
         asked_weight = max(self._weights.total, 1)  # nobody may have been asked
         if exact_scaling is not None:
             self._exact = ExactLoraMean(current, shapes, asked_weight, exact_scaling)
+        elif config.robust != "none":
+            self._mean = RobustMean(config.robust, shapes, asked_weight, num_sites=len(asked_records), trim=config.trim)
         else:
             self._mean = WeightedMean(shapes, asked_weight)
 

@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 from shared.job.parsing import Section
 from shared.limits import MAX_LEARNING_RATE, MAX_RECORDS, MAX_SITES, MAX_TIMEOUT_SECONDS
 
+RobustRule = Literal["none", "trimmed_mean", "geometric_median", "centred_clipping"]
+
 
 class AggregationConfig(Section):
     """How the coordinator turns site updates into the next global adapter."""
@@ -22,6 +24,13 @@ class AggregationConfig(Section):
     largest_share: float | None = Field(default=0.5, ge=0.5, le=1, exclude_if=lambda value: value is None)
     """Largest share of the weight that one of three or more sites can have, whatever size it declares. A job that names `weights`
     and not this one has no such limit."""
+    # Not written out where they are not set: jobs of older versions keep their hash.
+    robust: RobustRule = Field(default="none", exclude_if=lambda value: value == "none")
+    """What stands in for the mean of the updates where a site may poison its own: `trimmed_mean` (Yin et al. 2018),
+    `geometric_median` (Pillutla et al. 2022) or `centred_clipping` (Karimireddy et al. 2021), all by the same weights. All
+    updates of a round are then kept until the last came. docs/robust-aggregation.md says what they can do under noise."""
+    trim: float = Field(default=0.2, gt=0, lt=0.5, exclude_if=lambda value: value == 0.2)
+    """Of `trimmed_mean`: the share of the weight that is left out at each end, of every value by itself."""
     server_optimizer: Literal["none", "momentum", "adam"] = "none"
     """Reddi et al. 2021 (FedAvgM, FedAdam); `none` is plain averaging."""
     server_learning_rate: float = Field(default=1.0, gt=0, le=MAX_LEARNING_RATE)

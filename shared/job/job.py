@@ -82,6 +82,11 @@ class Job(Section):
                 "lora.train 'both' is aggregated exactly (mean of the products B·A), which leaves no place for "
                 "aggregation.server_optimizer; set it to 'none' or lora.train to 'b'"
             )
+        if self.lora.train == "both" and self.aggregation.robust != "none":
+            raise ValueError(
+                f"aggregation.robust {self.aggregation.robust!r} acts on updates, but with lora.train 'both' products of them "
+                "are averaged; set lora.train to 'b', or aggregation.robust to 'none'"
+            )
         return self
 
     @model_validator(mode="after")

@@ -16,12 +16,14 @@ from shared.site_weights import SiteShare, site_shares
 def arm_shares(arm: Arm) -> Sequence[SiteShare]:
     """Return the shares of all sites in a round where every one answers, in natural order.
 
-    Empty if sites add no noise of their own, there are fewer than two, or the weights are not recorded.
+    Empty if sites add no noise of their own, there are fewer than two, the weights are not recorded, or a robust rule stands in
+    for the mean.
     """
     weights = job_value(arm.job, "aggregation", "weights")
     sites = sorted(arm.sites, key=lambda site: natural_key(site.site))
     sizes = {site.site: site.declared_records for site in sites if isinstance(site, SiteRecord)}
-    if not arm.private or weights is None or len(sizes) < 2:
+    robust = job_value(arm.job, "aggregation", "robust")
+    if not arm.private or weights is None or len(sizes) < 2 or robust not in (None, "none"):
         return ()
     limit = job_value(arm.job, "aggregation", "largest_share")
     try:
