@@ -244,6 +244,9 @@ def test_bad_arguments_are_refused() -> None:
     for delta in (0.0, 1.0, math.nan):
         with pytest.raises(PrivacyError, match="delta"):
             filter_epsilon([], delta=delta, orders=ORDERS)
+    for delta in (0.0, 1e-31, 1.0, math.nan):
+        with pytest.raises(PrivacyError, match="delta"):
+            filter_orders(epsilon=8.0, delta=delta)
     for epsilon in (0.0, math.inf, math.nan):
         with pytest.raises(PrivacyError, match="epsilon"):
             filter_orders(epsilon=epsilon, delta=DELTA)

@@ -373,3 +373,22 @@ def test_no_composition_takes_more_than_half_a_million_cells() -> None:
     with pytest.raises(module._TooManyCells) as refused:
         TiltedDivergence([(step, 1)], 1.0, step.log_moment)
     assert 1 << 19 < refused.value.number < 1 << 20
+
+
+# --- losses that are all above epsilon, and infinite ones ---
+
+
+def test_nothing_of_the_first_cell_is_lost_and_sums_are_rounded_up() -> None:
+    """Two steps that always lose one or two cells: every cell of the composition lies above epsilon 0."""
+    step = StepLoss(0.5, 1, np.array([0.5, 0.5]), np.zeros(2), 0.0)
+    found = TiltedDivergence([(step, 2)], 1.0, lambda tilt: 2 * step.log_moment(tilt))
+    exact = sum(mass * -math.expm1(-loss) for mass, loss in ((0.25, 1.0), (0.5, 1.5), (0.25, 2.0)))
+    bound = found(0.0) - found.lost(0.0) - found.infinite
+    assert exact * (1 + 5e-11) < bound < exact * (1 + 1e-9)
+
+
+def test_infinite_losses_are_composed_and_rounded_up() -> None:
+    """Of two steps, each of which loses everything with probability 0.1, 0.19 do."""
+    step = StepLoss(0.5, -1, np.array([0.3, 0.3, 0.3]), np.zeros(3), 0.1)
+    found = TiltedDivergence([(step, 2)], 1.0, lambda tilt: 2 * step.log_moment(tilt))
+    assert 0.19 * (1 + 5e-11) < found.infinite < 0.19 * (1 + 1e-9)
