@@ -5,9 +5,10 @@ Sites are opened once per process and kept, so a round pays no import, no model 
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 from flwr.app import Context, Message
@@ -28,6 +29,7 @@ from shared.wire.messages import (
     pack_reply,
     unpack_describe,
     unpack_request,
+    with_receipt,
 )
 
 log = logging.getLogger("silotune.site")
@@ -40,6 +42,14 @@ Answer = SiteDescription | TrainReply | MetricsReply | Refusal
 ResultT = TypeVar("ResultT")
 
 
+@dataclass(frozen=True)
+class Signed:
+    """A release with its receipt."""
+
+    release: TrainReply | MetricsReply
+    receipt: bytes
+
+
 def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> ClientApp:
     """Return a ClientApp that answers with the site that `open_site` finds for a node.
 
@@ -48,11 +58,11 @@ def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> Clien
     """
     app, slots = ClientApp(), slots or Slots()
 
-    def answered(message: Message, context: Context, act: Callable[[Site], Answer]) -> Message:
+    def answered(message: Message, context: Context, act: Callable[[Site], Answer | Signed]) -> Message:
         """Return the site's answer as a Flower message, in its slot; whatever is wrong becomes a refusal."""
         opened: list[Site] = []
 
-        def act_in(site: Site) -> Answer:
+        def act_in(site: Site) -> Answer | Signed:
             opened.append(site)
             return act(site)
 
@@ -65,13 +75,23 @@ def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> Clien
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        return answered(message, context, lambda site: site.answer(asked(message, context)))
+        return answered(message, context, lambda site: signed(site, asked(message, context), site.answer))
 
     @app.query("metrics")
     def metrics(message: Message, context: Context) -> Message:
-        return answered(message, context, lambda site: site.answer_metrics(asked(message, context, "metrics")))
+        request = functools.partial(asked, message, context, "metrics")
+        return answered(message, context, lambda site: signed(site, request(), site.answer_metrics))
 
     return app
+
+
+def signed(
+    site: Site, request: TrainRequest, act: Callable[[TrainRequest], TrainReply | MetricsReply | Refusal]
+) -> Answer | Signed:
+    """Return what a site answers, a release with the receipt for it."""
+    answer = act(request)
+    receipt = b"" if isinstance(answer, Refusal) else site.guard.receipt(request, answer)
+    return Signed(answer, receipt) if receipt and not isinstance(answer, Refusal) else answer
 
 
 def asked(message: Message, context: Context, kind: Literal["train", "metrics"] = "train") -> TrainRequest:
@@ -93,8 +113,11 @@ def attempt(context: Context, open_site: OpenSite, act: Callable[[Site], ResultT
         return site.refuse_unreadable(error)
 
 
-def packed(answer: Answer, message: Message) -> Message:
+def packed(answer: Answer | Signed, message: Message) -> Message:
     """Return `answer` as the Flower message that replies to `message`."""
+    if isinstance(answer, Signed):
+        release = packed(answer.release, message)
+        return Message(with_receipt(release.content, answer.receipt), reply_to=message)
     if isinstance(answer, TrainReply):
         content = pack_reply(answer)
     elif isinstance(answer, MetricsReply):

@@ -16,6 +16,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.asymmetric import ec
+
 from client.ledger.audit_mirror import AuditMirror
 from client.ledger.ledger import Ledger
 from client.site.charged_records import RECORDS_FILE, ChargedRecords
@@ -41,9 +43,10 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.sizes import declared_size
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal
+from shared.trust.receipts import sign_release
 from shared.trust.signed_job import SignedJob, round_fields
 from shared.trust.signing import Purpose
-from shared.wire.messages import TrainRequest
+from shared.wire.messages import MetricsReply, TrainReply, TrainRequest, released
 
 
 class Guard:
@@ -52,6 +55,9 @@ class Guard:
     Attributes:
         seal: encrypts what the site keeps.
         log: the site's audit log.
+
+    Args:
+        key: returns the key of the site's certificate, as it is now; it signs releases.
     """
 
     def __init__(
@@ -61,9 +67,10 @@ class Guard:
         policy_file: Path,
         seal: Seal,
         log: AuditLog,
+        key: Callable[[], ec.EllipticCurvePrivateKey],
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
-        self.seal, self.log = seal, log
+        self.seal, self.log, self._key = seal, log, key
         self._site, self._clock, self._policy_file = site, clock, policy_file
         self._policy = (_version(policy_file), load_policy(policy_file))
 
@@ -162,6 +169,11 @@ class Guard:
         """Raise `PolicyError` unless the policy lets every one of the job's site metrics out."""
         check_metrics(self.policy, job)
 
+    def receipt(self, request: TrainRequest, release: TrainReply | MetricsReply) -> bytes:
+        """Return the signature, by the key of the site's certificate, of a release that answers this request."""
+        assert request.order is not None  # noqa: S101 (admitted)
+        return sign_release(self._key(), released(request, request.order.sent_at, release))
+
     def told(self, error: SilotuneError) -> str:
         """Return what may be told; what a real site spent on other jobs is its own business."""
         if isinstance(error, BudgetExceeded):
@@ -218,6 +230,10 @@ class NoGuard:
     def declared_size(self, home: Path, *, dataset: str, unit: str, num_units: int) -> int:
         """Return the size that follows from the data, which never changes."""
         return max(declared_size(num_units), 1)
+
+    def receipt(self, request: TrainRequest, release: TrainReply | MetricsReply) -> bytes:
+        """Return nothing: a simulated site has no certificate."""
+        return b""
 
     def told(self, error: SilotuneError) -> str:
         """Return the whole text: nobody's budget is a secret in a simulation."""

@@ -17,6 +17,7 @@ node.json      what the running node says of itself
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -173,6 +174,17 @@ def open_site(
     config = home.load_config()
     seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
     guard = Guard(
-        site=config.name, policy_file=home.policy, seal=seal, log=open_log(home, passphrase=passphrase), clock=clock
+        site=config.name,
+        policy_file=home.policy,
+        seal=seal,
+        log=open_log(home, passphrase=passphrase),
+        key=lambda: _key(home.key, home.key.stat().st_mtime_ns, passphrase),
+        clock=clock,
     )
     return Site(home.path, guard=guard)
+
+
+@functools.lru_cache(maxsize=1)
+def _key(path: Path, stamp: int, passphrase: str | None) -> ec.EllipticCurvePrivateKey:
+    # Read again when it was exchanged; a passphrase takes a while.
+    return load_private_key(path, passphrase)

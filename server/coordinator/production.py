@@ -20,14 +20,18 @@ from server.rounds.roster import Authority
 from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
+from shared.files.atomic import append_line
 from shared.job.job import Job
 from shared.site_weights import noise_warnings
 from shared.trust.audit_log import AuditLog, Event, read
 from shared.trust.keystore import passphrase_from_environment
+from shared.trust.receipts import Receipt
 from shared.trust.signed_folder import sign_folder
 from shared.wire.messages import MetricsReply, SiteDescription, TrainReply
 
 log = logging.getLogger("silotune.coordinator")
+
+RECEIPTS_FILE = "receipts.jsonl"
 
 
 def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission) -> None:
@@ -44,6 +48,7 @@ def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission
         key=key,
         registered=grid.names,
         may_repeat=grid.may_repeat,
+        keys=grid.keys,
         asked_since=observer.asked_since,
     )
     submission.note("running", problem=None, defect=False)
@@ -151,6 +156,10 @@ class _Recorder(Observer):
         """See `Observer`."""
         log.info("stopped early after round %d, by the job's rule", checkpoint.round_number)
         self._submission.note(stopped_early=checkpoint.round_number)
+
+    def receipt(self, receipt: Receipt) -> None:
+        """See `Observer`; kept in the run folder, one line each."""
+        append_line(self._submission.run_folder / RECEIPTS_FILE, receipt.line())
 
     def metrics_asked(self, number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`; the log names it like a round after the last one."""

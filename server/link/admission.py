@@ -134,6 +134,10 @@ class Admission:
         """Return node -> name of everybody who may connect."""
         return {node_of(key): name for key, name in self._snapshot.names.items()}
 
+    def keys(self, name: str) -> list[bytes]:
+        """Return the keys of a site that may connect (SubjectPublicKeyInfo, DER)."""
+        return [key for key, known in self._snapshot.names.items() if known == name]
+
     def sites(self) -> dict[str, SiteFacts]:
         """Return name -> facts of every site in the trust store, those who may not connect included."""
         return self._snapshot.sites

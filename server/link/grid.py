@@ -98,6 +98,10 @@ class LinkGrid(Grid):
         """Return node id -> name in its certificate, for all sites that may connect."""
         return self._server.call(self._server.admission.names)
 
+    def keys(self, name: str) -> list[bytes]:
+        """Return the keys of a site that may connect (SubjectPublicKeyInfo, DER)."""
+        return self._server.call(self._server.admission.keys, name)
+
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid`; messages that share their content are one set of bytes in memory."""
         self._check()

@@ -10,23 +10,29 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Generic, Literal, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp.grid import Grid
 
 from server.rounds.roster import POLL_SECONDS, Authority
-from shared.errors import AdapterError, RunError
+from shared.errors import AdapterError, RunError, TrustError
 from shared.job.job import Job
+from shared.trust.receipts import Receipt, check_release
 from shared.wire.messages import (
     MALFORMED,
     METRICS,
     TRAIN,
+    MetricsReply,
     Refusal,
     SiteDescription,
+    TrainReply,
     TrainRequest,
     pack_request,
+    released,
+    unpack_receipt,
 )
 
 _LONGEST_POLL_SECONDS = 1.0
@@ -34,7 +40,7 @@ _NODES_PER_PULL = 16  # so many answers are in memory at once
 _PATIENT_SHARE = 0.75  # of the time that the answers took last time passes before the first look
 _EXPIRES_AFTER_SECONDS = 5.0  # the end of the round's patience; a site does not begin what nobody waits for
 
-ReplyT = TypeVar("ReplyT")
+ReplyT = TypeVar("ReplyT", TrainReply, MetricsReply)
 
 
 def exchange(
@@ -100,6 +106,7 @@ class Question(ABC, Generic[ReplyT]):
         self.job, self.number, self.adapter, self.sites = job, number, adapter, sites
         self.unknown = {site.site for site in sites.values()}
         self.failed: dict[str, str] = {}
+        self.request: TrainRequest | None = None
 
     @abstractmethod
     def unpack(self, message: Message) -> ReplyT | Refusal:
@@ -114,15 +121,19 @@ class Question(ABC, Generic[ReplyT]):
         """
 
     @abstractmethod
+    def received(self, receipt: Receipt) -> None:
+        """Take note of the receipt of a release, whether or not it will count."""
+
+    @abstractmethod
     def judged(self, site: str, reply: ReplyT | None) -> None:
         """Tell that an answer was taken, or not (`failed` says why); None if it is no reply."""
 
     def requests(self, grid: Grid, nodes: Sequence[int], authority: Authority | None) -> list[Message]:
         """Return the messages to some nodes, signed now."""
         order = authority.order(self.number, self.adapter) if authority else None
-        content = TrainRequest(job=self.job, round_number=self.number, adapter=self.adapter, order=order)
+        self.request = TrainRequest(job=self.job, round_number=self.number, adapter=self.adapter, order=order)
         kind = TRAIN if self.kind == "train" else METRICS
-        packed = pack_request(content, self.kind)
+        packed = pack_request(self.request, self.kind)
         ttl = self.job.federation.round_timeout_seconds + _EXPIRES_AFTER_SECONDS
         return [grid.create_message(packed, kind, node, str(self.number), ttl) for node in nodes]
 
@@ -159,7 +170,30 @@ def collect(
                 question.unknown.discard(site.site)
         else:
             try:
+                if authority is not None and authority.keys is not None:
+                    receipt = _checked_receipt(question, site.site, answer, message, authority.keys(site.site))
+                    question.received(receipt)
                 question.take(answer, site)
-            except (AdapterError, RunError) as error:
+            except (AdapterError, RunError, TrustError) as error:
                 question.failed[site.site] = str(error)
         question.judged(site.site, reply)
+
+
+def _checked_receipt(
+    question: Question[ReplyT],
+    name: str,
+    reply: TrainReply | MetricsReply,
+    message: Message,
+    keys: Collection[bytes],
+) -> Receipt:
+    """Return the receipt that came with a release.
+
+    Raises:
+        TrustError: it is not one of this site's, for this question and this release.
+    """
+    request, signature = question.request, unpack_receipt(message)
+    assert request is not None  # noqa: S101 (it was asked)
+    assert request.order is not None  # noqa: S101 (by an authority)
+    # By the name under which the key was admitted, whatever the reply says.
+    what = replace(released(request, request.order.sent_at, reply), site=name)
+    return Receipt(what, key=check_release(keys, what, signature), signature=signature)

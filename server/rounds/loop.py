@@ -35,6 +35,7 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 from shared.tensors import adapters
 from shared.tensors.adapters import Shapes
+from shared.trust.receipts import Receipt
 from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_reply
 from shared.wire.updates import decode_update
 
@@ -332,6 +333,9 @@ class _Updates(Question[TrainReply]):
             raise RunError(
                 f"executed the mechanism {executed}, but the job's plan is {asked} (sigma, q, C, delta, steps)"
             )
+
+    def received(self, receipt: Receipt) -> None:
+        self._observer.receipt(receipt)
 
     def judged(self, site: str, reply: TrainReply | None) -> None:
         self._observer.site_done(self.number, site)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from server.store.checkpoint import Checkpoint
+from shared.trust.receipts import Receipt
 from shared.wire.messages import MetricsReply, SiteDescription, TrainReply
 
 
@@ -31,6 +32,9 @@ class Observer:
 
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """A site's update was taken (`problem` is None) or not; `reply` is None if there was none to read."""
+
+    def receipt(self, receipt: Receipt) -> None:
+        """A release came with a receipt that holds; told before it is judged."""
 
     def update_doubted(self, round_number: int, site: str, doubt: str) -> None:
         """A site's update counts, but is suspicious; told before `update_judged`."""

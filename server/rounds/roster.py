@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -32,6 +32,7 @@ class Authority:
         registered: returns node id -> name under which the node's key was admitted.
         may_repeat: returns whether the answer to the request with this id may be one to its repetition: a site's process that
             died may have made, and charged, a release that its next one does not tell of.
+        keys: returns the keys of a site's certificates that count; releases must then come with a receipt by one of them.
         asked_since: returns what earlier processes of this run asked of sites for rounds after the given one, oldest first.
     """
 
@@ -39,6 +40,7 @@ class Authority:
     key: SigningKey
     registered: Callable[[], Mapping[int, str]]
     may_repeat: Callable[[str], bool] = lambda message_id: False
+    keys: Callable[[str], Collection[bytes]] | None = None
     asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
 
     def order(self, round_number: int, adapter: bytes) -> Order:

@@ -27,6 +27,7 @@ from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
 from shared.runtime.site_metrics import estimate, num_bins
 from shared.tensors import adapters
+from shared.trust.receipts import Receipt
 from shared.wire.messages import MetricsReply, Refusal, SiteDescription, unpack_metrics
 
 
@@ -90,6 +91,9 @@ class _Metrics(Question[MetricsReply]):
         _check(reply, site.site, self.job, self.adapter)
         self.unknown.discard(site.site)
         self.replies[site.site] = reply
+
+    def received(self, receipt: Receipt) -> None:
+        self._observer.receipt(receipt)
 
     def judged(self, site: str, reply: MetricsReply | None) -> None:
         """See `Question`; of metrics that were not taken only the reason is told."""

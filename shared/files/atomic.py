@@ -90,6 +90,23 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
         os.close(handle)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file and wait until it is on the disk; what a crash left of one before is ended first.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    try:
+        with path.open("a+b") as file:
+            if file.seek(0, os.SEEK_END) and (file.seek(-1, os.SEEK_END), file.read(1))[1] != b"\n":
+                file.write(b"\n")
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise RunError(f"{path} cannot be written ({error.strerror}).") from error
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
     handle = os.open(folder, os.O_RDONLY)

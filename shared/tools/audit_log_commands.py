@@ -13,7 +13,7 @@ from rich.text import Text
 
 from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
-from shared.options import JsonLineOption
+from shared.options import JsonLineOption, JsonOption
 from shared.terminal import console, print_json
 from shared.trust import audit_log
 from shared.trust.audit_chain import Entry
@@ -71,6 +71,31 @@ def show(
                 typer.echo(entry.line())
         else:
             console(160).print(_table(shown))
+
+
+@audit_log_app.command()
+def compare(
+    site_log: Annotated[Path, typer.Argument(help="Folder of the site's log.")],
+    coordinator_log: Annotated[Path, typer.Argument(help="Folder of the coordinator's log.")],
+    site: Annotated[str, typer.Option(help="Name of the site in the coordinator's log.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Hold a site's log against the coordinator's and name every difference; status 1 if they contradict each other."""
+    from shared.tools.compare_logs import compare as compared
+
+    found = compared(site_log, coordinator_log, site=site)
+    if as_json:
+        print_json([asdict(difference) for difference in found])
+    for difference in found if not as_json else []:
+        kind = "contradiction" if difference.contradicts else "lost on the way"
+        where = (
+            f"job {difference.job[:12]}, round {difference.round}" if difference.round else f"job {difference.job[:12]}"
+        )
+        typer.echo(f"{kind}: {where}: {_printable(difference.text)}")
+    if not found and not as_json:
+        typer.echo(f"both logs are unbroken and say the same of {_printable(site)}")
+    if any(difference.contradicts for difference in found):
+        raise typer.Exit(1)
 
 
 def _table(entries: deque[Entry]) -> Table:

@@ -50,6 +50,7 @@ class Purpose(StrEnum):
     FILE = "report"
     FOLDER = "folder"
     LOG_HEAD = "audit-log-head"
+    RELEASE = "release"  # by the key of a certificate; see shared.trust.receipts
 
 
 # --- keys ---
@@ -96,7 +97,7 @@ class VerifyKey:
             TrustError: if not.
         """
         try:
-            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, _signed_bytes(purpose, fields))
+            Ed25519PublicKey.from_public_bytes(self.raw).verify(signature, signed_bytes(purpose, fields))
         except InvalidSignature:
             raise TrustError(
                 f"the signature of the {purpose} is not one by {self.text}: it was made with another key, or what was "
@@ -141,7 +142,7 @@ class SigningKey:
 
     def sign(self, purpose: Purpose, fields: Mapping[str, Any]) -> bytes:
         """Return the signature of `fields` for `purpose`, 64 bytes."""
-        return self._key.sign(_signed_bytes(purpose, fields))
+        return self._key.sign(signed_bytes(purpose, fields))
 
     def __repr__(self) -> str:
         return f"SigningKey({self.verify_key.text})"
@@ -280,7 +281,8 @@ class SignedDocument(BaseModel):
         return TrustError(f"{source} is not {cls.what}: {short}. {cls.advice}")
 
 
-def _signed_bytes(purpose: Purpose, fields: Mapping[str, Any]) -> bytes:
+def signed_bytes(purpose: Purpose, fields: Mapping[str, Any]) -> bytes:
+    """Return the bytes that a signature of `fields` for `purpose` is over."""
     try:
         return f"silotune/{Purpose(purpose)}\0{canonical_json(fields)}".encode()
     except UnicodeEncodeError:

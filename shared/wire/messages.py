@@ -13,6 +13,7 @@ tests/shared/wire/test_messages.py).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -28,6 +29,7 @@ from shared.job.parsing import parse
 from shared.job.values import NAME_PATTERN
 from shared.limits import MAX_RECORDS
 from shared.privacy.randomness import Origin
+from shared.trust.receipts import MOST_RECEIPT_BYTES, Released
 from shared.trust.signed_job import SignedJob
 
 TRAIN = "train"
@@ -38,7 +40,7 @@ WITHHELD = "Withheld"
 WITHHELD_REASON = "see the site's own log"
 KEPT_ROUNDS = 3
 """A site answers a repeated request for one of so many of its last rounds with what it stored, at no charge."""
-_CONTENT = "silotune"
+_CONTENT, _RECEIPT = "silotune", "receipt"
 _MOST_REASON_CHARACTERS = 600
 _MOST_METRICS_CHARACTERS = 1 << 22
 _MOST_JOB_CHARACTERS = 1 << 20  # as of a signed one
@@ -126,6 +128,10 @@ class TrainReply:
     randomness: Origin
     epsilon_budget: float
 
+    def released(self) -> bytes:
+        """Return the bytes that ledger, logs and receipts name by their hash."""
+        return self.update
+
 
 @dataclass(frozen=True, kw_only=True)
 class MetricsReply:
@@ -148,8 +154,10 @@ class MetricsReply:
     randomness: Origin
 
     def canonical(self) -> bytes:
-        """Return the bytes that ledger and logs name by their hash."""
+        """Return the bytes that ledger, logs and receipts name by their hash."""
         return canonical_json(asdict(self)).encode()
+
+    released = canonical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,6 +250,33 @@ def pack_reply(reply: TrainReply) -> RecordDict:
 def pack_metrics(reply: MetricsReply) -> RecordDict:
     """Return the content of a release of site metrics."""
     return RecordDict({_CONTENT: ConfigRecord({"kind": "metrics", "release": reply.canonical().decode()})})
+
+
+def released(request: TrainRequest, sent_at: str, release: TrainReply | MetricsReply) -> Released:
+    """Return what the receipt of a release is for."""
+    return Released(
+        site=release.site,
+        job_sha256=request.job.sha256,
+        round=request.round_number,
+        sent_at=sent_at,
+        adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
+        release_sha256=hashlib.sha256(release.released()).hexdigest(),
+        declared_records=release.declared_records if isinstance(release, TrainReply) else 0,
+    )
+
+
+def with_receipt(content: RecordDict, receipt: bytes) -> RecordDict:
+    """Return the content of a release with what proves whose it is; see `shared.trust.receipts`."""
+    return RecordDict({**content, _RECEIPT: ConfigRecord({"signature": receipt})})
+
+
+def unpack_receipt(message: Message) -> bytes:
+    """Return the receipt in an answer; empty if there is none that could be one."""
+    try:
+        found = message.content.config_records[_RECEIPT]["signature"]
+    except (KeyError, ValueError):
+        return b""
+    return found if isinstance(found, bytes) and len(found) <= MOST_RECEIPT_BYTES else b""
 
 
 def pack_refusal(refusal: Refusal) -> RecordDict:

@@ -13,8 +13,11 @@ from client.ledger.audit_mirror import recount
 from client.site.home import open_site
 from server.store.submission import Submission
 from shared.job.job import Job
+from shared.tools.compare_logs import compare
 from shared.trust import audit_log
 from shared.trust.audit_log import Event
+from shared.trust.node_keys import load_private_key
+from shared.trust.receipts import Receipt, check_release, spki
 from shared.trust.signed_folder import verify_folder
 from shared.trust.signing import load_verify_key
 from simulations.federation.processes import HOST, Federation, change_toml, round_overheads
@@ -87,6 +90,27 @@ def test_both_sides_logged_the_same_updates(finished: Finished) -> None:
     }
     assert taken | metrics == given
     assert (len(taken), len(metrics)) == (6, 2)
+
+
+def test_every_release_that_counts_has_a_receipt_by_its_sites_key(finished: Finished) -> None:
+    federation = finished.federation
+    path = finished.submission.run_folder / "receipts.jsonl"
+    receipts = [Receipt.of_line(line, source="receipts") for line in path.read_text().splitlines()]
+    accepted = {
+        (entry.details["site"], entry.details["sha256"])
+        for entry in audit_log.read(federation.coordinator.audit)
+        if entry.event in (Event.UPDATE_ACCEPTED, Event.METRICS_ACCEPTED)
+    }
+    assert {(receipt.what.site, receipt.what.release_sha256) for receipt in receipts} == accepted
+    for receipt in receipts:
+        key = spki(load_private_key(federation.site(receipt.what.site).key, None).public_key())
+        assert check_release([key], receipt.what, receipt.signature) == receipt.key
+
+
+def test_the_logs_of_both_sides_agree(finished: Finished) -> None:
+    for name in "abc":
+        found = compare(finished.federation.site(name).audit, finished.federation.coordinator.audit, site=name)
+        assert found == []
 
 
 def test_only_sites_whose_policy_says_so_release_metrics(finished: Finished) -> None:

@@ -84,6 +84,14 @@ class HomesGrid(Grid):
         """Return node -> the name under which the coordinator admitted its key."""
         return {node: home.name for node, home in self._sites.items()}
 
+    def keys(self, name: str) -> list[bytes]:
+        """Return the key of a site, as its certificate would."""
+        from shared.trust.node_keys import load_private_key
+        from shared.trust.receipts import spki
+
+        (home,) = (home for home in self._sites.values() if home.name == name)
+        return [spki(load_private_key(home / "keys" / "site.key", None).public_key())]
+
     def may_repeat(self, message_id: str) -> bool:
         """Return that no site was killed."""
         return False

@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
@@ -23,6 +24,7 @@ from server.store.checkpoint import Checkpoint
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.tensors.adapters import encode
+from shared.trust.receipts import Receipt, sign_release, spki
 from shared.trust.signed_job import sign_job
 from shared.trust.signing import SigningKey
 from shared.wire.messages import (
@@ -34,7 +36,10 @@ from shared.wire.messages import (
     pack_description,
     pack_refusal,
     pack_reply,
+    released,
+    unpack_reply,
     unpack_request,
+    with_receipt,
 )
 from simulations.running.grid import InProcessGrid
 
@@ -143,6 +148,56 @@ def test_a_site_that_does_not_answer_costs_no_more_than_the_rounds_patience_and_
     assert last.history[-1].failed == {"b": "no answer within 1 s"}
     assert asked == {1: 1, 2: 1}
     assert last.releases["b"].unanswered == (1,)
+
+
+@pytest.mark.parametrize("sent", ["none", "by another", "for another round", "right"])
+def test_a_release_counts_only_with_a_receipt_by_its_sites_key(sent: str) -> None:
+    job = make_job()
+    key, kept = ec.generate_private_key(ec.SECP256R1()), []
+    app, honest = ClientApp(), make_app()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        return honest(message, context)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        reply, request = honest(message, context), unpack_request(message.content)
+        assert request.order is not None
+        release = unpack_reply(reply)
+        assert isinstance(release, TrainReply)
+        if sent == "for another round":
+            request = replace(request, round_number=9)
+        assert request.order is not None
+        signer = ec.generate_private_key(ec.SECP256R1()) if sent == "by another" else key
+        receipt = b"" if sent == "none" else sign_release(signer, released(request, request.order.sent_at, release))
+        return Message(with_receipt(reply.content, receipt), reply_to=message)
+
+    class Keeper(Observer):
+        def receipt(self, receipt: Receipt) -> None:
+            kept.append(receipt)
+
+    authority = replace(make_authority(job), keys=lambda name: [spki(key.public_key())])
+    made = replace(coordinator(job, authority), observer=Keeper())
+    grid = InProcessGrid(app, 2)
+    if sent == "right":
+        last = run_rounds(grid, made, None, stop_after=1)
+        assert last.history[-1].sites == ["a", "b"]
+        assert [(receipt.what.site, receipt.what.round) for receipt in kept] == [("a", 1), ("b", 1)]
+        return
+
+    class Enough(Exception):
+        pass
+
+    def stop(checkpoint: Checkpoint) -> None:
+        if checkpoint.releases:
+            # Nobody here knows what was released, so it counts.
+            assert {name: release.unanswered for name, release in checkpoint.releases.items()} == {"a": (1,), "b": (1,)}
+            raise Enough
+
+    with pytest.raises(Enough):
+        run_rounds(grid, replace(made, save=stop), None, stop_after=1)
+    assert kept == []
 
 
 def interrupted(job: Job) -> Checkpoint:

@@ -1,0 +1,110 @@
+"""A site's audit log held against the coordinator's: what each says of the same releases.
+
+Neither log can be changed unseen (`shared.trust.audit_log`), but each tells only what its owner wrote. Held together, a round
+that the coordinator counted and the site did not make, or made from another adapter, has a name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from shared.trust import audit_log
+from shared.trust.audit_log import Event
+
+_ACCEPTED = (Event.UPDATE_ACCEPTED, Event.METRICS_ACCEPTED)
+
+
+@dataclass(frozen=True, order=True)
+class Difference:
+    """Something that one log says and the other does not.
+
+    Attributes:
+        job: SHA-256 of the job.
+        round: of the job; 0 where the log does not tell.
+        text: what it is.
+        contradicts: whether the logs cannot both be right; else something was on its way, and was lost or did not count.
+    """
+
+    job: str
+    round: int
+    text: str
+    contradicts: bool
+
+
+@dataclass
+class _Books:
+    """What a log says, by job: (round, SHA-256)."""
+
+    adapters: dict[str, set[tuple[int, str]]] = field(default_factory=dict)
+    releases: dict[str, set[tuple[int, str]]] = field(default_factory=dict)
+
+    def note(self, kind: dict[str, set[tuple[int, str]]], job: object, number: object, sha256: object) -> None:
+        kind.setdefault(str(job), set()).add((int(str(number or 0)), str(sha256)))
+
+
+def compare(site_log: Path, coordinator_log: Path, *, site: str) -> list[Difference]:
+    """Return every difference between two logs about one site, in the order of jobs and rounds.
+
+    Args:
+        site_log, coordinator_log: folders; each is verified before anything of it is believed.
+        site: its name in the coordinator's log.
+
+    Raises:
+        TrustError: a log is broken.
+    """
+    ours, theirs = _of_site(site_log), _of_coordinator(coordinator_log, site)
+    return sorted({*_adapters(ours, theirs), *_releases(ours, theirs)})
+
+
+def _of_site(folder: Path) -> _Books:
+    audit_log.verify(folder)
+    books = _Books()
+    for entry in audit_log.read(folder):
+        details = entry.details
+        if entry.event == Event.REQUEST_RECEIVED:
+            books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
+        elif entry.event == Event.RELEASE_STORED:
+            books.note(books.releases, details["job"], details["round"], details["sha256"])
+    return books
+
+
+def _of_coordinator(folder: Path, site: str) -> _Books:
+    audit_log.verify(folder)
+    books = _Books()
+    for entry in audit_log.read(folder):
+        details = entry.details
+        if entry.event == Event.ROUND_ASKED and site in details["sites"]:
+            books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
+        elif entry.event in _ACCEPTED and details["site"] == site:
+            books.note(books.releases, details["job"], details.get("round"), details["sha256"])
+    return books
+
+
+def _adapters(ours: _Books, theirs: _Books) -> Iterator[Difference]:
+    for job in ours.adapters.keys() | theirs.adapters.keys():
+        received, sent = ours.adapters.get(job, set()), theirs.adapters.get(job, set())
+        for number, sha256 in received - sent:
+            text = f"the site was asked with the adapter {sha256[:12]}; the coordinator's log names no such request"
+            yield Difference(job, number, text, contradicts=True)
+        for number, sha256 in sent - received:
+            text = f"the coordinator asked with the adapter {sha256[:12]}; the request never came to the site"
+            yield Difference(job, number, text, contradicts=False)
+
+
+def _releases(ours: _Books, theirs: _Books) -> Iterator[Difference]:
+    for job in ours.releases.keys() | theirs.releases.keys():
+        made = {sha256: number for number, sha256 in ours.releases.get(job, set())}
+        # Of site metrics the coordinator's log does not tell the round.
+        counted = {sha256: number for number, sha256 in theirs.releases.get(job, set())}
+        for sha256 in counted.keys() - made.keys():
+            text = f"the coordinator counts the release {sha256[:12]}, which the site did not make"
+            yield Difference(job, counted[sha256], text, contradicts=True)
+        for sha256 in made.keys() - counted.keys():
+            text = f"the site made and charged the release {sha256[:12]}, which the coordinator did not count"
+            yield Difference(job, made[sha256], text, contradicts=False)
+        for sha256 in made.keys() & counted.keys():
+            if counted[sha256] not in (0, made[sha256]):
+                text = f"the release {sha256[:12]} of round {made[sha256]} is counted for round {counted[sha256]}"
+                yield Difference(job, counted[sha256], text, contradicts=True)

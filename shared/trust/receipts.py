@@ -1,0 +1,124 @@
+"""What a site signs of each release: with the key of its certificate, so that later both sides can prove what came from whom.
+
+TLS shows the coordinator who speaks; it leaves nothing that could be shown to somebody else. A receipt is a signature (ECDSA
+P-256 with SHA-256, deterministic by RFC 6979) over the same envelope as all that is signed here (`shared.trust.signing`), of the
+purpose "release".
+
+Guarantee (tests: tests/shared/trust/test_receipts.py): a receipt holds for exactly one site, job, round, order (its time),
+adapter and release, and for one declared size.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, fields
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+
+from shared.errors import TrustError
+from shared.files.json_files import canonical_json, parse_object
+from shared.trust.signing import Purpose, signed_bytes
+
+MOST_RECEIPT_BYTES = 128
+"""Of a signature on P-256 in DER; 72 at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Released:
+    """What a receipt is for.
+
+    Attributes:
+        site: name of the site.
+        job_sha256: of the job.
+        round: that was asked for; the one after the last for site metrics.
+        sent_at: time in the order that it answers, which tells one attempt from the next.
+        adapter_sha256: of the global adapter that was sent.
+        release_sha256: of the update, or of the metrics in canonical form.
+        declared_records: by which it is weighed; 0 for metrics.
+    """
+
+    site: str
+    job_sha256: str
+    round: int
+    sent_at: str
+    adapter_sha256: str
+    release_sha256: str
+    declared_records: int
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """A receipt as the coordinator keeps it.
+
+    Attributes:
+        what: it is for.
+        key: that signed it (SubjectPublicKeyInfo, DER).
+        signature: DER.
+    """
+
+    what: Released
+    key: bytes
+    signature: bytes
+
+    def line(self) -> str:
+        """Return it as a line of `receipts.jsonl`."""
+        key, signature = (base64.b64encode(data).decode() for data in (self.key, self.signature))
+        return canonical_json(asdict(self.what) | {"key": key, "signature": signature})
+
+    @classmethod
+    def of_line(cls, line: str, *, source: str) -> Receipt:
+        """Read a line of `receipts.jsonl`; the signature is not checked.
+
+        Raises:
+            TrustError: it is none.
+        """
+        try:
+            found = parse_object(line)
+            key, signature = (base64.b64decode(found.pop(name), validate=True) for name in ("key", "signature"))
+            what = Released(**found)
+            if any(type(getattr(what, f.name)).__name__ != f.type for f in fields(Released)):
+                raise TypeError
+        except (KeyError, TypeError, ValueError):
+            raise TrustError(f"{source} holds a line that is no receipt; it was changed, or is another file.") from None
+        return cls(what, key, signature)
+
+
+def sign_release(key: ec.EllipticCurvePrivateKey, released: Released) -> bytes:
+    """Return the receipt."""
+    return key.sign(
+        signed_bytes(Purpose.RELEASE, asdict(released)), ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+    )
+
+
+def check_release(keys: Collection[bytes], released: Released, receipt: bytes) -> bytes:
+    """Return which of a site's keys signed a receipt.
+
+    Args:
+        keys: of the site's certificates that count (SubjectPublicKeyInfo, DER).
+
+    Raises:
+        TrustError: none of them did.
+    """
+    message = signed_bytes(Purpose.RELEASE, asdict(released))
+    for raw in keys:
+        key = load_der_public_key(raw)
+        if not isinstance(key, ec.EllipticCurvePublicKey):
+            continue
+        try:
+            key.verify(receipt, message, ec.ECDSA(hashes.SHA256()))
+        except InvalidSignature:
+            continue
+        return raw
+    raise TrustError(
+        f"the release is not signed with the key of {released.site}'s certificate: it, its size or what it answers was changed "
+        "on the way, or somebody else made it."
+    )
+
+
+def spki(key: ec.EllipticCurvePublicKey) -> bytes:
+    """Return a public key as `check_release` takes it."""
+    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

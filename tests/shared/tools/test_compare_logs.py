@@ -1,0 +1,98 @@
+"""What two logs say of the same releases, held together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.errors import TrustError
+from shared.tools.compare_logs import compare
+from shared.trust.audit_log import AuditLog, Event
+from tests.conftest import Outcome
+
+JOB = "a" * 64
+
+
+class Books:
+    """Two logs in a folder, and what is written into them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.site, self.coordinator = folder / "site", folder / "coordinator"
+        self._logs = (AuditLog(self.site), AuditLog(self.coordinator))
+
+    def asked(self, number: int, adapter: str, *, received: str | None, sites: tuple[str, ...] = ("north",)) -> None:
+        site, coordinator = self._logs
+        if adapter:
+            coordinator.append(Event.ROUND_ASKED, job=JOB, round=number, sites=list(sites), adapter_sha256=adapter)
+        if received:
+            site.append(Event.REQUEST_RECEIVED, job=JOB, round=number, adapter_sha256=received)
+
+    def released(self, number: int, *, made: str | None, counted: str | None, as_round: int | None = None) -> None:
+        site, coordinator = self._logs
+        if made:
+            site.append(Event.RELEASE_STORED, job=JOB, round=number, sha256=made)
+        if counted:
+            round_number = as_round or number
+            coordinator.append(Event.UPDATE_ACCEPTED, job=JOB, round=round_number, site="north", sha256=counted)
+
+    def differences(self) -> list[tuple[int, str, bool]]:
+        found = compare(self.site, self.coordinator, site="north")
+        return [(difference.round, difference.text, difference.contradicts) for difference in found]
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Books:
+    made = Books(tmp_path)
+    made.asked(1, "1" * 64, received="1" * 64)
+    made.released(1, made="f" * 64, counted="f" * 64)
+    return made
+
+
+def test_logs_that_agree_show_no_difference(books: Books) -> None:
+    books.asked(1, "1" * 64, received="1" * 64)  # asked again, answered with what was stored
+    books.released(1, made=None, counted="f" * 64)
+    books.asked(2, "2" * 64, received=None, sites=("south",))
+    books._logs[0].append(Event.RELEASE_STORED, job=JOB, round=3, sha256="e" * 64)
+    books._logs[1].append(Event.METRICS_ACCEPTED, job=JOB, site="north", sha256="e" * 64)
+    assert books.differences() == []
+
+
+def test_every_difference_has_a_name(books: Books) -> None:
+    books.asked(2, "2" * 64, received="3" * 64)  # equivocation
+    books.released(2, made="b" * 64, counted="c" * 64)  # forged, or changed on the way
+    books.asked(4, "4" * 64, received=None)
+    books.released(5, made="d" * 64, counted="d" * 64, as_round=6)
+    assert books.differences() == [
+        (2, "the coordinator asked with the adapter 222222222222; the request never came to the site", False),
+        (2, "the coordinator counts the release cccccccccccc, which the site did not make", True),
+        (2, "the site made and charged the release bbbbbbbbbbbb, which the coordinator did not count", False),
+        (2, "the site was asked with the adapter 333333333333; the coordinator's log names no such request", True),
+        (4, "the coordinator asked with the adapter 444444444444; the request never came to the site", False),
+        (6, "the release dddddddddddd of round 5 is counted for round 6", True),
+    ]
+
+
+def test_the_command_ends_with_1_where_the_logs_contradict_each_other(
+    books: Books, silotune: Callable[..., Outcome]
+) -> None:
+    words: tuple[Any, ...] = ("audit-log", "compare", books.site, books.coordinator, "--site", "north")
+    shown = silotune(*words)
+    assert (shown.status, shown.out) == (0, "both logs are unbroken and say the same of north\n")
+    books.asked(2, "2" * 64, received=None)
+    shown = silotune(*words)
+    assert shown.status == 0
+    assert shown.out.startswith("lost on the way: job aaaaaaaaaaaa, round 2: the coordinator asked")
+    books.released(2, made=None, counted="c" * 64)
+    shown = silotune(*words)
+    assert shown.status == 1
+    assert "contradiction: job aaaaaaaaaaaa, round 2: the coordinator counts the release cccccccccccc" in shown.out
+
+
+def test_a_log_that_is_broken_is_not_believed(books: Books) -> None:
+    (file,) = books.coordinator.glob("audit-*.jsonl")
+    file.write_text(file.read_text().replace("f" * 64, "e" * 64))
+    with pytest.raises(TrustError):
+        books.differences()
