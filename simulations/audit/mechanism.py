@@ -68,6 +68,7 @@ class MechanismAudit:
         alpha: probability of calling a correct mechanism "violated".
         verdict: "violated" if a test failed; "inconclusive" if the noise is above the claimed one, or if too little was
             seen to tell half the noise from all of it; else "consistent".
+        noise_above: whether the noise is above the claimed one.
     """
 
     claim: float
@@ -80,6 +81,7 @@ class MechanismAudit:
     p_values: Mapping[str, float]
     alpha: float
     verdict: Verdict
+    noise_above: bool = False
 
     @property
     def failed(self) -> tuple[str, ...]:
@@ -111,11 +113,24 @@ class MechanismAudit:
             f"{rounded_up(high, 4)} / {self.verdict}{found} at alpha {self.alpha:g}"
         )
 
+    def _why_inconclusive(self) -> str:
+        if self.noise_above:
+            low, high = self.noise_multiplier_interval
+            return (
+                f"the noise multiplier in effect is {noise_rounded_down(low)} to {rounded_up(high, 4)}, above the claimed "
+                f"{noise_rounded_down(self.noise_multiplier)}. That refutes nothing: more noise protects more. But it is not "
+                "what the plan says, so the trainer, not the claim, should be looked at."
+            )
+        return (
+            f"{self.observed_steps:,} noisy steps are too few to tell half of the noise from all of it. That speaks neither "
+            "for the claim nor against it; audit a run of more steps, or this one by --tier 2."
+        )
+
     def result(self, audited: str) -> AuditResult:
         """Return the same in the form that all tiers share; `audited` says what was run."""
         reasons = tuple(f"the test of {name} failed (p = {self.p_values[name]:.2g})." for name in self.failed)
         if not reasons and self.verdict == "inconclusive":
-            reasons = ("the noise is above the claimed one, or too little of it was seen to tell.",)
+            reasons = (self._why_inconclusive(),)
         return AuditResult(
             tier=1,
             audited=audited,
@@ -210,6 +225,7 @@ def audit_mechanism(
         p_values=p_values,
         alpha=alpha,
         verdict=verdict,
+        noise_above=bool(excessive),
     )
 
 

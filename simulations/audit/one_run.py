@@ -249,6 +249,12 @@ def _range_of(sigma: float) -> tuple[int, int]:
 # --- the audit ---
 
 
+_RAISED_BY = {
+    2: "More trainings (--trainings) raise the ceiling most, more canaries (--num-canaries) a little.",
+    3: "More attacked models (--trainings), or a run with more records, raise the ceiling.",
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Training:
     """One independent training on its own canaries.
@@ -296,7 +302,7 @@ def audit_one_run(
     bounds = _bounds(size, lines, plan, delta, alpha)
     ceilings = _ceilings(size, len(lines), plan, delta, alpha)
     lower_bound, ceiling = max(bounds.values()), max(ceilings.values())
-    verdict, reasons = judge(claim=claim, lower_bound=lower_bound, ceiling=ceiling)
+    verdict, reasons = judge(claim=claim, lower_bound=lower_bound, ceiling=ceiling, raised_by=_RAISED_BY[tier])
     details: dict[str, Any] = {
         "canaries": size,
         "trainings": len(lines),

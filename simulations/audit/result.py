@@ -52,11 +52,15 @@ class AuditResult:
         )
 
 
-def judge(*, claim: float, lower_bound: float, ceiling: float) -> tuple[Verdict, tuple[str, ...]]:
+def judge(*, claim: float, lower_bound: float, ceiling: float, raised_by: str) -> tuple[Verdict, tuple[str, ...]]:
     """Return the verdict on a claim and the reason for it.
 
     "violated": the lower bound reaches the claim. "inconclusive": the claim is above the ceiling, so that this audit
     could not have refuted it. "consistent": it could have, and did not.
+
+    Args:
+        claim, lower_bound, ceiling: see `AuditResult`.
+        raised_by: what raises the ceiling, in a sentence.
     """
     if lower_bound >= claim:
         return "violated", (
@@ -65,7 +69,8 @@ def judge(*, claim: float, lower_bound: float, ceiling: float) -> tuple[Verdict,
     if claim > ceiling:
         return "inconclusive", (
             f"this audit cannot show more than epsilon {bound_rounded_down(ceiling)}, however bad the mechanism is, so "
-            f"it cannot falsify the claimed {rounded_up(claim)}. More canaries raise the ceiling.",
+            f"it cannot falsify the claimed {rounded_up(claim)}. "
+            f"That speaks neither for the claim nor against it. {raised_by}",
         )
     return "consistent", ("the observations do not contradict the claim; that proves nothing.",)
 

@@ -168,8 +168,8 @@ def audits(facts: Facts) -> Iterator[Block]:
         yield Notice(level="danger", title="An audit refutes the claim.", items=("Do not rely on epsilon.",))
     yield Paragraph(
         text="An audit attacks the mechanism and bounds epsilon from below by what it sees. Violated: the bound reaches the "
-        "claim. Inconclusive: the claim lies above the ceiling, which no attack of this kind could reach. Consistent: it "
-        "could have refuted the claim, and did not."
+        "claim. Inconclusive: the claim lies above the ceiling, which no attack of this kind could reach, or too little was "
+        "seen; that speaks neither for the claim nor against it. Consistent: it could have refuted the claim, and did not."
     )
     yield Table(
         caption="Audits of this run.",

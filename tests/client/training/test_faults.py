@@ -138,7 +138,19 @@ def test_more_noise_than_claimed_is_inconclusive(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(
         plan_module, "add_gaussian_noise", lambda s, std, stream: add_gaussian_noise(s, 2 * std, stream)
     )
-    assert audit().verdict == "inconclusive"
+    result = audit()
+    assert result.verdict == "inconclusive"
+    (reason,) = result.result("the trainer").reasons
+    assert "above the claimed 1.1000. That refutes nothing" in reason
+
+
+def test_too_few_steps_are_inconclusive_and_say_what_to_do() -> None:
+    release = TrainerRelease(injected("few"), dimension=16, steps=1, companions=COMPANIONS[0])
+    result = audit_mechanism(release, replace(PLAN, planned_steps=1), dimension=16)
+    assert result.verdict == "inconclusive"
+    (reason,) = result.result("the trainer").reasons
+    assert "noisy steps are too few" in reason
+    assert "--tier 2" in reason
 
 
 def test_an_audit_of_nothing_is_refused() -> None:

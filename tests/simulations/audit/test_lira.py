@@ -97,6 +97,7 @@ def test_verdicts() -> None:
     hopeless = audit(12.0, claim=200.0)
     assert hopeless.verdict == "inconclusive"
     assert "cannot falsify" in hopeless.reasons[0]
+    assert "More attacked models (--trainings)" in hopeless.reasons[0]
 
 
 def test_no_leak_is_consistent_in_99_of_100_repeats() -> None:

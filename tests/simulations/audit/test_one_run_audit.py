@@ -233,6 +233,9 @@ def test_claim_above_the_ceiling_is_inconclusive_and_says_so() -> None:
     assert result.ceiling < 100.0
     assert result.verdict == "inconclusive"
     assert "cannot falsify" in result.reasons[0]
+    assert "neither for the claim nor against it. More trainings (--trainings)" in result.reasons[0]
+    more = audit(0, noise=0.0, claim=100.0, size=40, trainings=3)
+    assert more.ceiling > audit(0, noise=0.0, claim=100.0, size=80, trainings=1).ceiling > result.ceiling
     assert "CEILING" in result.text()
 
 
