@@ -148,3 +148,20 @@ def test_installing_compares_every_hash() -> None:
     )
     assert torch.endswith(" -c constraints.txt torch")
     assert own.endswith(" --no-deps --no-build-isolation -e .")
+
+
+PUBLIC_FLOWER = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.grid", "flwr.simulation"}
+
+
+def test_the_product_uses_only_what_flower_documents() -> None:
+    """Each of these modules is named in Flower's reference; what lies below changes from one release to the next."""
+    used: dict[str, list[str]] = {}
+    for package in sorted(OWN - {"tests", "benchmarks", "tools"}):
+        for path in (ROOT / package).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module] if isinstance(node, ast.ImportFrom) and node.module and not node.level else []
+                for name in names:
+                    if name.partition(".")[0] == "flwr":
+                        used.setdefault(name, []).append(path.relative_to(ROOT).as_posix())
+    assert used.keys() == PUBLIC_FLOWER, used

@@ -15,8 +15,6 @@ from shared.link.line import Parcel
 
 log = logging.getLogger("silotune.node")
 
-COORDINATOR_NODE_ID = 1
-
 
 def answering(answer: Callable[[Message, int, float], Message]) -> Handler:
     """Return a handler that lets `answer` reply to a message; it should not raise.
@@ -29,7 +27,7 @@ def answering(answer: Callable[[Message, int, float], Message]) -> Handler:
     """
 
     def handle(request: Parcel, welcome: Welcome) -> bytes | None:
-        asked = request_of(request.payload, message_id=request.id, coordinator=COORDINATOR_NODE_ID, node=welcome.node)
+        asked = request_of(request.payload, message_id=request.id, node=welcome.node)
         waited = time.monotonic() - request.since
         if waited > asked.metadata.ttl:
             log.warning("a request was left out: it waited here for %.0f s, and nobody waits for its answer", waited)

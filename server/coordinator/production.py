@@ -12,7 +12,7 @@ from flwr.app import Context, RecordDict
 
 from server.app import Run, make_server_app
 from server.coordinator.run_file import evaluation_records, settings_of
-from server.link.grid import COORDINATOR_NODE_ID, LinkGrid
+from server.link.grid import LinkGrid
 from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.observer import Observer
@@ -22,6 +22,7 @@ from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.files.atomic import append_line
 from shared.job.job import Job
+from shared.link.envelope import COORDINATOR_NODE_ID
 from shared.site_weights import noise_warnings
 from shared.trust.audit_log import AuditLog, Event, read
 from shared.trust.keystore import passphrase_from_environment

@@ -12,17 +12,16 @@ import threading
 import time
 from collections.abc import Iterable
 
-from flwr.app import DEFAULT_TTL, Error, Message, Metadata, RecordDict
+from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp.grid import Grid
 
 from server.link.mailroom import UNREADABLE, Answer
 from server.link.server import LinkServer
 from shared.errors import RunError
-from shared.link.envelope import content_of, message, open_envelope, seal_envelope
+from shared.link.envelope import content_of, message, open_envelope, request, seal_envelope
 from shared.link.frames import LinkError
 from shared.link.line import Parcel, new_id
 
-COORDINATOR_NODE_ID = 1
 _POLL_SECONDS = 0.02
 
 
@@ -76,18 +75,15 @@ class LinkGrid(Grid):
         self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
     ) -> Message:
         """See `Grid`; the id is random, and set."""
-        metadata = Metadata(
+        return request(
+            content,
             run_id=self.run_id,
             message_id=new_id().hex(),
-            src_node_id=COORDINATOR_NODE_ID,
-            dst_node_id=dst_node_id,
-            reply_to_message_id="",
-            group_id=group_id,
-            created_at=time.time(),
-            ttl=DEFAULT_TTL if ttl is None else ttl,
             message_type=message_type,
+            node=dst_node_id,
+            group_id=group_id,
+            ttl=ttl,
         )
-        return message(content, metadata)
 
     def get_node_ids(self) -> Iterable[int]:
         """See `Grid`; sites that are connected, or were a moment ago, and may be."""

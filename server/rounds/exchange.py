@@ -67,8 +67,9 @@ def exchange(
     """
     started = time.monotonic()
     messages = requests(nodes) if nodes else []
-    pushed = set(grid.push_messages(messages)) if messages else set()
-    node_of = {m.metadata.message_id: m.metadata.dst_node_id for m in messages if m.metadata.message_id in pushed}
+    identifiers = grid.push_messages(messages) if messages else []
+    # An id for each message, empty where it could not be sent.
+    node_of = {i: message.metadata.dst_node_id for i, message in zip(identifiers, messages, strict=True) if i}
     meanwhile()
     time.sleep(max(0.0, min(_PATIENT_SHARE * expected, _LONGEST_POLL_SECONDS) - (time.monotonic() - started)))
     while node_of:

@@ -7,13 +7,17 @@ Nothing is unpickled, and no array is made of an array's bytes.
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
+from flwr.app import DEFAULT_TTL, Array, ArrayRecord, ConfigRecord, Error, Message, Metadata, MetricRecord, RecordDict
 
 from shared.link import frames
 from shared.link.bounds import check_parts
 from shared.link.frames import Envelope, Failure, LinkError
+
+COORDINATOR_NODE_ID = 1
+"""Flower's number for whoever asks."""
 
 _SMALL_RECORDS: dict[str, Any] = {"config": ConfigRecord, "metric": MetricRecord}
 _MOST_REASON = 1000
@@ -22,6 +26,33 @@ _MOST_REASON = 1000
 def message(content: RecordDict | Error, metadata: Metadata) -> Message:
     """Return a message with metadata of ours; Flower's own constructor asks for the identity of a process of Flower's."""
     return Message(content, metadata=metadata)  # type: ignore[call-overload,no-any-return,unused-ignore]
+
+
+def request(
+    content: RecordDict,
+    *,
+    run_id: int,
+    message_id: str,
+    message_type: str,
+    node: int,
+    group_id: str,
+    ttl: float | None = None,
+) -> Message:
+    """Return a message of the coordinator to a node, as a Grid makes it."""
+    return message(
+        content,
+        Metadata(
+            run_id=run_id,
+            message_id=message_id,
+            src_node_id=COORDINATOR_NODE_ID,
+            dst_node_id=node,
+            reply_to_message_id="",
+            group_id=group_id,
+            created_at=time.time(),
+            ttl=DEFAULT_TTL if ttl is None else ttl,
+            message_type=message_type,
+        ),
+    )
 
 
 def seal_envelope(sent: Message) -> bytes:
@@ -65,7 +96,7 @@ def content_of(envelope: Envelope) -> RecordDict | Error:
         raise LinkError(f"a record came that cannot be read ({type(error).__name__}).") from None
 
 
-def request_of(payload: bytes, *, message_id: bytes, coordinator: int, node: int) -> Message:
+def request_of(payload: bytes, *, message_id: bytes, node: int) -> Message:
     """Return the request that a site received.
 
     Raises:
@@ -78,7 +109,7 @@ def request_of(payload: bytes, *, message_id: bytes, coordinator: int, node: int
         metadata = Metadata(
             run_id=envelope.run_id,
             message_id=message_id.hex(),
-            src_node_id=coordinator,
+            src_node_id=COORDINATOR_NODE_ID,
             dst_node_id=node,
             reply_to_message_id="",
             group_id=envelope.group_id,

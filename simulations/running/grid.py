@@ -1,7 +1,6 @@
 """Flower's Grid inside one process: messages go straight to the ClientApp, one frozen backbone serves all clients.
 
-The ServerApp and ClientApp cannot tell it from a SuperLink: they see the same `Message` objects. The only file of the
-simulation that touches parts of Flower that are not public (contract test: tests/simulations/running/test_grid.py).
+The ServerApp and ClientApp cannot tell it from the link: they see the same `Message` objects.
 """
 
 from __future__ import annotations
@@ -12,34 +11,18 @@ from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
-from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp.grid import Grid
-from flwr.supercore.run import Run
-from flwr.supercore.task_identity import TaskIdentity
 
+from shared.link.envelope import COORDINATOR_NODE_ID, request
 from shared.wire.messages import TRAIN
 
+_RUN_ID = 1
 _ERROR_DROPPED = 100
 
 Together = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 
 
-class SimulationGrid(Grid):
-    """What the Grids of the simulation have in common."""
-
-    def create_message(
-        self,
-        content: RecordDict,
-        message_type: str,
-        dst_node_id: int,
-        group_id: str,
-        ttl: float | None = None,
-    ) -> Message:
-        """See `Grid`."""
-        return Message(content, dst_node_id=dst_node_id, message_type=message_type, group_id=group_id, ttl=ttl)
-
-
-class InProcessGrid(SimulationGrid):
+class InProcessGrid(Grid):
     """A Grid whose nodes are calls of one ClientApp.
 
     A message runs when its reply is pulled, one message at a pull, so that the caller sees replies arrive one by one.
@@ -60,13 +43,11 @@ class InProcessGrid(SimulationGrid):
             together: answers up to `at_once` requests to train; None leaves these to `client_app` as well.
             at_once: how many.
         """
-        # Flower stamps every message with the identity of the process that makes it.
-        TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
         self._client_app = client_app
         self._together, self._at_once = together, at_once
         self._contexts = {
             node: Context(
-                run_id=1,
+                run_id=_RUN_ID,
                 node_id=node,
                 node_config={"partition-id": node - 1, "num-partitions": num_nodes},
                 state=RecordDict(),
@@ -75,20 +56,35 @@ class InProcessGrid(SimulationGrid):
             for node in range(1, num_nodes + 1)
         }
         self.server_context = Context(
-            run_id=1, node_id=SUPERLINK_NODE_ID, node_config={}, state=RecordDict(), run_config={}
+            run_id=_RUN_ID, node_id=COORDINATOR_NODE_ID, node_config={}, state=RecordDict(), run_config={}
         )
         self._waiting: dict[str, Message] = {}
         self._ready: dict[str, Message] = {}
-        self._run = Run.create_empty(run_id=1)
+        self._run: object = None
 
-    def set_run(self, run: Run) -> None:
+    # `Run` is not public, and nothing here uses it.
+    def set_run(self, run: object) -> None:
         """See `Grid`."""
         self._run = run
 
     @property
-    def run(self) -> Run:
+    def run(self) -> object:  # type: ignore[override]
         """See `Grid`."""
         return self._run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See `Grid`."""
+        return request(
+            content,
+            run_id=_RUN_ID,
+            message_id=str(uuid4()),
+            message_type=message_type,
+            node=dst_node_id,
+            group_id=group_id,
+            ttl=ttl,
+        )
 
     def get_node_ids(self) -> Iterable[int]:
         """See `Grid`."""
@@ -96,13 +92,9 @@ class InProcessGrid(SimulationGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid`."""
-        identifiers = []
-        for message in messages:
-            identifier = str(uuid4())
-            message.metadata.__dict__["_message_id"] = identifier
-            self._waiting[identifier] = message
-            identifiers.append(identifier)
-        return identifiers
+        asked = {message.metadata.message_id: message for message in messages}
+        self._waiting |= asked
+        return list(asked)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Run the oldest waiting message among `message_ids` and return its reply, with others that were answered beside it."""
@@ -137,7 +129,7 @@ class InProcessGrid(SimulationGrid):
         return replies
 
 
-class DropoutGrid(SimulationGrid):
+class DropoutGrid(Grid):
     """Any Grid, with sites that now and then do not answer a training request.
 
     The draw depends only on seed, round and the site's place in the order of names, so every backend and every resumed
@@ -148,14 +140,20 @@ class DropoutGrid(SimulationGrid):
         self._inner, self._probability, self._seed = inner, probability, seed
         self._dropped: dict[str, Message] = {}
 
-    def set_run(self, run: Run) -> None:
+    def set_run(self, run: object) -> None:
         """See `Grid`."""
-        self._inner.set_run(run)
+        self._inner.set_run(run)  # type: ignore[arg-type]  # not public
 
     @property
-    def run(self) -> Run:
+    def run(self) -> object:  # type: ignore[override]
         """See `Grid`."""
         return self._inner.run
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        """See `Grid`."""
+        return self._inner.create_message(content, message_type, dst_node_id, group_id, ttl)
 
     def get_node_ids(self) -> Iterable[int]:
         """See `Grid`."""
@@ -163,16 +161,27 @@ class DropoutGrid(SimulationGrid):
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Pass on what is not dropped; remember the rest as unanswered."""
-        identifiers, passed = [], []
-        for position, message in enumerate(messages):
-            if message.metadata.message_type == TRAIN and self._drops(message, position):
-                identifier = str(uuid4())
-                message.metadata.__dict__["_message_id"] = identifier
-                self._dropped[identifier] = message
-                identifiers.append(identifier)
-            else:
-                passed.append(message)
-        return [*identifiers, *self._inner.push_messages(passed)]
+        sent = list(messages)
+        dropped = {
+            place
+            for place, message in enumerate(sent)
+            if message.metadata.message_type == TRAIN and self._drops(message, place)
+        }
+        passed = iter(self._inner.push_messages([m for place, m in enumerate(sent) if place not in dropped]))
+        return [self._drop(message) if place in dropped else next(passed) for place, message in enumerate(sent)]
+
+    def _drop(self, message: Message) -> str:
+        facts, identifier = message.metadata, str(uuid4())
+        self._dropped[identifier] = request(
+            message.content,
+            run_id=facts.run_id,
+            message_id=identifier,
+            message_type=facts.message_type,
+            node=facts.dst_node_id,
+            group_id=facts.group_id,
+            ttl=facts.ttl,
+        )
+        return identifier
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Return replies, and an error for every dropped message."""

@@ -34,7 +34,7 @@ from simulations.running.sites import simulated_site, site_homes
 
 def ask(app: ClientApp, content: RecordDict, kind: str, *, node: int = 1, num_nodes: int = 3) -> Message:
     grid = InProcessGrid(app, num_nodes)
-    (identifier,) = grid.push_messages([Message(content, dst_node_id=node, message_type=kind)])
+    (identifier,) = grid.push_messages([grid.create_message(content, kind, node, "")])
     (reply,) = grid.pull_messages([identifier])
     return reply
 

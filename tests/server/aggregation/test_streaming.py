@@ -90,7 +90,7 @@ def test_an_exchange_pulls_few_answers_at_once() -> None:
     request = TrainRequest(job=job, round_number=1, adapter=encode(test_loop.INITIAL))
     answers = exchange(
         Ready(),  # type: ignore[arg-type]
-        lambda nodes: [Message(pack_request(request), dst_node_id=node, message_type=TRAIN) for node in nodes],
+        lambda nodes: [inner.create_message(pack_request(request), TRAIN, node, "1") for node in nodes],
         range(1, 101),
         timeout=60.0,
         expected=0.0,

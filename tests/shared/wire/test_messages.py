@@ -12,6 +12,7 @@ from flwr.clientapp import ClientApp
 
 from shared.errors import ConfigError, RunError
 from shared.job.job import Job
+from shared.link.envelope import request as made_request
 from shared.wire import messages
 from shared.wire.messages import Refusal, SiteDescription, TrainReply, TrainRequest
 from simulations.running.grid import InProcessGrid
@@ -38,8 +39,9 @@ def _identity() -> None:
 
 
 def answered(content: RecordDict) -> Message:
-    request = Message(messages.describe_request(), dst_node_id=1, message_type=messages.TRAIN)
-    request.metadata.__dict__["_message_id"] = "request"
+    request = made_request(
+        messages.describe_request(), run_id=1, message_id="request", message_type=messages.TRAIN, node=2, group_id=""
+    )
     return Message(content, reply_to=request)
 
 
@@ -79,7 +81,6 @@ def test_a_description_and_a_refusal_survive_the_trip() -> None:
 
 def test_an_error_of_the_transport_becomes_a_refusal() -> None:
     request = answered(messages.describe_request())
-    request.metadata.__dict__["_message_id"] = "request"
     failed = Message(Error(code=7, reason="gone"), reply_to=request)
     assert messages.unpack_reply(failed) == Refusal(site="", code="Flower7", reason="gone")
 

@@ -32,7 +32,8 @@ def echo_app(seen: list[int]) -> ClientApp:
 
 
 def requests(nodes: list[int], kind: str = TRAIN, group: str = "1") -> list[Message]:
-    return [Message(RecordDict(), dst_node_id=node, message_type=kind, group_id=group) for node in nodes]
+    grid = InProcessGrid(ClientApp(), 1)
+    return [grid.create_message(RecordDict(), kind, node, group) for node in nodes]
 
 
 def test_both_grids_implement_every_abstract_method() -> None:
