@@ -337,6 +337,21 @@ def test_what_does_not_fit_is_said(run: Path, changes: dict[str, Any], said: str
     assert any(said in problem for problem in read_facts(run).discrepancies)
 
 
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"rounds": [1, 2], "update_sha256": ["ab" * 32]}, "2 rounds and 1 hashes of updates"),
+        ({"events": []}, "no noisy step is recorded"),
+        ({"delta": 0.0}, "delta is 0"),
+        ({"events": [{"noise_multiplier": 0.2, "sample_rate": 1.0, "steps": 10**7}]}, "its epsilon cannot be bounded"),
+    ],
+)
+def test_no_report_is_made_of_what_cannot_be_accounted_for(run: Path, changes: dict[str, Any], reason: str) -> None:
+    edit(run / "sites" / "site-1" / "privacy.json", **changes)
+    with pytest.raises(RunError, match=rf"privacy\.json cannot be accounted for: .*{reason}.*no report is made of it"):
+        read_facts(run)
+
+
 def test_an_update_shorter_than_its_noise_is_a_discrepancy(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines[2]["doubted"] = {"site-1": "its update is 0.8 long"}
@@ -484,6 +499,21 @@ def test_a_central_epsilon_that_differs_is_not_repeated(facts: Facts, tmp_path: 
     page = central_page(facts, injected)
     assert "No privacy guarantee holds for this run." in page
     assert not re.search(r"epsilon \d", page)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"events": []},
+        {"delta": 0.0},
+        {"events": [{"noise_multiplier": 0.2, "sample_rate": 1.0, "steps": 10**7}]},
+    ],
+)
+def test_no_report_is_made_of_a_central_record_that_cannot_be_accounted_for(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(RunError, match=r"privacy\.json cannot be accounted for: .*no report is made of it"):
+        central_record(tmp_path / "privacy.json", **changes)
 
 
 @pytest.mark.parametrize(
