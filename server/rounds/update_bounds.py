@@ -27,6 +27,7 @@ precision (`shared.wire.updates`).
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -127,6 +128,9 @@ class UpdateBounds:
         self._start, self._earlier = start, earlier
         self._before = (number - 1) * job.training.local_steps
         self._groups = list(_groups(shapes, job.training)) if plan.private else []
+        # Each costs as much as a round has steps, and most of a thousand sites declare one of a few sizes.
+        self._coordinate, self._shrunk = functools.cache(self._find_coordinate), functools.cache(self._find_shrunk)
+        self._upper, self._lower = functools.cache(self._find_upper), functools.cache(self._find_lower)
 
     def check(self, update: Mapping[str, Tensor], declared: int) -> str | None:
         """Judge the update of a site that declares so many records or persons.
@@ -170,7 +174,7 @@ class UpdateBounds:
                     f"adamw can by the job's learning rate; no honest site sends that, so it was left out"
                 )
 
-    def _coordinate(self, group: _Group) -> float:
+    def _find_coordinate(self, group: _Group) -> float:
         """Return how far a coordinate can move, but for weight decay, with what encodings carried over and lost."""
         number = self._training.local_steps
 
@@ -190,7 +194,7 @@ class UpdateBounds:
         )
         return now + 2 * self._loss / (1 - self._loss) * lost
 
-    def _shrunk(self, group: _Group) -> float:
+    def _find_shrunk(self, group: _Group) -> float:
         left = math.prod(1 - rate * self._training.weight_decay for rate in self._rates(group, self._before))
         return 1 - left
 
@@ -215,7 +219,7 @@ class UpdateBounds:
             )
         return None
 
-    def _upper(self, group: _Group, declared: int) -> float:
+    def _find_upper(self, group: _Group, declared: int) -> float:
         training = self._training
         weights = self._weights(self._rates(group, self._before))
         # Of earlier rounds; the schedule only lowers it.
@@ -260,7 +264,7 @@ class UpdateBounds:
         rare = _RARE if size > 1 else _RARE / 1e8
         return length * signal + std * math.sqrt(square) * longest_noise(size, rare)
 
-    def _lower(self, group: _Group, declared: int) -> float:
+    def _find_lower(self, group: _Group, declared: int) -> float:
         signal, std = self._signal(declared), self._std(declared)
         noise = std * shortest_noise(group.size, _RARE)
         best = square = later = 0.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -251,6 +252,16 @@ def test_where_the_signal_can_be_longer_than_the_noise_only_the_last_step_counts
     """An honest site's signal could take back the noise of earlier steps; nothing more can be told from the norm."""
     bounds, std = bounds_of(), 1 / (0.05 * 65536)
     assert bounds.smallest("adapter", 65536) == pytest.approx(0.1 * std * shortest_noise(6000, FAILURE / 10))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_thousand_updates_of_long_rounds_are_judged_in_little_time(optimizer: str) -> None:
+    bounds = bounds_of(2, optimizer=optimizer, local_steps=10_000, learning_rate=1e-4)
+    update = {name: torch.full(shape, 1e-3) for name, shape in SHAPES.items()}
+    started = time.monotonic()
+    for number in range(1000):
+        bounds.check(update, 64 << number % 4)
+    assert time.monotonic() - started < 10
 
 
 def test_without_noise_of_the_sites_nothing_is_bounded() -> None:
