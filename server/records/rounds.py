@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from server.records.metrics import Metrics
 from shared.files.atomic import write_text
@@ -43,9 +44,17 @@ class RoundRecord:
     seconds_evaluation: Positive = 0.0
 
 
+_LATER_KEYS = ("doubted", "norms")
+
+
 def write_rounds(path: Path, rounds: Sequence[RoundRecord]) -> None:
     """Replace `path` by one line for each round."""
-    write_text(path, "\n".join(canonical_json(asdict(record)) for record in rounds) + "\n")
+    write_text(path, "\n".join(canonical_json(_fields(record)) for record in rounds) + "\n")
+
+
+def _fields(record: RoundRecord) -> dict[str, Any]:
+    """Return what is written of a round: keys that older versions did not have only where there is something to say."""
+    return {key: value for key, value in asdict(record).items() if value or key not in _LATER_KEYS}
 
 
 def read_rounds(path: Path, *, complete: bool) -> tuple[RoundRecord, ...]:
