@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from server.records.metrics import Metrics, in_range
 from shared.errors import RunError
 from shared.files.atomic import sync_folder
 from shared.files.json_files import canonical_json
@@ -51,10 +52,15 @@ class TrialResult(BaseModel):
     metric: str
     higher_is_better: bool
     score: float | None = None
-    metrics: dict[str, float | None] = {}
-    confirmation: dict[str, float | None] | None = None
+    metrics: Metrics = {}
+    confirmation: Metrics | None = None
     seconds: float
     job_sha256: str
+
+    @model_validator(mode="after")
+    def _score_in_range(self) -> Self:
+        in_range(self.metric, self.score)
+        return self
 
     @property
     def completed(self) -> bool:

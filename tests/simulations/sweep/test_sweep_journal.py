@@ -90,6 +90,17 @@ def test_a_full_disk_leaves_complete_lines(tmp_path: Path, monkeypatch: pytest.M
     assert list(Journal(path).results) == ["a", "b"]
 
 
+def test_a_score_that_no_trial_can_have_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "trials.jsonl"
+    Journal(path).append(result("a", score=0.5))
+    content = path.read_text()
+    for old, new in (('"score":0.5', '"score":7.5'), ('"accuracy":0.5', '"accuracy":7.5'), ('"loss":1.0', '"loss":-1')):
+        assert old in content
+        path.write_text(content.replace(old, new))
+        with pytest.raises(RunError, match="line 1, is not a trial's result"):
+            Journal(path)
+
+
 @pytest.mark.parametrize("damage", [b"nonsense\n", b"{}\n", b'{"key": "a"}\n'])
 def test_a_changed_line_is_refused(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "trials.jsonl"

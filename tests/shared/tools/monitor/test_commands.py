@@ -202,7 +202,13 @@ def test_an_adjustment_needs_the_run_s_own_evaluation(run_dir: Path, tmp_path: P
     job = load_job(run_dir)
     assert load_adjustment(run_dir, job) is not None
     assert load_adjustment(tmp_path, job) is None
-    for content in ("{", '{"labels": ["good", "bad"], "confusion": [[1, 0], [0, 1]]}', '{"labels": ["bad", "good"]}'):
+    huge = '{"labels": ["bad", "good"], "confusion": [[1' + 400 * "0" + ", 0], [0, 1]]}"
+    for content in (
+        "{",
+        '{"labels": ["good", "bad"], "confusion": [[1, 0], [0, 1]]}',
+        '{"labels": ["bad", "good"]}',
+        huge,
+    ):
         (tmp_path / "evaluation.json").write_text(content)
         assert load_adjustment(tmp_path, job) is None
     (tmp_path / "evaluation.json").write_text('{"labels": ["bad", "good"], "confusion": [[1, 0], [0, 0]]}')
