@@ -258,10 +258,10 @@ def test_where_the_signal_can_be_longer_than_the_noise_only_the_last_step_counts
 def test_a_thousand_updates_of_long_rounds_are_judged_in_little_time(optimizer: str) -> None:
     bounds = bounds_of(2, optimizer=optimizer, local_steps=10_000, learning_rate=1e-4)
     update = {name: torch.full(shape, 1e-3) for name, shape in SHAPES.items()}
-    started = time.monotonic()
+    started = time.process_time()
     for number in range(1000):
         bounds.check(update, 64 << number % 4)
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_without_noise_of_the_sites_nothing_is_bounded() -> None:
