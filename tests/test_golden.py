@@ -133,16 +133,16 @@ def test_a_run_folder_becomes_text(tmp_path: Path) -> None:
 
 def test_a_message_is_noted_with_all_of_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
     from flwr.app import ConfigRecord, Message, RecordDict
-    from flwr.supercore.task_identity import TaskIdentity
     from safetensors.numpy import save
 
-    for name in ("_run_id", "_task_id", "_node_id"):
-        monkeypatch.setattr(TaskIdentity, name, 1)
+    from shared.link.envelope import request
+
     monkeypatch.setattr(Message, "__init__", Message.__init__)  # put back afterwards
     notes: list[dict[str, Any]] = []
     note_messages(notes)
     content = {"kind": "train", "round": 2, "adapter": b"MARK" + save({}, {"salt": "s"}), "job": '{"name": "x"}'}
-    asked = Message(RecordDict({"silotune": ConfigRecord(content)}), dst_node_id=3, message_type="train", group_id="2")
+    record = RecordDict({"silotune": ConfigRecord(content)})
+    asked = request(record, run_id=1, message_id="1", message_type="train", node=3, group_id="2")
     Message(RecordDict({"silotune": ConfigRecord({"kind": "update", "delta": 1e-5})}), reply_to=asked)
     assert [(note["type"], note["to"], note["group"]) for note in notes] == [("train", 3, "2"), ("train", 1, "2")]
     noted = notes[0]["content"]["silotune"]

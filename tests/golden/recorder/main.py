@@ -24,7 +24,7 @@ from .wire import note_messages
 _LIBRARIES = (
     "flwr.clientapp",
     "flwr.serverapp",
-    "flwr.superlink.grid.http_grid",
+    "flwr.serverapp.grid",
     "matplotlib.pyplot",
     "opacus",
     "peft",
