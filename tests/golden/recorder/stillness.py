@@ -26,6 +26,7 @@ from typing import Any
 
 import safetensors
 from cryptography import x509
+from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 START = 1_793_606_400.0
@@ -80,9 +81,17 @@ def be_still(label: str) -> RandomBytes:
     random._urandom = source  # type: ignore[attr-defined] # what `secrets` draws from
     _make_keys_repeatable(source)
     _order_metadata()
+    _let_cryptography_meet_time()
     _stop_clocks(Clock())
     _hide_machine()
     return source
+
+
+def _let_cryptography_meet_time() -> None:
+    """Sign something: what is compiled looks `datetime` up when it first needs it, and must find the real one."""
+    key, name, now = ec.derive_private_key(1, ec.SECP256R1()), x509.Name([]), _real_datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), 1, now, now)
+    _ = builder.sign(key, hashes.SHA256()).not_valid_after_utc
 
 
 def _make_keys_repeatable(source: RandomBytes) -> None:

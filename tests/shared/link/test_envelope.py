@@ -35,7 +35,7 @@ def sent(content: RecordDict | Error) -> Message:
 
 
 def received(payload: bytes) -> Message:
-    return request_of(payload, message_id=b"\x01" * 16, coordinator=COORDINATOR, node=NODE)
+    return request_of(payload, message_id=b"\x01" * 16, node=NODE)
 
 
 def test_a_message_arrives_as_it_was_sent_but_for_its_addresses() -> None:
