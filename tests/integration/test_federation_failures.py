@@ -498,7 +498,8 @@ def test_a_copy_of_a_site_waits_outside_and_its_spending_shows_in_the_statement(
     federation.start_site("c-copy")
     problem = eventually(lambda: read_status(federation.site("c-copy")).get("problem"))
     assert "a process with the key of c is connected already" in problem
-    assert coordinator_log(federation, Event.TWIN_REFUSED)[-1].details["site"] == "c"
+    (noted,) = eventually(lambda: coordinator_log(federation, Event.TWIN_REFUSED)[-1:])
+    assert noted.details["site"] == "c"
     submission = consortium.submit(rounds=14, local_steps=150, min_sites=3)
     eventually(lambda: any("c" in record["sites"] for record in rounds_of(submission)))
     assert read_status(federation.site("c-copy"))["state"] == "waiting"

@@ -484,3 +484,20 @@ def test_units_without_a_relation_are_refused_by_name() -> None:
         run_statement([RELEASE, other], "r")
     with pytest.raises(PrivacyError, match="the unit is the customer, but how many records of each enter a step"):
         site_statement(replace(other, records_per_person=None), "r")
+
+
+def test_how_records_enter_a_step_is_told_of_persons_and_in_the_right_number() -> None:
+    """And of records nothing: the whole of what stands between the promise and what it does not cover."""
+    told = site_statement(RELEASE, "r")
+    assert told.split(AS_REPORTED)[1].startswith(" Not covered")
+    for most, words in ((1, "at most 1 record of theirs"), (2, "at most 2 records of theirs")):
+        release = replace(RELEASE, unit="patient", records_per_person=most)
+        assert words in site_statement(release, "r")
+
+
+@pytest.mark.parametrize("release", UNPROTECTED)
+def test_the_run_of_a_site_without_protection_keeps_unit_and_what_is_not_covered(release: SiteRelease) -> None:
+    by_patient = replace(release, unit="patient", records_per_person=1)
+    found = run_statement([by_patient], "r", pretrained=False)
+    assert found.one_site == site_statement(by_patient, "r", pretrained=False)
+    assert found.not_covered == not_covered("patient", pretrained=False)
