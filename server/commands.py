@@ -16,6 +16,7 @@ import typer
 from cryptography import x509
 from rich.table import Table
 
+from server.coordinator.health import is_alive, troubles
 from server.store.home import CoordinatorConfig, CoordinatorHome
 from server.store.submission import Submission, find, submissions
 from shared import terminal
@@ -38,8 +39,6 @@ coordinator_app = typer.Typer(
 
 HomeArgument = Annotated[Path, typer.Argument(help="The coordinator's folder.")]
 JobOption = Annotated[str | None, typer.Option("--job", help="Number or name of the job; the newest by default.")]
-# A coordinator writes its status twice a second; evaluating a model may hold it up.
-_STALE_SECONDS = 60.0
 
 
 @coordinator_app.command()
@@ -162,7 +161,7 @@ def submit_job(
     )
     if not as_json:
         typer.echo(f"submitted {submission.name} (job {job.sha256[:12]})")
-        if not _alive(place.read_status()):
+        if not is_alive(place.read_status()):
             typer.echo(f"the coordinator does not run; start it with: silotune coordinator start {home}")
     with saying(lambda: f"{submission.name} goes on; watch it with: silotune coordinator status {home}"):
         while wait and submission.is_open:
@@ -177,17 +176,19 @@ def submit_job(
 
 @coordinator_app.command()
 def status(home: HomeArgument, as_json: JsonOption = False) -> None:
-    """Show the coordinator, the sites and the jobs; exit status 1 if the coordinator does not run."""
+    """Show the coordinator, the sites and the jobs; exit status 1 if something is wrong with the coordinator, and what."""
     place = CoordinatorHome(home)
     place.load_config()
-    said = place.read_status()
-    alive = _alive(said)
-    jobs = [_job_state(submission) for submission in submissions(place.jobs)]
+    said, known = place.read_status(), submissions(place.jobs)
+    alive, jobs = is_alive(said), [_job_state(submission) for submission in known]
+    found = troubles(place, said, job_waits=any(submission.is_open for submission in known))
     if as_json:
-        terminal.print_json({"alive": alive, **said, "jobs": jobs})
+        terminal.print_json({"alive": alive, "healthy": not found, "troubles": found, **said, "jobs": jobs})
     else:
         _print_status(said, alive, jobs)
-    if not alive:
+        for text in found:
+            terminal.console().print(f"trouble: {text}", soft_wrap=True, style="yellow")
+    if found:
         raise typer.Exit(1)
 
 
@@ -231,7 +232,7 @@ def stop(
         typer.echo(f"{submission.name} will be stopped.")
         return
     said = place.read_status()
-    if not _alive(said):
+    if not is_alive(said):
         raise RunError(f"no coordinator runs in {home}.")
     if not place.works_there(int(said["pid"])):
         raise RunError(
@@ -268,15 +269,6 @@ def _own_certificate(place: CoordinatorHome, path: Path, root: x509.Certificate,
     return loaded
 
 
-def _alive(said: dict[str, Any]) -> bool:
-    try:
-        os.kill(int(said["pid"]), 0)
-        age = datetime.now(UTC) - datetime.fromisoformat(said["updated"])
-    except (KeyError, OSError, ValueError):
-        return False
-    return said.get("state") != "stopped" and age.total_seconds() < _STALE_SECONDS
-
-
 def _job_state(submission: Submission) -> dict[str, Any]:
     return {"name": submission.name, "rounds_durable": max(submission.progress(), 0), **submission.state()}
 
@@ -284,7 +276,7 @@ def _job_state(submission: Submission) -> dict[str, Any]:
 def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]]) -> None:
     console = terminal.console()  # a site's text is shown as it is
     console.print(f"coordinator: {said.get('state', 'never started') if alive else 'not running'}")
-    for key in ("address", "certificate_until", "trust_problem", "problem"):
+    for key in ("address", "certificate_until"):
         if said.get(key):
             console.print(f"  {key}: {said[key]}", soft_wrap=True)
     table = Table("site", "connected", "last seen", "admitted until", box=None)

@@ -13,6 +13,7 @@ from pathlib import Path
 from client.ledger.account import dataset_key
 from shared.errors import ConfigError
 from shared.files.atomic import write_json
+from shared.limits import MAX_RECORDS
 from shared.privacy.sizes import declared_size
 
 DECLARED_FILE = "declared.json"
@@ -35,6 +36,8 @@ def durable_size(home: Path, *, dataset: str, unit: str, num_units: int) -> int:
     try:
         if path.exists():
             declared = {str(name): int(size) for name, size in json.loads(path.read_text(encoding="utf-8")).items()}
+            if not all(1 <= size <= MAX_RECORDS for size in declared.values()):
+                raise ValueError("no size of a data set")
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({type(error).__name__}); it holds the size that this site declared. Restore it from a "

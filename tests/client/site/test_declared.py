@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
 from client.check import check_site
-from client.site.declared import DECLARED_FILE
+from client.site.declared import DECLARED_FILE, durable_size
 from client.site.home import open_site
 from shared.data.datasets import write_jsonl
 from shared.errors import ConfigError
@@ -99,3 +100,10 @@ def test_a_damaged_file_is_refused_not_replaced(make_world: MakeWorld, content: 
     with pytest.raises(ConfigError, match="holds the size that this site declared"):
         open_site(world.home, passphrase=None).describe()
     assert file.read_text() == content
+
+
+@pytest.mark.parametrize("size", [0, -1, 10**9 + 1, 10**400])
+def test_a_size_that_no_data_set_has_is_no_size_that_was_declared(tmp_path: Path, size: int) -> None:
+    (tmp_path / DECLARED_FILE).write_text(f'{{"notes/record": {size}}}')
+    with pytest.raises(ConfigError, match="it holds the size that this site declared"):
+        durable_size(tmp_path, dataset="notes", unit="record", num_units=64)
