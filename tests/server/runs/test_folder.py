@@ -124,10 +124,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_for_people(tmp_path: Path, job
 
 
 def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
-    with pytest.raises(RunError, match=r"no readable job\.json"):
+    with pytest.raises(RunError, match=r"holds no job\.json"):
         load_job(tmp_path)
     (tmp_path / "job.json").write_text("{")
-    with pytest.raises(RunError, match=r"no readable job\.json"):
+    with pytest.raises(RunError, match=r"job\.json is damaged"):
         load_job(tmp_path)
 
 
