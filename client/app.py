@@ -90,8 +90,15 @@ def signed(
 ) -> Answer | Signed:
     """Return what a site answers, a release with the receipt for it."""
     answer = act(request)
-    receipt = b"" if isinstance(answer, Refusal) else site.guard.receipt(request, answer)
-    return Signed(answer, receipt) if receipt and not isinstance(answer, Refusal) else answer
+    if isinstance(answer, Refusal):
+        return answer
+    try:
+        receipt = site.guard.receipt(request, answer)
+    except SilotuneError as error:
+        # It was charged and is stored; asked again, it leaves once the key can be read.
+        log.error("a release cannot be signed and stays here: %s", error)
+        return Refusal.withheld(site.config.name)
+    return Signed(answer, receipt) if receipt else answer
 
 
 def asked(message: Message, context: Context, kind: Literal["train", "metrics"] = "train") -> TrainRequest:

@@ -119,6 +119,9 @@ def start(home: HomeArgument) -> None:
         logging.getLogger("silotune.coordinator").warning(warning)
     with orderly(supervisor.stop, f"go on with: silotune coordinator start {home}; its jobs resume then"):
         supervisor.run()
+    if supervisor.lingers:
+        logging.shutdown()
+        os._exit(0)
 
 
 def _log_to(path: Path) -> None:

@@ -80,4 +80,4 @@ def explained(
 
 
 def _without_password(proxy: str) -> str:
-    return re.sub(r"//[^@/]*@", "//", proxy)
+    return re.sub(r"//.*@", "//", proxy)

@@ -137,6 +137,7 @@ class Guard:
                 f"round {request.round_number} is not signed by the coordinator that the job names; the job, the round number "
                 "or the adapter was changed on the way, or somebody else sent it."
             ) from None
+        self._key()  # a key that cannot sign the release is found before anything is charged
         now = self._clock()
         check_clock(self.policy, sent_at, now - timedelta(seconds=request.waited_seconds))
         check_hours(self.policy, now.astimezone())
@@ -158,7 +159,8 @@ class Guard:
         """
         for charged in ledger.charges(request.job.sha256):
             same = charged.round == request.round_number
-            if charged.round > request.round_number or (same and charged.request_sha256 not in (None, request_sha256)):
+            # Of what another ledger charged nobody knows from which adapter.
+            if charged.round > request.round_number or (same and charged.request_sha256 != request_sha256):
                 raise PolicyError(
                     f"round {request.round_number} was asked for, but this site has answered round {charged.round} of the job"
                     f"{' from another adapter' if same else ''}; rounds go forward only, each from one adapter. If the "

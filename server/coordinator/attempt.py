@@ -55,27 +55,36 @@ class Attempt:
         return not self.alive
 
     def _run(self) -> None:
-        with _logging_to(self.submission.log):
-            try:
-                # Imported here: sites connect while PyTorch is loaded.
-                from server.coordinator.production import run_submission
+        try:
+            with _logging_to(self.submission.log):
+                self._attempt()
+        except BaseException as error:  # also a log that cannot be opened: nothing ends in silence
+            log.exception("the job ended early")
+            defect = not isinstance(error, OSError | SilotuneError)
+            with contextlib.suppress(SilotuneError):
+                self.submission.note(problem=f"{type(error).__name__}; see the coordinator's log", defect=defect)
+        finally:
+            with contextlib.suppress(RunError):  # the link may have ended
+                self._grid.close()
 
-                run_submission(self._grid, self._home, self.submission)
-            except Halted:
-                log.info("the run was stopped")
-            except SilotuneError as error:
-                log.error("%s", error)
-                with contextlib.suppress(SilotuneError):
-                    self.submission.note("failed" if lasts(error) else None, problem=str(error))
-            except Exception as error:
-                # A disk in trouble is no defect of the job.
-                defect = not isinstance(error, OSError)
-                with contextlib.suppress(SilotuneError):
-                    self.submission.note(problem=f"{type(error).__name__}; see the log", defect=defect)
-                log.exception("the job ended early")
-            finally:
-                with contextlib.suppress(RunError):  # the link may have ended
-                    self._grid.close()
+    def _attempt(self) -> None:
+        try:
+            # Imported here: sites connect while PyTorch is loaded.
+            from server.coordinator.production import run_submission
+
+            run_submission(self._grid, self._home, self.submission)
+        except Halted:
+            log.info("the run was stopped")
+        except SilotuneError as error:
+            log.error("%s", error)
+            with contextlib.suppress(SilotuneError):
+                self.submission.note("failed" if lasts(error) else None, problem=str(error))
+        except Exception as error:
+            # A disk in trouble is no defect of the job.
+            defect = not isinstance(error, OSError)
+            with contextlib.suppress(SilotuneError):
+                self.submission.note(problem=f"{type(error).__name__}; see the log", defect=defect)
+            log.exception("the job ended early")
 
 
 def lasts(error: SilotuneError) -> bool:

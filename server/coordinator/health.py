@@ -20,9 +20,9 @@ def is_alive(said: dict[str, Any]) -> bool:
     try:
         os.kill(int(said["pid"]), 0)
         age = datetime.now(UTC) - datetime.fromisoformat(said["updated"])
-    except (KeyError, OSError, ValueError):
+    except (KeyError, OSError, TypeError, ValueError):
         return False
-    return said.get("state") != "stopped" and age.total_seconds() < STALE_SECONDS
+    return said.get("state") != "stopped" and abs(age.total_seconds()) < STALE_SECONDS
 
 
 def troubles(home: CoordinatorHome, said: dict[str, Any], *, job_waits: bool) -> list[str]:

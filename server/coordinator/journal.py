@@ -58,6 +58,10 @@ class Journal(LinkEvents):
         now = time.monotonic()
         with self._lock:
             due = [(key, kept) for key, kept in self._kept.items() if kept.times]
+            for key in [
+                key for key, kept in self._kept.items() if not kept.times and now - kept.written >= APART_SECONDS
+            ]:
+                del self._kept[key]
         for (event, site), kept in due:
             if everything or now - kept.written >= APART_SECONDS:
                 with self._lock:

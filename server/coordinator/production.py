@@ -33,6 +33,7 @@ from shared.wire.messages import MetricsReply, SiteDescription, TrainReply
 log = logging.getLogger("silotune.coordinator")
 
 RECEIPTS_FILE = "receipts.jsonl"
+_NAMES_AN_ENTRY = 200
 
 
 def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission) -> None:
@@ -144,14 +145,19 @@ class _Recorder(Observer):
 
     def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`."""
-        self._note(
-            Event.ROUND_ASKED,
-            round=round_number,
-            sites=list(sites),
-            declared_records=[self._sizes[site] for site in sites],
-            adapter_sha256=hashlib.sha256(adapter).hexdigest(),
-            bytes=len(adapter),
-        )
+        sha256 = hashlib.sha256(adapter).hexdigest()
+        # An entry of too many names would be cut, and with it what a later process must know was asked.
+        for first in range(0, len(sites), _NAMES_AN_ENTRY):
+            some = list(sites[first : first + _NAMES_AN_ENTRY])
+            sizes = [self._sizes[site] for site in some]
+            self._note(
+                Event.ROUND_ASKED,
+                round=round_number,
+                sites=some,
+                declared_records=sizes,
+                adapter_sha256=sha256,
+                bytes=len(adapter),
+            )
 
     def stopped_early(self, checkpoint: Checkpoint) -> None:
         """See `Observer`."""

@@ -42,6 +42,9 @@ class Supervisor:
 
     Args:
         home: its folder; locked while `run` runs.
+
+    Attributes:
+        lingers: whether the thread of a job still runs after `run`; PyTorch then aborts a process that ends by itself.
     """
 
     def __init__(self, home: CoordinatorHome) -> None:
@@ -55,6 +58,7 @@ class Supervisor:
         self._trust_problem: str | None = None
         self._attempts: dict[str, _Attempts] = {}
         self._active: Attempt | None = None
+        self.lingers = False
 
     def stop(self) -> None:
         """Ask `run` to return; safe in a signal handler and in any thread."""
@@ -80,6 +84,7 @@ class Supervisor:
                     self._active.halt()
                     if not self._active.join(_FAREWELL_SECONDS):
                         log.warning("job %s did not end in time; it resumes all the same", self._active.submission.name)
+                        self.lingers = True
                 self._link.stop()
                 with contextlib.suppress(SilotuneError):
                     self._journal.write(everything=True)
@@ -169,7 +174,7 @@ class Supervisor:
             if submission.state()["state"] == "submitted":
                 state = submission.state()
                 self._log.append(
-                    Event.JOB_SUBMITTED, job=state["job_sha256"], name=submission.name, signer=state["signer"]
+                    Event.JOB_SUBMITTED, job=state["job_sha256"], name=submission.name, signer=state.get("signer")
                 )
             # Before it begins: on a full disk this fails, and one attempt after the other would be started.
             submission.note("running", started=datetime.now(UTC).isoformat(timespec="milliseconds"))

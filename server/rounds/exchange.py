@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar, Generic, Literal, TypeVar
 
@@ -171,12 +171,16 @@ def collect(
                 question.unknown.discard(site.site)
         else:
             try:
-                if authority is not None and authority.keys is not None:
-                    receipt = _checked_receipt(question, site.site, answer, message, authority.keys(site.site))
-                    question.received(receipt)
-                question.take(answer, site)
-            except (AdapterError, RunError, TrustError) as error:
+                receipt = _checked_receipt(question, site.site, answer, message, authority)
+            except TrustError as error:
                 question.failed[site.site] = str(error)
+            else:
+                if receipt is not None:
+                    question.received(receipt)  # a full disk here ends the attempt: it is not the site's fault
+                try:
+                    question.take(answer, site)
+                except (AdapterError, RunError) as error:
+                    question.failed[site.site] = str(error)
         question.judged(site.site, reply)
 
 
@@ -185,14 +189,16 @@ def _checked_receipt(
     name: str,
     reply: TrainReply | MetricsReply,
     message: Message,
-    keys: Collection[bytes],
-) -> Receipt:
-    """Return the receipt that came with a release.
+    authority: Authority | None,
+) -> Receipt | None:
+    """Return the receipt that came with a release; None in a simulation.
 
     Raises:
         TrustError: it is not one of this site's, for this question and this release.
     """
-    request, signature = question.request, unpack_receipt(message)
+    if authority is None or authority.keys is None:
+        return None
+    request, signature, keys = question.request, unpack_receipt(message), authority.keys(name)
     assert request is not None  # noqa: S101 (it was asked)
     assert request.order is not None  # noqa: S101 (by an authority)
     # By the name under which the key was admitted, whatever the reply says.

@@ -136,6 +136,9 @@ class Roster:
         if self._authority:
             self._names |= self._authority.registered()
         registered = self._names.get(node)
+        if isinstance(answer, SiteDescription) and registered is None and self._authority and self._authority.keys:
+            # Its certificate ended between its answer and now: it may not pass for another site.
+            answer = Refusal(site=f"node {node}", code="TrustError", reason="its key is not admitted any more")
         if isinstance(answer, SiteDescription) and registered is not None and answer.site != registered:
             answer = Refusal(
                 site=registered,

@@ -14,10 +14,11 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AwareDatetime, BaseModel, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from shared.errors import RunError
 from shared.files.atomic import exclusive_lock
@@ -58,17 +59,28 @@ class CoordinatorConfig(Section):
         return {names.get(key, key): value for key, value in raw.items() if key != "control_port"}
 
 
+def _aware(text: str) -> str:
+    if datetime.fromisoformat(text).tzinfo is None:
+        raise ValueError("a time without a time zone")
+    return text
+
+
+_Time = Annotated[str, Field(strict=True), AfterValidator(_aware)]
+
+
 class _SiteStatus(BaseModel):
     online: bool
     until: str
+    last_seen: str | None = None
 
 
 class _Status(BaseModel):
     """What commands read of `coordinator.json`; they send signals to `pid`."""
 
     pid: int = Field(gt=1, lt=2**31, strict=True)
-    updated: AwareDatetime
+    updated: _Time
     state: str
+    certificate_until: _Time | None = None
     sites: dict[str, _SiteStatus]
 
 

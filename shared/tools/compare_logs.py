@@ -95,16 +95,17 @@ def _adapters(ours: _Books, theirs: _Books) -> Iterator[Difference]:
 
 def _releases(ours: _Books, theirs: _Books) -> Iterator[Difference]:
     for job in ours.releases.keys() | theirs.releases.keys():
-        made = {sha256: number for number, sha256 in ours.releases.get(job, set())}
-        # Of site metrics the coordinator's log does not tell the round.
-        counted = {sha256: number for number, sha256 in theirs.releases.get(job, set())}
-        for sha256 in counted.keys() - made.keys():
-            text = f"the coordinator counts the release {sha256[:12]}, which the site did not make"
-            yield Difference(job, counted[sha256], text, contradicts=True)
-        for sha256 in made.keys() - counted.keys():
-            text = f"the site made and charged the release {sha256[:12]}, which the coordinator did not count"
-            yield Difference(job, made[sha256], text, contradicts=False)
-        for sha256 in made.keys() & counted.keys():
-            if counted[sha256] not in (0, made[sha256]):
-                text = f"the release {sha256[:12]} of round {made[sha256]} is counted for round {counted[sha256]}"
-                yield Difference(job, counted[sha256], text, contradicts=True)
+        made, counted = ours.releases.get(job, set()), theirs.releases.get(job, set())
+        round_of = {sha256: number for number, sha256 in made}
+        for number, sha256 in counted:
+            if sha256 not in round_of:
+                text = f"the coordinator counts the release {sha256[:12]}, which the site did not make"
+                yield Difference(job, number, text, contradicts=True)
+            # Of site metrics the coordinator's log does not tell the round.
+            elif number and (number, sha256) not in made:
+                text = f"the release {sha256[:12]} of round {round_of[sha256]} is counted for round {number}"
+                yield Difference(job, number, text, contradicts=True)
+        for number, sha256 in made:
+            if sha256 not in {one for _, one in counted}:
+                text = f"the site made and charged the release {sha256[:12]}, which the coordinator did not count"
+                yield Difference(job, number, text, contradicts=False)

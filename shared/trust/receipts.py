@@ -38,7 +38,7 @@ class Released:
         sent_at: time in the order that it answers, which tells one attempt from the next.
         adapter_sha256: of the global adapter that was sent.
         release_sha256: of the update, or of the metrics in canonical form.
-        declared_records: by which it is weighed; 0 for metrics.
+        declared_records: its size, as the site says it with this release; 0 for metrics.
     """
 
     site: str

@@ -311,7 +311,7 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
         return TrainReply(
             site=_site_name(header),
             round_number=_whole(header["round_number"]),
-            job_sha256=str(header["job_sha256"]),
+            job_sha256=_sha256(header["job_sha256"]),
             update=_bytes(header, "update"),
             declared_records=_whole(header["declared_records"], least=1, most=MAX_RECORDS),
             noise_multiplier=_finite(header["noise_multiplier"]),
@@ -336,10 +336,10 @@ def unpack_metrics(message: Message) -> MetricsReply | Refusal:
         if len(text) > _MOST_METRICS_CHARACTERS:
             raise ValueError("too long")
         fields: dict[str, Any] = json.loads(text)
-        return MetricsReply(
+        found = MetricsReply(
             site=_site_name(fields),
-            job_sha256=str(fields["job_sha256"]),
-            adapter_sha256=str(fields["adapter_sha256"]),
+            job_sha256=_sha256(fields["job_sha256"]),
+            adapter_sha256=_sha256(fields["adapter_sha256"]),
             counts={
                 str(name): [_finite(value, most=_MOST_COUNTED) for value in values]
                 for name, values in fields["counts"].items()
@@ -347,6 +347,8 @@ def unpack_metrics(message: Message) -> MetricsReply | Refusal:
             noise_multiplier=_finite(fields["noise_multiplier"]),
             randomness="os" if fields["randomness"] == "os" else "injected",
         )
+        found.canonical()  # half a character has no bytes
+        return found
     except (*_MALFORMED, AttributeError, RecursionError):
         return Refusal(site="", code=MALFORMED, reason="the site's metrics could not be read")
 
@@ -386,6 +388,12 @@ def _finite(value: Any, *, most: float = math.inf) -> float:
     if not math.isfinite(number) or abs(number) > most:
         raise ValueError("not a finite number, or too large a one")
     return number
+
+
+def _sha256(value: Any) -> str:
+    if not re.fullmatch("[0-9a-f]{64}", str(value)) or str(value).endswith("\n"):
+        raise ValueError("not a SHA-256")
+    return str(value)
 
 
 def _site_name(header: dict[str, Any]) -> str:

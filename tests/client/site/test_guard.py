@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 
 from client import commands
+from client.app import Signed, signed
 from client.site.guard import Guard, NoGuard
 from client.site.home import SiteHome, open_site
 from client.site.site import Site
@@ -413,6 +416,38 @@ def test_a_refusal_for_the_sites_own_reasons_tells_nothing(world: World, asked: 
     noted = world.entries(Event.REQUEST_REFUSED)[-1].details
     assert (noted["code"], noted["reason_sent"]) == ("LedgerError", False)
     assert "holds a release that was already charged" in noted["reason"]
+
+
+def test_a_key_that_cannot_be_read_costs_nothing_and_its_path_stays_here(world: World, asked: TrainRequest) -> None:
+    world.site.ledger()
+    good = world.home.key.read_bytes()
+    world.home.key.write_bytes(b"damaged")
+    os.utime(world.home.key, ns=(1, 1))
+    before = len(world.site.ledger().entries())
+    answer = signed(world.site, asked, world.site.answer)
+    assert answer == Refusal.withheld("north")
+    assert len(world.site.ledger().entries()) == before
+    world.home.key.write_bytes(good)
+    assert isinstance(signed(world.site, asked, world.site.answer), Signed)
+
+
+def test_a_round_that_another_ledger_charged_is_over(
+    world: World, job: Job, request_for: Callable[..., TrainRequest], tmp_path: Path
+) -> None:
+    """Nobody here knows from which adapter it was answered there."""
+    assert isinstance(world.site.answer(world.order(request_for(job, 1))), TrainReply)
+    export = world.site.ledger().export(site="north", declared_records=32)
+    moved = SiteHome(tmp_path / "moved")
+    shutil.copytree(
+        world.home.path, moved.path, ignore=shutil.ignore_patterns("ledger.db*", "rounds", "audit", "*.sealed")
+    )
+    site = open_site(moved, passphrase=None, clock=lambda: world.now)
+    site.ledger().import_account(export)
+    for shift in (0.0, 1e-5):
+        answer = site.answer(world.order(request_for(job, 1, shift=shift)))
+        assert isinstance(answer, Refusal)
+        assert "rounds go forward only" in answer.reason
+    assert isinstance(site.answer(world.order(request_for(job, 2))), TrainReply)
 
 
 # --- metrics ---

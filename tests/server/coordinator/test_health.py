@@ -87,3 +87,25 @@ def test_a_disk_that_is_nearly_full_is_said(home: CoordinatorHome, monkeypatch: 
 def test_a_coordinator_that_never_ran_does_not_run(home: CoordinatorHome) -> None:
     (found,) = health.troubles(home, home.read_status(), job_waits=False)
     assert found.startswith("it does not run")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"certificate_until": "soon"},
+        {"certificate_until": "2027-01-01"},
+        {"certificate_until": 5},
+        {"updated": 1_790_000_000},
+        {"updated": "2126-01-01T00:00:00+00:00"},
+        {"sites": {"a": ONLINE | {"last_seen": [1]}}},
+        {"sites": []},
+        {"pid": "1"},
+    ],
+)
+def test_a_status_that_no_coordinator_wrote_is_of_none(
+    home: CoordinatorHome, silotune: Callable[..., Outcome], changes: dict[str, Any]
+) -> None:
+    said(home, **changes)
+    shown = silotune("coordinator", "status", home.path)
+    assert shown.status == 1
+    assert "it does not run" in shown.out

@@ -13,7 +13,7 @@ import pytest
 
 import server.coordinator.journal as journal_module
 import server.coordinator.supervisor as supervisor_module
-from server.coordinator.attempt import lasts
+from server.coordinator.attempt import Attempt, lasts
 from server.coordinator.journal import Journal
 from server.coordinator.run_file import RunSettings, submit
 from server.coordinator.supervisor import Supervisor
@@ -29,7 +29,7 @@ from shared.job.parsing import parse
 from shared.trust import audit_log
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.signing import SigningKey, load_verify_key
-from shared.wire.messages import TrainReply
+from shared.wire.messages import SiteDescription, TrainReply
 from simulations.federation.processes import Federation
 
 
@@ -318,6 +318,53 @@ def test_a_status_that_cannot_be_written_ends_nothing(supervisor: Supervisor, mo
     supervisor._turn()
 
 
+def test_names_that_are_silent_make_room_for_others_in_the_journal(
+    home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(journal_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(journal_module, "_MOST_KEPT", 3)
+    journal = Journal(home.open_log(home.load_round_key(None)))
+    for name in "abcd":
+        journal.disconnected(name, "it left")
+    journal.write()
+    now[0] += 61.0
+    journal.write()
+    journal.twin("d", "ipv4:10.0.0.9:1")
+    journal.write()
+    assert [entry.details["site"] for entry in audit_log.read(home.audit)] == ["a", "b", "c", "d"]
+
+
+def test_an_attempt_whose_log_cannot_be_opened_says_so(home: CoordinatorHome, submitted: Submission) -> None:
+    submitted.log.mkdir()
+
+    class Link:
+        mailroom = None
+
+        def call(self, *_: Any) -> None: ...
+
+    class Mailroom:
+        withdraw = None
+
+    link: Any = Link()
+    link.mailroom = Mailroom()
+    attempt = Attempt(home, submitted, link)
+    assert attempt.join(30.0)
+    state = submitted.state()
+    assert state["problem"] == "IsADirectoryError; see the coordinator's log"
+    assert state["defect"] is False
+
+
+def test_a_round_of_many_sites_is_noted_whole(home: CoordinatorHome, submitted: Submission) -> None:
+    from server.coordinator.production import _Recorder
+
+    sites = [SiteDescription(site=f"{'x' * 60}-{i}", declared_records=8, version="1") for i in range(1000)]
+    recorder = _Recorder(submitted, submitted.signed_job().job, home.open_log(home.load_round_key(None)))
+    recorder.roster(sites)
+    recorder.round_started(1, [site.site for site in sites], b"adapter")
+    assert {one.site.site for one in recorder.asked_since(0)} == {site.site for site in sites}
+
+
 # --- what the ServerApp makes of an error ---
 
 
@@ -357,7 +404,6 @@ def test_the_recorder_finds_in_the_log_what_an_earlier_process_was_at(
     home: CoordinatorHome, submitted: Submission, checkpoint_after: Callable[[int], Checkpoint]
 ) -> None:
     from server.coordinator.production import _Recorder
-    from shared.wire.messages import SiteDescription
 
     key = home.load_round_key(None)
     first = _Recorder(submitted, submitted.signed_job().job, home.open_log(key))

@@ -75,6 +75,11 @@ def test_every_difference_has_a_name(books: Books) -> None:
     ]
 
 
+def test_a_release_that_is_counted_twice_is_found(books: Books) -> None:
+    books.released(1, made=None, counted="f" * 64, as_round=2)
+    assert books.differences() == [(2, "the release ffffffffffff of round 1 is counted for round 2", True)]
+
+
 def test_the_command_ends_with_1_where_the_logs_contradict_each_other(
     books: Books, silotune: Callable[..., Outcome]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
@@ -230,5 +231,22 @@ def test_metrics_that_cannot_be_read_are_a_refusal(release: str) -> None:
     content = messages.pack_metrics(METRICS)
     content.config_records["silotune"]["release"] = release
     answer = messages.unpack_metrics(answered(content))
+    assert isinstance(answer, Refusal)
+    assert answer.code == messages.MALFORMED
+
+
+@pytest.mark.parametrize("name", ["job_sha256", "adapter_sha256", "counts"])
+def test_metrics_that_have_no_bytes_are_a_refusal(name: str) -> None:
+    """Half a character can be read from JSON and cannot be written: it must not end the round where it is hashed."""
+    fields = asdict(METRICS) | {name: {"\ud800": [1.0]} if name == "counts" else "\ud800"}
+    content = RecordDict({"silotune": ConfigRecord({"kind": "metrics", "release": json.dumps(fields)})})
+    answer = messages.unpack_metrics(answered(content))
+    assert isinstance(answer, Refusal)
+    assert answer.code == messages.MALFORMED
+
+
+@pytest.mark.parametrize("sha256", ["", "\x1b[2J" + "0" * 60, "A" * 64, "0" * 64 + "\n"])
+def test_a_hash_is_64_hex_digits_or_the_reply_is_none(sha256: str) -> None:
+    answer = messages.unpack_reply(answered(messages.pack_reply(replace(REPLY, job_sha256=sha256))))
     assert isinstance(answer, Refusal)
     assert answer.code == messages.MALFORMED
