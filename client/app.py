@@ -5,7 +5,6 @@ Sites are opened once per process and kept, so a round pays no import, no model 
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -79,8 +78,9 @@ def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> Clien
 
     @app.query("metrics")
     def metrics(message: Message, context: Context) -> Message:
-        request = functools.partial(asked, message, context, "metrics")
-        return answered(message, context, lambda site: signed(site, request(), site.answer_metrics))
+        return answered(
+            message, context, lambda site: signed(site, asked(message, context, "metrics"), site.answer_metrics)
+        )
 
     return app
 

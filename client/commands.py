@@ -202,7 +202,7 @@ def check(
 @site_app.command()
 def start(home: HomeArgument) -> None:
     """Run the node in the foreground until it is stopped (Ctrl-C or SIGTERM; it finishes the round at hand)."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
+    logging.basicConfig(level=logging.INFO, format=terminal.LOG_FORMAT, force=True)
     from client.node.node import Node
 
     node = Node(SiteHome(home), passphrase=passphrase_from_environment())

@@ -131,9 +131,7 @@ def _log_to(path: Path) -> None:
         logging.StreamHandler(),
         logging.handlers.RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8"),
     ]
-    logging.basicConfig(
-        level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", handlers=handlers, force=True
-    )
+    logging.basicConfig(level=logging.INFO, format=terminal.LOG_FORMAT, handlers=handlers, force=True)
     for noisy in ("flwr", "absl"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 

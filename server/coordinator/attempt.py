@@ -19,11 +19,11 @@ from server.link.server import LinkServer
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
+from shared.terminal import LOG_FORMAT
 
 log = logging.getLogger("silotune.coordinator")
 
 _LASTING = (ConfigError, DataError, ModelError, PrivacyError, TrustError)
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class Attempt:

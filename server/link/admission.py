@@ -17,10 +17,9 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from shared.errors import TrustError
-from shared.trust.certificates import Judge, SiteIdentity, load_certificate, parse_certificate
+from shared.trust.certificates import Judge, SiteIdentity, load_certificate, parse_certificate, spki
 from shared.trust.revocation import load_crl
 from shared.trust.trust_store import TrustStore
 
@@ -218,7 +217,7 @@ def _changed(path: str) -> tuple[int, int] | None:
 def key_bytes(key: object) -> bytes:
     """Return a P-256 key as SubjectPublicKeyInfo."""
     assert isinstance(key, ec.EllipticCurvePublicKey)  # noqa: S101 (certificates of other keys are not valid here)
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
+    return spki(key)
 
 
 def node_of(key: bytes) -> int:

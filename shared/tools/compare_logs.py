@@ -96,7 +96,7 @@ def _adapters(ours: _Books, theirs: _Books) -> Iterator[Difference]:
 def _releases(ours: _Books, theirs: _Books) -> Iterator[Difference]:
     for job in ours.releases.keys() | theirs.releases.keys():
         made, counted = ours.releases.get(job, set()), theirs.releases.get(job, set())
-        round_of = {sha256: number for number, sha256 in made}
+        round_of, counted_at_all = {sha256: number for number, sha256 in made}, {sha256 for _, sha256 in counted}
         for number, sha256 in counted:
             if sha256 not in round_of:
                 text = f"the coordinator counts the release {sha256[:12]}, which the site did not make"
@@ -106,6 +106,6 @@ def _releases(ours: _Books, theirs: _Books) -> Iterator[Difference]:
                 text = f"the release {sha256[:12]} of round {round_of[sha256]} is counted for round {number}"
                 yield Difference(job, number, text, contradicts=True)
         for number, sha256 in made:
-            if sha256 not in {one for _, one in counted}:
+            if sha256 not in counted_at_all:
                 text = f"the site made and charged the release {sha256[:12]}, which the coordinator did not count"
                 yield Difference(job, number, text, contradicts=False)

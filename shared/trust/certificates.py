@@ -98,10 +98,14 @@ def check_name(name: str) -> None:
         )
 
 
+def spki(public_key: ec.EllipticCurvePublicKey) -> bytes:
+    """Return a public key as bytes: SubjectPublicKeyInfo, DER."""
+    return public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+
+
 def fingerprint(public_key: ec.EllipticCurvePublicKey) -> str:
     """Return the SHA-256 of a public key (its SubjectPublicKeyInfo) in groups of four digits, for reading aloud."""
-    spki = public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    digest = hashlib.sha256(spki).hexdigest()
+    digest = hashlib.sha256(spki(public_key)).hexdigest()
     return " ".join(digest[i : i + 4] for i in range(0, len(digest), 4))
 
 

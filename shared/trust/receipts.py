@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, fields
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_der_public_key
+from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from shared.errors import TrustError
 from shared.files.json_files import canonical_json, parse_object
@@ -117,8 +117,3 @@ def check_release(keys: Collection[bytes], released: Released, receipt: bytes) -
         f"the release is not signed with the key of {released.site}'s certificate: it, its size or what it answers was changed "
         "on the way, or somebody else made it."
     )
-
-
-def spki(key: ec.EllipticCurvePublicKey) -> bytes:
-    """Return a public key as `check_release` takes it."""
-    return key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)

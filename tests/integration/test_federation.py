@@ -16,8 +16,9 @@ from shared.job.job import Job
 from shared.tools.compare_logs import compare
 from shared.trust import audit_log
 from shared.trust.audit_log import Event
+from shared.trust.certificates import spki
 from shared.trust.node_keys import load_private_key
-from shared.trust.receipts import Receipt, check_release, spki
+from shared.trust.receipts import Receipt, check_release
 from shared.trust.signed_folder import verify_folder
 from shared.trust.signing import load_verify_key
 from simulations.federation.processes import HOST, Federation, change_toml, round_overheads

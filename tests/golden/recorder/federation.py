@@ -75,8 +75,8 @@ class HomesGrid(Grid):
 
     def keys(self, name: str) -> list[bytes]:
         """Return the key of a site, as its certificate would."""
+        from shared.trust.certificates import spki
         from shared.trust.node_keys import load_private_key
-        from shared.trust.receipts import spki
 
         (home,) = (home for home in self._sites.values() if home.name == name)
         return [spki(load_private_key(home / "keys" / "site.key", None).public_key())]

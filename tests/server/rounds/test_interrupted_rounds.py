@@ -24,7 +24,8 @@ from server.store.checkpoint import Checkpoint
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.tensors.adapters import encode
-from shared.trust.receipts import Receipt, sign_release, spki
+from shared.trust.certificates import spki
+from shared.trust.receipts import Receipt, sign_release
 from shared.trust.signed_job import sign_job
 from shared.trust.signing import SigningKey
 from shared.wire.messages import (

@@ -10,7 +10,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared.errors import TrustError
-from shared.trust.receipts import MOST_RECEIPT_BYTES, Receipt, Released, check_release, sign_release, spki
+from shared.trust.certificates import spki
+from shared.trust.receipts import MOST_RECEIPT_BYTES, Receipt, Released, check_release, sign_release
 
 WHAT = Released(
     site="a",
