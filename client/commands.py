@@ -17,7 +17,7 @@ from rich.table import Table
 
 from client.node.status import read_status
 from client.site.config import SiteConfig
-from client.site.home import SiteHome, check_holder, open_site
+from client.site.home import SiteHome, check_holder, open_log, open_site
 from shared import terminal
 from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.epsilons import as_set, delta_rounded_up, rounded_up
@@ -25,12 +25,20 @@ from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import JSON_MARK, check_file, check_new_files
 from shared.job.parsing import parse
-from shared.options import JsonOption
+from shared.options import JsonOption, NoPassphraseOption
 from shared.stopping import orderly
+from shared.trust.audit_log import Event
 from shared.trust.certificates import fingerprint, load_certificate
 from shared.trust.job_files import read_job
-from shared.trust.keystore import new_key, passphrase_from_environment, save_secret
-from shared.trust.node_keys import load_private_key, save_private_key
+from shared.trust.keystore import (
+    new_key,
+    new_passphrase,
+    old_passphrase,
+    passphrase_changed,
+    passphrase_from_environment,
+    save_secret,
+)
+from shared.trust.node_keys import change_passphrase, load_private_key, save_private_key
 from shared.trust.pki import make_request
 from shared.trust.signing import SigningKey, find_verify_key, save_signing_key
 from shared.trust.trust_store import verify_certificate
@@ -149,6 +157,22 @@ def rotate(home: HomeArgument) -> None:
         "fingerprint:"
     )
     typer.echo(f"   {fingerprint(key.public_key())}")
+
+
+@site_app.command()
+def passphrase(home: HomeArgument, none: NoPassphraseOption = False) -> None:
+    """Change the passphrase of the site's keys, all or none; the node must be stopped.
+
+    The old one is read as ever, the new one from SILOTUNE_NEW_PASSPHRASE_FILE or SILOTUNE_NEW_PASSPHRASE, or typed twice.
+    """
+    place = SiteHome(home)
+    place.load_config()
+    with place.locked():
+        old = old_passphrase(place.key_files)
+        new = None if none else new_passphrase()
+        change_passphrase(place.key_files, old=old, new=new)
+        open_log(place, passphrase=new).append(Event.KEYS_ENCRYPTED, encrypted=new is not None)
+    typer.echo(passphrase_changed(len(place.key_files), new))
 
 
 @site_app.command()

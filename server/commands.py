@@ -23,11 +23,12 @@ from shared import terminal
 from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import check_new_files
-from shared.options import JsonOption
+from shared.options import JsonOption, NoPassphraseOption
 from shared.stopping import orderly, saying
+from shared.trust.audit_log import Event
 from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
-from shared.trust.keystore import passphrase_from_environment
-from shared.trust.node_keys import load_plain_pem_key, write_plain_pem_key
+from shared.trust.keystore import new_passphrase, old_passphrase, passphrase_changed, passphrase_from_environment
+from shared.trust.node_keys import change_passphrase, load_server_key, save_server_key
 from shared.trust.pki import make_request
 from shared.trust.revocation import check_newer, load_crl
 from shared.trust.signing import SigningKey, load_signing_key, load_verify_key, save_signing_key
@@ -54,17 +55,18 @@ def init(
         raise RunError(f"{home} is a coordinator's folder already; choose another, or remove it first.")
     config = CoordinatorConfig(hosts=tuple(host), listen_host=listen_host, listen_port=listen_port)
     made = (place.server_key, place.round_key, home / "round.pub", home / "server.csr")
+    passphrase = passphrase_from_environment()
     check_new_files(home, [path.relative_to(home).as_posix() for path in made])
     for folder in (home, place.trust / "sites", place.jobs, home / "keys", home / "logs"):
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     key, request = make_request(name=config.name, role="server", hosts=config.hosts)
-    write_plain_pem_key(place.server_key, key)
+    save_server_key(place.server_key, key, passphrase)
     round_key = SigningKey.generate()
-    save_signing_key(place.round_key, round_key, passphrase_from_environment())
+    save_signing_key(place.round_key, round_key, passphrase)
     write_text(home / "round.pub", round_key.verify_key.text + "\n")
     write_bytes(home / "server.csr", request)
     write_text(place.config, tomli_w.dumps(config.model_dump(mode="json")))  # last: it makes the folder count
-    typer.echo(f"made {home}; keys/server.key is protected by file permissions.")
+    typer.echo(f"made {home}; its keys are {'encrypted' if passphrase else 'protected by file permissions'}.")
     typer.echo(f"1. send {home / 'server.csr'} to whoever runs the CA; read them the key's fingerprint by telephone:")
     typer.echo(f"   {fingerprint(key.public_key())}")
     typer.echo(f"2. silotune coordinator install {home} --certificate server.crt --ca ca.crt --crl crl.pem")
@@ -103,6 +105,22 @@ def install(
     for path in site or []:
         identity = TrustStore(place.trust).install(path.read_bytes(), now)
         typer.echo(f"admitted {identity.name}, until {identity.not_after:%Y-%m-%d}")
+
+
+@coordinator_app.command()
+def passphrase(home: HomeArgument, none: NoPassphraseOption = False) -> None:
+    """Change the passphrase of the coordinator's keys, both or none; the coordinator must be stopped.
+
+    The old one is read as ever, the new one from SILOTUNE_NEW_PASSPHRASE_FILE or SILOTUNE_NEW_PASSPHRASE, or typed twice.
+    """
+    place = CoordinatorHome(home)
+    place.load_config()
+    with place.locked():
+        old = old_passphrase([place.round_key, place.server_key])
+        new = None if none else new_passphrase()
+        change_passphrase([place.round_key], old=old, new=new, server_key=place.server_key)
+        place.open_log(place.load_round_key(new)).append(Event.KEYS_ENCRYPTED, encrypted=new is not None)
+    typer.echo(passphrase_changed(2, new))
 
 
 @coordinator_app.command()
@@ -264,7 +282,7 @@ def _own_certificate(place: CoordinatorHome, path: Path, root: x509.Certificate,
     """Return the certificate in `path`, checked to be this coordinator's."""
     loaded = load_certificate(path)
     verify_certificate(loaded, root, now)
-    key = load_plain_pem_key(place.server_key)
+    key = load_server_key(place.server_key, passphrase_from_environment())
     if loaded.public_key() != key.public_key():
         raise TrustError(f"{path} was not made for {place.server_key}; send {place.path / 'server.csr'} to the CA.")
     return loaded

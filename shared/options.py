@@ -23,6 +23,10 @@ JsonAtEndOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON line at the end, and nothing else on standard output.")
 ]
 
+NoPassphraseOption = Annotated[
+    bool, typer.Option("--none", help="Leave the keys without a passphrase: only their mode (0600) protects them.")
+]
+
 Quoting = Literal["checked", "trusted", "none"]
 _QUOTING = typer.Option("--quoting", help="Of CSV: none takes quotes for plain characters; see data.train.quoting.")
 QuotingOption = Annotated[Quoting, _QUOTING]

@@ -62,6 +62,11 @@ class SiteHome:
     audit = Below("audit")
     status = Below("node.json")
 
+    @property
+    def key_files(self) -> list[Path]:
+        """The key files that are there, all under one passphrase."""
+        return [self.key, self.storage_key, self.log_key, *([self.next_key] if self.next_key.exists() else [])]
+
     def load_config(self) -> SiteConfig:
         """Return the parsed `site.toml`.
 

@@ -25,7 +25,7 @@ from shared.files.atomic import write_json
 from shared.trust.audit_log import Event
 from shared.trust.certificates import load_certificate
 from shared.trust.keystore import passphrase_from_environment
-from shared.trust.node_keys import load_plain_pem_key
+from shared.trust.node_keys import load_server_key
 from shared.trust.trust_store import verify_certificate
 
 log = logging.getLogger("silotune.coordinator")
@@ -50,7 +50,8 @@ class Supervisor:
     def __init__(self, home: CoordinatorHome) -> None:
         self.home = home
         self._config = home.load_config()
-        self._log = home.open_log(home.load_round_key(passphrase_from_environment()))
+        self._passphrase = passphrase_from_environment()
+        self._log = home.open_log(home.load_round_key(self._passphrase))
         self._journal = Journal(self._log)
         self._stop = threading.Event()
         self._link = self._new_link()
@@ -71,7 +72,7 @@ class Supervisor:
             SilotuneError: the folder is not complete, or the port is taken.
         """
         with self.home.locked():
-            check_server_certificate(self.home)
+            check_server_certificate(self.home, self._passphrase)
             self._log.append(Event.COORDINATOR_STARTED, pid=os.getpid())
             try:
                 self._say("starting")
@@ -92,7 +93,12 @@ class Supervisor:
                 self._log.append(Event.COORDINATOR_STOPPED, pid=os.getpid())
 
     def _new_link(self) -> LinkServer:
-        files = LinkFiles(certificate=self.home.server_certificate, key=self.home.server_key, trust=self.home.trust)
+        files = LinkFiles(
+            certificate=self.home.server_certificate,
+            key=self.home.server_key,
+            trust=self.home.trust,
+            passphrase=self._passphrase,
+        )
         return LinkServer(self._config.address, files, events=self._journal)
 
     def _start_link(self) -> None:
@@ -243,11 +249,11 @@ class _Attempts:
         self.count, self.progress, self.not_before = 0, -1, 0.0
 
 
-def check_server_certificate(home: CoordinatorHome) -> None:
+def check_server_certificate(home: CoordinatorHome, passphrase: str | None) -> None:
     """Check that the coordinator can be trusted by its sites.
 
     Raises:
-        TrustError: a file is missing, the certificate has expired, or is not for the key that lies here.
+        TrustError: a file is missing, the key does not open, the certificate has expired, or is not for this key.
     """
     for path in (home.ca_certificate, home.server_certificate, home.server_key):
         if not path.exists():
@@ -257,8 +263,6 @@ def check_server_certificate(home: CoordinatorHome) -> None:
             )
     certificate = load_certificate(home.server_certificate)
     verify_certificate(certificate, load_certificate(home.ca_certificate), datetime.now(UTC))
-    if home.server_key.stat().st_mode & 0o077:
-        raise TrustError(f"{home.server_key} can be read by others; run: chmod 600 {home.server_key}")
-    key = load_plain_pem_key(home.server_key)
+    key = load_server_key(home.server_key, passphrase)
     if key.public_key() != certificate.public_key():
         raise TrustError(f"{home.server_certificate} was made for another key than {home.server_key}.")

@@ -14,7 +14,7 @@ import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -29,6 +29,7 @@ from shared.errors import RunError, TrustError
 from shared.link import tls
 from shared.link.frames import SERVICE
 from shared.link.options import SERVER
+from shared.trust.node_keys import load_server_key, plain_pem
 
 log = logging.getLogger("silotune.coordinator")
 
@@ -53,16 +54,18 @@ class LinkFiles:
 
     Attributes:
         certificate: of the server, PEM.
-        key: belongs to it, PEM without a passphrase.
+        key: belongs to it, as `shared.trust.node_keys.save_server_key` writes it.
         trust: the trust store's folder, with the CA's certificate.
+        passphrase: opens the key; what it opens stays in memory.
     """
 
     certificate: Path
     key: Path
     trust: Path
+    passphrase: str | None = field(default=None, repr=False)
 
     def read(self) -> tuple[bytes, bytes, bytes]:
-        """Return key, certificate, CA."""
+        """Return key, certificate, CA, as they lie there."""
         paths = (self.key, self.certificate, self.trust / "ca.crt")
         try:
             key, certificate, ca = (path.read_bytes() for path in paths)
@@ -197,7 +200,7 @@ class LinkServer:
         health_pb2_grpc.add_HealthServicer_to_server(healthy, server)
         server.add_generic_rpc_handlers((self._service.handlers(),))
         credentials = grpc.dynamic_ssl_server_credentials(
-            _configuration(self._certificates), self._changed_certificates, require_client_authentication=True
+            self._configuration(), self._changed_certificates, require_client_authentication=True
         )
         try:
             port = server.add_secure_port(self._address, credentials)
@@ -223,14 +226,16 @@ class LinkServer:
         with contextlib.suppress(TrustError):  # one of the files is just being replaced
             found = self._files.read()
             if found != self._certificates:
-                self._certificates = found
-                return _configuration(found)
+                self._certificates = (
+                    found  # first: a key that does not open costs its time once, not at every connection
+                )
+                return self._configuration()
         return None
 
-
-def _configuration(files: tuple[bytes, bytes, bytes]) -> Any:
-    key, certificate, ca = files
-    return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
+    def _configuration(self) -> Any:
+        _, certificate, ca = self._certificates
+        key = plain_pem(load_server_key(self._files.key, self._files.passphrase))
+        return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
 
 
 def _raise_descriptor_limit() -> None:

@@ -1,7 +1,7 @@
 """The coordinator's folder: which file lies where, and what its settings are.
 
 coordinator.toml   name, hosts and ports
-keys/              server.key (TLS; plain PEM) and round.key (signs rounds and adapters); made here
+keys/              server.key (TLS) and round.key (signs rounds and adapters); made here
 trust/             ca.crt, crl.pem, server.crt and sites/*.crt: who may connect
 jobs/NUMBER-NAME/  the signed job, its public evaluation data, its state and its run folder
 audit/             the audit log

@@ -15,7 +15,7 @@ from rich.text import Text
 from shared import terminal
 from shared.errors import TrustError
 from shared.files.outputs import CERTIFICATE_MARK, CSR_MARK, check_file
-from shared.options import JsonLineOption
+from shared.options import JsonLineOption, NoPassphraseOption
 from shared.trust import certificates, keystore, node_keys, pki, signing
 from shared.trust.certificates import SiteIdentity
 from shared.trust.trust_store import TrustStore
@@ -219,6 +219,23 @@ def signer(
     typer.echo(f"public key: {pub_path}")
     typer.echo("A site that accepts jobs from this key has this line in its policy.toml, below [signers]:")
     typer.echo(f'"{out.name}" = "{key.verify_key.text}"')
+
+
+@pki_app.command()
+def passphrase(
+    key: Annotated[Path, typer.Argument(metavar="KEY", help="Key file: the CA's ca.key, a signer's NAME.key.")],
+    none: NoPassphraseOption = False,
+    passphrase_file: PassphraseOption = None,
+) -> None:
+    """Change the passphrase of one key.
+
+    The new one is read from SILOTUNE_NEW_PASSPHRASE_FILE or SILOTUNE_NEW_PASSPHRASE, or typed twice. Keys of a site or a
+    coordinator change together: `silotune site passphrase`, `silotune coordinator passphrase`.
+    """
+    old = keystore.old_passphrase([key]) if passphrase_file is None else keystore.read_passphrase(passphrase_file)
+    new = None if none else keystore.new_passphrase()
+    node_keys.change_passphrase([key], old=old, new=new)
+    _say_protection(key, new)
 
 
 def _passphrase(file: Path | None) -> str | None:

@@ -8,9 +8,12 @@ messages under a random key that is itself kept in a key file.
 from __future__ import annotations
 
 import base64
+import getpass
 import json
 import os
 import secrets
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from shared.errors import TrustError
 from shared.files import atomic
 from shared.files.bounded import read_bounded
 from shared.files.json_files import canonical_json
+from shared.trust import key_changes
 
 KEY_BYTES = 32
 SCRYPT_N = 2**17  # cost of new files: 128 MiB and some tenths of a second per guess
@@ -54,19 +58,25 @@ def save_secret(path: Path, secret: bytes, *, passphrase: str | None, replace: b
     """
     if not replace and os.path.lexists(path):
         raise TrustError(f"{path} exists already and is not overwritten; choose another path, or move that file away.")
-    document: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
+    key_changes.finish(path.parent)
+    atomic.write_bytes(path, document(secret, passphrase))
+
+
+def document(secret: bytes, passphrase: str | None) -> bytes:
+    """Return what a key file with this secret holds; see `save_secret`."""
+    fields: dict[str, Any] = {"format": _FORMAT, "version": _VERSION}
     if passphrase is None:
-        document |= {"protection": "none", "secret": _to_text(secret)}
+        fields |= {"protection": "none", "secret": _to_text(secret)}
     else:
         if not passphrase:
             raise TrustError("the passphrase is empty; expected at least one character.")
         salt, nonce = secrets.token_bytes(16), secrets.token_bytes(_NONCE_BYTES)
-        document |= {"protection": "passphrase", "n": SCRYPT_N, "r": SCRYPT_R, "p": SCRYPT_P}
-        document |= {"salt": _to_text(salt), "nonce": _to_text(nonce)}
+        fields |= {"protection": "passphrase", "n": SCRYPT_N, "r": SCRYPT_R, "p": SCRYPT_P}
+        fields |= {"salt": _to_text(salt), "nonce": _to_text(nonce)}
         key = _derive(passphrase, salt, n=SCRYPT_N, r=SCRYPT_R, p=SCRYPT_P)
-        ciphertext = AESGCM(key).encrypt(nonce, secret, canonical_json(document).encode())
-        document["ciphertext"] = _to_text(ciphertext)
-    atomic.write_json(path, document)
+        ciphertext = AESGCM(key).encrypt(nonce, secret, canonical_json(fields).encode())
+        fields["ciphertext"] = _to_text(ciphertext)
+    return (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
 
 
 def load_secret(path: Path, *, passphrase: str | None) -> bytes:
@@ -76,7 +86,25 @@ def load_secret(path: Path, *, passphrase: str | None) -> bytes:
         TrustError: if the file is missing, damaged or of an unknown version; if it is not encrypted and anybody but
             its owner may read or write it; if it is encrypted and the passphrase is missing or wrong.
     """
+    key_changes.finish(path.parent)
     content, mode = read_bounded(path, "key file", _MAX_FILE_BYTES)
+    secret = opened(content, path, passphrase=passphrase)
+    if not is_encrypted(content):
+        check_private(path, mode, "holds an unencrypted key")
+    return secret
+
+
+def is_encrypted(content: bytes) -> bool:
+    """Say whether the content of a key file claims to be encrypted."""
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(found, dict) and found.get("protection") == "passphrase"
+
+
+def opened(content: bytes, path: Path, *, passphrase: str | None) -> bytes:
+    """Return the secret in the content of the key file `path`; see `load_secret`, but for the mode of a file."""
     try:
         document = json.loads(content)
     except (ValueError, RecursionError):
@@ -93,20 +121,21 @@ def load_secret(path: Path, *, passphrase: str | None) -> bytes:
             return _decrypt(path, document, passphrase)
         if document.get("protection") != "none" or document.keys() != _PLAIN_FIELDS:
             raise ValueError("its fields are not those of a key file")
-        secret = _to_bytes(document["secret"])
+        return _to_bytes(document["secret"])
     except ValueError as error:
         raise _damaged(path, str(error)) from None
-    _check_private(path, mode, "holds an unencrypted key")
-    return secret
 
 
-def passphrase_from_environment() -> str | None:
+def passphrase_from_environment(name: str = "SILOTUNE_PASSPHRASE") -> str | None:
     """Return the passphrase of key files: from the file SILOTUNE_PASSPHRASE_FILE, else SILOTUNE_PASSPHRASE, else None.
+
+    Args:
+        name: of the variable, also with _FILE at its end.
 
     Raises:
         TrustError: if one of them is set and empty (a key would be written in the clear), or see `read_passphrase`.
     """
-    for variable in ("SILOTUNE_PASSPHRASE_FILE", "SILOTUNE_PASSPHRASE"):
+    for variable in (f"{name}_FILE", name):
         value = os.environ.get(variable)
         if value is None:
             continue
@@ -114,6 +143,48 @@ def passphrase_from_environment() -> str | None:
             raise TrustError(f"{variable} is set but empty; give it a value, or unset it to work without a passphrase.")
         return read_passphrase(Path(value)) if variable.endswith("_FILE") else value
     return None
+
+
+def old_passphrase(files: Sequence[Path]) -> str | None:
+    """Return the passphrase of these key files: that of the environment, else what is typed, None if none is needed.
+
+    Raises:
+        TrustError: see `passphrase_from_environment` and `load_secret`.
+    """
+    found = passphrase_from_environment()
+    key_changes.finish(files[0].parent)
+    needed = any(is_encrypted(read_bounded(path, "key file", _MAX_FILE_BYTES)[0]) for path in files)
+    return getpass.getpass("Passphrase: ") if found is None and needed and sys.stdin.isatty() else found
+
+
+def new_passphrase() -> str:
+    """Return the passphrase to change to: SILOTUNE_NEW_PASSPHRASE_FILE, SILOTUNE_NEW_PASSPHRASE, or what is typed twice.
+
+    Raises:
+        TrustError: if there is none, or what is typed differs or is empty.
+    """
+    found = passphrase_from_environment("SILOTUNE_NEW_PASSPHRASE")
+    if found is not None:
+        return found
+    if not sys.stdin.isatty():
+        raise TrustError(
+            "there is no new passphrase; set SILOTUNE_NEW_PASSPHRASE_FILE to a file that holds it, or run this in a terminal, "
+            "which asks for it."
+        )
+    typed = getpass.getpass("New passphrase: ")
+    if not typed or typed != getpass.getpass("Again: "):
+        raise TrustError("the two differ or are empty, so nothing was changed; try again.")
+    return typed
+
+
+def passphrase_changed(num_keys: int, passphrase: str | None) -> str:
+    """Return what to say when `num_keys` keys have this new passphrase."""
+    if passphrase is None:
+        return f"{num_keys} keys are no longer encrypted: only their mode 0600 protects them."
+    return (
+        f"{num_keys} keys have the new passphrase. Give it to the service (SILOTUNE_PASSPHRASE_FILE) before you start it, and "
+        "keep a copy apart from the backups. Older backups still open with the old one."
+    )
 
 
 def read_passphrase(path: Path) -> str:
@@ -125,7 +196,7 @@ def read_passphrase(path: Path) -> str:
     """
     content, mode = read_bounded(path, "passphrase file", _MAX_PASSPHRASE_BYTES)
     if not path.resolve().is_relative_to(SECRETS_FOLDER.resolve()):
-        _check_private(path, mode, "holds a passphrase")
+        check_private(path, mode, "holds a passphrase")
     try:
         passphrase = content.decode().removesuffix("\n").removesuffix("\r")
     except UnicodeDecodeError:
@@ -218,7 +289,8 @@ def _decrypt(path: Path, document: dict[str, Any], passphrase: str | None) -> by
         ) from None
 
 
-def _check_private(path: Path, mode: int, holds: str) -> None:
+def check_private(path: Path, mode: int, holds: str) -> None:
+    """Raise `TrustError` if anybody but the owner of `path`, which `holds` something, may read or write it."""
     if mode & 0o077:
         raise TrustError(f"{path} {holds} and others may use the file (mode {mode:04o}); run: chmod 600 {path}")
 

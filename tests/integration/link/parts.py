@@ -21,7 +21,7 @@ from shared.link.frames import Welcome
 from shared.link.line import Parcel
 from shared.trust import pki
 from shared.trust.certificates import pem_bytes
-from shared.trust.node_keys import write_plain_pem_key
+from shared.trust.node_keys import save_server_key
 from shared.trust.trust_store import TrustStore
 
 HOST = "127.0.0.1"
@@ -48,7 +48,7 @@ class Consortium:
         certificate = pki.approve(self.ca, request, role="server", hosts=["localhost", HOST], passphrase=None)
         self.files = LinkFiles(certificate=folder / "server.pem", key=folder / "server.key", trust=self.trust)
         self.files.certificate.write_bytes(pem_bytes(certificate))
-        write_plain_pem_key(self.files.key, key)
+        save_server_key(self.files.key, key, None)
         (self.trust / "ca.crt").write_bytes((self.ca / "ca.crt").read_bytes())
         self.publish()
         self.credentials = {name: self.admit(name) for name in sites}

@@ -7,6 +7,7 @@ import ssl
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -26,7 +27,7 @@ from shared.link.line import Parcel
 from shared.link.options import CHUNK_BYTES
 from shared.trust import pki
 from shared.trust.certificates import pem_bytes
-from shared.trust.node_keys import write_plain_pem_key
+from shared.trust.node_keys import load_server_key, save_server_key
 from tests.integration.link.parts import HOST, Consortium, eventually, serving, site
 from tests.integration.link.relay import ConnectProxy, Relay
 
@@ -259,7 +260,7 @@ def test_a_certificate_that_is_exchanged_serves_the_next_connection(consortium: 
         )
         pki.revoke(consortium.ca, "coordinator", passphrase=None)
         consortium.files.key.unlink()
-        write_plain_pem_key(consortium.files.key, key)
+        save_server_key(consortium.files.key, key, None)
         consortium.files.certificate.write_bytes(pem_bytes(certificate))
         context = ssl.create_default_context(cafile=str(consortium.trust / "ca.crt"))
         with (
@@ -271,6 +272,20 @@ def test_a_certificate_that_is_exchanged_serves_the_next_connection(consortium: 
         with site(server.port, consortium.credentials["b"]):
             eventually(lambda: heard.open == {"a", "b"})  # and nobody was disturbed
         assert [event for event in heard.of("disconnected") if event[1] == "a"] == []
+
+
+def test_a_server_key_under_a_passphrase_is_opened_in_memory(consortium: Consortium) -> None:
+    plain = consortium.files.key.read_bytes()
+    key = load_server_key(consortium.files.key, None)
+    words, others = "correct horse", "battery staple"
+    save_server_key(consortium.files.key, key, words)
+    consortium.files = replace(consortium.files, passphrase=words)
+    with serving(consortium) as (server, heard), site(server.port, consortium.credentials["a"]):
+        eventually(lambda: heard.open == {"a"})
+        assert plain not in {path.read_bytes() for path in consortium.files.key.parent.iterdir() if path.is_file()}
+    assert words not in repr(consortium.files)
+    with pytest.raises(TrustError, match="the passphrase is wrong"):
+        LinkServer(f"{HOST}:0", replace(consortium.files, passphrase=others)).start()
 
 
 def test_what_cannot_be_started_says_why(consortium: Consortium) -> None:

@@ -745,7 +745,7 @@ def test_private_key_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("p384.key", "signer.key"):
         with pytest.raises(TrustError, match="holds a key of another kind; expected an ECDSA P-256 key"):
             node_keys.load_private_key(tmp_path / name, None)
-    node_keys.write_plain_pem_key(tmp_path / "server.pem", key)
+    node_keys.save_server_key(tmp_path / "server.pem", key, None)
     assert mode(tmp_path / "server.pem") == 0o600
     loaded = serialization.load_pem_private_key((tmp_path / "server.pem").read_bytes(), None)
     assert isinstance(loaded, ec.EllipticCurvePrivateKey)
@@ -770,7 +770,7 @@ def server_files(ca: Path, folder: Path, hosts: list[str], now: datetime = NOW, 
     certificate = approve(ca, request, role="server", hosts=hosts, days=days, passphrase=None, now=now, rotate=True)
     folder.mkdir(exist_ok=True)
     (folder / "server.pem").write_bytes(certificate.public_bytes(PEM))
-    node_keys.write_plain_pem_key(folder / "server.key", key)
+    node_keys.save_server_key(folder / "server.key", key, None)
     return folder / "server.pem", folder / "server.key"
 
 
@@ -830,7 +830,7 @@ def test_openssl_refuses(tmp_path: Path, other_ca: Path, hosts: list[str], chang
     if change == "site":
         key, request = make_request(name="north", role="site")
         server[0].write_bytes(approve(tmp_path / "ca", request, role="site", **NO_WORD).public_bytes(PEM))
-        node_keys.write_plain_pem_key(server[1], key)
+        node_keys.save_server_key(server[1], key, None)
     trusted = (other_ca if change == "wrong CA" else tmp_path / "ca") / "ca.crt"
     with pytest.raises(ssl.SSLCertVerificationError, match=text):
         shake_hands(server, trusted, "localhost")
