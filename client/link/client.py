@@ -66,8 +66,8 @@ class NodeEvents:
     def answered(self) -> None:
         """An answer is ready, and on its way unless there is none; what takes long may be done here."""
 
-    def delivered(self, reply: Parcel) -> None:
-        """The coordinator has an answer whole, or wants it no more."""
+    def delivered(self, reply: Parcel, declined: bool) -> None:
+        """The coordinator has an answer whole; or `declined` it, since it has it already or wants it no more."""
 
 
 class LinkClient:

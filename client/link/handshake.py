@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import socket
 import ssl
+import time
 from dataclasses import dataclass
 from urllib.parse import unquote, urlsplit
 
@@ -79,10 +80,12 @@ def _connected(host: str, port: int, proxy: str | None, timeout: float) -> socke
             who = f"{unquote(named.username)}:{unquote(named.password or '')}"
             lines.append(f"Proxy-Authorization: Basic {base64.b64encode(who.encode()).decode()}")
         made.sendall("\r\n".join([*lines, "", ""]).encode())
-        head = b""
+        head, until = b"", time.monotonic() + timeout
         # Byte by byte: what follows the head belongs to TLS.
         while not head.endswith(b"\r\n\r\n") and len(head) < _MOST_HEAD_BYTES and (byte := made.recv(1)):
             head += byte
+            made.settimeout(max(until - time.monotonic(), 1e-3))  # for the whole head, however slowly it comes
+        made.settimeout(timeout)
         status = head.split(b"\r\n", 1)[0].decode("latin-1")
         if " 200" not in status:
             raise OSError(f"it answered {status[:80]!r}" if status else "it closed the connection")

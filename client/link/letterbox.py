@@ -23,13 +23,14 @@ class Letterbox(Mail):
     """See the module.
 
     Args:
-        delivered: is told of every reply that is not kept any more; with the lock held, so it calls nothing here.
+        delivered: is told of every reply that is not kept any more, and whether it was declined; with the lock held, so it
+            calls nothing here.
 
     Attributes:
         lock: to be held by whoever calls a method that says so, or uses a line of this letterbox.
     """
 
-    def __init__(self, *, delivered: Callable[[Parcel], None] = lambda reply: None) -> None:
+    def __init__(self, *, delivered: Callable[[Parcel, bool], None] = lambda reply, declined: None) -> None:
         self._tell_delivered = delivered
         self.lock = threading.Condition()
         self._taken: OrderedDict[bytes, None] = OrderedDict()
@@ -91,11 +92,11 @@ class Letterbox(Mail):
                 return reply
         return None
 
-    def delivered(self, parcel_id: bytes) -> None:
+    def delivered(self, parcel_id: bytes, *, declined: bool) -> None:
         """See `Mail`."""
         reply = self._replies.pop(parcel_id, None)
         if reply is not None:
-            self._tell_delivered(reply)
+            self._tell_delivered(reply, declined)
         self.lock.notify_all()
 
     def offered(self, offer: Offer, line: Line) -> None:

@@ -153,14 +153,15 @@ class Work(NodeEvents):
         with contextlib.suppress(SilotuneError):  # the next round would find out, and say so
             self._site.anticipate()
 
-    def delivered(self, reply: Parcel) -> None:
-        """See `NodeEvents`."""
+    def delivered(self, reply: Parcel, declined: bool) -> None:
+        """See `NodeEvents`; whoever reads the log should not take for sent what the coordinator did not take."""
         event, kind = self._made.pop(reply.reply_to.hex(), (Event.REPLY_SENT, ""))
-        self._note(event, message_type=kind, bytes=len(reply.payload))
+        how = {"declined": True} if declined else {}
+        self._note(event, message_type=kind, bytes=len(reply.payload), **how)
 
     def connected(self, welcome: Welcome) -> None:
         """See `NodeEvents`."""
-        address = self._home.load_config().coordinator
+        address = self._site.config.coordinator
         self._connected = True
         self._note(Event.NODE_CONNECTED, coordinator=address, software=welcome.software)
         self._say(coordinator=address, problem=None)

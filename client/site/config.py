@@ -65,7 +65,7 @@ class SiteConfig(Section):
     compute: ComputeConfig = ComputeConfig()
     coordinator: str | None = None
     """Address of the coordinator, host:port; only a real site has one."""
-    proxy: str | None = None
+    proxy: str | None = Field(default=None, repr=False)  # may hold a password, so no error shows it
     """`http://host:port` or `http://user:password@host:port` of an HTTP proxy to reach it through (CONNECT); the encrypted
     connection goes through it to the coordinator. A proxy of the environment is never used."""
 

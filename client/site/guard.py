@@ -217,6 +217,11 @@ class Guard:
             seconds_training=round(seconds, 3),
         )
 
+    def repeated(self, request: TrainRequest, release: bytes) -> None:
+        """Note a release that was made before and leaves again; its process may have died before `stored`."""
+        sha256 = hashlib.sha256(release).hexdigest()
+        self.log.append(Event.RELEASE_REPEATED, job=request.job.sha256, round=request.round_number, sha256=sha256)
+
 
 class NoGuard:
     """The guard of a simulated site: lets everything pass, notes nothing, seals nothing."""
@@ -250,6 +255,7 @@ class NoGuard:
     def prepared(self, signed: SignedJob) -> None: ...
     def left_out(self, job: Job, what: str) -> None: ...
     def stored(self, request: TrainRequest, release: bytes, ledger: Ledger | None, *, seconds: float) -> None: ...
+    def repeated(self, request: TrainRequest, release: bytes) -> None: ...
 
 
 def _steps(events: Iterable[GaussianSteps]) -> Counter[GaussianSteps]:

@@ -101,6 +101,7 @@ class Release(ABC, Generic[ReplyT, ResultT]):
         if stored is not None:
             if plan.private:
                 site.checked_ledger()
+            site.guard.repeated(request, self._content(stored))
             return stored
         if plan.private:
             site.guard.admit_progress(site.checked_ledger(), request, request_sha256)
@@ -137,7 +138,8 @@ class Release(ABC, Generic[ReplyT, ResultT]):
     def finish(self, begun: Begun, result: ResultT, *, seconds: float) -> ReplyT:
         """Store the release before it leaves, then close the charge."""
         # 6. Store, close.
-        reply, content, steps = self._store(begun, result)
+        reply, steps = self._store(begun, result)
+        content = self._content(reply)
         self._site.close(begun.request, begun.reservation, content, executed_steps=steps, seconds=seconds)
         return reply
 
@@ -170,8 +172,12 @@ class Release(ABC, Generic[ReplyT, ResultT]):
         """Return what was computed on the records, with noise."""
 
     @abstractmethod
-    def _store(self, begun: Begun, result: ResultT) -> tuple[ReplyT, bytes, int]:
-        """Store the reply; return it, the bytes that ledger and log name by hash, executed steps."""
+    def _store(self, begun: Begun, result: ResultT) -> tuple[ReplyT, int]:
+        """Store the reply; return it and the executed steps."""
+
+    @abstractmethod
+    def _content(self, reply: ReplyT) -> bytes:
+        """Return the bytes that ledger and log name by hash."""
 
 
 class Update(Release[TrainReply, LocalRound]):
@@ -220,7 +226,7 @@ class Update(Release[TrainReply, LocalRound]):
                 persons=work.persons,
             )
 
-    def _store(self, begun: Begun, result: LocalRound) -> tuple[TrainReply, bytes, int]:
+    def _store(self, begun: Begun, result: LocalRound) -> tuple[TrainReply, int]:
         site, plan, request, randomness = self._site, begun.plan, begun.request, begun.work.randomness
         job, round_number = request.job, request.round_number
         # Encoded with what the encoding lost in earlier rounds.
@@ -250,7 +256,10 @@ class Update(Release[TrainReply, LocalRound]):
             optimizer_state=result.optimizer_state,
             residual=encoded.residual,
         )
-        return reply, reply.update, result.executed_steps
+        return reply, result.executed_steps
+
+    def _content(self, reply: TrainReply) -> bytes:
+        return reply.update
 
 
 class Metrics(Release[MetricsReply, dict[str, list[float]]]):
@@ -299,7 +308,7 @@ class Metrics(Release[MetricsReply, dict[str, list[float]]]):
                 for step, (name, cast) in enumerate(cast_votes(begun.runtime, work.examples, request.job).items())
             }
 
-    def _store(self, begun: Begun, result: dict[str, list[float]]) -> tuple[MetricsReply, bytes, int]:
+    def _store(self, begun: Begun, result: dict[str, list[float]]) -> tuple[MetricsReply, int]:
         reply = MetricsReply(
             site=self._site.config.name,
             job_sha256=begun.request.job.sha256,
@@ -309,7 +318,10 @@ class Metrics(Release[MetricsReply, dict[str, list[float]]]):
             randomness=begun.work.randomness.origin,
         )
         self._site.outbox.store_metrics(reply, request_sha256=begun.request_sha256)
-        return reply, reply.canonical(), len(begun.request.job.site_metrics.names)
+        return reply, len(begun.request.job.site_metrics.names)
+
+    def _content(self, reply: MetricsReply) -> bytes:
+        return reply.canonical()
 
 
 def _planned(plan: PrivacyPlan) -> GaussianSteps:

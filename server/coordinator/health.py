@@ -36,7 +36,7 @@ def troubles(home: CoordinatorHome, said: dict[str, Any], *, job_waits: bool) ->
     found = [] if free >= LEAST_FREE_BYTES else [f"{free / 2**20:,.0f} MB are free at {home.path}; make room."]
     if not is_alive(said):
         return [f"it does not run; start it with: silotune coordinator start {home.path}", *found]
-    found += [str(said[key]) for key in ("problem", "trust_problem") if said.get(key)]
+    found += [str(said[key]) for key in ("problem", "trust_problem", "certificate_problem") if said.get(key)]
     if said["state"] != "running" and not said.get("problem"):
         found.append(f"it is {said['state']}.")
     sites = said["sites"].values()

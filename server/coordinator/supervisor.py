@@ -57,6 +57,8 @@ class Supervisor:
         self._link = self._new_link()
         self._sites: dict[str, SiteState] = {}
         self._trust_problem: str | None = None
+        self._problem: str | None = None
+        self._certificate_until: str | None = None
         self._attempts: dict[str, _Attempts] = {}
         self._active: Attempt | None = None
         self.lingers = False
@@ -113,19 +115,23 @@ class Supervisor:
             self._journal.write()
             self._drive()
             self._say("running")
+            self._problem = None
         except (SilotuneError, OSError) as error:
             problem = str(error) or type(error).__name__
-            log.error("%s", problem)
+            if problem != self._problem:
+                log.error("%s", problem)  # once, however long it lasts
+            self._problem = problem
             self._say("troubled", problem=problem)
 
     def _restart_link(self) -> None:
         """Open the port anew: sites connect again by themselves, and the run at hand resumes from its folder."""
-        log.warning("the link to the sites ended; opening it again")
-        self._log.append(Event.LINK_RESTARTED, reason="it ended")
         if self._active is not None:
             self._active.halt()
         self._link = self._new_link()
         self._start_link()
+        # Only now: as long as the port cannot be opened it is tried twice a second.
+        log.warning("the link to the sites ended; it is open again")
+        self._log.append(Event.LINK_RESTARTED, reason="it ended")
 
     # --- who may connect ---
 
@@ -211,9 +217,15 @@ class Supervisor:
         )
 
     def _say(self, state: str, **facts: object) -> None:
-        # A full disk, or a certificate that is just being exchanged, must not end a coordinator that only wants to say so.
-        with contextlib.suppress(SilotuneError):
+        # A certificate that is just being exchanged may be half there; the one before it is served until it is whole.
+        certificate_problem = None
+        try:
             certificate = load_certificate(self.home.server_certificate)
+            self._certificate_until = certificate.not_valid_after_utc.isoformat()
+        except SilotuneError as error:
+            certificate_problem = str(error)
+        # A full disk must not end a coordinator that only wants to say so.
+        with contextlib.suppress(SilotuneError):
             said = {
                 "state": state,
                 "pid": os.getpid(),
@@ -222,7 +234,8 @@ class Supervisor:
                 "sites": {name: _told(site) for name, site in self._sites.items() if site.facts.valid},
                 "trust_problem": self._trust_problem,
                 "job": self._active.submission.name if self._active else None,
-                "certificate_until": certificate.not_valid_after_utc.isoformat(),
+                "certificate_until": self._certificate_until,
+                "certificate_problem": certificate_problem,
             }
             write_json(self.home.status, said | facts)
 

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp.grid import Grid
 
-from server.link.mailroom import UNREADABLE, Answer
+from server.link.mailroom import KEPT_SECONDS, UNREADABLE, Answer
 from server.link.server import LinkServer
 from shared.errors import RunError
 from shared.link.envelope import content_of, message, open_envelope, request, seal_envelope
@@ -41,7 +41,7 @@ class LinkGrid(Grid):
         self._server, self.run_id = server, run_id
         self._run: object = None
         self._halted = threading.Event()
-        self._open: set[str] = set()
+        self._open: dict[str, float] = {}  # what was asked and not answered -> until when an answer is kept
         self._repeated: set[str] = set()
 
     def halt(self) -> None:
@@ -50,7 +50,7 @@ class LinkGrid(Grid):
 
     def close(self) -> None:
         """Forget what is not answered: a site must not train, and charge, for nobody."""
-        wanted, self._open = [bytes.fromhex(identifier) for identifier in self._open], set()
+        wanted, self._open = [bytes.fromhex(identifier) for identifier in self._open], {}
         self._server.call(self._server.mailroom.withdraw, wanted)
 
     def may_repeat(self, message_id: str) -> bool:
@@ -110,7 +110,9 @@ class LinkGrid(Grid):
                 sealed[key] = seal_envelope(one)
             parcels.append((facts.dst_node_id, Parcel(bytes.fromhex(facts.message_id), b"", sealed[key]), facts))
         self._server.call(self._send, parcels)
-        self._open |= {facts.message_id for _, _, facts in parcels}
+        now = time.monotonic()
+        self._open = {name: until for name, until in self._open.items() if until > now}
+        self._open |= {facts.message_id: now + facts.ttl + 2 * KEPT_SECONDS for _, _, facts in parcels}
         return [facts.message_id for _, _, facts in parcels]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
@@ -119,7 +121,7 @@ class LinkGrid(Grid):
         wanted = [bytes.fromhex(identifier) for identifier in message_ids]
         answers = self._server.call(self._server.mailroom.fetch, wanted)
         for answer in answers:
-            self._open.discard(answer.request.metadata.message_id)
+            self._open.pop(answer.request.metadata.message_id, None)
             if answer.request.times_offered > 1:
                 self._repeated.add(answer.request.metadata.message_id)
         return [_reply(answer) for answer in answers]

@@ -96,7 +96,7 @@ class Mailbox(Mail):
                 return request.parcel
         return None
 
-    def delivered(self, parcel_id: bytes) -> None:
+    def delivered(self, parcel_id: bytes, *, declined: bool) -> None:
         """See `Mail`; a request is kept until it is answered."""
 
     def offered(self, offer: Offer, line: Line) -> None:

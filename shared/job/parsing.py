@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic.fields import FieldInfo
 
 from shared.errors import ConfigError, excerpt
 
@@ -140,8 +141,22 @@ def explain(model: type[BaseModel], detail: Any) -> str:
         if isinstance(limit, float) and 0 < limit < 1e-3:  # else written with all its zeros
             message = f"{message.rsplit(' ', 1)[0]} {limit:g}"
     found = detail.get("input")
-    shown = "" if isinstance(found, dict | BaseModel) or found is None else f" (found {excerpt(found)})"
+    field = _field(model, location)
+    secret = field is not None and not field.repr
+    shown = "" if isinstance(found, dict | BaseModel) or found is None or secret else f" (found {excerpt(found)})"
     return f"{where}: {message}{shown}"
+
+
+def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
+    found: FieldInfo | None = None
+    for part in path:
+        inner = model if found is None else found.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return found  # inside of a list, or of a choice: what holds for the whole holds for its parts
+        found = inner.model_fields.get(part)
+        if found is None:
+            return None
+    return found
 
 
 def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:

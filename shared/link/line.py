@@ -31,6 +31,8 @@ from shared.link.options import CHUNK_BYTES, MOST_MESSAGE_BYTES, PROGRESS_SECOND
 ID_BYTES = 16
 _MOST_NOTICE = 1000
 _MOST_NOTICES = 16
+_NOTICES_APART_SECONDS = 5.0
+"""Notices go to the other end's log, which a peer must not fill: of those that come faster, only the first is told."""
 
 
 def new_id() -> bytes:
@@ -102,8 +104,8 @@ class Mail(ABC):
         """Return the oldest message to send that was not offered on this line yet; from now on it was."""
 
     @abstractmethod
-    def delivered(self, parcel_id: bytes) -> None:
-        """Take note that the other end has a message whole, or wants it no more."""
+    def delivered(self, parcel_id: bytes, *, declined: bool) -> None:
+        """Take note that the other end has a message whole; or `declined` it, since it has it already or wants it no more."""
 
     @abstractmethod
     def offered(self, offer: Offer, line: Line) -> None:
@@ -146,6 +148,7 @@ class Line:
         self._ack: Ack | None = None
         self._notices: deque[Notice] = deque(maxlen=_MOST_NOTICES)
         self._progress = clock()
+        self._told = float("-inf")
 
     # --- out ---
 
@@ -195,8 +198,10 @@ class Line:
         elif isinstance(frame, Offer):
             self._receive_offer(frame)
         elif isinstance(frame, Notice):
-            text = "".join(c if c.isprintable() else "?" for c in frame.text[:_MOST_NOTICE])
-            self._noticed(text)
+            now = self._clock()
+            if now - self._told >= _NOTICES_APART_SECONDS:
+                self._told = now
+                self._noticed("".join(c if c.isprintable() else "?" for c in frame.text[:_MOST_NOTICE]))
         else:
             raise LinkError(f"a {type(frame).__name__.lower()} came in the middle of a stream.")
 
@@ -251,7 +256,7 @@ class Line:
         size = len(out.parcel.payload)
         if ack.offset == size and (not out.granted or out.sent == size):
             self._outgoing = None
-            self._mail.delivered(ack.id)
+            self._mail.delivered(ack.id, declined=not out.granted)
         elif not out.granted and ack.offset < size and ack.offset % CHUNK_BYTES == 0:
             out.granted, out.sent, out.acknowledged = True, ack.offset, ack.offset
         elif out.granted and out.acknowledged <= ack.offset <= out.sent and ack.offset < size:

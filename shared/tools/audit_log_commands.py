@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from rich.table import Table
 from rich.text import Text
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, TrustError
 from shared.files.json_files import canonical_json
 from shared.options import JsonLineOption, JsonOption
 from shared.terminal import console, print_json
 from shared.trust import audit_log
 from shared.trust.audit_chain import Entry
+from shared.trust.certificates import load_certificate, spki
+from shared.trust.receipts import proven_releases, read_receipts
 from shared.trust.signing import find_verify_key
 
 audit_log_app = typer.Typer(
@@ -78,12 +81,23 @@ def compare(
     site_log: Annotated[Path, typer.Argument(help="Folder of the site's log.")],
     coordinator_log: Annotated[Path, typer.Argument(help="Folder of the coordinator's log.")],
     site: Annotated[str, typer.Option(help="Name of the site in the coordinator's log.")],
+    receipts: Annotated[
+        Path | None, typer.Option(help="A run's receipts.jsonl, which decides; with --certificate.")
+    ] = None,
+    certificate: Annotated[
+        list[Path] | None, typer.Option(help="The site's certificate; repeat it if the key was exchanged.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hold a site's log against the coordinator's and name every difference; status 1 if they contradict each other."""
     from shared.tools.compare_logs import compare as compared
 
-    found = compared(site_log, coordinator_log, site=site)
+    if bool(receipts) != bool(certificate):
+        raise ConfigError("--receipts and --certificate go together: a receipt holds by the key of a certificate.")
+    proven = None
+    if receipts and certificate:
+        proven = proven_releases(read_receipts(receipts), [_key_of(path) for path in certificate], site=site)
+    found = compared(site_log, coordinator_log, site=site, proven=proven)
     if as_json:
         print_json([asdict(difference) for difference in found])
     for difference in found if not as_json else []:
@@ -96,6 +110,13 @@ def compare(
         typer.echo(f"both logs are unbroken and say the same of {_printable(site)}")
     if any(difference.contradicts for difference in found):
         raise typer.Exit(1)
+
+
+def _key_of(path: Path) -> bytes:
+    key = load_certificate(path).public_key()
+    if not isinstance(key, EllipticCurvePublicKey):
+        raise TrustError(f"{path} is for a key of another kind than a site's (ECDSA on P-256).")
+    return spki(key)
 
 
 def _table(entries: deque[Entry]) -> Table:

@@ -6,13 +6,15 @@ that the coordinator counted and the site did not make, or made from another ada
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.trust import audit_log
 from shared.trust.audit_log import Event
 
+# A process may die between storing a release and noting it; then the release is noted when it is asked for again.
+_MADE = (Event.RELEASE_STORED, Event.RELEASE_REPEATED)
 _ACCEPTED = (Event.UPDATE_ACCEPTED, Event.METRICS_ACCEPTED)
 
 
@@ -44,18 +46,23 @@ class _Books:
         kind.setdefault(str(job), set()).add((int(str(number or 0)), str(sha256)))
 
 
-def compare(site_log: Path, coordinator_log: Path, *, site: str) -> list[Difference]:
+def compare(
+    site_log: Path, coordinator_log: Path, *, site: str, proven: Collection[tuple[str, int, str]] | None = None
+) -> list[Difference]:
     """Return every difference between two logs about one site, in the order of jobs and rounds.
 
     Args:
         site_log, coordinator_log: folders; each is verified before anything of it is believed.
         site: its name in the coordinator's log.
+        proven: (job, round, release) of what the site's key signed (`shared.trust.receipts.proven_releases`): it decides
+            which of two logs is right. None: receipts are not looked at.
 
     Raises:
         TrustError: a log is broken.
     """
     ours, theirs = _of_site(site_log), _of_coordinator(coordinator_log, site)
-    return sorted({*_adapters(ours, theirs), *_releases(ours, theirs)})
+    unsigned = () if proven is None else _unsigned(theirs, proven)
+    return sorted({*_adapters(ours, theirs), *_releases(ours, theirs, proven or ()), *unsigned})
 
 
 def _of_site(folder: Path) -> _Books:
@@ -65,7 +72,7 @@ def _of_site(folder: Path) -> _Books:
         details = entry.details
         if entry.event == Event.REQUEST_RECEIVED:
             books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
-        elif entry.event == Event.RELEASE_STORED:
+        elif entry.event in _MADE:
             books.note(books.releases, details["job"], details["round"], details["sha256"])
     return books
 
@@ -93,13 +100,16 @@ def _adapters(ours: _Books, theirs: _Books) -> Iterator[Difference]:
             yield Difference(job, number, text, contradicts=False)
 
 
-def _releases(ours: _Books, theirs: _Books) -> Iterator[Difference]:
+def _releases(ours: _Books, theirs: _Books, proven: Collection[tuple[str, int, str]]) -> Iterator[Difference]:
+    signed = {(job, sha256) for job, _, sha256 in proven}
     for job in ours.releases.keys() | theirs.releases.keys():
         made, counted = ours.releases.get(job, set()), theirs.releases.get(job, set())
         round_of, counted_at_all = {sha256: number for number, sha256 in made}, {sha256 for _, sha256 in counted}
         for number, sha256 in counted:
             if sha256 not in round_of:
                 text = f"the coordinator counts the release {sha256[:12]}, which the site did not make"
+                if (job, sha256) in signed:
+                    text = f"the site's log lacks the release {sha256[:12]}, which the site's key signed"
                 yield Difference(job, number, text, contradicts=True)
             # Of site metrics the coordinator's log does not tell the round.
             elif number and (number, sha256) not in made:
@@ -109,3 +119,12 @@ def _releases(ours: _Books, theirs: _Books) -> Iterator[Difference]:
             if sha256 not in counted_at_all:
                 text = f"the site made and charged the release {sha256[:12]}, which the coordinator did not count"
                 yield Difference(job, number, text, contradicts=False)
+
+
+def _unsigned(theirs: _Books, proven: Collection[tuple[str, int, str]]) -> Iterator[Difference]:
+    at_all = {(job, sha256) for job, _, sha256 in proven}
+    for job, counted in theirs.releases.items():
+        for number, sha256 in counted:
+            if (job, number, sha256) not in proven if number else (job, sha256) not in at_all:
+                text = f"the coordinator counts the release {sha256[:12]}, and no receipt by the site's key is for it"
+                yield Difference(job, number, text, contradicts=True)

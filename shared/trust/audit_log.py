@@ -78,6 +78,7 @@ class Event(StrEnum):
     POLICY_UNREADABLE = "policy.unreadable"  # the site's policy was changed and cannot be read; no job is accepted
     LEDGER_ENTRY = "ledger.entry"  # one entry of the privacy ledger, repeated here
     RELEASE_STORED = "release.stored"  # a finished update was stored; it has not left yet
+    RELEASE_REPEATED = "release.repeated"  # one that was stored before leaves again, for the same request
     RELEASE_SENT = "release.sent"  # an update left the site
     REPLY_SENT = "reply.sent"  # a description or a refusal left the site; neither holds anything of a record
     KEY_ROTATED = "key.rotated"  # the site's key or certificate was exchanged; it connects anew

@@ -11,8 +11,10 @@ adapter and release, and for one declared size.
 from __future__ import annotations
 
 import base64
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -20,7 +22,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_der_public_key
 
 from shared.errors import TrustError
-from shared.files.json_files import canonical_json, parse_object
+from shared.files.json_files import canonical_json, parse_object, read_text
 from shared.trust.signing import Purpose, signed_bytes
 
 MOST_RECEIPT_BYTES = 128
@@ -85,6 +87,29 @@ class Receipt:
         except (KeyError, TypeError, ValueError):
             raise TrustError(f"{source} holds a line that is no receipt; it was changed, or is another file.") from None
         return cls(what, key, signature)
+
+
+def read_receipts(path: Path) -> list[Receipt]:
+    """Read a `receipts.jsonl`; no signature is checked. What a crash left of a line is none.
+
+    Raises:
+        TrustError: a line is no receipt.
+        RunError: the file cannot be read.
+    """
+    whole = [line for line in read_text(path).split("\n") if line.endswith("}")]
+    return [Receipt.of_line(line, source=str(path)) for line in whole]
+
+
+def proven_releases(receipts: Iterable[Receipt], keys: Collection[bytes], *, site: str) -> set[tuple[str, int, str]]:
+    """Return (job, round, release) of the receipts that one of a site's keys signed; SHA-256 of job and release."""
+    found = set()
+    for receipt in receipts:
+        what = receipt.what
+        with contextlib.suppress(TrustError):
+            if what.site == site:
+                check_release(keys, what, receipt.signature)
+                found.add((what.job_sha256, what.round, what.release_sha256))
+    return found
 
 
 def sign_release(key: ec.EllipticCurvePrivateKey, released: Released) -> bytes:

@@ -45,6 +45,12 @@ _MOST_REASON_CHARACTERS = 600
 _MOST_METRICS_CHARACTERS = 1 << 22
 _MOST_JOB_CHARACTERS = 1 << 20  # as of a signed one
 _MOST_COUNTED = 1 << 53
+_ERRORS = {
+    3: "Expired",
+    4: "Unreadable",
+    5: "NotConnected",
+    100: "Failed",
+}  # numbers of Flower's (`server.link.mailroom`)
 """No count in a message is greater, nor a noisy one: all of them, and sums of thousands, are then numbers of every kind."""
 # What reading a malformed header may raise; int(inf) overflows.
 _MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
@@ -365,7 +371,7 @@ def _refusal(message: Message) -> Refusal | None:
     if message.has_error():
         return Refusal(
             site="",
-            code=f"Flower{message.error.code}",
+            code=_ERRORS.get(message.error.code, f"Error{message.error.code}"),
             reason=_shortened(message.error.reason or "the site did not answer"),
         )
     try:

@@ -18,10 +18,11 @@ from shared.trust import audit_log
 from shared.trust.audit_log import Event
 from shared.trust.certificates import spki
 from shared.trust.node_keys import load_private_key
-from shared.trust.receipts import Receipt, check_release
+from shared.trust.receipts import check_release, proven_releases, read_receipts
 from shared.trust.signed_folder import verify_folder
 from shared.trust.signing import load_verify_key
 from simulations.federation.processes import HOST, Federation, change_toml, round_overheads
+from tests.conftest import Outcome
 
 
 @dataclass
@@ -95,8 +96,7 @@ def test_both_sides_logged_the_same_updates(finished: Finished) -> None:
 
 def test_every_release_that_counts_has_a_receipt_by_its_sites_key(finished: Finished) -> None:
     federation = finished.federation
-    path = finished.submission.run_folder / "receipts.jsonl"
-    receipts = [Receipt.of_line(line, source="receipts") for line in path.read_text().splitlines()]
+    receipts = read_receipts(finished.submission.run_folder / "receipts.jsonl")
     accepted = {
         (entry.details["site"], entry.details["sha256"])
         for entry in audit_log.read(federation.coordinator.audit)
@@ -108,10 +108,25 @@ def test_every_release_that_counts_has_a_receipt_by_its_sites_key(finished: Fini
         assert check_release([key], receipt.what, receipt.signature) == receipt.key
 
 
-def test_the_logs_of_both_sides_agree(finished: Finished) -> None:
+def test_the_logs_of_both_sides_agree_and_receipts_with_them(
+    finished: Finished, silotune: Callable[..., Outcome]
+) -> None:
+    path = finished.submission.run_folder / "receipts.jsonl"
+    logs = [finished.federation.coordinator.audit]
     for name in "abc":
-        found = compare(finished.federation.site(name).audit, finished.federation.coordinator.audit, site=name)
-        assert found == []
+        site = finished.federation.site(name)
+        key = load_private_key(site.key, None).public_key()
+        proven = proven_releases(read_receipts(path), [spki(key)], site=name)
+        assert len(proven) == 2 + (name in "ab")
+        assert compare(site.audit, *logs, site=name, proven=proven) == []
+        command: list[Any] = ["audit-log", "compare", site.audit, *logs, "--site", name, "--receipts", path]
+        shown = silotune(*command, "--certificate", site.certificate)
+        assert (shown.status, shown.out) == (0, f"both logs are unbroken and say the same of {name}\n")
+    other = finished.federation.site("a").certificate
+    shown = silotune(*command, "--certificate", other)
+    assert shown.status == 1
+    assert "no receipt by the site's key is for it" in shown.out
+    assert "--receipts and --certificate go together" in silotune(*command).err
 
 
 def test_only_sites_whose_policy_says_so_release_metrics(finished: Finished) -> None:

@@ -86,7 +86,8 @@ class QuietSite:
     left_out: str | None = None
 
     def __init__(self, home: SiteHome) -> None:
-        self.guard = node_module.open_site(home, passphrase=None).guard
+        opened = node_module.open_site(home, passphrase=None)
+        self.guard, self.config = opened.guard, opened.config
 
     def anticipate(self) -> None: ...
 
@@ -140,7 +141,7 @@ def test_status_and_audit_log_hold_nothing_of_an_exception(home: SiteHome, caplo
     assert read_status(home)["state"] == "working"
     work.answered()
     assert read_status(home)["state"] == "connected"
-    work.delivered(Parcel(bytes(16), bytes.fromhex(asked.metadata.message_id), b"reply"))
+    work.delivered(Parcel(bytes(16), bytes.fromhex(asked.metadata.message_id), b"reply"), declined=False)
     assert CONFIDENTIAL not in home.status.read_text()
     noted = list(audit_log.read(home.audit))
     assert CONFIDENTIAL not in "".join(entry.line() for entry in noted)
@@ -151,6 +152,21 @@ def test_status_and_audit_log_hold_nothing_of_an_exception(home: SiteHome, caplo
     # The site's own people see its kind and place: the text may quote a record.
     assert CONFIDENTIAL not in caplog.text
     assert "failed: ValueError\n" in caplog.text
+
+
+def test_a_reply_that_the_coordinator_did_not_take_is_noted_as_that(home: SiteHome) -> None:
+    work = work_of(home, raising(RunError("unused")))
+    for declined in (False, True):
+        work.delivered(Parcel(bytes(16), bytes(16), b"reply"), declined=declined)
+    assert [entry.details.get("declined") for entry in audit_log.read(home.audit)] == [None, True]
+
+
+def test_settings_that_are_broken_meanwhile_do_not_cost_the_connection(home: SiteHome) -> None:
+    work = work_of(home, raising(RunError("unused")))
+    coordinator = home.load_config().coordinator
+    home.config.write_text("name = ")
+    work.connected(Welcome(2, "a", "0.2.0"))
+    assert (read_status(home)["state"], read_status(home)["coordinator"]) == ("connected", coordinator)
 
 
 def test_trouble_shows_until_the_connection_is_there_again(home: SiteHome) -> None:

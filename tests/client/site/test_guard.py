@@ -153,6 +153,10 @@ def test_the_same_request_again_is_answered_from_the_store_and_charged_once(worl
     assert world.site.answer(asked) == first
     assert world.site.answer(world.order(replace(asked, order=None))) == first
     assert world.site.ledger().spent_epsilon() == spent
+    # The log has it once more each time: a process may have died before it noted what it had stored.
+    stored, repeated = world.entries(Event.RELEASE_STORED), world.entries(Event.RELEASE_REPEATED)
+    assert (len(stored), len(repeated)) == (1, 2)
+    assert {entry.details["sha256"] for entry in repeated} == {stored[0].details["sha256"]}
 
 
 def test_without_a_job_a_site_tells_only_its_public_description(world: World) -> None:

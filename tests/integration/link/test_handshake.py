@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +82,14 @@ def test_a_proxy_that_refuses_is_quoted_without_its_password(consortium: Consort
         assert "secret" not in str(refused.value)
 
 
+def test_a_proxy_that_drips_its_answer_has_one_deadline(consortium: Consortium) -> None:
+    with _answers(b"HTTP/1.1 200 OK\r\n\r\n", apart=0.1) as port:
+        began = time.monotonic()
+        with pytest.raises(Unreachable, match="timed out"):
+            tls_facts("localhost:9", consortium.credentials["a"].ca, proxy=f"http://{HOST}:{port}", timeout=0.3)
+        assert time.monotonic() - began < 1.0
+
+
 @pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:port"])
 def test_an_address_is_host_and_port(address: str) -> None:
     with pytest.raises(RunError, match="is not of the form host:port"):
@@ -100,15 +110,23 @@ def test_a_proxy_that_cannot_be_one_is_refused_in_site_toml(proxy: object) -> No
         site_config(proxy)
 
 
+@pytest.mark.parametrize("proxy", ["https://me:secret@proxy:3128", ["http://me:secret@proxy:1"], {"me": "secret"}])
+def test_a_proxy_with_a_password_is_refused_without_showing_it(proxy: object) -> None:
+    with pytest.raises(ConfigError, match="proxy") as refused:
+        site_config(proxy)
+    assert "secret" not in str(refused.value)
+    assert "secret" not in repr(site_config("http://me:secret@proxy:1"))
+
+
 def test_a_proxy_of_site_toml_is_taken_as_it_stands() -> None:
     assert site_config("http://user:pass@proxy.example.org:3128").proxy == "http://user:pass@proxy.example.org:3128"
 
 
 class _answers:  # noqa: N801 (reads as a function)
-    """A server that reads a little, says the same to everybody and hangs up."""
+    """A server that reads a little, says the same to everybody, so many seconds between two bytes, and hangs up."""
 
-    def __init__(self, answer: bytes) -> None:
-        self._answer = answer
+    def __init__(self, answer: bytes, apart: float = 0.0) -> None:
+        self._answer, self._apart = answer, apart
         self._listener = socket.create_server((HOST, 0))
 
     def __enter__(self) -> int:
@@ -127,4 +145,7 @@ class _answers:  # noqa: N801 (reads as a function)
             with peer:
                 peer.settimeout(5)
                 peer.recv(1)
-                peer.sendall(self._answer)
+                with contextlib.suppress(OSError):  # who has heard enough hangs up first
+                    for byte in self._answer:
+                        peer.sendall(bytes([byte]))
+                        time.sleep(self._apart)

@@ -231,6 +231,44 @@ def test_a_link_that_ended_is_opened_again_and_the_run_resumes(
     assert entry.details == {"reason": "it ended"}
 
 
+def test_a_link_that_cannot_be_opened_fills_no_log(
+    supervisor: Supervisor,
+    link: StandInLink,
+    home: CoordinatorHome,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def taken() -> None:
+        raise RunError("cannot listen on 0.0.0.0:9092; another process may use the port.")
+
+    link.alive = False
+    with monkeypatch.context() as patch:
+        patch.setattr(link, "start", taken)
+        for _ in range(5):
+            supervisor._turn()
+    assert status_of(home)["problem"].startswith("cannot listen")
+    assert caplog.text.count("cannot listen") == 1
+    supervisor._turn()
+    assert status_of(home)["state"] == "running"
+    assert [entry.event for entry in audit_log.read(home.audit)].count(Event.LINK_RESTARTED) == 1
+
+
+def test_a_certificate_that_is_half_there_does_not_silence_the_status(
+    supervisor: Supervisor, home: CoordinatorHome
+) -> None:
+    supervisor._turn()
+    before = status_of(home)
+    whole = home.server_certificate.read_bytes()
+    home.server_certificate.write_bytes(whole[: len(whole) // 2])
+    supervisor._turn()
+    said = status_of(home)
+    assert (said["state"], said["certificate_until"]) == ("running", before["certificate_until"])
+    assert str(home.server_certificate) in said["certificate_problem"]
+    home.server_certificate.write_bytes(whole)
+    supervisor._turn()
+    assert status_of(home)["certificate_problem"] is None
+
+
 UNTIL = datetime(2027, 1, 1, tzinfo=UTC)
 
 

@@ -302,7 +302,7 @@ def test_a_lost_message_is_booked_to_the_site_that_was_asked() -> None:
     last = run_rounds(LosingGrid(grid_of()._client_app, 3), coordinator(make_job()), None)
     for record in last.history[1:]:
         assert list(record.failed) == ["b"]
-        assert record.failed["b"].startswith("Flower")
+        assert record.failed["b"] == "NotConnected: lost"
         assert record.sites == ["a", "c"]
 
 

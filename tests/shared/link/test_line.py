@@ -25,6 +25,7 @@ class Desk(Mail):
         self.partial: Incoming | None = None
         self.later: Line | None = None
         self.patient = False
+        self.declined: list[bytes] = []
 
     def next_parcel(self, line: Line) -> Parcel | None:
         for parcel in self.out:
@@ -33,7 +34,8 @@ class Desk(Mail):
                 return parcel
         return None
 
-    def delivered(self, parcel_id: bytes) -> None:
+    def delivered(self, parcel_id: bytes, *, declined: bool) -> None:
+        self.declined += [parcel_id] if declined else []
         self.out = [parcel for parcel in self.out if parcel.id != parcel_id]
 
     def offered(self, offer: Offer, line: Line) -> None:
@@ -220,13 +222,34 @@ def test_a_transfer_that_does_not_move_is_noticed_and_one_that_waits_for_room_is
 
 def test_notices_arrive_without_what_a_terminal_acts_on() -> None:
     heard: list[str] = []
+    clock = Clock()
     left = line_of(Desk())
-    right = Line(Desk(), wake=lambda: None, noticed=heard.append)
-    left.notice("a\x1b[2Jb\nc" + "d" * 5000)
+    right = Line(Desk(), wake=lambda: None, noticed=heard.append, clock=clock)
     for _ in range(100):
         left.notice("more")
-    carry(left, right)
-    assert len(heard) == 16  # bounded, the newest
+    assert carry(left, right) == 16  # bounded, the newest
+    clock.now += 5.0
     right.receive(bytes_of(Notice("a\x1b[2Jb\nc" + "d" * 5000)))
     assert heard[-1].startswith("a?[2Jb?cddd")
     assert len(heard[-1]) == 1000
+
+
+def test_a_peer_that_says_a_lot_fills_nobody_elses_log() -> None:
+    heard: list[str] = []
+    clock = Clock()
+    line = Line(Desk(), wake=lambda: None, noticed=heard.append, clock=clock)
+    for number in range(200):
+        line.receive(bytes_of(Notice(str(number))))
+        clock.now += 0.0625
+    assert heard == ["0", "80", "160"]
+
+
+def test_a_message_that_is_declined_is_told_apart_from_one_that_came() -> None:
+    """It may have come on an earlier line, or nobody wants it any more."""
+    big = parcel(2 * CHUNK_BYTES)
+    left, right = Desk(big), Desk()
+    carry(line_of(left), line_of(right))
+    assert (left.out, left.declined) == ([], [])
+    left.out = [big]
+    carry(line_of(left), line_of(right))
+    assert (left.out, left.declined) == ([], [big.id])

@@ -60,6 +60,33 @@ def test_logs_that_agree_show_no_difference(books: Books) -> None:
     assert books.differences() == []
 
 
+def test_a_release_that_was_stored_and_noted_only_when_it_was_asked_for_again_is_the_sites(books: Books) -> None:
+    """Its process died between storing and noting; nobody is to be accused of it."""
+    books._logs[0].append(Event.RELEASE_REPEATED, job=JOB, round=2, sha256="b" * 64)
+    books.released(2, made=None, counted="b" * 64)
+    assert books.differences() == []
+
+
+def test_receipts_say_which_of_two_logs_is_right(books: Books) -> None:
+    books.released(2, made=None, counted="b" * 64)
+    books.released(3, made="c" * 64, counted="c" * 64)
+
+    def told(*proven: tuple[int, str]) -> list[tuple[int, str]]:
+        signed = {(JOB, number, letter * 64) for number, letter in proven}
+        found = compare(books.site, books.coordinator, site="north", proven=signed)
+        assert all(difference.contradicts for difference in found)
+        return [(difference.round, difference.text) for difference in found]
+
+    assert told((1, "f"), (2, "b"), (3, "c")) == [
+        (2, "the site's log lacks the release bbbbbbbbbbbb, which the site's key signed")
+    ]
+    assert told((1, "f"), (4, "c")) == [
+        (2, "the coordinator counts the release bbbbbbbbbbbb, and no receipt by the site's key is for it"),
+        (2, "the coordinator counts the release bbbbbbbbbbbb, which the site did not make"),
+        (3, "the coordinator counts the release cccccccccccc, and no receipt by the site's key is for it"),
+    ]
+
+
 def test_every_difference_has_a_name(books: Books) -> None:
     books.asked(2, "2" * 64, received="3" * 64)  # equivocation
     books.released(2, made="b" * 64, counted="c" * 64)  # forged, or changed on the way

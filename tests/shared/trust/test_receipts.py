@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import base64
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared.errors import TrustError
+from shared.files.atomic import append_line
 from shared.trust.certificates import spki
-from shared.trust.receipts import MOST_RECEIPT_BYTES, Receipt, Released, check_release, sign_release
+from shared.trust.receipts import (
+    MOST_RECEIPT_BYTES,
+    Receipt,
+    Released,
+    check_release,
+    proven_releases,
+    read_receipts,
+    sign_release,
+)
 
 WHAT = Released(
     site="a",
@@ -70,3 +80,34 @@ def test_a_line_gives_the_receipt_back_and_what_is_none_is_refused() -> None:
                    line.replace('"round":3', '"round":true'), line.replace(',"site":"a"', "")):  # fmt: skip
         with pytest.raises(TrustError, match="x holds a line that is no receipt"):
             Receipt.of_line(broken, source="x")
+
+
+def test_a_file_of_receipts_is_read_with_what_a_crash_left_in_it(tmp_path: Path) -> None:
+    path, key = tmp_path / "receipts.jsonl", new_key()
+    receipts = [
+        Receipt(what, spki(key.public_key()), sign_release(key, what))
+        for what in (WHAT, replace(WHAT, round=4, release_sha256="3" * 64))
+    ]
+    append_line(path, receipts[0].line())
+    with path.open("a") as file:
+        file.write(receipts[1].line()[:100])  # killed here
+    assert read_receipts(path) == receipts[:1]
+    append_line(path, receipts[1].line())
+    assert read_receipts(path) == receipts
+    append_line(path, '{"round":3}')
+    with pytest.raises(TrustError, match="no receipt"):
+        read_receipts(path)
+
+
+def test_only_what_the_sites_key_signed_is_proven() -> None:
+    key, other = new_key(), new_key()
+
+    def receipt(signer: ec.EllipticCurvePrivateKey, what: Released) -> Receipt:
+        return Receipt(what, spki(signer.public_key()), sign_release(signer, what))
+
+    genuine = receipt(key, WHAT)
+    foreign = receipt(other, replace(WHAT, round=4))
+    changed = replace(genuine, what=replace(WHAT, release_sha256="3" * 64))
+    elsewhere = receipt(key, replace(WHAT, site="b"))
+    found = proven_releases([genuine, foreign, changed, elsewhere], [spki(key.public_key())], site="a")
+    assert found == {(WHAT.job_sha256, WHAT.round, WHAT.release_sha256)}

@@ -83,7 +83,7 @@ def test_a_description_and_a_refusal_survive_the_trip() -> None:
 def test_an_error_of_the_transport_becomes_a_refusal() -> None:
     request = answered(messages.describe_request())
     failed = Message(Error(code=7, reason="gone"), reply_to=request)
-    assert messages.unpack_reply(failed) == Refusal(site="", code="Flower7", reason="gone")
+    assert messages.unpack_reply(failed) == Refusal(site="", code="Error7", reason="gone")
 
 
 def test_a_refusal_forges_no_line_of_a_log() -> None:
