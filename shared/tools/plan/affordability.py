@@ -48,9 +48,9 @@ class SiteAnswer:
     delta: float
     steps_affordable: int
     num_runs: int
-    rounds: int | None = None
-    noise_multiplier: float | None = None
-    refusal: str = ""
+    rounds: int | None
+    noise_multiplier: float | None
+    refusal: str
 
     @property
     def verdict(self) -> str:
@@ -114,13 +114,14 @@ def can_afford(export: LedgerExport, run: GaussianSteps, *, local_steps: int, de
     if num_runs < NUM_RUNS:
         wanted = NUM_RUNS if num_runs else 1
         rounds = steps // (local_steps * wanted)
+        least = math.floor(run.noise_multiplier * _ADVISED_LATTICE) + 1
         _, enough = crossing(
             lambda n: cost(run.steps * wanted, n / _ADVISED_LATTICE),
             export.epsilon,
             rising=False,
-            least=math.floor(run.noise_multiplier * _ADVISED_LATTICE) + 1,
+            least=least,
             most=round(MAX_NOISE_MULTIPLIER) * _ADVISED_LATTICE,
-            guess=run.noise_multiplier * _ADVISED_LATTICE * after[wanted - 1] / export.epsilon,
+            guess=least,
         )
         sigma = enough / _ADVISED_LATTICE if enough <= MAX_NOISE_MULTIPLIER * _ADVISED_LATTICE else None
     refusal = ""

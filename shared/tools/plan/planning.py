@@ -186,10 +186,7 @@ def solve(question: Question) -> Setting:
     missing = _missing(question)
     delta = _delta_of(question)
     epsilon, sigma = question.epsilon, question.noise_multiplier
-    batch, population = _rate_of(question)
-    if missing == "rate":
-        population = question.records or _RATE_LATTICE
-        batch = _largest_batch(question, population, delta)
+    batch, population = _rate_of(question, delta)
     rate = batch / population
     steps = 0 if missing == "steps" else _steps_of(question, batch, population)
     if missing == "noise":
@@ -334,11 +331,14 @@ def _delta_of(question: Question) -> float:
     return question.delta
 
 
-def _rate_of(question: Question) -> tuple[float, float]:
-    """Return (B, n), or (q, 1) where the rate is given as such; (0, 1) if it is what is asked for."""
+def _rate_of(question: Question, delta: float) -> tuple[float, float]:
+    """Return (B, n), or (q, 1) where the rate is given as such; the largest that fits if it is what is asked for."""
     if question.batch_size is not None and question.records is not None:
         return question.batch_size, question.records
-    return question.sample_rate or 0.0, 1.0
+    if question.sample_rate is not None:
+        return question.sample_rate, 1.0
+    population = question.records or _RATE_LATTICE
+    return _largest_batch(question, population, delta), population
 
 
 def _steps_of(question: Question, batch: float, population: float) -> int:
