@@ -513,10 +513,16 @@ def test_the_whole_record_of_the_coordinator(stopped_early: bool) -> None:
     }
     text = central_statement(made, "r", stopped_early=stopped_early)
     assert text.one_site == statement
+    once = central_statement(replace(made, rounds=tuple(range(1, 8))), "r", stopped_early=stopped_early)
+    again = " (1 of them recomputed after an interruption and counted again)"
+    assert once.one_site == statement.replace(again, "") != statement
     assert list(text.not_covered) == [*NOT_COVERED_CENTRAL, *([STOPPED_EARLY] if stopped_early else [])]
     assert privacy_record(made, "r")["epsilon_planned"] is None
     # What was executed counts where it is more than the plan.
     assert release(events=EVENTS, epsilon_budget=0.1).epsilon_promised == spent
+    # And where the plan has no finite epsilon, however little was executed.
+    little = (GaussianSteps(noise_multiplier=9.0, sample_rate=0.25, steps=1),)
+    assert release(events=little, epsilon_budget=None).epsilon_promised == compose_epsilon(little, 1e-5) < 1
 
 
 def test_the_whole_statements_where_nothing_is_promised() -> None:

@@ -254,6 +254,7 @@ class Curve:
 
     def __call__(self, epsilon: float) -> float:
         self.asked.append(epsilon)
+        assert len(self.asked) < 1000, "a search without end"
         if epsilon < self.begin:
             return math.inf
         return self.share * math.exp(-epsilon * self.rate) + self.infinite
@@ -276,6 +277,8 @@ def test_there_is_no_root_where_nothing_reaches_delta() -> None:
     assert module._root(Curve(infinite=1e-5), 1.01e-5) == pytest.approx(-math.log(1e-7), abs=1e-7)
     assert module._root(Curve(share=0.5), 0.5) == 0.0
     assert module._root(Curve(share=0.5), 0.4999) == pytest.approx(2e-4, rel=1e-2)
+    # A root so close to 0 that the search comes back with 0, where the bound does not hold.
+    assert 1e-12 <= module._root(Curve(share=0.5 + 1e-12), 0.5) < 2e-9
     assert module._root(Curve(share=0.0), 0.5) == 0.0
 
 
@@ -373,6 +376,22 @@ def test_no_composition_takes_more_than_half_a_million_cells() -> None:
     with pytest.raises(module._TooManyCells) as refused:
         TiltedDivergence([(step, 1)], 1.0, step.log_moment)
     assert 1 << 19 < refused.value.number < 1 << 20
+
+
+def test_exactly_the_most_cells_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refused, they would be asked for again and again: cells twice as wide are for more than these."""
+    step = step_loss(1.0, 1.0, True, 1e-2, 50)
+
+    def number() -> int:
+        return len(TiltedDivergence([(step, 1)], 1.0, step.log_moment)._cells)
+
+    most = number()
+    monkeypatch.setattr(module, "_MOST_CELLS", most)
+    assert number() == most
+    monkeypatch.setattr(module, "_MOST_CELLS", most - 1)
+    with pytest.raises(module._TooManyCells) as refused:
+        number()
+    assert refused.value.number == most
 
 
 # --- losses that are all above epsilon, and infinite ones ---
