@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 from client.site.site import Site
 from client.site.slots import Slots
 from shared.errors import SilotuneError
+from shared.service.logs import about
 from shared.wire.messages import (
     MetricsReply,
     Refusal,
@@ -89,16 +90,17 @@ def signed(
     site: Site, request: TrainRequest, act: Callable[[TrainRequest], TrainReply | MetricsReply | Refusal]
 ) -> Answer | Signed:
     """Return what a site answers, a release with the receipt for it."""
-    answer = act(request)
-    if isinstance(answer, Refusal):
-        return answer
-    try:
-        receipt = site.guard.receipt(request, answer)
-    except SilotuneError as error:
-        # It was charged and is stored; asked again, it leaves once the key can be read.
-        log.error("a release cannot be signed and stays here: %s", error)
-        return Refusal.withheld(site.config.name)
-    return Signed(answer, receipt) if receipt else answer
+    with about(job=request.job.name, round=request.round_number):
+        answer = act(request)
+        if isinstance(answer, Refusal):
+            return answer
+        try:
+            receipt = site.guard.receipt(request, answer)
+        except SilotuneError as error:
+            # It was charged and is stored; asked again, it leaves once the key can be read.
+            log.error("a release cannot be signed and stays here: %s", error)
+            return Refusal.withheld(site.config.name)
+        return Signed(answer, receipt) if receipt else answer
 
 
 def asked(message: Message, context: Context, kind: Literal["train", "metrics"] = "train") -> TrainRequest:

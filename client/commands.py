@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -26,6 +25,7 @@ from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import JSON_MARK, check_file, check_new_files
 from shared.job.parsing import parse
 from shared.options import JsonOption, NoPassphraseOption
+from shared.service.logs import set_up
 from shared.stopping import orderly
 from shared.trust.audit_log import Event
 from shared.trust.certificates import fingerprint, load_certificate
@@ -226,10 +226,12 @@ def check(
 @site_app.command()
 def start(home: HomeArgument) -> None:
     """Run the node in the foreground until it is stopped (Ctrl-C or SIGTERM; it finishes the round at hand)."""
-    logging.basicConfig(level=logging.INFO, format=terminal.LOG_FORMAT, force=True)
+    place = SiteHome(home)
+    config = place.load_config()
+    set_up(config.log_format, site=config.name)
     from client.node.node import Node
 
-    node = Node(SiteHome(home), passphrase=passphrase_from_environment())
+    node = Node(place, passphrase=passphrase_from_environment())
     with orderly(node.stop, f"go on with: silotune site start {home}"):
         node.run()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import signal
 import time
@@ -24,6 +23,7 @@ from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.outputs import check_new_files
 from shared.options import JsonOption, NoPassphraseOption
+from shared.service.logs import log_file, set_up
 from shared.stopping import orderly, saying
 from shared.trust.audit_log import Event
 from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
@@ -130,7 +130,9 @@ def start(home: HomeArgument) -> None:
 
     place = CoordinatorHome(home)
     supervisor = Supervisor(place)
-    _log_to(place.log)
+    place.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    form = place.load_config().log_format
+    set_up(form, log_file(place.log, form, backups=5))
     if place.server_certificate.exists() and (
         warning := expiry_warning(load_certificate(place.server_certificate), datetime.now(UTC))
     ):
@@ -140,18 +142,6 @@ def start(home: HomeArgument) -> None:
     if supervisor.lingers:
         logging.shutdown()
         os._exit(0)
-
-
-def _log_to(path: Path) -> None:
-    """Write the log to the terminal, or whatever the service manager keeps, and to a file that is rotated."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handlers: list[logging.Handler] = [
-        logging.StreamHandler(),
-        logging.handlers.RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=5, encoding="utf-8"),
-    ]
-    logging.basicConfig(level=logging.INFO, format=terminal.LOG_FORMAT, handlers=handlers, force=True)
-    for noisy in ("flwr", "absl"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 @coordinator_app.command("submit")

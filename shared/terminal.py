@@ -10,9 +10,6 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-"""Of every log: of a node, of the coordinator and of its jobs."""
-
 
 def console(width: int | None = None, *, as_json: bool = False, soft_wrap: bool = False) -> Console:
     """Return where a command prints for people; text is shown as it is, without markup.

@@ -97,6 +97,16 @@ class LinkClient:
         self._welcome: Welcome | None = None
         self._welcomed = False
         self._open: _Session | None = None
+        self._answering = False
+        self._worked = self._tried = time.monotonic()
+
+    def lives(self, within: float) -> bool:
+        """Return whether both loops, of answers and of the connection, came round in the last `within` seconds.
+
+        While a request is answered it lives: that may take hours, and whoever ends it loses what was charged for it.
+        """
+        connected = self._tried if (session := self._open) is None else max(self._tried, session.turned)
+        return self._answering or min(self._worked, connected) > time.monotonic() - within
 
     def renew(self) -> None:
         """Connect anew, with the credentials that are there now; safe in any thread."""
@@ -133,6 +143,7 @@ class LinkClient:
         wait, told = FIRST_BACKOFF_SECONDS, ""
         while not self._stop.is_set():
             self._welcomed = False
+            self._tried = time.monotonic()
             try:
                 self._session()
             except SilotuneError as error:
@@ -152,10 +163,11 @@ class LinkClient:
 
     def _work(self) -> None:
         while not self._stop.is_set():
+            self._worked, self._answering = time.monotonic(), False
             request = self._letterbox.next_request(_TICK_SECONDS)
             if request is None or self._welcome is None:
                 continue
-            payload = None
+            payload, self._answering = None, True
             try:
                 payload = self._handler(request, self._welcome)
             except Exception as error:
@@ -250,7 +262,7 @@ class _Session:
         self.call: Any = None
         self.welcomed = self.closed = self.stopped = False
         self.problem: SilotuneError | None = None
-        self._started = time.monotonic()
+        self._started = self.turned = time.monotonic()
         self._leaving: float | None = None
 
     def begin(self) -> None:
@@ -281,7 +293,7 @@ class _Session:
 
     def _look_after(self) -> None:
         """End the stream if it leads to nothing, or is not wanted any more."""
-        now = time.monotonic()
+        now = self.turned = time.monotonic()
         if not self.welcomed and now - self._started > CONNECT_SECONDS:
             self.end(
                 Unreachable(f"the coordinator did not answer for {CONNECT_SECONDS:.0f} s; check address and firewall.")

@@ -27,6 +27,7 @@ from client.site.slots import Slots
 from shared.errors import SilotuneError, place_of
 from shared.link.frames import Welcome
 from shared.link.line import Parcel
+from shared.service.manager import ServiceManager
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.certificates import pem_bytes
 from shared.wire.messages import WITHHELD, carries_release
@@ -35,6 +36,7 @@ log = logging.getLogger("silotune.node")
 
 _LOOK_SECONDS, _LOOKS_A_STATUS = 0.5, 10
 _ERROR_IN_CLIENT_APP = 100
+_HANGS_AFTER_SECONDS = 120.0
 
 
 class Node:
@@ -51,6 +53,7 @@ class Node:
         self._stop = threading.Event()
         self._client: LinkClient | None = None
         self._status = StatusFile(home)
+        self._manager = ServiceManager()
 
     def stop(self) -> None:
         """Ask `run` to return after the message at hand; safe in a signal handler and in any thread."""
@@ -83,10 +86,12 @@ class Node:
                 return
             _log(site).append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())
             self._status.say("starting")
+            self._manager.ready()  # whether the coordinator can be reached is another matter
             try:
                 with self._watching(site, self._client):
                     self._client.run()
             finally:
+                self._manager.stopping()
                 _log(site).append(Event.NODE_STOPPED, pid=os.getpid())
                 self._status.say("stopped")
 
@@ -99,6 +104,7 @@ class Node:
             installed, looks = self._installed(), 0
             while not over.wait(_LOOK_SECONDS):
                 looks += 1
+                self._sign(client)
                 if looks % _LOOKS_A_STATUS == 0:
                     self._status.say()
                 if (now := self._installed()) != installed:
@@ -115,6 +121,12 @@ class Node:
         finally:
             over.set()
             thread.join()
+
+    def _sign(self, client: LinkClient) -> None:
+        """Give the service manager a sign of life, unless the client hangs."""
+        if client.lives(_HANGS_AFTER_SECONDS):
+            self._manager.alive()
+        self._manager.tell("connected" if self._status.connected else "waiting for the coordinator")
 
     def _installed(self) -> tuple[int | None, ...]:
         """Return what changes when another key, certificate or CA is installed."""

@@ -24,6 +24,11 @@ class StatusFile:
         self._facts: dict[str, object] = {"pid": os.getpid(), "started": _now()}
         self._lock = threading.Lock()
 
+    @property
+    def connected(self) -> bool:
+        """Whether the coordinator has welcomed the node, and the stream is open."""
+        return self._facts.get("state") in ("connected", "working")
+
     def say(self, state: str | None = None, **facts: object) -> None:
         """Note a state ("starting", "connected", "working", "waiting", "stopped") and facts that go with it."""
         with self._lock:

@@ -12,6 +12,7 @@ from shared.job.compute import ComputeConfig
 from shared.job.parsing import Section
 from shared.job.values import PERSON_UNITS, Delta, Name, Unit
 from shared.limits import MAX_RECORDS
+from shared.service.logs import LogFormat
 
 
 class BudgetConfig(Section):
@@ -68,6 +69,9 @@ class SiteConfig(Section):
     proxy: str | None = Field(default=None, repr=False)  # may hold a password, so no error shows it
     """`http://host:port` or `http://user:password@host:port` of an HTTP proxy to reach it through (CONNECT); the encrypted
     connection goes through it to the coordinator. A proxy of the environment is never used."""
+    log_format: LogFormat = "text"
+    """`text`: the node's log is lines for people. `json`: one JSON object a line, with `time` (UTC), `level`, `logger`,
+    `message`, `site`, and `job` and `round` where it is about one."""
 
     @field_validator("proxy")
     @classmethod

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import logging.handlers
 import secrets
 import threading
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from server.link.server import LinkServer
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
-from shared.terminal import LOG_FORMAT
+from shared.service.logs import LogFormat, about, log_file
 
 log = logging.getLogger("silotune.coordinator")
 
@@ -56,7 +55,8 @@ class Attempt:
 
     def _run(self) -> None:
         try:
-            with _logging_to(self.submission.log):
+            form = self._home.load_config().log_format
+            with about(job=self.submission.name), _logging_to(self.submission.log, form):
                 self._attempt()
         except BaseException as error:  # also a log that cannot be opened: nothing ends in silence
             log.exception("the job ended early")
@@ -93,10 +93,9 @@ def lasts(error: SilotuneError) -> bool:
 
 
 @contextlib.contextmanager
-def _logging_to(path: Path) -> Iterator[None]:
+def _logging_to(path: Path, form: LogFormat) -> Iterator[None]:
     """Keep in a file what this thread logs."""
-    handler = logging.handlers.RotatingFileHandler(path, maxBytes=10 * 2**20, backupCount=2, encoding="utf-8")
-    handler.setFormatter(logging.Formatter(LOG_FORMAT))
+    handler = log_file(path, form, backups=2)
     this = threading.get_ident()
     handler.addFilter(lambda record: record.thread == this)
     logging.getLogger().addHandler(handler)

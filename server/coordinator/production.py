@@ -132,7 +132,7 @@ class _Recorder(Observer):
 
     def site_refused(self, site: str, reason: str) -> None:
         """See `Observer`."""
-        log.warning("site %s refused: %s", site, reason)
+        log.warning("site %s refused: %s", site, reason, extra={"site": site})
         if self._refused.get(site) != reason:
             self._note(Event.SITE_REFUSED, site=site, reason=reason)
         self._refused[site] = reason
@@ -161,7 +161,8 @@ class _Recorder(Observer):
 
     def stopped_early(self, checkpoint: Checkpoint) -> None:
         """See `Observer`."""
-        log.info("stopped early after round %d, by the job's rule", checkpoint.round_number)
+        number = checkpoint.round_number
+        log.info("stopped early after round %d, by the job's rule", number, extra={"round": number})
         self._submission.note(stopped_early=checkpoint.round_number)
 
     def receipt(self, receipt: Receipt) -> None:
@@ -177,7 +178,7 @@ class _Recorder(Observer):
         if reply is not None:
             self._note(Event.METRICS_ACCEPTED, site=site, **_sha256_and_size(reply.canonical()))
         else:
-            log.warning("metrics of site %s: %s", site, problem)
+            log.warning("metrics of site %s: %s", site, problem, extra={"site": site})
             self._note(Event.METRICS_REFUSED, site=site, reason=problem)
 
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
@@ -186,12 +187,12 @@ class _Recorder(Observer):
         if problem is None:
             self._note(Event.UPDATE_ACCEPTED, round=round_number, site=site, **facts)
         else:
-            log.warning("round %d, site %s: %s", round_number, site, problem)
+            log.warning("round %d, site %s: %s", round_number, site, problem, extra=_about(round_number, site))
             self._note(Event.UPDATE_REFUSED, round=round_number, site=site, reason=problem, **facts)
 
     def update_doubted(self, round_number: int, site: str, doubt: str) -> None:
         """See `Observer`."""
-        log.warning("round %d, site %s: %s", round_number, site, doubt)
+        log.warning("round %d, site %s: %s", round_number, site, doubt, extra=_about(round_number, site))
         self._note(Event.UPDATE_DOUBTED, round=round_number, site=site, reason=doubt)
         self._doubted[site] = f"round {round_number}: {doubt}"
         self._submission.note(doubted=self._doubted)
@@ -205,6 +206,7 @@ class _Recorder(Observer):
             record.metrics,
             ", ".join(record.sites) or "not told",
             "time not told" if record.seconds is None else f"{record.seconds:.2f} s",
+            extra={"round": record.round},
         )
         self._round_completed(record)
         self._submission.note(round=record.round, metrics=record.metrics, waiting=None)
@@ -213,6 +215,11 @@ class _Recorder(Observer):
         if record.round:  # 0 is before training
             sites, epsilon = record.sites, record.epsilon_max
             self._note(Event.ROUND_COMPLETED, round=record.round, sites=sites, epsilon_max=epsilon)
+
+
+def _about(round_number: int, site: str) -> dict[str, Any]:
+    """Return what a log line is about."""
+    return {"round": round_number, "site": site}
 
 
 def _sha256_and_size(data: bytes) -> dict[str, Any]:

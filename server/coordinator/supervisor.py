@@ -22,6 +22,7 @@ from server.store.home import CoordinatorHome
 from server.store.submission import Submission, now_text, submissions
 from shared.errors import SilotuneError, TrustError
 from shared.files.atomic import write_json
+from shared.service.manager import ServiceManager
 from shared.trust.audit_log import Event
 from shared.trust.certificates import load_certificate
 from shared.trust.keystore import passphrase_from_environment
@@ -61,6 +62,7 @@ class Supervisor:
         self._certificate_until: str | None = None
         self._attempts: dict[str, _Attempts] = {}
         self._active: Attempt | None = None
+        self._manager = ServiceManager()
         self.lingers = False
 
     def stop(self) -> None:
@@ -79,10 +81,12 @@ class Supervisor:
             try:
                 self._say("starting")
                 self._start_link()
+                self._manager.ready()
                 while not self._stop.is_set():
                     self._turn()
                     self._stop.wait(POLL_SECONDS)
             finally:
+                self._manager.stopping()
                 if self._active is not None:
                     self._active.halt()
                     if not self._active.join(_FAREWELL_SECONDS):
@@ -112,6 +116,7 @@ class Supervisor:
             if not self._link.alive:
                 self._restart_link()
             self._look_at_sites()
+            self._manager.alive()  # the link answered; a full disk, or whatever follows, is no reason to be started anew
             self._journal.write()
             self._drive()
             self._say("running")
@@ -122,6 +127,9 @@ class Supervisor:
                 log.error("%s", problem)  # once, however long it lasts
             self._problem = problem
             self._say("troubled", problem=problem)
+        connected = sum(site.online for site in self._sites.values())
+        job = f", job {self._active.submission.name}" if self._active else ""
+        self._manager.tell(f"{connected} of {len(_valid(self._sites))} sites connected{job}")
 
     def _restart_link(self) -> None:
         """Open the port anew: sites connect again by themselves, and the run at hand resumes from its folder."""
@@ -147,12 +155,12 @@ class Supervisor:
         for node, (name, _) in before.items():
             if node not in now:
                 reason = problem or refused.get(node, "its certificate is no longer in the trust store")
-                log.warning("site %s may not connect any more: %s", name, reason)
+                log.warning("site %s may not connect any more: %s", name, reason, extra={"site": name})
                 self._log.append(Event.SITE_REMOVED, site=name, reason=reason)
         for node, (name, end) in now.items():
             if node not in before:
                 until = end.isoformat() if end else None
-                log.info("site %s may connect until %s", name, until)
+                log.info("site %s may connect until %s", name, until, extra={"site": name})
                 self._log.append(Event.SITE_REGISTERED, site=name, until=until)
         self._sites = sites
 
@@ -191,7 +199,7 @@ class Supervisor:
             # Before it begins: on a full disk this fails, and one attempt after the other would be started.
             submission.note("running", started=datetime.now(UTC).isoformat(timespec="milliseconds"))
             self._active = Attempt(self.home, submission, self._link)
-            log.info("job %s runs", submission.name)
+            log.info("job %s runs", submission.name, extra={"job": submission.name})
             return
 
     def _failed(self, submission: Submission) -> None:
@@ -206,12 +214,13 @@ class Supervisor:
             return
         wait = min(2.0 ** (attempts.count - 1) - 1, _LONGEST_WAIT_SECONDS)
         attempts.not_before = time.monotonic() + wait
-        log.warning("job %s ended early (%s); it resumes in %.0f s", submission.name, problem, wait)
+        job = submission.name
+        log.warning("job %s ended early (%s); it resumes in %.0f s", job, problem, wait, extra={"job": job})
 
     def _finish(self, submission: Submission, state: Any) -> None:
         submission.note(state)
         known = submission.state()
-        log.info("job %s: %s", submission.name, state)
+        log.info("job %s: %s", submission.name, state, extra={"job": submission.name})
         self._log.append(
             Event.JOB_FINISHED, job=known["job_sha256"], name=submission.name, state=state, problem=known.get("problem")
         )
@@ -231,13 +240,18 @@ class Supervisor:
                 "pid": os.getpid(),
                 "updated": now_text(),
                 "address": self._config.address,
-                "sites": {name: _told(site) for name, site in self._sites.items() if site.facts.valid},
+                "sites": {name: _told(site) for name, site in _valid(self._sites).items()},
                 "trust_problem": self._trust_problem,
                 "job": self._active.submission.name if self._active else None,
                 "certificate_until": self._certificate_until,
                 "certificate_problem": certificate_problem,
             }
             write_json(self.home.status, said | facts)
+
+
+def _valid(sites: Mapping[str, SiteState]) -> dict[str, SiteState]:
+    """Return the sites that may connect."""
+    return {name: site for name, site in sites.items() if site.facts.valid}
 
 
 def _keys(sites: Mapping[str, SiteState]) -> dict[int, tuple[str, datetime | None]]:

@@ -86,7 +86,7 @@ class LinkService:
             ended = error if isinstance(error, Ended) else _ended(error)
             shown = name or _common_name(context)
             if self._news(shown, ended.code):
-                log.warning("%s at %s: %s", shown, peer, ended.reason)
+                log.warning("%s at %s: %s", shown, peer, ended.reason, extra={"site": shown})
                 self._events.refused(shown, peer, ended.reason)
             await context.abort(ended.code, ended.reason)
 
@@ -111,12 +111,14 @@ class LinkService:
 
     async def _serve(self, visitor: Visitor, hello: Hello, context: Any, peer: str) -> None:
         await self._take_place(visitor, hello, peer)
-        box, wake = self._mailroom.box(visitor.node), asyncio.Event()
+        box, wake, about = self._mailroom.box(visitor.node), asyncio.Event(), {"site": visitor.name}
         stream = _Stream(
             visitor=visitor,
             peer=peer,
             instance=hello.instance,
-            line=Line(box, wake=wake.set, noticed=lambda text: log.info("site %s says: %s", visitor.name, text)),
+            line=Line(
+                box, wake=wake.set, noticed=lambda text: log.info("site %s says: %s", visitor.name, text, extra=about)
+            ),
             over=asyncio.get_running_loop().create_future(),
             gone=asyncio.Event(),
         )
@@ -126,7 +128,7 @@ class LinkService:
             await context.write(frames.bytes_of(Welcome(visitor.node, visitor.name, silotune_version())))
             box.open(stream.line)
             self._events.connected(visitor.name, peer, _plain(hello.software))
-            log.info("site %s is connected from %s", visitor.name, peer)
+            log.info("site %s is connected from %s", visitor.name, peer, extra=about)
             await _first_of(self._read(stream, context), _write(stream, context, wake), stream.over)
             reason = "the site closed it"
         except (Ended, LinkError, TrustError) as error:
@@ -136,7 +138,7 @@ class LinkService:
             del self._streams[visitor.node]
             box.hang_up(self._mailroom.clock())
             stream.gone.set()
-            log.info("the stream of site %s has ended: %s", visitor.name, reason)
+            log.info("the stream of site %s has ended: %s", visitor.name, reason, extra=about)
             self._events.disconnected(visitor.name, reason)
 
     async def _take_place(self, visitor: Visitor, hello: Hello, peer: str) -> None:

@@ -26,6 +26,7 @@ from shared.files.json_files import read_object
 from shared.files.places import Below
 from shared.job.parsing import Section, load_toml, parse
 from shared.job.values import Name
+from shared.service.logs import LogFormat
 from shared.trust.audit_log import AuditLog
 from shared.trust.signed_file import Signer
 from shared.trust.signing import SigningKey, load_signing_key
@@ -42,6 +43,10 @@ class CoordinatorConfig(Section):
     """Address to listen on for sites (gRPC over mutual TLS 1.3)."""
     listen_port: int = Field(default=9092, ge=1, le=65535)
     """Its port: the only one that listens, and that a firewall has to open."""
+
+    log_format: LogFormat = "text"
+    """`text`: its logs are lines for people. `json`: one JSON object a line, with `time` (UTC), `level`, `logger`, `message`, and
+    `job`, `round` and `site` where it is about one."""
 
     @property
     def address(self) -> str:

@@ -33,7 +33,8 @@ KEY_BYTES = 32
 SCRYPT_N = 2**17  # cost of new files: 128 MiB and some tenths of a second per guess
 SCRYPT_R = 8
 SCRYPT_P = 1
-SECRETS_FOLDER = Path("/run/secrets")  # a container runtime mounts secrets here, for one container only, mode 0444
+SECRETS_FOLDERS = (Path("/run/secrets"), Path("/run/credentials"))
+"""Where a container runtime (mode 0444) and systemd (0400, or 0440 with an access list) mount secrets, for one service only."""
 
 _FORMAT = "silotune-secret"
 _VERSION = 1
@@ -192,10 +193,10 @@ def read_passphrase(path: Path) -> str:
 
     Raises:
         TrustError: if the file is missing, empty, longer than 4096 bytes or not UTF-8; if anybody but its owner may
-            read or write it, unless it is a container secret (below /run/secrets).
+            read or write it, unless it is a secret of a container or a service (below `SECRETS_FOLDERS`).
     """
     content, mode = read_bounded(path, "passphrase file", _MAX_PASSPHRASE_BYTES)
-    if not path.resolve().is_relative_to(SECRETS_FOLDER.resolve()):
+    if not any(path.resolve().is_relative_to(folder.resolve()) for folder in SECRETS_FOLDERS):
         check_private(path, mode, "holds a passphrase")
     try:
         passphrase = content.decode().removesuffix("\n").removesuffix("\r")

@@ -352,7 +352,7 @@ def test_from_elsewhere_the_port_answers_over_tls_only(federation: Federation) -
 def test_no_option_turns_tls_or_authentication_off(
     federation: Federation, silotune: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    assert CoordinatorConfig.model_fields.keys() == {"name", "hosts", "listen_host", "listen_port"}
+    assert CoordinatorConfig.model_fields.keys() == {"name", "hosts", "listen_host", "listen_port", "log_format"}
     for command in ("init", "install", "start", "submit"):
         told = silotune("coordinator", command, "--help").out.lower()
         for word in ("insecure", "no-tls", "no-auth", "control-host", "plain"):

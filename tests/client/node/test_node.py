@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from shared.wire.messages import DESCRIBE, TRAIN, WITHHELD, describe_request
 from simulations.federation.processes import Federation
 from tests.conftest import Outcome
 from tests.integration.eventually import eventually
+from tests.integration.service_manager import Heard
 
 ROOT = Path(__file__).parents[3]
 CONFIDENTIAL = "patient Quagmire has a broken leg"
@@ -56,13 +57,14 @@ def home(federation: Federation, request: pytest.FixtureRequest) -> SiteHome:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[[SiteHome], subprocess.Popen[str]]]:
+def start() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Return a starter of real nodes; all are ended."""
     made: list[subprocess.Popen[str]] = []
 
-    def launch(home: SiteHome) -> subprocess.Popen[str]:
+    def launch(home: SiteHome, environment: Mapping[str, str] | None = None) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "cli", "site", "start", str(home.path)]
-        made.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+        pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        made.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | (environment or {}), **pipes))
         return made[-1]
 
     yield launch
@@ -266,15 +268,23 @@ def test_since_when_a_state_holds_is_kept(home: SiteHome) -> None:
 
 
 def test_a_node_waits_for_its_coordinator_and_ends_when_it_is_told(
-    home: SiteHome, start: Callable[[SiteHome], subprocess.Popen[str]], silotune: Callable[..., Outcome]
+    home: SiteHome,
+    start: Callable[..., subprocess.Popen[str]],
+    silotune: Callable[..., Outcome],
+    tmp_path: Path,
 ) -> None:
-    process = start(home)
+    heard = Heard(tmp_path, watchdog_seconds=1.0)
+    process = start(home, heard.environment)
     # 1. Nobody answers, and whoever asks is told so.
     eventually(lambda: process.poll() is None and read_status(home)["state"] == "waiting")
     shown = silotune("site", "status", home.path)
     assert shown.status == 1
     assert "cannot be reached" in shown.out
     assert "check the address, that the coordinator runs, and that the firewall" in shown.out
+    # The service manager is told that it is up all the same, and that it lives.
+    assert heard.lines()[0] == "READY=1"
+    eventually(lambda: heard.lines().count("WATCHDOG=1") >= 2)
+    assert "STATUS=waiting for the coordinator" in heard.lines()
     # 2. A second node in the same folder is turned away.
     second = start(home)
     output, _ = second.communicate(timeout=120)
@@ -290,15 +300,14 @@ def test_a_node_waits_for_its_coordinator_and_ends_when_it_is_told(
     assert time.monotonic() - started < 30
     assert "Traceback" not in output
     assert json.loads(home.status.read_text())["state"] == "stopped"
+    assert heard.lines()[-1] == "STOPPING=1"
     events = [entry.event for entry in audit_log.read(home.audit)]
     assert events[-1] == Event.NODE_STOPPED
     assert events.count(Event.NODE_STARTED) == 1
     assert CONFIDENTIAL not in output + home.status.read_text() + "".join(e.line() for e in audit_log.read(home.audit))
 
 
-def test_ctrl_c_ends_a_node_and_says_how_to_go_on(
-    home: SiteHome, start: Callable[[SiteHome], subprocess.Popen[str]]
-) -> None:
+def test_ctrl_c_ends_a_node_and_says_how_to_go_on(home: SiteHome, start: Callable[..., subprocess.Popen[str]]) -> None:
     process = start(home)
     eventually(lambda: process.poll() is None and read_status(home)["state"] == "waiting")
     process.send_signal(signal.SIGINT)

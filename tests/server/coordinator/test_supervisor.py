@@ -488,3 +488,26 @@ def checkpoint_after(submitted: Submission) -> Callable[[int], Checkpoint]:
         return Checkpoint(job_sha256=submitted.state()["job_sha256"], round_number=number, adapter={}, history=history)
 
     return make
+
+
+def test_a_coordinator_gives_signs_of_life_only_while_its_link_answers(
+    supervisor: Supervisor, link: StandInLink, monkeypatch: pytest.MonkeyPatch, clock: list[float]
+) -> None:
+    signs: list[float] = []
+    monkeypatch.setattr(supervisor._manager, "alive", lambda: signs.append(clock[0]))
+    supervisor._turn()
+    assert len(signs) == 1
+
+    def silent() -> Any:
+        raise RunError("the link to the sites does not answer.")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(link, "sites", silent)
+        supervisor._turn()
+        supervisor._turn()
+    assert len(signs) == 1, "systemd starts it anew"
+    # A disk that is full goes away by itself.
+    with monkeypatch.context() as patched:
+        patched.setattr(supervisor._journal, "write", lambda: (_ for _ in ()).throw(TrustError("no space left")))
+        supervisor._turn()
+    assert len(signs) == 2

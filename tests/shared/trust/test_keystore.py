@@ -238,7 +238,7 @@ def test_a_readable_passphrase_file_is_refused_except_below_run_secrets(
     (mounted / "data" / "p").chmod(0o444)
     with pytest.raises(TrustError, match=r"mode 0444\); run: chmod 600"):
         read_passphrase(mounted / "p")
-    monkeypatch.setattr(keystore, "SECRETS_FOLDER", mounted)
+    monkeypatch.setattr(keystore, "SECRETS_FOLDERS", (mounted,))
     assert read_passphrase(mounted / "p") == "word"
     outside = tmp_path / "outside"
     outside.write_text("word")
