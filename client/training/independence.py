@@ -68,10 +68,7 @@ def settle_company(runtime: Runtime) -> None:
         PrivacyError: if one and the same pass gives different gradients when it is repeated.
     """
 
-    def take(examples: Sequence[Example], _: Sequence[int]) -> Tensor:
-        return _gradients(runtime, examples)
-
-    with _restored(runtime):
+    with _restored(runtime), _passes(runtime) as take:
         probes = _probes(runtime, _MOST_TOKENS)
         for start in (_noisy(runtime), _sharp(runtime)):
             runtime.load(start)
@@ -102,10 +99,7 @@ def settle_stacks(runtime: Runtime) -> None:
         for name, parameter in runtime.model.trainable().items()
     }
 
-    def take(examples: Sequence[Example], numbers: Sequence[int]) -> Tensor:
-        return _gradients(runtime, examples, stacks, [number % len(sites) for number in numbers])
-
-    with _restored(runtime):
+    with _restored(runtime), _passes(runtime, stacks, sites=len(sites)) as take:
         probes = _probes(runtime, _MOST_TOKENS)
         alone = [take([probe], [number])[0] for number, probe in enumerate(probes)]
         if not _independent(runtime, probes, alone, take) or not _independent_when_long(runtime, probes, take):
@@ -130,12 +124,14 @@ def check_adapter(runtime: Runtime, start: Mapping[str, Tensor]) -> None:
     """
     if runtime.compute.micro_batch_tokens == 1:
         return
-    with _restored(runtime):
+    probes = _probes(runtime, _SHORT)
+    company = [*probes, _probe(runtime, 64, len(probes))]
+    # As in the round: no adapter changes what the frozen layers below it computed, so they need not do it in every round.
+    runtime.warm_cache(company)
+    with _restored(runtime), _passes(runtime, cached=True) as take:
         runtime.load(start)
-        probes = _probes(runtime, _SHORT)
-        alone = [_gradients(runtime, [probe])[0] for probe in probes]
-        company = [*probes, _probe(runtime, 64, len(probes))]
-        together = _gradients(runtime, company)
+        alone = [take([probe], [0])[0] for probe in probes]
+        together = take(company, range(len(company)))
         if not all(_same(one, beside) for one, beside in zip(alone, together, strict=False)):
             raise AdapterError(
                 "with this adapter what one record adds depends on the records beside it, so its influence would not be bounded; "
@@ -189,28 +185,32 @@ def _long_lengths(runtime: Runtime) -> list[int]:
     return [*by_padded.values()]
 
 
-def _gradients(
-    runtime: Runtime,
-    examples: Sequence[Example],
-    stacks: Mapping[Tensor, Tensor] | None = None,
-    owners: Sequence[int] = (),
-) -> Tensor:
-    """Return the per-example gradients of adapter and head, float32 [examples, coordinates].
+@contextmanager
+def _passes(
+    runtime: Runtime, stacks: Mapping[Tensor, Tensor] | None = None, *, sites: int = 1, cached: bool = False
+) -> Iterator[Take]:
+    """Give a function that returns the per-example gradients of adapter and head, float32 [examples, coordinates].
 
     Args:
         stacks: values of several sites, see `client.training.per_example`; None if the model's own are meant.
-        owners: the site of each example, with stacks.
+        sites: how many there are in them; an example belongs to the site of its number, modulo this.
+        cached: what the frozen layers computed is taken from the cache, where it is there.
     """
-    batch = collate(examples).to(runtime.model.device)
     parameters = list(runtime.model.trainable().values())
     with per_example_hooks(runtime.model, stacks) as hooks:
-        if stacks is not None:
-            hooks.owners = torch.tensor(owners, device=runtime.model.device)
-        with runtime.autocast():
-            losses = runtime.task.per_example_loss(runtime.model(batch), batch)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
-        gradients = per_example_gradients(parameters, len(examples))
-    return torch.cat([gradient.detach().flatten(1) for gradient in gradients], dim=1)
+
+        def take(examples: Sequence[Example], numbers: Sequence[int]) -> Tensor:
+            batch = collate(examples, runtime.cache.get(examples) if cached else None).to(runtime.model.device)
+            if stacks is not None:
+                owners = [number % sites for number in numbers]
+                hooks.owners = torch.tensor(owners, device=runtime.model.device)
+            with runtime.autocast():
+                losses = runtime.task.per_example_loss(runtime.model(batch), batch)
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+            gradients = per_example_gradients(parameters, len(examples))
+            return torch.cat([gradient.detach().flatten(1) for gradient in gradients], dim=1)
+
+        yield take
 
 
 def _same(first: Tensor, second: Tensor) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 import client.training.independence as independence_module
 import client.training.per_example as per_example_module
 from client.site.site import Site
-from client.training.independence import check_adapter, keep_settled, settle_company, settle_stacks
+from client.training.independence import Take, check_adapter, keep_settled, settle_company, settle_stacks
 from shared.errors import AdapterError, PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -253,26 +254,27 @@ def watch(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
     def begin(fault: Fault = lambda tried, place: False) -> list[Pass]:
         passes: list[Pass] = []
 
-        def gradients(
-            runtime: Runtime,
-            examples: Sequence[Example],
-            stacks: Mapping[Tensor, Tensor] | None = None,
-            owners: Sequence[int] = (),
-        ) -> Tensor:
-            assert stacks is None or len(owners) == len(examples)
-            values = {
-                name: stacks[p] if stacks else p.detach().clone() for name, p in runtime.model.trainable().items()
-            }
-            sites = None if stacks is None else list(owners)
-            tried = Pass([e.length for e in examples], [e.key for e in examples], sites, values)
-            numbers = [
-                [float(example.input_ids.sum()), float(example.target), owner, fault(tried, place)]
-                for place, (example, owner) in enumerate(zip(examples, sites or [0] * len(examples), strict=True))
-            ]
-            passes.append(tried)
-            return torch.tensor(numbers)
+        @contextmanager
+        def noting(
+            runtime: Runtime, stacks: Mapping[Tensor, Tensor] | None = None, *, sites: int = 1, cached: bool = False
+        ) -> Iterator[Take]:
+            def take(examples: Sequence[Example], numbers: Sequence[int]) -> Tensor:
+                assert len(numbers) == len(examples)
+                values = {
+                    name: stacks[p] if stacks else p.detach().clone() for name, p in runtime.model.trainable().items()
+                }
+                owners = None if stacks is None else [number % sites for number in numbers]
+                tried = Pass([e.length for e in examples], [e.key for e in examples], owners, values)
+                found = [
+                    [float(example.input_ids.sum()), float(example.target), owner, fault(tried, place)]
+                    for place, (example, owner) in enumerate(zip(examples, owners or [0] * len(examples), strict=True))
+                ]
+                passes.append(tried)
+                return torch.tensor(found)
 
-        monkeypatch.setattr(independence_module, "_gradients", gradients)
+            yield take
+
+        monkeypatch.setattr(independence_module, "_passes", noting)
         return passes
 
     monkeypatch.setattr(runtime, "max_length", 200)
@@ -458,3 +460,24 @@ def test_a_gpu_is_settled_one_way_or_the_other(private_job: Callable[..., Job], 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device is visible")
     settle_company(load_runtime(private_job(), ComputeConfig(device="cuda", precision=precision)))
+
+
+def test_a_round_s_check_computes_the_frozen_layers_once(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies below the adapter is the same in every round; a site that caches nothing computes it in each, as in training."""
+    embedded: list[int] = []
+    real = type(runtime.model)._embed_frozen
+
+    def counting(model: Any, input_ids: Tensor, packing: Any) -> Tensor:
+        embedded.append(len(input_ids))
+        return real(model, input_ids, packing)
+
+    monkeypatch.setattr(type(runtime.model), "_embed_frozen", counting)
+    runtime.cache.forget()
+    for _ in range(3):
+        check_adapter(runtime, runtime.initial)
+    assert sum(embedded) == 3  # two probes and the long one, once
+    embedded.clear()
+    runtime.cache.forget()
+    runtime.compute = runtime.compute.model_copy(update={"cache_frozen_layers": False})
+    check_adapter(runtime, runtime.initial)
+    assert sum(embedded) == 2 + 3
