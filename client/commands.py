@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from client.backup import back_up, put_back, verify_backup
 from client.node.status import read_status
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, check_holder, open_log, open_site
@@ -22,9 +23,10 @@ from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.epsilons import as_set, delta_rounded_up, rounded_up
 from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
+from shared.files.backup import told
 from shared.files.outputs import JSON_MARK, check_file, check_new_files
 from shared.job.parsing import parse
-from shared.options import JsonOption, NoPassphraseOption
+from shared.options import BackupArgument, JsonOption, NoPassphraseOption
 from shared.service.logs import set_up
 from shared.stopping import orderly
 from shared.trust.audit_log import Event
@@ -173,6 +175,47 @@ def passphrase(home: HomeArgument, none: NoPassphraseOption = False) -> None:
         change_passphrase(place.key_files, old=old, new=new)
         open_log(place, passphrase=new).append(Event.KEYS_ENCRYPTED, encrypted=new is not None)
     typer.echo(passphrase_changed(len(place.key_files), new))
+
+
+@site_app.command("backup")
+def take_backup(
+    home: HomeArgument, destination: Annotated[Path, typer.Argument(metavar="FILE", help="A new tar file.")]
+) -> None:
+    """Back up the folder, without the records, while the node runs; checked before it appears, and needs no passphrase."""
+    typer.echo(f"{destination}: {told(back_up(SiteHome(home), destination))}")
+
+
+@site_app.command("verify-backup")
+def check_backup(backup: BackupArgument) -> None:
+    """Check a backup: every file, the audit log, the ledger, and that the two agree."""
+    typer.echo(f"{backup}: {told(verify_backup(backup))}; nothing was changed since")
+
+
+@site_app.command()
+def restore(
+    backup: BackupArgument,
+    home: Annotated[Path, typer.Argument(help="A new folder.")],
+    newest_log: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="The site's audit log as it was last; it takes the place of the backup's."),
+    ] = None,
+    entries: Annotated[
+        int | None, typer.Option(min=0, help="How many entries the log had, as somebody else last noted it.")
+    ] = None,
+    nothing_released_since: Annotated[
+        bool, typer.Option("--nothing-released-since", help="You declare it; the log notes that you did.")
+    ] = False,
+) -> None:
+    """Put a backup back into a new folder, unless a charge is missing in it: what was spent since could be spent again."""
+    contents = put_back(
+        backup,
+        SiteHome(home),
+        passphrase=passphrase_from_environment(),
+        newest_log=newest_log,
+        num_entries=entries,
+        nothing_released=nothing_released_since,
+    )
+    typer.echo(f"put back {home}: {told(contents)}. Next: silotune site check {home}")
 
 
 @site_app.command()

@@ -16,13 +16,15 @@ from cryptography import x509
 from rich.table import Table
 
 from server.coordinator.health import is_alive, troubles
+from server.store.backup import back_up, put_back, verify_backup
 from server.store.home import CoordinatorConfig, CoordinatorHome
 from server.store.submission import Submission, find, submissions
 from shared import terminal
 from shared.errors import RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
+from shared.files.backup import told
 from shared.files.outputs import check_new_files
-from shared.options import JsonOption, NoPassphraseOption
+from shared.options import BackupArgument, JsonOption, NoPassphraseOption
 from shared.service.logs import log_file, set_up
 from shared.stopping import orderly, saying
 from shared.trust.audit_log import Event
@@ -121,6 +123,29 @@ def passphrase(home: HomeArgument, none: NoPassphraseOption = False) -> None:
         change_passphrase([place.round_key], old=old, new=new, server_key=place.server_key)
         place.open_log(place.load_round_key(new)).append(Event.KEYS_ENCRYPTED, encrypted=new is not None)
     typer.echo(passphrase_changed(2, new))
+
+
+@coordinator_app.command("backup")
+def take_backup(
+    home: HomeArgument, destination: Annotated[Path, typer.Argument(metavar="FILE", help="A new tar file.")]
+) -> None:
+    """Back up the folder while the coordinator runs; checked before it appears, and needs no passphrase."""
+    typer.echo(f"{destination}: {told(back_up(CoordinatorHome(home), destination))}")
+
+
+@coordinator_app.command("verify-backup")
+def check_backup(backup: BackupArgument) -> None:
+    """Check a backup: every file, and the audit log."""
+    typer.echo(f"{backup}: {told(verify_backup(backup))}; nothing was changed since")
+
+
+@coordinator_app.command()
+def restore(backup: BackupArgument, home: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
+    """Put a backup back into a new folder; install the newest revocation list before you start it."""
+    contents = put_back(backup, CoordinatorHome(home), passphrase=passphrase_from_environment())
+    typer.echo(
+        f"put back {home}: {told(contents)}. Next: silotune coordinator install {home} --crl crl.pem, the newest one"
+    )
 
 
 @coordinator_app.command()

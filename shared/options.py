@@ -23,6 +23,7 @@ JsonAtEndOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON line at the end, and nothing else on standard output.")
 ]
 
+BackupArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A backup, as `backup` wrote it.")]
 NoPassphraseOption = Annotated[
     bool, typer.Option("--none", help="Leave the keys without a passphrase: only their mode (0600) protects them.")
 ]

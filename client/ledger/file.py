@@ -27,7 +27,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -93,7 +93,7 @@ class LedgerFile:
         self._clock = clock
         _create_private_file(path)
         uri = f"{path.absolute().as_uri()}?mode=rw"  # a file that SQLite creates by itself would be public
-        with self._explained():
+        with _explained(path):
             self._connection = sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT, isolation_level=None)
         try:
             self._prepare()
@@ -112,7 +112,7 @@ class LedgerFile:
     @contextmanager
     def transaction(self, mode: Literal["DEFERRED", "IMMEDIATE"]) -> Iterator[None]:
         """All or nothing: one consistent view for reading (DEFERRED), or the only writer (IMMEDIATE)."""
-        with self._explained():
+        with _explained(self.path):
             self._connection.execute(f"BEGIN {mode}")
             try:
                 yield
@@ -125,31 +125,10 @@ class LedgerFile:
     def read_chain(self) -> list[Entry]:
         """Return all entries, each checked for its place, its link to the one before, and its hash."""
         entries: list[Entry] = []
-        previous = _NO_ENTRY
-        for row in self._connection.execute("SELECT * FROM entries ORDER BY sequence"):
-            sequence, kind, time, payload, link, digest = row
-            expected = len(entries) + 1
-            if sequence != expected:
-                self._broken(expected, f"is missing; the next one found has number {sequence}")
-            if link != previous:
-                self._broken(expected, "does not follow from the entry before it")
-            if digest != _entry_sha256(previous, sequence, kind, time, payload):
-                self._broken(expected, "was changed after it was written")
+        for sequence, kind, time, payload, link, digest in _chain(self._connection, self.path):
             kind, content = self._unpack(sequence, kind, payload)
             entries.append(Entry(sequence, kind, time, content, link, digest))
-            previous = digest
-        heads = self._connection.execute("SELECT num_entries, sha256 FROM head").fetchall()
-        if heads != [(len(entries), previous)]:
-            recorded = heads[0][0] if heads else "none"
-            first_bad = len(entries) if recorded == len(entries) else len(entries) + 1
-            self._broken(first_bad, f"is missing, added or replaced; the last one recorded is {recorded}")
         return entries
-
-    def _broken(self, sequence: int, what: str) -> NoReturn:
-        raise LedgerError(
-            f"the ledger {self.path} cannot be trusted: entry {sequence} {what}. Nothing more is charged or "
-            "released. Find out who changed the file and restore its latest backup."
-        )
 
     def append(self, entries: Sequence[Entry], kind: str, payload: dict[str, Any]) -> Entry:
         """Write the entry that follows `entries`, and the new head; the caller holds the write lock."""
@@ -173,7 +152,7 @@ class LedgerFile:
 
     def _prepare(self) -> None:
         """Set how the file is written, and check that it is a ledger, or make it one."""
-        with self._explained():
+        with _explained(self.path):
             # In this journal mode a transaction is committed by deleting the journal. Only EXTRA synchronises
             # the folder afterwards; with FULL, a power cut could undo it. WAL would not stand in one file.
             (mode,) = self._connection.execute("PRAGMA journal_mode = DELETE").fetchone()
@@ -229,15 +208,67 @@ class LedgerFile:
             ) from None
         return content["kind"], content["payload"]
 
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """Turn SQLite's errors into ones that say what to do."""
-        try:
-            yield
-        except sqlite3.Error as error:
-            code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits hold detail
-            diagnosis = _DIAGNOSES.get(code, "nothing was charged; mend the cause, then try again")
-            raise LedgerError(f"the ledger {self.path} cannot be used ({error}): {diagnosis}.") from error
+
+def copy_of(path: Path) -> tuple[bytes, int]:
+    """Return the file as it is between two transactions, whoever writes to it meanwhile, and the number of its entries.
+
+    Raises:
+        LedgerError: if it cannot be read, or its chain is broken.
+    """
+    with _explained(path), closing(sqlite3.connect(":memory:")) as copy:
+        uri = f"{path.absolute().as_uri()}?mode=rw"  # a process that died while it wrote left something to roll back
+        with closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT)) as ledger:
+            ledger.backup(copy)
+        num_entries = sum(1 for _ in _chain(copy, path))
+        return copy.serialize(), num_entries
+
+
+def entry_hashes(path: Path) -> list[str]:
+    """Return the hash of every entry, oldest first, each checked as far as that goes without the key of a sealed ledger.
+
+    Raises:
+        LedgerError: if the file cannot be read, or its chain is broken.
+    """
+    with _explained(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as ledger:
+        return [row[-1] for row in _chain(ledger, path)]
+
+
+def _chain(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[int, str, str, str, str, str]]:
+    """Yield every row of a ledger, checked for its place, its link to the one before, and its hash; then check the head."""
+
+    def broken(sequence: int, what: str) -> NoReturn:
+        raise LedgerError(
+            f"the ledger {path} cannot be trusted: entry {sequence} {what}. Nothing more is charged or "
+            "released. Find out who changed the file and restore its latest backup."
+        )
+
+    previous, expected = _NO_ENTRY, 1
+    for row in connection.execute("SELECT * FROM entries ORDER BY sequence"):
+        sequence, kind, time, payload, link, digest = row
+        if sequence != expected:
+            broken(expected, f"is missing; the next one found has number {sequence}")
+        if link != previous:
+            broken(expected, "does not follow from the entry before it")
+        if digest != _entry_sha256(previous, sequence, kind, time, payload):
+            broken(expected, "was changed after it was written")
+        yield row
+        previous, expected = digest, expected + 1
+    heads = connection.execute("SELECT num_entries, sha256 FROM head").fetchall()
+    if heads != [(expected - 1, previous)]:
+        recorded = heads[0][0] if heads else "none"
+        first_bad = expected - 1 if recorded == expected - 1 else expected
+        broken(first_bad, f"is missing, added or replaced; the last one recorded is {recorded}")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Turn SQLite's errors into ones that say what to do."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF  # the higher bits hold detail
+        diagnosis = _DIAGNOSES.get(code, "nothing was charged; mend the cause, then try again")
+        raise LedgerError(f"the ledger {path} cannot be used ({error}): {diagnosis}.") from error
 
 
 def _create_private_file(path: Path) -> None:

@@ -31,6 +31,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from client.site.config import SiteConfig
 from shared.errors import ConfigError, TrustError
 from shared.files.atomic import exclusive_lock
+from shared.files.backup import refuse_unpacked
 from shared.files.places import Below
 from shared.job.parsing import load_toml, parse
 from shared.trust.audit_log import AuditLog
@@ -171,11 +172,13 @@ def open_site(
 
     Raises:
         ConfigError, TrustError, DataError: as their texts say.
+        RunError: the folder is a backup that was unpacked by hand.
     """
     # Imported here: everything else in this file must not wait for PyTorch.
     from client.site.guard import Guard
     from client.site.site import Site
 
+    refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
     config = home.load_config()
     seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
     guard = Guard(

@@ -22,6 +22,7 @@ from server.store.home import CoordinatorHome
 from server.store.submission import Submission, now_text, submissions
 from shared.errors import SilotuneError, TrustError
 from shared.files.atomic import write_json
+from shared.files.backup import refuse_unpacked
 from shared.service.manager import ServiceManager
 from shared.trust.audit_log import Event
 from shared.trust.certificates import load_certificate
@@ -75,6 +76,7 @@ class Supervisor:
         Raises:
             SilotuneError: the folder is not complete, or the port is taken.
         """
+        refuse_unpacked(self.home.path, "silotune coordinator restore BACKUP HOME")
         with self.home.locked():
             check_server_certificate(self.home, self._passphrase)
             self._log.append(Event.COORDINATOR_STARTED, pid=os.getpid())

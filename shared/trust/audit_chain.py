@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from shared.errors import TrustError
 from shared.files.atomic import sync_folder, write_bytes
+from shared.files.backup import Writer
 from shared.files.json_files import canonical_json
 from shared.trust.signing import Purpose, SigningKey, VerifyKey
 
@@ -186,21 +187,8 @@ def _head_bytes(folder: Path) -> bytes:
 
 def read_head(folder: Path, key: VerifyKey | None, *, signed_is_fine: bool = False) -> Position:
     """Return the end of the log as its head names it, the signature checked if there is a `key`."""
-    path, content = folder / HEAD_FILE, _head_bytes(folder)
-    try:
-        fields = json.loads(content.decode())
-        is_canonical = f"{canonical_json(fields)}\n".encode() == content
-        text = fields.pop("signature", None)
-        signature = None if text is None else bytes.fromhex(text)
-        is_canonical &= signature is None or signature.hex() == text
-        number = int(fields["file"][len("audit-") : -len(".jsonl")])
-        well_formed = (
-            is_canonical and _has_fields(fields, _HEAD_FIELDS) and fields["file"] == log_file(folder, number).name
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        well_formed = False
-    if not well_formed:
-        distrust(path, "is not a head as this program writes it: it was changed or damaged")
+    path = folder / HEAD_FILE
+    head, fields, signature = _parsed_head(path, _head_bytes(folder))
     if key is not None and signature is None:
         distrust(path, "is not signed, but the log has a key")
     if key is None and signature is not None and not signed_is_fine:
@@ -210,13 +198,56 @@ def read_head(folder: Path, key: VerifyKey | None, *, signed_is_fine: bool = Fal
             key.verify(Purpose.LOG_HEAD, fields, signature)
         except TrustError as error:
             distrust(path, f"was not signed with this key ({error})")
+    return head
+
+
+def _parsed_head(path: Path, content: bytes) -> tuple[Position, dict[str, Any], bytes | None]:
+    """Return the end that a head names, its fields, and its signature, which is not checked."""
+    try:
+        fields = json.loads(content.decode())
+        is_canonical = f"{canonical_json(fields)}\n".encode() == content
+        text = fields.pop("signature", None)
+        signature = None if text is None else bytes.fromhex(text)
+        is_canonical &= signature is None or signature.hex() == text
+        number = int(fields["file"][len("audit-") : -len(".jsonl")])
+        well_formed = (
+            is_canonical and _has_fields(fields, _HEAD_FIELDS) and fields["file"] == log_file(Path(), number).name
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        well_formed = False
+    if not well_formed:
+        distrust(path, "is not a head as this program writes it: it was changed or damaged")
     head = Position(
         sequence=fields["sequence"], sha256=fields["sha256"], number=number, line=fields["line"], size=fields["bytes"]
     )
     smallest, largest = min(head.sequence, head.number, head.line, head.size), max(head.sequence, head.size)
     if head != BEGINNING and not 1 <= smallest <= largest < 1 << 50:
         distrust(path, "names an end that no log can have")
-    return head
+    return head, fields, signature
+
+
+def snapshot(folder: Path) -> tuple[bytes, Position, list[tuple[Path, int | None]]]:
+    """Return the head as it is now, what it says, and the files up to it, each with the bytes that belong to it (None: all).
+
+    Files only grow and the head is replaced at once, so this is the log at one moment, whoever writes meanwhile.
+    """
+    content = _head_bytes(folder)
+    head = _parsed_head(folder / HEAD_FILE, content)[0]
+    if not head.sequence:
+        return content, head, []
+    files: list[tuple[Path, int | None]] = [(log_file(folder, number), None) for number in range(1, head.number)]
+    return content, head, [*files, (log_file(folder, head.number), head.size)]
+
+
+def back_up(writer: Writer, folder: Path) -> int:
+    """Add a log to a backup as it is at one moment, if there is one; return the number of its entries."""
+    if not (folder / HEAD_FILE).exists():
+        return 0
+    content, head, files = snapshot(folder)
+    for path, size in files:
+        writer.add_file(f"{folder.name}/{path.name}", path, size=size)
+    writer.add(f"{folder.name}/{HEAD_FILE}", content)
+    return head.sequence
 
 
 def check_last_line(folder: Path, head: Position) -> None:

@@ -105,6 +105,7 @@ class Event(StrEnum):
     SUPERLINK_RESTARTED = "superlink.restarted"  # the same in logs of versions before 0.2
     TRUST_BROKEN = "trust.broken"  # the trust store cannot be trusted, so no site may connect
     # Both
+    BACKUP_RESTORED = "backup.restored"  # this folder was put back from a backup, and why nothing is missing in it
     KEYS_ENCRYPTED = "passphrase.changed"  # the keys have another passphrase; `encrypted` is false if they have none
     LOG_RECOVERED = "log.recovered"  # the end of the log was repaired after a crash, or missing entries were added
 

@@ -24,11 +24,13 @@ from typing import NoReturn
 
 from shared.errors import RunError, TrustError
 from shared.files import atomic
+from shared.files.backup import Writer
 
 DECISION_FILE = "passphrase-change.json"
 
 _FORMAT = "silotune-key-change"
 _MAX_BYTES = 1 << 20
+_ATTEMPTS = 5
 
 
 def replace_together(folder: Path, contents: Mapping[str, bytes]) -> None:
@@ -76,6 +78,29 @@ def finish(folder: Path) -> None:
                     f"a change of the passphrase of {folder} was decided and cannot be carried out ({error}). Mend that, then "
                     "try again: it goes on by itself, and the new passphrase counts."
                 ) from None
+
+
+def back_up(writer: Writer, folder: Path) -> None:
+    """Add the keys of a folder to a backup, all under one passphrase.
+
+    Raises:
+        RunError: if they cannot be read, or change all the time.
+    """
+    for _ in range(_ATTEMPTS):
+        finish(folder)
+        before = _contents(folder)
+        if not (folder / DECISION_FILE).exists() and before == _contents(folder):
+            for name, content in before.items():
+                writer.add(f"{folder.name}/{name}", content)
+            return
+    raise RunError(f"the keys in {folder} are being changed; try again when that is done.")
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    try:
+        return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.startswith(".")}
+    except OSError as error:
+        raise RunError(f"the keys in {folder} cannot be read: {error.strerror}; mend the permissions.") from None
 
 
 def _check_owner(path: Path, found: os.stat_result) -> None:

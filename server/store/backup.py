@@ -1,0 +1,108 @@
+"""A coordinator's backup, taken while it runs.
+
+What is copied, in this order: settings, keys, who may connect, every job as it is at one moment, the audit log as it is at
+one moment. So the log of a backup knows of everything that its jobs asked of sites.
+
+Formal guarantees (tests: tests/server/store/test_backup.py)
+    * A job is copied between two writes to it, or there is no backup (test_a_job_that_is_being_written_is_copied_at_one_moment).
+    * Every backup opens: files as they were read, an unbroken log (test_a_backup_comes_back_as_it_was).
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from server.store.home import CoordinatorHome
+from shared.errors import RunError
+from shared.files import backup
+from shared.files.backup import LIST_FILE, Contents, Writer
+from shared.trust import audit_chain, audit_log, key_changes
+from shared.trust.audit_log import Event
+from shared.trust.signing import load_verify_key
+
+_PLAIN = ("coordinator.toml", "round.pub", "server.csr")
+_ATTEMPTS = 20
+_PAUSE_SECONDS = 0.1
+
+
+def back_up(home: CoordinatorHome, destination: Path) -> Contents:
+    """Write a backup of a coordinator's folder to the new file `destination`; it may run, and no passphrase is needed.
+
+    Raises:
+        RunError, TrustError: something cannot be read or written, or is damaged; there is no backup then.
+    """
+    name = home.load_config().name
+    with backup.writing(destination, kind="coordinator", name=name, check=verify_backup) as writer:
+        for file in _PLAIN:
+            writer.add_file(file, home.path / file)
+        key_changes.back_up(writer, home.round_key.parent)
+        writer.add_folder(home.trust, "trust")
+        for job in sorted(home.jobs.glob("[0-9]*")):
+            _add_job(writer, job)
+        writer.facts["log entries"] = audit_chain.back_up(writer, home.audit)
+    return backup.verify(destination, "coordinator")
+
+
+def verify_backup(path: Path) -> Contents:
+    """Return what a backup holds, after checking its files and its audit log.
+
+    Raises:
+        RunError, TrustError: what is wrong.
+    """
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
+        folder = Path(name)
+        wanted = ("audit/", "round.pub")
+        contents = backup.unpack(path, "coordinator", folder, wanted=lambda file: file.startswith(wanted))
+        if (folder / "audit").exists():
+            audit_log.verify(folder / "audit", verify_head=load_verify_key(folder / "round.pub"))
+        return contents
+
+
+def put_back(path: Path, home: CoordinatorHome, *, passphrase: str | None) -> Contents:
+    """Put a backup back into a new folder, and note that in its log.
+
+    Raises:
+        RunError, TrustError: the backup cannot be used, or the folder is not new.
+    """
+    contents = verify_backup(path)
+    with backup.new_folder(home.path) as folder:
+        backup.unpack(path, "coordinator", folder)
+        (folder / LIST_FILE).unlink(missing_ok=True)
+        for name in ("jobs", "logs", "trust/sites"):
+            (folder / name).mkdir(parents=True, exist_ok=True, mode=0o700)
+        place = CoordinatorHome(folder)
+        place.open_log(place.load_round_key(passphrase)).append(Event.BACKUP_RESTORED, taken_at=contents.taken_at)
+    return contents
+
+
+def _add_job(writer: Writer, job: Path) -> None:
+    for _ in range(_ATTEMPTS):
+        before = _state(job)
+        contents = {name: (job / name).read_bytes() for name in before if (job / name).exists()}
+        if before == _state(job) and contents.keys() == before.keys():
+            for name, content in contents.items():
+                writer.add(f"jobs/{job.name}/{name}", content)
+            return
+        time.sleep(_PAUSE_SECONDS)
+    raise RunError(
+        f"{job} is written to faster than it can be copied, so there is no backup; try again, or stop the coordinator for it."
+    )
+
+
+def _state(job: Path) -> dict[str, tuple[int, int, int]]:
+    """Return what tells whether a file of a job was written to since, by name."""
+    found = {}
+    for place, folders, files in os.walk(job):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for path in (Path(place, name) for name in sorted(files) if not name.startswith(".")):
+            if path.is_symlink():
+                raise RunError(f"{path} is a link, which a backup does not follow; move what it names to its place.")
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            found[path.relative_to(job).as_posix()] = (status.st_ino, status.st_size, status.st_mtime_ns)
+    return found
