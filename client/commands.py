@@ -281,15 +281,17 @@ def start(home: HomeArgument) -> None:
 
 @site_app.command()
 def status(home: HomeArgument, as_json: JsonOption = False) -> None:
-    """Show what the running node does; exit status 1 if it does not run or is not connected."""
+    """Show what the running node does; exit status 1 if something is wrong with it, and what."""
     said = read_status(SiteHome(home))
     if as_json:
         terminal.print_json(said)
     else:
         console = terminal.console(soft_wrap=True)
         for key, value in said.items():
-            if value is not None:
+            if value is not None and not isinstance(value, dict | list):
                 console.print(f"{key:>18}  {value}")
+        for text in said["troubles"]:
+            console.print(f"trouble: {text}", style="yellow")
     if not said["healthy"]:
         raise typer.Exit(1)
 

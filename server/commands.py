@@ -215,7 +215,7 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
     place.load_config()
     said, known = place.read_status(), submissions(place.jobs)
     alive, jobs = is_alive(said), [_job_state(submission) for submission in known]
-    found = troubles(place, said, job_waits=any(submission.is_open for submission in known))
+    found = [trouble.text for trouble in troubles(place, said, job_waits=any(one.is_open for one in known))]
     if as_json:
         terminal.print_json({"alive": alive, "healthy": not found, "troubles": found, **said, "jobs": jobs})
     else:
@@ -310,7 +310,7 @@ def _job_state(submission: Submission) -> dict[str, Any]:
 def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]]) -> None:
     console = terminal.console()  # a site's text is shown as it is
     console.print(f"coordinator: {said.get('state', 'never started') if alive else 'not running'}")
-    for key in ("address", "certificate_until"):
+    for key in ("address", "certificate_until", "metrics"):
         if said.get(key):
             console.print(f"  {key}: {said[key]}", soft_wrap=True)
     table = Table("site", "connected", "last seen", "admitted until", box=None)

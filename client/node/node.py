@@ -19,6 +19,8 @@ from flwr.clientapp import ClientApp
 from client.app import WAITED_SECONDS, make_client_app
 from client.link.answering import answering
 from client.link.client import Credentials, LinkClient, NodeEvents
+from client.node.health import is_connected
+from client.node.metrics import pages
 from client.node.status import StatusFile
 from client.site.guard import Guard
 from client.site.home import SiteHome, load_identity, open_site
@@ -28,6 +30,7 @@ from shared.errors import SilotuneError, place_of
 from shared.link.frames import Welcome
 from shared.link.line import Parcel
 from shared.service.manager import ServiceManager
+from shared.service.page import Pages
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.certificates import pem_bytes
 from shared.wire.messages import WITHHELD, carries_release
@@ -85,13 +88,15 @@ class Node:
             if self._stop.is_set():
                 return
             _log(site).append(Event.NODE_STARTED, version=site.describe().version, pid=os.getpid())
-            self._status.say("starting")
+            metrics = Pages(site.config.metrics_listen, pages(self.home, site.config.name, self._status.facts))
+            self._status.say("starting", metrics=metrics.told)
             self._manager.ready()  # whether the coordinator can be reached is another matter
             try:
                 with self._watching(site, self._client):
                     self._client.run()
             finally:
                 self._manager.stopping()
+                metrics.close()
                 _log(site).append(Event.NODE_STOPPED, pid=os.getpid())
                 self._status.say("stopped")
 
@@ -126,7 +131,7 @@ class Node:
         """Give the service manager a sign of life, unless the client hangs."""
         if client.lives(_HANGS_AFTER_SECONDS):
             self._manager.alive()
-        self._manager.tell("connected" if self._status.connected else "waiting for the coordinator")
+        self._manager.tell("connected" if is_connected(self._status.facts()) else "waiting for the coordinator")
 
     def _installed(self) -> tuple[int | None, ...]:
         """Return what changes when another key, certificate or CA is installed."""

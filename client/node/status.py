@@ -9,11 +9,11 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
+from client.node.health import down, is_alive, is_connected, troubles
 from client.site.home import SiteHome
 from shared.errors import SilotuneError
 from shared.files.atomic import write_json
-
-STALE_AFTER_SECONDS = 60.0
+from shared.service.machine import Clock, descriptors
 
 
 class StatusFile:
@@ -21,38 +21,44 @@ class StatusFile:
 
     def __init__(self, home: SiteHome) -> None:
         self._path = home.status
-        self._facts: dict[str, object] = {"pid": os.getpid(), "started": _now()}
+        self._facts: dict[str, Any] = {"pid": os.getpid(), "started": _now()}
+        self._clock = Clock()
         self._lock = threading.Lock()
-
-    @property
-    def connected(self) -> bool:
-        """Whether the coordinator has welcomed the node, and the stream is open."""
-        return self._facts.get("state") in ("connected", "working")
 
     def say(self, state: str | None = None, **facts: object) -> None:
         """Note a state ("starting", "connected", "working", "waiting", "stopped") and facts that go with it."""
         with self._lock:
+            was_connected = is_connected(self._facts)
             if state is not None and state != self._facts.get("state"):
                 self._facts |= {"state": state, "since": _now()}
-            self._facts |= facts | {"updated": _now()}
+            self._facts |= facts | {"updated": _now(), "clock": self._clock.facts(), "descriptors": descriptors()}
+            # By a beat of its own, which work does not change: both may be shown to others.
+            beat = state is None and not facts
+            if beat:
+                self._facts["looked"] = _now()
+            if was_connected != is_connected(self._facts) or (was_connected and beat):
+                self._facts["last_connected"] = _now()
             # A full disk must not end a node that only wants to say so.
             with contextlib.suppress(SilotuneError):
                 write_json(self._path, self._facts)
 
+    def facts(self) -> dict[str, Any]:
+        """Return what was said, also if it could not be written."""
+        with self._lock:
+            return dict(self._facts)
+
 
 def read_status(home: SiteHome) -> dict[str, Any]:
-    """Return what the node last said, and whether it is `healthy`: alive, and connected or working."""
+    """Return what the node last said, whether it is `healthy`, and if not, its `troubles`."""
+    said: dict[str, Any] = {}
     try:
         said = dict(json.loads(home.status.read_text(encoding="utf-8")))
-        age = (datetime.now(UTC) - datetime.fromisoformat(said["updated"])).total_seconds()
-        with contextlib.suppress(PermissionError):  # it lives, and is another user's
-            os.kill(int(said["pid"]), 0)
-        alive = age < STALE_AFTER_SECONDS and said["state"] != "stopped"
-    except (OSError, OverflowError, ValueError, KeyError, TypeError, RecursionError):
-        return {"state": "not running", "healthy": False}
-    if not alive:
+        found = troubles(home, said) if is_alive(said) else [down(home)]
+    except (OSError, OverflowError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        said, found = {}, [down(home)]
+    if down(home) in found:
         said["state"] = "not running"
-    return said | {"healthy": alive and said["state"] in ("connected", "working")}
+    return said | {"healthy": not found, "troubles": [trouble.text for trouble in found]}
 
 
 def _now() -> str:

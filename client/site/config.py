@@ -13,6 +13,7 @@ from shared.job.parsing import Section
 from shared.job.values import PERSON_UNITS, Delta, Name, Unit
 from shared.limits import MAX_RECORDS
 from shared.service.logs import LogFormat
+from shared.service.page import Listen
 
 
 class BudgetConfig(Section):
@@ -69,6 +70,9 @@ class SiteConfig(Section):
     proxy: str | None = Field(default=None, repr=False)  # may hold a password, so no error shows it
     """`http://host:port` or `http://user:password@host:port` of an HTTP proxy to reach it through (CONNECT); the encrypted
     connection goes through it to the coordinator. A proxy of the environment is never used."""
+    metrics_listen: Listen = "127.0.0.1:9493"
+    """Where `/metrics` and `/healthz` are served on this machine, by plain HTTP: an address and a port, or `off`. Another site on
+    the machine needs another port. With an address that is no loopback address, everybody who reaches it can read them."""
     log_format: LogFormat = "text"
     """`text`: the node's log is lines for people. `json`: one JSON object a line, with `time` (UTC), `level`, `logger`,
     `message`, `site`, and `job` and `round` where it is about one."""

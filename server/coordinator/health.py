@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import os
-import shutil
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
+from cryptography import x509
+
 from server.store.home import CoordinatorHome
+from shared.errors import SilotuneError
+from shared.service.machine import MACHINE_KINDS, Certificate, Trouble, machine_troubles
+from shared.trust.certificates import load_certificate
 
 STALE_SECONDS = 60.0
 """A coordinator writes its status twice a second; evaluating a model may hold it up."""
-LEAST_FREE_BYTES = 2**30
-_CERTIFICATE_DAYS = 7
+
+KINDS = ("down", "problem", "trust", "state", "nobody_admitted", "nobody_connected", *MACHINE_KINDS)
+"""Of all troubles that there may be."""
 
 
 def is_alive(said: dict[str, Any]) -> bool:
@@ -25,26 +32,68 @@ def is_alive(said: dict[str, Any]) -> bool:
     return said.get("state") != "stopped" and abs(age.total_seconds()) < STALE_SECONDS
 
 
-def troubles(home: CoordinatorHome, said: dict[str, Any], *, job_waits: bool) -> list[str]:
+def troubles(home: CoordinatorHome, said: dict[str, Any], *, job_waits: bool) -> list[Trouble]:
     """Return what somebody should do something about; empty if all is well.
 
     Args:
         said: what the coordinator last said of itself (`CoordinatorHome.read_status`).
         job_waits: whether a job is open.
     """
-    free = shutil.disk_usage(home.path).free
-    found = [] if free >= LEAST_FREE_BYTES else [f"{free / 2**20:,.0f} MB are free at {home.path}; make room."]
+    machine = machine_troubles(home.path, said, certificates(home, said))
     if not is_alive(said):
-        return [f"it does not run; start it with: silotune coordinator start {home.path}", *found]
-    found += [str(said[key]) for key in ("problem", "trust_problem", "certificate_problem") if said.get(key)]
+        disk = [trouble for trouble in machine if trouble.kind == "disk"]
+        return [Trouble("down", f"it does not run; start it with: silotune coordinator start {home.path}"), *disk]
+    named = {"problem": "problem", "trust_problem": "trust", "certificate_problem": "certificate"}
+    found = [Trouble(kind, str(said[key])) for key, kind in named.items() if said.get(key)]
     if said["state"] != "running" and not said.get("problem"):
-        found.append(f"it is {said['state']}.")
+        found.append(Trouble("state", f"it is {said['state']}."))
     sites = said["sites"].values()
     if not sites:
-        found.append(f"no site is admitted; with its certificate: silotune coordinator install {home.path} --site FILE")
+        text = f"no site is admitted; with its certificate: silotune coordinator install {home.path} --site FILE"
+        found.append(Trouble("nobody_admitted", text))
     elif job_waits and not any(site["online"] for site in sites):
-        found.append("a job is open and no site is connected; look at their firewalls, or telephone.")
-    until = said.get("certificate_until")
-    if until and datetime.fromisoformat(until) < datetime.now(UTC) + timedelta(days=_CERTIFICATE_DAYS):
-        found.append(f"the server's certificate ends on {until[:10]}; send server.csr to the CA again.")
+        text = "a job is open and no site is connected; look at their firewalls, or telephone."
+        found.append(Trouble("nobody_connected", text))
+    return [*found, *machine]
+
+
+def certificates(home: CoordinatorHome, said: dict[str, Any]) -> list[Certificate]:
+    """Return the ends of the server's certificate, the sites', the CA's and of the revocation list."""
+    found = []
+    if until := said.get("certificate_until"):
+        advice = "send server.csr to the CA again."
+        found.append(Certificate("server", "", datetime.fromisoformat(until), advice))
+    for name, site in sorted(said.get("sites", {}).items()):
+        if until := _time(site["until"]):
+            advice = "its engineer runs: silotune site rotate HOME, and you install the new one."
+            found.append(Certificate("site", name, until, advice))
+    if until := _end(home.ca_certificate):
+        found.append(
+            Certificate("ca", "", until, "every certificate ends with it: all need a new CA and new certificates.")
+        )
+    if until := _end(home.trust / "crl.pem"):
+        found.append(Certificate("crl", "", until, "ask the CA for a newer one: silotune pki publish."))
     return found
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return found if found.tzinfo is not None else None
+
+
+def _end(path: Path) -> datetime | None:
+    """Return when what lies in a file of the trust store ends; None if there is none, which is told elsewhere."""
+    try:
+        return _read_end(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError, SilotuneError):
+        return None
+
+
+@functools.lru_cache(maxsize=8)
+def _read_end(path: Path, stamp: int) -> datetime | None:
+    if path.suffix == ".pem":
+        return x509.load_pem_x509_crl(path.read_bytes()).next_update_utc
+    return load_certificate(path).not_valid_after_utc

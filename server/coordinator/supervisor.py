@@ -11,10 +11,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from server.coordinator import metrics
 from server.coordinator.attempt import Attempt
 from server.coordinator.journal import Journal
 from server.link.server import LinkFiles, LinkServer, SiteState
@@ -23,7 +24,9 @@ from server.store.submission import Submission, now_text, submissions
 from shared.errors import SilotuneError, TrustError
 from shared.files.atomic import write_json
 from shared.files.backup import refuse_unpacked
+from shared.service.machine import Clock, descriptors
 from shared.service.manager import ServiceManager
+from shared.service.page import Pages
 from shared.trust.audit_log import Event
 from shared.trust.certificates import load_certificate
 from shared.trust.keystore import passphrase_from_environment
@@ -63,7 +66,10 @@ class Supervisor:
         self._certificate_until: str | None = None
         self._attempts: dict[str, _Attempts] = {}
         self._active: Attempt | None = None
-        self._manager = ServiceManager()
+        self._manager, self._clock = ServiceManager(), Clock()
+        self._started, self._link_restarts = now_text(), 0
+        self._metrics: str | None = None
+        self._said: dict[str, Any] = {}
         self.lingers = False
 
     def stop(self) -> None:
@@ -84,9 +90,10 @@ class Supervisor:
                 self._say("starting")
                 self._start_link()
                 self._manager.ready()
-                while not self._stop.is_set():
-                    self._turn()
-                    self._stop.wait(POLL_SECONDS)
+                with self._pages():
+                    while not self._stop.is_set():
+                        self._turn()
+                        self._stop.wait(POLL_SECONDS)
             finally:
                 self._manager.stopping()
                 if self._active is not None:
@@ -99,6 +106,15 @@ class Supervisor:
                     self._journal.write(everything=True)
                 self._say("stopped")
                 self._log.append(Event.COORDINATOR_STOPPED, pid=os.getpid())
+
+    @contextlib.contextmanager
+    def _pages(self) -> Iterator[None]:
+        pages = Pages(self._config.metrics_listen, metrics.pages(self.home, lambda: self._said))
+        self._metrics = pages.told
+        try:
+            yield
+        finally:
+            pages.close()
 
     def _new_link(self) -> LinkServer:
         files = LinkFiles(
@@ -141,6 +157,7 @@ class Supervisor:
         self._start_link()
         # Only now: as long as the port cannot be opened it is tried twice a second.
         log.warning("the link to the sites ended; it is open again")
+        self._link_restarts += 1
         self._log.append(Event.LINK_RESTARTED, reason="it ended")
 
     # --- who may connect ---
@@ -235,20 +252,25 @@ class Supervisor:
             self._certificate_until = certificate.not_valid_after_utc.isoformat()
         except SilotuneError as error:
             certificate_problem = str(error)
+        self._said = {
+            "state": state,
+            "pid": os.getpid(),
+            "started": self._started,
+            "updated": now_text(),
+            "address": self._config.address,
+            "metrics": self._metrics,
+            "sites": {name: _told(site) for name, site in _valid(self._sites).items()},
+            "trust_problem": self._trust_problem,
+            "job": self._active.submission.name if self._active else None,
+            "certificate_until": self._certificate_until,
+            "certificate_problem": certificate_problem,
+            "link_restarts": self._link_restarts,
+            "descriptors": descriptors(),
+            "clock": self._clock.facts(),
+        } | facts
         # A full disk must not end a coordinator that only wants to say so.
         with contextlib.suppress(SilotuneError):
-            said = {
-                "state": state,
-                "pid": os.getpid(),
-                "updated": now_text(),
-                "address": self._config.address,
-                "sites": {name: _told(site) for name, site in _valid(self._sites).items()},
-                "trust_problem": self._trust_problem,
-                "job": self._active.submission.name if self._active else None,
-                "certificate_until": self._certificate_until,
-                "certificate_problem": certificate_problem,
-            }
-            write_json(self.home.status, said | facts)
+            write_json(self.home.status, self._said)
 
 
 def _valid(sites: Mapping[str, SiteState]) -> dict[str, SiteState]:

@@ -27,6 +27,7 @@ from shared.files.places import Below
 from shared.job.parsing import Section, load_toml, parse
 from shared.job.values import Name
 from shared.service.logs import LogFormat
+from shared.service.page import Listen
 from shared.trust.audit_log import AuditLog
 from shared.trust.signed_file import Signer
 from shared.trust.signing import SigningKey, load_signing_key
@@ -42,8 +43,11 @@ class CoordinatorConfig(Section):
     listen_host: str = "0.0.0.0"  # noqa: S104 (sites must reach it; mutual TLS is always on)
     """Address to listen on for sites (gRPC over mutual TLS 1.3)."""
     listen_port: int = Field(default=9092, ge=1, le=65535)
-    """Its port: the only one that listens, and that a firewall has to open."""
+    """Its port: the only one that other machines reach, and that a firewall has to open."""
 
+    metrics_listen: Listen = "127.0.0.1:9492"
+    """Where `/metrics` and `/healthz` are served on this machine, by plain HTTP: an address and a port, or `off`. With an address
+    that is no loopback address, everybody who reaches it can read them."""
     log_format: LogFormat = "text"
     """`text`: its logs are lines for people. `json`: one JSON object a line, with `time` (UTC), `level`, `logger`, `message`, and
     `job`, `round` and `site` where it is about one."""
@@ -79,6 +83,17 @@ class _SiteStatus(BaseModel):
     last_seen: str | None = None
 
 
+class _Descriptors(BaseModel):
+    used: int
+    limit: int
+
+
+class _Clock(BaseModel):
+    set_by: float
+    set_at: _Time | None
+    synchronized: bool | None
+
+
 class _Status(BaseModel):
     """What commands read of `coordinator.json`; they send signals to `pid`."""
 
@@ -86,6 +101,8 @@ class _Status(BaseModel):
     updated: _Time
     state: str
     certificate_until: _Time | None = None
+    descriptors: _Descriptors | None = None
+    clock: _Clock | None = None
     sites: dict[str, _SiteStatus]
 
 

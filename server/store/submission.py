@@ -25,7 +25,8 @@ from shared.files.places import Below
 from shared.trust.signed_job import SignedJob
 
 State = Literal["submitted", "running", "completed", "failed", "stopped"]
-_OPEN: tuple[State, ...] = ("submitted", "running")
+OPEN: tuple[State, ...] = ("submitted", "running")
+"""On these the coordinator still has to work."""
 
 
 class _State(BaseModel):
@@ -84,7 +85,7 @@ class Submission:
     @property
     def is_open(self) -> bool:
         """Whether the coordinator still has to work on it."""
-        return self.state()["state"] in _OPEN
+        return self.state()["state"] in OPEN
 
     @property
     def stop_requested(self) -> bool:

@@ -51,6 +51,7 @@ from shared.trust.signing import SigningKey, load_verify_key
 
 HOST = "127.0.0.1"
 HOSTS = ("localhost", HOST)
+ANY_PORT = f"{HOST}:0"  # the settings' own are for one coordinator and one site a machine
 COMMAND = ("-m", "cli")
 
 
@@ -98,6 +99,7 @@ class Federation:
                 listen_host=HOST,
                 listen_port=self.port,
             )
+        change_toml(home.config, metrics_listen=ANY_PORT)
         publish(self.ca, home.trust)
         certificate = self._approve(home.path / "server.csr", "server.crt", hosts=HOSTS)
         with _quietly():
@@ -141,6 +143,7 @@ class Federation:
                 signer=[f"consortium={self.signer.verify_key.text}"],
                 composition=composition,
             )
+        change_toml(home.config, metrics_listen=ANY_PORT)
         if compute is not None:
             change_toml(home.config, compute=compute.model_dump(mode="json", exclude_none=True))
         if evaluation_share:

@@ -10,6 +10,7 @@ import socket
 import ssl
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -325,8 +326,18 @@ def test_nothing_listens_but_the_port_for_sites_and_no_process_is_started(
         process = psutil.Process(federation.processes[name].pid)
         assert process.children() == []
         found = [c for c in process.net_connections(kind="inet") if c.status == psutil.CONN_LISTEN]
-        listening[name] = {connection.laddr.port for connection in found}
-    assert listening == {"coordinator": {federation.port}, "a": set(), "b": set()}
+        listening[name] = {f"{connection.laddr.ip}:{connection.laddr.port}" for connection in found}
+    # Beside it, on loopback, the pages for monitoring.
+    told = {"coordinator": federation.coordinator.read_status(), **{n: read_status(federation.site(n)) for n in "ab"}}
+    pages = {name: str(said["metrics"]).removeprefix("http://").removesuffix("/metrics") for name, said in told.items()}
+    assert all(page.startswith("127.0.0.1:") for page in pages.values())
+    (link,) = listening["coordinator"] - {pages["coordinator"]}
+    assert link.endswith(f":{federation.port}")
+    assert listening == {"coordinator": {pages["coordinator"], link}, "a": {pages["a"]}, "b": {pages["b"]}}
+    # Each tells what is so.
+    for name, page in pages.items():
+        with urllib.request.urlopen(f"http://{page}/healthz", timeout=10) as answer:
+            assert json.loads(answer.read()) == {"healthy": True, "troubles": []}, name
 
 
 @pytest.mark.skipif(not foreign_addresses(), reason="this machine has only loopback addresses")
@@ -352,7 +363,14 @@ def test_from_elsewhere_the_port_answers_over_tls_only(federation: Federation) -
 def test_no_option_turns_tls_or_authentication_off(
     federation: Federation, silotune: Callable[..., Outcome], tmp_path: Path
 ) -> None:
-    assert CoordinatorConfig.model_fields.keys() == {"name", "hosts", "listen_host", "listen_port", "log_format"}
+    assert CoordinatorConfig.model_fields.keys() == {
+        "name",
+        "hosts",
+        "listen_host",
+        "listen_port",
+        "metrics_listen",
+        "log_format",
+    }
     for command in ("init", "install", "start", "submit"):
         told = silotune("coordinator", command, "--help").out.lower()
         for word in ("insecure", "no-tls", "no-auth", "control-host", "plain"):

@@ -20,8 +20,9 @@ from flwr.clientapp import ClientApp
 from client.app import make_client_app
 from client.link.answering import answering
 from client.node import node as node_module
+from client.node.health import STALE_AFTER_SECONDS
 from client.node.node import Node, Work
-from client.node.status import STALE_AFTER_SECONDS, StatusFile, read_status
+from client.node.status import StatusFile, read_status
 from client.site.home import SiteHome
 from client.site.site import Site
 from shared.errors import LedgerError, RunError
@@ -204,6 +205,44 @@ def said(home: SiteHome, **facts: Any) -> dict[str, Any]:
     return read_status(home)
 
 
+def not_running(home: SiteHome) -> dict[str, Any]:
+    text = f"it does not run; start it with: silotune site start {home.path}"
+    return {"state": "not running", "healthy": False, "troubles": [text]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"state": "waiting", "problem": "the line was cut"}, "the line was cut"),
+        ({"state": "starting"}, "it is starting."),
+        (
+            {"descriptors": {"used": 4000, "limit": 4096}},
+            "4000 of 4096 file descriptors are in use; raise LimitNOFILE.",
+        ),
+        (
+            {"clock": {"set_by": 7.25, "set_at": datetime.now(UTC).isoformat()}},
+            "the clock was set by +7.2 s at",
+        ),
+    ],
+)
+def test_what_is_wrong_is_said(
+    home: SiteHome, silotune: Callable[..., Outcome], changes: dict[str, Any], text: str
+) -> None:
+    (found,) = said(home, **changes)["troubles"]
+    assert text in found
+    shown = silotune("site", "status", home.path)
+    assert (shown.status, f"trouble: {found}" in shown.out) == (1, True)
+
+
+def test_a_certificate_that_ends_soon_is_said(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert said(home)["healthy"]
+    monkeypatch.setattr("shared.service.machine.CERTIFICATE_DAYS", 100_000)
+    certificate, ca = said(home)["troubles"]
+    assert certificate.startswith("the certificate of this site ends on ")
+    assert certificate.endswith(f"run: silotune site rotate {home.path}")
+    assert ca.startswith("the CA's certificate ends on ")
+
+
 @pytest.mark.parametrize(
     ("state", "healthy"),
     [("connected", True), ("working", True), ("starting", False), ("waiting", False)],
@@ -221,7 +260,8 @@ def test_a_node_that_stopped_is_not_running(home: SiteHome) -> None:
 def test_a_node_that_died_is_not_running(home: SiteHome) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
-    assert said(home, pid=child.pid) == {"state": "not running", "healthy": False}
+    status = said(home, pid=child.pid)
+    assert (status["state"], status["healthy"]) == ("not running", False)
 
 
 def test_a_node_that_hangs_is_not_running(home: SiteHome) -> None:
@@ -244,14 +284,22 @@ def test_a_node_of_another_user_is_seen(home: SiteHome, monkeypatch: pytest.Monk
 )
 def test_a_status_that_cannot_be_read_is_not_running(home: SiteHome, text: str) -> None:
     home.status.write_text(text)
-    assert read_status(home) == {"state": "not running", "healthy": False}
+    assert read_status(home) == not_running(home)
 
 
 @pytest.mark.parametrize(
-    "changes", [{"pid": 10**30}, {"updated": "2026-01-01T00:00:00"}, {"updated": 5}, {"pid": None}]
+    "changes",
+    [
+        {"pid": 10**30},
+        {"updated": "2026-01-01T00:00:00"},
+        {"updated": 5},
+        {"pid": None},
+        {"descriptors": {"used": "x"}},
+        {"clock": 7},
+    ],
 )
 def test_a_status_with_odd_values_is_not_running(home: SiteHome, changes: dict[str, Any]) -> None:
-    assert said(home, **changes) == {"state": "not running", "healthy": False}
+    assert said(home, **changes) == not_running(home)
 
 
 def test_since_when_a_state_holds_is_kept(home: SiteHome) -> None:

@@ -59,20 +59,30 @@ def test_a_coordinator_with_sites_is_well(home: CoordinatorHome, silotune: Calla
             {"certificate_until": (datetime.now(UTC) + timedelta(days=6)).isoformat()},
             "the server's certificate ends on",
         ),
+        (
+            {"sites": {"a": ONLINE | {"until": str(datetime.now(UTC) + timedelta(days=6))}}},
+            "the certificate of a ends on",
+        ),
+        ({"descriptors": {"used": 900, "limit": 1024}}, "900 of 1024 file descriptors are in use; raise LimitNOFILE"),
+        (
+            {"clock": {"set_by": -3600.0, "set_at": datetime.now(UTC).isoformat(), "synchronized": True}},
+            "the clock was set by -3600.0 s at",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_and_status_ends_with_1(
     home: CoordinatorHome, silotune: Callable[..., Outcome], changes: dict[str, Any], text: str
 ) -> None:
     (found,) = health.troubles(home, said(home, **changes), job_waits=True)
-    assert text in found
+    assert text in found.text
+    assert found.kind in health.KINDS
     if "no site is connected" in text:  # no job is open there
         return
     shown = silotune("coordinator", "status", home.path)
     assert shown.status == 1
-    assert f"trouble: {found}" in shown.out
+    assert f"trouble: {found.text}" in shown.out
     told = json.loads(silotune("coordinator", "status", home.path, "--json").out)
-    assert (told["healthy"], told["troubles"]) == (False, [found])
+    assert (told["healthy"], told["troubles"]) == (False, [found.text])
 
 
 def test_a_disk_that_is_nearly_full_is_said(home: CoordinatorHome, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,12 +91,12 @@ def test_a_disk_that_is_nearly_full_is_said(home: CoordinatorHome, monkeypatch: 
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(300 * 2**20))
     (found,) = health.troubles(home, said(home), job_waits=False)
-    assert found == f"300 MB are free at {home.path}; make room."
+    assert found.text == f"300 MB are free at {home.path}; make room."
 
 
 def test_a_coordinator_that_never_ran_does_not_run(home: CoordinatorHome) -> None:
     (found,) = health.troubles(home, home.read_status(), job_waits=False)
-    assert found.startswith("it does not run")
+    assert found.text.startswith("it does not run")
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,9 @@ def test_a_coordinator_that_never_ran_does_not_run(home: CoordinatorHome) -> Non
         {"updated": "2126-01-01T00:00:00+00:00"},
         {"sites": {"a": ONLINE | {"last_seen": [1]}}},
         {"sites": []},
+        {"descriptors": {"used": "many", "limit": 1}},
+        {"descriptors": 7},
+        {"clock": {"set_by": 1, "set_at": "noon", "synchronized": None}},
         {"pid": "1"},
     ],
 )
