@@ -42,7 +42,7 @@ from shared.trust.keystore import (
 )
 from shared.trust.node_keys import change_passphrase, load_private_key, save_private_key
 from shared.trust.pki import make_request
-from shared.trust.signing import SigningKey, find_verify_key, save_signing_key
+from shared.trust.signing import SigningKey, find_verify_key, load_signing_key, save_signing_key
 from shared.trust.trust_store import verify_certificate
 
 if TYPE_CHECKING:
@@ -216,6 +216,47 @@ def restore(
         nothing_released=nothing_released_since,
     )
     typer.echo(f"put back {home}: {told(contents)}. Next: silotune site check {home}")
+
+
+@site_app.command("bundle")
+def write_bundle(
+    destination: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    source: Annotated[Path, typer.Option(help="Checkout of Silotune, whose locks/ say what belongs to it.")] = Path(),
+    extra: Annotated[list[str] | None, typer.Option(help="Extra of pyproject.toml; by default demo.")] = None,
+    backbone: Annotated[list[Path] | None, typer.Option(metavar="FOLDER", help="A backbone to copy.")] = None,
+    wheels: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Take packages from here alone, not from pip's index.")
+    ] = None,
+    sign: Annotated[Path | None, typer.Option(metavar="KEY", help="Ed25519 key that signs the folder.")] = None,
+) -> None:
+    """Collect what a site without a network needs: wheels, locks, backbones, hashes, and how to check and install it."""
+    from client.bundle.bundle import make_bundle
+
+    key = None if sign is None else load_signing_key(sign, passphrase_from_environment())
+    sha256 = make_bundle(
+        destination,
+        source=source,
+        extras=["demo"] if extra is None else extra,
+        backbones=backbone or [],
+        wheels=wheels,
+        key=key,
+    )
+    typer.echo(f"made {destination}; how to check and install it stands in {destination / 'README.txt'}")
+    typer.echo(f"read this to whoever installs it, by telephone; sha256sum SHA256SUMS says it there:\n   {sha256}")
+
+
+@site_app.command("verify-bundle")
+def check_bundle(
+    folder: Annotated[Path, typer.Argument(help="A bundle.")],
+    key: Annotated[str | None, typer.Option(help="Who must have signed it: a .pub file or ed25519:...")] = None,
+) -> None:
+    """Check a bundle: every file, that nothing else lies there, and its signature."""
+    from client.bundle.bundle import verify_bundle
+
+    num_files, num_bytes, sha256 = verify_bundle(folder, None if key is None else find_verify_key(key))
+    typer.echo(f"{num_files} files, {num_bytes:,} bytes, all as they were; sha256 of SHA256SUMS: {sha256}")
+    if key is None:
+        typer.echo("whose bundle that is was not checked; give --key, or compare this number with its maker's")
 
 
 @site_app.command()
