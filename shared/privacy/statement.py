@@ -408,6 +408,6 @@ def events_at_sites(releases: Sequence[SiteRelease], count: int, *, stopped_earl
 def _counts(sites: int) -> list[int]:
     """Return 1, 2, 3, 4, 5, then doubling, then all."""
     counts = [*range(1, min(sites, 5) + 1)]
-    while counts[-1] * 2 < sites:
-        counts.append(counts[-1] * 2)
-    return sorted({*counts, sites})
+    while counts[-1] < sites:
+        counts.append(min(counts[-1] * 2, sites))
+    return counts

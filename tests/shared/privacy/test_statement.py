@@ -165,7 +165,14 @@ def test_sites_compose_for_a_person_at_several() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sites", "rows"), [(1, [1]), (5, [1, 2, 3, 4, 5]), (6, [*range(1, 7)]), (23, [*range(1, 6), 10, 20, 23])]
+    ("sites", "rows"),
+    [
+        (1, [1]),
+        (5, [1, 2, 3, 4, 5]),
+        (6, [*range(1, 7)]),
+        (10, [*range(1, 6), 10]),
+        (23, [*range(1, 6), 10, 20, 23]),
+    ],
 )
 def test_the_table_starts_at_one_site_and_ends_at_all(sites: int, rows: list[int]) -> None:
     table = run_statement([replace(RELEASE, events=(steps(1, sigma=5.0),))] * sites, "run").up_to_m_sites
