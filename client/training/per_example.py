@@ -270,7 +270,7 @@ def _is_ours(module: nn.Module) -> bool:
 
 
 def _is_trained(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    return any(parameter.requires_grad for parameter in module.parameters())
 
 
 class GradientsBySite:

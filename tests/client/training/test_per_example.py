@@ -116,7 +116,24 @@ def test_a_layer_that_is_not_trained_is_left_alone() -> None:
     with per_example_hooks(model):
         assert "forward" not in vars(model[0])
         model(torch.ones(4, 2)).sum().backward()
-        assert [hasattr(parameter, "grad_sample") for parameter in model.parameters()] == [False, False, True, False]
+        found = [getattr(parameter, "grad_sample", None) is not None for parameter in model.parameters()]
+        assert found == [False, False, True, False]
+
+
+def test_layers_of_which_only_the_bias_is_trained_pass_gradients_on() -> None:
+    torch.manual_seed(0)
+    norm, middle = nn.GroupNorm(2, 4), nn.Linear(16, 3)
+    model = nn.Sequential(nn.Conv2d(2, 4, 2), norm, nn.Tanh(), nn.Flatten(), middle, nn.Tanh(), nn.Linear(3, 1))
+    norm.weight.requires_grad_(False)
+    middle.weight.requires_grad_(False)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    inputs = torch.randn(4, 2, 3, 3)
+    with per_example_hooks(model):
+        model(inputs).sum().backward()
+        found = per_example_gradients(parameters, 4)
+    for row in range(4):
+        for many, one in zip(found, torch.autograd.grad(model(inputs[row : row + 1])[0, 0], parameters), strict=True):
+            torch.testing.assert_close(many[row], one, rtol=1e-4, atol=1e-6)
 
 
 def test_without_gradients_layers_compute_what_they_always_do() -> None:
