@@ -193,7 +193,7 @@ def train_local_rounds(
 
     return [
         LocalRound(
-            delta={name: stack.detach()[site].cpu().float() - start[name] for name, stack in stacks.items()},
+            delta={name: stack.detach()[site].cpu() - start[name] for name, stack in stacks.items()},
             optimizer_state=dump_optimizer(optimizer, stacks, site),
             executed_steps=training.local_steps,
             observations=seen[site],
@@ -312,7 +312,6 @@ def dump_optimizer(
         f"{name}|{key}": (value[site] if value.ndim else value).detach().cpu().clone()
         for name, stack in stacks.items()
         for key, value in optimizer.state.get(stack, {}).items()
-        if isinstance(value, Tensor)
     }
 
 
