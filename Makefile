@@ -8,7 +8,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: help demo federation bench results bench-rounds test test-endurance coverage mutants golden check docs release install lock clean
+.PHONY: help demo federation bench results bench-rounds test test-endurance coverage mutants golden check docs sbom release install lock clean
 help:
 	@echo "make demo   install, then tune a BERT over eight sites under differential privacy (about 6 minutes after installation)"
 	@echo "make federation  install, then a coordinator and three sites as processes of their own, over gRPC and TLS"
@@ -22,6 +22,7 @@ help:
 	@echo "make golden BASE=COMMIT  record what that commit and this working tree do, and list what differs; ARGS='--cases demo' for some"
 	@echo "make check  formatter, linter, types, import rule, without tests"
 	@echo "make docs   the documents as a web site in site/, with a reference of the code; loads nothing from elsewhere"
+	@echo "make sbom   what the images install, as CycloneDX JSON in build/sbom/, from the locks; needs no installation"
 	@echo "make release  a version's commit: VERSION=1.2.3; CONTRIBUTING.md says what comes before and after"
 	@echo "make lock   after a change of dependencies: constraints.txt and locks/ anew; ARGS=--upgrade for the newest versions"
 	@echo "make clean  remove the virtual environment"
@@ -89,6 +90,16 @@ docs: $(BIN)/.docs
 	tar -cf - README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CODE_OF_CONDUCT.md docker/README.md docs | tar -xf - -C build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
+
+# The tool has an environment of its own: it is no part of what it lists.
+SBOM := build/sbom-tool
+$(SBOM)/.installed: locks/sbom.txt
+	$(PYTHON) -m venv $(SBOM)
+	$(SBOM)/bin/python -m pip install --quiet $(LOCKED) -r locks/sbom.txt
+	@touch $@
+
+sbom: $(SBOM)/.installed
+	$(SBOM)/bin/python tools/sbom.py build/sbom/silotune.cdx.json
 
 release: $(BIN)/.installed
 	$(BIN)/python tools/release.py $(VERSION)

@@ -98,7 +98,7 @@ def test_locks_hold_what_the_project_asks_for(extra: str) -> None:
 
 
 def test_there_is_a_lock_for_each_extra() -> None:
-    assert {path.stem for path in LOCKS.glob("*.txt")} == {"base", "build", *project()["optional-dependencies"]}
+    assert {path.stem for path in LOCKS.glob("*.txt")} == {"base", "build", "sbom", *project()["optional-dependencies"]}
 
 
 def test_locks_and_constraints_name_the_same_versions() -> None:

@@ -57,7 +57,7 @@ def called_targets(path: Path) -> set[str]:
 
 def test_every_make_target_that_is_called_exists() -> None:
     workflow, container = ROOT / ".github/workflows/ci.yml", ROOT / ".devcontainer/devcontainer.json"
-    assert called_targets(workflow) == {"test", "docs"}
+    assert called_targets(workflow) == {"test", "docs", "sbom"}
     assert json.loads(container.read_text(encoding="utf-8"))["postCreateCommand"] == "make install"
     others = [ROOT / name for name in (*PAGES, ".ci/run", ".github/PULL_REQUEST_TEMPLATE.md", ".github/dependabot.yml")]
     for path in [workflow, container, *others, *(ROOT / "docs").rglob("*.md")]:

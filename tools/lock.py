@@ -3,10 +3,11 @@
     python tools/lock.py             keep the versions that stand there, add what pyproject.toml asks for anew
     python tools/lock.py --upgrade   take the newest versions that pyproject.toml allows
 
-`base.txt` holds what the product needs, `EXTRA.txt` what each extra of pyproject.toml adds to it, and `build.txt` what builds
-packages that come as source. pip installs from them with `--require-hashes --no-deps --no-build-isolation`, `build.txt` first,
-so no file comes in that was not named here, whatever an index serves. The versions hold together for all extras at once and
-for every Python that pyproject.toml allows (markers tell them apart).
+`base.txt` holds what the product needs, `EXTRA.txt` what each extra of pyproject.toml adds to it, `build.txt` what builds
+packages that come as source, and `sbom.txt` what `make sbom` runs by itself. pip installs from them with
+`--require-hashes --no-deps --no-build-isolation`, `build.txt` first, so no file comes in that was not named here, whatever an
+index serves. The versions hold together for all extras at once and for every Python that pyproject.toml allows (markers tell
+them apart).
 
 torch is the exception: which build fits (CPU, one of several of CUDA, a vendor's own) only the machine knows, and each has
 other files. `constraints.txt` pins its version; its build, and the CUDA libraries that come with one, have no hash.
@@ -26,7 +27,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 LOCKS = ROOT / "locks"
-BASE, BUILD = "base", "build"
+BASE, BUILD, SBOM = "base", "build", "sbom"
 CHOSEN_BY_THE_MACHINE = re.compile(r"torch|triton|(nvidia|cuda)-.*")
 HEADER = "# Written by `make lock`; do not edit.\n"
 
@@ -61,11 +62,14 @@ def locks(upgrade: bool) -> tuple[dict[str, dict[str, str]], list[str]]:
         everything = Path(folder) / "everything.txt"
         everything.write_text(CONSTRAINTS.read_text(encoding="utf-8"), encoding="utf-8")
         versions = compiled(
-            [project, "--all-extras", "--group", BUILD, *(["--upgrade"] if upgrade else [])], everything
+            [project, "--all-extras", "--group", BUILD, "--group", SBOM, *(["--upgrade"] if upgrade else [])],
+            everything,
         )
         pinned = ["--generate-hashes", "--constraint", str(everything)]
         base = compiled([project, *pinned], Path(folder) / "base.txt")
-        found = {BASE: base, BUILD: compiled(["--group", BUILD, *pinned], Path(folder) / "build.txt")}
+        found = {BASE: base}
+        for group in (BUILD, SBOM):
+            found[group] = compiled(["--group", group, *pinned], Path(folder) / f"{group}.txt")
         for extra in extras:
             whole = compiled([project, *pinned, "--extra", extra], Path(folder) / f"{extra}.txt")
             found[extra] = {line: block for line, block in whole.items() if line not in base}
