@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -61,18 +62,16 @@ Proxy = Callable[[], subprocess.Popen[bytes]]
 
 
 @pytest.fixture(params=[squid, tinyproxy], ids=["squid", "tinyproxy"])
-def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, str, Proxy]]:
+def proxy(request: pytest.FixtureRequest) -> Iterator[tuple[int, str, Proxy]]:
     """Return a port, a quoted password, and what starts the proxy there."""
     program: str = request.param.__name__
     if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
         pytest.skip(f"{program} is not installed; on Debian: apt install {program}")
-    # Not below `tmp_path`: squid runs as another user, who may not enter it.
     with socket.socket() as free:
         free.bind((HOST, 0))
         port = int(free.getsockname()[1])
-    folder = tmp_path_factory.mktemp(program)
-    folder.parent.chmod(0o755)
-    folder.parent.parent.chmod(0o755)
+    # Not below `tmp_path`: squid runs as another user, who may not enter it.
+    folder = Path(tempfile.mkdtemp(prefix=f"{program}-"))
     command = request.param(folder, port)
     made: list[subprocess.Popen[bytes]] = []
 
@@ -85,6 +84,7 @@ def proxy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     for process in made:
         process.kill()
         process.wait()
+    shutil.rmtree(folder)
 
 
 def _listens(port: int) -> bool:
