@@ -48,3 +48,16 @@ def test_every_message_of_the_table_of_troubles_can_come(guide: str) -> None:
             for piece in (piece.strip() for piece in pieces):
                 known = len(piece) < 3 or piece in _NOT_OURS or any(piece in text for text in said())
                 assert known, f"{guide} quotes {message!r}; nothing says {piece!r}"
+
+
+def test_every_attack_has_a_test_that_is_there() -> None:
+    rows = [row for row in (ROOT / "docs/attacks.md").read_text(encoding="utf-8").splitlines() if row.startswith("| ")]
+    rows = [row for row in rows if not row.startswith("| attack ")]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`(tests/[^`:]+\.py)(?:::(\w+))?`", row.split("|")[3])
+        assert named, row
+        for path, name in named:
+            text = (ROOT / path).read_text(encoding="utf-8")
+            assert "def test_" in text
+            assert not name or f"def {name}(" in text, f"{path} has no {name}"
