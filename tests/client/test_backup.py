@@ -23,6 +23,7 @@ from client.site.home import SiteHome, open_log, open_site
 from client.site.outbox import Outbox
 from shared.data.datasets import write_jsonl
 from shared.errors import LedgerError, RunError, TrustError
+from shared.files import backup
 from shared.files.backup import LIST_FILE
 from shared.privacy.accounting import GaussianSteps
 from shared.trust import audit_chain, audit_log, key_changes, keystore
@@ -146,12 +147,33 @@ def test_whatever_happens_between_its_steps_a_backup_opens(
 
         return interrupted
 
-    for module, name in ((key_changes, "back_up"), (audit_chain, "back_up"), (backup_module, "copy_of")):
+    steps = ((key_changes, "back_up"), (audit_chain, "back_up"), (audit_chain, "snapshot"), (backup_module, "copy_of"))
+    for module, name in steps:
         monkeypatch.setattr(module, name, after_a_round(getattr(module, name)))
     back_up(home, tmp_path / "a.tar")
     place = SiteHome(tmp_path / "back")
     put_back(tmp_path / "a.tar", place, passphrase=None, nothing_released=True)
-    assert opens(place) == 5  # those before the ledger was copied
+    assert opens(place) == 7  # those before the ledger was copied
+
+
+@pytest.mark.parametrize("num", [0, 1, 12])
+def test_a_log_of_several_files_is_copied_up_to_one_moment(tmp_path: Path, num: int) -> None:
+    key = SigningKey.generate()
+    log = audit_log.AuditLog(tmp_path / "audit", seal_head=key, max_bytes=700)
+    for number in range(num):
+        log.append(Event.NODE_STARTED, number=number)
+
+    def copy(taken: Path) -> None:
+        with backup.writing(taken, kind="site", name="north", check=lambda path: None) as writer:
+            assert audit_chain.back_up(writer, log.folder) == num
+
+    copy(tmp_path / "a.tar")
+    (tmp_path / "back").mkdir()
+    backup.unpack(tmp_path / "a.tar", "site", tmp_path / "back")
+    found = audit_log.verify(tmp_path / "back" / "audit", verify_head=key.verify_key)
+    assert (found.entries, found.notes) == (num, ())
+    assert len(list((tmp_path / "back" / "audit").glob("audit-*"))) == (num + 1) // 2  # two entries fit
+    audit_log.AuditLog(tmp_path / "back" / "audit", seal_head=key).append(Event.NODE_STARTED)
 
 
 def test_a_backup_is_private_and_holds_no_record_and_nothing_of_the_moment(home: SiteHome, tmp_path: Path) -> None:
