@@ -24,7 +24,7 @@ import stat
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -179,14 +179,26 @@ def writing(path: Path, *, kind: Kind, name: str, check: Callable[[Path], object
             file.flush()
             os.fsync(file.fileno())
         check(Path(temporary))
-        os.link(temporary, path)  # unlike a rename, it fails if somebody was quicker
+        _move_to_new(temporary, path)
         sync_folder(path.parent)
     except (OSError, tarfile.TarError) as error:
         reason = getattr(error, "strerror", None) or error
         raise RunError(f"the backup {path} was not made: {reason}. Mend that, then try again.") from None
     finally:
         if temporary:
-            os.unlink(temporary)
+            with suppress(FileNotFoundError):  # it was moved
+                os.unlink(temporary)
+
+
+def _move_to_new(temporary: str, path: Path) -> None:
+    try:
+        os.link(temporary, path)  # unlike a rename, it fails if somebody was quicker
+    except FileExistsError:
+        raise
+    except OSError:  # a stick or a share that knows no hard links: the moment between look and move is left
+        if os.path.lexists(path):
+            raise
+        os.rename(temporary, path)
 
 
 def told(contents: Contents) -> str:
@@ -236,7 +248,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """
     if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir() or any(folder.iterdir())):
         raise RunError(
-            f"{folder} is there already; a backup is put back into a new folder. Choose another, or move it away."
+            f"{folder} is there already, and only a new folder is written to. Choose another, or move it away."
         )
     check_parent(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -157,6 +157,19 @@ def test_nothing_is_overwritten(taken: Path, tmp_path: Path) -> None:
     assert taken.read_bytes() == before
 
 
+def test_a_disk_without_hard_links_gets_a_backup_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str, target: Path) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    written(tmp_path / "a.tar")
+    verify(tmp_path / "a.tar", "site")
+    with pytest.raises(RunError, match="not permitted"):
+        written(tmp_path / "b.tar", lambda writer: (tmp_path / "b.tar").write_text("theirs") and None)
+    assert (tmp_path / "b.tar").read_text() == "theirs"
+    assert {path.name for path in tmp_path.iterdir()} == {"a.tar", "b.tar"}
+
+
 def test_a_link_and_a_pipe_are_not_followed(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
