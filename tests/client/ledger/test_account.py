@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from client.ledger.account import Account, Budget, Charge, Charged, check_name, check_sha256
+from client.ledger.account import Account, Budget, Charge, Charged, check_name, check_sha256, dataset_key
 from client.ledger.file import Entry
 from shared.errors import LedgerError, PrivacyError
 from shared.privacy.accounting import GaussianSteps
@@ -136,3 +136,22 @@ def test_names() -> None:
     for value in ("", " ", "\n\t"):
         with pytest.raises(LedgerError, match="x is empty"):
             check_name("x", value)
+
+
+def test_a_data_set_is_told_apart_by_what_can_be_seen_of_its_name() -> None:
+    """No letter is parted from its accent, and none that looks like one is lost with what nobody sees."""
+    for name, others in {
+        "notes": [
+            "NOTES",
+            " notes ",
+            "no\u200btes\ufeff",
+            "no\u00adtes",
+            "\u202anotes\u202c",
+            "\uff4e\uff4f\uff54\uff45\uff53",
+        ],
+        "cafe\u0301 files": ["caf\u00e9  files", "CAFE\u0301\u00a0\ufb01les"],
+        "stra\u00dfe": ["STRASSE"],
+    }.items():
+        assert {dataset_key(other) for other in others} == {dataset_key(name)}
+    different = ["notes", "no tes", "note", "n\u043etes", "cafe", "caf\u00e9", "no~tes"]
+    assert len({dataset_key(name) for name in different}) == len(different)
