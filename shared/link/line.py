@@ -4,8 +4,8 @@ No network and no threads: frames go in (`receive`) and come out (`next_frame`),
 piece of code is both ends, and is tested by cutting it at every frame (tests/shared/link/test_line.py).
 
 A message is offered with its id, length and hash. The other end answers how much of it is there: nothing, the part that came
-before a cut, or all of it. Chunks then carry their offset, and at most `WINDOW_BYTES` are under way before they are
-acknowledged.
+before a cut, or all of it. Chunks then carry their offset, and only so many bytes are under way before they are
+acknowledged (`shared.link.window`).
 
 Guarantees
     * A message is handed over whole, with the hash that was offered, or not at all.
@@ -26,7 +26,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from shared.link.frames import Ack, Chunk, Frame, LinkError, Notice, Offer, bytes_of, frame_of
-from shared.link.options import CHUNK_BYTES, MOST_MESSAGE_BYTES, PROGRESS_SECONDS, WINDOW_BYTES
+from shared.link.options import CHUNK_BYTES, MOST_MESSAGE_BYTES, PROGRESS_SECONDS
+from shared.link.window import Window
 
 ID_BYTES = 16
 _MOST_NOTICE = 1000
@@ -142,6 +143,7 @@ class Line:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._mail, self.wake, self._noticed, self._clock = mail, wake, noticed, clock
+        self._window = Window(clock)
         self._outgoing: _Outgoing | None = None
         self._offer: Offer | None = None
         self._incoming: Incoming | None = None
@@ -171,10 +173,11 @@ class Line:
             return parcel.offer
         out = self._outgoing
         size = len(out.parcel.payload)
-        if not out.granted or out.sent == size or out.sent - out.acknowledged >= WINDOW_BYTES:
+        if not out.granted or out.sent == size or out.sent - out.acknowledged >= self._window.num_bytes:
             return None
         chunk = Chunk(out.parcel.id, out.sent, out.parcel.payload[out.sent : out.sent + CHUNK_BYTES])
         out.sent += len(chunk.data)
+        self._window.sent(out.sent)
         return chunk
 
     def notice(self, text: str) -> None:
@@ -254,11 +257,13 @@ class Line:
         if out is None or ack.id != out.parcel.id:
             raise LinkError("an acknowledgement came of a message that was not offered.")
         size = len(out.parcel.payload)
+        self._window.acknowledged(ack.offset)
         if ack.offset == size and (not out.granted or out.sent == size):
             self._outgoing = None
             self._mail.delivered(ack.id, declined=not out.granted)
         elif not out.granted and ack.offset < size and ack.offset % CHUNK_BYTES == 0:
             out.granted, out.sent, out.acknowledged = True, ack.offset, ack.offset
+            self._window.begin(ack.offset)
         elif out.granted and out.acknowledged <= ack.offset <= out.sent and ack.offset < size:
             out.acknowledged = ack.offset
         else:

@@ -10,6 +10,7 @@ import pytest
 
 from client.link.answering import answering
 from server.link.grid import LinkGrid
+from shared.link.options import WINDOW_BYTES
 from tests.integration.link import lone_site
 from tests.integration.link.coordinator import CoordinatorProcess
 from tests.integration.link.many import ManySites
@@ -37,6 +38,22 @@ def test_a_line_of_256_kbit_and_300_ms_carries_large_messages_at_its_own_pace(co
         assert data_of(reply) == bytes(size)
         assert heard.of("disconnected") == told.of("trouble") == []
         assert seconds < 1.4 * 2 * size / LINE_BYTES_PER_SECOND
+
+
+def test_a_wide_line_with_a_delay_of_100_ms_is_used(consortium: Consortium) -> None:
+    size = 4_000_000
+    with (
+        serving(consortium) as (server, _),
+        Relay(server.port, delay=0.05) as relay,
+        site(relay.port, consortium.credentials["a"], answering(same)),
+    ):
+        grid = LinkGrid(server, 1)
+        (node,) = eventually(lambda: list(grid.get_node_ids()))
+        started = time.monotonic()
+        (reply,) = grid.send_and_receive([ask(grid, node, bytes(size))], timeout=200)
+        seconds = time.monotonic() - started
+        assert data_of(reply) == bytes(size)
+        assert seconds < 0.5 * 2 * size / WINDOW_BYTES * 0.1, "a window that does not grow takes twice as long"
 
 
 def test_a_dead_line_is_noticed_within_ten_seconds_by_both(consortium: Consortium) -> None:
