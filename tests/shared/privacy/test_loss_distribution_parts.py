@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from functools import reduce
 
 import mpmath
@@ -376,6 +377,18 @@ def test_no_composition_takes_more_than_half_a_million_cells() -> None:
     with pytest.raises(module._TooManyCells) as refused:
         TiltedDivergence([(step, 1)], 1.0, step.log_moment)
     assert 1 << 19 < refused.value.number < 1 << 20
+
+
+def test_almost_no_noise_is_no_reason_to_warn() -> None:
+    """Of two forms, the one that is not taken multiplies 0 by infinity there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for removed in (True, False):
+            deltas, errors = module.step_divergence(np.array([0.0, 1e-4, 5e-4]), 0.01, 1e-3, removed)
+            assert np.isfinite(errors).all()
+            # The record shows whenever it is in the step.
+            least = 1e-3 if removed else 1 - (1 - 1e-3) * np.exp([0.0, 1e-4, 5e-4])
+            assert deltas == pytest.approx(least, rel=1e-6)
 
 
 def test_exactly_the_most_cells_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
