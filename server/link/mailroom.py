@@ -31,7 +31,7 @@ log = logging.getLogger("silotune.coordinator")
 REPLY_SLACK_BYTES = 8 * 2**20
 """Metrics are up to 4 MB of text, whatever was asked."""
 AWAY_SECONDS = 10.0
-"""A site whose stream ended counts as connected for so long: most come back within a second."""
+"""A site whose stream ended counts as connected to a round for so long: most come back within a second."""
 LOST_SECONDS = 40.0
 """A site that has been away for so long does not answer; the round goes on without it."""
 UNWANTED_SECONDS = 60.0

@@ -79,7 +79,7 @@ class SiteState:
     """A site that lies in the trust store, as the link sees it.
 
     Attributes:
-        online: whether its stream is open, or was a moment ago.
+        online: whether its stream is open. A round waits for a site that was there a moment ago; who looks is told at once.
         seen_before: seconds since it was connected last; None if it never was while this process runs.
         facts: of its certificates.
     """
@@ -175,12 +175,10 @@ class LinkServer:
 
     def _site_states(self) -> dict[str, SiteState]:
         self.admission.refresh()
-        connected, states = set(self.mailroom.connected()), {}
+        states = {}
         for name, facts in self.admission.sites().items():
             seen = [ago for node in facts.valid if (ago := self.mailroom.seen_before(node)) is not None]
-            states[name] = SiteState(
-                online=any(node in connected for node in facts.valid), seen_before=min(seen, default=None), facts=facts
-            )
+            states[name] = SiteState(online=0.0 in seen, seen_before=min(seen, default=None), facts=facts)
         return states
 
     def _run(self, started: Future[int]) -> None:

@@ -185,11 +185,16 @@ class Federation:
     def start_coordinator(self) -> None:
         """Start the coordinator and wait until sites can connect."""
         self.spawn_coordinator()
-        self._await("the coordinator", lambda: self.coordinator.read_status().get("state") == "running")
+        self._await("the coordinator", self._coordinator_runs)
 
     def spawn_coordinator(self) -> None:
         """Start the coordinator without waiting for it."""
         self._spawn("coordinator", ["coordinator", "start", str(self.coordinator.path)])
+
+    def _coordinator_runs(self) -> bool:
+        # A coordinator that was killed left a status that says it runs.
+        said = self.coordinator.read_status()
+        return bool(said.get("pid") == self.processes["coordinator"].pid and said["state"] == "running")
 
     def start_site(self, name: str, *, program: Sequence[str] = COMMAND) -> None:
         """Start a site's node; it connects by itself.

@@ -1,4 +1,4 @@
-"""A consortium for each test, and sites that come back sooner than real ones."""
+"""A consortium for each test, and sites that come back sooner than real ones, unless their patience is what is tested."""
 
 from __future__ import annotations
 
@@ -16,5 +16,6 @@ def consortium(tmp_path: Path) -> Consortium:
 
 
 @pytest.fixture(autouse=True)
-def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "LONGEST_BACKOFF_SECONDS", 0.5)
+def _impatient(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("endurance") is None:
+        monkeypatch.setattr(client, "LONGEST_BACKOFF_SECONDS", 0.5)

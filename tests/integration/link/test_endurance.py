@@ -71,7 +71,7 @@ def test_a_dead_line_is_noticed_within_ten_seconds_by_both(consortium: Consortiu
         started = time.monotonic()
         eventually(lambda: heard.of("disconnected"))
         eventually(lambda: told.of("trouble"))
-        assert time.monotonic() - started < 10.5
+        assert time.monotonic() - started < 10.0
         relay.thaw()
         (identifier,) = grid.push_messages([ask(grid, node, b"after")])
         assert data_of(pulled(grid, {identifier}, timeout=20)[identifier]) == b"after"
@@ -86,7 +86,7 @@ def test_a_frozen_process_is_noticed_within_ten_seconds(consortium: Consortium, 
             process.send_signal(signal.SIGSTOP)
             started = time.monotonic()
             eventually(lambda: not heard.open)
-            assert time.monotonic() - started < 10.5
+            assert time.monotonic() - started < 10.0
             process.send_signal(signal.SIGCONT)
             eventually(lambda: heard.open == {"a"})
         finally:
@@ -100,7 +100,7 @@ def test_a_frozen_process_is_noticed_within_ten_seconds(consortium: Consortium, 
         coordinator.facts.suspend()
         started = time.monotonic()
         eventually(lambda: told.of("trouble"))
-        assert time.monotonic() - started < 10.5
+        assert time.monotonic() - started < 10.0
         coordinator.facts.resume()
         eventually(lambda: len(told.of("welcome")) == 2)
 
@@ -148,11 +148,13 @@ def test_a_killed_coordinator_is_back_within_seconds(consortium: Consortium, siz
                 first.begin_round(nodes=2, size=size)
                 time.sleep(0.05 * kill)
                 first.kill()
-                first = CoordinatorProcess(folder, port)
                 started = time.monotonic()
+                first = CoordinatorProcess(folder, port)
                 outcome = first.round(nodes=2, size=size)
                 assert (outcome["right"], outcome["failed"]) == (2, [])
-                assert time.monotonic() - started < 5.0 + outcome["seconds"]
+                back = time.monotonic() - started - outcome["seconds"]
+                print(f"back after {back:.1f} s")  # noqa: T201
+                assert back < 5.0
             first.kill()
 
 
@@ -165,7 +167,8 @@ def test_a_thousand_sites(consortium: Consortium) -> None:
             connected = time.monotonic() - started
             rounds = [coordinator.round(nodes=1000, size=30_000) for _ in range(3)]
             assert [outcome["right"] for outcome in rounds] == [1000] * 3
-            # Of the processor: how long it takes follows from what else the machine does.
+            assert min(outcome["seconds"] for outcome in rounds) < 5.0
+            # Of the processor: the rest follows from what else the machine does.
             assert min(outcome["processor_seconds"] for outcome in rounds) < 4.0
             assert rounds[-1]["most_bytes"] < 2**30
             coordinator.kill()

@@ -18,10 +18,12 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from client.link.answering import answering
 from client.link.client import Credentials
+from server.coordinator.supervisor import POLL_SECONDS
 from server.link import mailroom
 from server.link.grid import LinkGrid
 from server.link.server import LinkServer
 from shared.errors import RunError, TrustError
+from shared.link import options
 from shared.link.frames import Failure, Welcome, bytes_of
 from shared.link.line import Parcel
 from shared.link.options import CHUNK_BYTES
@@ -107,6 +109,28 @@ def test_a_site_that_does_not_come_back_is_given_up(consortium: Consortium, monk
         assert (reply.has_error(), reply.error.code) == (True, mailroom.LOST)
         assert "not been connected" in (reply.error.reason or "")
         assert list(grid.get_node_ids()) == []
+
+
+def test_whoever_looks_is_told_at_once_that_a_site_is_gone_and_a_round_waits_for_it(consortium: Consortium) -> None:
+    with serving(consortium) as (server, heard):
+        grid = LinkGrid(server, 1)
+        nodes = {name: node for node, name in grid_names(grid).items()}
+        with site(server.port, consortium.credentials["a"]):
+            eventually(lambda: server.sites()[0]["a"].online)
+        eventually(lambda: not heard.open)
+        grid.push_messages([ask(grid, nodes["b"])])  # which was never here
+        told, _ = server.sites()
+        assert (told["a"].online, told["b"].online, told["b"].seen_before) == (False, False, None)
+        assert nodes["a"] in grid.get_node_ids()
+
+
+def test_the_limits_keep_what_the_guide_promises() -> None:
+    """A silent death is in the status within ten seconds, and all sites are back five seconds after the coordinator."""
+    for end in (options.SERVER, options.CLIENT):
+        patience = max(int(end["grpc.keepalive_timeout_ms"]), int(end["grpc.http2.ping_timeout_ms"]))
+        noticed = (int(end["grpc.keepalive_time_ms"]) + patience) / 1000
+        assert noticed + POLL_SECONDS < 9.0  # the rest is for a busy machine
+    assert options.LONGEST_BACKOFF_SECONDS < 4.5
 
 
 def test_an_expired_request_is_answered_with_an_error(consortium: Consortium) -> None:
