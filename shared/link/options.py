@@ -29,9 +29,9 @@ HELLO_SECONDS = 10.0
 """From the opening of a stream to its first frame."""
 PROGRESS_SECONDS = 30.0
 """Without a single chunk or acknowledgement of a transfer that is under way, its stream ends. There is no limit on its length."""
-FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.2, 4.0
-"""Of a site that connects again; refused ones wait the longest at once. However long a coordinator was away, its sites are back
-within five seconds of its return."""
+FIRST_BACKOFF_SECONDS, LONGEST_BACKOFF_SECONDS = 0.2, 2.0
+"""Of a site that connects again; refused ones wait the longest at once. A coordinator that is killed needs a second or two to
+start: with both, all sites are back within five."""
 
 _BOTH = {
     # Frames are small, so nobody has to hold more than one of a peer that does not keep to it.
