@@ -32,6 +32,7 @@ from shared.stopping import orderly
 from shared.trust.audit_log import Event
 from shared.trust.certificates import fingerprint, load_certificate
 from shared.trust.job_files import read_job
+from shared.trust.key_changes import alone
 from shared.trust.keystore import (
     new_key,
     new_passphrase,
@@ -132,13 +133,14 @@ def install(
     verify_certificate(loaded, authority, datetime.now(UTC))
     check_holder(loaded, config.name)
     passphrase = passphrase_from_environment()
-    rotated = place.next_key.exists() and _belongs(place.next_key, loaded, passphrase)
-    if not rotated and not _belongs(place.key, loaded, passphrase):
-        raise TrustError(
-            f"{certificate} was not made for this site's key; send {home / f'{config.name}.csr'} to the CA."
-        )
-    if rotated:
-        os.replace(place.next_key, place.key)
+    with alone(place.key.parent):
+        rotated = place.next_key.exists() and _belongs(place.next_key, loaded, passphrase)
+        if not rotated and not _belongs(place.key, loaded, passphrase):
+            raise TrustError(
+                f"{certificate} was not made for this site's key; send {home / f'{config.name}.csr'} to the CA."
+            )
+        if rotated:
+            os.replace(place.next_key, place.key)
     # Everything was checked: a node that runs takes up what is written from here on.
     if ca is not None:
         write_bytes(place.ca_certificate, ca.read_bytes())

@@ -27,7 +27,7 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """
     temporary = ""
     try:
-        _require_file_or_nothing(path)
+        require_file_or_nothing(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         with os.fdopen(handle, "wb") as file:
@@ -47,8 +47,8 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         ) from error
 
 
-def _require_file_or_nothing(path: Path) -> None:
-    """Raise if a link, a folder or a device lies at `path`: a rename would put a file in its place."""
+def require_file_or_nothing(path: Path) -> None:
+    """Raise `RunError` if a link, a folder or a device lies at `path`: a rename would put a file in its place."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:

@@ -8,17 +8,21 @@ Formal guarantees (tests: tests/shared/trust/test_key_changes.py)
       (test_a_kill_at_any_call_leaves_one_of_both_passphrases).
     * A decision that somebody else could have written is refused, and names no file outside its folder
       (test_a_decision_of_somebody_else_is_refused, test_a_decision_about_other_places_is_refused).
+    * Of several processes that replace keys of a folder, each finds what the one before it left, and none undoes another's
+      (test_of_several_changes_at_once_none_is_lost, test_whoever_replaces_a_key_waits_for_a_change).
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NoReturn
 
@@ -36,17 +40,34 @@ _ATTEMPTS = 5
 def replace_together(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Replace the files of these names in `folder`, all or none.
 
-    The caller sees to it that nobody else replaces a key of the folder at the same time.
+    The caller holds `alone`.
 
     Raises:
         TrustError, RunError: if something cannot be written; before the decision stands nothing was changed.
     """
     finish(folder)
-    for leftover in folder.glob(f".{DECISION_FILE}.*"):  # of a process that died before it had decided
-        leftover.unlink()
+    for name in contents:  # once it is decided, a link in its place would stop it half-way
+        atomic.require_file_or_nothing(folder / name)
+    for name in (DECISION_FILE, *contents):  # a process that died may have left a key in it that no passphrase protects
+        for leftover in folder.glob(f".{glob.escape(name)}.????????"):
+            leftover.unlink()
     texts = {name: base64.b64encode(content).decode() for name, content in contents.items()}
     atomic.write_json(folder / DECISION_FILE, {"format": _FORMAT, "files": texts})
     finish(folder)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Replace keys of `folder` with nobody else at it: others who ask for this wait.
+
+    Where a folder cannot be locked (some network shares), or is not there yet, nobody is kept away.
+    """
+    with contextlib.ExitStack() as held:
+        with contextlib.suppress(OSError):
+            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def finish(folder: Path) -> None:
@@ -57,13 +78,17 @@ def finish(folder: Path) -> None:
     """
     path = folder / DECISION_FILE
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        # For writing, since a network share locks no file that is only read.
+        handle = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
     except (FileNotFoundError, NotADirectoryError):
         return
     except OSError as error:
         _refuse(path, "is no plain file" if error.errno == errno.ELOOP else f"cannot be read ({error.strerror})")
     with os.fdopen(handle, "rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            _refuse(path, f"cannot be locked ({error.strerror})")
         found = os.fstat(handle)
         if found.st_nlink:  # else another process was quicker
             _check_owner(path, found)
@@ -120,7 +145,7 @@ def _parsed(path: Path, content: bytes) -> dict[str, bytes]:
         files = {str(name): base64.b64decode(text, validate=True) for name, text in document["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         _refuse(path, "is damaged")
-    if any(not name or name != Path(name).name or name.startswith(".") for name in files):
+    if any(not name.isprintable() or not name or name != Path(name).name or name.startswith(".") for name in files):
         _refuse(path, "names a file elsewhere")
     return files
 

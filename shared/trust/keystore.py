@@ -59,8 +59,10 @@ def save_secret(path: Path, secret: bytes, *, passphrase: str | None, replace: b
     """
     if not replace and os.path.lexists(path):
         raise TrustError(f"{path} exists already and is not overwritten; choose another path, or move that file away.")
-    key_changes.finish(path.parent)
-    atomic.write_bytes(path, document(secret, passphrase))
+    content = document(secret, passphrase)
+    with key_changes.alone(path.parent):
+        key_changes.finish(path.parent)
+        atomic.write_bytes(path, content)
 
 
 def document(secret: bytes, passphrase: str | None) -> bytes:

@@ -45,8 +45,10 @@ def save_server_key(path: Path, key: ec.EllipticCurvePrivateKey, passphrase: str
     Raises:
         RunError: if the file cannot be written.
     """
-    key_changes.finish(path.parent)
-    atomic.write_bytes(path, _server_key(_der(key), passphrase))
+    content = _server_key(_der(key), passphrase)
+    with key_changes.alone(path.parent):
+        key_changes.finish(path.parent)
+        atomic.write_bytes(path, content)
 
 
 def load_server_key(path: Path, passphrase: str | None) -> ec.EllipticCurvePrivateKey:
@@ -87,7 +89,13 @@ def change_passphrase(
         RunError: see `shared.trust.key_changes.replace_together`.
     """
     folder = files[0].parent
-    key_changes.finish(folder)
+    with key_changes.alone(folder):
+        key_changes.replace_together(folder, _changed(files, old=old, new=new, server_key=server_key))
+
+
+def _changed(files: Sequence[Path], *, old: str | None, new: str | None, server_key: Path | None) -> dict[str, bytes]:
+    """Return by name what `change_passphrase` makes of each file."""
+    key_changes.finish(files[0].parent)
     everything = [*files, server_key] if server_key is not None else files
     if (
         old is not None
@@ -107,7 +115,7 @@ def change_passphrase(
         contents[server_key.name] = _server_key(secret, new)
         if _der(_parsed_server_key(server_key, contents[server_key.name], new)) != secret:
             raise TrustError(f"{server_key} would not open with the new passphrase; nothing was changed.")
-    key_changes.replace_together(folder, contents)
+    return contents
 
 
 def _server_key(der: bytes, passphrase: str | None) -> bytes:

@@ -9,7 +9,9 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -154,13 +156,63 @@ def test_whoever_opens_a_key_carries_out_what_was_decided(folder: Path, monkeypa
 
 
 def test_what_a_kill_before_the_decision_left_is_removed_by_the_next_change(folder: Path) -> None:
-    leftover = folder / f".{DECISION_FILE}.abcd"
+    leftover = folder / f".{DECISION_FILE}.abcd_123"
     leftover.write_text("half")
     change_passphrase(files_of(folder), old=OLD, new=NEW, server_key=folder / "server.key")
     assert not leftover.exists()
 
 
 # --- nothing is changed unless everything can be ---
+
+
+def test_what_a_kill_left_of_a_key_is_removed_by_the_next_change_too(folder: Path) -> None:
+    """After `--none` it may hold a key that no passphrase protects."""
+    leftover, others = folder / ".a.key.0123abcd", folder / ".a.key.backup"
+    leftover.write_bytes(keystore.document(b"first", None))
+    others.write_bytes(b"somebody else's")
+    change_passphrase(files_of(folder), old=OLD, new=NEW)
+    assert not leftover.exists()
+    assert others.exists()
+
+
+def test_a_key_that_is_a_link_stops_the_change_before_it_is_decided(folder: Path, tmp_path: Path) -> None:
+    (folder / "b.key").rename(tmp_path / "elsewhere.key")
+    (folder / "b.key").symlink_to(tmp_path / "elsewhere.key")
+    with pytest.raises(RunError, match=r"b\.key is no plain file, so it is not replaced"):
+        change_passphrase(files_of(folder), old=OLD, new=NEW, server_key=folder / "server.key")
+    assert opens_with(folder, OLD)
+
+
+def test_of_several_changes_at_once_none_is_lost(folder: Path) -> None:
+    """`pki passphrase` for each key of a folder, all at the same time."""
+    for num in range(3):
+        save_secret(folder / f"{num}.key", bytes([num]), passphrase=OLD)
+    with ThreadPoolExecutor(3) as pool:
+        asked = [pool.submit(change_passphrase, [folder / f"{num}.key"], old=OLD, new=NEW) for num in range(3)]
+        assert [one.result() for one in asked] == [None] * 3
+    assert [load_secret(folder / f"{num}.key", passphrase=NEW) for num in range(3)] == [bytes([num]) for num in range(3)]
+
+
+def test_whoever_replaces_a_key_waits_for_a_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`site rotate` beside `site passphrase`: else the change would put back the key that it had read."""
+    begun, rotated = threading.Event(), threading.Event()
+
+    def slow(folder: Path, contents: dict[str, bytes]) -> None:
+        begun.set()
+        assert not rotated.wait(0.05)
+        replace_together(folder, contents)
+
+    def rotate() -> None:
+        begun.wait()
+        save_secret(folder / "a.key", b"rotated", passphrase=OLD, replace=True)
+        rotated.set()
+
+    monkeypatch.setattr(key_changes, "replace_together", slow)
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(rotate)
+        change_passphrase(files_of(folder), old=OLD, new=NEW)
+    assert load_secret(folder / "a.key", passphrase=OLD) == b"rotated"
+    assert load_secret(folder / "b.key", passphrase=NEW) == b"second"
 
 
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(b"{}"), Path.unlink], ids=["damaged", "missing"])
@@ -235,7 +287,7 @@ def test_a_decision_of_somebody_else_is_refused(folder: Path, monkeypatch: pytes
         finish(folder)
 
 
-@pytest.mark.parametrize("name", ["../a.key", "/a.key", "", ".", "..", "sub/a.key", ".a.key"])
+@pytest.mark.parametrize("name", ["../a.key", "/a.key", "", ".", "..", "sub/a.key", ".a.key", "a\0", "\ud800"])
 def test_a_decision_about_other_places_is_refused(folder: Path, name: str) -> None:
     planted(folder, name=name)
     with pytest.raises(TrustError, match="names a file elsewhere"):
