@@ -10,7 +10,7 @@ Formal guarantees (tests: tests/client/test_backup.py)
     * A backup is put back only if what came after it is accounted for: compared with the newest audit log, with the number of
       entries that somebody else noted, or declared by whoever puts it back; that stands in the log from then on
       (test_a_backup_older_than_the_newest_log_is_refused, test_a_backup_with_fewer_entries_than_were_noted_is_refused,
-      test_putting_back_wants_a_witness).
+      test_putting_back_wants_a_witness, test_a_log_that_a_node_goes_on_with_is_no_witness).
     * A folder that was unpacked by hand is not opened (test_a_backup_that_was_unpacked_by_hand_is_not_opened).
 
 Not guaranteed: the declaration is believed. A newest log or a number that is older than the site's last charge shows nothing
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +30,8 @@ from client.ledger.account import CHARGING_KINDS
 from client.ledger.file import copy_of, entry_hashes
 from client.site.charged_records import RECORDS_FILE
 from client.site.declared import DECLARED_FILE
-from client.site.home import SiteHome, open_log
-from shared.errors import LedgerError, TrustError
+from client.site.home import LOCK_FILE, SiteHome, open_log
+from shared.errors import LedgerError, RunError, TrustError
 from shared.files import backup
 from shared.files.backup import LIST_FILE, Contents
 from shared.trust import audit_chain, audit_log, key_changes
@@ -96,7 +95,7 @@ def put_back(
 
     Raises:
         LedgerError: a charge is missing in the backup, or nothing tells that none is.
-        RunError, TrustError: the backup cannot be used, or the folder is not new.
+        RunError, TrustError: the backup cannot be used, the folder is not new, or a node goes on with the newest log.
     """
     if [newest_log is not None, num_entries is not None, nothing_released].count(True) != 1:
         raise LedgerError(
@@ -104,14 +103,15 @@ def put_back(
             "is missing: --newest-log FOLDER (the site's audit log as it was last), --entries NUMBER (of the log, from the last "
             "line that your compliance officer keeps), or --nothing-released-since, which is noted as your word."
         )
-    with _checked(path) as found, backup.new_folder(home.path) as folder:
+    with _checked(path) as found, _at_rest(newest_log), backup.new_folder(home.path) as folder:
         known: dict[str, Any] = {"nothing_released_since": True}
         if newest_log is not None:
             known = {"newest_log_entries": _compare(found, newest_log)}
         if num_entries is not None:
             _check_number(found, num_entries)
             known = {"entries_noted": num_entries}
-        backup.unpack(path, "site", folder)
+        if backup.unpack(path, "site", folder) != found.contents:
+            raise RunError(f"{path} was replaced while it was put back; try again.")
         if newest_log is not None:
             _take_log(newest_log, folder / "audit")
         (folder / LIST_FILE).unlink(missing_ok=True)
@@ -138,10 +138,8 @@ class _Checked:
 
 @contextlib.contextmanager
 def _checked(path: Path) -> Iterator[_Checked]:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
-        folder = Path(name)
-        wanted = ("audit/", _LEDGER, "log.pub")
-        contents = backup.unpack(path, "site", folder, wanted=lambda file: file.startswith(wanted))
+    wanted = ("audit/", _LEDGER, "log.pub")
+    with backup.unpacked(path, "site", wanted=lambda file: file.startswith(wanted)) as (contents, folder):
         log, mirrored = [], []
         if (folder / "audit").exists():
             for entry in _verified(folder / "audit", folder / "log.pub"):
@@ -155,6 +153,15 @@ def _checked(path: Path) -> Iterator[_Checked]:
                 "Take another backup."
             )
         yield _Checked(contents=contents, log=log, ledger=ledger, folder=folder)
+
+
+@contextlib.contextmanager
+def _at_rest(log: Path | None) -> Iterator[None]:
+    """Keep the node off a log that lies in its folder: what it charges meanwhile would be missing, and later be spent twice."""
+    with contextlib.ExitStack() as held:
+        if log is not None and os.access(log.parent / LOCK_FILE, os.W_OK):
+            held.enter_context(SiteHome(log.parent).locked())
+        yield
 
 
 def _verified(log: Path, key: Path) -> list[Entry]:
@@ -198,6 +205,7 @@ def _check_number(found: _Checked, num_entries: int) -> None:
 
 def _take_log(source: Path, target: Path) -> None:
     head, _, files = snapshot(source)
+    target.mkdir(exist_ok=True, mode=0o700)  # a backup from before the first start holds no log
     for path in target.iterdir():
         path.unlink()
     for file, size in files:

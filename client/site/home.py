@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from client.site.site import Site
 
 
+LOCK_FILE = ".node.lock"
+
+
 @dataclass(frozen=True)
 class SiteHome:
     """The paths of a site's folder; what lies there stands above."""
@@ -98,7 +101,7 @@ class SiteHome:
         Raises:
             RunError: if another one does, or the folder is not there.
         """
-        return exclusive_lock(self.path / ".node.lock", f"another node works in {self.path}; stop it first.")
+        return exclusive_lock(self.path / LOCK_FILE, f"another node works in {self.path}; stop it first.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,6 @@ Formal guarantees (tests: tests/server/store/test_backup.py)
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from pathlib import Path
 
@@ -52,10 +51,8 @@ def verify_backup(path: Path) -> Contents:
     Raises:
         RunError, TrustError: what is wrong.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as name:
-        folder = Path(name)
-        wanted = ("audit/", "round.pub")
-        contents = backup.unpack(path, "coordinator", folder, wanted=lambda file: file.startswith(wanted))
+    wanted = ("audit/", "round.pub")
+    with backup.unpacked(path, "coordinator", wanted=lambda file: file.startswith(wanted)) as (contents, folder):
         if (folder / "audit").exists():
             audit_log.verify(folder / "audit", verify_head=load_verify_key(folder / "round.pub"))
         return contents

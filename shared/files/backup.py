@@ -240,6 +240,21 @@ def unpack(path: Path, kind: Kind, folder: Path, *, wanted: Callable[[str], bool
 
 
 @contextmanager
+def unpacked(path: Path, kind: Kind, *, wanted: Callable[[str], bool]) -> Iterator[tuple[Contents, Path]]:
+    """Unpack to a folder that is gone after the block; yields what the backup holds, and that folder.
+
+    Raises:
+        RunError: as `verify`.
+    """
+    try:  # where there is room for a backup, there is for a part of it
+        scratch = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.")
+    except OSError:  # a medium that is only read
+        scratch = tempfile.TemporaryDirectory()
+    with scratch as name:
+        yield unpack(path, kind, Path(name), wanted=wanted), Path(name)
+
+
+@contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """Fill a folder that appears at the end of the block under its name, whole; yields where to write.
 
@@ -280,7 +295,9 @@ def _read(path: Path, kind: Kind, open_file: Callable[[str], IO[bytes] | None]) 
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                if not member.isreg() or member.name in found or listed is not None or not _NAME.fullmatch(member.name):
+                # Of a sparse file a few bytes stand for any number of zeros.
+                is_plain = member.isreg() and not member.issparse() and _NAME.fullmatch(member.name) is not None
+                if not is_plain or member.name in found or listed is not None:
                     _damaged(path, f"{member.name!r} does not belong there")
                 source = tar.extractfile(member)
                 assert source is not None  # noqa: S101 (it is a file)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import os
 import shutil
 import tarfile
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -293,6 +295,59 @@ def test_the_newest_log_takes_the_place_of_the_backup_s(world: World, tmp_path: 
     assert [entry.sha256 for entry in entries[:-1]] == newest
     assert entries[-1].details["newest_log_entries"] == len(newest)
     assert opens(back) == 1
+
+
+def test_a_log_that_a_node_goes_on_with_is_no_witness(world: World, tmp_path: Path) -> None:
+    """Two nodes would charge the same records, each by itself."""
+    node, _, taken = world
+    back = SiteHome(tmp_path / "back")
+    with node.home.locked(), pytest.raises(RunError, match="another node works in .*; stop it first"):
+        put_back(taken, back, passphrase=None, newest_log=node.home.audit)
+    assert not back.path.exists()
+    put_back(taken, back, passphrase=None, newest_log=node.home.audit)
+
+
+def test_a_backup_from_before_the_first_start_takes_a_log_without_charges(home: SiteHome, tmp_path: Path) -> None:
+    back_up(home, tmp_path / "a.tar")
+    node = Node(home)
+    node.log.append(Event.NODE_STARTED)
+    back = SiteHome(tmp_path / "back")
+    put_back(tmp_path / "a.tar", back, passphrase=None, newest_log=home.audit)
+    assert [entry.event for entry in audit_log.read(back.audit)] == [Event.NODE_STARTED, Event.BACKUP_RESTORED]
+
+
+def test_what_was_compared_is_what_is_put_back(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file of the backup is replaced by an older one after its charges were counted."""
+    node, ledger, older = world
+    node.round(ledger)
+    back_up(node.home, tmp_path / "b.tar")
+    compare = backup_module._compare
+
+    def replaced(*given: Any) -> int:
+        shutil.copyfile(older, tmp_path / "b.tar")
+        return compare(*given)
+
+    monkeypatch.setattr(backup_module, "_compare", replaced)
+    with pytest.raises(RunError, match="was replaced while it was put back"):
+        put_back(tmp_path / "b.tar", SiteHome(tmp_path / "back"), passphrase=None, newest_log=node.home.audit)
+    assert not (tmp_path / "back").exists()
+
+
+def test_a_backup_on_a_medium_that_is_only_read_is_checked(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, _, taken = world
+    make = tempfile.mkdtemp
+
+    def only_read(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:
+        if dir == taken.parent:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return make(suffix, prefix, dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", only_read)
+    assert verify_backup(taken).name == "north"
+    with pytest.raises(RunError, match="No such file"):
+        verify_backup(taken.parent / "none" / "a.tar")
 
 
 def test_a_log_that_is_older_or_another_is_no_witness(world: World, tmp_path: Path, silotune: Command) -> None:

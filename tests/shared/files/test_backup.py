@@ -105,6 +105,22 @@ def test_a_foreign_member_is_refused(taken: Path, extra: tuple[tarfile.TarInfo, 
         verify(repacked(taken, change), "site")
 
 
+def test_a_few_bytes_that_stand_for_a_terabyte_are_refused(tmp_path: Path) -> None:
+    info = tarfile.TarInfo("audit/x")
+    info.type = tarfile.GNUTYPE_SPARSE
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    block[386:410] = b"00000000000\0" * 2  # one part, of no bytes
+    block[483:495] = tarfile.itn(1 << 40, 12, tarfile.GNU_FORMAT)  # type: ignore[attr-defined]
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    path = tmp_path / "a.tar"
+    path.write_bytes(bytes(block) + bytes(1024))
+    with tarfile.open(path) as tar:
+        assert [found.size for found in tar] == [1 << 40]
+    with pytest.raises(RunError, match="'audit/x' does not belong there"):
+        verify(path, "site")
+
+
 def test_a_missing_file_and_a_missing_list_are_found(taken: Path) -> None:
     with pytest.raises(RunError, match="'one' is missing"):
         verify(repacked(taken, lambda members: members.pop("one") and None), "site")
