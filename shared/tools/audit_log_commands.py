@@ -82,7 +82,8 @@ def compare(
     coordinator_log: Annotated[Path, typer.Argument(help="Folder of the coordinator's log.")],
     site: Annotated[str, typer.Option(help="Name of the site in the coordinator's log.")],
     receipts: Annotated[
-        Path | None, typer.Option(help="A run's receipts.jsonl, which decides; with --certificate.")
+        list[Path] | None,
+        typer.Option(help="A run's receipts.jsonl, which decides; with --certificate. Repeat it for each run."),
     ] = None,
     certificate: Annotated[
         list[Path] | None, typer.Option(help="The site's certificate; repeat it if the key was exchanged.")
@@ -94,14 +95,17 @@ def compare(
 
     if bool(receipts) != bool(certificate):
         raise ConfigError("--receipts and --certificate go together: a receipt holds by the key of a certificate.")
-    proven = None
+    proven, jobs = None, set()
     if receipts and certificate:
-        proven = proven_releases(read_receipts(receipts), [_key_of(path) for path in certificate], site=site)
-    found = compared(site_log, coordinator_log, site=site, proven=proven)
+        given = [receipt for path in receipts for receipt in read_receipts(path)]
+        proven = proven_releases(given, [_key_of(path) for path in certificate], site=site)
+        jobs = {receipt.what.job_sha256 for receipt in given}
+    found = compared(site_log, coordinator_log, site=site, proven=proven, jobs=jobs)
     if as_json:
         print_json([asdict(difference) for difference in found])
     for difference in found if not as_json else []:
-        kind = "contradiction" if difference.contradicts else "lost on the way"
+        kind = "undecided" if difference.undecided else "lost on the way"
+        kind = "contradiction" if difference.contradicts else kind
         where = (
             f"job {difference.job[:12]}, round {difference.round}" if difference.round else f"job {difference.job[:12]}"
         )

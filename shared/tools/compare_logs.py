@@ -6,11 +6,14 @@ that the coordinator counted and the site did not make, or made from another ada
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
+from shared.errors import TrustError
 from shared.trust import audit_log
+from shared.trust.audit_chain import Entry
 from shared.trust.audit_log import Event
 
 # A process may die between storing a release and noting it; then the release is noted when it is asked for again.
@@ -27,12 +30,14 @@ class Difference:
         round: of the job; 0 where the log does not tell.
         text: what it is.
         contradicts: whether the logs cannot both be right; else something was on its way, and was lost or did not count.
+        undecided: both say the same, and receipts were given, but none of this job.
     """
 
     job: str
     round: int
     text: str
     contradicts: bool
+    undecided: bool = False
 
 
 @dataclass
@@ -47,7 +52,12 @@ class _Books:
 
 
 def compare(
-    site_log: Path, coordinator_log: Path, *, site: str, proven: Collection[tuple[str, int, str]] | None = None
+    site_log: Path,
+    coordinator_log: Path,
+    *,
+    site: str,
+    proven: Collection[tuple[str, int, str]] | None = None,
+    jobs: Collection[str] | None = None,
 ) -> list[Difference]:
     """Return every difference between two logs about one site, in the order of jobs and rounds.
 
@@ -56,37 +66,43 @@ def compare(
         site: its name in the coordinator's log.
         proven: (job, round, release) of what the site's key signed (`shared.trust.receipts.proven_releases`): it decides
             which of two logs is right. None: receipts are not looked at.
+        jobs: of which receipts were given, by whomever signed: of others they decide nothing. None: of all.
 
     Raises:
         TrustError: a log is broken.
     """
-    ours, theirs = _of_site(site_log), _of_coordinator(coordinator_log, site)
-    unsigned = () if proven is None else _unsigned(theirs, proven)
+    ours, theirs = _books(site_log, _note_site), _books(coordinator_log, partial(_note_coordinator, site=site))
+    unsigned = () if proven is None else _unsigned(theirs, proven, jobs)
     return sorted({*_adapters(ours, theirs), *_releases(ours, theirs, proven or ()), *unsigned})
 
 
-def _of_site(folder: Path) -> _Books:
+def _books(folder: Path, note: Callable[[_Books, Entry], None]) -> _Books:
     audit_log.verify(folder)
     books = _Books()
     for entry in audit_log.read(folder):
-        details = entry.details
-        if entry.event == Event.REQUEST_RECEIVED:
-            books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
-        elif entry.event in _MADE:
-            books.note(books.releases, details["job"], details["round"], details["sha256"])
+        try:
+            note(books, entry)
+        except (KeyError, TypeError, ValueError):  # its owner can write anything into a chain that is unbroken
+            raise TrustError(
+                f"{folder}: entry {entry.sequence} ({entry.event!r}) is not as Silotune writes it, so the log is not believed."
+            ) from None
     return books
 
 
-def _of_coordinator(folder: Path, site: str) -> _Books:
-    audit_log.verify(folder)
-    books = _Books()
-    for entry in audit_log.read(folder):
-        details = entry.details
-        if entry.event == Event.ROUND_ASKED and site in details["sites"]:
-            books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
-        elif entry.event in _ACCEPTED and details["site"] == site:
-            books.note(books.releases, details["job"], details.get("round"), details["sha256"])
-    return books
+def _note_site(books: _Books, entry: Entry) -> None:
+    details = entry.details
+    if entry.event == Event.REQUEST_RECEIVED:
+        books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
+    elif entry.event in _MADE:
+        books.note(books.releases, details["job"], details["round"], details["sha256"])
+
+
+def _note_coordinator(books: _Books, entry: Entry, site: str) -> None:
+    details = entry.details
+    if entry.event == Event.ROUND_ASKED and site in list(details["sites"]):
+        books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
+    elif entry.event in _ACCEPTED and details["site"] == site:
+        books.note(books.releases, details["job"], details.get("round"), details["sha256"])
 
 
 def _adapters(ours: _Books, theirs: _Books) -> Iterator[Difference]:
@@ -121,9 +137,17 @@ def _releases(ours: _Books, theirs: _Books, proven: Collection[tuple[str, int, s
                 yield Difference(job, number, text, contradicts=False)
 
 
-def _unsigned(theirs: _Books, proven: Collection[tuple[str, int, str]]) -> Iterator[Difference]:
+def _unsigned(
+    theirs: _Books, proven: Collection[tuple[str, int, str]], jobs: Collection[str] | None
+) -> Iterator[Difference]:
     at_all = {(job, sha256) for job, _, sha256 in proven}
     for job, counted in theirs.releases.items():
+        if jobs is not None and job not in jobs:
+            text = (
+                "no receipt of this job is among those given, so only the logs were compared; give those of its run too"
+            )
+            yield Difference(job, 0, text, contradicts=False, undecided=True)
+            continue
         for number, sha256 in counted:
             if (job, number, sha256) not in proven if number else (job, sha256) not in at_all:
                 text = f"the coordinator counts the release {sha256[:12]}, and no receipt by the site's key is for it"

@@ -301,7 +301,7 @@ def test_a_log_that_a_node_goes_on_with_is_no_witness(world: World, tmp_path: Pa
     """Two nodes would charge the same records, each by itself."""
     node, _, taken = world
     back = SiteHome(tmp_path / "back")
-    with node.home.locked(), pytest.raises(RunError, match="another node works in .*; stop it first"):
+    with node.home.locked(), pytest.raises(RunError, match=r"another node works in .*; stop it first"):
         put_back(taken, back, passphrase=None, newest_log=node.home.audit)
     assert not back.path.exists()
     put_back(taken, back, passphrase=None, newest_log=node.home.audit)
@@ -316,9 +316,7 @@ def test_a_backup_from_before_the_first_start_takes_a_log_without_charges(home: 
     assert [entry.event for entry in audit_log.read(back.audit)] == [Event.NODE_STARTED, Event.BACKUP_RESTORED]
 
 
-def test_what_was_compared_is_what_is_put_back(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_was_compared_is_what_is_put_back(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file of the backup is replaced by an older one after its charges were counted."""
     node, ledger, older = world
     node.round(ledger)
@@ -339,7 +337,7 @@ def test_a_backup_on_a_medium_that_is_only_read_is_checked(world: World, monkeyp
     _, _, taken = world
     make = tempfile.mkdtemp
 
-    def only_read(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:
+    def only_read(suffix: Any = None, prefix: Any = None, dir: Any = None) -> str:  # noqa: A002 (as it is called)
         if dir == taken.parent:
             raise OSError(errno.EROFS, "Read-only file system")
         return make(suffix, prefix, dir)

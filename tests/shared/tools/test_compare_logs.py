@@ -11,6 +11,9 @@ import pytest
 from shared.errors import TrustError
 from shared.tools.compare_logs import compare
 from shared.trust.audit_log import AuditLog, Event
+from shared.trust.certificates import pem_bytes, spki
+from shared.trust.pki import approve, create_ca, make_request
+from shared.trust.receipts import Receipt, Released, sign_release
 from tests.conftest import Outcome
 
 JOB = "a" * 64
@@ -85,6 +88,50 @@ def test_receipts_say_which_of_two_logs_is_right(books: Books) -> None:
         (2, "the coordinator counts the release bbbbbbbbbbbb, which the site did not make"),
         (3, "the coordinator counts the release cccccccccccc, and no receipt by the site's key is for it"),
     ]
+
+
+def test_a_job_of_another_run_accuses_nobody_for_its_receipts_lie_elsewhere(
+    books: Books, tmp_path: Path, silotune: Callable[..., Outcome]
+) -> None:
+    """The coordinator's log tells of all jobs, a `receipts.jsonl` of one run."""
+    site, coordinator = books._logs
+    site.append(Event.RELEASE_STORED, job="b" * 64, round=1, sha256="d" * 64)
+    coordinator.append(Event.UPDATE_ACCEPTED, job="b" * 64, round=1, site="north", sha256="d" * 64)
+    create_ca(tmp_path / "ca", name="ca", passphrase=None)
+    key, request = make_request(name="north", role="site")
+    certificate = approve(tmp_path / "ca", request, role="site", passphrase=None)
+    (tmp_path / "north.crt").write_bytes(pem_bytes(certificate))
+    for name, job, release in (("one", JOB, "f" * 64), ("two", "b" * 64, "d" * 64)):
+        what = Released(
+            site="north",
+            job_sha256=job,
+            round=1,
+            sent_at="",
+            adapter_sha256="",
+            release_sha256=release,
+            declared_records=9,
+        )
+        receipt = Receipt(what, spki(key.public_key()), sign_release(key, what))
+        (tmp_path / f"{name}.jsonl").write_text(receipt.line() + "\n")
+    words: tuple[Any, ...] = ("audit-log", "compare", books.site, books.coordinator, "--site", "north")
+    words = (*words, "--certificate", tmp_path / "north.crt", "--receipts", tmp_path / "one.jsonl")
+    shown = silotune(*words)
+    assert shown.status == 0
+    assert shown.out.startswith("undecided: job bbbbbbbbbbbb: no receipt of this job is among those given")
+    both = silotune(*words, "--receipts", tmp_path / "two.jsonl")
+    assert (both.status, both.out) == (0, "both logs are unbroken and say the same of north\n")
+    coordinator.append(Event.UPDATE_ACCEPTED, job=JOB, round=2, site="north", sha256="d" * 64)
+    assert "no receipt by the site's key is for it" in silotune(*words).out
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["site", "coordinator"])
+@pytest.mark.parametrize("details", [{}, {"job": JOB, "round": "x", "sha256": "", "site": "north"}], ids=str)
+def test_an_entry_that_silotune_would_not_write_is_not_believed(
+    books: Books, side: int, details: dict[str, Any]
+) -> None:
+    books._logs[side].append((Event.RELEASE_STORED, Event.UPDATE_ACCEPTED)[side], **details)
+    with pytest.raises(TrustError, match=r"entry 3 \('.*'\) is not as Silotune writes it"):
+        books.differences()
 
 
 def test_every_difference_has_a_name(books: Books) -> None:

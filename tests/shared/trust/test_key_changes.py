@@ -190,7 +190,9 @@ def test_of_several_changes_at_once_none_is_lost(folder: Path) -> None:
     with ThreadPoolExecutor(3) as pool:
         asked = [pool.submit(change_passphrase, [folder / f"{num}.key"], old=OLD, new=NEW) for num in range(3)]
         assert [one.result() for one in asked] == [None] * 3
-    assert [load_secret(folder / f"{num}.key", passphrase=NEW) for num in range(3)] == [bytes([num]) for num in range(3)]
+    assert [load_secret(folder / f"{num}.key", passphrase=NEW) for num in range(3)] == [
+        bytes([num]) for num in range(3)
+    ]
 
 
 def test_whoever_replaces_a_key_waits_for_a_change(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
