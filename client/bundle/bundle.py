@@ -4,7 +4,7 @@ wheels/             what `locks/` names, as the index has it, and a wheel of thi
 locks/              build.txt, requirements.txt (as in the source), torch.txt and silotune.txt (made here), all with hashes
 backbones/NAME/     copies of backbones
 install.sh          verifies, makes a virtual environment and installs, without a network
-verify.py           checks the bundle by Python's standard library alone
+verify.py           checks the bundle by Python's standard library alone; whoever runs it compares its own hash before
 README.txt          the same by hand
 SHA256SUMS          of all of these; `sha256sum --check` reads it
 signature.json      a signature over all files, if a key was given
@@ -45,17 +45,17 @@ _SOURCE_FILES = ("pyproject.toml", "constraints.txt", "docker/stage.py", "locks/
 _PIP = "/opt/silotune/bin/pip install --no-index --find-links wheels --require-hashes --no-deps"
 _README = """Silotune {version}: everything that a site needs, for {python} on {platform}.
 
-1. Compare the bundle with the one that was made, by the system's own tool, and this line by telephone with whoever made it:
+1. Compare the list with the one that was made: read this line, by telephone, with whoever made the bundle:
 
     sha256sum SHA256SUMS
 
-2. Check every file, and that nothing else lies here (Python's standard library is enough):
-
-    {python} -I verify.py
-
-   or, without the second half:
+2. Check every file by the list, with the system's own tool. Before that nothing that lies here may be run, not even verify.py:
 
     sha256sum --check --strict --quiet SHA256SUMS
+
+   Then that nothing else lies here, and no link (Python's standard library is enough):
+
+    {python} -I verify.py
 
 3. Install into /opt/silotune. Nothing is fetched:
 
@@ -96,6 +96,7 @@ def make_bundle(
         RunError: something is missing or cannot be had; there is no bundle then.
     """
     _check_source(source, extras)
+    backbones = [path.resolve() for path in backbones]  # "." has a name, too
     if len({path.name for path in backbones}) < len(backbones):
         raise RunError("two of the backbones have the same name; rename one of the folders.")
     with new_folder(destination) as folder, tempfile.TemporaryDirectory() as scratch:
@@ -120,8 +121,7 @@ def make_bundle(
         (folder / verifier.SUMS).write_text("".join(lines), encoding="utf-8")
         if key is not None:
             sign_folder(folder, key)
-        _, _, sha256 = verifier.verify(str(folder))
-    return sha256
+        return _checked(folder)[2]
 
 
 def verify_bundle(folder: Path, key: VerifyKey | None) -> tuple[int, int, str]:
@@ -133,13 +133,17 @@ def verify_bundle(folder: Path, key: VerifyKey | None) -> tuple[int, int, str]:
     Raises:
         RunError, TrustError: what is wrong with it.
     """
-    try:
-        found = verifier.verify(str(folder))
-    except (verifier.Damaged, OSError) as error:
-        raise RunError(f"the bundle {folder} cannot be used: {error}. Do not install it; copy it anew.") from None
+    found = _checked(folder)
     if key is not None:
         verify_folder(folder, key)
     return found
+
+
+def _checked(folder: Path) -> tuple[int, int, str]:
+    try:
+        return verifier.verify(str(folder))
+    except (verifier.Damaged, OSError) as error:
+        raise RunError(f"the bundle {folder} cannot be used: {error}. Do not install it; copy it anew.") from None
 
 
 def _check_source(source: Path, extras: Sequence[str]) -> None:
@@ -200,6 +204,8 @@ def _copy_backbone(source: Path, target: Path) -> None:
         raise RunError(f"{source} is no backbone: it holds no config.json.")
     target.mkdir(parents=True)
     for path in sorted(source.iterdir()):
+        if not path.name.isprintable() or "\\" in path.name:
+            raise RunError(f"{source} holds {path.name!r}, which a list of hashes cannot name; rename it.")
         if not path.is_file():  # a link to a file is copied as that file: caches of the hub are made of links
             raise RunError(f"{path} is no file; expected a folder that holds the files of a backbone and nothing else.")
         shutil.copyfile(path, target / path.name)

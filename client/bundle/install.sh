@@ -2,12 +2,13 @@
 # Installs Silotune from this folder alone; nothing is fetched, and every file has to have its hash.
 #   sh install.sh [FOLDER]      by default /opt/silotune; PYTHON=python3.12 takes another Python
 set -eu
-cd "$(dirname "$0")"
 target=${1:-/opt/silotune}
+case $target in /*) ;; *) target=$PWD/$target ;; esac
+CDPATH= cd -- "$(dirname -- "$0")"
 "${PYTHON:-@PYTHON@}" -I verify.py
 "${PYTHON:-@PYTHON@}" -m venv "$target"
 install() {
-    "$target/bin/python" -m pip --isolated --disable-pip-version-check install --quiet \
+    "$target/bin/python" -I -m pip --isolated --disable-pip-version-check install --quiet \
         --no-index --find-links wheels --require-hashes --no-deps "$@"
 }
 install -r locks/build.txt

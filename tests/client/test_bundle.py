@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from client import commands
-from client.bundle.bundle import make_bundle, verify_bundle
+from client.bundle.bundle import _copy_backbone, make_bundle, verify_bundle
 from shared.errors import RunError, TrustError
 from shared.trust.signing import SigningKey, save_signing_key
 from tests.conftest import Outcome
@@ -214,6 +214,52 @@ def test_the_bundle_s_own_check_refuses_too_and_so_does_the_installation(bundle:
     )
     assert script.returncode == 1
     assert not (bundle.parent / "target").exists()
+
+
+def test_a_check_that_was_changed_is_found_before_it_is_run(bundle: Path) -> None:
+    """By the words in the bundle, whose list was compared by telephone: whatever else lies there may be somebody else's."""
+    commands = [line.strip() for line in (bundle / "README.txt").read_text().splitlines() if line.startswith("    ")]
+    guide = (ROOT / "docs" / "site-guide.md").read_text()
+    for told in (commands, guide[guide.index("cd silotune-bundle\n") :].splitlines()):
+        first = next(place for place, command in enumerate(told) if "verify.py" in command or "install.sh" in command)
+        assert "sha256sum --check --strict --quiet SHA256SUMS" in told[:first]
+    (bundle / "verify.py").write_text("print('all as they were')")
+    assert alone(bundle).returncode == 0
+    done = [subprocess.run(command.split(), cwd=bundle, capture_output=True, check=False) for command in commands[:2]]
+    assert [one.returncode for one in done] == [0, 1]
+
+
+def test_the_installation_goes_where_it_is_told_and_takes_no_module_from_the_bundle(
+    bundle: Path, tmp_path: Path
+) -> None:
+    (bundle / "verify.py").write_text("")  # as if it had been checked
+    other = tmp_path / "elsewhere" / "bundle"
+    other.mkdir(parents=True)
+    python = tmp_path / "python"
+    python.write_text(
+        '#!/bin/sh\necho "$PWD $*"\n[ "$2" = venv ] && mkdir -p "$3/bin" && cp "$0" "$3/bin/python"\nexit 0\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["sh", "bundle/install.sh", "target"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHON": str(python), "CDPATH": str(other.parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.splitlines()
+    assert {line.split()[0] for line in lines} == {str(bundle)}, done.stderr
+    assert lines[1].endswith(f"-m venv {tmp_path}/target")
+    assert all(line.split()[1:4] == ["-I", "-m", "pip"] for line in lines[2:])
+    assert len(lines) == 6
+
+
+def test_a_file_that_a_list_cannot_name_is_no_part_of_a_bundle(source: Path, tmp_path: Path) -> None:
+    backbone = Path(shutil.copytree(source / "backbone", tmp_path / "backbone"))
+    (backbone / "a\nb").touch()
+    with pytest.raises(RunError, match=r"holds 'a\\nb', which a list of hashes cannot name"):
+        _copy_backbone(backbone, tmp_path / "target")
 
 
 def test_the_signature_covers_the_list_and_a_wheel(bundle: Path, silotune: Callable[..., Outcome]) -> None:
