@@ -60,8 +60,8 @@ check: $(BIN)/.installed
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# Two processes: many of the tests wait for networks, clocks and other processes. The slowest are named at the end.
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not endurance" --durations=25
+# Three processes, also on two cores: many of the tests wait for networks, clocks and other processes. The slowest are named at the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile -m "not endurance" --durations=25
 test: check
 	$(PYTEST)
 
