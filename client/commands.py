@@ -34,6 +34,7 @@ from shared.trust.certificates import fingerprint, load_certificate
 from shared.trust.job_files import read_job
 from shared.trust.key_changes import alone
 from shared.trust.keystore import (
+    load_secret,
     new_key,
     new_passphrase,
     old_passphrase,
@@ -153,8 +154,11 @@ def rotate(home: HomeArgument) -> None:
     """Make a new key and a request for it; the old one stays in use until the new certificate is installed."""
     place = SiteHome(home)
     name = place.load_config().name
+    passphrase = passphrase_from_environment()
+    # The new key is under the passphrase of the others, or there is none. The one that it replaces may be lost.
+    load_secret(place.storage_key, passphrase=passphrase)
     key, request = make_request(name=name, role="site")
-    save_private_key(place.next_key, key, passphrase_from_environment(), replace=True)
+    save_private_key(place.next_key, key, passphrase, replace=True)
     write_bytes(home / f"{name}.csr", request)
     typer.echo(
         f"send {home / f'{name}.csr'} to whoever runs the CA (`silotune pki approve --role site --rotate`); the key's "
@@ -217,7 +221,11 @@ def restore(
         num_entries=entries,
         nothing_released=nothing_released_since,
     )
-    typer.echo(f"put back {home}: {told(contents)}. Next: silotune site check {home}")
+    typer.echo(f"put back {home}: {told(contents)}")
+    typer.echo(
+        "site.toml and policy.toml are of then, too: whom you struck out of the signers since is in again; read both"
+    )
+    typer.echo(f"next: silotune site check {home}")
 
 
 @site_app.command("bundle")

@@ -232,7 +232,9 @@ def _pip(command: str, options: Sequence[str], problem: str) -> None:
 
 
 def _run(command: Sequence[str], problem: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": ""})  # noqa: S603
+    # Packages that have to be built run code of theirs: it gets no passphrase.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SILOTUNE_")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env | {"PYTHONPATH": ""})  # noqa: S603
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         raise RunError(f"{problem}: {said[-1].strip() if said else 'no reason was given'}. Mend that, then try again.")

@@ -110,14 +110,13 @@ def machine_troubles(folder: Path, said: Mapping[str, Any], certificates: list[C
         certificates: whose ends are looked at.
     """
     found, now = [], datetime.now(UTC)
-    free = shutil.disk_usage(folder).free
-    if free < LEAST_FREE_BYTES:
-        found.append(Trouble("disk", f"{free / 2**20:,.0f} MB are free at {folder}; make room."))
+    # How much exactly follows at a site from its records, and a page shows these texts (decision 0024).
+    if shutil.disk_usage(folder).free < LEAST_FREE_BYTES:
+        found.append(Trouble("disk", f"less than {LEAST_FREE_BYTES / 2**30:.0f} GB is free at {folder}; make room."))
     used = said.get("descriptors") or {"used": 0, "limit": 1}
     if used["used"] > _MOST_DESCRIPTORS * used["limit"]:
-        found.append(
-            Trouble("descriptors", f"{used['used']} of {used['limit']} file descriptors are in use; raise LimitNOFILE.")
-        )
+        text = f"more than {_MOST_DESCRIPTORS:.0%} of {used['limit']} file descriptors are in use; raise LimitNOFILE."
+        found.append(Trouble("descriptors", text))
     clock = said.get("clock") or {}
     if clock.get("set_at") and now - datetime.fromisoformat(clock["set_at"]) < _TOLD_FOR:
         text = f"the clock was set by {clock['set_by']:+.1f} s at {clock['set_at']}; look at the time server."

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from client import commands
-from client.bundle.bundle import _copy_backbone, make_bundle, verify_bundle
+from client.bundle.bundle import _copy_backbone, _run, make_bundle, verify_bundle
 from shared.errors import RunError, TrustError
 from shared.trust.signing import SigningKey, save_signing_key
 from tests.conftest import Outcome
@@ -260,6 +260,14 @@ def test_a_file_that_a_list_cannot_name_is_no_part_of_a_bundle(source: Path, tmp
     (backbone / "a\nb").touch()
     with pytest.raises(RunError, match=r"holds 'a\\nb', which a list of hashes cannot name"):
         _copy_backbone(backbone, tmp_path / "target")
+
+
+def test_what_is_built_for_a_bundle_gets_no_passphrase(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SILOTUNE_PASSPHRASE", "SILOTUNE_PASSPHRASE_FILE"):
+        monkeypatch.setenv(name, "words")
+    code = "import os, sys; sys.exit(', '.join(name for name in os.environ if 'SILOTUNE' in name) or 'none')"
+    with pytest.raises(RunError, match="nothing was built: none"):
+        _run([sys.executable, "-c", code], "nothing was built")
 
 
 def test_the_signature_covers_the_list_and_a_wheel(bundle: Path, silotune: Callable[..., Outcome]) -> None:

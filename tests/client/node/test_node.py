@@ -217,7 +217,7 @@ def not_running(home: SiteHome) -> dict[str, Any]:
         ({"state": "starting"}, "it is starting."),
         (
             {"descriptors": {"used": 4000, "limit": 4096}},
-            "4000 of 4096 file descriptors are in use; raise LimitNOFILE.",
+            "more than 80% of 4096 file descriptors are in use; raise LimitNOFILE.",
         ),
         (
             {"clock": {"set_by": 7.25, "set_at": datetime.now(UTC).isoformat()}},

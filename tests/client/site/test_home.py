@@ -21,9 +21,10 @@ from shared.errors import ConfigError, TrustError
 from shared.job.job import Job
 from shared.job.parsing import load_toml
 from shared.models.backbones import backbone_sha256
+from shared.trust import keystore
 from shared.trust.audit_log import Event, read
 from shared.trust.certificates import load_certificate
-from shared.trust.node_keys import load_private_key
+from shared.trust.node_keys import change_passphrase, load_private_key
 from shared.trust.pki import approve, create_ca, make_request, revoke
 from shared.trust.signed_job import round_fields, sign_job
 from shared.trust.signing import Purpose, SigningKey
@@ -246,6 +247,25 @@ def test_a_new_key_takes_over_when_its_certificate_is_installed(
     identity = load_identity(installed, passphrase=None)
     assert identity.private_key.private_numbers() == new.private_numbers()
     assert not installed.next_key.exists()
+
+
+def test_the_new_key_is_under_the_passphrase_of_the_others(
+    installed: SiteHome, silotune: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a rotation without the variable would leave the site's key without protection."""
+    monkeypatch.setattr(keystore, "SCRYPT_N", 2**4)
+    change_passphrase(installed.key_files, old=None, new="words")
+    for typed, said in ((None, "there is no passphrase"), ("wrods", "the passphrase is wrong")):
+        monkeypatch.delenv("SILOTUNE_PASSPHRASE", raising=False)
+        if typed:
+            monkeypatch.setenv("SILOTUNE_PASSPHRASE", typed)
+        refused = silotune("site", "rotate", installed.path)
+        assert (refused.status, said in refused.err) == (1, True)
+        assert not installed.next_key.exists()
+    monkeypatch.setenv("SILOTUNE_PASSPHRASE", "words")
+    installed.key.unlink()  # lost: that is what a rotation may be for
+    assert silotune("site", "rotate", installed.path).status == 0
+    load_private_key(installed.next_key, "words")
 
 
 def test_a_renewal_for_the_old_key_is_installed_while_a_rotation_is_open(

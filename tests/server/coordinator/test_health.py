@@ -63,7 +63,10 @@ def test_a_coordinator_with_sites_is_well(home: CoordinatorHome, silotune: Calla
             {"sites": {"a": ONLINE | {"until": str(datetime.now(UTC) + timedelta(days=6))}}},
             "the certificate of a ends on",
         ),
-        ({"descriptors": {"used": 900, "limit": 1024}}, "900 of 1024 file descriptors are in use; raise LimitNOFILE"),
+        (
+            {"descriptors": {"used": 900, "limit": 1024}},
+            "more than 80% of 1024 file descriptors are in use; raise LimitNOFILE",
+        ),
         (
             {"clock": {"set_by": -3600.0, "set_at": datetime.now(UTC).isoformat(), "synchronized": True}},
             "the clock was set by -3600.0 s at",
@@ -91,7 +94,7 @@ def test_a_disk_that_is_nearly_full_is_said(home: CoordinatorHome, monkeypatch: 
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(300 * 2**20))
     (found,) = health.troubles(home, said(home), job_waits=False)
-    assert found.text == f"300 MB are free at {home.path}; make room."
+    assert found.text == f"less than 1 GB is free at {home.path}; make room."
 
 
 def test_a_coordinator_that_never_ran_does_not_run(home: CoordinatorHome) -> None:
