@@ -59,6 +59,9 @@ def keep_settled(runtime: Runtime) -> None:
         runtime.settled_stacks = False
     settle_company(runtime)
     runtime.settled_threads = threads
+    # Before any record's: else how long a round's check takes, and a refusal with it, would tell whether records fill the cache.
+    if runtime.compute.micro_batch_tokens > 1:
+        runtime.warm_cache(_company(runtime))
 
 
 def settle_company(runtime: Runtime) -> None:
@@ -124,8 +127,8 @@ def check_adapter(runtime: Runtime, start: Mapping[str, Tensor]) -> None:
     """
     if runtime.compute.micro_batch_tokens == 1:
         return
-    probes = _probes(runtime, _SHORT)
-    company = [*probes, _probe(runtime, 64, len(probes))]
+    company = _company(runtime)
+    probes = company[:-1]
     # As in the round: no adapter changes what the frozen layers below it computed, so they need not do it in every round.
     runtime.warm_cache(company)
     with _restored(runtime), _passes(runtime, cached=True) as take:
@@ -137,6 +140,12 @@ def check_adapter(runtime: Runtime, start: Mapping[str, Tensor]) -> None:
                 "with this adapter what one record adds depends on the records beside it, so its influence would not be bounded; "
                 "nothing was trained. An adapter that rounds of the job have led to does not do this."
             )
+
+
+def _company(runtime: Runtime) -> list[Example]:
+    """Return what `check_adapter` tries out: short probes, and last a longer one."""
+    probes = _probes(runtime, _SHORT)
+    return [*probes, _probe(runtime, 64, len(probes))]
 
 
 @contextmanager

@@ -484,7 +484,12 @@ def test_a_policy_with_the_placeholder_is_refused(
 def test_status_of_a_site_that_never_ran(home: SiteHome, silotune: Command) -> None:
     shown = silotune("site", "status", home.path)
     assert (shown.status, "not running" in shown.out) == (1, True)
-    assert json.loads(silotune("site", "status", home.path, "--json").out) == {"state": "not running", "healthy": False}
+    told = f"it does not run; start it with: silotune site start {home.path}"
+    assert json.loads(silotune("site", "status", home.path, "--json").out) == {
+        "state": "not running",
+        "healthy": False,
+        "troubles": [told],
+    }
 
 
 def test_start_of_a_folder_that_is_none_says_so(tmp_path: Path, silotune: Command) -> None:

@@ -170,14 +170,15 @@ def test_another_number_of_threads_is_settled_anew(
     assert settled == [threads]
     assert not caplog.records
     runtime.settled_stacks = True
-    runtime.warm_cache(runtime.encode([{"text": LINES[0], "label": "bad"}]))
+    record = runtime.encode([{"text": LINES[0], "label": "bad"}])
+    runtime.warm_cache(record)
     try:
         torch.set_num_threads(threads + 1)
         keep_settled(runtime)
     finally:
         torch.set_num_threads(threads)
     assert settled == [threads, threads + 1]
-    assert (runtime.tried_adapter, runtime.cache.num_bytes, runtime.settled_stacks) == ("", 0, False)
+    assert (runtime.tried_adapter, runtime.cache.get(record), runtime.settled_stacks) == ("", None, False)
     assert f"the number of threads went from {threads} to {threads + 1}" in caplog.messages
     assert isinstance(site.answer(request_for(job, 3)), TrainReply)
     assert settled == [threads, threads + 1, threads]
@@ -476,7 +477,14 @@ def test_a_round_s_check_computes_the_frozen_layers_once(runtime: Runtime, monke
     for _ in range(3):
         check_adapter(runtime, runtime.initial)
     assert sum(embedded) == 3  # two probes and the long one, once
+    # From before the first record on, so that its time does not tell whether records fill the cache.
+    runtime.cache.forget()
+    monkeypatch.setattr(independence_module, "settle_company", lambda runtime: None)
+    keep_settled(runtime)
+    runtime.compute = runtime.compute.model_copy(update={"cache_megabytes": 0})  # full
     embedded.clear()
+    check_adapter(runtime, runtime.initial)
+    assert embedded == []
     runtime.cache.forget()
     runtime.compute = runtime.compute.model_copy(update={"cache_frozen_layers": False})
     check_adapter(runtime, runtime.initial)
