@@ -493,7 +493,7 @@ def test_status_of_a_site_that_never_ran(home: SiteHome, silotune: Command) -> N
 
 
 def test_start_of_a_folder_that_is_none_says_so(tmp_path: Path, silotune: Command) -> None:
-    refused(silotune("site", "start", tmp_path / "nowhere"), "nowhere")
+    refused(silotune("site", "start", tmp_path / "nowhere"), "nowhere", status=2)
     refused(silotune("site", "start", tmp_path), "site.toml", status=2)
 
 
