@@ -25,7 +25,7 @@ from shared.job.values import PERSON_UNITS
 from shared.privacy.sizes import default_delta
 from shared.trust.audit_log import verify
 from shared.trust.certificates import expiry_warning
-from shared.trust.keystore import Seal, load_secret
+from shared.trust.keystore import Seal, is_encrypted, load_secret
 from shared.trust.signing import load_verify_key
 
 if TYPE_CHECKING:
@@ -124,6 +124,11 @@ def _keys(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
     open_log(home, passphrase=passphrase)
     if passphrase is None:
         return "warning", "readable, protected by file permissions only; a passphrase would protect a stolen disk"
+    if not all(is_encrypted(path.read_bytes()) for path in home.key_files):
+        return (
+            "warning",
+            "readable, and not encrypted although a passphrase is set: silotune site passphrase encrypts them",
+        )
     return "ok", "readable with the passphrase"
 
 

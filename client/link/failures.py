@@ -63,7 +63,7 @@ def explained(
             f"the coordinator at {address} cannot be reached through the proxy {_without_password(proxy)} ({told}); check both "
             "addresses, and that the proxy may CONNECT to the coordinator's port."
         )
-    if re.search(r"resolution|DNS|resolve", details):
+    if re.search(r"resolution|DNS|resolv", details):
         return Unreachable(f"the host of {address} is not known here ({told}); check the address and the DNS.")
     if re.search(r"refused|unreachable|timed out|Timeout|No route|FD Shutdown|connect failed", details):
         return Unreachable(

@@ -174,7 +174,8 @@ class Supervisor:
         for node, (name, _) in before.items():
             if node not in now:
                 reason = problem or refused.get(node, "its certificate is no longer in the trust store")
-                log.warning("site %s may not connect any more: %s", name, reason, extra={"site": name})
+                who = "a key of site" if any(name == other for other, _ in now.values()) else "site"
+                log.warning("%s %s may not connect any more: %s", who, name, reason, extra={"site": name})
                 self._log.append(Event.SITE_REMOVED, site=name, reason=reason)
         for node, (name, end) in now.items():
             if node not in before:

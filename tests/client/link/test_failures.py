@@ -34,6 +34,7 @@ CODE = grpc.StatusCode
         (CODE.UNAVAILABLE, "SSL_ERROR_SSL: WRONG_VERSION_NUMBER", Unreachable, "does not speak TLS"),
         (CODE.UNAVAILABLE, "connect: Connection refused (111)", Unreachable, "firewall lets this machine"),
         (CODE.UNAVAILABLE, "DNS resolution failed for nowhere:9092", Unreachable, "check the address and the DNS"),
+        (CODE.UNAVAILABLE, "errors resolving nowhere:9092: [getaddrinfo]", Unreachable, "is not known here"),
         (CODE.UNAVAILABLE, "Socket closed", NotAdmitted, "probably this site's certificate is not admitted"),
         (CODE.UNAVAILABLE, "recvmsg:Connection reset by peer", NotAdmitted, "probably"),
         (CODE.UNKNOWN, "something\x1b[2J else", Unreachable, "does not answer (UNKNOWN: something [2J else)"),

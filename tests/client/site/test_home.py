@@ -27,7 +27,7 @@ from shared.trust.certificates import load_certificate
 from shared.trust.node_keys import change_passphrase, load_private_key
 from shared.trust.pki import approve, create_ca, make_request, revoke
 from shared.trust.signed_job import round_fields, sign_job
-from shared.trust.signing import Purpose, SigningKey
+from shared.trust.signing import Purpose, SigningKey, load_signing_key, save_signing_key
 from shared.wire.messages import Order, TrainReply, TrainRequest
 from simulations.federation.processes import change_toml
 from tests.conftest import Outcome
@@ -451,6 +451,10 @@ def test_keys_under_a_passphrase_open_with_it_and_with_no_other(
     silotune("site", "install", home.path, "--certificate", certificate, "--ca", ca / "ca.crt")
     good = findings(silotune("site", "check", home.path, "--offline", "--json"))
     assert good["keys"] == ("ok", "readable with the passphrase")
+    sealed = home.log_key.read_bytes()
+    save_signing_key(home.log_key, load_signing_key(home.log_key, "correct horse"), None, replace=True)
+    assert findings(silotune("site", "check", home.path, "--offline", "--json"))["keys"][0] == "warning"
+    home.log_key.write_bytes(sealed)
     monkeypatch.setenv("SILOTUNE_PASSPHRASE", "wrong horse")
     bad = silotune("site", "check", home.path, "--offline", "--json")
     assert bad.status == 1

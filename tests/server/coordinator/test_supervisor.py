@@ -278,7 +278,7 @@ def site_state(*valid: int, refused: Mapping[int, str] | None = None, seen: floa
 
 
 def test_who_may_connect_and_who_may_not_any_more_is_noted_once(
-    supervisor: Supervisor, link: StandInLink, home: CoordinatorHome
+    supervisor: Supervisor, link: StandInLink, home: CoordinatorHome, caplog: pytest.LogCaptureFixture
 ) -> None:
     link.states = {"a": site_state(1, seen=None), "b": site_state(2), "c": site_state(refused={3: "revoked: it was"})}
     supervisor._turn()
@@ -292,6 +292,7 @@ def test_who_may_connect_and_who_may_not_any_more_is_noted_once(
     supervisor._turn()
     link.states = {"a": link.states["a"], "b": site_state(4, refused={2: "revoked: the certificate of b was revoked"})}
     supervisor._turn()
+    assert "a key of site b may not connect any more: revoked: the certificate of b was revoked" in caplog.text
     link.states, link.problem = {}, "the trust store cannot be read"
     supervisor._turn()
     noted = [(entry.event, dict(entry.details)) for entry in audit_log.read(home.audit)]
