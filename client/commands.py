@@ -14,7 +14,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from client.backup import back_up, put_back, verify_backup
 from client.node.status import read_status
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, check_holder, open_log, open_site
@@ -188,12 +187,16 @@ def take_backup(
     home: HomeArgument, destination: Annotated[Path, typer.Argument(metavar="FILE", help="A new tar file.")]
 ) -> None:
     """Back up the folder, without the records, while the node runs; checked before it appears, and needs no passphrase."""
+    from client.backup import back_up
+
     typer.echo(f"{destination}: {told(back_up(SiteHome(home), destination))}")
 
 
 @site_app.command("verify-backup")
 def check_backup(backup: BackupArgument) -> None:
     """Check a backup: every file, the audit log, the ledger, and that the two agree."""
+    from client.backup import verify_backup
+
     typer.echo(f"{backup}: {told(verify_backup(backup))}; nothing was changed since")
 
 
@@ -213,6 +216,8 @@ def restore(
     ] = False,
 ) -> None:
     """Put a backup back into a new folder, unless a charge is missing in it: what was spent since could be spent again."""
+    from client.backup import put_back
+
     contents = put_back(
         backup,
         SiteHome(home),
