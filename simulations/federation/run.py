@@ -68,7 +68,7 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
         )
         federation.start_coordinator()
         facts = federation.tls()
-        console.print(f"Fleet API: gRPC over {facts.tls_version}, ALPN {facts.alpn}, {facts.cipher}")
+        console.print(f"link: gRPC over mutual {facts.tls_version}, ALPN {facts.alpn}, {facts.cipher}")
         for name in arm.sites:
             federation.start_site(name)
         submission = federation.submit(arm.job, test, compute=scenario.compute)
