@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
@@ -13,7 +12,7 @@ from typing import Any
 from client.site.home import SiteHome
 from shared.errors import SilotuneError
 from shared.service.machine import MACHINE_KINDS, Certificate, Trouble, machine_troubles
-from shared.trust.certificates import load_certificate
+from shared.trust.certificates import certificate_end
 
 STALE_AFTER_SECONDS = 60.0
 """A node writes its status every five seconds."""
@@ -73,11 +72,6 @@ def certificates(home: SiteHome, name: str = "this site") -> list[Certificate]:
 def _end(path: Path) -> datetime | None:
     """Return when a certificate ends; None if there is none, which `site check` and the connection tell."""
     try:
-        return _read_end(path, path.stat().st_mtime_ns)
-    except (OSError, SilotuneError):
+        return certificate_end(path)
+    except SilotuneError:
         return None
-
-
-@functools.lru_cache(maxsize=8)
-def _read_end(path: Path, stamp: int) -> datetime:
-    return load_certificate(path).not_valid_after_utc

@@ -27,6 +27,7 @@ from client.site.home import SiteHome, load_identity, open_site
 from client.site.site import Site
 from client.site.slots import Slots
 from shared.errors import SilotuneError, place_of
+from shared.link.envelope import FAILED
 from shared.link.frames import Welcome
 from shared.link.line import Parcel
 from shared.service.manager import ServiceManager
@@ -38,7 +39,6 @@ from shared.wire.messages import WITHHELD, carries_release
 log = logging.getLogger("silotune.node")
 
 _LOOK_SECONDS, _LOOKS_A_STATUS = 0.5, 10
-_ERROR_IN_CLIENT_APP = 100
 _HANGS_AFTER_SECONDS = 120.0
 
 
@@ -213,7 +213,7 @@ def answer(client_app: ClientApp, message: Message, node: int, *, waited: float 
         return client_app(message, context)
     except Exception as error:
         log.error("a message of type %r failed: %s", message.metadata.message_type, place_of(error))
-        return Message(Error(code=_ERROR_IN_CLIENT_APP, reason=WITHHELD), reply_to=message)
+        return Message(Error(code=FAILED, reason=WITHHELD), reply_to=message)
 
 
 def credentials_of(home: SiteHome, *, passphrase: str | None) -> Credentials:

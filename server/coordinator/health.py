@@ -13,7 +13,7 @@ from cryptography import x509
 from server.store.home import CoordinatorHome
 from shared.errors import SilotuneError
 from shared.service.machine import MACHINE_KINDS, Certificate, Trouble, machine_troubles
-from shared.trust.certificates import load_certificate
+from shared.trust.certificates import certificate_end
 
 STALE_SECONDS = 60.0
 """A coordinator writes its status twice a second; evaluating a model may hold it up."""
@@ -67,11 +67,11 @@ def certificates(home: CoordinatorHome, said: dict[str, Any]) -> list[Certificat
         if until := _time(site["until"]):
             advice = "its engineer runs: silotune site rotate HOME, and you install the new one."
             found.append(Certificate("site", name, until, advice))
-    if until := _end(home.ca_certificate):
+    if until := _ca_end(home):
         found.append(
             Certificate("ca", "", until, "every certificate ends with it: all need a new CA and new certificates.")
         )
-    if until := _end(home.trust / "crl.pem"):
+    if until := _list_end(home.trust / "crl.pem"):
         found.append(Certificate("crl", "", until, "ask the CA for a newer one: silotune pki publish."))
     return found
 
@@ -84,16 +84,22 @@ def _time(text: str) -> datetime | None:
     return found if found.tzinfo is not None else None
 
 
-def _end(path: Path) -> datetime | None:
-    """Return when what lies in a file of the trust store ends; None if there is none, which is told elsewhere."""
+def _ca_end(home: CoordinatorHome) -> datetime | None:
+    """Return when the CA's certificate ends; None if there is none, which is told elsewhere."""
     try:
-        return _read_end(path, path.stat().st_mtime_ns)
-    except (OSError, ValueError, SilotuneError):
+        return certificate_end(home.ca_certificate)
+    except SilotuneError:
+        return None
+
+
+def _list_end(path: Path) -> datetime | None:
+    """The same of the revocation list."""
+    try:
+        return _read_list_end(path, path.stat().st_mtime_ns)
+    except (OSError, ValueError):
         return None
 
 
 @functools.lru_cache(maxsize=8)
-def _read_end(path: Path, stamp: int) -> datetime | None:
-    if path.suffix == ".pem":
-        return x509.load_pem_x509_crl(path.read_bytes()).next_update_utc
-    return load_certificate(path).not_valid_after_utc
+def _read_list_end(path: Path, stamp: int) -> datetime | None:
+    return x509.load_pem_x509_crl(path.read_bytes()).next_update_utc

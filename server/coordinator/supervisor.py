@@ -28,7 +28,7 @@ from shared.service.machine import Clock, descriptors
 from shared.service.manager import ServiceManager
 from shared.service.page import Pages
 from shared.trust.audit_log import Event
-from shared.trust.certificates import load_certificate
+from shared.trust.certificates import certificate_end, load_certificate
 from shared.trust.keystore import passphrase_from_environment
 from shared.trust.node_keys import load_server_key
 from shared.trust.trust_store import verify_certificate
@@ -249,8 +249,7 @@ class Supervisor:
         # A certificate that is just being exchanged may be half there; the one before it is served until it is whole.
         certificate_problem = None
         try:
-            certificate = load_certificate(self.home.server_certificate)
-            self._certificate_until = certificate.not_valid_after_utc.isoformat()
+            self._certificate_until = certificate_end(self.home.server_certificate).isoformat()
         except SilotuneError as error:
             certificate_problem = str(error)
         self._said = {

@@ -15,10 +15,10 @@ from collections.abc import Iterable
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp.grid import Grid
 
-from server.link.mailroom import KEPT_SECONDS, UNREADABLE, Answer
+from server.link.mailroom import KEPT_SECONDS, Answer
 from server.link.server import LinkServer
 from shared.errors import RunError
-from shared.link.envelope import content_of, message, open_envelope, request, seal_envelope
+from shared.link.envelope import UNREADABLE, content_of, message, open_envelope, request, seal_envelope
 from shared.link.frames import LinkError
 from shared.link.line import Parcel, new_id
 

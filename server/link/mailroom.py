@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from flwr.app import Metadata
 
+from shared.link.envelope import EXPIRED, LOST, UNREADABLE
 from shared.link.frames import LinkError, Offer
 from shared.link.line import Incoming, Line, Mail, Parcel
 from shared.link.options import FETCH_BYTES, HELD_BYTES, UPLOAD_BYTES, UPLOAD_SLOTS
@@ -38,9 +39,6 @@ UNWANTED_SECONDS = 60.0
 """A request whose answer nobody has asked for in so long is not sent any more, and its answer may be dropped for room."""
 KEPT_SECONDS = 600.0
 """An answer is kept until its request expires, and at least for so long."""
-
-# Flower's numbers for the like.
-EXPIRED, UNREADABLE, LOST = 3, 4, 5
 
 
 @dataclass

@@ -224,9 +224,8 @@ class LinkServer:
         with contextlib.suppress(TrustError):  # one of the files is just being replaced
             found = self._files.read()
             if found != self._certificates:
-                self._certificates = (
-                    found  # first: a key that does not open costs its time once, not at every connection
-                )
+                # First: a key that does not open costs its time once, not at every connection.
+                self._certificates = found
                 return self._configuration()
         return None
 

@@ -18,6 +18,8 @@ from shared.link.frames import Envelope, Failure, LinkError
 
 COORDINATOR_NODE_ID = 1
 """Flower's number for whoever asks."""
+EXPIRED, UNREADABLE, LOST, FAILED = 3, 4, 5, 100
+"""Flower's numbers of errors: the last is the site's, the others are the link's."""
 
 _SMALL_RECORDS: dict[str, Any] = {"config": ConfigRecord, "metric": MetricRecord}
 _MOST_REASON = 1000

@@ -6,6 +6,7 @@ keys are ECDSA P-256, which node authentication and TLS both take. Only `SiteIde
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
 from collections.abc import Callable, Iterable
@@ -127,6 +128,24 @@ def load_certificate(path: Path) -> x509.Certificate:
         TrustError: if the file is missing or holds anything else.
     """
     return parse_certificate(read_file(path, "certificate"), str(path))
+
+
+def certificate_end(path: Path) -> datetime:
+    """Return when the certificate in a file ends; for whoever asks often: the file is read again only when it changed.
+
+    Raises:
+        TrustError: as for `load_certificate`.
+    """
+    try:
+        stamp = path.stat().st_mtime_ns
+    except OSError:
+        stamp = None  # what is wrong with it is told by reading it
+    return _read_end(path, stamp)
+
+
+@functools.lru_cache(maxsize=16)
+def _read_end(path: Path, stamp: int | None) -> datetime:
+    return load_certificate(path).not_valid_after_utc
 
 
 def write_public(path: Path, data: bytes) -> None:

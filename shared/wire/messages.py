@@ -28,6 +28,7 @@ from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.job.values import NAME_PATTERN
 from shared.limits import MAX_RECORDS
+from shared.link.envelope import EXPIRED, FAILED, LOST, UNREADABLE
 from shared.privacy.randomness import Origin
 from shared.trust.receipts import MOST_RECEIPT_BYTES, Released
 from shared.trust.signed_job import SignedJob
@@ -45,12 +46,7 @@ _MOST_REASON_CHARACTERS = 600
 _MOST_METRICS_CHARACTERS = 1 << 22
 _MOST_JOB_CHARACTERS = 1 << 20  # as of a signed one
 _MOST_COUNTED = 1 << 53
-_ERRORS = {
-    3: "Expired",
-    4: "Unreadable",
-    5: "NotConnected",
-    100: "Failed",
-}  # numbers of Flower's (`server.link.mailroom`)
+_ERRORS = {EXPIRED: "Expired", UNREADABLE: "Unreadable", LOST: "NotConnected", FAILED: "Failed"}
 """No count in a message is greater, nor a noisy one: all of them, and sums of thousands, are then numbers of every kind."""
 # What reading a malformed header may raise; int(inf) overflows.
 _MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
