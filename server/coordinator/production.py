@@ -52,6 +52,7 @@ def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission
         may_repeat=grid.may_repeat,
         keys=grid.keys,
         asked_since=observer.asked_since,
+        arrivals=grid.arrivals,
     )
     submission.note("running", problem=None, defect=False)
     run = Run(

@@ -123,6 +123,7 @@ class Mailbox(Mail):
     def open(self, line: Line) -> None:
         """Take the one line of this site."""
         self.line, self.met = line, True
+        self._room.arrivals += 1
 
     def hang_up(self, now: float) -> None:
         """Let go of the line; what has arrived of a reply is kept for the next one."""
@@ -131,10 +132,14 @@ class Mailbox(Mail):
 
 
 class Mailroom:
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        arrivals: how many streams sites have opened.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock = clock
+        self.clock, self.arrivals = clock, 0
         self._boxes: dict[int, Mailbox] = {}
         self._answers: dict[bytes, Answer] = {}
         self._held = 0

@@ -39,8 +39,6 @@ from shared.trust.receipts import Receipt
 from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_reply
 from shared.wire.updates import decode_update
 
-RETRY_SECONDS = 2.0
-
 Metrics = dict[str, float | None]
 Privacy = LocalPrivacy | CentralPrivacy
 """Who adds the noise of a run and keeps its account: every site for itself, or the coordinator."""
@@ -131,7 +129,7 @@ def run_rounds(
             if authority is None:
                 raise
             observer.waiting(str(error))
-            time.sleep(RETRY_SECONDS)
+            roster.pause(str(error))
         else:
             coordinator.save(checkpoint)
             observer.round_done(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from shared.wire.messages import DESCRIBE, Order, Refusal, SiteDescription, desc
 POLL_SECONDS = 0.1
 DESCRIBE_TIMEOUT_SECONDS = 120.0
 ASK_AGAIN_SECONDS = 60.0
+RETRY_SECONDS, LONGEST_RETRY_SECONDS = 2.0, 60.0
+_NUMBERS = re.compile(r"\d[\d.,:]*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +37,7 @@ class Authority:
             died may have made, and charged, a release that its next one does not tell of.
         keys: returns the keys of a site's certificates that count; releases must then come with a receipt by one of them.
         asked_since: returns what earlier processes of this run asked of sites for rounds after the given one, oldest first.
+        arrivals: returns how often a site has connected; one that ends and comes back within seconds is never missing.
     """
 
     signed_job: SignedJob
@@ -42,6 +46,7 @@ class Authority:
     may_repeat: Callable[[str], bool] = lambda message_id: False
     keys: Callable[[str], Collection[bytes]] | None = None
     asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
+    arrivals: Callable[[], int] = lambda: 0
 
     def order(self, round_number: int, adapter: bytes) -> Order:
         """Return the signatures that go with one round's request."""
@@ -66,6 +71,8 @@ class Roster:
         self._online: list[int] = []
         self._told: list[SiteDescription] = []
         self._names: dict[int, str] = {}  # under which keys were admitted
+        self._arrivals = 0  # of sites, before the round at hand
+        self._patience, self._problem = RETRY_SECONDS, ("", "")
 
     def present(self) -> dict[int, SiteDescription]:
         """Return node id -> description of the sites that are connected and take part, ordered by name.
@@ -107,9 +114,32 @@ class Roster:
             if not arrived:
                 time.sleep(POLL_SECONDS if self._asked else 5 * POLL_SECONDS)
 
+    def pause(self, problem: str) -> None:
+        """Wait before the same sites are asked the same again, the longer the more often that brought the same problem.
+
+        Every question is an entry in a site's audit log, and a refusal may last for days. The wait ends early when a site comes,
+        comes back or leaves, also if it did so while the round was on.
+
+        Args:
+            problem: what the last round ended with, its number included. Other numbers of seconds or records make no other
+                problem of it.
+        """
+        kept = _NUMBERS.sub("", problem), problem.partition(":")[0]
+        if kept != self._problem:
+            self._problem, self._patience = kept, RETRY_SECONDS
+        started, before, sites = time.monotonic(), self._arrivals, list(self.present())
+        while (waited := time.monotonic() - started) < self._patience:
+            time.sleep(min(5 * POLL_SECONDS, self._patience - waited))
+            self.update()
+            if waited >= RETRY_SECONDS and (self._arrivals != before or list(self.present()) != sites):
+                self._patience = RETRY_SECONDS
+                return
+        self._patience = min(2 * self._patience, LONGEST_RETRY_SECONDS)
+
     def update(self) -> bool:
         """Ask nodes that are new, read the answers that came, and return whether any did; never waits."""
         self._online = sorted(self._grid.get_node_ids())
+        self._arrivals = self._authority.arrivals() if self._authority else 0
         now = time.monotonic()
         pending = set(self._asked.values())
         for node, (when, _) in list(self._refused.items()):

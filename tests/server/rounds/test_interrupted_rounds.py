@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
+import server.rounds.roster as roster_module
 from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.local import LocalPrivacy
@@ -123,6 +124,30 @@ def test_a_refusal_to_a_repeated_request_may_hide_a_release(repeated: bool, unan
     stated = last.releases.get("b")
     assert (() if stated is None else stated.unanswered) == unanswered
     assert stated is None or stated.epsilon_bound > stated.epsilon == 0.0
+
+
+def test_a_day_of_refusals_is_some_hundreds_of_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A site notes every question in its audit log."""
+    clock, asked = [0.0], []
+    refusals = Refusal(site="b", code="PolicyError", reason="this site runs rounds only between 22:00 and 06:00")
+    monkeypatch.setattr(roster_module.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(roster_module.time, "sleep", lambda seconds: clock.__setitem__(0, clock[0] + seconds))
+    app, honest = ClientApp(), make_app()
+
+    @app.query("describe")
+    def describe(message: Message, context: Context) -> Message:
+        return honest(message, context)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        asked.append(clock[0])
+        return honest(message, context) if clock[0] > 16 * 3600 else Message(pack_refusal(refusals), reply_to=message)
+
+    job = make_job()
+    last = run_rounds(InProcessGrid(app, 2), coordinator(job, make_authority(job)), None)
+    assert last.round_number == job.training.rounds
+    assert 900 < len(asked) / 2 < 1000
+    assert asked[-1] < 16 * 3600 + 75, "and a minute after the last of them the job is over"
 
 
 def test_a_site_that_does_not_answer_costs_no_more_than_the_rounds_patience_and_is_not_asked_twice() -> None:

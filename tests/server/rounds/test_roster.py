@@ -232,6 +232,97 @@ def test_too_few_sites_are_waited_for_and_the_reason_is_told_once(
     assert reason.startswith("1 nodes are connected, federation.min_sites is 2")
 
 
+class SlowClock:
+    """The roster's clock, on which sleeping takes no time; `meanwhile` is called at every second of it."""
+
+    def __init__(self) -> None:
+        self.now, self.meanwhile = 1000.0, lambda: None
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        assert seconds > 0
+        self.now += seconds
+        self.meanwhile()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SlowClock:
+    made = SlowClock()
+    monkeypatch.setattr(roster_module, "time", made)
+    return made
+
+
+REFUSED = "round 3: 1 valid updates, federation.min_sites is 2 (b: PolicyError: the message is dated {} seconds behind)"
+
+
+def paused(made: Roster, clock: SlowClock, problem: str) -> float:
+    started = clock.now
+    made.pause(problem)
+    return round(clock.now - started, 3)
+
+
+def test_the_same_refusals_are_asked_for_less_and_less_often(
+    grid: StandInGrid, roster: Callable[..., Roster], clock: SlowClock
+) -> None:
+    made = roster({1: "a", 2: "b"})
+    grid.online, grid.answers = [1, 2], {1: described("a"), 2: described("b")}
+    made.wait()
+    waits = [paused(made, clock, REFUSED.format(f"{1_000 * n:,}")) for n in range(1, 8)]
+    assert waits == [2, 4, 8, 16, 32, 60, 60], "the number of seconds is no other answer"
+    for another in (REFUSED.replace("PolicyError", "BudgetExceeded"), REFUSED.replace("round 3", "round 4")):
+        assert [paused(made, clock, another.format(9)) for _ in range(3)] == [2, 4, 8]
+
+
+@pytest.mark.parametrize("during", ["the round", "the wait"])
+@pytest.mark.parametrize("what", ["a node comes", "a node leaves", "a node comes back within seconds"])
+def test_a_site_that_comes_or_comes_back_is_asked_at_once(
+    grid: StandInGrid, roster: Callable[..., Roster], clock: SlowClock, during: str, what: str
+) -> None:
+    arrivals = [5]
+    made = roster({1: "a", 2: "b", 3: "c"})
+    made._authority = replace(made._authority, arrivals=lambda: arrivals[0])  # type: ignore[type-var]
+    grid.online, grid.answers = [1, 2], {n: described(name) for n, name in ((1, "a"), (2, "b"), (3, "c"))}
+    made.wait()
+    while paused(made, clock, REFUSED) < 60:
+        pass
+
+    def happen() -> None:
+        clock.meanwhile = lambda: None
+        grid.online = {"a node comes": [1, 2, 3], "a node leaves": [1]}.get(what, [1, 2])
+        arrivals[0] += what != "a node leaves"
+
+    if during == "the round":
+        happen()
+        assert paused(made, clock, REFUSED) <= 2.5
+    else:
+        begun = clock.now
+        clock.meanwhile = lambda: happen() if clock.now > begun + 20 else None
+        assert 20 < paused(made, clock, REFUSED) <= 21.5
+    assert paused(made, clock, REFUSED) == 2, "whoever came may need a moment"
+    assert paused(made, clock, REFUSED) == 4
+
+
+def test_a_run_that_is_halted_does_not_wait_to_the_end(
+    grid: StandInGrid, roster: Callable[..., Roster], clock: SlowClock
+) -> None:
+    made = roster({1: "a"})
+    grid.online, grid.answers = [1], {1: described("a")}
+    made.wait()
+    while paused(made, clock, REFUSED) < 60:
+        pass
+
+    def halted() -> Iterable[int]:
+        raise RunError("halted")
+
+    begun = clock.now
+    grid.get_node_ids = halted  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="halted"):
+        made.pause(REFUSED)
+    assert clock.now - begun < 1
+
+
 def test_a_simulation_does_not_wait_for_more(grid: StandInGrid, notes: Notes) -> None:
     grid.online, grid.answers = [1, 2], {1: described("a"), 2: Refusal(site="b", code="DataError", reason="no data")}
     with pytest.raises(RunError, match=r"1 of 2 nodes take part.*b: no data"):
