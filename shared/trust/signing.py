@@ -51,6 +51,8 @@ class Purpose(StrEnum):
     FOLDER = "folder"
     LOG_HEAD = "audit-log-head"
     RELEASE = "release"  # by the key of a certificate; see shared.trust.receipts
+    READY = "secure-sum-ready"  # likewise; see shared.secure_sum.messages
+    MASKED = "secure-sum-masked"
 
 
 # --- keys ---
