@@ -28,6 +28,7 @@ from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.releases import Made, Releases
 from server.rounds.roster import Authority
+from server.rounds.updates import AtHand, Updates, collect_updates
 from server.store.checkpoint import Checkpoint
 from shared.errors import PrivacyError, RunError
 from shared.files.atomic import write_json
@@ -232,6 +233,10 @@ class SitesRound:
         nodes = list(sites)
         coins = self._randomness.stream("sampling", round_number=self._round_number, step=0)
         return [nodes[index] for index in self.plan.plan.sample(len(nodes), coins).tolist()]
+
+    def collect(self, at_hand: AtHand) -> Updates:
+        """Ask the sites that were drawn, and return what came."""
+        return collect_updates(at_hand, self.aggregation)
 
     def aggregation(
         self,

@@ -18,6 +18,7 @@ from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.releases import Made, Releases, unknown_release, with_update
 from server.rounds.roster import Authority
+from server.rounds.updates import AtHand, Updates, collect_updates
 from server.store.checkpoint import Checkpoint
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -85,6 +86,10 @@ class LocalRound:
     def draw(self, sites: Mapping[int, SiteDescription]) -> list[int]:
         """Return the node ids to ask: all sites, or some by the public seed."""
         return select_sites(sites, self._job, self._number)
+
+    def collect(self, at_hand: AtHand) -> Updates:
+        """Ask the sites, and return what came."""
+        return collect_updates(at_hand, self.aggregation)
 
     def aggregation(
         self, current: Adapter, server_state: Adapter, shapes: Shapes, asked_records: Sequence[int]

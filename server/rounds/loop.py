@@ -12,32 +12,24 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import numpy as np
-from flwr.app import Message
 from flwr.serverapp.grid import Grid
 from torch import Tensor
 
-from server.aggregation import Aggregation
 from server.records.rounds import RoundRecord
-from server.rounds.central import CentralPrivacy, SitesAggregation, SitesRound
+from server.rounds.central import CentralPrivacy
 from server.rounds.early_stopping import best_round, is_over, keeps_best, stopped_early
-from server.rounds.exchange import Question, collect
-from server.rounds.local import LocalPrivacy, LocalRound
+from server.rounds.local import LocalPrivacy
 from server.rounds.observer import Observer
-from server.rounds.releases import Made
 from server.rounds.roster import Authority, Roster
 from server.rounds.site_metrics import collect_site_metrics
-from server.rounds.update_bounds import UpdateBounds, adapter_norms
+from server.rounds.update_bounds import adapter_norms
+from server.rounds.updates import AtHand
 from server.store.checkpoint import Checkpoint
 from shared.errors import RunError
 from shared.job.job import Job
-from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease
-from shared.tensors import adapters
 from shared.tensors.adapters import Shapes
-from shared.trust.receipts import Receipt
-from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_reply
-from shared.wire.updates import decode_update
+from shared.wire.messages import SiteDescription
 
 Metrics = dict[str, float | None]
 Privacy = LocalPrivacy | CentralPrivacy
@@ -177,15 +169,26 @@ def _run_round(
     attempt = privacy.begin(round_number)
     asked = {node: sites[node] for node in attempt.draw(sites)}
     # 2. Send the same bytes to everyone; check and add each reply as it comes.
-    updates = _collect_updates(grid, coordinator, checkpoint, attempt, asked)
+    updates = attempt.collect(
+        AtHand(
+            grid=grid,
+            job=job,
+            authority=coordinator.authority,
+            observer=coordinator.observer,
+            shapes=coordinator.update_shapes,
+            checkpoint=checkpoint,
+            asked=asked,
+            meanwhile=lambda: privacy.account_ahead(checkpoint.releases),
+        )
+    )
     # 3. Account, before anything can fail: a release is a release, aggregated or not.
     unknown = [site for site in asked.values() if site.site in updates.unknown]
-    sha256 = hashlib.sha256(updates.adapter).hexdigest()
+    sha256 = hashlib.sha256(updates.adapter).hexdigest()  # of what they were sent
     releases = attempt.account(checkpoint.releases, updates.made, unknown, sha256)
     if len(updates.names) < privacy.least_updates:
         raise TooFewSites(updates.shortage(), releases)
     # 4. Aggregate, with noise if it is the coordinator's to add, and move by the server optimiser.
-    following, server_state = updates.aggregation.result()
+    following, server_state = updates.result()
     # 5. Evaluate on public data.
     before_evaluation = time.monotonic()
     due = round_number % coordinator.evaluate_every == 0 or round_number == job.training.rounds
@@ -202,7 +205,7 @@ def _run_round(
         doubted=dict(sorted(updates.doubted.items())),
         norms=adapter_norms(following, coordinator.update_shapes),
         bytes_up=updates.bytes_up,
-        bytes_down=len(updates.adapter) * len(asked),
+        bytes_down=updates.bytes_down,
         seconds=finished - started,
         seconds_evaluation=finished - before_evaluation,
     )
@@ -218,142 +221,6 @@ def _run_round(
         history=history,
         best_adapter=following if is_best else checkpoint.best_adapter,
     )
-
-
-def _collect_updates(
-    grid: Grid,
-    coordinator: Coordinator,
-    checkpoint: Checkpoint,
-    attempt: LocalRound | SitesRound,
-    asked: Mapping[int, SiteDescription],
-) -> _Updates:
-    """Ask the sites for a round and return what came until everyone answered or time is up."""
-    adapter, number = adapters.encode(checkpoint.adapter), checkpoint.round_number + 1
-    coordinator.observer.round_started(number, [site.site for site in asked.values()], adapter)
-    # Of a reply nothing stays but its part of the sums: memory does not grow with the sites, and
-    # the sums are exact, so arrival order changes nothing.
-    aggregation = attempt.aggregation(
-        checkpoint.adapter,
-        checkpoint.server_state,
-        coordinator.update_shapes,
-        [site.declared_records for site in asked.values()],
-    )
-    updates = _Updates(coordinator, number, adapter, asked, aggregation, checkpoint)
-    collect(
-        grid,
-        updates,
-        authority=coordinator.authority,
-        expected=_exchange_seconds(checkpoint.history[-1]) if coordinator.authority else 0.0,
-        meanwhile=lambda: coordinator.privacy.account_ahead(checkpoint.releases),
-    )
-    updates.close()
-    return updates
-
-
-def _exchange_seconds(last: RoundRecord) -> float:
-    """Return how long the answers took in the round before; 0 if there was none, or it is not told."""
-    return last.seconds - last.seconds_evaluation if last.round and last.seconds is not None else 0.0
-
-
-class _Updates(Question[TrainReply]):
-    """The question of one round, and what came.
-
-    Attributes:
-        aggregation: the round's, to which they are added.
-        made: the updates that came, by site, aggregated or not; without their bytes.
-        names: sites whose update was added.
-        doubted: what is suspicious about an update that was added, by site.
-        bytes_up: of all updates.
-    """
-
-    kind = "train"
-
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        number: int,
-        adapter: bytes,
-        sites: Mapping[int, SiteDescription],
-        aggregation: Aggregation | SitesAggregation,
-        checkpoint: Checkpoint,
-    ) -> None:
-        super().__init__(coordinator.job, number, adapter, sites)
-        self._observer, self._shapes, self.aggregation = coordinator.observer, coordinator.update_shapes, aggregation
-        self._plan = PrivacyPlan.from_job(self.job)
-        self._bounds = UpdateBounds(
-            self.job,
-            self._plan,
-            checkpoint.adapter,
-            self._shapes,
-            number,
-            earlier=[record.norms for record in checkpoint.history[:-1]],
-        )
-        self.made: dict[str, Made] = {}
-        self.names: list[str] = []
-        self.doubted: dict[str, str] = {}
-        self.bytes_up = 0
-
-    def unpack(self, message: Message) -> TrainReply | Refusal:
-        return unpack_reply(message)
-
-    def take(self, reply: TrainReply, site: SiteDescription) -> None:
-        """See `Question`; everything is checked before anything may touch the adapter."""
-        self.bytes_up += len(reply.update)
-        self._check(reply, site.site)
-        self.made[site.site] = Made.of(reply)
-        self.unknown.discard(site.site)
-        update = decode_update(reply.update, self._shapes, self.job.federation.update_dtype)
-        # A site that declares another size in its answer is judged by the larger one; by its description it weighs.
-        doubt = self._bounds.check(update, max(site.declared_records, reply.declared_records))
-        self.aggregation.add(update, site.declared_records)
-        self.names.append(site.site)
-        if doubt:
-            self.doubted[site.site] = doubt
-            self._observer.update_doubted(self.number, site.site, doubt)
-
-    def _check(self, reply: TrainReply, name: str) -> None:
-        """Raise `RunError` for another name, job, round or mechanism than was asked."""
-        if reply.site != name:
-            raise RunError(f"the node of site {name!r} answered as {reply.site!r}")
-        if reply.job_sha256 != self.job.sha256:
-            raise RunError(f"answered for job {reply.job_sha256[:12]}, expected {self.job.sha256[:12]}")
-        if reply.round_number != self.number:
-            raise RunError(f"stale update of round {reply.round_number}, expected round {self.number}")
-        executed = (reply.noise_multiplier, reply.sample_rate, reply.max_grad_norm, reply.delta, reply.steps)
-        asked = (
-            self._plan.noise_multiplier,
-            self._plan.sample_rate,
-            self._plan.max_grad_norm,
-            self._plan.delta,
-            self.job.training.local_steps,
-        )
-        if not np.allclose(executed, asked, rtol=1e-6, atol=0.0):
-            raise RunError(
-                f"executed the mechanism {executed}, but the job's plan is {asked} (sigma, q, C, delta, steps)"
-            )
-
-    def received(self, receipt: Receipt) -> None:
-        self._observer.receipt(receipt)
-
-    def judged(self, site: str, reply: TrainReply | None) -> None:
-        self._observer.site_done(self.number, site)
-        self._observer.update_judged(self.number, site, reply, self.failed.get(site))
-
-    def close(self) -> None:
-        """Order the names, and note those that said nothing."""
-        self.names.sort()
-        for name in sorted(self.unknown - self.failed.keys()):
-            self.failed[name] = f"no answer within {self.job.federation.round_timeout_seconds:g} s"
-            self._observer.update_judged(self.number, name, None, self.failed[name])
-
-    def shortage(self) -> str:
-        """Return why the round cannot be aggregated, and what to do."""
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(self.failed.items())) or "none was asked"
-        return (
-            f"round {self.number}: {len(self.names)} valid updates, federation.min_sites is "
-            f"{self.job.federation.min_sites} ({reasons}). "
-            "The run stands at the last checkpoint; mend the sites and resume."
-        )
 
 
 def _metrics_due(checkpoint: Checkpoint, job: Job) -> bool:
