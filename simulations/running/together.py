@@ -14,8 +14,9 @@ from functools import partial
 from client.site.release import Begun
 from client.site.site import Site
 from client.training.independence import settle_stacks
-from client.training.trainer import LocalRound, steps_taken, train_local_rounds
+from client.training.trainer import LocalRound, train_local_rounds
 from shared.errors import place_of
+from shared.tensors.optimizers import steps_taken
 from shared.wire.messages import Refusal, TrainReply, TrainRequest
 
 log = logging.getLogger("silotune.site")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import client.training.per_example as per_example_module
 import client.training.trainer as trainer_module
 from client.training.per_example import PerExampleHooks, slices_by_owner
-from client.training.trainer import LocalRound, LocalWork, per_example_hooks, steps_taken, train_local_rounds
+from client.training.trainer import LocalRound, LocalWork, per_example_hooks, train_local_rounds
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Example, collate
@@ -23,6 +23,7 @@ from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.runtime import Runtime, load_runtime
+from shared.tensors.optimizers import steps_taken
 
 Records = list[dict[str, Any]]
 CPU = ComputeConfig(device="cpu", precision="float32", cache_frozen_layers=False, micro_batch_tokens=90)

@@ -21,11 +21,7 @@ from client.training.proof import prove_trainer
 from client.training.trainer import (
     LocalRound,
     Observations,
-    build_optimizer,
-    dump_optimizer,
     per_example_hooks,
-    restore_optimizer,
-    set_learning_rate,
     train_local_round,
 )
 from shared.errors import ConfigError, PrivacyError
@@ -38,6 +34,7 @@ from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.runtime import Runtime, load_runtime
+from shared.tensors.optimizers import build_optimizer, dump_optimizer, restore_optimizer, set_learning_rate
 
 Records = list[dict[str, Any]]
 GENEROUS = 1 << 30

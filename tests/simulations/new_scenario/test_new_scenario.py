@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from client.training.trainer import build_optimizer, set_learning_rate
 from shared.job.training import TrainingConfig
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.tensors.optimizers import build_optimizer, set_learning_rate
 from simulations.new_scenario.document import _value
 from simulations.new_scenario.lengths import LENGTHS, Backbone, look_at_backbone, measure
 from simulations.new_scenario.rule import (
