@@ -28,8 +28,8 @@ from scipy.special import log_ndtr, ndtr
 from shared.epsilons import as_set, rounded_up
 from shared.errors import PrivacyError, excerpt
 from shared.limits import MAX_EPSILON, MAX_NOISE_MULTIPLIER, MAX_STEPS, MIN_DELTA, MIN_NOISE_MULTIPLIER, MIN_SAMPLE_RATE
-from shared.privacy.crossing import crossing
-from shared.privacy.loss_distribution import composed_epsilon, largest_loss
+from shared.privacy.accountant.crossing import crossing
+from shared.privacy.accountant.loss_distribution import composed_epsilon, largest_loss
 
 # Widest cell of the discretised privacy loss. The discretisation is pessimistic: a wider cell gives a larger epsilon, here by
 # less than 1e-3 as a rule. Where one step loses little, cells are narrower: at most half of its standard deviation.

@@ -79,6 +79,8 @@ class ClippedSum:
         num_non_finite: examples whose gradient held NaN or infinity and was replaced by zero (private).
     """
 
+    _dtype = torch.float64
+
     def __init__(self, shapes: Sequence[torch.Size], max_grad_norm: float) -> None:
         size = sum(shape.numel() for shape in shapes)
         if size > _MOST_COORDINATES:
@@ -86,7 +88,8 @@ class ClippedSum:
                 f"{size:,} trained values are more than the {_MOST_COORDINATES:,} for which the clipping bound is proven; "
                 "lower lora.rank, or adapt fewer layers."
             )
-        self._sums = list(_views(torch.zeros(size, dtype=torch.float64), shapes))
+        self._total = torch.zeros(size, dtype=self._dtype)
+        self._sums = list(_views(self._total, shapes))
         self._max_grad_norm = max_grad_norm
         self.num_examples = self.num_clipped = self.num_non_finite = 0
 
@@ -108,9 +111,8 @@ class ClippedSum:
             # 0 * NaN is NaN: a non-finite example is removed before the product, not by it.
             vectors = torch.where(finite[:, None].to(vectors.device), vectors, 0.0)
             scale = torch.where(finite, scale, 0.0)
-        clipped = self.on_grid(vectors.mul_(scale.to(vectors.device)[:, None])).sum(dim=0).cpu()
-        for total, part in zip(self._sums, _views(clipped, [total.shape for total in self._sums]), strict=True):
-            total += part
+        clipped = self._as_added(vectors.mul_(scale.to(vectors.device)[:, None]))
+        self._total += clipped.sum(dim=0).cpu().to(self._dtype)
         self.num_examples += len(norms)
         self.num_clipped += int((norms > self._max_grad_norm)[finite].sum())
         self.num_non_finite += int((~finite).sum())
@@ -120,6 +122,10 @@ class ClippedSum:
         unit = 2.0 ** math.frexp(self._max_grad_norm / _GRID)[1] / 2
         # A power of two: neither the division nor the product rounds.
         return vectors.div_(unit).round_().mul_(unit)
+
+    def _as_added(self, clipped: Tensor) -> Tensor:
+        """Return clipped float64 vectors, which may change in place, as they enter the sum: such that sums are exact."""
+        return self.on_grid(clipped)
 
     @property
     def max_grad_norm(self) -> float:

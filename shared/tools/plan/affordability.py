@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from shared.epsilons import as_set, delta_rounded_up
 from shared.limits import MAX_NOISE_MULTIPLIER, MAX_STEPS
+from shared.privacy.accountant.crossing import crossing
 from shared.privacy.accounting import GaussianSteps, likely_steps
-from shared.privacy.crossing import crossing
 from shared.privacy.ledger_export import LedgerExport
 from shared.tools.plan.planning import SIGMA_DECIMALS
 

@@ -34,6 +34,7 @@ from shared.limits import (
     MIN_NOISE_MULTIPLIER,
     MIN_SAMPLE_RATE,
 )
+from shared.privacy.accountant.crossing import crossing
 from shared.privacy.accounting import (
     MAX_MEAN_LOSS,
     GaussianSteps,
@@ -43,7 +44,6 @@ from shared.privacy.accounting import (
     likely_steps,
     mean_loss,
 )
-from shared.privacy.crossing import crossing
 from shared.privacy.sizes import default_delta
 
 Quantity = Literal["noise", "epsilon", "steps", "rate"]

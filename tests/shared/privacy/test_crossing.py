@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from shared.privacy.crossing import crossing
+from shared.privacy.accountant.crossing import crossing
 
 
 @given(

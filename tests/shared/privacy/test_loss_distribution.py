@@ -15,8 +15,14 @@ from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
 from numpy.typing import NDArray
 from scipy.special import ndtr
 
+from shared.privacy.accountant.loss_distribution import (
+    StepLoss,
+    TiltedDivergence,
+    composed_epsilon,
+    step_divergence,
+    step_loss,
+)
 from shared.privacy.accounting import GaussianSteps, calibrate_noise_multiplier, compose_epsilon
-from shared.privacy.loss_distribution import StepLoss, TiltedDivergence, composed_epsilon, step_divergence, step_loss
 
 DELTAS = [0.3, 1e-5, 1e-9, 1e-12, 1e-14, 1e-20, 1e-30]
 EDGES = [

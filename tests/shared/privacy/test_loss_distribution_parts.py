@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-import shared.privacy.loss_distribution as module
-from shared.privacy.loss_distribution import StepLoss, TiltedDivergence, composed_epsilon, largest_loss, step_loss
+import shared.privacy.accountant.loss_distribution as module
+from shared.privacy.accountant.loss_distribution import (
+    StepLoss,
+    TiltedDivergence,
+    composed_epsilon,
+    largest_loss,
+    step_loss,
+)
 
 UNIT = 2.0**-53
 OUTSIDE = 1e-12
