@@ -56,7 +56,7 @@ class Policy(Section):
     min_noise_multiplier: float = Field(default=0.3, gt=0)
     """Smallest noise multiplier (sigma), whether the job names it or it follows from the job's epsilon."""
     max_steps: int = Field(ge=1)
-    """Most noisy steps that one job may plan: rounds times local steps."""
+    """Most noisy steps that one job may plan: rounds times local steps, and the spare attempts of `distributed`."""
     max_sample_rate: Probability = 1.0
     """Largest probability with which a record (or patient, customer: the unit in site.toml) may enter a step."""
     hours: str | None = None
@@ -269,9 +269,10 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
         yield _unlisted_backbone(job)
     if known_signer and job.privacy.mechanism != "none":
         yield from _broken_privacy_rules(policy, job)
-    if training.planned_steps > policy.max_steps:
+    if job.charged_steps > policy.max_steps:
+        spare = f" and {job.spare_attempts} spare attempts" if job.spare_attempts else ""
         yield (
-            f"it plans {training.planned_steps:,} steps ({training.rounds} rounds of {training.local_steps}); this site "
+            f"it plans {job.charged_steps:,} steps ({training.rounds} rounds of {training.local_steps}{spare}); this site "
             f"accepts at most {policy.max_steps:,}."
         )
     if _exceeds(job.privacy.sample_rate, policy.max_sample_rate):
@@ -290,11 +291,18 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
 def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
     # A job with too many steps is judged as if cut to the limit, which its user has to do anyway: accounting for
     # billions of steps could keep the site busy for long.
-    steps, cut = job.training.rounds if job.privacy.central else job.training.planned_steps, ""
-    if steps > policy.max_steps:
-        steps, cut = policy.max_steps, f", cut to {policy.max_steps:,} steps,"
+    steps, spare, cut = (
+        job.training.rounds if job.privacy.central else job.training.planned_steps,
+        job.spare_attempts,
+        "",
+    )
+    if steps + spare > policy.max_steps:
+        steps, spare, cut = policy.max_steps, 0, f", cut to {policy.max_steps:,} steps,"
     judged = job.model_copy(
-        update={"training": job.training.model_copy(update={"rounds": steps, "local_steps": 1})},
+        update={
+            "training": job.training.model_copy(update={"rounds": steps, "local_steps": 1}),
+            "privacy": job.privacy.model_copy(update={"spare_attempts": spare}),
+        },
     )
     try:
         # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.

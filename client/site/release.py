@@ -185,6 +185,11 @@ class Update(Release[TrainReply, LocalRound]):
 
     def _admit(self, request: TrainRequest) -> PrivacyPlan:
         job = request.job
+        if job.privacy.mechanism == "distributed":
+            raise PolicyError(
+                "privacy.mechanism is 'distributed', so this site sends nothing of a round but what is masked; no update of its "
+                "own can be asked for."
+            )
         if not 1 <= request.round_number <= job.training.rounds:
             raise PolicyError(f"round {request.round_number} is outside the job's {job.training.rounds} rounds.")
         return PrivacyPlan.from_job(job)

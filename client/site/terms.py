@@ -61,7 +61,7 @@ def _check_delta(config: SiteConfig, job: Job, declared_records: int) -> None:
             f"{delta_rounded_up(config.budget.delta)}; lower it."
         )
     limit = least_delta_refused(declared_records)
-    if job.privacy.mechanism == "dp-sgd" and delta >= limit:
+    if job.privacy.sites_add_noise and delta >= limit:
         raise PolicyError(
             f"site {config.name} declares {declared_records:,} {config.budget.unit}s and may have up to twice as many, so the "
             f"job's delta {delta_rounded_up(delta)} must be below {limit:.1e}; use at most "

@@ -54,7 +54,7 @@ def read_run_file(path: Path, overrides: Sequence[str] = ()) -> tuple[Job, RunSe
             f"model.backbone {job.model.backbone!r} is relative, and every site would look for it in another folder. Name an "
             "absolute path that all sites have, or a hub id with model.revision."
         )
-    if job.privacy.mechanism == "dp-sgd":
+    if job.privacy.sites_add_noise:
         PrivacyPlan.from_job(job).epsilon()
     elif job.privacy.mechanism == "central":
         CentralPlan.from_job(job).plan.epsilon()

@@ -48,7 +48,9 @@ def read_job(path: Path) -> dict[str, Any]:
     job, text = read_object(path), read_text(path)
     privacy = job.get("privacy")
     mechanism = privacy.get("mechanism") if isinstance(privacy, dict) else None
-    if mechanism not in ("dp-sgd", "central", "none"):
-        raise damaged(path, f"privacy.mechanism is {excerpt(mechanism)}, expected 'dp-sgd', 'central' or 'none'")
+    if mechanism not in ("dp-sgd", "distributed", "central", "none"):
+        raise damaged(
+            path, f"privacy.mechanism is {excerpt(mechanism)}, expected 'dp-sgd', 'distributed', 'central' or 'none'"
+        )
     parse_record(text, _Job, path)
     return job

@@ -57,7 +57,7 @@ class Job(Section):
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
-        if self.site_metrics.names and self.privacy.mechanism != "dp-sgd":
+        if self.site_metrics.names and not self.privacy.sites_add_noise:
             raise ValueError(
                 f"site_metrics are charged to the sites' ledgers, but privacy.mechanism is {self.privacy.mechanism!r}, which "
                 "charges nothing; remove site_metrics.names"
@@ -139,6 +139,53 @@ class Job(Section):
                 f"({central.num_sites})"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_distributed(self) -> Self:
+        """Refuse what is more than one noisy sum of clipped gradients a round, or would tell a site's own share of the noise."""
+        colluding = self.privacy.max_colluding
+        if self.privacy.mechanism != "distributed" or colluding is None:
+            return self
+        if self.training.local_steps != 1:
+            raise ValueError(
+                f"training.local_steps is {self.training.local_steps}; with privacy.mechanism 'distributed' it must be 1. A "
+                "second local step would start from the site's own share of the noise, which the sum over the sites does not "
+                "hide, so no epsilon is known for it. Set it to 1, and training.rounds to the number of steps"
+            )
+        least = colluding + 2
+        if self.federation.min_sites < least:
+            raise ValueError(
+                f"federation.min_sites is {self.federation.min_sites} and privacy.max_colluding {colluding}; besides those who "
+                "collude, at least two sites must be in every sum, or one would stand alone in it. Set federation.min_sites to "
+                f"{least} or more"
+            )
+        if self.federation.update_dtype != "float32":
+            raise ValueError(
+                f"federation.update_dtype is {self.federation.update_dtype!r}; with privacy.mechanism 'distributed' sites send "
+                "whole numbers of 64 bits, and what rounding loses must not enter a later message. Remove it"
+            )
+        usual = AggregationConfig()
+        for key in AggregationConfig.model_fields:
+            if (value := getattr(self.aggregation, key)) != (wanted := getattr(usual, key)):
+                raise ValueError(
+                    f"aggregation.{key} is {value!r}; with privacy.mechanism 'distributed' the coordinator knows no single "
+                    "update, divides the sum by the expected size of the sample and takes the step of [training] itself. Leave "
+                    f"it at {wanted!r}, best by leaving out the section [aggregation]"
+                )
+        return self
+
+    @property
+    def charged_steps(self) -> int:
+        """Noisy steps that a site may be charged for if it takes part in every round, spare attempts included."""
+        return self.training.planned_steps + self.spare_attempts
+
+    @property
+    def spare_attempts(self) -> int:
+        """Repetitions of rounds that the plan has room for; 0 unless the mechanism is `distributed`."""
+        if self.privacy.mechanism != "distributed":
+            return 0
+        spare = self.privacy.spare_attempts
+        return -(-self.training.rounds // 10) if spare is None else spare
 
     def canonical_json(self) -> str:
         """Return the one JSON text of this job: sorted keys, no spaces, defaults written out (see `records_per_person`)."""

@@ -6,13 +6,15 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from shared.epsilons import delta_rounded_up
+from shared.epsilons import as_set, delta_rounded_up
 from shared.job.parsing import Section
 from shared.job.values import PERSON_UNITS, Delta, Epsilon, NoiseMultiplier, SampleRate, Unit
 from shared.limits import MAX_GRAD_NORM, MAX_LOSS, MAX_SITES, MIN_GRAD_NORM
 
 MIN_CENTRAL_SITES = 100
 """Sites below which the noise that hides one of them buries what they have in common."""
+
+_OF_SHARES = ("epsilon_alone", "max_colluding", "spare_attempts")
 
 
 class CentralConfig(Section):
@@ -45,9 +47,11 @@ class CentralConfig(Section):
 class PrivacyConfig(Section):
     """Everything that changes what is protected and how much; see `shared.privacy.plan`."""
 
-    mechanism: Literal["dp-sgd", "central", "none"] = "dp-sgd"
-    """`dp-sgd`: every site adds noise. `central`: a trusted coordinator does, over 100 sites or more; sites send it unprotected
-    updates. `none` releases unprotected updates. A site accepts either of the last two only if its own settings say so."""
+    mechanism: Literal["dp-sgd", "distributed", "central", "none"] = "dp-sgd"
+    """`dp-sgd`: every site adds the whole noise. `distributed`: every site adds a share of it, and the coordinator learns only
+    the sum of all sites (secure aggregation). `central`: a trusted coordinator adds it, over 100 sites or more; sites send it
+    unprotected updates. `none` releases unprotected updates. A site accepts either of the last two only if its own settings say
+    so."""
     unit: Unit | Literal["site"] = "record"
     """What the neighbouring data sets differ in, added or removed: one `record`; one `patient` or `customer` with all their
     records, for which each site's data must have an id column; or (with `central`, and only there) one `site`."""
@@ -56,7 +60,19 @@ class PrivacyConfig(Section):
     """G: at most so many records of each patient or customer enter a step, drawn anew each time; their mean gradient is
     clipped. It bounds time and memory; epsilon does not depend on it. Only, and always, with these units."""
     epsilon: Epsilon = 8.0
-    """Target for a site that executes every planned step and releases all of `site_metrics`."""
+    """Target for a site that executes every planned step and releases all of `site_metrics`. Of `distributed` it is the promise
+    against the coordinator and up to `max_colluding` sites together."""
+    # Not written out where they are not set: jobs of older versions keep their hash.
+    epsilon_alone: Epsilon | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Of `distributed`, where it is required unless `noise_multiplier` is given: target for what a site sends by itself, if
+    secure aggregation fails completely and everybody else colludes. From `epsilon` up; the larger of the two noises is added."""
+    max_colluding: int | None = Field(default=None, ge=0, le=MAX_SITES, exclude_if=lambda value: value is None)
+    """Of `distributed`, where it is required: largest number of sites that may work together with the coordinator before
+    `epsilon` no longer holds, of all that take part in the job. Every other site of a sum is counted on for its share of the
+    noise, so `federation.min_sites` must be larger by at least two."""
+    spare_attempts: int | None = Field(default=None, ge=0, le=100_000, exclude_if=lambda value: value is None)
+    """Of `distributed`: repetitions, over the whole run, of rounds in which a site dropped out after it had been charged. They
+    are part of both epsilons, and the run ends where they do not suffice. None: a tenth of the rounds, rounded up."""
     delta: Delta = 1e-5
     """Failure probability; must be far below 1 / number of records (or patients, customers)."""
     sample_rate: SampleRate = 0.05
@@ -64,7 +80,8 @@ class PrivacyConfig(Section):
     max_grad_norm: float = Field(default=1.0, ge=MIN_GRAD_NORM, le=MAX_GRAD_NORM)
     """C: the largest L2 norm of the gradient of one record (or patient, customer) over adapter and head together."""
     noise_multiplier: NoiseMultiplier | None = None
-    """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps (`central`: site_sample_rate, rounds)."""
+    """sigma; None calibrates it from epsilon, delta, sample_rate and the planned steps (`central`: site_sample_rate, rounds). Of
+    `distributed` it is that of one site's share, and both epsilons follow from it."""
     central: CentralConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
@@ -76,6 +93,39 @@ class PrivacyConfig(Section):
             )
         if self.unit not in PERSON_UNITS and self.records_per_person is not None:
             raise ValueError("records_per_person is for the units 'patient' and 'customer'; remove it or set the unit")
+        return self
+
+    @property
+    def sites_add_noise(self) -> bool:
+        """Whether each site adds noise to what it sends and keeps an account of it."""
+        return self.mechanism in ("dp-sgd", "distributed")
+
+    @model_validator(mode="after")
+    def _check_distributed(self) -> Self:
+        if self.mechanism != "distributed":
+            if found := [key for key in _OF_SHARES if getattr(self, key) is not None]:
+                raise ValueError(
+                    f"{found[0]} is for the mechanism 'distributed', but mechanism is {self.mechanism!r}; remove "
+                    f"{', '.join(found)}, or change the mechanism"
+                )
+            return self
+        if self.max_colluding is None:
+            raise ValueError(
+                "mechanism is 'distributed', so max_colluding must say how many sites may work together with the coordinator "
+                "before epsilon no longer holds, for example 1; nobody else can know it, so it has no default"
+            )
+        if self.noise_multiplier is not None:
+            return self  # both epsilons follow from it
+        if self.epsilon_alone is None:
+            raise ValueError(
+                "mechanism is 'distributed', so epsilon_alone must say what a site's own upload keeps to if secure aggregation "
+                "fails and everybody else colludes, for example 8; epsilon holds only while it works"
+            )
+        if self.epsilon_alone < self.epsilon:
+            raise ValueError(
+                f"epsilon_alone is {as_set(self.epsilon_alone)} and epsilon {as_set(self.epsilon)}, but what a site's upload "
+                "keeps to by itself, the sum of several keeps to as well; raise epsilon_alone or lower epsilon"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 
 from scipy.optimize import bisect
@@ -240,6 +241,29 @@ def affordable_steps(
         return 0
     guess = likely_steps(past, noise_multiplier=noise_multiplier, sample_rate=sample_rate, budget=budget, delta=delta)
     return crossing(cost, budget, rising=True, least=1, most=MAX_STEPS, guess=guess)[0]
+
+
+def noise_of_sum(noise_multiplier: float, count: int) -> float:
+    """Return the noise multiplier of a sum to which `count` parties each added noise of their own: never above the exact one.
+
+    Independent Gaussian noise adds up in variance, so it is `noise_multiplier` times the square root of `count`.
+    """
+    return _root(Fraction(noise_multiplier) ** 2 * count, above=False)
+
+
+def noise_of_share(noise_multiplier: float, count: int) -> float:
+    """Return the least noise multiplier of each of `count` parties that makes the sum's at least `noise_multiplier`."""
+    return _root(Fraction(noise_multiplier) ** 2 / count, above=True)
+
+
+def _root(square: Fraction, *, above: bool) -> float:
+    """Return the square root, or where it is no float the next one: above it, or below."""
+    root = math.nextafter(
+        math.nextafter(math.sqrt(square), 0.0), 0.0
+    )  # two floats lower is below, however `sqrt` rounded
+    while Fraction(higher := math.nextafter(root, math.inf)) ** 2 <= square:
+        root = higher
+    return higher if above and Fraction(root) ** 2 < square else root
 
 
 # --- where to look first ---

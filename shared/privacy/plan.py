@@ -5,6 +5,8 @@ Formal guarantees
       three numbers (test: tests/shared/privacy/test_plan.py; planted faults: tests/client/training/test_faults.py).
     * The sampling rate is a constant of the job, so it does not depend on the number of records at the site
       (test: tests/shared/privacy/test_plan.py::test_sample_rate_does_not_depend_on_the_data).
+    * The plan of a job whose sites add shares of the noise is that of one share: what it promises is what holds if everything
+      else is broken. What the sum of shares promises is `shared.privacy.distributed`.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from shared.privacy.accounting import (
     calibrate_noise_multiplier,
     compose_epsilon,
     mean_loss,
+    noise_of_share,
 )
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
 from shared.privacy.persons import Persons
@@ -46,8 +49,9 @@ class PrivacyPlan:
         noise_multiplier: sigma, standard deviation of the noise in units of `max_grad_norm`; 0 if not private.
         max_grad_norm: clipping bound C on one unit's gradient, L2 norm over adapter and head together.
         delta: failure probability of the guarantee.
-        planned_steps: steps T of a site that takes part in every round.
+        planned_steps: steps T of a site that takes part in every round, spare attempts included.
         metrics: the release of site metrics after the last round; None if there is none.
+        honest: H, least number of honest sites in a sum, if the noise is one site's share of it; None if it is all there is.
     """
 
     private: bool
@@ -59,12 +63,20 @@ class PrivacyPlan:
     planned_steps: int
     metrics: GaussianSteps | None = None
     records_per_person: int | None = None
+    honest: int | None = None
 
     @classmethod
     def from_job(cls, job: Job) -> PrivacyPlan:
-        """Build the plan of `job`, calibrating the noise multiplier where the job gives only a target epsilon."""
-        privacy, steps = job.privacy, job.training.planned_steps
-        private = privacy.mechanism == "dp-sgd"
+        """Build the plan of `job`, calibrating the noise multiplier where the job gives only a target epsilon.
+
+        Of `privacy.mechanism` "distributed" it is what one site executes: its noise is a share, its epsilon `epsilon_alone`.
+
+        Raises:
+            PrivacyError: if no noise keeps to the target, or the job's own leaves no epsilon that says anything.
+        """
+        privacy, steps = job.privacy, job.charged_steps
+        private, colluding = privacy.sites_add_noise, privacy.max_colluding
+        honest = None if colluding is None else job.federation.min_sites - colluding
         asked = job.site_metrics
         metrics = None
         if private and asked.names:
@@ -75,12 +87,13 @@ class PrivacyPlan:
             private=private,
             unit=privacy.unit,
             sample_rate=privacy.sample_rate,
-            noise_multiplier=_noise_multiplier(privacy, privacy.sample_rate, steps, others) if private else 0.0,
+            noise_multiplier=_site_noise_multiplier(privacy, steps, others, honest) if private else 0.0,
             max_grad_norm=privacy.max_grad_norm,
             delta=privacy.delta,
             planned_steps=steps,
             metrics=metrics,
             records_per_person=privacy.records_per_person,
+            honest=honest,
         )
 
     @classmethod
@@ -153,10 +166,30 @@ class PrivacyPlan:
         return ClippedSum(shapes, self.max_grad_norm) if self.private else PlainSum(shapes)
 
     def add_noise(self, sums: Sequence[Tensor], stream: KeyStream) -> list[Tensor]:
-        """Return `sums` with the noise of one logical step."""
+        """Return `sums` with the noise of one logical step.
+
+        Raises:
+            PrivacyError: if the plan's noise is a share, which is added to whole numbers that are masked afterwards.
+        """
+        if self.honest is not None:
+            raise PrivacyError(
+                "this plan's noise is one site's share of it; nothing but a sum over sites may be released."
+            )
         if not self.private:
             return list(sums)
         return add_gaussian_noise(sums, self.noise_multiplier * self.max_grad_norm, stream)
+
+
+def _site_noise_multiplier(
+    privacy: PrivacyConfig, steps: int, others: tuple[GaussianSteps, ...], honest: int | None
+) -> float:
+    """Return what a site adds: of shares, the least that keeps to both epsilons, sum and share each beside `others`."""
+    alone = privacy.epsilon_alone
+    if honest is None or alone is None or privacy.noise_multiplier is not None:
+        return _noise_multiplier(privacy, privacy.sample_rate, steps, others)
+    together = _noise_multiplier(privacy, privacy.sample_rate, steps, others)
+    by_itself = privacy.model_copy(update={"epsilon": alone})
+    return max(noise_of_share(together, honest), _noise_multiplier(by_itself, privacy.sample_rate, steps, others))
 
 
 def _noise_multiplier(

@@ -167,6 +167,23 @@ def test_the_limits_bind_what_a_trusted_coordinator_adds() -> None:
     assert "noise multiplier is 4.0000; this site accepts no less than 4.1" in rule
 
 
+def test_spare_attempts_are_steps_that_a_job_plans() -> None:
+    shares = {"mechanism": "distributed", "max_colluding": 1, "epsilon_alone": 8.0, "noise_multiplier": 1.0}
+
+    def job(rounds: int, spare: int) -> SignedJob:
+        training = {"rounds": rounds, "local_steps": 1}
+        return signed(a_job(privacy=shares | {"spare_attempts": spare}, training=training, federation={"min_sites": 3}))
+
+    check_job(a_policy(), job(30, 10), now=NOW, site="north")
+    (rule,) = refusal(a_policy(), job(30, 11))
+    assert "plans 41 steps (30 rounds of 1 and 11 spare attempts); this site accepts at most 40" in rule
+    rules = refusal(a_policy(max_epsilon_per_job=0.5), job(100_000, 100_000))
+    assert [word in rule for word, rule in zip(["cut to 40 steps", "200,000 steps"], rules, strict=True)] == [
+        True,
+        True,
+    ]
+
+
 def test_boundary_values_pass() -> None:
     job = a_job()
     epsilon = PrivacyPlan.from_job(job).epsilon()

@@ -261,6 +261,23 @@ def test_a_trusted_coordinator_needs_a_consent_of_its_own(
         site.update.make(request_for(private_job(privacy={"mechanism": "none"})))
 
 
+SHARES = {"mechanism": "distributed", "max_colluding": 1, "epsilon": 2.0, "epsilon_alone": 8.0, "unit": "record"}
+
+
+def test_no_update_of_its_own_can_be_asked_of_a_site_that_adds_a_share(
+    site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
+) -> None:
+    """The plan's noise is then a share, which protects less than `privacy.epsilon` says."""
+    more = {"training": {"rounds": 3, "local_steps": 1}, "federation": {"min_sites": 3}}
+    site = Site(site_home(budget={"epsilon": 8.0, "delta": 0.02}))
+    with pytest.raises(PolicyError, match="sends nothing of a round but what is masked"):
+        site.update.make(request_for(private_job(privacy=SHARES, **more)))
+    with pytest.raises(PolicyError, match="up to twice as many, so the job's delta 0"):
+        site.update.make(request_for(private_job(privacy=SHARES | {"delta": 0.02}, **more)))
+    assert not (site.home / "rounds").exists()
+    assert not (site.home / "ledger.db").exists()
+
+
 def test_a_weaker_delta_than_the_sites_is_refused(
     site_home: MakeHome, private_job: MakeJob, request_for: MakeRequest
 ) -> None:
