@@ -61,8 +61,7 @@ class SecureCoordinator:
         self._min_sites, self._key_of = min_sites, key_of
         self._ready: dict[str, Ready] = {}
         self._holders: set[bytes] = set()
-        self._roster: Roster | None = None
-        self._context = b""
+        self._closed: tuple[Roster, bytes] | None = None  # and its context
         self._missing: set[str] = set()
         self._sum: NDArray[np.uint64] = np.zeros(num_words, WORD)
         self._end: Literal["opened", "voided"] | None = None
@@ -75,7 +74,7 @@ class SecureCoordinator:
         """
         if self._ready.get(ready.site) == ready:
             return
-        if self._roster is not None or self._end is not None:
+        if self._closed is not None or self._end is not None:
             why = "the roster was closed" if self._end is None else f"the attempt was {self._end}"
             raise TrustError(f"{ready.site} was ready after {why}; it can take part in the next attempt.")
         check_equal(self._same, ready)
@@ -100,25 +99,24 @@ class SecureCoordinator:
         Raises:
             RunError: if fewer than `min_sites` are ready; more may come then.
         """
-        if self._roster is None:
+        if self._closed is None:
             if len(self._ready) < self._min_sites:
                 raise RunError(
                     f"{len(self._ready)} sites are ready, expected {self._min_sites} or more; wait, or end it."
                 )
-            self._roster = tuple(self._ready[name] for name in sorted(self._ready))
-            self._context, self._missing = context(self._roster), set(self._ready)
-        return self._roster
+            roster = tuple(self._ready[name] for name in sorted(self._ready))
+            self._closed, self._missing = (roster, context(roster)), set(self._ready)
+        return self._closed[0]
 
     @property
     def context(self) -> bytes:
         """Of the roster, 32 bytes; raises `RunError` before it is closed."""
-        self._check_closed()
-        return self._context
+        return self._shown()[1]
 
     @property
     def missing(self) -> frozenset[str]:
         """Names on the roster whose masked input has not come; raises `RunError` before it is closed."""
-        self._check_closed()
+        self._shown()
         return frozenset(self._missing)
 
     def take_masked(self, masked: Masked) -> None:
@@ -129,10 +127,10 @@ class SecureCoordinator:
                 nothing is added then.
             RunError: if the roster is not closed.
         """
-        self._check_closed()
+        _, expected = self._shown()
         if self._end is not None:
             raise TrustError(f"a masked input of {masked.site} came after the attempt was {self._end}; it is not used.")
-        if masked.context != self._context:
+        if masked.context != expected:
             raise TrustError(f"the masked input of {masked.site} is for another roster; it cannot be added.")
         if masked.site not in self._ready:
             raise TrustError(f"{masked.site} sent a masked input and is not on the roster.")
@@ -158,7 +156,7 @@ class SecureCoordinator:
         Raises:
             RunError: if the attempt was voided, or somebody of the roster is missing: until then the sum is noise.
         """
-        self._check_closed()
+        self._shown()
         if self._end == "voided":
             raise RunError("the attempt was voided; its sum does not open. Start another attempt.")
         if self._missing:
@@ -171,6 +169,8 @@ class SecureCoordinator:
         self._sum.flags.writeable = False
         return self._sum.view(np.int64)
 
-    def _check_closed(self) -> None:
-        if self._roster is None:
+    def _shown(self) -> tuple[Roster, bytes]:
+        """Return the roster and its context."""
+        if self._closed is None:
             raise RunError("the roster is not closed; nobody has been shown it.")
+        return self._closed

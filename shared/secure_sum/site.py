@@ -76,8 +76,7 @@ class SecureSite:
         ).signed_by(key)
         self._context: bytes | None = None
         self._mask_keys: tuple[list[bytes], list[bytes]] | None = None  # added, subtracted
-        self._masked: Masked | None = None
-        self._input_sha256 = b""
+        self._made: tuple[bytes, Masked] | None = None  # SHA-256 of the input, and what was sent
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("a site in an attempt is in one place; a copy would mask a second input with the same keys")
@@ -101,8 +100,8 @@ class SecureSite:
         self._check(roster, min_sites)
         self._check_signatures(roster, key_of)
         found = context(roster)
-        if self._context is None:
-            self._bind(roster, found)
+        if self._secret is not None:
+            self._bind(roster, found, self._secret)
         elif self._context != found:
             raise TrustError(
                 f"{self._ready.site} has accepted another roster in attempt {self._ready.attempt}; its key is for that one only. "
@@ -132,20 +131,20 @@ class SecureSite:
             )
         total = np.array(words, WORD)
         input_sha256 = hashlib.sha256(total.data).digest()
-        if self._masked is None:
+        if self._made is None:
             # Dropped first: whatever happens from here on, the masks are not used for a second input.
             keys, self._mask_keys = self._mask_keys, None
             if keys is None:
                 raise PrivacyError("masking was broken off; this site has dropped out of the attempt.")
             add_masks(total, plus=keys[0], minus=keys[1])
             made = Masked(site=self._ready.site, context=context, words=total.tobytes())
-            self._masked, self._input_sha256 = made.signed_by(self._key, self._ready), input_sha256
-        elif self._input_sha256 != input_sha256:
+            self._made = input_sha256, made.signed_by(self._key, self._ready)
+        if self._made[0] != input_sha256:
             raise PrivacyError(
                 "another input was masked in this attempt; the same masks on a second one would open the difference of both. "
                 "A new input needs another attempt."
             )
-        return self._masked
+        return self._made[1]
 
     def _check(self, roster: Roster, min_sites: int) -> None:
         """What can be seen without anybody's key."""
@@ -186,18 +185,15 @@ class SecureSite:
         if len(holders) != len(roster):
             raise TrustError("two sites of the roster have certificates of the same key; together they count as one.")
 
-    def _bind(self, roster: Roster, found: bytes) -> None:
+    def _bind(self, roster: Roster, found: bytes, private: X25519PrivateKey) -> None:
         """Agree with every other site on a mask key for this context, and drop the key that could do it for another."""
-        if self._secret is None:
-            raise TrustError(f"{self._ready.site} has no key for attempt {self._ready.attempt} any more.")
         own = (self._ready.site, self._ready.public_key)
         plus: list[bytes] = []
         minus: list[bytes] = []
         for entry in roster:
             if entry.site != own[0]:
-                secret = agree(self._secret, entry.public_key, entry.site)
+                secret = agree(private, entry.public_key, entry.site)
+                key = mask_key(secret, found, own, (entry.site, entry.public_key))
                 # The first of a pair by name adds, the second subtracts.
-                (plus if own[0] < entry.site else minus).append(
-                    mask_key(secret, found, own, (entry.site, entry.public_key))
-                )
+                (plus if own[0] < entry.site else minus).append(key)
         self._mask_keys, self._context, self._secret = (plus, minus), found, None

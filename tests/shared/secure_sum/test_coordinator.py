@@ -108,7 +108,7 @@ def test_what_cannot_be_on_a_roster_is_refused() -> None:
     here.keys[B] = new_key()
     found.take_ready(site(B, here.keys[B]).ready())
     found.close()
-    check_ready_refused(found, here.sites[C].ready(), f"{C} was ready after the roster was closed")
+    check_ready_refused(found, here.sites[C].ready(), f"{C} was ready after the roster was closed; it can")
 
 
 def ready_with(here: Attempt, name: str, **changes: Any) -> Ready:
@@ -144,6 +144,14 @@ def test_the_sum_opens_only_when_all_came() -> None:
         assert (found.open() == opened).all()
         with pytest.raises(ValueError, match="read-only"):
             opened[0] = 0
+
+
+def test_who_is_missing_is_named_as_far_as_it_fits_a_line() -> None:
+    found = collected(attempt(7))
+    with pytest.raises(
+        RunError, match=r"7 of 7 .* \(site-000, site-001, site-002, site-003, site-004\); the sum opens"
+    ):
+        found.open()
 
 
 def test_a_refused_input_does_not_touch_the_sum() -> None:
@@ -198,7 +206,7 @@ def test_what_comes_late_is_refused() -> None:
     for name in here.names:
         found.take_masked(masked[name])
     found.open()
-    check_masked_refused(found, masked[A], f"a masked input of {A} came after the attempt was opened")
+    check_masked_refused(found, masked[A], f"a masked input of {A} came after the attempt was opened; it is not used")
 
 
 def test_a_voided_attempt_never_opens() -> None:
@@ -206,6 +214,7 @@ def test_a_voided_attempt_never_opens() -> None:
     found, masked = collected(here), here.masked(here.inputs())
     found.take_masked(masked[A])
     found.void()
+    assert found._sum.nbytes == 0
     check_masked_refused(found, masked[B], f"a masked input of {B} came after the attempt was voided")
     with pytest.raises(RunError, match="the attempt was voided; its sum does not open"):
         found.open()

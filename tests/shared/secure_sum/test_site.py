@@ -95,6 +95,14 @@ def test_a_roster_of_too_many_is_refused() -> None:
     check_refused(here, (here.sites[A].ready(), *others), "the roster has 1001 sites")
 
 
+def test_a_roster_of_the_most_sites_is_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_module, "MOST_SITES", 3)
+    here = attempt(4)
+    with pytest.raises(TrustError, match="the roster has 4 sites, expected 2 to 3"):
+        here.accept(A, here.roster())
+    here.accept(A, here.roster([A, B, C]))
+
+
 def test_names_come_once_and_in_order() -> None:
     here = attempt(4)
     roster = here.roster()
@@ -325,6 +333,17 @@ def test_what_is_no_input_is_refused_and_uses_up_nothing(values: Any) -> None:
     with pytest.raises(PrivacyError, match="an input of the secure sum is 1 to"):
         here.sites[A].masked(values, ctx)
     here.sites[A].masked(words(5), ctx)
+
+
+def test_one_word_is_enough_and_there_is_a_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(site_module, "MOST_WORDS", 3)
+    for count in (1, 3):
+        here = attempt(2)
+        here.sites[A].masked(words(count), here.accept(A, here.roster()))
+    here = attempt(2)
+    ctx = here.accept(A, here.roster())
+    with pytest.raises(PrivacyError, match="is 1 to 3 unsigned words"):
+        here.sites[A].masked(words(4), ctx)
 
 
 def test_strided_words_are_the_same_words() -> None:
