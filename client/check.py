@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
+from client.ledger.account import PROMISES
 from client.link.client import welcome
 from client.link.handshake import tls_facts
 from client.node.node import credentials_of
+from client.policy.policy import load_policy
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, load_identity, open_log, open_site
-from client.site.policy import load_policy
 from shared.data.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
 from shared.data.deidentify.report import MaskTally
 from shared.data.overlap import num_shared
@@ -24,7 +25,7 @@ from shared.job.job import Job
 from shared.job.values import PERSON_UNITS
 from shared.privacy.sizes import default_delta
 from shared.trust.audit_log import verify
-from shared.trust.certificates import expiry_warning
+from shared.trust.certificates import expiry_warning, fingerprint
 from shared.trust.keystore import Seal, is_encrypted, load_secret
 from shared.trust.signing import load_verify_key
 
@@ -100,8 +101,11 @@ def check_site(
 def _settings(home: SiteHome) -> tuple[Outcome, str]:
     config = home.load_config()
     budget = config.budget
+    alone = (
+        "" if budget.epsilon_alone is None else f" ({as_set(budget.epsilon_alone)} with each masked input by itself)"
+    )
     text = (
-        f"site {config.name}, budget epsilon {as_set(budget.epsilon)} at delta {delta_rounded_up(budget.delta)} for each "
+        f"site {config.name}, budget epsilon {as_set(budget.epsilon)}{alone} at delta {delta_rounded_up(budget.delta)} for each "
         f"{budget.unit}, composition {budget.composition}"
     )
     if budget.composition == "fixed":
@@ -113,9 +117,11 @@ def _settings(home: SiteHome) -> tuple[Outcome, str]:
 
 def _policy(home: SiteHome) -> tuple[Outcome, str]:
     policy = load_policy(home.policy)
+    alone = "" if policy.max_epsilon_alone is None else f" ({as_set(policy.max_epsilon_alone)} by masked inputs alone)"
     return "ok", (
-        f"jobs signed by {', '.join(policy.signers)}; epsilon at most {as_set(policy.max_epsilon_per_job)} a job, "
+        f"jobs signed by {', '.join(policy.signers)}; epsilon at most {as_set(policy.max_epsilon_per_job)}{alone} a job, "
         f"{len(policy.backbones)} backbones, at least {policy.min_sites} sites"
+        + (f", {len(policy.peers)} of them known by their keys" if policy.peers else "")
     )
 
 
@@ -136,7 +142,10 @@ def _certificate(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
     identity = load_identity(home, passphrase=passphrase)
     if warning := expiry_warning(identity.certificate, datetime.now(UTC)):
         return "warning", f"{warning} See `silotune site rotate`."
-    return "ok", f"valid until {identity.certificate.not_valid_after_utc:%Y-%m-%d}"
+    return "ok", (
+        f"valid until {identity.certificate.not_valid_after_utc:%Y-%m-%d}; fingerprint of its key, for the policies of other "
+        f"sites: {fingerprint(identity.private_key.public_key())}"
+    )
 
 
 def _data(home: SiteHome) -> tuple[Outcome, str]:
@@ -203,12 +212,13 @@ def _ledger(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:
         opened().outbox.check_charged([])  # a ledger that was removed
         return "ok", "not begun; the first accepted job begins it"
     ledger = opened().checked_ledger()
-    spent, cap = ledger.spent_epsilon(), ledger.budget.epsilon
-    outcome: Outcome = "ok" if spent < cap else "warning"
-    return (
-        outcome,
-        f"chain unbroken, {len(ledger.entries())} entries, epsilon {rounded_up(spent)} of {as_set(cap)} spent",
-    )
+    spent = {promise: ledger.spent_epsilon(promise=promise) for promise in PROMISES}
+    caps = {promise: ledger.budget.cap(promise) for promise in PROMISES}
+    outcome: Outcome = "ok" if all(spent[promise] < caps[promise] for promise in PROMISES) else "warning"
+    text = f"epsilon {rounded_up(spent['together'])} of {as_set(caps['together'])} spent"
+    if (spent["alone"], caps["alone"]) != (spent["together"], caps["together"]):
+        text += f", {rounded_up(spent['alone'])} of {as_set(caps['alone'])} with each masked input by itself"
+    return outcome, f"chain unbroken, {len(ledger.entries())} entries, {text}"
 
 
 def _known_records(home: SiteHome, opened: Callable[[], Site]) -> tuple[Outcome, str]:

@@ -47,8 +47,7 @@ from shared.trust.signing import SigningKey, find_verify_key, load_signing_key, 
 from shared.trust.trust_store import verify_certificate
 
 if TYPE_CHECKING:
-    from shared.privacy.accounting import GaussianSteps
-    from shared.privacy.ledger_export import LedgerExport
+    from shared.privacy.ledger_export import ChargedSteps, LedgerExport
 
 site_app = typer.Typer(
     name="site", help="Run a site: a node that trains on records that stay here.", no_args_is_help=True
@@ -81,7 +80,7 @@ def init(
     ] = "adaptive",
 ) -> None:
     """Make the folder, the keys, the certificate request and first versions of site.toml and policy.toml."""
-    from client.site.policy import policy_template
+    from client.policy.template import policy_template
 
     place = SiteHome(home)
     if place.config.exists():
@@ -395,7 +394,7 @@ def ledger(
 @site_app.command()
 def policy(home: HomeArgument) -> None:
     """Check policy.toml and show what it allows."""
-    from client.site.policy import load_policy
+    from client.policy.policy import load_policy
 
     loaded = load_policy(SiteHome(home).policy)
     typer.echo(json.dumps(loaded.model_dump(mode="json"), indent=2, ensure_ascii=False))
@@ -419,22 +418,30 @@ def _pair(item: str, option: str) -> tuple[str, str]:
 def _show_account(account: LedgerExport, *, as_json: bool) -> None:
     from shared.privacy.accounting import compose_epsilon
 
-    spent = account.rule.epsilon(account.mechanisms)
-    jobs: dict[str, list[GaussianSteps]] = {}
+    spent, spent_alone = account.rule.epsilon(account.mechanisms), account.rule_alone.epsilon(account.mechanisms_alone)
+    jobs: dict[str, list[ChargedSteps]] = {}
     for charged in sorted(account.charges, key=lambda charged: charged.job_id):
-        jobs.setdefault(charged.job_id, []).append(charged.mechanism)
+        jobs.setdefault(charged.job_id, []).append(charged)
+    epsilons = {
+        job: compose_epsilon([c.together or c.mechanism for c in of_job], account.delta) for job, of_job in jobs.items()
+    }
+    alone = {job: compose_epsilon([c.mechanism for c in of_job], account.delta) for job, of_job in jobs.items()}
     if as_json:
         typer.echo(
             json.dumps(
                 {
                     "epsilon_spent": spent,
                     "epsilon_budget": account.epsilon,
+                    "epsilon_alone_spent": spent_alone,
+                    "epsilon_alone_budget": account.cap_alone,
                     "delta": account.delta,
                     "unit": account.unit,
                     "composition": account.composition,
                     "orders": account.orders,
+                    "orders_alone": account.rule_alone.orders,
                     "entries": account.num_entries,
-                    "jobs": {job: compose_epsilon(events, account.delta) for job, events in jobs.items()},
+                    "jobs": epsilons,
+                    "jobs_alone": alone,
                 }
             )
         )
@@ -444,16 +451,28 @@ def _show_account(account: LedgerExport, *, as_json: bool) -> None:
         f"epsilon {rounded_up(spent, 4)} of {as_set(account.epsilon)} spent at delta {delta_rounded_up(account.delta)} for each "
         f"{account.unit}; the chain is unbroken"
     )
+    # Without sums over sites, and with one cap, there is nothing more to tell.
+    shares = any(charged.together for charged in account.charges)
+    if shares or account.cap_alone != account.epsilon:
+        console.print(
+            f"epsilon {rounded_up(spent_alone, 4)} of {as_set(account.cap_alone)} spent with each masked input by itself: if "
+            "secure aggregation fails, and all other sites collude"
+        )
     console.print(_explain_composition(account.composition, account.orders))
-    table = Table("job", "rounds", "steps", "epsilon alone", box=None)
-    for job, events in jobs.items():
-        steps = sum(event.steps for event in events)
-        table.add_row(job[:12], str(len(events)), str(steps), rounded_up(compose_epsilon(events, account.delta), 4))
+    table = Table("job", "charges", "steps", "its epsilon", *(["by itself"] if shares else []), box=None)
+    for job, of_job in jobs.items():
+        cells = [
+            job[:12],
+            str(len(of_job)),
+            str(sum(charged.steps for charged in of_job)),
+            rounded_up(epsilons[job], 4),
+        ]
+        table.add_row(*cells, *([rounded_up(alone[job], 4)] if shares else []))
     console.print(table)
     for held in account.held_back:
         console.print(
-            f"job {held.job_id[:12]} may stop early, or did: the {held.steps} steps that it has not taken count as spent, and no "
-            "other job gets them (composition fixed)"
+            f"job {held.job_id[:12]} may take fewer steps, or did: the {held.steps} steps that it has not taken count as spent, "
+            "and no other job gets them (composition fixed)"
         )
 
 

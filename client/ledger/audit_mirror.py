@@ -21,7 +21,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NoReturn
 
-from client.ledger.account import Account
+from client.ledger.account import Account, Promise
 from client.ledger.file import Entry
 from client.ledger.ledger import Ledger
 from shared.errors import LedgerError, PrivacyError, TrustError
@@ -96,7 +96,15 @@ class AuditMirror:
                 )
 
 
-def recount(log_folder: Path, *, delta: float, dataset: str, unit: str, job_id: str | None = None) -> float:
+def recount(
+    log_folder: Path,
+    *,
+    delta: float,
+    dataset: str,
+    unit: str,
+    job_id: str | None = None,
+    promise: Promise = "together",
+) -> float:
     """Return the spend of one account at `delta`, or epsilon of one of its jobs by PLD, from the audit log alone.
 
     Reserved steps count until they are committed, then the executed ones do, and imported charges do: what
@@ -116,11 +124,10 @@ def recount(log_folder: Path, *, delta: float, dataset: str, unit: str, job_id: 
             account.take(details["sequence"], details["kind"], entry.time, details["payload"])
         except (KeyError, TypeError, PrivacyError):
             _misplaced(log_folder, entry, "it is not a complete ledger entry")
-    events = account.events(job_id)
     if job_id is not None or not account.caps:
-        return compose_epsilon(events, delta)
-    rule = account.rule(delta=delta)
-    return rule.epsilon(account.counted(rule.composition))
+        return compose_epsilon(account.events(job_id, promise=promise), delta)
+    rule = account.rule(delta=delta, promise=promise)
+    return rule.epsilon(account.counted(rule.composition, promise=promise))
 
 
 def _misplaced(folder: Path, entry: audit_chain.Entry, what: str) -> NoReturn:

@@ -9,8 +9,9 @@ Formal guarantees (tests in tests/client/ledger/test_ledger.py, unless another f
       has not released more than was charged (test_kill_at_any_moment_never_loses_a_charge,
       test_every_write_is_synchronised_with_the_disk).
     * Hard stop: after every successful `reserve`, the spend of all charges of the account, by its own rule, is within
-      the cap; a refused charge writes nothing (test_hard_stop_exactly_at_the_cap, test_hard_stop_of_the_filter,
-      test_two_processes_race_for_the_last_affordable_charge, also with the filter).
+      both caps; a refused charge writes nothing (test_hard_stop_exactly_at_the_cap, test_hard_stop_of_the_filter,
+      test_two_processes_race_for_the_last_affordable_charge, also with the filter; of the second cap, which is the first one
+      where it is not set: tests/client/ledger/test_two_promises.py).
     * With composition "adaptive", what the account has released is (epsilon, delta)-DP at its cap also if each run was
       planned after seeing the results of earlier ones (shared/privacy/filter.py and its tests). With "fixed", only if the
       plans of all runs were fixed before the first started: PLD composition of all declared events. There a job that may stop
@@ -37,18 +38,20 @@ Not guaranteed
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from client.ledger.account import (
     CHARGING_KINDS,
+    PROMISES,
     Account,
     Budget,
     Charge,
     Charged,
+    Promise,
     check_name,
     check_sha256,
     dataset_key,
@@ -65,7 +68,7 @@ from shared.trust.keystore import Seal
 class Ledger:
     """The account (`dataset`, `unit`) in the ledger file at `path`; a new file is private to its owner.
 
-    The cap is the site's own configuration: it may differ at each opening, and each change is recorded.
+    The caps are the site's own configuration: they may differ at each opening, and each change is recorded.
     Any number of processes may open one file; within a process, use one `Ledger` for each thread.
     Every method raises `LedgerError` if the file cannot be used or its chain of entries is broken.
 
@@ -112,20 +115,18 @@ class Ledger:
         """Charge the declared steps of one round, durably, and return the id of the reservation.
 
         Raises:
-            BudgetExceeded: if everything charged so far with this would cross the cap; nothing is written.
+            BudgetExceeded: if everything charged so far with this would cross a cap; nothing is written.
         """
         # 1. Compose before taking the lock, so that nobody waits for the accountant: step 2 then finds the
-        #    sum in the accountant's cache, unless another process charged in between.
-        account = self._account()
-        self._rule(account).epsilon(account.counted(self.budget.composition, charge))
+        #    sums in the accountant's cache, unless another process charged in between.
+        self._spends(self._account(), charge)
 
         # 2. Check and charge under one lock. An epsilon that is not a number is refused too.
         reservation = None
         with self._file.transaction("IMMEDIATE"):
             entries = self._file.read_chain()
-            account = self._account(entries)
-            epsilon = self._rule(account).epsilon(account.counted(self.budget.composition, charge))
-            if epsilon <= self.budget.epsilon:
+            spends = self._spends(self._account(entries), charge)
+            if all(spends[promise] <= self.budget.cap(promise) for promise in PROMISES):
                 payload = {name: value for name, value in asdict(charge).items() if value is not None}
                 reservation = self._append(entries, "reserve", payload).sequence
         if reservation is not None:
@@ -133,7 +134,7 @@ class Ledger:
             return reservation
 
         # 3. Refuse. Finding out what would fit is slow, so the lock is free again.
-        raise self._refusal(charge, epsilon)
+        raise self._refusal(charge, spends)
 
     def commit(self, reservation_id: int, *, executed_steps: int, release_sha256: str) -> None:
         """Record what a reserved round executed and releases; steps not executed are no longer charged.
@@ -172,37 +173,50 @@ class Ledger:
             self._append(entries, "commit", payload)
         self._call_mirror()
 
-    def anticipate(self, mechanism: GaussianSteps) -> None:
-        """Do now, while nobody waits, the accounting that the next charge of `mechanism` will ask for; charges nothing."""
+    def anticipate(self, mechanism: GaussianSteps, together: GaussianSteps | None = None) -> None:
+        """Do now, while nobody waits, the accounting that the next charge like this will ask for; charges nothing."""
         account = self._account()
-        self._rule(account).epsilon([*account.counted(self.budget.composition), mechanism])
+        more: dict[Promise, GaussianSteps] = {"together": together or mechanism, "alone": mechanism}
+        for promise in PROMISES:
+            counted = account.counted(self.budget.composition, promise=promise)
+            self._rule(account, promise).epsilon([*counted, more[promise]])
 
-    def events(self, job_id: str | None = None) -> list[GaussianSteps]:
+    def events(self, job_id: str | None = None, *, promise: Promise = "together") -> list[GaussianSteps]:
         """Return the charges of the account, or of one job: executed steps; reserved until committed."""
-        return self._account().events(job_id)
+        return self._account().events(job_id, promise=promise)
 
     def charges(self, job_id: str) -> list[Charged]:
         """Return the charges of one job, oldest first."""
         return [charged for charged in self._account().charges.values() if charged.job_id == job_id]
 
-    def spent_epsilon(self, job_id: str | None = None) -> float:
+    def spent_epsilon(self, job_id: str | None = None, *, promise: Promise = "together") -> float:
         """Return the spend of the account by its own rule, or epsilon of one job by PLD, at `budget.delta`.
 
         A job is one plan that was fixed before it started, so PLD holds for it, alone.
         """
         account = self._account()
         if job_id is not None:
-            return compose_epsilon(account.events(job_id), self.budget.delta)
-        return self._rule(account).epsilon(account.counted(self.budget.composition))
+            return compose_epsilon(account.events(job_id, promise=promise), self.budget.delta)
+        return self._spend(account, promise)
 
-    def affordable_steps(self, *, noise_multiplier: float, sample_rate: float) -> int:
-        """Return how many more steps of one mechanism fit under the cap; takes seconds of accounting."""
+    def affordable_steps(
+        self, *, noise_multiplier: float, sample_rate: float, noise_together: float | None = None
+    ) -> int:
+        """Return how many more steps of one mechanism fit under both caps; takes seconds of accounting.
+
+        Args:
+            noise_together: noise multiplier of the sum, if `noise_multiplier` is that of one site's share.
+        """
         account = self._account()
-        return self._rule(account).affordable_steps(
-            account.counted(self.budget.composition),
-            noise_multiplier=noise_multiplier,
-            sample_rate=sample_rate,
-            cap=self.budget.epsilon,
+        noise: dict[Promise, float] = {"together": noise_together or noise_multiplier, "alone": noise_multiplier}
+        return min(
+            self._rule(account, promise).affordable_steps(
+                account.counted(self.budget.composition, promise=promise),
+                noise_multiplier=noise[promise],
+                sample_rate=sample_rate,
+                cap=self.budget.cap(promise),
+            )
+            for promise in PROMISES
         )
 
     def export(self, *, site: str, declared_records: int) -> LedgerExport:
@@ -214,33 +228,22 @@ class Ledger:
         """
         entries = self.entries()
         account = self._account(entries)
-        charges = [
-            ChargedSteps(
-                job_id=charged.job_id,
-                round=charged.round,
-                **asdict(charged.mechanism),
-                committed=charged.committed,
-                time=charged.time,
-                planned_steps=charged.planned_steps,
-            )
-            for charged in account.charges.values()
-        ]
-        # It counts for whoever plans, and goes along to another machine.
-        held_back = [
-            ChargedSteps(job_id=job, round=0, **asdict(mechanism), committed=False, time=self._file.now())
-            for job, mechanism in account.held_back(self.budget.composition).items()
-        ]
+        held_back = account.held_back(self.budget.composition).values()
+        orders_alone = account.orders_of("alone")
         return LedgerExport(
             site=site,
             dataset=self._names["dataset"],
             unit=self._names["unit"],
             declared_records=declared_records,
             epsilon=self.budget.epsilon,
+            epsilon_alone=self.budget.epsilon_alone,
             delta=self.budget.delta,
             composition=self.budget.composition,
-            orders=account.orders,
-            charges=tuple(charges),
-            held_back=tuple(held_back),
+            orders=account.orders_of("together"),
+            orders_alone=() if orders_alone == account.orders_of("together") else orders_alone,
+            charges=tuple(_exported(charged) for charged in account.charges.values()),
+            # It counts for whoever plans, and goes along to another machine.
+            held_back=tuple(_exported(replace(held, time=self._file.now())) for held in held_back),
             num_entries=len(entries),
             head_sha256=entries[-1].entry_sha256,
             exported_at=self._file.now(),
@@ -287,9 +290,14 @@ class Ledger:
                 }
                 if charged.planned_steps is not None:
                     payload["planned_steps"] = charged.planned_steps
+                if charged.together is not None:
+                    payload["together"] = asdict(charged.together)
+                if charged.attempt is not None:
+                    payload["attempt"] = charged.attempt
                 entries.append(self._append(entries, "imported", payload))
-            # The filter's orders were fixed there, before the first of these charges.
-            self._append(entries, "budget", self._cap(export.rule.orders))
+            # The filters' orders were fixed there, before the first of these charges.
+            orders, orders_alone = export.rule.orders, export.rule_alone.orders
+            self._append(entries, "budget", account.entry_of(self.budget, orders=orders, orders_alone=orders_alone))
         self._call_mirror()
 
     def entries(self) -> list[Entry]:
@@ -314,7 +322,8 @@ class Ledger:
             account = self._account(entries)
             if not account.caps:
                 entries.append(self._append(entries, "open", {"schema_version": SCHEMA_VERSION}))
-            cap = self._cap(account.orders_for(self.budget))
+            orders, orders_alone = (account.orders_for(self.budget, promise) for promise in PROMISES)
+            cap = account.entry_of(self.budget, orders=orders, orders_alone=orders_alone)
             if not account.caps or account.caps[-1] != cap:
                 self._append(entries, "budget", cap)
         self._call_mirror()
@@ -334,14 +343,6 @@ class Ledger:
         for charged in (*export.charges, *export.held_back):
             check_name("job_id of a charge in the export", charged.job_id)
 
-    def _cap(self, orders: tuple[int, ...]) -> dict[str, Any]:
-        return {
-            "epsilon": float(self.budget.epsilon),
-            "delta": float(self.budget.delta),
-            "composition": self.budget.composition,
-            "orders": list(orders),
-        }
-
     def _account(self, entries: list[Entry] | None = None) -> Account:
         entries = self.entries() if entries is None else entries
         self._check_unit(entries)
@@ -360,8 +361,15 @@ class Ledger:
                 f'released before would be missing in the sum. Set budget.unit = "{other[0]}" in site.toml again.'
             )
 
-    def _rule(self, account: Account) -> SpendingRule:
-        return account.rule(delta=self.budget.delta, composition=self.budget.composition)
+    def _rule(self, account: Account, promise: Promise = "together") -> SpendingRule:
+        return account.rule(delta=self.budget.delta, composition=self.budget.composition, promise=promise)
+
+    def _spend(self, account: Account, promise: Promise, further: Charge | None = None) -> float:
+        counted = account.counted(self.budget.composition, further, promise=promise)
+        return self._rule(account, promise).epsilon(counted)
+
+    def _spends(self, account: Account, further: Charge) -> dict[Promise, float]:
+        return {promise: self._spend(account, promise, further) for promise in PROMISES}
 
     def _append(self, entries: list[Entry], kind: str, details: dict[str, Any]) -> Entry:
         return self._file.append(entries, kind, self._names | details)
@@ -370,18 +378,43 @@ class Ledger:
         if self._mirror is not None:
             self._mirror(self)
 
-    def _refusal(self, charge: Charge, epsilon: float) -> BudgetExceeded:
-        sigma, q = charge.mechanism.noise_multiplier, charge.mechanism.sample_rate
-        steps = self.affordable_steps(noise_multiplier=sigma, sample_rate=q)
+    def _refusal(self, charge: Charge, spends: Mapping[Promise, float]) -> BudgetExceeded:
+        sigma, q, summed = charge.mechanism.noise_multiplier, charge.mechanism.sample_rate, charge.together
+        steps = self.affordable_steps(
+            noise_multiplier=sigma, sample_rate=q, noise_together=None if summed is None else summed.noise_multiplier
+        )
+        share = "" if summed is None else f" (the sum's: {noise_rounded_down(summed.noise_multiplier)})"
+        # A spend that is not a number exceeds every cap.
+        crossed = next(promise for promise in PROMISES if not spends[promise] <= self.budget.cap(promise))
+        alone = ", each masked input counted by itself" if crossed == "alone" else ""
+        which = "" if crossed == "together" else f" for that ({self._key_of_alone()})"
         return BudgetExceeded(
             f"round {charge.round} of job {charge.job_id} asks for {charge.mechanism.steps} steps at noise "
-            f"multiplier {noise_rounded_down(sigma)} and sample rate {rate_rounded_up(q)}. That would bring "
-            f"{self._name()} from epsilon {rounded_up(self.spent_epsilon(), 6)} to {rounded_up(epsilon, 6)} at delta "
-            f"{delta_rounded_up(self.budget.delta)} ({self.budget.composition} composition); the site's cap is "
-            f"{as_set(self.budget.epsilon)}. Nothing was charged. {steps} such steps still fit: ask for no more than "
-            "that, for more noise or a smaller sample rate, or raise the site's cap in its settings.",
+            f"multiplier {noise_rounded_down(sigma)}{share} and sample rate {rate_rounded_up(q)}. That would bring "
+            f"{self._name()} from epsilon {rounded_up(self.spent_epsilon(promise=crossed), 6)} to "
+            f"{rounded_up(spends[crossed], 6)} at delta {delta_rounded_up(self.budget.delta)} ({self.budget.composition} "
+            f"composition{alone}); the site's cap{which} is {as_set(self.budget.cap(crossed))}. Nothing was charged. {steps} "
+            "such steps still fit: ask for no more than that, for more noise or a smaller sample rate, or raise the site's cap "
+            "in its settings.",
             steps_affordable=steps,
         )
 
+    def _key_of_alone(self) -> str:
+        unset = self.budget.epsilon_alone is None
+        return "budget.epsilon, as budget.epsilon_alone is not set" if unset else "budget.epsilon_alone"
+
     def _name(self) -> str:
         return f"data set {self._names['dataset']!r} (unit: {self._names['unit']})"
+
+
+def _exported(charged: Charged) -> ChargedSteps:
+    return ChargedSteps(
+        job_id=charged.job_id,
+        round=charged.round,
+        **asdict(charged.mechanism),
+        noise_together=None if charged.together is None else charged.together.noise_multiplier,
+        committed=charged.committed,
+        time=charged.time,
+        planned_steps=charged.planned_steps,
+        attempt=charged.attempt,
+    )

@@ -1,4 +1,4 @@
-"""`site.toml`: everything that a site decides for itself, except what it accepts (`client.site.policy`)."""
+"""`site.toml`: everything that a site decides for itself, except what it accepts (`client.policy.policy`)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
+from client.ledger.account import Budget
 from shared.data.datasets import PERSON_ROLE, DataSource
+from shared.epsilons import as_set
 from shared.job.compute import ComputeConfig
 from shared.job.parsing import Section
 from shared.job.values import PERSON_UNITS, Delta, Name, Unit
@@ -17,18 +19,37 @@ from shared.service.page import Listen
 
 
 class BudgetConfig(Section):
-    """The site's cap for its data set, counted by one unit of privacy."""
+    """The site's caps for its data set, counted by one unit of privacy."""
 
     unit: Unit = "record"
     """What the cap protects: each `record`, or each `patient` or `customer` with all their records. Only jobs of the same
     `privacy.unit` are accepted. It cannot change once something was charged; see docs/decisions/0010."""
     epsilon: float = Field(gt=0)
-    """All releases from this data set together stay below this."""
+    """All releases from this data set together stay below this. Of jobs of the mechanism `distributed` it counts the sums that
+    this site's masked inputs go into: against the coordinator and up to the job's `max_colluding` sites."""
+    epsilon_alone: float | None = Field(default=None, gt=0)
+    """The same where each masked input counts by itself, as if secure aggregation failed completely and all other sites colluded.
+    From `epsilon` up; None: as much as `epsilon`, so that such jobs weaken nothing."""
     delta: Delta = 1e-5
     """At this failure probability; a job with a weaker one is refused."""
     composition: Literal["adaptive", "fixed"] = "fixed"
     """`adaptive`: holds also if a run is planned after seeing the results of earlier ones, and allows fewer steps.
     `fixed`: holds only if the plans of all runs were fixed before the first one. `silotune site init` writes `adaptive`."""
+
+    @model_validator(mode="after")
+    def _check_caps(self) -> Self:
+        if self.epsilon_alone is not None and self.epsilon_alone < self.epsilon:
+            raise ValueError(
+                f"epsilon_alone is {as_set(self.epsilon_alone)}, below epsilon {as_set(self.epsilon)}; what is released counts "
+                "at least as much by itself, so epsilon could never be reached. Lower epsilon, or raise epsilon_alone"
+            )
+        return self
+
+    def caps(self) -> Budget:
+        """Return them as the ledger takes them."""
+        return Budget(
+            epsilon=self.epsilon, delta=self.delta, composition=self.composition, epsilon_alone=self.epsilon_alone
+        )
 
 
 class AnswersConfig(Section):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -18,12 +18,12 @@ from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from client.ledger.account import Promise
 from client.ledger.audit_mirror import AuditMirror
 from client.ledger.ledger import Ledger
-from client.site.charged_records import RECORDS_FILE, ChargedRecords
-from client.site.declared import durable_size
-from client.site.limits import check_adapter_size
-from client.site.policy import (
+from client.policy.limits import check_adapter_size
+from client.policy.peers import check_peers
+from client.policy.policy import (
     Policy,
     check_backbone,
     check_clock,
@@ -33,12 +33,15 @@ from client.site.policy import (
     check_spend,
     load_policy,
 )
+from client.site.charged_records import RECORDS_FILE, ChargedRecords
+from client.site.declared import durable_size
 from shared.errors import BudgetExceeded, PolicyError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.job.model import ModelConfig
 from shared.models.backbones import backbone_folder, backbone_sha256
 from shared.models.images import image_network_sha256
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.sizes import declared_size
 from shared.trust.audit_log import AuditLog, Event
@@ -142,14 +145,55 @@ class Guard:
         check_clock(self.policy, sent_at, now - timedelta(seconds=request.waited_seconds))
         check_hours(self.policy, now.astimezone())
 
-    def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None:
-        """Raise `PolicyError` if this job, repeated rounds included, would spend more than the policy allows a job."""
-        events = [*ledger.events(job.sha256), mechanism]
-        planned = PrivacyPlan.from_job(job).events
-        # Within its plan a job spends what `admit_job` checked, and the accountant remembers that sum.
-        if _steps(events) <= _steps(planned):
-            events = list(planned)
-        check_spend(self.policy, compose_epsilon(events, job.privacy.delta))
+    def admit_spend(
+        self, ledger: Ledger, job: Job, mechanism: GaussianSteps, together: GaussianSteps | None = None
+    ) -> None:
+        """Raise `PolicyError` if this job, what it repeated included, would spend more than the policy allows a job.
+
+        Args:
+            mechanism: the steps about to be charged, with the noise in what leaves the site.
+            together: the same with the noise of the sum that it goes into, if it goes into one.
+        """
+        alone = PrivacyPlan.from_job(job)
+        summed = alone if together is None else DistributedPlan.from_job(job).together
+        spend = functools.partial(_job_epsilon, ledger, job)
+        check_spend(
+            self.policy,
+            spend("together", together or mechanism, summed),
+            spend("alone", mechanism, alone),
+        )
+
+    def admit_attempt(self, ledger: Ledger, job: Job, round_number: int, attempt: int) -> None:
+        """Raise `PolicyError` unless a job's rounds go forward, and the attempts at each, within its plan and the policy.
+
+        Every attempt in which a masked input left was charged, whether its sum was opened or not; who asks for the same one again
+        gets the stored bytes or nothing, so here each comes once.
+        """
+        charges = ledger.charges(job.sha256)
+        last_round = max((charged.round for charged in charges), default=0)
+        if not last_round <= round_number <= job.training.rounds:
+            raise PolicyError(
+                f"round {round_number} was asked for, but the job has {job.training.rounds} rounds, and this site has taken part "
+                f"in round {last_round}; rounds go forward only. If the coordinator's folder was put back to an older state, "
+                "submit the job anew."
+            )
+        attempts = [charged.attempt or 0 for charged in charges if charged.round == round_number]
+        if attempts and attempt <= max(attempts):
+            raise PolicyError(
+                f"attempt {attempt} at round {round_number} was asked for, but this site has taken part in attempt "
+                f"{max(attempts)}; each needs a number above all before it."
+            )
+        if len(attempts) >= (most := self.policy.max_attempts_per_round):
+            raise PolicyError(
+                f"this site has taken part in {len(attempts)} attempts at round {round_number}; its policy allows {most} a "
+                "round. Find out which site drops out, and submit a job without it."
+            )
+        if len(charges) >= job.charged_steps:
+            raise PolicyError(
+                f"this site has taken part in {len(charges)} attempts, and the job plans {job.training.rounds} rounds and "
+                f"{job.spare_attempts} spare attempts. Submit a job with more privacy.spare_attempts; they are part of its "
+                "epsilon."
+            )
 
     def admit_progress(self, ledger: Ledger, request: TrainRequest, request_sha256: str) -> None:
         """Raise `PolicyError` unless a job's rounds go forward, each from one adapter.
@@ -166,6 +210,10 @@ class Guard:
                     f"{' from another adapter' if same else ''}; rounds go forward only, each from one adapter. If the "
                     "coordinator's folder was put back to an older state, submit the job anew."
                 )
+
+    def admit_peers(self, job: Job, names: Collection[str]) -> None:
+        """Raise `PolicyError` unless enough of the sites in a sum, this one included, are known to the policy."""
+        check_peers(self.policy.peers, job, names, site=self._site)
 
     def admit_metrics(self, job: Job) -> None:
         """Raise `PolicyError` unless the policy lets every one of the job's site metrics out."""
@@ -248,7 +296,11 @@ class NoGuard:
 
     def admit_job(self, signed: SignedJob | None) -> None: ...
     def admit_round(self, request: TrainRequest) -> None: ...
-    def admit_spend(self, ledger: Ledger, job: Job, mechanism: GaussianSteps) -> None: ...
+    def admit_spend(
+        self, ledger: Ledger, job: Job, mechanism: GaussianSteps, together: GaussianSteps | None = None
+    ) -> None: ...
+    def admit_attempt(self, ledger: Ledger, job: Job, round_number: int, attempt: int) -> None: ...
+    def admit_peers(self, job: Job, names: Collection[str]) -> None: ...
     def admit_progress(self, ledger: Ledger, request: TrainRequest, request_sha256: str) -> None: ...
     def admit_metrics(self, job: Job) -> None: ...
     def refused(self, job: Job | None, round_number: int | None, error: Exception, *, sent: bool) -> None: ...
@@ -256,6 +308,16 @@ class NoGuard:
     def left_out(self, job: Job, what: str) -> None: ...
     def stored(self, request: TrainRequest, release: bytes, ledger: Ledger | None, *, seconds: float) -> None: ...
     def repeated(self, request: TrainRequest, release: bytes) -> None: ...
+
+
+def _job_epsilon(ledger: Ledger, job: Job, promise: Promise, more: GaussianSteps, plan: PrivacyPlan) -> float:
+    """Return epsilon of one job's charges and `more`; within `plan` that of the plan.
+
+    Within it a job spends what `Guard.admit_job` checked, and the accountant remembers that sum.
+    """
+    events = [*ledger.events(job.sha256, promise=promise), more]
+    within = _steps(events) <= _steps(plan.events)
+    return compose_epsilon(plan.events if within else events, job.privacy.delta)
 
 
 def _steps(events: Iterable[GaussianSteps]) -> Counter[GaussianSteps]:

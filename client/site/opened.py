@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from client.ledger.account import Budget, Charge
+from client.ledger.account import Charge
 from client.ledger.ledger import Ledger
 from client.site.config import SiteConfig
 from client.site.declared import drift
@@ -78,7 +78,7 @@ class OpenedFolder:
         self.left_out: LeftOut | None = None
         self._outbox_checked = False
         self._prepared: tuple[Runtime, UsableRecords] | None = None
-        self._last: GaussianSteps | None = None  # mechanism of the latest charge
+        self._last: tuple[GaussianSteps, GaussianSteps | None] | None = None  # what the latest charge counts as
 
     @functools.cached_property
     def declared_records(self) -> int:
@@ -118,12 +118,11 @@ class OpenedFolder:
 
     @functools.cached_property
     def _ledger(self) -> Ledger:
-        cap = self.config.budget
         return Ledger(
             self.home / "ledger.db",
             dataset=self.config.dataset,
-            unit=cap.unit,
-            budget=Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition),
+            unit=self.config.budget.unit,
+            budget=self.config.budget.caps(),
             cipher=self.guard.seal,
             mirror=self.guard.mirror(),
         )
@@ -143,18 +142,27 @@ class OpenedFolder:
     def anticipate(self) -> None:
         """Prepare for another round like the last one, which then is a tenth of a second shorter."""
         if self._last is not None:
-            self.ledger().anticipate(self._last)
+            self.ledger().anticipate(*self._last)
 
     def charge(
-        self, request: TrainRequest, request_sha256: str, mechanism: GaussianSteps, *, planned_steps: int | None
+        self,
+        request: TrainRequest,
+        request_sha256: str,
+        mechanism: GaussianSteps,
+        *,
+        planned_steps: int | None,
+        together: GaussianSteps | None = None,
+        attempt: int | None = None,
     ) -> int:
         """Charge a release, durably, and return the reservation.
 
         Args:
-            planned_steps: all steps of a job that may stop early.
+            mechanism: the steps, with the noise in what leaves the site.
+            planned_steps: all steps of a job that may take fewer.
+            together, attempt: of a masked input, see `client.ledger.account.Charge`.
         """
         job, ledger, fingerprint = request.job, self.checked_ledger(), None
-        self.guard.admit_spend(ledger, job, mechanism)
+        self.guard.admit_spend(ledger, job, mechanism, together)
         if self._charged is not None:
             self._charged.note()
             fingerprint = self._charged.fingerprint
@@ -166,9 +174,11 @@ class OpenedFolder:
                 mechanism=mechanism,
                 records=fingerprint,
                 planned_steps=planned_steps,
+                together=together,
+                attempt=attempt,
             )
         )
-        self._last = mechanism
+        self._last = mechanism, together
         return reservation
 
     def close(

@@ -1,4 +1,4 @@
-"""What `site.toml` says no to. What a site accepts beyond that is `client.site.policy`.
+"""What `site.toml` says no to. What a site accepts beyond that is `client.policy.policy`.
 
 Guarantee (tests: tests/client/site/test_site.py, tests/client/site/test_oracles.py): the answer follows from the job and from
 what the site declares, never from a record, so its text may be sent to the coordinator.

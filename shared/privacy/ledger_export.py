@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, Self
 
@@ -27,8 +28,9 @@ FORMAT: Literal["silotune-ledger/1"] = "silotune-ledger/1"
 class ChargedSteps(Section):
     """One charge: the executed steps once committed, the reserved ones until then.
 
-    `round` is the round of the job; `committed` tells which of the two `steps` are; `planned_steps` are all steps of a job that
-    may stop early.
+    `round` is the round of the job, `attempt` which attempt at it; `committed` tells which of the two `steps` are;
+    `planned_steps` are all steps of a job that may take fewer. `noise_together` is the noise multiplier of the sum that a masked
+    input goes into, where `noise_multiplier` is that of one site's share.
     """
 
     job_id: str
@@ -39,20 +41,36 @@ class ChargedSteps(Section):
     committed: bool
     time: str
     planned_steps: Count | None = Field(default=None, ge=1, exclude_if=lambda value: value is None)
+    noise_together: float | None = Field(default=None, gt=0, exclude_if=lambda value: value is None)
+    attempt: Count | None = Field(default=None, exclude_if=lambda value: value is None)
+
+    @model_validator(mode="after")
+    def _check_noise(self) -> Self:
+        if self.noise_together is not None and self.noise_together < self.noise_multiplier:
+            raise ValueError(f"noise_together is {self.noise_together}, below noise_multiplier {self.noise_multiplier}")
+        return self
 
     @property
     def mechanism(self) -> GaussianSteps:
-        """The mechanism as the accountant takes it."""
+        """The mechanism as the accountant takes it, with the noise of what left the site."""
         return GaussianSteps(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=self.steps)
+
+    @property
+    def together(self) -> GaussianSteps | None:
+        """The same with the noise of the sum that it went into; None if it went into none."""
+        if self.noise_together is None:
+            return None
+        return GaussianSteps(noise_multiplier=self.noise_together, sample_rate=self.sample_rate, steps=self.steps)
 
 
 class LedgerExport(Section):
     """One account at one moment.
 
-    `epsilon` and `delta` are its cap; `composition` tells how spending is measured against it ("adaptive": a filter over
-    runs chosen one after the other; "fixed": PLD over plans that were all fixed in advance), and `orders` are the filter's,
-    fixed when the account was begun (none: those that follow from the cap). `num_entries` and `head_sha256` name the state of
-    the ledger file that this was read from, `exported_at` the time, UTC, ISO 8601.
+    `epsilon` and `delta` are its cap, `epsilon_alone` the one for what counts if each masked input stands by itself (none: it is
+    the same); `composition` tells how spending is measured against them ("adaptive": a filter over runs chosen one after the
+    other; "fixed": PLD over plans that were all fixed in advance), and `orders` are the filter's, fixed when the account was
+    begun (none: those that follow from the cap), `orders_alone` those of the second cap's (none: the same). `num_entries` and
+    `head_sha256` name the state of the ledger file that this was read from, `exported_at` the time, UTC, ISO 8601.
     """
 
     format: Literal["silotune-ledger/1"] = FORMAT
@@ -64,6 +82,8 @@ class LedgerExport(Section):
     delta: float = Field(gt=0, lt=1)
     composition: Composition
     orders: tuple[int, ...] = ()
+    epsilon_alone: float | None = Field(default=None, gt=0, exclude_if=lambda value: value is None)
+    orders_alone: tuple[int, ...] = Field(default=(), exclude_if=lambda value: not value)
     charges: tuple[ChargedSteps, ...]
     held_back: tuple[ChargedSteps, ...] = Field(default=(), exclude_if=lambda value: not value)
     """Under "fixed": the rest of the plan of every job that may stop early, as its round 0. It was not executed, and counts."""
@@ -74,7 +94,7 @@ class LedgerExport(Section):
     @model_validator(mode="after")
     def _check_rule(self) -> Self:
         try:
-            _ = self.rule, merged(self.mechanisms)
+            _ = self.rule, self.rule_alone, merged(self.mechanisms), merged(self.mechanisms_alone)
         except PrivacyError as error:
             raise ValueError(str(error)) from None
         return self
@@ -86,8 +106,23 @@ class LedgerExport(Section):
         return SpendingRule(composition=self.composition, delta=self.delta, orders=orders)
 
     @property
+    def rule_alone(self) -> SpendingRule:
+        """Likewise for the second cap."""
+        return replace(self.rule, orders=self.orders_alone or self.rule.orders)
+
+    @property
+    def cap_alone(self) -> float:
+        """The second cap."""
+        return self.epsilon if self.epsilon_alone is None else self.epsilon_alone
+
+    @property
     def mechanisms(self) -> Sequence[GaussianSteps]:
         """Everything that counts against the cap: what was charged, oldest first, then what is held back."""
+        return [charge.together or charge.mechanism for charge in (*self.charges, *self.held_back)]
+
+    @property
+    def mechanisms_alone(self) -> Sequence[GaussianSteps]:
+        """Everything that counts against the second cap: the same, each masked input by itself."""
         return [charge.mechanism for charge in (*self.charges, *self.held_back)]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Collection
 from contextlib import closing
 from pathlib import Path
 
-from client.ledger.account import Budget
 from client.ledger.ledger import Ledger
 from client.site.config import SiteConfig
 from server.records.privacy import read_site
@@ -32,10 +31,8 @@ def simulated_accounts(run: Path, *, without: Collection[str] = ()) -> list[Acco
         if place.parent.name in without or not file.exists() or not record.exists():
             continue
         config = parse(SiteConfig, load_toml(place / "site.toml"), source=str(place / "site.toml"))
-        cap = config.budget
-        budget = Budget(epsilon=cap.epsilon, delta=cap.delta, composition=cap.composition)
         declared = read_site(record).declared_records
-        with closing(Ledger(file, dataset=config.dataset, unit=unit, budget=budget)) as ledger:
+        with closing(Ledger(file, dataset=config.dataset, unit=unit, budget=config.budget.caps())) as ledger:
             export = ledger.export(site=config.name, declared_records=declared)
         accounts.append(Account(file=file, export=export, from_ledger=True))
     return accounts

@@ -10,8 +10,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from client.policy.policy import Policy
 from client.site.config import SiteConfig
-from client.site.policy import Policy
 from server.coordinator.run_file import RunSettings
 from server.store.home import CoordinatorConfig
 from shared.job.job import Job

@@ -167,7 +167,7 @@ def test_every_module_of_an_image_imports_without_the_others(staged: tuple[str, 
     assert result.returncode == 0, result.stderr
     found = json.loads(result.stdout.splitlines()[-1])
     expected = {
-        "site": {"client.site.site", "client.site.policy"},
+        "site": {"client.site.site", "client.policy.policy"},
         "coordinator": {"server.rounds.loop", "server.coordinator.supervisor"},
     }[image]
     assert expected | {"shared.job.job", "shared.trust.signing"} <= set(found["modules"])

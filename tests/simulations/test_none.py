@@ -8,8 +8,8 @@ from typing import Any, get_args
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from client.policy.policy import Policy
 from client.site.config import SiteConfig
-from client.site.policy import Policy
 from server.coordinator.run_file import RunSettings
 from server.store.home import CoordinatorConfig
 from shared.job.parsing import Section, apply_overrides, takes_none

