@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -16,15 +16,18 @@ from flwr.clientapp import ClientApp
 from client.site.site import Site
 from client.site.slots import Slots
 from shared.errors import SilotuneError
+from shared.secure_sum.messages import Ready
 from shared.service.logs import about
 from shared.wire.messages import (
     MetricsReply,
     Refusal,
+    RequestKind,
     SiteDescription,
     TrainReply,
     TrainRequest,
     pack_description,
     pack_metrics,
+    pack_ready,
     pack_refusal,
     pack_reply,
     unpack_describe,
@@ -38,7 +41,7 @@ WAITED_SECONDS = "waited-seconds"
 """Key of the node's run configuration: how long a message has been at the site before it is looked at."""
 
 OpenSite = Callable[[Context], Site]
-Answer = SiteDescription | TrainReply | MetricsReply | Refusal
+Answer = SiteDescription | TrainReply | Ready | MetricsReply | Refusal
 ResultT = TypeVar("ResultT")
 
 
@@ -77,6 +80,16 @@ def make_client_app(open_site: OpenSite, *, slots: Slots | None = None) -> Clien
     def train(message: Message, context: Context) -> Message:
         return answered(message, context, lambda site: signed(site, asked(message, context), site.answer))
 
+    @app.train("ready")
+    def ready(message: Message, context: Context) -> Message:
+        return answered(message, context, lambda site: site.answer_ready(asked(message, context, "ready")))
+
+    @app.train("masked")
+    def masked(message: Message, context: Context) -> Message:
+        return answered(
+            message, context, lambda site: signed(site, asked(message, context, "masked"), site.answer_masked)
+        )
+
     @app.query("metrics")
     def metrics(message: Message, context: Context) -> Message:
         return answered(
@@ -103,7 +116,7 @@ def signed(
         return Signed(answer, receipt) if receipt else answer
 
 
-def asked(message: Message, context: Context, kind: Literal["train", "metrics"] = "train") -> TrainRequest:
+def asked(message: Message, context: Context, kind: RequestKind = "train") -> TrainRequest:
     """Return the request of a message; see `unpack_request`."""
     request = unpack_request(message.content, kind)
     return replace(request, waited_seconds=float(context.run_config.get(WAITED_SECONDS, 0.0)))
@@ -131,6 +144,8 @@ def packed(answer: Answer | Signed, message: Message) -> Message:
         content = pack_reply(answer)
     elif isinstance(answer, MetricsReply):
         content = pack_metrics(answer)
+    elif isinstance(answer, Ready):
+        content = pack_ready(answer)
     elif isinstance(answer, SiteDescription):
         content = pack_description(answer)
     else:

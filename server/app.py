@@ -22,6 +22,7 @@ from server.rounds.loop import Coordinator, Privacy, run_rounds
 from server.rounds.observer import Observer
 from server.rounds.public_records import PublicRecords, hold_back
 from server.rounds.roster import Authority
+from server.rounds.secure.round import SecurePrivacy
 from server.runs.folder import RunFolder
 from server.store.checkpoint import Checkpoint
 from shared.data.known_texts import ContentSum
@@ -145,6 +146,8 @@ def _privacy(run: Run) -> Privacy:
     """Return who adds this run's noise and keeps its account; the only place where that is asked."""
     if run.job.privacy.mechanism == "central":
         return CentralPrivacy(run.job, run.folder, new_randomness=run.new_randomness)
+    if run.job.privacy.mechanism == "distributed":
+        return SecurePrivacy(run.job, run.folder)
     return LocalPrivacy(run.job)
 
 
@@ -217,7 +220,7 @@ def _coordinator(
 ) -> Coordinator:
     return Coordinator(
         job=run.job,
-        initial_adapter=runtime.initial_global(run.job.lora.train == "both"),
+        initial_adapter=runtime.initial_global(run.job.averages_products),
         update_shapes=adapters.shapes_of(runtime.initial),
         privacy=privacy,
         evaluate=lambda adapter: evaluator(adapter).metrics,

@@ -12,6 +12,7 @@ from shared.errors import ConfigError, RunError
 from shared.options import JsonAtEndOption, OutOption, OverridesOption
 
 if TYPE_CHECKING:
+    from simulations.scenario import Scenario
     from simulations.sweep.selection import NumTrials
 
 ResumeOption = Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")]
@@ -62,12 +63,19 @@ def federation(
     overrides: OverridesOption = None,
     as_json: JsonAtEndOption = False,
 ) -> None:
-    """A coordinator and three sites as separate processes on this machine, over gRPC and TLS with authentication."""
+    """A coordinator and sites as separate processes on this machine, over gRPC and TLS with authentication.
+
+    Three sites, unless they add shares of the noise: then as many as the scenario has, for the noise is planned for them.
+    """
     from simulations.federation.run import run_federation
     from simulations.scenario import builtin_scenario, load_scenario
 
-    changes = ["partition.num_sites=3", "federation.min_sites=3", *(overrides or [])]
-    loaded = load_scenario(scenario, changes) if scenario else builtin_scenario("demo", changes)
+    def load(changes: list[str]) -> Scenario:
+        return load_scenario(scenario, changes) if scenario else builtin_scenario("demo", changes)
+
+    loaded = load(overrides or [])
+    if loaded.job.privacy.mechanism != "distributed":
+        loaded = load(["partition.num_sites=3", "federation.min_sites=3", *(overrides or [])])
     run_federation(loaded, out, as_json=as_json)
 
 

@@ -118,6 +118,8 @@ class SimulationConfig(Section):
     """Parallel client processes of the `ray` backend, each with one backbone."""
     dropout_probability: float = Field(default=0.0, ge=0, lt=1)
     """Chance that a site that was asked does not answer in a round, drawn from the public seed."""
+    kill_in_round: int | None = Field(default=None, ge=1)
+    """Of `silotune federation`: while this round runs, the process of the last site is killed, as by a power cut."""
     evaluate_every: int = Field(default=1, ge=1)
     """Rounds between evaluations on public data."""
     repeats: int = Field(default=1, ge=1, le=100)

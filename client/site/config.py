@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from client.ledger.account import Budget
 from shared.data.datasets import PERSON_ROLE, DataSource
 from shared.epsilons import as_set
 from shared.job.compute import ComputeConfig
@@ -16,6 +15,9 @@ from shared.job.values import PERSON_UNITS, Delta, Name, Unit
 from shared.limits import MAX_RECORDS
 from shared.service.logs import LogFormat
 from shared.service.page import Listen
+
+if TYPE_CHECKING:
+    from client.ledger.account import Budget
 
 
 class BudgetConfig(Section):
@@ -47,6 +49,9 @@ class BudgetConfig(Section):
 
     def caps(self) -> Budget:
         """Return them as the ledger takes them."""
+        # Imported here: whoever reads the settings alone must not wait for the accountant.
+        from client.ledger.account import Budget
+
         return Budget(
             epsilon=self.epsilon, delta=self.delta, composition=self.composition, epsilon_alone=self.epsilon_alone
         )

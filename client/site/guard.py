@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from client.ledger.account import Promise
 from client.ledger.audit_mirror import AuditMirror
@@ -35,6 +36,7 @@ from client.policy.policy import (
 )
 from client.site.charged_records import RECORDS_FILE, ChargedRecords
 from client.site.declared import durable_size
+from client.site.secure.peers import peer_key
 from shared.errors import BudgetExceeded, PolicyError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.job.model import ModelConfig
@@ -44,7 +46,10 @@ from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.sizes import declared_size
+from shared.secure_sum.keys import shown_key
+from shared.secure_sum.messages import Ready
 from shared.trust.audit_log import AuditLog, Event
+from shared.trust.certificates import load_certificate, spki
 from shared.trust.keystore import Seal
 from shared.trust.receipts import sign_release
 from shared.trust.signed_job import SignedJob, round_fields
@@ -71,10 +76,12 @@ class Guard:
         seal: Seal,
         log: AuditLog,
         key: Callable[[], ec.EllipticCurvePrivateKey],
+        home: Path | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.seal, self.log, self._key = seal, log, key
         self._site, self._clock, self._policy_file = site, clock, policy_file
+        self._home = home or policy_file.parent
         self._policy = (_version(policy_file), load_policy(policy_file))
 
     @property
@@ -130,6 +137,7 @@ class Guard:
                 round_number=request.round_number,
                 adapter=request.adapter,
                 sent_at=order.sent_at,
+                attempt=request.attempt,
             )
             order.signed_job.coordinator.verify(Purpose.ROUND, fields, order.signature)
             sent_at = _parse_time(order.sent_at)
@@ -224,6 +232,15 @@ class Guard:
         assert request.order is not None  # noqa: S101 (admitted)
         return sign_release(self._key(), released(request, request.order.sent_at, release))
 
+    def certified_key(self) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
+        """Return the key that signs for this site, and its certificate (DER)."""
+        certificate = load_certificate(self._home / "site.crt")
+        return self._key(), certificate.public_bytes(Encoding.DER)
+
+    def peer_key(self, entry: Ready) -> ec.EllipticCurvePublicKey:
+        """Return the key of another site on a roster; see `client.site.secure.peers`."""
+        return peer_key(entry, home=self._home, pinned=self.policy.peers, now=self._clock())
+
     def told(self, error: SilotuneError) -> str:
         """Return what may be told; what a real site spent on other jobs is its own business."""
         if isinstance(error, BudgetExceeded):
@@ -275,6 +292,19 @@ class NoGuard:
     """The guard of a simulated site: lets everything pass, notes nothing, seals nothing."""
 
     seal = None
+
+    def __init__(self) -> None:
+        self._own_key: ec.EllipticCurvePrivateKey | None = None
+
+    def certified_key(self) -> tuple[ec.EllipticCurvePrivateKey, bytes]:
+        """Return a key of this process, and in the place of a certificate its public part: others take it as shown."""
+        if self._own_key is None:
+            self._own_key = ec.generate_private_key(ec.SECP256R1())
+        return self._own_key, spki(self._own_key.public_key())
+
+    def peer_key(self, entry: Ready) -> ec.EllipticCurvePublicKey:
+        """Return the key that another simulated site shows."""
+        return shown_key(entry)
 
     def mirror(self) -> None:
         """Return None: no log repeats the ledger."""

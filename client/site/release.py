@@ -107,7 +107,7 @@ class Release(ABC, Generic[ReplyT, ResultT]):
             site.guard.admit_progress(site.checked_ledger(), request, request_sha256)
         # 3. Model and global adapter, all checked before a record is read or anything is charged.
         runtime = load_proven(job, site.config.compute)
-        start = _checked_adapter(runtime, plan, request)
+        start = checked_adapter(runtime, plan, request)
         usable = self._usable(runtime, job)
         # 4. Charge first.
         reservation = self._charge(request, request_sha256, plan)
@@ -344,10 +344,10 @@ def load_proven(job: Job, compute: ComputeConfig) -> Runtime:
     return runtime
 
 
-def _checked_adapter(runtime: Runtime, plan: PrivacyPlan, request: TrainRequest) -> dict[str, Tensor]:
+def checked_adapter(runtime: Runtime, plan: PrivacyPlan, request: TrainRequest) -> dict[str, Tensor]:
     """Return a request's global adapter, checked: names, shapes, size, and in company."""
     job = request.job
-    adapter = adapters.decode(request.adapter, runtime.global_shapes(job.lora.train == "both"))
+    adapter = adapters.decode(request.adapter, runtime.global_shapes(job.averages_products))
     check_bounds(job, plan, runtime.initial, adapter, rounds_before=request.round_number - 1)
     sha256 = hashlib.sha256(request.adapter).hexdigest()
     # Simulated sites share one runtime and get the same bytes.

@@ -22,11 +22,13 @@ from typing import TypeVar
 
 from client.site.opened import OpenedFolder
 from client.site.release import Metrics, Update, load_proven
+from client.site.secure.shares import Shares
 from client.site.terms import check_terms
 from client.site.usable import PUBLIC_ERRORS, LeftOut
 from shared.errors import SilotuneError, TrustError, place_of
 from shared.job.job import Job
 from shared.runtime.runtime import Runtime, load_runtime
+from shared.secure_sum.messages import Ready
 from shared.trust.signed_job import SignedJob
 from shared.version import silotune_version
 from shared.wire.messages import MetricsReply, Refusal, SiteDescription, TrainReply, TrainRequest
@@ -43,6 +45,11 @@ class Site(OpenedFolder):
     def update(self) -> Update:
         """Releases the updates of rounds."""
         return Update(self)
+
+    @functools.cached_property
+    def shares(self) -> Shares:
+        """Takes part in rounds under secure aggregation."""
+        return Shares(self)
 
     @functools.cached_property
     def metrics(self) -> Metrics:
@@ -91,6 +98,14 @@ class Site(OpenedFolder):
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""
         return self.guarded(lambda: self.update.make(request), job=request.job, round_number=request.round_number)
+
+    def answer_ready(self, request: TrainRequest) -> Ready | Refusal:
+        """Compute for an attempt at a round under secure aggregation, and say so; nothing is released."""
+        return self.guarded(lambda: self.shares.ready(request), job=request.job, round_number=request.round_number)
+
+    def answer_masked(self, request: TrainRequest) -> TrainReply | Refusal:
+        """Release the masked input for a roster, or refuse with a text that reveals nothing about the data."""
+        return self.guarded(lambda: self.shares.masked(request), job=request.job, round_number=request.round_number)
 
     def answer_metrics(self, request: TrainRequest) -> MetricsReply | Refusal:
         """Release the job's site metrics, or refuse with a text that reveals nothing about the data."""

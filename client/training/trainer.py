@@ -161,7 +161,7 @@ def train_local_rounds(
     # 1. Start from the global adapter, each site with its own moments.
     runtime.load(start)
     trainable = runtime.model.trainable()
-    stacks = {name: _stacked(parameter, len(works)) for name, parameter in trainable.items()}
+    stacks = {name: stacked(parameter, len(works)) for name, parameter in trainable.items()}
     optimizer = build_optimizer(stacks, runtime.model.head_parameters(), training)
     restore_optimizer(optimizer, stacks, [work.optimizer_state for work in works])
     pool = [example for work in works for example in work.examples]
@@ -173,9 +173,9 @@ def train_local_rounds(
     with per_example_hooks(runtime.model, values) as hooks:
         for step in range(training.local_steps):
             # 2. Every unit of privacy, a record or a person, enters the step by its own coin.
-            drawn = [_draw(plan, work, round_number, step) for work in works]
+            drawn = [draw(plan, work, round_number, step) for work in works]
             # 3. Each unit's gradient is clipped and added to its site's sum.
-            totals, losses = _clipped_sums(runtime, pool, works, drawn, plan, hooks)
+            totals, losses = clipped_sums(runtime, pool, works, drawn, plan, hooks)
             for site, (work, total) in enumerate(zip(works, totals, strict=True)):
                 # 4. One noise event per logical step and site, also when the sample is empty.
                 noise = work.randomness.stream("noise", round_number=round_number, step=step)
@@ -202,7 +202,7 @@ def train_local_rounds(
     ]
 
 
-def _clipped_sums(
+def clipped_sums(
     runtime: Runtime,
     pool: Sequence[Example],
     works: Sequence[LocalWork],
@@ -244,13 +244,13 @@ def _clipped_sums(
     return totals, loss_sums
 
 
-def _stacked(parameter: nn.Parameter, count: int) -> nn.Parameter:
+def stacked(parameter: nn.Parameter, count: int) -> nn.Parameter:
     """Return the values of `count` sites, [count, *shape]; of one site a view, so that the model moves with it."""
     value = parameter.detach().unsqueeze(0)
     return nn.Parameter(value if count == 1 else value.repeat(count, *([1] * parameter.ndim)))
 
 
-def _draw(plan: PrivacyPlan, work: LocalWork, round_number: int, step: int) -> list[list[int]]:
+def draw(plan: PrivacyPlan, work: LocalWork, round_number: int, step: int) -> list[list[int]]:
     """Return the records that enter a step, by unit of privacy: each alone, or a person's together."""
     num_units = len(work.examples) if work.persons is None else work.persons.count
     coins = work.randomness.stream("sampling", round_number=round_number, step=step)

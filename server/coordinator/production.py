@@ -144,15 +144,29 @@ class _Recorder(Observer):
         log.warning("waiting: %s", reason)
         self._submission.note(waiting=reason)
 
+    def ready_asked(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """See `Observer`."""
+        self._note_asked(Event.READY_ASKED, round_number, sites, adapter)
+
+    def site_ready(self, round_number: int, site: str, problem: str | None) -> None:
+        """See `Observer`."""
+        if problem is not None:
+            log.warning(
+                "round %d, site %s is not ready: %s", round_number, site, problem, extra=_about(round_number, site)
+            )
+
     def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`."""
+        self._note_asked(Event.ROUND_ASKED, round_number, sites, adapter)
+
+    def _note_asked(self, event: Event, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         sha256 = hashlib.sha256(adapter).hexdigest()
         # An entry of too many names would be cut, and with it what a later process must know was asked.
         for first in range(0, len(sites), _NAMES_AN_ENTRY):
             some = list(sites[first : first + _NAMES_AN_ENTRY])
             sizes = [self._sizes[site] for site in some]
             self._note(
-                Event.ROUND_ASKED,
+                event,
                 round=round_number,
                 sites=some,
                 declared_records=sizes,

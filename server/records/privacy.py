@@ -15,14 +15,16 @@ from typing import Any, ClassVar
 from shared.errors import PrivacyError
 from shared.files.json_files import Count, Positive, Share, damaged, finite_or_none, read_record
 from shared.job.job import Job
+from shared.privacy.accountant.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.accounting import GaussianSteps, check_delta
 from shared.privacy.central_statement import CentralRelease, central_statement, not_covered_central
-from shared.privacy.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import Origin
+from shared.privacy.shared_noise import SharedNoise
 from shared.privacy.statement import ACCOUNTANT, Release, SiteRelease, not_covered, relation, site_statement
 
 COORDINATOR = "coordinator"
+_LATER_KEYS = ("shared", "epsilon_alone")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class PrivacyRecord:
         epsilon_budget: cap of the site, or what the job plans for the coordinator; None if unknown.
         epsilon_spent: of everything that arrived, by PLD; None where none may be stated.
         epsilon_spent_prv, epsilon_spent_prv_missing: the same by PRV, or why there is none.
-        epsilon_planned: of a run that ended early: epsilon of the whole plan, which is what it promised.
+        epsilon_planned: of a run that ended early, or whose noise is shared: epsilon of the whole plan, which was promised.
         events: everything that arrived; metrics that did are the last one.
         statement: all of this in words, and what it does not cover, which `not_covered` lists.
     """
@@ -102,6 +104,8 @@ class SiteRecord(PrivacyRecord):
 
     Attributes:
         epsilon_bound: with every request of unknown outcome counted as executed.
+        shared: how many share the noise; None where each site adds all of it.
+        epsilon_alone: of the whole plan, if secure aggregation fails.
         metrics: the release of metrics; None if there was none.
     """
 
@@ -113,6 +117,9 @@ class SiteRecord(PrivacyRecord):
     update_sha256: tuple[str, ...]
     declared_records: Count
     metrics: MetricsEvent | None = None
+    # Of shares of the noise only: its epsilons above are those of the sum, `events` and `noise_multiplier` those of one share.
+    shared: SharedNoise | None = None
+    epsilon_alone: Positive | None = None
 
     @classmethod
     def of(cls, release: SiteRelease, run: str, *, stopped_early: bool = False, pretrained: bool = True) -> SiteRecord:
@@ -122,7 +129,7 @@ class SiteRecord(PrivacyRecord):
             mechanism = asdict(release.metrics_mechanism)
             metrics = MetricsEvent(**mechanism, names=release.metrics, sha256=release.metrics_sha256)
         return cls(
-            **_stated(release, run, release.unit, stopped_early=stopped_early),
+            **_stated(release, run, release.unit, stopped_early=stopped_early or release.shared is not None),
             site=release.site,
             records_per_person=release.records_per_person,
             max_grad_norm=release.max_grad_norm,
@@ -133,8 +140,16 @@ class SiteRecord(PrivacyRecord):
             declared_records=release.declared_records,
             metrics=metrics,
             statement=site_statement(release, run, stopped_early=stopped_early, pretrained=pretrained),
-            not_covered=not_covered(release.unit, pretrained=pretrained),
+            not_covered=not_covered(release.unit, pretrained=pretrained, shared=release.shared is not None),
+            shared=release.shared,
+            epsilon_alone=finite_or_none(release.epsilon_alone)
+            if release.protected and release.epsilon_alone
+            else None,
         )
+
+    def fields(self) -> dict[str, Any]:
+        """Return what is written: keys that older versions did not have only where there is something to say."""
+        return {key: value for key, value in asdict(self).items() if value is not None or key not in _LATER_KEYS}
 
     @property
     def training(self) -> tuple[GaussianSteps, ...]:
@@ -180,6 +195,7 @@ class SiteRecord(PrivacyRecord):
             metrics_mechanism=self.metrics.mechanism if self.metrics else None,
             metrics_sha256=self.metrics.sha256 if self.metrics else None,
             private=private,
+            shared=self.shared,
         )
 
 
@@ -237,7 +253,7 @@ def require_claim(record: AnyRecord, path: Path) -> None:
 def _stated(release: Release, run: str, unit: str, *, stopped_early: bool) -> dict[str, Any]:
     """Return what both kinds of record state in the same words."""
     protected = release.protected
-    check = prv_cross_check(release.arrived_events, release.delta) if protected else CrossCheck()
+    check = prv_cross_check(release.spent_events, release.delta) if protected else CrossCheck()
     last = release.events[-1] if release.events else None
     return {
         "run": run,

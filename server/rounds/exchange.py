@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Generic, Literal, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from flwr.app import Message
 from flwr.serverapp.grid import Grid
@@ -20,13 +20,17 @@ from flwr.serverapp.grid import Grid
 from server.rounds.roster import POLL_SECONDS, Authority
 from shared.errors import AdapterError, RunError, TrustError
 from shared.job.job import Job
+from shared.secure_sum.messages import Ready
 from shared.trust.receipts import Receipt, check_release
 from shared.wire.messages import (
     MALFORMED,
+    MASKED,
     METRICS,
+    READY,
     TRAIN,
     MetricsReply,
     Refusal,
+    RequestKind,
     SiteDescription,
     TrainReply,
     TrainRequest,
@@ -40,7 +44,9 @@ _NODES_PER_PULL = 16  # so many answers are in memory at once
 _PATIENT_SHARE = 0.75  # of the time that the answers took last time passes before the first look
 _EXPIRES_AFTER_SECONDS = 5.0  # the end of the round's patience; a site does not begin what nobody waits for
 
-ReplyT = TypeVar("ReplyT", TrainReply, MetricsReply)
+_TYPES: Mapping[RequestKind, str] = {"train": TRAIN, "metrics": METRICS, "ready": READY, "masked": MASKED}
+
+ReplyT = TypeVar("ReplyT", TrainReply, MetricsReply, Ready)
 
 
 def exchange(
@@ -101,7 +107,9 @@ class Question(ABC, Generic[ReplyT]):
         failed: why an answer did not count, by site.
     """
 
-    kind: ClassVar[Literal["train", "metrics"]]
+    kind: ClassVar[RequestKind]
+    attempt = 0
+    """At the round, where the sites are told."""
 
     def __init__(self, job: Job, number: int, adapter: bytes, sites: Mapping[int, SiteDescription]) -> None:
         self.job, self.number, self.adapter, self.sites = job, number, adapter, sites
@@ -131,12 +139,13 @@ class Question(ABC, Generic[ReplyT]):
 
     def requests(self, grid: Grid, nodes: Sequence[int], authority: Authority | None) -> list[Message]:
         """Return the messages to some nodes, signed now."""
-        order = authority.order(self.number, self.adapter) if authority else None
-        self.request = TrainRequest(job=self.job, round_number=self.number, adapter=self.adapter, order=order)
-        kind = TRAIN if self.kind == "train" else METRICS
+        order = authority.order(self.number, self.adapter, self.attempt) if authority else None
+        self.request = TrainRequest(
+            job=self.job, round_number=self.number, adapter=self.adapter, attempt=self.attempt, order=order
+        )
         packed = pack_request(self.request, self.kind)
         ttl = self.job.federation.round_timeout_seconds + _EXPIRES_AFTER_SECONDS
-        return [grid.create_message(packed, kind, node, str(self.number), ttl) for node in nodes]
+        return [grid.create_message(packed, _TYPES[self.kind], node, str(self.number), ttl) for node in nodes]
 
 
 def collect(
@@ -187,16 +196,16 @@ def collect(
 def _checked_receipt(
     question: Question[ReplyT],
     name: str,
-    reply: TrainReply | MetricsReply,
+    reply: TrainReply | MetricsReply | Ready,
     message: Message,
     authority: Authority | None,
 ) -> Receipt | None:
-    """Return the receipt that came with a release; None in a simulation.
+    """Return the receipt that came with a release; None in a simulation, and for what is no release.
 
     Raises:
         TrustError: it is not one of this site's, for this question and this release.
     """
-    if authority is None or authority.keys is None:
+    if authority is None or authority.keys is None or isinstance(reply, Ready):
         return None
     request, signature, keys = question.request, unpack_receipt(message), authority.keys(name)
     assert request is not None  # noqa: S101 (it was asked)

@@ -18,7 +18,7 @@ from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.releases import Made, Releases, unknown_release, with_update
 from server.rounds.roster import Authority
-from server.rounds.updates import AtHand, Updates, collect_updates
+from server.rounds.updates import Arrived, AtHand, collect_updates
 from server.store.checkpoint import Checkpoint
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -87,7 +87,7 @@ class LocalRound:
         """Return the node ids to ask: all sites, or some by the public seed."""
         return select_sites(sites, self._job, self._number)
 
-    def collect(self, at_hand: AtHand) -> Updates:
+    def collect(self, at_hand: AtHand) -> Arrived:
         """Ask the sites, and return what came."""
         return collect_updates(at_hand, self.aggregation)
 
@@ -96,7 +96,7 @@ class LocalRound:
     ) -> Aggregation:
         """Return the round's weighted mean, empty; exact where both LoRA factors are trained."""
         lora = self._job.lora
-        exact_scaling = lora.alpha / lora.rank if lora.train == "both" else None
+        exact_scaling = lora.alpha / lora.rank if self._job.averages_products else None
         config = self._job.aggregation
         return Aggregation(current, server_state, shapes, asked_records, config=config, exact_scaling=exact_scaling)
 

@@ -2,7 +2,7 @@
 
 Reading order of one round: select, collect (send; check and add each reply as it comes), account,
 aggregate, evaluate, checkpoint. Who adds the noise and keeps the account is another's business:
-`server.rounds.local` or `server.rounds.central`.
+`server.rounds.local`, `server.rounds.secure` or `server.rounds.central`.
 """
 
 from __future__ import annotations
@@ -41,11 +41,12 @@ class TooFewSites(RunError):
 
     Attributes:
         releases: everything that sites released so far, this round included.
+        at_once: whether it is to be attempted again at once, with other sites or by other keys.
     """
 
-    def __init__(self, message: str, releases: dict[str, SiteRelease]) -> None:
+    def __init__(self, message: str, releases: dict[str, SiteRelease], *, at_once: bool = False) -> None:
         super().__init__(message)
-        self.releases = releases
+        self.releases, self.at_once = releases, at_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +119,11 @@ def run_rounds(
             # Updates that came are releases, aggregated or not.
             checkpoint = replace(checkpoint, releases=error.releases)
             coordinator.save(checkpoint)
-            if authority is None:
+            if authority is None and not error.at_once:
                 raise
             observer.waiting(str(error))
-            roster.pause(str(error))
+            if not error.at_once:
+                roster.pause(str(error))
         else:
             coordinator.save(checkpoint)
             observer.round_done(checkpoint)
@@ -186,7 +188,7 @@ def _run_round(
     sha256 = hashlib.sha256(updates.adapter).hexdigest()  # of what they were sent
     releases = attempt.account(checkpoint.releases, updates.made, unknown, sha256)
     if len(updates.names) < privacy.least_updates:
-        raise TooFewSites(updates.shortage(), releases)
+        raise TooFewSites(updates.shortage(), releases, at_once=updates.voided)
     # 4. Aggregate, with noise if it is the coordinator's to add, and move by the server optimiser.
     following, server_state = updates.result()
     # 5. Evaluate on public data.

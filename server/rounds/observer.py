@@ -25,7 +25,13 @@ class Observer:
         """The run cannot go on now; it will by itself."""
 
     def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
-        """The round's adapter goes out to `sites`."""
+        """The round's adapter goes out to `sites`; under secure aggregation `adapter` is the roster of those who are ready."""
+
+    def ready_asked(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
+        """Under secure aggregation: the round's adapter goes out to `sites`, which compute; nothing is released yet."""
+
+    def site_ready(self, round_number: int, site: str, problem: str | None) -> None:
+        """A site has computed and is ready (`problem` is None), or will not be on the roster."""
 
     def site_done(self, round_number: int, site: str) -> None:
         """A site's reply arrived."""

@@ -43,6 +43,7 @@ def unknown_release(site: str, declared_records: int, plan: PrivacyPlan) -> Site
         epsilon_budget=0.0,
         steps_planned=plan.planned_steps,
         private=plan.private,
+        shared=plan.shared_noise,
     )
 
 

@@ -48,11 +48,16 @@ class Authority:
     asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
     arrivals: Callable[[], int] = lambda: 0
 
-    def order(self, round_number: int, adapter: bytes) -> Order:
+    def order(self, round_number: int, adapter: bytes, attempt: int = 0) -> Order:
         """Return the signatures that go with one round's request."""
         sent_at = datetime.now(UTC).isoformat(timespec="milliseconds")
-        sha256 = self.signed_job.job.sha256
-        fields = round_fields(job_sha256=sha256, round_number=round_number, adapter=adapter, sent_at=sent_at)
+        fields = round_fields(
+            job_sha256=self.signed_job.job.sha256,
+            round_number=round_number,
+            adapter=adapter,
+            sent_at=sent_at,
+            attempt=attempt,
+        )
         return Order(signed_job=self.signed_job, sent_at=sent_at, signature=self.key.sign(Purpose.ROUND, fields))
 
 

@@ -6,8 +6,10 @@ before anything of it may touch the adapter.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -17,7 +19,7 @@ from torch import Tensor
 
 from server.aggregation import Adapter
 from server.records.rounds import RoundRecord
-from server.rounds.exchange import Question, collect
+from server.rounds.exchange import Question, ReplyT, collect
 from server.rounds.observer import Observer
 from server.rounds.releases import Made
 from server.rounds.roster import Authority
@@ -62,12 +64,12 @@ class AtHand:
         """Number of the round, 1-based."""
         return self.checkpoint.round_number + 1
 
-    @property
+    @cached_property
     def adapter(self) -> bytes:
         """The global adapter that goes out, encoded."""
         return adapters.encode(self.checkpoint.adapter)
 
-    def ask(self, question: Question[TrainReply]) -> None:
+    def ask(self, question: Question[ReplyT]) -> None:
         """Collect the answers to a question that takes as long as training."""
         collect(
             self.grid,
@@ -123,7 +125,10 @@ class Arrived(Question[TrainReply]):
         names: sites whose update was added.
         doubted: what is suspicious about an update that was added, by site.
         bytes_up: of all updates.
+        voided: whether what came is of no use because somebody's is missing, so that all are asked again at once.
     """
+
+    voided = False
 
     def __init__(self, at_hand: AtHand, sent: bytes, sites: Mapping[int, SiteDescription]) -> None:
         super().__init__(at_hand.job, at_hand.number, sent, sites)
@@ -187,6 +192,10 @@ class Arrived(Question[TrainReply]):
         for name in sorted(self.unknown - self.failed.keys()):
             self.failed[name] = f"no answer within {self.job.federation.round_timeout_seconds:g} s"
             self._observer.update_judged(self.number, name, None, self.failed[name])
+
+    @abstractmethod
+    def result(self) -> tuple[Adapter, Adapter]:
+        """Return (next global adapter, next server state)."""
 
     def shortage(self) -> str:
         """Return why the round cannot be aggregated, and what to do."""

@@ -171,7 +171,9 @@ class RunFolder:
             write_json(self.path / "statement.json", central_statement(central, self.job.name, **how))
             return
         for name, release in checkpoint.releases.items():
-            write_json(self.path / "sites" / name / "privacy.json", SiteRecord.of(release, self.job.name, **how))
+            write_json(
+                self.path / "sites" / name / "privacy.json", SiteRecord.of(release, self.job.name, **how).fields()
+            )
         write_json(
             self.path / "statement.json", run_statement(list(checkpoint.releases.values()), self.job.name, **how)
         )

@@ -22,6 +22,7 @@ from shared.errors import PrivacyError, RunError
 from shared.files.atomic import write_bytes
 from shared.files.json_files import parse_object
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.shared_noise import SharedNoise
 from shared.privacy.statement import SiteRelease
 
 
@@ -123,4 +124,5 @@ def _release(raw: dict[str, Any]) -> SiteRelease:
     single = {
         name: GaussianSteps(**raw[name]) if raw.get(name) else None for name in ("per_round", "metrics_mechanism")
     }
-    return SiteRelease(**raw | tuples | {"events": events} | single)
+    shared = SharedNoise(**raw["shared"]) if raw.get("shared") else None
+    return SiteRelease(**raw | tuples | {"events": events, "shared": shared} | single)

@@ -175,6 +175,14 @@ class Job(Section):
         return self
 
     @property
+    def averages_products(self) -> bool:
+        """Whether the global adapter holds the mean of products of both factors, and so residuals beside them.
+
+        A sum of gradients is taken at one adapter, so there are no products to average.
+        """
+        return self.lora.train == "both" and self.privacy.mechanism != "distributed"
+
+    @property
     def charged_steps(self) -> int:
         """Noisy steps that a site may be charged for if it takes part in every round, spare attempts included."""
         return self.training.planned_steps + self.spare_attempts

@@ -34,6 +34,8 @@ from shared.privacy.accounting import (
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
 from shared.privacy.persons import Persons
 from shared.privacy.randomness import KeyStream
+from shared.privacy.shared_noise import SharedNoise
+from shared.privacy.shares import IntegerSum
 from shared.privacy.sizes import default_delta
 
 
@@ -52,6 +54,7 @@ class PrivacyPlan:
         planned_steps: steps T of a site that takes part in every round, spare attempts included.
         metrics: the release of site metrics after the last round; None if there is none.
         honest: H, least number of honest sites in a sum, if the noise is one site's share of it; None if it is all there is.
+        colluding: of a share, most sites that may work together with the coordinator.
     """
 
     private: bool
@@ -64,6 +67,7 @@ class PrivacyPlan:
     metrics: GaussianSteps | None = None
     records_per_person: int | None = None
     honest: int | None = None
+    colluding: int = 0
 
     @classmethod
     def from_job(cls, job: Job) -> PrivacyPlan:
@@ -94,6 +98,7 @@ class PrivacyPlan:
             metrics=metrics,
             records_per_person=privacy.records_per_person,
             honest=honest,
+            colluding=colluding or 0,
         )
 
     @classmethod
@@ -144,6 +149,16 @@ class PrivacyPlan:
         return GaussianSteps(noise_multiplier=self.noise_multiplier, sample_rate=self.sample_rate, steps=steps)
 
     @property
+    def shared_noise(self) -> SharedNoise | None:
+        """How many share the noise; None where each site adds all of it."""
+        return None if self.honest is None else SharedNoise(honest=self.honest, colluding=self.colluding)
+
+    def together(self, steps: int) -> GaussianSteps | None:
+        """Return the accounting event of the same steps as a sum of shares has it; None where noise is not shared."""
+        shared = self.shared_noise
+        return None if shared is None else shared.summed([self.mechanism(steps)])[0]
+
+    @property
     def events(self) -> tuple[GaussianSteps, ...]:
         """Everything that a site releases if it takes part in every round, site metrics included."""
         steps = self.mechanism(self.planned_steps)
@@ -162,8 +177,10 @@ class PrivacyPlan:
         return poisson_sample(num_units, self.sample_rate, stream)
 
     def new_sum(self, shapes: Sequence[torch.Size]) -> ClippedSum:
-        """Return the empty sum of one logical step."""
-        return ClippedSum(shapes, self.max_grad_norm) if self.private else PlainSum(shapes)
+        """Return the empty sum of one logical step; where noise is shared, one of whole steps of a grid."""
+        if not self.private:
+            return PlainSum(shapes)
+        return ClippedSum(shapes, self.max_grad_norm) if self.honest is None else IntegerSum(shapes, self.max_grad_norm)
 
     def add_noise(self, sums: Sequence[Tensor], stream: KeyStream) -> list[Tensor]:
         """Return `sums` with the noise of one logical step.

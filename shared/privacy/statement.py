@@ -25,6 +25,7 @@ from shared.files.json_files import Count, Positive
 from shared.job.values import PERSON_UNITS
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.randomness import Origin
+from shared.privacy.shared_noise import ASSUMED_HONEST, COMPUTATIONAL, STILL_LEARNED, SharedNoise
 
 ACCOUNTANT = "PLD (connect the dots, rounding bounded and added), cross-checked with PRV (Opacus)"
 RELATION = "add or remove one record"
@@ -41,6 +42,10 @@ CHOICE_OF_SETTINGS = (
     "The choice of settings: whoever tries several on private records and keeps the best releases more than the epsilon of the "
     "one run that is kept. Each run at a site is charged to its account there; runs elsewhere are not."
 )
+FINITE_PRECISION = (
+    "The finite precision of floating-point noise: it is drawn in float64 and rounded to float32 after it was added; "
+    "the accountant assumes real numbers."
+)
 _NOT_COVERED = "Not covered: "
 NOT_COVERED = (
     "Metrics that were not released through a private mechanism. Silotune releases none such; training losses and clip "
@@ -54,8 +59,7 @@ NOT_COVERED = (
     "answers.slot_seconds hides the time of answers that fit into their slot; that one took a slot more is seen.",
     "What a site's people do about a job that was refused or a warning that they read there: whether they mend data, change "
     "their policy, or stop, shows outside, and they may have known the records when they decided.",
-    "The finite precision of floating-point noise: it is drawn in float64 and rounded to float32 after it was added; "
-    "the accountant assumes real numbers.",
+    FINITE_PRECISION,
     "Runs on the same data that are not in the same ledger, and anything that a site published by other means.",
 )
 STOPPED_EARLY = (
@@ -91,13 +95,16 @@ def relation(unit: str) -> str:
     return _RELATIONS[unit]
 
 
-def not_covered(unit: str, *, pretrained: bool = True) -> tuple[str, ...]:
+def not_covered(unit: str, *, pretrained: bool = True, shared: bool = False) -> tuple[str, ...]:
     """Return what no statement for this unit covers.
 
     Args:
         pretrained: the model has a backbone that was trained on something before.
+        shared: sites add shares of the noise, in whole numbers: their precision is part of what was proven.
     """
-    items = (item for item in NOT_COVERED if pretrained or item is not PRE_TRAINING)
+    items = [i for i in NOT_COVERED if (pretrained or i is not PRE_TRAINING) and not (shared and i is FINITE_PRECISION)]
+    if shared:
+        items += [COMPUTATIONAL, ASSUMED_HONEST, STILL_LEARNED]
     if unit not in PERSON_UNITS:
         return tuple(items)
     return tuple(_SEVERAL_IDS.format(unit=unit) if item is _SEVERAL_RECORDS else item for item in items)
@@ -129,9 +136,14 @@ class Release:
         return self.events
 
     @property
+    def spent_events(self) -> tuple[GaussianSteps, ...]:
+        """The same as the epsilon of a statement counts it."""
+        return self.arrived_events
+
+    @property
     def epsilon(self) -> float:
         """Epsilon of everything that arrived; infinite without protection."""
-        return compose_epsilon(self.arrived_events, self.delta) if self.protected else math.inf
+        return compose_epsilon(self.spent_events, self.delta) if self.protected else math.inf
 
     @property
     def epsilon_promised(self) -> float:
@@ -162,6 +174,8 @@ class SiteRelease(Release):
         metrics_mechanism: their one release; None if it was not asked, or refused.
         metrics_sha256: of that release; None if its outcome is unknown.
         private: False if updates were released without noise.
+        shared: set if the noise of each event of training is a share: then the epsilons are those of the sum, and `epsilon_alone`
+            that of the share. How many attempts are made may depend on what was released, so the whole plan is what is stated.
     """
 
     site: str
@@ -182,31 +196,65 @@ class SiteRelease(Release):
     metrics_mechanism: GaussianSteps | None = None
     metrics_sha256: str | None = None
     private: bool = True
+    shared: SharedNoise | None = None
 
     @property
     def arrived_events(self) -> tuple[GaussianSteps, ...]:
-        """Everything that arrived: updates, and metrics."""
-        if self.metrics_mechanism is None or self.metrics_sha256 is None:
-            return self.events
-        return (*self.events, self.metrics_mechanism)
+        """Everything that arrived: updates, and metrics; of shares, as each site executed it."""
+        return (*self.events, *self._arrived_metrics)
+
+    @property
+    def spent_events(self) -> tuple[GaussianSteps, ...]:
+        """See `Release`."""
+        return (*self._counted(self.events), *self._arrived_metrics)
 
     @property
     def possible_events(self) -> tuple[GaussianSteps, ...]:
         """Everything that arrived and, as if executed, every request whose outcome is unknown."""
-        possible = self.events if self.metrics_mechanism is None else (*self.events, self.metrics_mechanism)
-        if not self.unanswered or self.per_round is None:
-            return possible
-        unknown = replace(self.per_round, steps=self.per_round.steps * len(self.unanswered))
-        return (*possible, unknown)
+        return (*self._counted(self.events), *self._asked_metrics, *self._counted(self._unknown))
 
     @property
     def planned_events(self) -> tuple[GaussianSteps, ...]:
         """`possible_events` and the planned steps that were not taken: what bounded a run that could have ended anywhere."""
-        possible = self.possible_events
+        return (*self.possible_events, *self._counted(self._left))
+
+    @property
+    def alone_events(self) -> tuple[GaussianSteps, ...]:
+        """`planned_events` as each site executes them, for the promise that holds if secure aggregation fails."""
+        return (*self.events, *self._asked_metrics, *self._unknown, *self._left)
+
+    @property
+    def epsilon_alone(self) -> float | None:
+        """Epsilon of `alone_events`; None where the noise is not shared, infinite without protection."""
+        if self.shared is None:
+            return None
+        return compose_epsilon(self.alone_events, self.delta) if self.protected else math.inf
+
+    def _counted(self, events: tuple[GaussianSteps, ...]) -> tuple[GaussianSteps, ...]:
+        """Return steps of training as a statement counts them: of shares, with the noise of their sum."""
+        return events if self.shared is None else self.shared.summed(events)
+
+    @property
+    def _asked_metrics(self) -> tuple[GaussianSteps, ...]:
+        return () if self.metrics_mechanism is None else (self.metrics_mechanism,)
+
+    @property
+    def _arrived_metrics(self) -> tuple[GaussianSteps, ...]:
+        return () if self.metrics_sha256 is None else self._asked_metrics
+
+    @property
+    def _unknown(self) -> tuple[GaussianSteps, ...]:
+        """Requests whose outcome is unknown, as if executed."""
+        if not self.unanswered or self.per_round is None:
+            return ()
+        return (replace(self.per_round, steps=self.per_round.steps * len(self.unanswered)),)
+
+    @property
+    def _left(self) -> tuple[GaussianSteps, ...]:
+        """The planned steps that were not taken."""
         last = self.per_round or (self.events[-1] if self.events else None)
-        taken = self.steps + (self.per_round.steps * len(self.unanswered) if self.per_round else 0)
-        left = self.steps_planned - taken
-        return (*possible, replace(last, steps=left)) if last and left > 0 else possible
+        left = self.steps_planned - self.steps - sum(event.steps for event in self._unknown)
+        return (replace(last, steps=left),) if last and left > 0 else ()
 
     @property
     def epsilon_promised(self) -> float:
@@ -216,11 +264,11 @@ class SiteRelease(Release):
     @property
     def epsilon_bound(self) -> float:
         """Epsilon if every request of unknown outcome was executed; never below `epsilon`."""
-        return self.epsilon_stated(stopped_early=False)
+        return compose_epsilon(self.possible_events, self.delta) if self.protected else math.inf
 
     def stated_events(self, *, stopped_early: bool) -> tuple[GaussianSteps, ...]:
         """What the epsilon of a statement is composed of: everything that was possible, or promised if the run ended early."""
-        return self.planned_events if stopped_early else self.possible_events
+        return self.planned_events if stopped_early or self.shared else self.possible_events
 
     def epsilon_stated(self, *, stopped_early: bool) -> float:
         """Epsilon of `stated_events`; infinite without protection."""
@@ -316,7 +364,13 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
             "" if release.metrics_sha256 else ", which was asked for and never arrived here"
         )
     epsilon = release.epsilon_stated(stopped_early=stopped_early)
-    planned = ""
+    planned, uncovered = "", not_covered(release.unit, pretrained=pretrained, shared=release.shared is not None)
+    if release.shared is not None:
+        return (
+            f"Site {release.site}, run {run}, secure aggregation with shared noise. {_promises_of_shares(release)} Executed: "
+            f"{parts}, clipping norm {rate_rounded_up(release.max_grad_norm)}. {AS_REPORTED} {_sampling_in_words(release)}"
+            f"{_NOT_COVERED}{' '.join(uncovered)}"
+        )
     if stopped_early:
         planned = (
             f"That is the epsilon of all {release.steps_planned} planned steps, which is what was promised; of the executed ones "
@@ -327,7 +381,20 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
         f"differentially private under {relation(release.unit)}, for {parts}, clipping norm "
         f"{rate_rounded_up(release.max_grad_norm)}, by PLD accounting, against an observer of every update. "
         f"{planned}{AS_REPORTED} {_sampling_in_words(release)}"
-        f"{_NOT_COVERED}{' '.join(not_covered(release.unit, pretrained=pretrained))}"
+        f"{_NOT_COVERED}{' '.join(uncovered)}"
+    )
+
+
+def _promises_of_shares(release: SiteRelease) -> str:
+    """Return both promises of a site that adds a share of the noise."""
+    assert release.shared is not None  # noqa: S101 (the callers looked)
+    return release.shared.promises(
+        epsilon=release.epsilon_promised,
+        executed=release.epsilon_bound,
+        alone=release.epsilon_alone or 0.0,
+        delta=release.delta,
+        relation=relation(release.unit),
+        planned=release.steps_planned,
     )
 
 
@@ -367,6 +434,8 @@ def run_statement(
             f"the releases of run {run} are by different units ({', '.join(sorted(units))}); none is stated."
         )
     worst = worst_first(releases, stopped_early=stopped_early)[0]
+    if worst.shared is not None:
+        return _run_statement_of_shares(releases, worst, run, pretrained=pretrained)
     stated = rounded_up(worst.epsilon_stated(stopped_early=stopped_early))
     table = tuple(
         SitesEpsilon(
@@ -392,6 +461,25 @@ def run_statement(
         sentence += " Requests that were never answered here are counted as executed."
     uncovered = (*not_covered(worst.unit, pretrained=pretrained), *([STOPPED_EARLY] if stopped_early else []))
     return Statement.of(sentence, table, unit=worst.unit, not_covered=uncovered)
+
+
+def _run_statement_of_shares(
+    releases: Sequence[SiteRelease], worst: SiteRelease, run: str, *, pretrained: bool
+) -> Statement:
+    """Return the two promises of a run whose sites add shares of the noise."""
+    assert worst.shared is not None  # noqa: S101 (the caller looked)
+    who = f"{worst.unit} whose records are all" if worst.unit in PERSON_UNITS else "record"
+    names, few = ", ".join(release.site for release in releases), worst.shared.colluding
+    sentence = (
+        f"Run {run}, {len(releases)} sites, secure aggregation with shared noise; for a {who} at one honest site, at site "
+        f"{worst.site}, where epsilon is largest. {_promises_of_shares(worst)} Assumed honest{f' but for {few}' if few else ''}: "
+        f"{names}. {AS_REPORTED}"
+    )
+    if any(release.unanswered for release in releases):
+        sentence += " Requests that were never answered here are counted as executed."
+    return Statement.of(
+        sentence, unit=worst.unit, not_covered=not_covered(worst.unit, pretrained=pretrained, shared=True)
+    )
 
 
 def worst_first(releases: Sequence[SiteRelease], *, stopped_early: bool) -> list[SiteRelease]:

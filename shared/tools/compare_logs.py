@@ -18,6 +18,7 @@ from shared.trust.audit_log import Event
 
 # A process may die between storing a release and noting it; then the release is noted when it is asked for again.
 _MADE = (Event.RELEASE_STORED, Event.RELEASE_REPEATED)
+_ASKED = (Event.ROUND_ASKED, Event.READY_ASKED)
 _ACCEPTED = (Event.UPDATE_ACCEPTED, Event.METRICS_ACCEPTED)
 
 
@@ -99,7 +100,7 @@ def _note_site(books: _Books, entry: Entry) -> None:
 
 def _note_coordinator(books: _Books, entry: Entry, site: str) -> None:
     details = entry.details
-    if entry.event == Event.ROUND_ASKED and site in list(details["sites"]):
+    if entry.event in _ASKED and site in list(details["sites"]):
         books.note(books.adapters, details["job"], details["round"], details["adapter_sha256"])
     elif entry.event in _ACCEPTED and details["site"] == site:
         books.note(books.releases, details["job"], details.get("round"), details["sha256"])

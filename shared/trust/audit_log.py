@@ -90,7 +90,10 @@ class Event(StrEnum):
     SITE_REFUSED = "site.refused"  # a site was turned away: unknown, removed or not what it claims
     JOB_SUBMITTED = "job.submitted"  # a signed job was accepted for execution
     JOB_FINISHED = "job.finished"  # it ended: completed, stopped or failed
-    ROUND_ASKED = "round.asked"  # the adapter went out to the sites of a round
+    READY_ASKED = "ready.asked"  # the adapter went out to sites that are to be summed securely; nothing is released yet
+    ROUND_ASKED = (
+        "round.asked"  # the adapter went out to the sites of a round; for a secure sum, the roster of the ready ones
+    )
     UPDATE_ACCEPTED = "update.accepted"  # a site's update passed all checks
     UPDATE_DOUBTED = "update.doubted"  # a site's update counts, but is shorter than its noise alone would be
     UPDATE_REFUSED = "update.refused"  # a site's update, or its refusal, does not count

@@ -156,14 +156,21 @@ def sign_job(
     return SignedJob.from_json(canonical_json(document.model_dump()), source="the signed job")
 
 
-def round_fields(*, job_sha256: str, round_number: int, adapter: bytes, sent_at: str) -> dict[str, Any]:
-    """Return what the coordinator signs, for `Purpose.ROUND`, when it sends `adapter` out for one round."""
-    return {
+def round_fields(
+    *, job_sha256: str, round_number: int, adapter: bytes, sent_at: str, attempt: int = 0
+) -> dict[str, Any]:
+    """Return what the coordinator signs, for `Purpose.ROUND`, when it sends `adapter` out for one round.
+
+    Args:
+        attempt: at the round, where sites are told; 0 where they are not.
+    """
+    fields = {
         "job_sha256": job_sha256,
         "round": round_number,
         "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
         "sent_at": sent_at,
     }
+    return fields | ({"attempt": attempt} if attempt else {})
 
 
 def _parse_time(text: str, what: str) -> datetime:

@@ -37,7 +37,7 @@ class TrustStore:
             TrustError: if `ca.crt` is missing or damaged; if `crl.pem` is damaged, not signed by this CA, older than
                 one seen before, or gone. Nobody may be let in then.
         """
-        return self._judge(now).files((self.folder / "sites").glob("*.crt"))
+        return self.judge(now).files((self.folder / "sites").glob("*.crt"))
 
     def install(self, cert_pem: bytes, now: datetime | None = None) -> SiteIdentity:
         """Verify a site's certificate and store it as `sites/NAME-SERIAL.crt`.
@@ -45,7 +45,7 @@ class TrustStore:
         Raises:
             TrustError: if it is anything but a valid certificate of a site, signed by this CA.
         """
-        judge = self._judge(whole_seconds(now))
+        judge = self.judge(whole_seconds(now))
         certificate = parse_certificate(cert_pem, "the certificate")
         state, reason = judge.judged(certificate)
         if state != "valid":
@@ -54,7 +54,12 @@ class TrustStore:
         write_public(path, pem_bytes(certificate))
         return identity_of(path, certificate, state, reason)
 
-    def _judge(self, now: datetime) -> Judge:
+    def judge(self, now: datetime) -> Judge:
+        """Return what certificates of sites are judged by at `now`.
+
+        Raises:
+            TrustError: as for `sites`.
+        """
         ca = load_certificate(self.folder / "ca.crt")
         seen = seen_crl(self.folder)  # before the list, so that one published in between is never taken for older
         path = self.folder / "crl.pem"

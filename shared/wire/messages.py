@@ -1,10 +1,11 @@
 """Typed messages <-> Flower records: the only place that knows record keys.
 
-Three exchanges: `describe` (who is there, and do you accept this job), `train` (one round) and `metrics` (what the sites
-measure on their own held-out records, once, after the last round); a refusal can answer any. A message is one record, its
-adapter one value in it: Flower sends every object with a call of its own, and this makes three of them where an array of
-the adapter makes six and one of every tensor a hundred. A refusal carries a code and a text that was written for the
-coordinator's eyes: it never holds data of the site.
+The exchanges: `describe` (who is there, and do you accept this job), `train` (one round) and `metrics` (what the sites
+measure on their own held-out records, once, after the last round); where sites add shares of the noise (`privacy.mechanism`
+"distributed") a round is `ready` (compute, and say so) and `masked` (this is the roster: send) instead. A refusal can answer any.
+A message is one record, its adapter one value in it: Flower sends every object with a call of its own, and this makes three of
+them where an array of the adapter makes six and one of every tensor a hundred. A refusal carries a code and a text that was
+written for the coordinator's eyes: it never holds data of the site.
 
 Guarantee: `unpack_*` never raises on what a site sent, allocates nothing that the message does not hold, and lets no
 name through that could leave a folder, and no number that is not finite or beyond every count (test:
@@ -22,20 +23,23 @@ from typing import Any, Literal
 
 from flwr.app import ConfigRecord, Message, RecordDict
 
-from shared.errors import RunError, printable
+from shared.errors import RunError, TrustError, printable
 from shared.files.json_files import canonical_json
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.job.values import NAME_PATTERN
-from shared.limits import MAX_RECORDS
+from shared.limits import MAX_RECORDS, MAX_STEPS
 from shared.link.envelope import EXPIRED, FAILED, LOST, UNREADABLE
 from shared.privacy.randomness import Origin
+from shared.secure_sum.messages import Ready
 from shared.trust.receipts import MOST_RECEIPT_BYTES, Released
 from shared.trust.signed_job import SignedJob
 
 TRAIN = "train"
 DESCRIBE = "query.describe"
 METRICS = "query.metrics"
+READY = "train.ready"
+MASKED = "train.masked"
 MALFORMED = "Malformed"
 WITHHELD = "Withheld"
 WITHHELD_REASON = "see the site's own log"
@@ -49,7 +53,9 @@ _MOST_COUNTED = 1 << 53
 _ERRORS = {EXPIRED: "Expired", UNREADABLE: "Unreadable", LOST: "NotConnected", FAILED: "Failed"}
 """No count in a message is greater, nor a noisy one: all of them, and sums of thousands, are then numbers of every kind."""
 # What reading a malformed header may raise; int(inf) overflows.
-_MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError)
+_MALFORMED = (KeyError, ValueError, TypeError, OverflowError, RunError, TrustError)
+
+RequestKind = Literal["train", "metrics", "ready", "masked"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +95,8 @@ class TrainRequest:
     Attributes:
         job: the whole declarative job.
         round_number: 1-based.
-        adapter: the global adapter, encoded by `shared.tensors.adapters`.
+        adapter: the global adapter, encoded by `shared.tensors.adapters`; of `masked` the roster of those who are ready.
+        attempt: of `ready` and `masked`, 1-based; else 0.
         order: signatures; None in a simulation, which real sites refuse.
         waited_seconds: how long it has been here, behind another request; the site's own measure.
     """
@@ -97,6 +104,7 @@ class TrainRequest:
     job: Job
     round_number: int
     adapter: bytes
+    attempt: int = 0
     order: Order | None = None
     waited_seconds: float = field(default=0.0, compare=False)
 
@@ -109,7 +117,7 @@ class TrainReply:
         site: name of the site.
         round_number: the round that was asked for.
         job_sha256: hash of the job that was executed.
-        update: the noised delta, encoded by `shared.tensors.adapters`.
+        update: the noised delta, encoded by `shared.tensors.adapters`; of `masked` the masked input, a `Masked` as bytes.
         declared_records: the site's public size.
         noise_multiplier, sample_rate, max_grad_norm, delta, steps: the mechanism as executed in this round; noise
             multiplier 0 means that nothing was protected.
@@ -206,9 +214,11 @@ def pack_description(description: SiteDescription) -> RecordDict:
     return RecordDict({_CONTENT: ConfigRecord({"kind": "description", **asdict(description)})})
 
 
-def pack_request(request: TrainRequest, kind: Literal["train", "metrics"] = "train") -> RecordDict:
+def pack_request(request: TrainRequest, kind: RequestKind = "train") -> RecordDict:
     """Return the content of a request to train one round, or for the site metrics of the adapter."""
     header: dict[str, Any] = {"kind": kind, "round_number": request.round_number, "adapter": request.adapter}
+    if request.attempt:
+        header["attempt"] = request.attempt
     if request.order is None:
         header["job"] = request.job.canonical_json()
     else:
@@ -218,7 +228,7 @@ def pack_request(request: TrainRequest, kind: Literal["train", "metrics"] = "tra
     return RecordDict({_CONTENT: ConfigRecord(header)})
 
 
-def unpack_request(content: RecordDict, kind: Literal["train", "metrics"] = "train") -> TrainRequest:
+def unpack_request(content: RecordDict, kind: RequestKind = "train") -> TrainRequest:
     """Return the request in `content`; of a signed job the signature holds, that of the round is not checked here.
 
     Raises:
@@ -230,6 +240,7 @@ def unpack_request(content: RecordDict, kind: Literal["train", "metrics"] = "tra
     order = None
     try:
         round_number = int(header["round_number"])
+        attempt = _whole(header.get("attempt", 0), most=MAX_STEPS)
         if "signed_job" in header:
             signed = SignedJob.from_json(str(header["signed_job"]), source="the job in the request")
             order = Order(signed_job=signed, sent_at=str(header["sent_at"]), signature=bytes(header["signature"]))
@@ -241,12 +252,19 @@ def unpack_request(content: RecordDict, kind: Literal["train", "metrics"] = "tra
             job = parse(Job, json.loads(text), source="the job in the request")
     except (KeyError, ValueError, TypeError, OverflowError, RecursionError):
         raise RunError("the request has no readable job or round number.") from None
-    return TrainRequest(job=job, round_number=round_number, adapter=_bytes(header, "adapter"), order=order)
+    return TrainRequest(
+        job=job, round_number=round_number, adapter=_bytes(header, "adapter"), attempt=attempt, order=order
+    )
 
 
 def pack_reply(reply: TrainReply) -> RecordDict:
     """Return the content of a training reply."""
     return RecordDict({_CONTENT: ConfigRecord({"kind": "update", **asdict(reply)})})
+
+
+def pack_ready(ready: Ready) -> RecordDict:
+    """Return the content of a site's word that it is ready."""
+    return RecordDict({_CONTENT: ConfigRecord({"kind": "ready", "site": ready.site, "ready": ready.to_bytes()})})
 
 
 def pack_metrics(reply: MetricsReply) -> RecordDict:
@@ -326,6 +344,17 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
         )
     except _MALFORMED:
         return Refusal(site="", code=MALFORMED, reason="the site's reply could not be read")
+
+
+def unpack_ready(message: Message) -> Ready | Refusal:
+    """Return what a site answered when it was asked to get ready; its signature is not checked here."""
+    answer = _refusal(message)
+    if answer is not None:
+        return answer
+    try:
+        return Ready.from_bytes(_bytes(_header(message.content, "ready"), "ready"))
+    except _MALFORMED:
+        return Refusal(site="", code=MALFORMED, reason="the site's word that it is ready could not be read")
 
 
 def unpack_metrics(message: Message) -> MetricsReply | Refusal:

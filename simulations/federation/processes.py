@@ -29,8 +29,10 @@ from client.link.handshake import TlsFacts, tls_facts
 from client.site.home import SiteHome
 from server import commands as coordinator_commands
 from server.coordinator.run_file import RunSettings, submit
-from server.records.privacy import read_sites
+from server.records.privacy import SiteRecord, read_sites
 from server.records.results import read_evaluation
+from server.records.rounds import read_rounds
+from server.rounds.secure.attempts import ATTEMPTS_FILE, Attempts
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.data.datasets import DataSource, write_jsonl
@@ -53,6 +55,7 @@ HOST = "127.0.0.1"
 HOSTS = ("localhost", HOST)
 ANY_PORT = f"{HOST}:0"  # the settings' own are for one coordinator and one site a machine
 COMMAND = ("-m", "cli")
+_OF_ROUNDS = (Event.READY_ASKED, Event.ROUND_ASKED, Event.ROUND_COMPLETED)
 
 
 @dataclass
@@ -111,6 +114,7 @@ class Federation:
         records: Sequence[Record],
         *,
         epsilon: float,
+        epsilon_alone: float | None = None,
         unit: Unit = "record",
         composition: Composition = "fixed",
         compute: ComputeConfig | None = None,
@@ -121,6 +125,7 @@ class Federation:
 
         Args:
             epsilon: the site's budget, for one job and in total.
+            epsilon_alone: the same for what it sends by itself, if secure aggregation fails; by default equal.
             unit: what the budget protects.
             composition: how the site measures its spending; "fixed" for runs whose plans are all made before they start.
             compute: its speed settings.
@@ -144,6 +149,9 @@ class Federation:
                 composition=composition,
             )
         change_toml(home.config, metrics_listen=ANY_PORT)
+        if epsilon_alone is not None:
+            change_toml(home.config, budget=load_toml(home.config)["budget"] | {"epsilon_alone": epsilon_alone})
+            change_toml(home.policy, max_epsilon_alone=epsilon_alone)
         if compute is not None:
             change_toml(home.config, compute=compute.model_dump(mode="json", exclude_none=True))
         if evaluation_share:
@@ -306,7 +314,7 @@ def round_overheads(federation: Federation, submission: Submission, sites: Seque
     }
     overheads, before = [], None
     for entry in audit_log.read(federation.coordinator.audit):
-        if entry.details.get("job") != job or entry.event not in (Event.ROUND_ASKED, Event.ROUND_COMPLETED):
+        if entry.details.get("job") != job or entry.event not in _OF_ROUNDS:
             continue
         time_now, number = datetime.fromisoformat(entry.time), int(entry.details["round"])
         if before is None:
@@ -324,15 +332,38 @@ def summary(
     """Return the figures of a finished run."""
     metric = task_of(job).primary_metric
     evaluation = read_evaluation(submission.run_folder / "evaluation.json")
-    spent = [record.epsilon_bound or 0.0 for record in read_sites(submission.run_folder)]
+    overhead = statistics.median(round_overheads(federation, submission, sites))
+    records = read_sites(submission.run_folder)
     return {
         f"{metric}_federated_dp": None if evaluation.primary is None else round(evaluation.primary, 4),
         "rounds": submission.progress(),
         "sites": len(sites),
-        "round_overhead_seconds_median": round(statistics.median(round_overheads(federation, submission, sites)), 3),
-        "epsilon_max_site": float(rounded_up(max(spent), 4)),
+        "round_overhead_seconds_median": round(overhead, 3),
+        **(_of_shares(submission, job, records) or _of_sites(records)),
         "tls_version": facts.tls_version,
         "alpn": facts.alpn,
+    }
+
+
+def _of_sites(records: Sequence[SiteRecord]) -> dict[str, Any]:
+    return {"epsilon_max_site": float(rounded_up(max(record.epsilon_bound or 0.0 for record in records), 4))}
+
+
+def _of_shares(submission: Submission, job: Job, records: Sequence[SiteRecord]) -> dict[str, Any] | None:
+    """Return both promises and what the rounds cost; None where sites add no shares."""
+    shared = records[0].shared
+    if shared is None:
+        return None
+    rounds = read_rounds(submission.run_folder / "metrics.jsonl", complete=True)[1:]
+    attempts = Attempts(submission.run_folder / ATTEMPTS_FILE, job)
+    return {
+        "epsilon": float(rounded_up(max(record.epsilon_planned or 0.0 for record in records), 4)),
+        "epsilon_alone": float(rounded_up(max(record.epsilon_alone or 0.0 for record in records), 4)),
+        "max_colluding": shared.colluding,
+        "honest_min": shared.honest,
+        "attempts": attempts.made,
+        "dropped": max(len(records) - len(record.sites) for record in rounds),
+        "bytes_up_per_round": round(statistics.mean(record.bytes_up or 0 for record in rounds)),
     }
 
 

@@ -16,6 +16,7 @@ from shared.errors import ConfigError, RunError
 from shared.files.outputs import check_folder, make_folder
 from shared.job.job import Job
 from shared.models.images import image_network_sha256
+from shared.privacy.distributed import DistributedPlan
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from shared.stopping import saying
@@ -44,7 +45,7 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
     check_early_stopping(scenario, scenario.job)
     train, test = scenario.load_data()
     arm = next(arm for arm in plan_arms(scenario, folder, train) if arm.name == FEDERATED)
-    budget = _budget_for(PrivacyPlan.from_job(arm.job))
+    budgets = _budgets_for(arm.job)
     make_folder(folder)
     # All processes share this machine's cores.
     federation = Federation(folder, environment={"OMP_NUM_THREADS": "1"})
@@ -56,7 +57,7 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
             federation.join(
                 name,
                 records,
-                epsilon=budget,
+                **budgets,
                 unit=unit,
                 composition="adaptive",
                 compute=scenario.compute,
@@ -73,7 +74,7 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
             federation.start_site(name)
         submission = federation.submit(arm.job, test, compute=scenario.compute)
         console.print(f"job {submission.name}, signed by {federation.signer.verify_key.text}")
-        _watch(federation, submission, list(arm.sites), console)
+        _watch(federation, submission, list(arm.sites), console, kill_in_round=scenario.simulation.kill_in_round)
     state = submission.state()
     if state["state"] != "completed":
         raise RunError(f"the run {state['state']}: {state.get('problem') or 'see the logs in ' + str(folder)}")
@@ -84,6 +85,15 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
     figures = summary(federation, submission, arm.job, list(arm.sites), facts)
     console.print(f"{time.monotonic() - started:.0f} s; report: {submission.run_folder / 'report.html'}")
     terminal.print_json(figures)
+
+
+def _budgets_for(job: Job) -> dict[str, float]:
+    """Return the caps that a run fits into."""
+    alone = PrivacyPlan.from_job(job)
+    if alone.honest is None:
+        return {"epsilon": _budget_for(alone)}
+    together = _budget_for(DistributedPlan.from_job(job).together)
+    return {"epsilon": together, "epsilon_alone": max(_budget_for(alone), together)}
 
 
 def _budget_for(plan: PrivacyPlan) -> float:
@@ -98,9 +108,16 @@ def _budget_for(plan: PrivacyPlan) -> float:
         budget += 1
 
 
-def _watch(federation: Federation, submission: Submission, sites: Sequence[str], console: Console) -> None:
-    """Tell what happens until the job has ended."""
+def _watch(
+    federation: Federation, submission: Submission, sites: Sequence[str], console: Console, *, kill_in_round: int | None
+) -> None:
+    """Tell what happens until the job has ended.
+
+    Args:
+        kill_in_round: while this round runs, the last site's process is ended as by a power cut.
+    """
     told: dict[str, object] = {}
+    victim = sites[-1] if kill_in_round is not None else None
 
     def tell(key: str, value: object, text: str) -> None:
         if value is not None and told.get(key) != value:
@@ -117,6 +134,10 @@ def _watch(federation: Federation, submission: Submission, sites: Sequence[str],
                 f"{name} {value:.4f}" for name, value in (state.get("metrics") or {}).items() if value is not None
             )
             tell("round", state.get("round"), f"round {state.get('round')}: {metrics}")
+            if victim is not None and kill_in_round is not None and (state.get("round") or 0) >= kill_in_round - 1:
+                federation.kill(victim)
+                console.print(f"{victim} was killed in round {(state.get('round') or 0) + 1}")
+                victim = None
             doing = ", ".join(f"{name} {read_status(federation.site(name))['state']}" for name in sites)
             spinner.update(f"round {state.get('round', 0)} done; {doing}")
             for name, process in federation.processes.items():
@@ -128,6 +149,9 @@ def _watch(federation: Federation, submission: Submission, sites: Sequence[str],
 def _policy(job: Job) -> dict[str, Any]:
     """Return what the sites' engineers would change in their policies for this job: the metrics, and a network for images."""
     changes: dict[str, Any] = {"metrics": list(job.site_metrics.names)}
+    if job.privacy.mechanism == "distributed":
+        # One site's share may be small: what it protects by itself is capped by its own epsilon.
+        changes["min_noise_multiplier"] = PrivacyPlan.from_job(job).noise_multiplier * 0.999
     if job.model.is_image_network:
         changes["backbones"] = {job.model.backbone: image_network_sha256(job.model)}
     return changes

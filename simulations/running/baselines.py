@@ -24,6 +24,7 @@ EVALUATIONS = 12
 PATIENCE = 5
 _LEARNING_RATE, _OF_LANGUAGE_MODELS, _OF_IMAGES = 2e-3, 1e-2, 5e-3
 _FEDERATED_ROUNDS, _FEDERATED_STEPS = 40, 4
+_NO_SHARES: Mapping[str, Any] = {"epsilon_alone": None, "max_colluding": None, "spare_attempts": None}
 
 
 def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evaluate_every: int) -> dict[str, Any]:
@@ -51,7 +52,10 @@ def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evalua
     if name != "federated-non-private":
         changes["federation"] = {"min_sites": 1, "sites_per_round": None}
     if name == "central-dp":
-        return changes
+        # All records at one place: its noise is no share of any.
+        return changes | (
+            {"privacy": {"mechanism": "dp-sgd", **_NO_SHARES}} if job.privacy.mechanism == "distributed" else {}
+        )
     alone = name != "federated-non-private"
     per_site = max(num_records if alone else num_records // num_sites, 1)
     passes = min(max(EXAMPLES / num_records, FEWEST_PASSES), MOST_PASSES)
@@ -73,6 +77,8 @@ def _without_noise(job: Job, *, records: int, passes: float, evaluate_every: int
     privacy: dict[str, Any] = {"mechanism": "none", "sample_rate": sample_rate}
     if job.privacy.central:
         privacy |= {"unit": "record", "central": None}
+    if job.privacy.mechanism == "distributed":
+        privacy |= dict(_NO_SHARES)
     return {
         "privacy": privacy,
         "site_metrics": {"names": []},

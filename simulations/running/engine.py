@@ -32,6 +32,7 @@ from shared.files.json_files import canonical_json, parse_object
 from shared.job.job import Job
 from shared.job.values import PERSON_UNITS
 from shared.privacy.central import CentralPlan
+from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.privacy.sizes import default_delta
@@ -205,10 +206,7 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 f"({', '.join(arm.job.task.labels)}). Mend the data, name the right column, or add the label."
             )
         if labels and len(labels) < 2:
-            raise DataError(
-                f"all records of {name} have one and the same label; raise partition.alpha or partition.min_records, or use "
-                "fewer sites."
-            )
+            _judge_single_label(scenario, name)
         persons = persons_of(records, arm.job.privacy.unit)
         size = len(records) if persons is None else persons.count
         try:
@@ -220,10 +218,27 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
     for name, part in {**arm.sites, "the evaluation data": list(test)}.items():
         try:
             examples = runtime.encode(part)
-            if name in arm.sites:
+            if name in arm.sites and scenario.partition.kind != "dirichlet":  # whose skew was asked for
                 task.check_site(examples)
         except SilotuneError as error:
             raise type(error)(f"{name}: {error}") from None
+
+
+def _judge_single_label(scenario: Scenario, name: str) -> None:
+    """Warn of a site all of whose records have one label where such a skew was asked for; else it is a mistake.
+
+    Raises:
+        DataError: it was not asked for.
+    """
+    if scenario.partition.kind == "dirichlet":
+        log.warning(
+            "all records of %s have one and the same label (partition.alpha %g).", name, scenario.partition.alpha
+        )
+        return
+    raise DataError(
+        f"all records of {name} have one and the same label; check the column of labels, raise partition.min_records, or use "
+        "fewer sites."
+    )
 
 
 def _warn_of_overlap(arm: Arm, test: Sequence[Record]) -> None:
@@ -318,13 +333,21 @@ def _roles(job: Job) -> tuple[str, ...]:
     return (*task_of(job).roles, *([PERSON_ROLE] if job.privacy.unit in PERSON_UNITS else []))
 
 
+def _planned_epsilons(job: Job) -> dict[str, float]:
+    """Return the caps of a simulated site: a noise multiplier that was given, not calibrated, spends what it spends."""
+    privacy = job.privacy
+    if not privacy.sites_add_noise:
+        return {"epsilon": privacy.epsilon}
+    plan = PrivacyPlan.from_job(job)
+    if plan.honest is None:
+        return {"epsilon": max(privacy.epsilon, plan.epsilon())}
+    together = max(privacy.epsilon, DistributedPlan.from_job(job).together.epsilon())
+    return {"epsilon": together, "epsilon_alone": max(privacy.epsilon_alone or 0.0, plan.epsilon(), together)}
+
+
 def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
     """Return the `site.toml` of one simulated site."""
-    private = arm.job.privacy.mechanism == "dp-sgd"
-    plan = PrivacyPlan.from_job(arm.job)
-    # A noise multiplier that was given, not calibrated, spends what it spends.
-    epsilon = max(arm.job.privacy.epsilon, plan.epsilon() if private else 0.0)
-    budget: dict[str, Any] = {"epsilon": epsilon, "delta": arm.job.privacy.delta}
+    budget: dict[str, Any] = _planned_epsilons(arm.job) | {"delta": arm.job.privacy.delta}
     # What is not asked for is not written, so that homes of older versions can be resumed.
     further: dict[str, Any] = {}
     if arm.job.privacy.unit in PERSON_UNITS:

@@ -14,10 +14,11 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp.grid import Grid
 
 from shared.link.envelope import COORDINATOR_NODE_ID, request
-from shared.wire.messages import TRAIN
+from shared.wire.messages import READY, TRAIN
 
 _RUN_ID = 1
 _ERROR_DROPPED = 100
+_COMPUTES = (TRAIN, READY)  # what takes long, and is answered side by side
 
 Together = Callable[[Sequence[tuple[Message, Context]]], list[Message]]
 
@@ -40,7 +41,7 @@ class InProcessGrid(Grid):
         Args:
             client_app: answers every message.
             num_nodes: number of nodes, with the partition ids from 0.
-            together: answers up to `at_once` requests to train; None leaves these to `client_app` as well.
+            together: answers up to `at_once` requests to train, all of one kind; None leaves these to `client_app` as well.
             at_once: how many.
         """
         self._client_app = client_app
@@ -102,12 +103,13 @@ class InProcessGrid(Grid):
         oldest = next((identifier for identifier in self._waiting if identifier in set(wanted)), None)
         if not any(identifier in self._ready for identifier in wanted) and oldest is not None:
             first = self._waiting[oldest].metadata
-            if self._together is not None and first.message_type == TRAIN and self._at_once > 1:
+            if self._together is not None and first.message_type in _COMPUTES and self._at_once > 1:
                 # Also requests of the round that nobody pulls for yet: a caller may ask for a few at a time.
                 alike = [
                     identifier
                     for identifier, message in self._waiting.items()
-                    if (message.metadata.message_type, message.metadata.group_id) == (TRAIN, first.group_id)
+                    if (message.metadata.message_type, message.metadata.group_id)
+                    == (first.message_type, first.group_id)
                 ]
                 chosen = [oldest, *(identifier for identifier in alike if identifier != oldest)][: self._at_once]
                 messages = [self._waiting.pop(identifier) for identifier in chosen]
@@ -165,7 +167,7 @@ class DropoutGrid(Grid):
         dropped = {
             place
             for place, message in enumerate(sent)
-            if message.metadata.message_type == TRAIN and self._drops(message, place)
+            if message.metadata.message_type in _COMPUTES and self._drops(message, place)
         }
         passed = iter(self._inner.push_messages([m for place, m in enumerate(sent) if place not in dropped]))
         return [self._drop(message) if place in dropped else next(passed) for place, message in enumerate(sent)]

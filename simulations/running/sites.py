@@ -11,22 +11,24 @@ from flwr.app import Context, Message
 from client.app import OpenSite, attempt, packed
 from client.site.site import Site
 from shared.privacy.randomness import SiteRandomness
-from shared.wire.messages import Refusal, unpack_request
-from simulations.running.together import train_together
+from shared.wire.messages import READY, Refusal, RequestKind, unpack_request
+from simulations.running.together import ready_together, train_together
 
 
 def answer_together(messages: Sequence[tuple[Message, Context]], open_site: OpenSite) -> list[Message]:
     """Return the answers to training requests of simulated nodes, which are trained side by side; see `train_together`.
 
     Args:
-        messages: each with the context of its node.
+        messages: each with the context of its node, all of one kind.
         open_site: as for `make_client_app`.
     """
+    kind: RequestKind = "ready" if messages[0][0].metadata.message_type == READY else "train"
     asked = [
-        attempt(context, open_site, lambda site, message=message: (site, unpack_request(message.content)))  # type: ignore[misc]
+        attempt(context, open_site, lambda site, message=message: (site, unpack_request(message.content, kind)))  # type: ignore[misc]
         for message, context in messages
     ]
-    trained = iter(train_together([found for found in asked if not isinstance(found, Refusal)]))
+    together = ready_together if kind == "ready" else train_together
+    trained = iter(together([found for found in asked if not isinstance(found, Refusal)]))
     answers = [found if isinstance(found, Refusal) else next(trained) for found in asked]
     return [packed(answer, message) for answer, (message, _) in zip(answers, messages, strict=True)]
 

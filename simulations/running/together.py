@@ -12,10 +12,13 @@ from collections.abc import Sequence
 from functools import partial
 
 from client.site.release import Begun
+from client.site.secure.shares import BegunShare, Shares
 from client.site.site import Site
+from client.training.gradient import NoisySum
 from client.training.independence import settle_stacks
 from client.training.trainer import LocalRound, train_local_rounds
 from shared.errors import place_of
+from shared.secure_sum.messages import Ready
 from shared.tensors.optimizers import steps_taken
 from shared.wire.messages import Refusal, TrainReply, TrainRequest
 
@@ -49,6 +52,42 @@ def train_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[TrainR
             request = begun.request
             answers[place] = site.guarded(act, job=request.job, round_number=request.round_number)
     return [answers[place] for place in range(len(requests))]
+
+
+def ready_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[Ready | Refusal]:
+    """Answer one request to get ready for a round under secure aggregation of each site, in order."""
+    answers: dict[int, Ready | Refusal] = {}
+    alike: dict[object, list[tuple[int, Site, BegunShare]]] = {}
+    for place, (site, request) in enumerate(requests):
+        begun = site.guarded(partial(site.shares.begin, request), job=request.job, round_number=request.round_number)
+        if isinstance(begun, BegunShare):
+            key = (id(begun.runtime), request.job.sha256, request.round_number, request.attempt, request.adapter)
+            alike.setdefault(key, []).append((place, site, begun))
+        else:
+            answers[place] = begun
+    for group in alike.values():
+        started = time.monotonic()
+        found = _summed([begun for _, _, begun in group])
+        seconds = (time.monotonic() - started) / len(group)
+        for (place, site, begun), one in zip(group, found, strict=True):
+            act = (
+                partial(site.shares.make, begun)
+                if one is None
+                else partial(site.shares.finish, begun, one, seconds=seconds)
+            )
+            answers[place] = site.guarded(act, job=begun.request.job, round_number=begun.request.round_number)
+    return [answers[place] for place in range(len(requests))]
+
+
+def _summed(group: Sequence[BegunShare]) -> Sequence[NoisySum | None]:
+    """Return every site's noisy sum; None for all if something failed, so that each is computed alone and fails alone."""
+    try:
+        if len(group) > 1:
+            settle_stacks(group[0].runtime)
+        return Shares.compute(group)
+    except Exception as error:  # whose fault it is shows when each is computed alone
+        log.error("%d sites could not be computed together; each is computed alone: %s", len(group), place_of(error))
+        return [None] * len(group)
 
 
 def _trained(group: Sequence[BegunAt]) -> Sequence[LocalRound | None]:

@@ -29,9 +29,9 @@ from server.store.submission import Submission
 from shared.errors import PrivacyError, RunError, TrustError
 from shared.files.json_files import read_record
 from shared.job.job import Job
+from shared.privacy.accountant.cross_check import prv_cross_check
 from shared.privacy.accounting import GaussianSteps, merged
 from shared.privacy.central_statement import central_statement
-from shared.privacy.cross_check import prv_cross_check
 from shared.privacy.statement import SiteRelease, Statement, events_at_sites, run_statement, site_statement, worst_first
 from shared.trust.signed_folder import SIGNATURE_FILE, verify_folder
 from shared.trust.signed_job import SignedJob

@@ -139,7 +139,7 @@ def load_state(folder: Path, runtime: Runtime, job: Job) -> dict[str, Tensor]:
         AdapterError: if it is missing, malformed, or belongs to another job.
     """
     path = folder / _STATE_FILE
-    expected = runtime.global_shapes(job.lora.train == "both")
+    expected = runtime.global_shapes(job.averages_products)
     try:
         adapters.check_length(path.stat().st_size, expected)
         state: dict[str, Tensor] = load_file(path)

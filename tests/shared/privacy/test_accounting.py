@@ -14,6 +14,7 @@ from scipy.optimize import brentq
 import shared.privacy.accounting as accounting
 from shared.errors import PrivacyError
 from shared.limits import MAX_STEPS, MIN_NOISE_MULTIPLIER
+from shared.privacy.accountant.cross_check import prv_cross_check
 from shared.privacy.accountant.loss_distribution import largest_loss
 from shared.privacy.accounting import (
     SIGMA_TOLERANCE,
@@ -23,7 +24,6 @@ from shared.privacy.accounting import (
     check_delta,
     compose_epsilon,
 )
-from shared.privacy.cross_check import prv_cross_check
 
 # n, B, E; noise multipliers for epsilon 1, 3, 8 at delta = 1 / n^1.1, sample rate B / n, round(E n / B) steps (PLD).
 TABLE = [

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import pytest
 from opacus.accountants import PRVAccountant
 
-from shared.privacy import cross_check
+from shared.privacy.accountant import cross_check
+from shared.privacy.accountant.cross_check import prv_cross_check
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.cross_check import prv_cross_check
 
 
 def steps(sigma: float, rate: float, num: int) -> GaussianSteps:

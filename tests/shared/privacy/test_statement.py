@@ -56,7 +56,8 @@ def privacy_record(release: SiteRelease, run: str, **how: bool) -> dict[str, Any
 
 def written(record: Any) -> dict[str, Any]:
     """Return what a record is as JSON."""
-    found: dict[str, Any] = json.loads(json.dumps(asdict(record), allow_nan=False))
+    fields = record.fields() if isinstance(record, SiteRecord) else asdict(record)
+    found: dict[str, Any] = json.loads(json.dumps(fields, allow_nan=False))
     return found
 
 

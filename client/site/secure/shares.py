@@ -1,0 +1,276 @@
+"""A site in a round under secure aggregation: get ready, which releases nothing, then send one masked input for one roster.
+
+    ready    admit, check, compute sample, sum and share of the noise, keep them in memory; say so with a fresh key
+    masked   admit, check who else is on the roster, charge, mask, store, send
+
+Guarantees (tests: tests/client/site/secure/)
+    * What was drawn for one attempt is masked once, for the first roster that passes, and forgotten; another attempt has fresh
+      coins, noise and keys (test_an_attempt_is_masked_once).
+    * Both accounts are charged, durably, before an input is masked; it is stored before it leaves. The same request again gets
+      the same bytes, at no charge, also after a restart; a process that died in between has dropped out
+      (test_a_kill_at_any_line_loses_no_charge).
+    * Whether a request is answered, and how a refusal reads, follows from what the coordinator sent, what the site declares and
+      its ledger, never from a record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from client.site.opened import OpenedFolder
+from client.site.release import checked_adapter, load_proven
+from client.site.terms import check_terms
+from client.site.usable import on_records
+from client.training.gradient import NoisySum, noisy_sums
+from client.training.trainer import LocalWork
+from shared.errors import PolicyError
+from shared.job.job import Job
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.shares import check_reach
+from shared.runtime.runtime import Runtime
+from shared.secure_sum.messages import Ready, Roster, unpack_roster
+from shared.secure_sum.site import SecureSite
+from shared.wire.messages import TrainReply, TrainRequest
+
+MECHANISM = "distributed"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BegunShare:
+    """An attempt that is admitted and prepared, and not yet computed; nothing is charged.
+
+    Attributes:
+        request: what was asked.
+        plan, runtime, start, work: as for a release (`client.site.release.Begun`).
+    """
+
+    request: TrainRequest
+    plan: PrivacyPlan
+    runtime: Runtime
+    start: dict[str, Tensor]
+    work: LocalWork
+
+
+@dataclass(kw_only=True)
+class _Attempt:
+    """What is drawn for one attempt, and its key: in memory only, until it is masked."""
+
+    place: tuple[int, int, str]  # round, attempt, SHA-256 of the adapter
+    plan: PrivacyPlan
+    machine: SecureSite
+    words: NDArray[np.uint64]
+    origin: str
+    seconds: float
+
+
+class Shares:
+    """The two answers of a site; see the module."""
+
+    def __init__(self, site: OpenedFolder) -> None:
+        self._site = site
+        self._drawn: dict[str, _Attempt] = {}  # by job: the latest attempt only
+        self._asked: dict[
+            str, tuple[int, str, int]
+        ] = {}  # by job: last round, its adapter, and how often it was computed
+
+    def ready(self, request: TrainRequest) -> Ready:
+        """Compute for an attempt and say so; asked again, the same.
+
+        Raises:
+            SilotuneError: as for a release; nothing is charged here.
+        """
+        begun = self.begin(request)
+        return begun if isinstance(begun, Ready) else self.make(begun)
+
+    def make(self, begun: BegunShare) -> Ready:
+        """Compute what was begun, by itself."""
+        started = time.monotonic()
+        (found,) = self.compute([begun])
+        return self.finish(begun, found, seconds=time.monotonic() - started)
+
+    def begin(self, request: TrainRequest) -> Ready | BegunShare:
+        """Do all that comes before computing; or return what was said before."""
+        site, job = self._site, request.job
+        # 1. What the site accepts at all.
+        plan = self._admit(request)
+        # 2. What was drawn already and not masked yet.
+        drawn = self._drawn.get(job.sha256)
+        if drawn is not None and drawn.place == _place(request):
+            return drawn.machine.ready()
+        self._drawn.pop(job.sha256, None)
+        self._note_computation(request)
+        # 3. Model and global adapter, all checked before a record is read.
+        runtime = load_proven(job, site.config.compute)
+        start = checked_adapter(runtime, plan, request)
+        usable = site.usable(runtime, job)
+        work = LocalWork(
+            examples=usable.examples,
+            declared_records=site.declared_records,
+            randomness=site.new_randomness(),
+            persons=usable.persons,
+        )
+        return BegunShare(request=request, plan=plan, runtime=runtime, start=start, work=work)
+
+    @staticmethod
+    def compute(begun: Sequence[BegunShare]) -> list[NoisySum]:
+        """Return the noisy sums of sites that were asked the same."""
+        first = begun[0]
+        with on_records():
+            return noisy_sums(
+                first.runtime,
+                [one.work for one in begun],
+                first.start,
+                plan=first.plan,
+                round_number=first.request.round_number,
+                attempt=first.request.attempt,
+            )
+
+    def finish(self, begun: BegunShare, found: NoisySum, *, seconds: float) -> Ready:
+        """Keep what was computed, and return the word that this site is ready."""
+        site, request = self._site, begun.request
+        key, certificate = site.guard.certified_key()
+        machine = SecureSite(
+            site=site.config.name,
+            job_sha256=request.job.sha256,
+            round_number=request.round_number,
+            attempt=request.attempt,
+            adapter_sha256=_place(request)[2],
+            declared_records=site.declared_records,
+            key=key,
+            certificate=certificate,
+        )
+        self._drawn[request.job.sha256] = _Attempt(
+            place=_place(request),
+            plan=begun.plan,
+            machine=machine,
+            words=found.words,
+            origin=begun.work.randomness.origin,
+            seconds=seconds,
+        )
+        return machine.ready()
+
+    def masked(self, request: TrainRequest) -> TrainReply:
+        """Return the masked input for a roster; asked again, the same bytes.
+
+        Raises:
+            TrustError: the roster is not what it should be; nothing was charged.
+            PolicyError: this site is not ready for it, or does not accept it.
+            BudgetExceeded: it does not fit into the site's budget; nothing was charged.
+        """
+        site, job = self._site, request.job
+        site.guard.admit_round(request)
+        check_terms(site.config, job, declared_records=site.declared_records)
+        request_sha256 = _request_sha256(request)
+        stored = site.outbox.stored_round(job.sha256, request.round_number, request_sha256=request_sha256)
+        if stored is not None:
+            site.checked_ledger()
+            site.guard.repeated(request, stored.update)
+            return stored
+        drawn = self._drawn.get(job.sha256)
+        if drawn is None or drawn.place[:2] != (request.round_number, request.attempt):
+            raise PolicyError(
+                f"site {site.config.name} has nothing ready for attempt {request.attempt} at round {request.round_number}: it "
+                "was started anew, or has sent for another roster. Begin another attempt."
+            )
+        roster = unpack_roster(request.adapter)
+        site.guard.admit_peers(job, [entry.site for entry in roster])
+        context = drawn.machine.accept(roster, min_sites=job.federation.min_sites, key_of=site.guard.peer_key)
+        _check_sizes(roster, job, drawn.plan)
+        # From here on it is this roster or none.
+        del self._drawn[job.sha256]
+        reservation = self._charge(request, request_sha256, drawn.plan)
+        masked = drawn.machine.masked(drawn.words, context)
+        reply = self._reply(request, drawn, masked.to_bytes())
+        site.outbox.store_round(reply, request_sha256=request_sha256, optimizer_state={}, residual=None)
+        site.close(request, reservation, reply.update, executed_steps=1, seconds=drawn.seconds)
+        return reply
+
+    def _admit(self, request: TrainRequest) -> PrivacyPlan:
+        site, job = self._site, request.job
+        site.guard.admit_round(request)
+        check_terms(site.config, job, declared_records=site.declared_records)
+        if job.privacy.mechanism != MECHANISM:
+            raise PolicyError(
+                f"privacy.mechanism is {job.privacy.mechanism!r}; only {MECHANISM!r} has rounds of two exchanges."
+            )
+        if not 1 <= request.round_number <= job.training.rounds:
+            raise PolicyError(f"round {request.round_number} is outside the job's {job.training.rounds} rounds.")
+        if request.attempt < 1:
+            raise PolicyError(f"attempt {request.attempt} at round {request.round_number}; they are counted from 1.")
+        ledger = site.checked_ledger()
+        site.guard.admit_attempt(ledger, job, request.round_number, request.attempt)
+        return PrivacyPlan.from_job(job)
+
+    def _note_computation(self, request: TrainRequest) -> None:
+        """Refuse to compute, which is not charged and can be watched from outside, more often than the job has use for.
+
+        Raises:
+            PolicyError: a round before the last one, another adapter for the same, or too many attempts at it.
+        """
+        number, _, adapter = _place(request)
+        last, used, count = self._asked.get(request.job.sha256, (0, "", 0))
+        if number < last or (number == last and adapter != used):
+            raise PolicyError(
+                f"round {number} was asked for, but this site has computed round {last} of the job"
+                f"{' from another adapter' if number == last else ''}; rounds go forward only, each from one adapter."
+            )
+        count = count + 1 if number == last else 1
+        if count > (most := request.job.spare_attempts + 1):
+            raise PolicyError(
+                f"this site has computed {most} attempts at round {number}, as many as the job plans for one."
+            )
+        self._asked[request.job.sha256] = (number, adapter, count)
+
+    def _charge(self, request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> int:
+        job = request.job
+        self._site.guard.admit_attempt(self._site.checked_ledger(), job, request.round_number, request.attempt)
+        return self._site.charge(
+            request,
+            request_sha256,
+            plan.mechanism(1),
+            # How many attempts are made may depend on what was released, so the whole plan counts from its first one on.
+            planned_steps=plan.planned_steps,
+            together=plan.together(1),
+            attempt=request.attempt,
+        )
+
+    def _reply(self, request: TrainRequest, drawn: _Attempt, update: bytes) -> TrainReply:
+        site, plan = self._site, drawn.plan
+        return TrainReply(
+            site=site.config.name,
+            round_number=request.round_number,
+            job_sha256=request.job.sha256,
+            update=update,
+            declared_records=site.declared_records,
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            max_grad_norm=plan.max_grad_norm,
+            delta=plan.delta,
+            steps=1,
+            randomness="os" if drawn.origin == "os" else "injected",
+            epsilon_budget=site.config.budget.epsilon,
+        )
+
+
+def _place(request: TrainRequest) -> tuple[int, int, str]:
+    return request.round_number, request.attempt, hashlib.sha256(request.adapter).hexdigest()
+
+
+def _check_sizes(roster: Roster, job: Job, plan: PrivacyPlan) -> None:
+    """Raise `PrivacyError` if the sum of all on the roster could wrap around; a site has fewer than twice what it declares."""
+    declared = sum(entry.declared_records for entry in roster)
+    check_reach(num_units=2 * declared, num_sites=len(roster), noise_multiplier=plan.noise_multiplier)
+
+
+def _request_sha256(request: TrainRequest) -> str:
+    digest = hashlib.sha256()
+    for part in (request.job.sha256.encode(), f"{request.round_number}/{request.attempt}".encode(), request.adapter):
+        digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()

@@ -1,0 +1,74 @@
+"""What a statement says where sites add shares of the noise: two promises, and what each of them rests on.
+
+What the promises come from: `shared.privacy.distributed`; what secure aggregation does: docs/secure-aggregation.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from shared.epsilons import delta_rounded_up, rounded_up
+from shared.privacy.accounting import GaussianSteps, noise_of_sum
+
+COMPUTATIONAL = (
+    "The first promise is computational: whoever records the traffic and later breaks X25519, or takes a site's memory during a "
+    "round, is left with the second."
+)
+ASSUMED_HONEST = (
+    "The first promise counts on the shares of all sites of a roster but those that may collude: sites that run this software "
+    "unchanged, on their own random numbers. A CA that makes up sites is a colluder, unless the sites pin each other's keys; so "
+    "is a site that was copied, or restored from a backup, while it was at an attempt. Over several jobs it holds against one "
+    "and the same coalition, small enough for each of them."
+)
+STILL_LEARNED = (
+    "What the coordinator learns: the sum of every round, which sites took part and when, and their declared sizes. It chooses "
+    "the adapters, may leave sites out down to the least number, and may break an attempt off, which costs everybody in it one "
+    "step. Any site can add anything to a sum; there is no proof of range."
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedNoise:
+    """How many share the noise.
+
+    Attributes:
+        honest: H, least number of honest sites in a sum.
+        colluding: most sites that may work together with the coordinator.
+    """
+
+    honest: int
+    colluding: int
+
+    def summed(self, events: Iterable[GaussianSteps]) -> tuple[GaussianSteps, ...]:
+        """Return steps of one share as steps of the sum of the honest sites' shares."""
+        return tuple(
+            replace(event, noise_multiplier=noise_of_sum(event.noise_multiplier, self.honest)) for event in events
+        )
+
+    @property
+    def against(self) -> str:
+        """Against whom the first promise holds, in words."""
+        if not self.colluding:
+            return "the coordinator"
+        return f"the coordinator and up to {self.colluding} site{'s' if self.colluding > 1 else ''} that work with it"
+
+    def promises(
+        self, *, epsilon: float, executed: float, alone: float, delta: float, relation: str, planned: int
+    ) -> str:
+        """Return both promises in words.
+
+        Args:
+            epsilon, alone: of the first and the second, of all planned attempts.
+            executed: of the first, of the attempts that were made.
+            delta: of both.
+            relation: between neighbouring data sets.
+            planned: number of attempts.
+        """
+        few = delta_rounded_up(delta)
+        return (
+            f"First promise, against {self.against}: what they learn is ({rounded_up(epsilon)}, {few})-differentially private "
+            f"under {relation}, by PLD accounting; at least {self.honest} honest sites share the noise of every sum. Second "
+            f"promise, against everybody else together, if secure aggregation fails completely: ({rounded_up(alone)}, {few}). "
+            f"Both are of all {planned} planned attempts; of those that were made the first is {rounded_up(executed)}."
+        )

@@ -1,0 +1,85 @@
+"""The attempts of a run survive a kill at any moment, and there are never more rosters than the job declares."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import server.rounds.secure.attempts as attempts_module
+from server.rounds.secure.attempts import ATTEMPTS_FILE, Attempts
+from shared.errors import PrivacyError, RunError
+from tests.server.rounds.secure.secure_sites import secure_job
+
+
+def test_a_number_never_serves_for_two_rosters(tmp_path: Path) -> None:
+    job, path = secure_job(), tmp_path / ATTEMPTS_FILE
+    attempts = Attempts(path, job)
+    assert attempts.number_of_next(1) == 1
+    attempts.begin(1)
+    assert Attempts(path, job).number_of_next(1) == 2  # another process, whatever became of the first
+    Attempts(path, job).begin(1)
+    assert Attempts(path, job).number_of_next(1) == 3
+    assert Attempts(path, job).number_of_next(2) == 1
+    assert Attempts(path, job).made == 2
+
+
+def test_who_failed_is_remembered(tmp_path: Path) -> None:
+    job, path = secure_job(), tmp_path / ATTEMPTS_FILE
+    attempts = Attempts(path, job)
+    attempts.failed(["b"])
+    attempts.failed(["b", "c"])
+    again = Attempts(path, job)
+    assert [again.has_failed(name) for name in "abc"] == [False, True, True]
+    assert again.order_of_trust("cba") == ["a", "c", "b"]
+
+
+def test_a_write_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, path = secure_job(), tmp_path / ATTEMPTS_FILE
+    attempts = Attempts(path, job)
+    attempts.begin(1)
+
+    def full(*args: Any) -> None:
+        raise RunError("no space left")
+
+    monkeypatch.setattr(attempts_module, "write_json", full)
+    with pytest.raises(RunError, match="no space"):
+        attempts.begin(2)
+    assert (attempts.made, Attempts(path, job).made) == (1, 1)
+
+
+def test_spare_attempts_are_for_all_rounds_together(tmp_path: Path) -> None:
+    job = secure_job(training={"rounds": 3}, privacy={"spare_attempts": 2})
+    attempts = Attempts(tmp_path / ATTEMPTS_FILE, job)
+    for number in (1, 1, 1):
+        attempts.check_affordable(number)
+        attempts.begin(number)
+    # Three were made, two rounds are left: five is all that is declared.
+    with pytest.raises(PrivacyError, match="declares 2 spare attempts"):
+        attempts.check_affordable(1)
+    for number in (2, 3):
+        attempts.check_affordable(number)
+        attempts.begin(number)
+    with pytest.raises(PrivacyError, match="round 3 cannot be attempted again"):
+        attempts.check_affordable(3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", "null", '{"rounds": [1]}', '{"job_sha256": 1, "rounds": ["1"], "failures": {}}', "[" * 100_000],
+)
+def test_a_damaged_file_is_said(tmp_path: Path, content: str) -> None:
+    path = tmp_path / ATTEMPTS_FILE
+    path.write_text(content)
+    with pytest.raises(RunError, match=r"attempts\.json cannot be read"):
+        Attempts(path, secure_job())
+
+
+def test_the_file_of_another_job_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / ATTEMPTS_FILE
+    Attempts(path, secure_job()).begin(1)
+    assert json.loads(path.read_text())["rounds"] == [1]
+    with pytest.raises(RunError, match="belongs to another job"):
+        Attempts(path, secure_job(name="other"))

@@ -1,0 +1,265 @@
+"""Rounds under secure aggregation against sites that fail, lie, or say something else than they should."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import RecordDict
+
+from server.rounds.loop import Coordinator, TooFewSites, run_rounds
+from server.rounds.observer import Observer
+from server.rounds.secure.attempts import ATTEMPTS_FILE
+from server.rounds.secure.round import SecurePrivacy
+from server.store.checkpoint import Checkpoint
+from shared.errors import PrivacyError, RunError
+from shared.job.job import Job
+from shared.secure_sum.messages import Masked, unpack_roster
+from shared.wire.messages import Refusal, TrainRequest, pack_ready, pack_refusal
+from tests.server.rounds.secure.secure_sites import GRID_STEPS, NUM_WORDS, SimpleSite, grid_of, secure_job
+
+INITIAL = {"w": torch.zeros(2, 3), "head.b": torch.zeros(2)}
+
+
+class Told(Observer):
+    """What the coordinator's observer heard."""
+
+    def __init__(self) -> None:
+        self.waits: list[str] = []
+        self.problems: dict[str, str] = {}
+
+    def waiting(self, reason: str) -> None:
+        self.waits.append(reason)
+
+    def site_ready(self, round_number: int, site: str, problem: str | None) -> None:
+        if problem:
+            self.problems[site] = problem
+
+
+def coordinator(job: Job, folder: Path, *, observer: Observer | None = None) -> Coordinator:
+    return Coordinator(
+        job=job,
+        initial_adapter=INITIAL,
+        update_shapes={name: tensor.shape for name, tensor in INITIAL.items()},
+        privacy=SecurePrivacy(job, folder),
+        evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
+        evaluate_every=1,
+        save=lambda checkpoint: None,
+        observer=observer or Observer(),
+    )
+
+
+def expected(job: Job, totals: list[float], declared: int) -> float:
+    """The value of each coordinate after rounds whose sums were `totals` in units of C, by plain SGD from zero."""
+    q, rate = job.privacy.sample_rate, job.training.learning_rate
+    return -rate * sum(totals) / (q * declared)
+
+
+def test_the_adapter_moves_by_the_sum_and_nothing_else(tmp_path: Path) -> None:
+    job, sites = secure_job(), [SimpleSite(n, k * GRID_STEPS) for n, k in (("a", 1), ("b", -3), ("c", 7))]
+    sites[1].declared = 40
+    last = run_rounds(grid_of(sites), coordinator(job, tmp_path), None)
+    value = expected(job, [5.0, 5.0], 8 + 40 + 8)
+    for tensor in last.adapter.values():
+        assert torch.allclose(tensor, torch.full_like(tensor, value), rtol=1e-6)
+    record = last.history[-1]
+    assert record.sites == ["a", "b", "c"]
+    assert record.failed == {}
+    assert record.bytes_up == sum(len(site.sent[-1]) for site in sites)
+    # What came from one site alone tells nothing of what it added: two rounds with the same sum have other words.
+    for site in sites:
+        first, second = (Masked.from_bytes(update).words for update in site.sent)
+        assert first != second
+        assert len(first) == 8 * NUM_WORDS
+    assert [release.rounds for release in last.releases.values()] == [(1, 2)] * 3
+    assert all(release.steps == 2 for release in last.releases.values())
+
+
+def test_who_is_not_ready_costs_nobody_anything(tmp_path: Path) -> None:
+    job, sites = secure_job(training={"rounds": 1}), [SimpleSite(n, GRID_STEPS) for n in "abc"]
+
+    def refuse(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        return pack_refusal(Refusal(site=site.name, code="PolicyError", reason="not now"))
+
+    last = run_rounds(grid_of(sites, at_ready={"b": refuse}), coordinator(job, tmp_path), None)
+    assert last.history[-1].sites == ["a", "c"]
+    assert last.history[-1].failed == {"b": "PolicyError: not now"}
+    assert "b" not in last.releases
+    assert torch.allclose(last.adapter["w"], torch.full((2, 3), expected(job, [2.0], 16)))
+
+
+def test_too_few_that_are_ready_end_the_attempt_before_anybody_is_charged(tmp_path: Path) -> None:
+    job, sites = secure_job(training={"rounds": 1}), [SimpleSite(n, GRID_STEPS) for n in "ab"]
+
+    def refuse(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        return pack_refusal(Refusal(site=site.name, code="PolicyError", reason="not now"))
+
+    with pytest.raises(TooFewSites, match=r"1 sites are ready, federation\.min_sites is 2") as caught:
+        run_rounds(grid_of(sites, at_ready={"b": refuse}), coordinator(job, tmp_path), None)
+    assert caught.value.releases == {}
+    assert not (tmp_path / ATTEMPTS_FILE).exists()
+
+
+def silent_once(name: str) -> tuple[Any, list[tuple[int, int]]]:
+    """A site that does not send for its first roster."""
+    seen: list[tuple[int, int]] = []
+
+    def act(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        seen.append((request.round_number, request.attempt))
+        if len(seen) == 1:
+            return pack_refusal(Refusal(site=name, code="Withheld", reason="see the site's own log"))
+        return site.masked(request)
+
+    return act, seen
+
+
+def test_a_late_drop_out_voids_the_attempt_and_is_left_out_from_then_on(tmp_path: Path) -> None:
+    job, sites, told = secure_job(), [SimpleSite(n, GRID_STEPS) for n in "abc"], Told()
+    act, seen = silent_once("b")
+    last = run_rounds(grid_of(sites, at_masked={"b": act}), coordinator(job, tmp_path, observer=told), None)
+    assert len(told.waits) == 1
+    assert "the sum does not open without b: Withheld" in told.waits[0]
+    assert seen == [(1, 1)]  # never asked again
+    assert [record.sites for record in last.history[1:]] == [["a", "c"], ["a", "c"]]
+    assert sites[0].attempts == [(1, 1), (1, 2), (2, 1)]
+    assert last.releases["a"].rounds == (1, 1, 2)  # the voided attempt counts as a release
+    assert last.releases["a"].steps == 3
+    assert "b" not in last.releases  # it refused, and its refusal came: it released nothing
+    assert torch.allclose(last.adapter["w"], torch.full((2, 3), expected(job, [2.0, 2.0], 16)))
+
+
+def test_it_is_asked_again_where_too_few_would_be_left(tmp_path: Path) -> None:
+    job, sites = secure_job(federation={"min_sites": 3}), [SimpleSite(n, GRID_STEPS) for n in "abc"]
+    act, seen = silent_once("b")
+    last = run_rounds(grid_of(sites, at_masked={"b": act}), coordinator(job, tmp_path), None)
+    assert seen == [(1, 1), (1, 2), (2, 1)]
+    assert last.history[-1].sites == ["a", "b", "c"]
+
+
+def test_attempts_end_with_what_the_job_declares(tmp_path: Path) -> None:
+    job = secure_job(training={"rounds": 1}, privacy={"spare_attempts": 1}, federation={"min_sites": 2})
+    sites = [SimpleSite(n, GRID_STEPS) for n in "ab"]
+
+    def never(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        return pack_refusal(Refusal(site=site.name, code="Withheld", reason="see the site's own log"))
+
+    with pytest.raises(PrivacyError, match="declares 1 spare attempts"):
+        run_rounds(grid_of(sites, at_masked={"b": never}), coordinator(job, tmp_path), None)
+    assert sites[0].attempts == [(1, 1), (1, 2)]
+
+
+def test_a_coordinator_that_died_after_a_roster_goes_on_with_another_number(tmp_path: Path) -> None:
+    job, sites = secure_job(), [SimpleSite(n, GRID_STEPS) for n in "ab"]
+
+    class Dies(Observer):
+        def round_started(self, round_number: int, sites: Any, adapter: bytes) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path, observer=Dies()), None)
+    last = run_rounds(grid_of(sites), coordinator(job, tmp_path), None)
+    assert sites[0].attempts == [(1, 1), (1, 2), (2, 1)]
+    assert last.round_number == 2
+
+
+def test_a_lost_file_of_attempts_is_noticed(tmp_path: Path) -> None:
+    job, sites = secure_job(), [SimpleSite(n, GRID_STEPS) for n in "ab"]
+    first = run_rounds(grid_of(sites), coordinator(job, tmp_path), None, stop_after=1)
+    (tmp_path / ATTEMPTS_FILE).unlink()
+    with pytest.raises(RunError, match="knows of 0 attempts, but the checkpoint has completed 1 rounds"):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path), first)
+
+
+def changed_word(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    site.masked(request)
+    masked = Masked.from_bytes(site.sent.pop())
+    return site.reply(request, replace(masked, words=masked.words[:-1] + b"\x00").to_bytes())
+
+
+def shorter(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    site.masked(request)
+    masked = Masked.from_bytes(site.sent.pop())
+    roster = unpack_roster(request.adapter)
+    own = next(entry for entry in roster if entry.site == site.name)
+    return site.reply(request, replace(masked, words=masked.words[:-8]).signed_by(site.key, own).to_bytes())
+
+
+def no_message(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    return site.reply(request, b"\x80\x04pickle")
+
+
+LIES: Mapping[str, tuple[Any, str]] = {
+    "a changed word": (changed_word, "not signed"),
+    "a shorter input": (shorter, "words"),
+    "no message at all": (no_message, ""),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_false_input_voids_the_attempt_and_counts_as_a_release(tmp_path: Path, lie: str) -> None:
+    job, sites, told = secure_job(training={"rounds": 1}), [SimpleSite(n, GRID_STEPS) for n in "abc"], Told()
+    act, reason = LIES[lie]
+    last = run_rounds(grid_of(sites, at_masked={"b": act}), coordinator(job, tmp_path, observer=told), None)
+    assert reason in told.waits[0]
+    assert last.history[-1].sites == ["a", "c"]
+    assert last.releases["b"].steps == 1  # what came may be noise of its records
+    assert torch.allclose(last.adapter["w"], torch.full((2, 3), expected(job, [2.0], 16)))
+
+
+def other_name(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    site.name = "a"
+    answer = site.ready(request)
+    site.name = "b"
+    return answer
+
+
+def other_size(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    site.declared = 800
+    answer = site.ready(request)
+    site.declared = 8
+    return answer
+
+
+def other_attempt(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    return site.ready(replace(request, attempt=7))
+
+
+def other_adapter(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    return site.ready(replace(request, adapter=b"another"))
+
+
+def unsigned(site: SimpleSite, request: TrainRequest) -> RecordDict:
+    site.ready(request)
+    assert site.machine is not None
+    return pack_ready(replace(site.machine.ready(), declared_records=8, signature=b"\x30\x06\x02\x01\x01\x02\x01\x01"))
+
+
+@pytest.mark.parametrize("lie", [other_name, other_size, other_attempt, other_adapter, unsigned])
+def test_a_false_word_that_it_is_ready_is_not_on_the_roster(tmp_path: Path, lie: Any) -> None:
+    job, sites, told = secure_job(training={"rounds": 1}), [SimpleSite(n, GRID_STEPS) for n in "abc"], Told()
+    last = run_rounds(grid_of(sites, at_ready={"b": lie}), coordinator(job, tmp_path, observer=told), None)
+    assert last.history[-1].sites == ["a", "c"]
+    assert "b" in told.problems
+    assert "b" not in last.releases
+    assert told.waits == []
+
+
+def test_a_run_that_goes_on_gives_the_same_adapter(tmp_path: Path) -> None:
+    job = secure_job(training={"rounds": 3, "momentum": 0.9, "schedule": "linear"})
+
+    def sites() -> list[SimpleSite]:
+        return [SimpleSite(n, k * GRID_STEPS) for n, k in (("a", 1), ("b", 2))]
+
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "parts").mkdir()
+    whole = run_rounds(grid_of(sites()), coordinator(job, tmp_path / "whole"), None)
+    part: Checkpoint | None = None
+    for stop in (1, 2, 3):
+        part = run_rounds(grid_of(sites()), coordinator(job, tmp_path / "parts"), part, stop_after=stop)
+    assert part is not None
+    for name, tensor in whole.adapter.items():
+        assert torch.equal(tensor, part.adapter[name])
