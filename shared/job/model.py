@@ -78,6 +78,18 @@ class TaskConfig(Section):
     """Share of each target that is spread evenly over all labels while training (Szegedy et al. 2016); of one record's loss at a
     time, so it changes nothing about privacy. Only for kinds with labels."""
 
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    head_start: Literal["random", "label-names"] = Field(default="random", exclude_if=lambda value: value == "random")
+    """Where the head of `sequence_classification` starts: `random` small weights from the seed, or `label-names`, the directions
+    in which the backbone sees the labels' names. Names that say what texts are about help most with many labels and little
+    budget; names are public, so it costs nothing."""
+
+    @model_validator(mode="after")
+    def _check_head_start(self) -> Self:
+        if self.head_start != "random" and self.kind != "sequence_classification":
+            raise ValueError(f"head_start is for sequence_classification, and kind is {self.kind!r}; remove it")
+        return self
+
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:
         if self.label_smoothing and self.rules.check_labels is None:

@@ -123,10 +123,13 @@ def _training(draft: Draft) -> str:
     if settings.optimizer == "sgd":
         why = "averages over sites better than Adam under noise"
         why_rate = f"fits the noise: {settings.noise_on_a_step:.2g} on a weight in a step, over all sites"
+    why_steps = "one between two averages: sites with other labels do not walk apart"
+    if settings.local_steps > 1:
+        why_steps = "steps between two averages"
     passes = f"{settings.steps} noisy steps a site, about {settings.epochs:g} passes over its records"
     rows = [
         ("rounds", settings.rounds, passes),
-        ("local_steps", settings.local_steps, "steps between two averages"),
+        ("local_steps", settings.local_steps, why_steps),
         ("optimizer", settings.optimizer, why),
         ("momentum", settings.momentum, ""),
         ("learning_rate", settings.learning_rate, why_rate),
@@ -140,6 +143,9 @@ def _privacy(draft: Draft) -> str:
     unit = question.unit or "record"
     why_delta = f"below 1 / (10 x number of {unit}s)" if question.delta is None else "asked for (--delta)"
     noise = f"clipping bound; noise multiplier {noise_rounded_down(settings.noise_multiplier, 2)} follows"
+    why_sample = f"large samples: the same noise for more {unit}s"
+    if settings.sample_rate == 1:
+        why_sample = f"all {unit}s in every step: the same noise for more of them"
     rows: list[tuple[str, Any, str]] = [
         ("epsilon", question.epsilon, "asked for (--epsilon); each site's promise for the whole run"),
         ("delta", draft.delta, why_delta),
@@ -148,7 +154,7 @@ def _privacy(draft: Draft) -> str:
     if question.protects_persons:
         rows.append(("records_per_person", 4, "of one person, at most so many enter a step"))
     rows += [
-        ("sample_rate", settings.sample_rate, f"large samples: the same noise for more {unit}s"),
+        ("sample_rate", settings.sample_rate, why_sample),
         ("max_grad_norm", settings.max_grad_norm, noise),
     ]
     return _section("privacy", rows)

@@ -3,9 +3,13 @@
 No record is asked. What stands here was found by a study on public data (docs/decisions/0018-settings-from-counts.md), on records
 that no figure is reported on:
 
+    * **One step a round.** What sites send in a round then adds up to one noisy gradient of all records, however labels are
+      spread: training at one place with sqrt(sites) times the noise. With several steps between two averages, sites whose
+      labels differ walk apart (docs/decisions/0026-one-step-a-round.md). Language models, which AdamW trains, and networks for
+      images were not part of that study and keep four.
     * **Large samples.** At one epsilon the noise on the sum of all steps, against what the records can add up to, falls as
-      q sqrt(T) / sigma grows; for T = 32 and epsilon 8 that is 0.9 at q 1/8, 1.5 at q 1/2 and 1.7 at q 1. So q is 1/2, until a
-      step sees more records than it needs.
+      q sqrt(T) / sigma grows; at epsilon 8 that is 0.9 for T = 32 and q 1/8, 1.5 for T = 32 and q 1/2, 1.7 for T = 16 and
+      q 1. So q is 1 in 16 steps, until a step sees more records than it needs.
     * **A learning rate that fits the noise.** Heads see vectors normalised to the length sqrt(hidden size), so
       what the noise of all steps adds to an output has one scale whatever the data: the rate is chosen so that
       this noise is `Rates.noise` on a weight, and is cut where little noise would allow a rate that clipped
@@ -21,12 +25,14 @@ from dataclasses import dataclass, replace
 from shared.job.kinds import TaskKind
 from shared.privacy.accounting import calibrate_noise_multiplier
 
-ROUNDS = 8
-LOCAL_STEPS = 4
+STEPS, STEPS_ON_SAMPLES = 16, 32
+"""On all records in every step, and on samples of them, each of which needs less time."""
+SEVERAL_STEPS = 4
+"""Between two averages, of the kinds that do not take one."""
 MOMENTUM = 0.9
 MOST_RECORDS_IN_A_STEP = 16_384
 """At all sites together; more average nothing that noise has not blurred already."""
-SAMPLE_RATES = (0.5, 0.25, 0.125, 0.0625)
+SAMPLE_RATES = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,23 +41,23 @@ class Rates:
 
     Attributes:
         noise: standard deviation, on one trained weight, of the noise of all steps together at the learning rate.
-        most: largest learning rate.
+        most: largest product of learning rate and number of steps.
         max_grad_norm: clipping bound C.
-        rounds: in which it trains.
+        rounds: in which it trains; None for as many as steps, one in each.
     """
 
     noise: float
     most: float
     max_grad_norm: float
-    rounds: int = ROUNDS
+    rounds: int | None = None
 
 
 RATES: Mapping[TaskKind, Rates] = {
-    "sequence_classification": Rates(noise=0.11, most=4.0, max_grad_norm=1.0),
-    "pair_matching": Rates(noise=0.11, most=4.0, max_grad_norm=1.0),
-    "token_classification": Rates(noise=0.065, most=4.0, max_grad_norm=0.5),
-    "regression": Rates(noise=0.014, most=0.4, max_grad_norm=1.0),
-    "image_classification": Rates(noise=0.7, most=2.0, max_grad_norm=1.0, rounds=20),
+    "sequence_classification": Rates(noise=0.11, most=128.0, max_grad_norm=1.0),
+    "pair_matching": Rates(noise=0.11, most=128.0, max_grad_norm=1.0),
+    "token_classification": Rates(noise=0.065, most=128.0, max_grad_norm=0.5),
+    "regression": Rates(noise=0.014, most=12.8, max_grad_norm=1.0),
+    "image_classification": Rates(noise=0.7, most=160.0, max_grad_norm=1.0, rounds=20),
 }
 """The others are language models: AdamW trains them, whose steps do not grow with the noise; see `settings_for`."""
 
@@ -109,19 +115,24 @@ def settings_for(counts: Counts) -> Settings:
     """Return the settings that follow from the counts."""
     rates = RATES.get(counts.kind)
     if rates is None:  # few steps of AdamW, and a narrow bound, for gradients of next-token prediction are short
-        return _by_adamw(counts, rounds=4, rate=0.125, bound=0.05)
-    found = _by_adamw(counts, rounds=rates.rounds, rate=sample_rate(counts.sites), bound=rates.max_grad_norm)
+        return _by_adamw(counts, rounds=4, local_steps=SEVERAL_STEPS, rate=0.125, bound=0.05)
+    rate, rounds, local_steps = sample_rate(counts.sites), rates.rounds, SEVERAL_STEPS
+    if rounds is None:
+        rounds, local_steps = STEPS if rate == 1 else STEPS_ON_SAMPLES, 1
+    else:
+        rate = min(rate, 0.5)
+    found = _by_adamw(counts, rounds=rounds, local_steps=local_steps, rate=rate, bound=rates.max_grad_norm)
     wanted = rates.noise / (found.noise_on_a_step * accumulated(found.steps, MOMENTUM))
-    learning_rate = two_digits(min(wanted, rates.most))
-    return replace(found, optimizer="sgd", learning_rate=learning_rate, enough=wanted >= rates.most / 20)
+    most = rates.most / found.steps
+    return replace(found, optimizer="sgd", learning_rate=two_digits(min(wanted, most)), enough=wanted >= most / 20)
 
 
-def _by_adamw(counts: Counts, *, rounds: int, rate: float, bound: float) -> Settings:
-    steps = rounds * LOCAL_STEPS
+def _by_adamw(counts: Counts, *, rounds: int, local_steps: int, rate: float, bound: float) -> Settings:
+    steps = rounds * local_steps
     sigma = calibrate_noise_multiplier(epsilon=counts.epsilon, delta=counts.delta, sample_rate=rate, steps=steps)
     return Settings(
         rounds=rounds,
-        local_steps=LOCAL_STEPS,
+        local_steps=local_steps,
         optimizer="adamw",
         momentum=MOMENTUM,
         learning_rate=0.1,

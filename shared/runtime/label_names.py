@@ -1,0 +1,68 @@
+"""A head that starts in the directions of its labels' names, where the job says so (`task.head_start`).
+
+The names of labels are public: they stand in the job. A backbone that was trained to compare texts puts a name near the texts
+that it names, so such a head knows something before a record was asked (zero-shot classification, Yin, Hay and Roth 2019;
+for where it helps, docs/decisions/0026-one-step-a-round.md).
+
+Guarantee: the start follows from job and backbone alone, computed in float32 on the processor, so that a site that computes it
+anew finds what the coordinator sent (tests: tests/shared/runtime/test_label_names.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.models.batches import collate
+from shared.models.heads import PooledClassifier
+from shared.models.tunable import TunableModel
+from shared.tasks import Task
+
+LENGTH = 1.0
+"""Of a label's row: about half of what the noise of a run adds to it by the rule of `silotune new`."""
+_NAMES_AT_ONCE = 64
+_LEAST = 0.1  # of a vector of length sqrt(hidden size): below it rounding would decide on the direction
+
+
+def start_from_names(model: TunableModel, task: Task, tokenizer: Any) -> None:
+    """Set the head's weights: one row a label, `LENGTH` times the direction from the mean of all names to its own; biases 0.
+
+    Args:
+        model: on the processor and in float32, with adapters that change nothing yet; its head is a `PooledClassifier`.
+        task: the job's, with labels.
+        tokenizer: the backbone's.
+    """
+    vectors = _vectors(model, task, tokenizer, [_readable(label) for label in task.config.labels])
+    vectors = vectors - vectors.mean(dim=0)
+    linear = _head(model).linear
+    with torch.no_grad():
+        linear.weight.copy_(LENGTH * vectors / vectors.norm(dim=1, keepdim=True).clamp(min=_LEAST))
+        linear.bias.zero_()
+
+
+def _vectors(model: TunableModel, task: Task, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+    """Return what the head's linear layer sees of each text, float32 [texts, hidden size]."""
+    examples = task.encode([{"text": text} for text in texts], tokenizer, task.model.max_length)
+    seen: list[Tensor] = []
+    hook = _head(model).linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    try:
+        with torch.no_grad():
+            for begin in range(0, len(examples), _NAMES_AT_ONCE):
+                model(collate(examples[begin : begin + _NAMES_AT_ONCE]))
+    finally:
+        hook.remove()
+    return torch.cat(seen)
+
+
+def _head(model: TunableModel) -> PooledClassifier:
+    if not isinstance(model.head, PooledClassifier):  # the job's own check comes first
+        raise TypeError(f"expected a PooledClassifier, not {type(model.head).__name__}")
+    return model.head
+
+
+def _readable(label: str) -> str:
+    """Return a label as one would write it in a text: `card_arrival` is "card arrival"."""
+    return " ".join(label.replace("_", " ").replace("-", " ").replace("/", " ").split()) or label
