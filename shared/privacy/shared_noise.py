@@ -51,7 +51,8 @@ class SharedNoise:
         """Against whom the first promise holds, in words."""
         if not self.colluding:
             return "the coordinator"
-        return f"the coordinator and up to {self.colluding} site{'s' if self.colluding > 1 else ''} that work with it"
+        sites = "1 site that works" if self.colluding == 1 else f"{self.colluding} sites that work"
+        return f"the coordinator and up to {sites} with it"
 
     def promises(
         self, *, epsilon: float, executed: float, alone: float, delta: float, relation: str, planned: int
