@@ -24,7 +24,7 @@ from shared.errors import RunError
 from shared.files.atomic import write_json
 from shared.files.json_files import finite_or_none, read_if_there, read_record
 from shared.job.job import Job
-from shared.privacy.accounting import GaussianSteps
+from shared.privacy.accounting import GaussianSteps, compose_epsilon, noise_of_sum
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.version import silotune_version
@@ -32,7 +32,8 @@ from simulations.audit.canaries import train_on_gradient_canaries
 from simulations.audit.mechanism import MechanismAudit, Release, audit_mechanism
 from simulations.audit.mechanism_release import TrainerRelease
 from simulations.audit.one_run import Training, audit_one_run
-from simulations.audit.result import AuditResult
+from simulations.audit.result import AuditResult, Verdict
+from simulations.audit.shares_release import SharesRelease
 
 NewRandomness = Callable[[], SiteRandomness]
 Progress = Callable[[int, int, str], None]
@@ -53,8 +54,10 @@ class AuditedRun:
         folder: the run folder.
         job: its job.
         site: the site with the largest epsilon, whose claim is audited.
-        plan: what that site executed; `planned_steps` is the number of executed steps.
-        claim: epsilon that its privacy record states, at `plan.delta`.
+        plan: what that site executed; `planned_steps` is the number of executed steps. Of shares of the noise it is what the
+            sum of the honest sites' shares executed.
+        claim: epsilon of these steps as its privacy record states it, at `plan.delta`.
+        share: what that site executed by itself, if its noise is a share.
     """
 
     folder: Path
@@ -62,6 +65,7 @@ class AuditedRun:
     site: str
     plan: PrivacyPlan
     claim: float
+    share: PrivacyPlan | None = None
 
     @property
     def steps(self) -> GaussianSteps:
@@ -95,11 +99,16 @@ def open_run(folder: Path) -> AuditedRun:
     worst = max(records, key=lambda record: record.epsilon_spent or 0.0)
     if not worst.events:
         raise RunError(f"no site of {folder} released anything, so there is nothing to audit; finish the run first.")
+    plan = _executed_plan(job, worst)
+    share = plan if plan.honest is not None else None
+    if plan.honest is not None:
+        plan = replace(plan, noise_multiplier=noise_of_sum(plan.noise_multiplier, plan.honest), honest=None)
     return AuditedRun(
         folder=folder,
         job=job,
         site=COORDINATOR if job.privacy.central else worst.site,
-        plan=_executed_plan(job, worst),
+        plan=plan,
+        share=share,
         claim=math.inf if worst.epsilon_spent is None else worst.epsilon_spent,
     )
 
@@ -128,6 +137,11 @@ def check_simulation(run: AuditedRun) -> None:
             f"the noise of {run.folder} was added by the coordinator over all sites; tiers 2 and 3 train one site and so cannot "
             "audit it. Use --tier 1."
         )
+    if run.share is not None:
+        raise RunError(
+            f"the noise of {run.folder} is shared by all sites; tiers 2 and 3 train one site and so cannot audit it. Use --tier "
+            "1."
+        )
     record = read_if_there(run.folder / "run.json", RunRecord)
     mode = (record and record.mode) or ""
     if not mode.startswith("simulation"):
@@ -154,6 +168,8 @@ def audit_run_mechanism(
     """
     run = open_run(folder)
     steps = min(run.plan.planned_steps, STEPS_PER_CALL)
+    if run.share is not None:
+        return _audit_sum(run, run.share, steps, alpha=alpha, seed=seed, new_randomness=new_randomness)
     release: Release = TrainerRelease(
         new_randomness, dimension=MECHANISM_DIMENSION, steps=steps, optimizer=run.job.training
     )
@@ -174,10 +190,51 @@ def audit_run_mechanism(
     return audit
 
 
+def _audit_sum(
+    run: AuditedRun, share: PrivacyPlan, steps: int, *, alpha: float, seed: int, new_randomness: NewRandomness
+) -> MechanismAudit:
+    """Audit both promises of shared noise: canaries against the opened sum of the honest sites, and against one site's words."""
+    assert share.honest is not None  # noqa: S101 (it is a share)
+    executed = GaussianSteps(
+        noise_multiplier=share.noise_multiplier, sample_rate=share.sample_rate, steps=share.planned_steps
+    )
+    audits = []
+    for sites, plan, claim in (
+        (share.honest, run.plan, run.claim),
+        (1, replace(share, honest=None), compose_epsilon([executed], share.delta)),
+    ):
+        audits.append(
+            audit_mechanism(
+                SharesRelease(new_randomness, dimension=MECHANISM_DIMENSION, sites=sites),
+                replace(plan, planned_steps=steps),
+                dimension=MECHANISM_DIMENSION,
+                claim=claim,
+                claimed_steps=plan.planned_steps,
+                alpha=alpha / 2,
+                seed=seed,
+            )
+        )
+    of_sum, of_share = audits
+    order: tuple[Verdict, ...] = ("violated", "inconclusive", "consistent")
+    # One result for both: a test that one site's words fail counts against the run, under a name of its own.
+    both = replace(
+        of_sum,
+        p_values=dict(of_sum.p_values) | {f"{name}, one share": p for name, p in of_share.p_values.items()},
+        alpha=alpha,
+        observed_steps=of_sum.observed_steps + of_share.observed_steps,
+        verdict=min(of_sum.verdict, of_share.verdict, key=order.index),
+        noise_above=of_sum.noise_above or of_share.noise_above,
+    )
+    save_result(run, mechanism_result(run, both), seeds=[seed])
+    return both
+
+
 def mechanism_result(run: AuditedRun, audit: MechanismAudit) -> AuditResult:
     """Return a tier 1 audit in the form that all tiers share."""
     steps = min(run.plan.planned_steps, STEPS_PER_CALL)
     audited = "coordinator's round (with a fixed clipping bound)" if run.job.privacy.central else "trainer"
+    if run.share is not None:
+        audited = f"secure sum of {run.share.honest} honest sites, and one of its shares by itself,"
     return audit.result(
         f"the {audited} of this installation under the plan of {run.site} (unit {run.plan.unit}, sampling rate "
         f"{rate_rounded_up(run.plan.sample_rate)}, noise multiplier {noise_rounded_down(run.plan.noise_multiplier)}, "
