@@ -15,7 +15,7 @@ import typer
 from cryptography import x509
 from rich.table import Table
 
-from server.coordinator.health import is_alive, troubles
+from server.coordinator.health import troubles
 from server.store.backup import back_up, put_back, verify_backup
 from server.store.home import CoordinatorConfig, CoordinatorHome
 from server.store.submission import Submission, find, submissions
@@ -26,6 +26,7 @@ from shared.files.backup import told
 from shared.files.outputs import check_new_files
 from shared.options import BackupArgument, JsonOption, NoPassphraseOption
 from shared.service.logs import log_file, set_up
+from shared.service.machine import is_alive
 from shared.stopping import orderly, saying
 from shared.trust.audit_log import Event
 from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
@@ -270,8 +271,9 @@ def stop(
         raise RunError(f"no coordinator runs in {home}.")
     if not place.works_there(int(said["pid"])):
         raise RunError(
-            f"{place.status} names process {said['pid']}, which is no coordinator of this folder, so it gets no signal. A "
-            "coordinator that runs writes that file anew every second: if there is one, try again."
+            f"{place.status} names process {said['pid']}, which is no coordinator of this folder as far as you may see, so it "
+            "gets no signal. A coordinator that runs writes that file anew every second: if there is one, try again, as the user "
+            "that runs it."
         )
     os.kill(int(said["pid"]), signal.SIGTERM)
     typer.echo("the coordinator was asked to stop; its jobs resume when it starts again.")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 from collections.abc import Mapping
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,23 +12,8 @@ from shared.errors import SilotuneError
 from shared.service.machine import MACHINE_KINDS, Certificate, Trouble, machine_troubles
 from shared.trust.certificates import certificate_end
 
-STALE_AFTER_SECONDS = 60.0
-"""A node writes its status every five seconds."""
-
 KINDS = ("down", "disconnected", *MACHINE_KINDS)
 """Of all troubles that there may be."""
-
-
-def is_alive(said: Mapping[str, Any]) -> bool:
-    """Return whether the process that said so of itself runs, and said it lately.
-
-    Raises:
-        OSError, OverflowError, ValueError, KeyError, TypeError: no node said this, or its process is gone.
-    """
-    age = (datetime.now(UTC) - datetime.fromisoformat(said["updated"])).total_seconds()
-    with contextlib.suppress(PermissionError):  # it lives, and is another user's
-        os.kill(int(said["pid"]), 0)
-    return age < STALE_AFTER_SECONDS and said["state"] != "stopped"
 
 
 def is_connected(said: Mapping[str, Any]) -> bool:
@@ -42,7 +25,7 @@ def troubles(home: SiteHome, said: Mapping[str, Any]) -> list[Trouble]:
     """Return what somebody should do something about; empty if all is well.
 
     Args:
-        said: what the node last said of itself; not a node that runs if `is_alive` says no.
+        said: what the node last said of itself; not a node that runs if `shared.service.machine.is_alive` says no.
 
     Raises:
         OSError, OverflowError, ValueError, KeyError, TypeError: no node said this.

@@ -13,9 +13,9 @@ from typing import Any
 
 from prometheus_client.core import Metric
 
-from client.node.health import KINDS, certificates, down, is_alive, is_connected, troubles
+from client.node.health import KINDS, certificates, down, is_connected, troubles
 from client.site.home import SiteHome
-from shared.service.machine import Trouble
+from shared.service.machine import Trouble, is_alive
 from shared.service.metrics import common, gauge, moment, routes
 from shared.service.page import Page
 

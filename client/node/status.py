@@ -9,11 +9,11 @@ import threading
 from datetime import UTC, datetime
 from typing import Any
 
-from client.node.health import down, is_alive, is_connected, troubles
+from client.node.health import down, is_connected, troubles
 from client.site.home import SiteHome
 from shared.errors import SilotuneError
 from shared.files.atomic import write_json
-from shared.service.machine import Clock, descriptors
+from shared.service.machine import Clock, descriptors, is_alive
 
 
 class StatusFile:

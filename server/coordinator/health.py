@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import functools
-import os
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,24 +11,11 @@ from cryptography import x509
 
 from server.store.home import CoordinatorHome
 from shared.errors import SilotuneError
-from shared.service.machine import MACHINE_KINDS, Certificate, Trouble, machine_troubles
+from shared.service.machine import MACHINE_KINDS, Certificate, Trouble, is_alive, machine_troubles
 from shared.trust.certificates import certificate_end
-
-STALE_SECONDS = 60.0
-"""A coordinator writes its status twice a second; evaluating a model may hold it up."""
 
 KINDS = ("down", "problem", "trust", "state", "nobody_admitted", "nobody_connected", *MACHINE_KINDS)
 """Of all troubles that there may be."""
-
-
-def is_alive(said: dict[str, Any]) -> bool:
-    """Return whether the process that wrote a status runs, and wrote it lately."""
-    try:
-        os.kill(int(said["pid"]), 0)
-        age = datetime.now(UTC) - datetime.fromisoformat(said["updated"])
-    except (KeyError, OSError, TypeError, ValueError):
-        return False
-    return said.get("state") != "stopped" and abs(age.total_seconds()) < STALE_SECONDS
 
 
 def troubles(home: CoordinatorHome, said: dict[str, Any], *, job_waits: bool) -> list[Trouble]:

@@ -1,4 +1,6 @@
-"""What a process knows of its machine, and what of that is wrong: descriptors, disk, clock, ends of certificates."""
+"""What a process knows of its machine, and what of that is wrong: descriptors, disk, clock, ends of certificates; and whether
+it lives.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +15,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
+STALE_SECONDS = 60.0
+"""A node writes its status every five seconds, a coordinator twice a second; evaluating a model may hold it up."""
 LEAST_FREE_BYTES = 2**30
 CERTIFICATE_DAYS = 7
 _MOST_DESCRIPTORS = 0.8
@@ -35,6 +39,31 @@ class Trouble(NamedTuple):
 
 
 MACHINE_KINDS = ("disk", "descriptors", "clock", "certificate")
+
+
+def is_alive(said: Mapping[str, Any]) -> bool:
+    """Return whether the process that says so of itself runs, and said it lately.
+
+    Args:
+        said: its status, with its `pid`, its `state` and when it was `updated`; empty if it never said anything.
+
+    Raises:
+        KeyError, OverflowError, TypeError, ValueError: no process of ours said this.
+    """
+    if not said:
+        return False
+    pid, age = int(said["pid"]), datetime.now(UTC) - datetime.fromisoformat(said["updated"])
+    if pid < 1:  # the system takes it for a group, and finds one that lives
+        raise ValueError("no number of a process")
+    if said["state"] == "stopped" or abs(age.total_seconds()) >= STALE_SECONDS:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # it lives, and is another user's
+        return True
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def descriptors() -> dict[str, int]:

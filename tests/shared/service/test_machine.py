@@ -5,13 +5,76 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import subprocess
+import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from shared.service.machine import Certificate, Clock, descriptors, machine_troubles, synchronized
+from shared.service.machine import Certificate, Clock, descriptors, is_alive, machine_troubles, synchronized
+
+
+def status(**changes: Any) -> dict[str, Any]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "state": "running", "updated": now} | changes
+
+
+@pytest.mark.parametrize(("seconds", "alive"), [(0, True), (-58, True), (58, True), (-61, False), (61, False)])
+def test_a_process_lives_if_it_said_so_lately(seconds: float, alive: bool) -> None:
+    updated = (datetime.now(UTC) + timedelta(seconds=seconds)).isoformat()
+    assert is_alive(status(updated=updated)) is alive
+    assert not is_alive(status(updated=updated, state="stopped"))
+
+
+def test_a_process_that_ended_does_not_live() -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    assert not is_alive(status(pid=child.pid))
+
+
+def test_a_process_of_another_user_lives() -> None:
+    """Asked by somebody who may not send it a signal: of a process of root, or as root of this one by nobody."""
+    if os.getuid():
+        with pytest.raises(PermissionError):
+            os.kill(1, 0)
+        assert is_alive(status(pid=1))
+        return
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:  # in here nothing is imported any more, for nobody may not read these files
+        os.setuid(65534)
+        try:
+            os.kill(os.getppid(), 0)
+        except PermissionError:
+            os.write(writer, str(is_alive(status(pid=os.getppid()))).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    os.close(writer)
+    assert os.read(reader, 10) == b"True"
+    os.close(reader)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"pid": os.getpid()},
+        status(pid=None),
+        status(pid="x"),
+        status(pid=0),
+        status(pid=-1),
+        status(pid=10**30),
+        status(updated=5),
+        status(updated="noon"),
+        status(updated="2026-01-01T00:00:00"),
+        {key: value for key, value in status().items() if key != "state"},
+    ],
+)
+def test_what_no_process_of_ours_said_is_no_answer(said: dict[str, Any]) -> None:
+    with pytest.raises((KeyError, OverflowError, TypeError, ValueError)):
+        is_alive(said)
+    assert not is_alive({})
 
 
 def test_descriptors_are_counted_against_the_soft_limit() -> None:
