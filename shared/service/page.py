@@ -5,6 +5,8 @@ Guarantees (tests: tests/shared/service/test_page.py)
     * On loopback only requests that call this machine localhost or by a loopback address are answered, so that no web page can
       read the answers through a browser here (DNS rebinding).
     * A few threads answer, whoever asks and however often; nothing here ends or holds up the process.
+    * Requests are read side by side: who connects and says nothing holds nobody up. Of more connections than are kept the one
+      that has waited longest gives way.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import functools
 import io
 import ipaddress
 import logging
+import queue
+import selectors
 import socket
 import threading
 import time
@@ -28,10 +32,11 @@ log = logging.getLogger("silotune.metrics")
 
 OFF = "off"
 _WORKERS = 2
-_WAITING = 16
+_WAITING = 64
 _HEAD_BYTES = 8192
 _REQUEST_SECONDS = 5.0
 _KEPT_SECONDS = 1.0
+_LOOK_SECONDS = 0.5
 _REASONS = {
     200: "OK",
     400: "Bad Request",
@@ -106,7 +111,7 @@ class Pages:
         self._closed = True
         if self._listener is not None:
             with contextlib.suppress(OSError):
-                self._listener.shutdown(socket.SHUT_RDWR)  # wakes those who wait in `accept`
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes who waits for it
             self._listener.close()
 
     def _open(self, host: str, port: int) -> None:
@@ -114,7 +119,9 @@ class Pages:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._listener = socket.create_server((host, port), family=family, backlog=_WAITING)
+            reading = _Reading(self._listener)
         except OSError as error:
+            self.close()
             # Of several nodes on one machine, whoever comes second; it is no reason to do no work.
             self.told = f"not served: {host} port {port} cannot be listened on ({error.strerror}); set metrics_listen"
             log.warning("metrics are %s", self.told)
@@ -126,19 +133,30 @@ class Pages:
             log.warning(
                 "metrics_listen is no loopback address: whoever reaches that port reads them, without a password"
             )
+        asked: queue.Queue[_Request] = queue.Queue(_WAITING)
+        threading.Thread(target=self._receive, args=(reading, asked), name="metrics", daemon=True).start()
         for number in range(_WORKERS):
-            threading.Thread(target=self._work, args=(self._listener,), name=f"metrics-{number}", daemon=True).start()
+            threading.Thread(target=self._work, args=(asked,), name=f"metrics-{number}", daemon=True).start()
 
-    def _work(self, listener: socket.socket) -> None:
+    def _receive(self, reading: _Reading, asked: queue.Queue[_Request]) -> None:
+        """Read requests, and hand on those that are whole."""
+        with reading:
+            while not self._closed:
+                for request in reading.whole():
+                    try:
+                        asked.put_nowait(request)
+                    except queue.Full:
+                        request.connection.close()
+
+    def _work(self, asked: queue.Queue[_Request]) -> None:
         while not self._closed:
             try:
-                connection, _ = listener.accept()
-            except OSError:  # closed, or no descriptor is left
-                time.sleep(0.0 if self._closed else 1.0)
+                request = asked.get(timeout=_LOOK_SECONDS)
+            except queue.Empty:
                 continue
-            with connection:
+            with request.connection:
                 try:
-                    self._answer(connection)
+                    self._answer(request)
                 except OSError:  # gone, or too slow
                     pass
                 except Exception:
@@ -146,14 +164,10 @@ class Pages:
                         self._noted = time.monotonic()
                         log.exception("a page could not be made")
 
-    def _answer(self, connection: socket.socket) -> None:
-        deadline = time.monotonic() + _REQUEST_SECONDS
-        head = _read_head(connection, deadline)
-        if head is None:
-            return
+    def _answer(self, request: _Request) -> None:
         page = None
         try:
-            page = self._page(head)
+            page = self._page(request.head)
         finally:
             page = page or _plain(500, "see the log")
             lines = [
@@ -165,8 +179,8 @@ class Pages:
                 *(["Allow: GET"] if page.status == 405 else []),
                 "Connection: close",
             ]
-            connection.settimeout(max(0.01, deadline - time.monotonic()))
-            connection.sendall("\r\n".join([*lines, "", ""]).encode() + page.body)
+            request.connection.settimeout(max(0.01, request.deadline - time.monotonic()))
+            request.connection.sendall("\r\n".join([*lines, "", ""]).encode() + page.body)
 
     def _page(self, head: bytes) -> Page:
         line, _, rest = head.partition(b"\r\n")
@@ -200,19 +214,89 @@ class _Kept:
             return self._page
 
 
-def _read_head(connection: socket.socket, deadline: float) -> bytes | None:
-    """Return a request up to its empty line; None if it does not come, in time and within bounds."""
-    head = b""
-    while b"\r\n\r\n" not in head:
-        left = deadline - time.monotonic()
-        if left <= 0 or len(head) > _HEAD_BYTES:
-            return None
-        connection.settimeout(left)
-        part = connection.recv(_HEAD_BYTES)
-        if not part:
-            return None
-        head += part
-    return head
+class _Request:
+    """A request on its way.
+
+    Attributes:
+        connection: on which it comes.
+        deadline: until then it must have come, and its answer left.
+        head: what came.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self.connection, self.head = connection, b""
+        self.deadline = time.monotonic() + _REQUEST_SECONDS
+
+
+class _Reading:
+    """Reads requests up to their empty lines, side by side; drops those that do not come, in time and within bounds."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        self._listener, self._selector = listener, selectors.DefaultSelector()
+        self._selector.register(listener, selectors.EVENT_READ)
+        self._requests: dict[_Request, None] = {}  # the oldest first
+
+    def __enter__(self) -> _Reading:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for request in list(self._requests):
+            self._drop(request)
+        self._selector.close()
+
+    def whole(self) -> list[_Request]:
+        """Wait a moment, and return the requests that have come."""
+        found = []
+        for key, _ in self._selector.select(_LOOK_SECONDS):
+            request: _Request | None = key.data
+            if request is None:
+                self._accept()
+            elif request in self._requests and self._read(request):
+                self._let_go(request)
+                found.append(request)
+        now = time.monotonic()
+        for request in [request for request in self._requests if request.deadline <= now]:
+            self._drop(request)
+        return found
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # closed, or no descriptor is left
+            if self._requests:
+                self._drop(next(iter(self._requests)))
+            else:
+                time.sleep(_LOOK_SECONDS)
+            return
+        if len(self._requests) >= _WAITING:
+            self._drop(next(iter(self._requests)))
+        connection.setblocking(False)
+        request = _Request(connection)
+        self._requests[request] = None
+        self._selector.register(connection, selectors.EVENT_READ, request)
+
+    def _read(self, request: _Request) -> bool:
+        """Read what is there, and return whether the request is whole."""
+        try:
+            part = request.connection.recv(_HEAD_BYTES)
+        except BlockingIOError:
+            return False
+        except OSError:
+            part = b""
+        request.head += part
+        if b"\r\n\r\n" in request.head:
+            return True
+        if not part or len(request.head) > _HEAD_BYTES:
+            self._drop(request)
+        return False
+
+    def _let_go(self, request: _Request) -> None:
+        del self._requests[request]
+        self._selector.unregister(request.connection)
+
+    def _drop(self, request: _Request) -> None:
+        self._let_go(request)
+        request.connection.close()
 
 
 @functools.lru_cache(maxsize=64)

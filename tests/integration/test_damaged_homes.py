@@ -294,7 +294,10 @@ def test_no_signal_goes_to_a_process_that_is_no_coordinator_of_the_folder(tmp_pa
             outcome = silotune("coordinator", "stop", tmp_path)
             assert home.works_there(os.getpid())
         assert outcome.status == 1
-        assert f"names process {other.pid}, which is no coordinator of this folder, so it gets no signal" in outcome.err
+        assert (
+            f"names process {other.pid}, which is no coordinator of this folder as far as you may see, so it gets no signal"
+            in outcome.err
+        )
         assert other.poll() is None
         assert not home.works_there(os.getpid())
         assert not home.works_there(2**30)

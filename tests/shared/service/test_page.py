@@ -134,7 +134,51 @@ def test_a_request_without_end_and_one_that_never_comes_are_dropped(served: Serv
     assert served.get()[0] == 200
 
 
-def test_many_who_ask_take_two_threads_and_one_page(served: Served) -> None:
+@pytest.mark.parametrize("said", [b"", b"GET /metrics HTTP/1.1\r\nHost: local"])
+def test_who_says_nothing_holds_nobody_up(served: Served, monkeypatch: pytest.MonkeyPatch, said: bytes) -> None:
+    """More of them than connections are kept; each would be waited for for a minute."""
+    monkeypatch.setattr(page_module, "_REQUEST_SECONDS", 60.0)
+    silent = []
+    for number in range(3 * page_module._WAITING):
+        silent.append(served.connect())
+        silent[-1].sendall(said)
+        if number % 16 == 15:
+            started = time.monotonic()
+            assert served.get() == (200, b"all well\n")
+            assert time.monotonic() - started < 2
+    silent[-1].sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"[len(said) :])
+    assert silent[-1].recv(100).startswith(b"HTTP/1.1 200 "), "who came last is still listened to"
+    with contextlib.suppress(ConnectionError):
+        assert silent[0].recv(100) == b"", "who has waited longest was dropped"
+    for connection in silent:
+        connection.close()
+
+
+def test_who_does_not_read_holds_nobody_up_for_longer_than_a_request_may_take(served: Served) -> None:
+    served.make = lambda: Page(200, "text/plain", b"x" * 30_000_000)
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            deaf = stack.enter_context(served.connect())
+            deaf.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        time.sleep(0.1)
+        started = time.monotonic()
+        assert served.get("/")[0] == 404
+        assert time.monotonic() - started < 3
+
+
+def test_pages_that_are_closed_leave_no_thread(served: Served) -> None:
+    silent = served.connect()
+    assert served.get()[0] == 200
+    served.pages.close()
+    assert silent.recv(100) == b""
+    silent.close()
+    deadline = time.monotonic() + 10
+    while [one for one in threading.enumerate() if one.name.startswith("metrics")] and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [one.name for one in threading.enumerate() if one.name.startswith("metrics")]
+
+
+def test_many_who_ask_take_a_few_threads_and_one_page(served: Served) -> None:
     before = threading.active_count()
     silent = [served.connect() for _ in range(30)]
     assert threading.active_count() == before
