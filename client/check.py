@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from client.ledger.account import PROMISES
+from client.ledger.largest_job import unfinished
 from client.link.client import welcome
 from client.link.handshake import tls_facts
 from client.node.node import credentials_of
-from client.policy.policy import load_policy
+from client.policy.policy import Policy, load_policy
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, load_identity, open_log, open_site
 from shared.data.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
@@ -118,11 +119,22 @@ def _settings(home: SiteHome) -> tuple[Outcome, str]:
 def _policy(home: SiteHome) -> tuple[Outcome, str]:
     policy = load_policy(home.policy)
     alone = "" if policy.max_epsilon_alone is None else f" ({as_set(policy.max_epsilon_alone)} by masked inputs alone)"
-    return "ok", (
+    text = (
         f"jobs signed by {', '.join(policy.signers)}; epsilon at most {as_set(policy.max_epsilon_per_job)}{alone} a job, "
         f"{len(policy.backbones)} backbones, at least {policy.min_sites} sites"
         + (f", {len(policy.peers)} of them known by their keys" if policy.peers else "")
     )
+    too_much = _unfinished(home, policy)
+    return ("warning", f"{text}; {too_much}") if too_much else ("ok", text)
+
+
+def _unfinished(home: SiteHome, policy: Policy) -> str:
+    """Return what `client.ledger.largest_job` says of the policy; "" also of settings that cannot be read, told elsewhere."""
+    try:
+        caps = home.load_config().budget.caps()
+    except SilotuneError:
+        return ""
+    return unfinished(caps, policy.model_dump())
 
 
 def _keys(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:

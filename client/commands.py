@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tomllib
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -80,6 +81,7 @@ def init(
     ] = "adaptive",
 ) -> None:
     """Make the folder, the keys, the certificate request and first versions of site.toml and policy.toml."""
+    from client.ledger.largest_job import unfinished
     from client.policy.template import policy_template
 
     place = SiteHome(home)
@@ -94,7 +96,7 @@ def init(
         "data": {"path": str(data.resolve()), "columns": pairs},
         "budget": {"unit": unit, "epsilon": epsilon, "composition": composition},
     }
-    parse(SiteConfig, config, source="what was asked for")
+    budget = parse(SiteConfig, config, source="what was asked for").budget
     made = (place.key, place.storage_key, place.log_key, home / "log.pub", home / f"{name}.csr", place.policy)
     check_new_files(home, [path.relative_to(home).as_posix() for path in made])
     policy_text = policy_template(signers=signers or None, max_epsilon_per_job=epsilon)
@@ -115,6 +117,8 @@ def init(
     typer.echo(f"   {fingerprint(key.public_key())}")
     typer.echo(f"2. read {place.config} and {place.policy}; they are yours alone")
     typer.echo(f"3. silotune site install {home} --certificate {name}.crt --ca ca.crt")
+    if too_much := unfinished(budget.caps(), tomllib.loads(policy_text)):
+        typer.echo(f"note: {too_much}.")
 
 
 @site_app.command()
