@@ -88,6 +88,17 @@ def compare(
     certificate: Annotated[
         list[Path] | None, typer.Option(help="The site's certificate; repeat it if the key was exchanged.")
     ] = None,
+    site_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY",
+            help="The site's key of the log: its log.pub, or ed25519:... Its head must be signed with it.",
+        ),
+    ] = None,
+    coordinator_key: Annotated[
+        str | None,
+        typer.Option(metavar="KEY", help="The coordinator's: its round.pub, or ed25519:..."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Hold a site's log against the coordinator's and name every difference; status 1 if they contradict each other."""
@@ -100,7 +111,22 @@ def compare(
         given = [receipt for path in receipts for receipt in read_receipts(path)]
         proven = proven_releases(given, [_key_of(path) for path in certificate], site=site)
         jobs = {receipt.what.job_sha256 for receipt in given}
-    found = compared(site_log, coordinator_log, site=site, proven=proven, jobs=jobs)
+    found = compared(
+        site_log,
+        coordinator_log,
+        site=site,
+        proven=proven,
+        jobs=jobs,
+        site_key=None if site_key is None else find_verify_key(site_key),
+        coordinator_key=None if coordinator_key is None else find_verify_key(coordinator_key),
+    )
+    for path, key, option in (
+        (site_log, site_key, "--site-key"),
+        (coordinator_log, coordinator_key, "--coordinator-key"),
+    ):
+        if key is None:
+            text = f"note: who signed the head of {path} was not checked; give its owner's public key with {option}"
+            typer.echo(text, err=True)
     if as_json:
         print_json([asdict(difference) for difference in found])
     for difference in found if not as_json else []:

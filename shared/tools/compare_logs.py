@@ -15,6 +15,7 @@ from shared.errors import TrustError
 from shared.trust import audit_log
 from shared.trust.audit_chain import Entry
 from shared.trust.audit_log import Event
+from shared.trust.signing import VerifyKey
 
 # A process may die between storing a release and noting it; then the release is noted when it is asked for again.
 _MADE = (Event.RELEASE_STORED, Event.RELEASE_REPEATED)
@@ -59,6 +60,8 @@ def compare(
     site: str,
     proven: Collection[tuple[str, int, str]] | None = None,
     jobs: Collection[str] | None = None,
+    site_key: VerifyKey | None = None,
+    coordinator_key: VerifyKey | None = None,
 ) -> list[Difference]:
     """Return every difference between two logs about one site, in the order of jobs and rounds.
 
@@ -68,17 +71,20 @@ def compare(
         proven: (job, round, release) of what the site's key signed (`shared.trust.receipts.proven_releases`): it decides
             which of two logs is right. None: receipts are not looked at.
         jobs: of which receipts were given, by whomever signed: of others they decide nothing. None: of all.
+        site_key, coordinator_key: of the logs' owners. None: whether the head is signed is not looked at, so the log may be one
+            that somebody else wrote anew.
 
     Raises:
-        TrustError: a log is broken.
+        TrustError: a log is broken, or its head is not signed with the key.
     """
-    ours, theirs = _books(site_log, _note_site), _books(coordinator_log, partial(_note_coordinator, site=site))
+    ours = _books(site_log, _note_site, site_key)
+    theirs = _books(coordinator_log, partial(_note_coordinator, site=site), coordinator_key)
     unsigned = () if proven is None else _unsigned(theirs, proven, jobs)
     return sorted({*_adapters(ours, theirs), *_releases(ours, theirs, proven or ()), *unsigned})
 
 
-def _books(folder: Path, note: Callable[[_Books, Entry], None]) -> _Books:
-    audit_log.verify(folder)
+def _books(folder: Path, note: Callable[[_Books, Entry], None], key: VerifyKey | None) -> _Books:
+    audit_log.verify(folder, verify_head=key)
     books = _Books()
     for entry in audit_log.read(folder):
         try:

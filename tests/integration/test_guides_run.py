@@ -235,6 +235,7 @@ def test_a_consortium_is_founded_and_works_by_the_guides_alone(desk: Desk) -> No
         if line.startswith("silotune audit-log") and "compare" not in line:
             desk.run(COORDINATOR, line)
     shutil.copytree(srv / "site/audit", work / "st-anna/audit")
+    shutil.copy(srv / "site/log.pub", work / "st-anna/log.pub")
     assert "say the same" in desk.run(COORDINATOR, "silotune audit-log compare")
     for line in commands(SITE):
         if line.startswith(("silotune audit-log", "silotune site ledger")):

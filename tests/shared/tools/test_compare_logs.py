@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,24 @@ import pytest
 
 from shared.errors import TrustError
 from shared.tools.compare_logs import compare
+from shared.trust import audit_log
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.certificates import pem_bytes, spki
 from shared.trust.pki import approve, create_ca, make_request
 from shared.trust.receipts import Receipt, Released, sign_release
+from shared.trust.signing import SigningKey
 from tests.conftest import Outcome
 
 JOB = "a" * 64
 
 
 class Books:
-    """Two logs in a folder, and what is written into them."""
+    """Two logs in a folder, signed by their owners, and what is written into them."""
 
     def __init__(self, folder: Path) -> None:
         self.site, self.coordinator = folder / "site", folder / "coordinator"
-        self._logs = (AuditLog(self.site), AuditLog(self.coordinator))
+        self.keys = (SigningKey.generate(), SigningKey.generate())
+        self._logs = (AuditLog(self.site, seal_head=self.keys[0]), AuditLog(self.coordinator, seal_head=self.keys[1]))
 
     def asked(self, number: int, adapter: str, *, received: str | None, sites: tuple[str, ...] = ("north",)) -> None:
         site, coordinator = self._logs
@@ -175,3 +179,32 @@ def test_a_log_that_is_broken_is_not_believed(books: Books) -> None:
     file.write_text(file.read_text().replace("f" * 64, "e" * 64))
     with pytest.raises(TrustError):
         books.differences()
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["site", "coordinator"])
+def test_a_log_that_somebody_else_wrote_anew_is_not_believed_by_its_owners_key(
+    books: Books, tmp_path: Path, silotune: Callable[..., Outcome], side: int
+) -> None:
+    """Its chain is unbroken; only the signature of its head tells."""
+    folder, option = ((books.site, "--site-key"), (books.coordinator, "--coordinator-key"))[side]
+    words: tuple[Any, ...] = ("audit-log", "compare", books.site, books.coordinator, "--site", "north")
+    keys = ("--site-key", books.keys[0].verify_key.text, "--coordinator-key", books.keys[1].verify_key.text)
+    agreed = silotune(*words, *keys)
+    assert (agreed.status, agreed.out, agreed.err) == (0, "both logs are unbroken and say the same of north\n", "")
+    entries = list(audit_log.read(folder))
+    shutil.rmtree(folder)
+    forged = AuditLog(folder, seal_head=SigningKey.generate())
+    for entry in entries:
+        forged.append(Event(entry.event), **entry.details)
+    unasked = silotune(*words)
+    assert unasked.status == 0
+    for path, name in ((books.site, "--site-key"), (books.coordinator, "--coordinator-key")):
+        assert (
+            f"note: who signed the head of {path} was not checked; give its owner's public key with {name}"
+            in unasked.err
+        )
+    refused = silotune(*words, *keys)
+    assert refused.status == 1
+    assert f"{folder}/head.json" in refused.err
+    other = silotune(*words, *keys[2 * (1 - side) : 2 * (1 - side) + 2])
+    assert (other.status, option in other.err) == (0, True)
