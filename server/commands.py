@@ -141,12 +141,21 @@ def check_backup(backup: BackupArgument) -> None:
 
 
 @coordinator_app.command()
-def restore(backup: BackupArgument, home: Annotated[Path, typer.Argument(help="A new folder.")]) -> None:
-    """Put a backup back into a new folder; install the newest revocation list before you start it."""
-    contents = put_back(backup, CoordinatorHome(home), passphrase=passphrase_from_environment())
-    typer.echo(
-        f"put back {home}: {told(contents)}. Next: silotune coordinator install {home} --crl crl.pem, the newest one"
-    )
+def restore(
+    backup: BackupArgument,
+    home: Annotated[Path, typer.Argument(help="A new folder.")],
+    crl: Annotated[
+        Path | None,
+        typer.Option(
+            help="The CA's newest list of revoked certificates; the newer of it and the backup's own is kept."
+        ),
+    ] = None,
+) -> None:
+    """Put a backup back into a new folder, with the newest revocation list."""
+    contents, kept = put_back(backup, CoordinatorHome(home), passphrase=passphrase_from_environment(), newest_list=crl)
+    typer.echo(f"put back {home}: {told(contents)}; {kept}.")
+    if crl is None:
+        typer.echo(f"Next: silotune coordinator install {home} --crl crl.pem, the newest one, before you start it")
 
 
 @coordinator_app.command()
