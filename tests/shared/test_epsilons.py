@@ -105,7 +105,9 @@ def test_noise_and_rates_that_somebody_chose_are_printed_as_they_were_chosen() -
 
 def _shown_numbers() -> Iterator[tuple[str, str]]:
     """Yield (place, expression) for every f-string with a format, and every `round`, in the code."""
-    for path in (p for folder in ("shared", "client", "server", "simulations") for p in (ROOT / folder).rglob("*.py")):
+    for path in (
+        p for folder in ("shared", "client", "server", "simulations", "cli") for p in (ROOT / folder).rglob("*.py")
+    ):
         if path.name == "epsilons.py":
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
