@@ -26,6 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.epsilons import noise_rounded_down
 from shared.errors import PrivacyError
 from shared.privacy.discrete_gaussian import discrete_gaussian
 from shared.privacy.mechanism import ClippedSum
@@ -118,5 +119,6 @@ def check_reach(*, num_units: int, num_sites: int, noise_multiplier: float) -> N
         most = max((_REACH - noise) // GRID_STEPS, 0)
         raise PrivacyError(
             f"with {num_units:,} records or persons at {num_sites:,} sites a noisy sum could pass 2^62 steps of its grid and "
-            f"wrap around; at noise multiplier {noise_multiplier:g} there may be {most:,}. Admit fewer or smaller sites."
+            f"wrap around; at noise multiplier {noise_rounded_down(noise_multiplier)} there may be {most:,}. Admit fewer or "
+            "smaller sites."
         )
