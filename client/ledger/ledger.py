@@ -386,22 +386,21 @@ class Ledger:
         share = "" if summed is None else f" (the sum's: {noise_rounded_down(summed.noise_multiplier)})"
         # A spend that is not a number exceeds every cap.
         crossed = next(promise for promise in PROMISES if not spends[promise] <= self.budget.cap(promise))
-        alone = ", each masked input counted by itself" if crossed == "alone" else ""
-        which = "" if crossed == "together" else f" for that ({self._key_of_alone()})"
+        alone, says = "", "the site's cap is"
+        if crossed == "alone":
+            unset = self.budget.epsilon_alone is None
+            key = "budget.epsilon, as budget.epsilon_alone is not set" if unset else "budget.epsilon_alone"
+            alone, says = ", each masked input counted by itself", f"the site's cap for that ({key}) is"
         return BudgetExceeded(
             f"round {charge.round} of job {charge.job_id} asks for {charge.mechanism.steps} steps at noise "
             f"multiplier {noise_rounded_down(sigma)}{share} and sample rate {rate_rounded_up(q)}. That would bring "
             f"{self._name()} from epsilon {rounded_up(self.spent_epsilon(promise=crossed), 6)} to "
             f"{rounded_up(spends[crossed], 6)} at delta {delta_rounded_up(self.budget.delta)} ({self.budget.composition} "
-            f"composition{alone}); the site's cap{which} is {as_set(self.budget.cap(crossed))}. Nothing was charged. {steps} "
+            f"composition{alone}); {says} {as_set(self.budget.cap(crossed))}. Nothing was charged. {steps} "
             "such steps still fit: ask for no more than that, for more noise or a smaller sample rate, or raise the site's cap "
             "in its settings.",
             steps_affordable=steps,
         )
-
-    def _key_of_alone(self) -> str:
-        unset = self.budget.epsilon_alone is None
-        return "budget.epsilon, as budget.epsilon_alone is not set" if unset else "budget.epsilon_alone"
 
     def _name(self) -> str:
         return f"data set {self._names['dataset']!r} (unit: {self._names['unit']})"

@@ -16,9 +16,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from client.ledger.account import Charge
+from client.ledger.account import Budget, Charge
 from client.ledger.ledger import Ledger
-from client.site.config import SiteConfig
+from client.site.config import BudgetConfig, SiteConfig
 from client.site.declared import drift
 from client.site.guard import Guard, NoGuard
 from client.site.held_out import split
@@ -122,7 +122,7 @@ class OpenedFolder:
             self.home / "ledger.db",
             dataset=self.config.dataset,
             unit=self.config.budget.unit,
-            budget=self.config.budget.caps(),
+            budget=caps(self.config.budget),
             cipher=self.guard.seal,
             mirror=self.guard.mirror(),
         )
@@ -190,3 +190,13 @@ class OpenedFolder:
             ledger, sha256 = self.ledger(), hashlib.sha256(release).hexdigest()
             ledger.commit(reservation, executed_steps=executed_steps, release_sha256=sha256)
         self.guard.stored(request, release, ledger, seconds=seconds)
+
+
+def caps(budget: BudgetConfig) -> Budget:
+    """Return the caps of a site's settings as its ledger takes them."""
+    return Budget(
+        epsilon=budget.epsilon,
+        delta=budget.delta,
+        composition=budget.composition,
+        epsilon_alone=budget.epsilon_alone,
+    )

@@ -19,10 +19,11 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 
+import numpy as np
 from scipy.optimize import bisect
 from scipy.special import log_ndtr, ndtr
 
@@ -31,6 +32,7 @@ from shared.errors import PrivacyError, excerpt
 from shared.limits import MAX_EPSILON, MAX_NOISE_MULTIPLIER, MAX_STEPS, MIN_DELTA, MIN_NOISE_MULTIPLIER, MIN_SAMPLE_RATE
 from shared.privacy.accountant.crossing import crossing
 from shared.privacy.accountant.loss_distribution import composed_epsilon, largest_loss
+from shared.privacy.accountant.several_sites import MOST_SITES, weights
 
 # Widest cell of the discretised privacy loss. The discretisation is pessimistic: a wider cell gives a larger epsilon, here by
 # less than 1e-3 as a rule. Where one step loses little, cells are narrower: at most half of its standard deviation.
@@ -120,27 +122,75 @@ def compose_epsilon(events: Iterable[GaussianSteps], delta: float) -> float:
     return _epsilon_on_grid(events, delta, PLD_DISCRETIZATION)
 
 
-def mean_loss(event: GaussianSteps) -> float:
-    """Return an upper bound on the mean privacy loss: KL is convex in the mixture, and at most chi-square."""
+def epsilon_at_sites(
+    shared: Iterable[GaussianSteps], sites: int, delta: float, *, apart: Iterable[GaussianSteps] = ()
+) -> float:
+    """Return epsilon at `delta` of a person with data at several sites of which only the sum is seen.
+
+    At each site a coin of its own decides whether the person enters a step, there with a vector of norm C at most. What the
+    coins bring adds up *inside* one noisy sum: a composition of so many accounts would say less than is lost.
+
+    Args:
+        shared: steps over the sum of the sites; noise multiplier of the whole noise in it.
+        sites: number of sites with data of the person, 1 to 32.
+        delta: failure probability, in (0, 1).
+        apart: what each of these sites releases by itself besides.
+
+    Returns:
+        As `compose_epsilon`.
+    """
+    check_delta(delta)
+    if not 1 <= sites <= MOST_SITES:
+        raise PrivacyError(f"a person with data at {sites} sites cannot be accounted for; expected 1 to {MOST_SITES}.")
+    several = [replace(event, steps=event.steps * sites) for event in apart]
+    return _epsilon_on_grid(several, delta, PLD_DISCRETIZATION, shared=shared, sites=sites)
+
+
+def mean_loss(event: GaussianSteps, sites: int = 1) -> float:
+    """Return an upper bound on the mean privacy loss: KL is convex in the mixture, and at most chi-square.
+
+    Args:
+        event: steps of one mechanism.
+        sites: number of sites at which one person has data that adds up in each step.
+    """
     sigma, rate = event.noise_multiplier, event.sample_rate
-    return event.steps * min(rate / (2 * sigma**2), rate**2 * math.expm1(min(1 / sigma**2, 700.0)))
+    square = rate if sites == 1 else sites * rate * (1 - rate) + (sites * rate) ** 2
+    return event.steps * min(square / (2 * sigma**2), _chi_square(sigma, rate, sites))
 
 
-def _epsilon_on_grid(events: Iterable[GaussianSteps], delta: float, widest: float) -> float:
-    merged: Counter[tuple[float, float]] = Counter()
-    for event in events:
-        if event.steps and event.noise_multiplier < _LEAST_ACCOUNTED:
+def _chi_square(sigma: float, rate: float, sites: int) -> float:
+    """Return the mean of exp(j k / sigma^2) - 1 over two independent numbers j, k of coins."""
+    if sites == 1:
+        return rate**2 * math.expm1(min(1 / sigma**2, 700.0))
+    numbers = np.arange(sites + 1)
+    powers = np.expm1(np.minimum(np.outer(numbers, numbers) / sigma**2, 700.0))
+    return float(weights(rate, sites) @ powers @ weights(rate, sites))
+
+
+def _epsilon_on_grid(
+    events: Iterable[GaussianSteps],
+    delta: float,
+    widest: float,
+    *,
+    shared: Iterable[GaussianSteps] = (),
+    sites: int = 1,
+) -> float:
+    merged: Counter[tuple[float, float, int]] = Counter()
+    for event, at in [*((event, 1) for event in events), *((event, sites) for event in shared)]:
+        if event.steps and event.noise_multiplier < _LEAST_ACCOUNTED * at:
             return math.inf
         # Monotone in both: the accountant may count less noise and a higher rate.
-        counted = (min(event.noise_multiplier, _MOST_ACCOUNTED), max(event.sample_rate, MIN_SAMPLE_RATE))
+        counted = (min(event.noise_multiplier, _MOST_ACCOUNTED), max(event.sample_rate, MIN_SAMPLE_RATE), at)
         merged[counted] += event.steps
-    key = tuple(sorted((sigma, q, steps) for (sigma, q), steps in merged.items() if steps))
+    key = tuple(sorted((sigma, q, steps, at) for (sigma, q, at), steps in merged.items() if steps))
     return _compose_epsilon(key, delta, widest) if key else 0.0
 
 
 @lru_cache(maxsize=4096)
-def _compose_epsilon(events: tuple[tuple[float, float, int], ...], delta: float, widest: float) -> float:
-    total = sum(mean_loss(GaussianSteps(noise_multiplier=sigma, sample_rate=q, steps=n)) for sigma, q, n in events)
+def _compose_epsilon(events: tuple[tuple[float, float, int, int], ...], delta: float, widest: float) -> float:
+    total = sum(
+        mean_loss(GaussianSteps(noise_multiplier=sigma, sample_rate=q, steps=n), at) for sigma, q, n, at in events
+    )
     if total > MAX_MEAN_LOSS:
         return math.inf
     cell = _cell(events, total, widest)
@@ -149,12 +199,12 @@ def _compose_epsilon(events: tuple[tuple[float, float, int], ...], delta: float,
     return min(found, composed_epsilon(events, delta, widest)) if cell < widest else found
 
 
-def _cell(events: tuple[tuple[float, float, int], ...], total_mean_loss: float, widest: float) -> float:
+def _cell(events: tuple[tuple[float, float, int, int], ...], total_mean_loss: float, widest: float) -> float:
     """Return the width of cells: `widest` times a power of two, so that steps of one mechanism share a grid."""
-    deviations = (1 / sigma if q == 1 else q * math.sqrt(math.expm1(1 / sigma**2)) for sigma, q, _ in events)
+    deviations = (at / sigma if q == 1 else math.sqrt(_chi_square(sigma, q, at)) for sigma, q, _, at in events)
     wanted = min(widest, *(deviation / _CELLS_PER_DEVIATION for deviation in deviations))
     width = _DEVIATIONS * math.sqrt(2 * total_mean_loss)
-    width = max(width, *(largest_loss(sigma, q, True, _USUAL_TAIL) for sigma, q, _ in events))
+    width = max(width, *(largest_loss(sigma, q, True, _USUAL_TAIL, at) for sigma, q, _, at in events))
     power = max(math.floor(math.log2(wanted / widest)), math.ceil(math.log2(width / _MOST_CELLS / widest)))
     return float(widest * 2.0**power)
 

@@ -10,6 +10,9 @@ Formal guarantees (relation: add or remove one unit, a record or a person; tests
       and to the site's sum the more where it is rounded once (test_fault_rounding_to_nearest).
     * A share is discrete Gaussian with parameter `share_variance`, never less than (noise_multiplier C)^2, drawn exactly
       (test_shares_have_their_variance). Nothing is clamped after it was added: whoever clamps tells that a sum was large.
+    * The noise of H shares, each with noise multiplier sigma, protects as the accountant's Gaussian of sigma sqrt(H) does, up to
+      1e-120 in epsilon over any job: a discrete Gaussian of that variance is a continuous one that was rounded at random
+      (tests/shared/privacy/test_share_law.py; executed noise: tests/shared/privacy/test_aggregate_noise.py).
     * No sum wraps around: `check_reach` refuses a job in which one might.
 
 Sources: Kairouz, Liu, Steinke 2021 (arXiv:2102.06387), sums of discrete Gaussians; Canonne, Kamath, Steinke 2020.

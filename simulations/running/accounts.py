@@ -8,6 +8,7 @@ from pathlib import Path
 
 from client.ledger.ledger import Ledger
 from client.site.config import SiteConfig
+from client.site.opened import caps
 from server.records.privacy import read_site
 from server.reports.compliance import Account
 from server.runs.folder import load_job
@@ -32,7 +33,7 @@ def simulated_accounts(run: Path, *, without: Collection[str] = ()) -> list[Acco
             continue
         config = parse(SiteConfig, load_toml(place / "site.toml"), source=str(place / "site.toml"))
         declared = read_site(record).declared_records
-        with closing(Ledger(file, dataset=config.dataset, unit=unit, budget=config.budget.caps())) as ledger:
+        with closing(Ledger(file, dataset=config.dataset, unit=unit, budget=caps(config.budget))) as ledger:
             export = ledger.export(site=config.name, declared_records=declared)
         accounts.append(Account(file=file, export=export, from_ledger=True))
     return accounts

@@ -35,7 +35,11 @@ from scipy import fft
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import erfcx, log_ndtr, ndtr, ndtri_exp
 
+from shared.privacy.accountant.several_sites import shared_divergence, shared_largest_loss
+
 Array = NDArray[np.float64]
+Event = tuple[float, float, int] | tuple[float, float, int, int]
+"""Noise multiplier, sample rate, steps; and at how many sites of each step one person has data, if that is not 1."""
 
 _UNIT = 2.0**-53  # rounding of one operation, relative
 # Tilted mass on either side of the window; what it may hide is added to delta.
@@ -96,11 +100,11 @@ class StepLoss:
         return np.exp(self._logs + tilt * self.losses - log_moment), float(errors.sum()) + 1024 * _UNIT
 
 
-def composed_epsilon(events: Sequence[tuple[float, float, int]], delta: float, cell: float) -> float:
+def composed_epsilon(events: Sequence[Event], delta: float, cell: float) -> float:
     """Return an upper bound on epsilon at `delta` of all `events` composed, add-or-remove-one; `inf` if there is none.
 
     Args:
-        events: (noise multiplier, sample rate, steps), at least one, steps >= 1.
+        events: at least one, steps >= 1.
         delta: failure probability, from 1e-30 to below 1.
         cell: width of a cell of the grid; a wider one gives a larger epsilon, and is taken where there would be too many.
     """
@@ -119,22 +123,26 @@ class _TooManyCells(Exception):
         self.number = number
 
 
-def _on_grid(events: Sequence[tuple[float, float, int]], delta: float, cell: float) -> float:
-    total = sum(steps for _, _, steps in events)
+def _on_grid(events: Sequence[Event], delta: float, cell: float) -> float:
+    total = sum(event[2] for event in events)
     beyond = max(math.log(total) - math.log(delta) - _LOG_BEYOND, _LEAST_BEYOND)
     beyond = math.ceil(beyond / _BEYOND_STEP) * _BEYOND_STEP
     # Without sampling the two directions are one.
-    directions = (True, False) if any(rate < 1 for _, rate, _ in events) else (True,)
+    directions = (True, False) if any(event[1] < 1 for event in events) else (True,)
     return max(
-        _epsilon([(step_loss(sigma, rate, removed, cell, beyond), steps) for sigma, rate, steps in events], delta)
+        _epsilon(
+            [(step_loss(sigma, rate, removed, cell, beyond, *at), steps) for sigma, rate, steps, *at in events], delta
+        )
         for removed in directions
     )
 
 
 # Every round asks for the same step.
 @lru_cache(maxsize=8)
-def step_loss(sigma: float, rate: float, removed: bool, cell: float, beyond: int) -> StepLoss:
+def step_loss(sigma: float, rate: float, removed: bool, cell: float, beyond: int, sites: int = 1) -> StepLoss:
     """Return the loss of one Poisson-subsampled Gaussian step, for a record that is removed or one that is added.
+
+    With `sites` above 1 it is the loss of a person whose data at so many sites add up in the step.
 
     About exp(-beyond) of its mass lies above the grid, at infinity, and below, in the first cell.
 
@@ -143,10 +151,12 @@ def step_loss(sigma: float, rate: float, removed: bool, cell: float, beyond: int
     only the latter is computed, so that small masses keep their digits on both sides.
     """
     furthest = -float(ndtri_exp(-beyond - math.log(2)))
-    low = math.floor(-largest_loss(sigma, rate, not removed, furthest) / cell)
-    high = math.ceil(largest_loss(sigma, rate, removed, furthest) / cell)
-    above, above_errors = step_divergence(np.arange(high + 1, dtype=np.float64) * cell, sigma, rate, removed)
-    below, below_errors = step_divergence(np.arange(1, 1 - low, dtype=np.float64) * cell, sigma, rate, not removed)
+    low = math.floor(-largest_loss(sigma, rate, not removed, furthest, sites) / cell)
+    high = math.ceil(largest_loss(sigma, rate, removed, furthest, sites) / cell)
+    above, above_errors = step_divergence(np.arange(high + 1, dtype=np.float64) * cell, sigma, rate, removed, sites)
+    below, below_errors = step_divergence(
+        np.arange(1, 1 - low, dtype=np.float64) * cell, sigma, rate, not removed, sites
+    )
     mirrored = np.exp(np.arange(low, 0) * cell)
     curve = np.concatenate([mirrored * below[::-1], above])
     errors = np.concatenate([mirrored * below_errors[::-1], above_errors])
@@ -161,8 +171,10 @@ def step_loss(sigma: float, rate: float, removed: bool, cell: float, beyond: int
     return StepLoss(cell, low, np.maximum(probs, 0.0), around + _UNIT * probs, float(curve[-1] + errors[-1]))
 
 
-def largest_loss(sigma: float, rate: float, removed: bool, furthest: float) -> float:
+def largest_loss(sigma: float, rate: float, removed: bool, furthest: float, sites: int = 1) -> float:
     """Return the loss of one step at `furthest` standard deviations of the noise, on the side where it is largest."""
+    if sites > 1:
+        return shared_largest_loss(sigma, rate, sites, removed, furthest)
     if removed:
         exponent = furthest / sigma + 0.5 / sigma**2
         # log(1 - q + q e^x) without overflow.
@@ -171,12 +183,15 @@ def largest_loss(sigma: float, rate: float, removed: bool, furthest: float) -> f
     return -math.log1p(rate * math.expm1(exponent)) if rate < 1 else -exponent
 
 
-def step_divergence(epsilons: Array, sigma: float, rate: float, removed: bool) -> tuple[Array, Array]:
+def step_divergence(epsilons: Array, sigma: float, rate: float, removed: bool, sites: int = 1) -> tuple[Array, Array]:
     """Return the hockey-stick divergence of one step at each of `epsilons` >= 0, and a bound on its rounding.
 
     P - e^epsilon Q is for a removed record q (N1 - e^e' N0), e' = log(1 + (e^epsilon - 1) / q), and for an added one
     (1 - (1 - q) e^epsilon) (N0 - e^e' N1), e' = -log(1 + (e^-epsilon - 1) / q): so written nothing cancels at small rates.
+    With more sites than one, see `shared.privacy.accountant.several_sites`.
     """
+    if sites > 1:
+        return shared_divergence(epsilons, sigma, rate, sites, removed)
     sign = 1.0 if removed else -1.0
     change = np.expm1(sign * epsilons) / rate
     ratio, rounded = 1 + change, np.abs(change)  # and what of it was rounded

@@ -403,6 +403,10 @@ def test_no_epsilon_is_computed_above_a_mean_loss_of_a_thousand() -> None:
     assert compose_epsilon([steps(0.5, 1.0, 400), steps(1.0, 1.0, 402)], 1e-5) == math.inf
 
 
+def at_one_site(events: tuple[tuple[float, float, int], ...]) -> tuple[tuple[float, float, int, int], ...]:
+    return tuple((*event, 1) for event in events)
+
+
 @pytest.mark.parametrize(
     "events",
     [((20.0, 0.01, 100),), ((1.0, 0.2, 30),), ((5.0, 1.0, 4), (50.0, 0.01, 300)), ((2000.0, 1.0, 10),)],
@@ -410,17 +414,17 @@ def test_no_epsilon_is_computed_above_a_mean_loss_of_a_thousand() -> None:
 def test_a_cell_is_at_most_half_a_deviation_of_a_step(events: tuple[tuple[float, float, int], ...]) -> None:
     """And 1e-3 over a power of two."""
     total = sum(accounting.mean_loss(steps(*event)) for event in events)
-    cell = accounting._cell(events, total, 1e-3)
+    cell = accounting._cell(at_one_site(events), total, 1e-3)
     deviation = min(1 / sigma if rate == 1 else rate * math.sqrt(math.expm1(sigma**-2)) for sigma, rate, _ in events)
     assert math.log2(cell / 1e-3) == round(math.log2(cell / 1e-3))
     assert min(deviation / 4, 1e-3) < cell <= min(deviation / 2, 1e-3) or cell == 1e-3 <= deviation / 2
 
 
 def test_a_cell_follows_the_deviation_of_one_step_and_the_width_of_all() -> None:
-    assert accounting._cell(((0.5, 1.0, 1),), 1.0, 8.0) == 1.0  # half of 1 / sigma, without sampling
+    assert accounting._cell(((0.5, 1.0, 1, 1),), 1.0, 8.0) == 1.0  # half of 1 / sigma, without sampling
     # Twenty deviations of the composition in 2^18 cells: a little more, and they are twice as wide.
     for share, expected in ((0.99, 1.0), (1.01, 2.0)):
-        assert accounting._cell(((0.5, 1.0, 1),), (share * (1 << 18) / 20) ** 2 / 2, 1.0) == expected
+        assert accounting._cell(((0.5, 1.0, 1, 1),), (share * (1 << 18) / 20) ** 2 / 2, 1.0) == expected
 
 
 def test_rounding_alone_is_no_loss() -> None:
@@ -433,12 +437,12 @@ def test_cells_are_wider_where_there_would_be_too_many() -> None:
     total = sum(accounting.mean_loss(steps(*event)) for event in events)
     # Twenty deviations of the composition in at most 2^18 cells, about.
     least = 20 * math.sqrt(2 * total) / (1 << 18)
-    assert least <= accounting._cell(events, total, 1e-3) < 2 * least
+    assert least <= accounting._cell(at_one_site(events), total, 1e-3) < 2 * least
     # And the largest loss of one step, at ten deviations of the noise.
     events = ((1e4, 1e-4, 1), (0.3, 1e-6, 1))
     total = sum(accounting.mean_loss(steps(*event)) for event in events)
     least = largest_loss(0.3, 1e-6, True, 10.0) / (1 << 18)
-    assert least <= accounting._cell(events, total, 1e-3) < 2 * least
+    assert least <= accounting._cell(at_one_site(events), total, 1e-3) < 2 * least
 
 
 @pytest.mark.parametrize("delta", [1e-5, 1e-12, 1e-30])
