@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from shared.epsilons import delta_rounded_up, rounded_up
-from shared.privacy.accounting import GaussianSteps, noise_of_sum
+from shared.privacy.accountant.several_sites import MOST_SITES
+from shared.privacy.accounting import GaussianSteps, epsilon_at_sites, noise_of_sum
 
 COMPUTATIONAL = (
     "The first promise is computational: whoever records the traffic and later breaks X25519, or takes a site's memory during a "
@@ -45,6 +46,26 @@ class SharedNoise:
         return tuple(
             replace(event, noise_multiplier=noise_of_sum(event.noise_multiplier, self.honest)) for event in events
         )
+
+    def epsilon_at_sites(
+        self,
+        shares: Iterable[GaussianSteps],
+        most: int,
+        delta: float,
+        *,
+        apart: Iterable[GaussianSteps] = (),
+    ) -> dict[int, float]:
+        """Return the first promise's epsilon by the number of honest sites, from 1 to `most`, at which a person has data.
+
+        Args:
+            shares: what each site executes.
+            most: number of sites; more than `MOST_SITES` are not accounted for.
+            delta: failure probability.
+            apart: what each site releases by itself besides.
+        """
+        summed = self.summed(shares)
+        counts = [count for count in (1, 2, 3, 4, 5, 8, 16, MOST_SITES) if count < most] + [min(most, MOST_SITES)]
+        return {count: epsilon_at_sites(summed, count, delta, apart=apart) for count in counts}
 
     @property
     def against(self) -> str:

@@ -219,16 +219,12 @@ class SiteRelease(Release):
         return (*self.possible_events, *self._counted(self._left))
 
     @property
-    def alone_events(self) -> tuple[GaussianSteps, ...]:
-        """`planned_events` as each site executes them, for the promise that holds if secure aggregation fails."""
-        return (*self.events, *self._asked_metrics, *self._unknown, *self._left)
-
-    @property
     def epsilon_alone(self) -> float | None:
-        """Epsilon of `alone_events`; None where the noise is not shared, infinite without protection."""
+        """Epsilon of the whole plan as the site executes it; None where the noise is not shared, infinite without protection."""
         if self.shared is None:
             return None
-        return compose_epsilon(self.alone_events, self.delta) if self.protected else math.inf
+        alone = (*self.events, *self._asked_metrics, *self._unknown, *self._left)
+        return compose_epsilon(alone, self.delta) if self.protected else math.inf
 
     def _counted(self, events: tuple[GaussianSteps, ...]) -> tuple[GaussianSteps, ...]:
         """Return steps of training as a statement counts them: of shares, with the noise of their sum."""
@@ -477,9 +473,11 @@ def _run_statement_of_shares(
     )
     if any(release.unanswered for release in releases):
         sentence += " Requests that were never answered here are counted as executed."
-    return Statement.of(
-        sentence, unit=worst.unit, not_covered=not_covered(worst.unit, pretrained=pretrained, shared=True)
-    )
+    shares = (*worst.events, *worst._unknown, *worst._left)
+    rows = worst.shared.epsilon_at_sites(shares, len(releases), worst.delta, apart=worst._asked_metrics)
+    table = tuple(SitesEpsilon(sites=count, epsilon=epsilon) for count, epsilon in rows.items())
+    uncovered = not_covered(worst.unit, pretrained=pretrained, shared=True)
+    return Statement.of(sentence, table, unit=worst.unit, not_covered=uncovered)
 
 
 def worst_first(releases: Sequence[SiteRelease], *, stopped_early: bool) -> list[SiteRelease]:

@@ -112,6 +112,12 @@ def _lead(facts: Facts) -> Iterator[Block]:
         )
 
 
+def _aggregation(job: Job) -> str:
+    if job.privacy.mechanism == "distributed":
+        return "secure sum of the sites' gradients; the coordinator takes the step"
+    return f"mean of the sites' updates, weights {job.aggregation.weights}"
+
+
 def _why_not_private(facts: Facts) -> str:
     if facts.job.privacy.mechanism == "none":
         return "The job asked for no noise (privacy.mechanism is none). Nothing that was released is protected."
@@ -133,6 +139,8 @@ def _summary(facts: Facts) -> Iterator[Block]:
             f"epsilon {rounded_up(headline.epsilon)} at delta {format_delta(headline.delta)} for one {headline.unit} "
             f"{headline.where}"
         )
+        if (alone := facts.epsilon_alone) is not None:
+            privacy += f"; {rounded_up(alone)} against everybody else together, if secure aggregation fails completely"
     verdicts = [f"tier {audit.tier} {audit.verdict}" for audit in facts.data.audits]
     yield entries(
         ("Run", printable(facts.job.name)),
@@ -203,8 +211,11 @@ def _training(facts: Facts) -> Iterator[Block]:
             "Optimiser",
             f"{training.optimizer}, learning rate {training.learning_rate:g}, schedule {training.schedule}",
         ),
-        ("Aggregation", f"mean of the sites' updates, weights {job.aggregation.weights}"),
-        ("Updates sent in", job.federation.update_dtype),
+        ("Aggregation", _aggregation(job)),
+        (
+            "Updates sent in",
+            "masked words of 64 bits" if job.privacy.mechanism == "distributed" else job.federation.update_dtype,
+        ),
         ("Took", format_seconds(facts.data.run.seconds)),
         ("Job (SHA-256)", job.sha256),
         mono=("Job (SHA-256)",),

@@ -64,7 +64,7 @@ def _sites_table(guarantee: Guarantee) -> Table:
                 str(row.sites),
                 rounded_up(row.epsilon),
                 shown(row.epsilon_prv),
-                _yes_no(accountants_agree(row.epsilon, row.epsilon_prv)),
+                "not compared" if row.epsilon_prv is None else _yes_no(accountants_agree(row.epsilon, row.epsilon_prv)),
             )
             for row in guarantee.composed
         ),
@@ -111,7 +111,8 @@ def _mechanism_table(facts: Facts) -> Table:
     titles = ("Sampling rate", "Noise multiplier", "Steps", "Clipping norm", "Delta", "Epsilon", "Cap")
     return Table(
         caption="What was executed at each site, and the epsilon that follows from it. Steps of requests never answered "
-        "are included; where lines differ, each is a mechanism of its own.",
+        "are included; where lines differ, each is a mechanism of its own."
+        + (" Noise multipliers are those of the honest sites' sum." if facts.epsilon_alone is not None else ""),
         columns=(wide("Site"), Column(title="Unit"), *numbers(*titles)),
         rows=tuple(rows),
     )

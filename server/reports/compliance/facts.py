@@ -207,11 +207,21 @@ class Facts:
             key=lambda item: item[:2],
         )
         where = f"at one site; the largest of all sites, {self.called(worst.site)}"
+        if worst.shared is not None:
+            where += f"; against {worst.shared.against}"
         return Headline(epsilon=epsilon, delta=worst.delta, unit=worst.unit, where=where)
 
     def _stated(self, site: SiteFacts) -> float:
-        """A run that its own rule ended early promised the epsilon of its whole plan."""
-        return site.release.epsilon_promised if self.data.stopped_early else site.epsilon or 0.0
+        """A run that its own rule ended early, or whose noise is shared, promised the epsilon of its whole plan."""
+        promised = self.data.stopped_early or site.release.shared is not None
+        return site.release.epsilon_promised if promised else site.epsilon or 0.0
+
+    @property
+    def epsilon_alone(self) -> float | None:
+        """The largest epsilon of what a site sends by itself, where the noise is shared and an epsilon is stated."""
+        found = [site.release.epsilon_alone for site in self.sites]
+        known = [epsilon for epsilon in found if epsilon is not None]
+        return max(known) if self.private and known else None
 
 
 def accountants_agree(pld: float | None, prv: float | None) -> bool:

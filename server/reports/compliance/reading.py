@@ -168,6 +168,9 @@ def _guarantees(sites: Sequence[SiteFacts], job: Job, *, stopped_early: bool) ->
 def _composed(statement: Statement, releases: Sequence[SiteRelease], *, stopped_early: bool) -> list[ComposedEpsilon]:
     """Return the statement's table, with PRV's epsilon of the same releases."""
     rows = statement.up_to_m_sites
+    if any(release.shared for release in releases):
+        # PRV, as it is here, knows no person whose data are in one sum several times.
+        return [ComposedEpsilon(sites=row.sites, epsilon=row.epsilon, epsilon_prv=None) for row in rows]
     delta = worst_first(releases, stopped_early=stopped_early)[0].delta if rows else 0.0
     return [
         ComposedEpsilon(

@@ -82,6 +82,10 @@ def test_a_run_folder_holds_both_promises_and_dp_accounting_alone_gives_the_firs
         assert record["epsilon_planned"] <= 2.0 * (1 + 1e-6)
         assert record["epsilon_alone"] <= 8.0 * (1 + 1e-6)
         assert record["epsilon_spent"] < record["epsilon_planned"]  # the spare attempt was not needed
+    rows = {row["sites"]: row["epsilon"] for row in statement["up_to_m_sites"]}
+    assert sorted(rows) == [1, 2, 3]
+    assert rows[1] == pytest.approx(record["epsilon_planned"], rel=1e-6)
+    assert 2 * rows[1] < rows[2] < rows[3]  # inside one sum they add up to more than as many accounts
     report = (folder / "report.html").read_text()
     assert "Epsilon, against the coordinator" in report
     assert "Epsilon of an upload alone" in report
