@@ -54,6 +54,7 @@ SECTIONS: dict[str, Callable[[Tell], Findings]] = {
     "many-clients": _module("simulation", "run_many"),
     "wire": _module("wire"),
     "aggregation": _module("aggregation"),
+    "secure-sum": _module("secure_sum"),
     "plan": _plan,
 }
 """What runs without arguments."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import aggregation, harness
+from benchmarks import aggregation, harness, secure_sum
 from benchmarks.harness import Findings, PeakMemory, alternate, merge, summarize, summarized
 
 
@@ -86,3 +86,11 @@ def test_both_sides_aggregate_to_the_same_mean() -> None:
     ours, theirs = aggregation.ours_decoded(decoded), aggregation.numpy_decoded(decoded)
     for mine, their in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(mine, their, rtol=1e-6)
+
+
+def test_secure_sums_for_real() -> None:
+    found = secure_sum.run(_nothing, runs=1, sites=(3,), words=(50,))
+    assert not found.headlines
+    row = found.details["3 sites, 50 words"]
+    assert row["two threads, seconds"][0] > 0
+    assert row["bytes up, a site"] > row["bytes up of the plain sum, a site"] == 400

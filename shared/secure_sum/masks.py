@@ -102,7 +102,7 @@ def add_masks(words: NDArray[np.uint64], *, plus: Sequence[bytes], minus: Sequen
         for operation, keys in ((np.add, plus), (np.subtract, minus))
         for key in keys
     ]
-    buffer = np.empty(min(len(words), _BLOCK_WORDS), WORD)
+    buffer = np.empty(_BLOCK_WORDS, WORD)
     for start in range(0, len(words), _BLOCK_WORDS):
         block = words[start : start + _BLOCK_WORDS]
         mask = buffer[: len(block)]

@@ -304,10 +304,7 @@ def _whole(part: bytes) -> int:
 
 
 def _text(part: bytes) -> str:
-    try:
-        return part.decode("ascii")
-    except UnicodeDecodeError:
-        raise _no_message("its name is no name") from None
+    return part.decode("ascii", errors="replace")  # what is no ASCII is no name
 
 
 def _check_name(name: object) -> None:
@@ -322,7 +319,7 @@ def _check_digest(name: str, value: object) -> None:
 
 def _check_bytes(name: str, value: object, most: int, *, least: int = 0) -> None:
     if not isinstance(value, bytes) or not least <= len(value) <= most:
-        raise _no_message(f"its {name} is not of {least} to {most:,} bytes")
+        raise _no_message(f"its {name} must be {least} to {most:,} bytes")
 
 
 def _no_message(reason: str) -> TrustError:
