@@ -186,6 +186,8 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
     check_early_stopping(scenario, arm.job)
     if arm.job.privacy.central:
         _check_central(arm)
+    if arm.job.privacy.mechanism == "distributed":
+        _check_one_process(scenario)
     if len(arm.sites) < arm.job.federation.min_sites:
         raise DataError(
             f"the partition has {len(arm.sites)} sites, federation.min_sites is {arm.job.federation.min_sites}; "
@@ -266,6 +268,17 @@ def check_early_stopping(scenario: Scenario, job: Job) -> None:
             "training.early_stopping decides by the evaluation records, and these count as private (a file does unless it is "
             f'declared otherwise): no budget would pay for the decision. Declare {key} = "public" or "synthetic" if they are, '
             "give public ones as data.test, or remove the section."
+        )
+
+
+def _check_one_process(scenario: Scenario) -> None:
+    """Raise unless each site's two answers of a round come from one process: what it drew is nowhere else."""
+    simulation = scenario.simulation
+    if simulation.backend == "ray" and simulation.num_actors > 1:
+        raise ConfigError(
+            f"simulation.num_actors is {simulation.num_actors}; with privacy.mechanism 'distributed' it must be 1. What a site "
+            "drew for a round stays in the memory of the process that drew it, and Ray may ask another one for it. Set it to 1, "
+            "or simulation.backend to 'in-process', which trains many sites side by side."
         )
 
 

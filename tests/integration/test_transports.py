@@ -12,7 +12,7 @@ import torch
 
 from server.rounds.observer import Observer
 from server.store.checkpoint import Checkpoint
-from shared.errors import RunError
+from shared.errors import ConfigError, RunError
 from shared.privacy.statement import SiteRelease
 from simulations.running import engine, sites
 from simulations.running.engine import run_scenario
@@ -34,11 +34,11 @@ def _stop_ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def run(path: Path, folder: Path, backend: str, *, resume: bool = False) -> Checkpoint:
+def run(path: Path, folder: Path, backend: str, *, resume: bool = False, actors: int = 2) -> Checkpoint:
     sites.forget_simulated_sites()
     # In float32, or rounding differs too much between sites that share a batch and sites alone.
     scenario = load_scenario(
-        path, [f"simulation.backend={backend}", "simulation.num_actors=2", "compute.precision=float32"]
+        path, [f"simulation.backend={backend}", f"simulation.num_actors={actors}", "compute.precision=float32"]
     )
     return run_scenario(scenario, folder, observer=lambda arm: Observer(), injected_seed="transport", resume=resume)
 
@@ -86,3 +86,19 @@ def test_an_error_of_the_run_arrives_as_it_is(scenario_file: Callable[..., Path]
     run(scenario_file(training={"rounds": 1}), folder, "in-process")
     with pytest.raises(RunError, match="resume with the scenario that the run was started with"):
         run(scenario_file(training={"rounds": 1}, partition={"num_sites": 4}), folder, "ray", resume=True)
+
+
+def test_secure_sums_are_the_same_on_both_transports(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
+    """What a site drew stays in its process, so Ray gets one."""
+    path = scenario_file(
+        training={"rounds": 2, "local_steps": 1},
+        privacy={"mechanism": "distributed", "max_colluding": 0},
+        federation={"min_sites": 3},
+    )
+    in_process = run(path, tmp_path / "in-process", "in-process")
+    with pytest.raises(ConfigError, match=r"with privacy\.mechanism 'distributed' it must be 1"):
+        run(path, tmp_path / "two", "ray", actors=2)
+    on_ray = run(path, tmp_path / "ray", "ray", actors=1)
+    assert [record.sites for record in on_ray.history] == [record.sites for record in in_process.history]
+    for name, tensor in in_process.adapter.items():
+        torch.testing.assert_close(on_ray.adapter[name], tensor, rtol=1e-3, atol=1e-5)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from client.training.independence import keep_settled
 from client.training.trainer import LocalWork, train_local_rounds
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -100,12 +101,16 @@ def job_of(task_job: Callable[..., Job], kind: str, *, sample_rate: float = 1.0,
 
 
 def runtime_of(job: Job, precision: Any, *, cached: bool = False, micro_batch_tokens: int = 2048) -> Runtime:
-    return load_runtime(
+    runtime = load_runtime(
         job,
         ComputeConfig(
             device="cpu", precision=precision, cache_frozen_layers=cached, micro_batch_tokens=micro_batch_tokens
         ),
     )
+    # As before any training: where this processor's products depend on the shape of a pass, as those of Intel's AMX in bfloat16
+    # do, each example gets one of its own.
+    keep_settled(runtime)
+    return runtime
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.6])
