@@ -33,7 +33,7 @@ from dataclasses import dataclass, replace
 
 from shared.errors import PrivacyError
 from shared.job.job import Job
-from shared.privacy.accounting import epsilon_at_sites, noise_of_sum
+from shared.privacy.accounting import noise_of_sum
 from shared.privacy.plan import PrivacyPlan
 
 
@@ -71,9 +71,3 @@ class DistributedPlan:
             honest=share.honest,
             spare_attempts=job.spare_attempts,
         )
-
-    def epsilon_at_sites(self, sites: int) -> float:
-        """Return epsilon, while secure aggregation holds, of a person with data at so many honest sites."""
-        plan = self.together
-        metrics = (plan.metrics,) if plan.metrics else ()
-        return epsilon_at_sites([plan.mechanism(plan.planned_steps)], sites, plan.delta, apart=metrics)

@@ -12,7 +12,8 @@ Formal guarantees
 
 Normal variates are drawn in float64 by the Box-Muller transform from 53-bit uniforms and rounded to float32 only
 after they were added to the clipped sum, which removes the low-order bits that attacks on floating-point noise
-read (Mironov 2012). An exact discrete Gaussian would remove the question; the statement lists it as a limit.
+read (Mironov 2012); the statement lists what may be left as a limit. Shares of the noise of a sum over sites are whole numbers
+of an exact law instead (`shared.privacy.discrete_gaussian`).
 """
 
 from __future__ import annotations

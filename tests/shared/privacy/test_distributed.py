@@ -147,18 +147,6 @@ def test_a_spare_attempt_costs_what_the_agreement_says() -> None:
     assert plan.share.epsilon() == pytest.approx(8.18, abs=0.005)
 
 
-def test_a_person_at_several_sites_adds_up_inside_one_sum() -> None:
-    """Computed for the agreement by another program; metrics are released by each of the sites."""
-    sigma = calibrate_noise_multiplier(epsilon=8.0, delta=DELTA, sample_rate=RATE, steps=STEPS)
-    plan = honest(4, noise_multiplier=sigma)
-    assert plan.epsilon_at_sites(1) == plan.together.epsilon()
-    assert [plan.epsilon_at_sites(sites) for sites in (2, 3)] == pytest.approx([4.68, 7.51], abs=0.005)
-    metrics = GaussianSteps(noise_multiplier=20.0, sample_rate=1.0, steps=1)
-    released = replace(plan, together=replace(plan.together, metrics=metrics))
-    assert released.epsilon_at_sites(2) > plan.epsilon_at_sites(2)
-    assert released.epsilon_at_sites(1) == pytest.approx(released.together.epsilon())
-
-
 def test_a_share_by_itself_is_never_added_as_if_it_were_all() -> None:
     """A path that knows nothing of shares must not release an update with a fraction of the noise."""
     plan = honest(4, epsilon=1.0)
