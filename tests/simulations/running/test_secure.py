@@ -144,3 +144,21 @@ def test_other_kinds_of_job(run: Callable[..., Path], sections: dict[str, Any]) 
     folder = run("d", **sections)
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == 4
+
+
+def test_persons_enter_one_sum(write_scenario: Callable[..., Path], tmp_path: Path) -> None:
+    """The unit is the patient: one clipped vector each, and the table of sites is of persons in one sum."""
+    path = write_scenario(tmp_path, **secure(privacy={"unit": "patient", "records_per_person": 2}))
+    lines = (tmp_path / "train.csv").read_text().splitlines()
+    (tmp_path / "train.csv").write_text(
+        "\n".join([lines[0] + ",mrn", *(f"{line},p{number // 2}" for number, line in enumerate(lines[1:]))]) + "\n"
+    )
+    text = path.read_text().replace("noise_multiplier = 1.0\n", "")
+    path.write_text(text.replace('label = "verdict"', 'label = "verdict"\nperson = "mrn"'))
+    run_scenario(load_scenario(path), tmp_path / "run", observer=lambda arm: Observer())
+    record = json.loads((tmp_path / "run" / "sites" / "site-1" / "privacy.json").read_text())
+    assert (record["unit"], record["records_per_person"]) == ("patient", 2)
+    assert "finite precision" not in record["statement"].lower()
+    statement = json.loads((tmp_path / "run" / "statement.json").read_text())
+    assert "A patient with records at each of m sites" in statement["text"]
+    assert audit_run_mechanism(tmp_path / "run").verdict == "consistent"
