@@ -259,6 +259,16 @@ def test_reopening_keeps_every_charge(path: Path) -> None:
             ledger.commit(first, executed_steps=15, release_sha256=RELEASE)
 
 
+def test_charges_of_one_job_are_told_oldest_first(path: Path) -> None:
+    """By these a site knows how far a job has come, so those of another job must not count."""
+    with opened(path) as ledger:
+        for number, job in ((1, "a"), (7, "b"), (2, "a")):
+            ledger.reserve(charge(2, job_id=job, round=number))
+        assert [(charged.job_id, charged.round) for charged in ledger.charges("a")] == [("a", 1), ("a", 2)]
+        assert [charged.round for charged in ledger.charges("b")] == [7]
+        assert ledger.charges("c") == []
+
+
 def test_accounts_share_a_file_but_not_a_cap(path: Path) -> None:
     with (
         opened(path) as notes,
