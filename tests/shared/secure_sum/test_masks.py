@@ -235,7 +235,7 @@ def test_what_is_no_canonical_key_is_refused(key: object) -> None:
 
 # --- mask keys ---
 
-NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
+NAMES = st.text("abYZ09._-", max_size=63).map("a".__add__)
 PARTY = st.tuples(NAMES, st.binary(min_size=32, max_size=32))
 SECRET = st.binary(min_size=32, max_size=32)
 MaskKey = Callable[[bytes, bytes, tuple[str, bytes], tuple[str, bytes]], bytes]
@@ -293,6 +293,7 @@ def test_seeds_of_32_bits_are_found() -> None:
         check_no_birthday(cut_to_four_bytes)
 
 
+@settings(deadline=None)
 @given(SECRET, SECRET, PARTY, PARTY)
 def test_a_mask_key_is_hkdf_of_the_secret_for_one_context_and_pair(
     secret: bytes, context: bytes, first: tuple[str, bytes], second: tuple[str, bytes]

@@ -47,7 +47,7 @@ READY = Ready(**WHAT).signed_by(KEY)
 MASKED = Masked(site="a", context=bytes(range(32)), words=bytes(range(24))).signed_by(KEY, READY)
 ORDER = 0xFFFFFFFF00000000FFFFFFFFFFFFFFFFBCE6FAADA7179E84F3B9CAC2FC632551  # of P-256
 
-NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", fullmatch=True)
+NAMES = st.text("abYZ09._-", max_size=63).map("a".__add__)
 DIGESTS = st.binary(min_size=32, max_size=32).map(bytes.hex)
 PUBLIC_KEYS = st.integers(0, 2**255 - 20).map(lambda value: value.to_bytes(32, "little"))
 READIES = st.builds(
@@ -74,6 +74,7 @@ MASKEDS = st.builds(
 # --- bytes ---
 
 
+@settings(deadline=None)
 @given(st.lists(READIES, max_size=4).map(tuple), MASKEDS)
 def test_what_was_written_is_read(roster: tuple[Ready, ...], masked: Masked) -> None:
     for ready in roster:
@@ -155,7 +156,7 @@ def test_every_part_has_one_length(which: int) -> None:
     assert read(messages._pack(kind, *parts)) == (READY, MASKED)[which]
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(st.integers(0, 2), st.binary(max_size=300) | st.lists(st.binary(max_size=40), max_size=12).map(
     lambda parts: messages._pack(*parts)) | st.builds(
     lambda kind, parts: messages._pack(kind, *parts),
@@ -264,6 +265,7 @@ def test_the_context_is_the_documented_one() -> None:
     assert context(roster) == hashlib.sha256(b"silotune/secure-sum/1\0" + whole).digest()
 
 
+@settings(deadline=None)
 @given(st.lists(READIES, max_size=3).map(tuple), st.lists(READIES, max_size=3).map(tuple))
 def test_two_rosters_have_two_contexts(first: tuple[Ready, ...], second: tuple[Ready, ...]) -> None:
     assert (context(first) == context(second)) == (first == second)
