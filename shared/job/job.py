@@ -190,10 +190,7 @@ class Job(Section):
     @property
     def spare_attempts(self) -> int:
         """Repetitions of rounds that the plan has room for; 0 unless the mechanism is `distributed`."""
-        if self.privacy.mechanism != "distributed":
-            return 0
-        spare = self.privacy.spare_attempts
-        return -(-self.training.rounds // 10) if spare is None else spare
+        return self.privacy.spare_attempts_for(self.training.rounds)
 
     def canonical_json(self) -> str:
         """Return the one JSON text of this job: sorted keys, no spaces, defaults written out (see `records_per_person`)."""

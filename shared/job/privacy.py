@@ -95,6 +95,12 @@ class PrivacyConfig(Section):
             raise ValueError("records_per_person is for the units 'patient' and 'customer'; remove it or set the unit")
         return self
 
+    def spare_attempts_for(self, rounds: int) -> int:
+        """Return how many repetitions a plan of so many rounds has room for; 0 unless the mechanism is `distributed`."""
+        if self.mechanism != "distributed":
+            return 0
+        return -(-rounds // 10) if self.spare_attempts is None else self.spare_attempts
+
     @property
     def sites_add_noise(self) -> bool:
         """Whether each site adds noise to what it sends and keeps an account of it."""

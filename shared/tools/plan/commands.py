@@ -25,13 +25,12 @@ from shared.job.job import Job
 from shared.job.parsing import nearest, parse
 from shared.options import OnlyJsonOption
 from shared.tools.plan.figure import UtilityFile, UtilityPoint, draw
-from shared.tools.plan.tables import print_answers, print_shares, site_warnings
+from shared.tools.plan.tables import Planned, print_answers, print_shares
 from shared.trust.job_files import read_job, read_json
 
 if TYPE_CHECKING:
-    from shared.privacy.ledger_export import LedgerExport
-    from shared.tools.plan.affordability import SiteAnswer
     from shared.tools.plan.planning import Question, Setting
+    from shared.tools.plan.sharing import SharesPlan, Sharing
 
 FORMAT = "silotune-plan/1"
 MAX_POINTS = 100
@@ -55,6 +54,22 @@ def plan(
     epsilon: Annotated[float | None, typer.Option(help="The most that may be spent.")] = None,
     delta: Annotated[float | None, typer.Option(help="By default min(1e-5, 1/(10 n)), rounded down.")] = None,
     parameters: Annotated[int | None, typer.Option(help="Trainable parameters, to judge the noise.")] = None,
+    sites: Annotated[
+        int | None,
+        typer.Option(
+            help="Sites that share the noise: the least number in a sum (secure aggregation), one step a round."
+        ),
+    ] = None,
+    colluding: Annotated[
+        int | None, typer.Option(help="With --sites: so many of them may work together with the coordinator.")
+    ] = None,
+    epsilon_alone: Annotated[
+        float | None, typer.Option(help="With --sites: the most that may be spent if everything else is broken.")
+    ] = None,
+    spare_attempts: Annotated[
+        int | None,
+        typer.Option(help="With --sites: repetitions of rounds to plan for; by default a tenth, rounded up."),
+    ] = None,
     job: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A job (run file, scenario, signed job) instead of numbers.")
     ] = None,
@@ -86,6 +101,7 @@ def plan(
     if out is not None:
         check_file(out / "plan.json", JSON_MARK, way_out="choose another folder")
         check_file(out / "plan.png", PNG_MARK, way_out="choose another folder")
+    sharing = _sharing(sites, colluding, epsilon_alone, spare_attempts)
     question = Question(
         records=records,
         batch_size=batch_size,
@@ -105,23 +121,27 @@ def plan(
         asked = read_job(job, overrides or [])
         if unit not in (None, asked.privacy.unit):
             raise ConfigError(f"--unit is {unit!r}, but the job protects each {asked.privacy.unit}; leave it out.")
-        settings, sites = _plan_job(asked, question, ledgers or [], sweep)
+        if sharing is not None:
+            raise ConfigError(
+                "the job says how its noise is shared; leave out --sites and what belongs to it, or use --set."
+            )
+        planned = _plan_job(asked, question, ledgers or [], sweep)
     else:
         for given, option in ((ledgers, "--ledger"), (overrides, "--set"), (site_sizes, "--site-sizes")):
             if given:
                 raise ConfigError(f"{option} speaks of a job; add --job FILE.")
-        settings, sites = _plan_numbers(question, sweep), []
+        planned = _plan_numbers(question, sweep, sharing)
     protected = asked.privacy.unit if asked is not None else unit or "record"
-    sizes = _sizes(site_sizes, sites)
-    document = _document(settings, sites, points, job=asked, sweep=sweep, unit=protected, sizes=sizes)
+    sizes = _sizes(site_sizes, planned)
+    document = _document(planned, points, job=asked, sweep=sweep, unit=protected, sizes=sizes)
     console = terminal.console(120)
     if not as_json:
         swept = sweep.partition("=")[0] if sweep else None
-        print_answers(console, settings, sites, points, swept=swept, unit=protected)
+        print_answers(console, planned, points, swept=swept, unit=protected)
         if asked is not None and sizes:
             print_shares(console, sizes, asked.aggregation)
     if out is not None:
-        _write(out, document, settings, points)
+        _write(out, document, planned, points)
         if not as_json:
             console.print(f"written: {out / 'plan.json'}, {out / 'plan.png'}", soft_wrap=True)
     if as_json:
@@ -131,14 +151,30 @@ def plan(
 # --- what is asked ---
 
 
-def _plan_job(
-    job: Job, question: Question, ledgers: Sequence[Path], sweep: str | None
-) -> tuple[list[Setting], list[tuple[LedgerExport, SiteAnswer]]]:
+def _sharing(
+    sites: int | None, colluding: int | None, epsilon_alone: float | None, spare_attempts: int | None
+) -> Sharing | None:
+    """Return who shares the noise; None if nothing says that it is shared."""
+    from shared.tools.plan.sharing import Sharing
+
+    if sites is None and colluding is None:
+        for given, option in ((epsilon_alone, "--epsilon-alone"), (spare_attempts, "--spare-attempts")):
+            if given is not None:
+                raise ConfigError(f"{option} speaks of sites that share the noise; add --sites and --colluding.")
+        return None
+    if sites is None or colluding is None:
+        raise ConfigError("--sites and --colluding say together how many stay honest; give both, for example 8 and 2.")
+    return Sharing(sites=sites, colluding=colluding, epsilon_alone=epsilon_alone, spare_attempts=spare_attempts)
+
+
+def _plan_job(job: Job, question: Question, ledgers: Sequence[Path], sweep: str | None) -> Planned:
     """Return the one setting of `job`, and every site's answer."""
+    from shared.privacy.distributed import DistributedPlan
     from shared.privacy.ledger_export import load_export
     from shared.privacy.plan import PrivacyPlan
     from shared.tools.plan.affordability import can_afford
     from shared.tools.plan.planning import Setting, check_delta_for, check_statable
+    from shared.tools.plan.sharing import shares_of_job
 
     for name, value in asdict(question).items():
         if value is not None and name not in ("records", "parameters"):
@@ -179,10 +215,18 @@ def _plan_job(
         solved_for="noise" if job.privacy.noise_multiplier is None else "epsilon",
     )
     answers = [
-        can_afford(export, setting.mechanism, local_steps=job.training.local_steps, delta=setting.delta)
+        can_afford(
+            export,
+            setting.mechanism,
+            local_steps=job.training.local_steps,
+            delta=setting.delta,
+            honest=made.honest or 1,
+            spare_attempts_for=job.privacy.spare_attempts_for,
+        )
         for export in exports
     ]
-    return [setting], list(zip(exports, answers, strict=True))
+    shares = shares_of_job(job, DistributedPlan.from_job(job), setting) if made.honest else None
+    return Planned(settings=[setting], sites=list(zip(exports, answers, strict=True)), shares=shares)
 
 
 def _count_parameters(job: Job) -> int | None:
@@ -199,11 +243,17 @@ def _count_parameters(job: Job) -> int | None:
     return sum(parameter.numel() for parameter in model.trainable().values())
 
 
-def _plan_numbers(question: Question, sweep: str | None) -> list[Setting]:
+def _plan_numbers(question: Question, sweep: str | None, sharing: Sharing | None) -> Planned:
     from shared.tools.plan.planning import solve
+    from shared.tools.plan.sharing import solve_shares
 
+    if sharing is not None:
+        if sweep is not None:
+            raise ConfigError("--sweep varies a plan without --sites; leave out one of the two.")
+        shares = solve_shares(question, sharing)
+        return Planned(settings=[shares.share], shares=shares)
     if sweep is None:
-        return [solve(question)]
+        return Planned(settings=[solve(question)])
     name, values = parse_sweep(sweep)
     if getattr(question, name) is not None:
         option = "--" + name.replace("_", "-")
@@ -214,7 +264,7 @@ def _plan_numbers(question: Question, sweep: str | None) -> list[Setting]:
             settings.append(solve(replace(question, **{name: value})))  # type: ignore[arg-type]
         except ConfigError as error:
             raise ConfigError(f"at {name}={value:g} of --sweep: {error}") from None
-    return settings
+    return Planned(settings=settings)
 
 
 def parse_sweep(text: str) -> tuple[str, list[float]]:
@@ -264,12 +314,18 @@ def _values(spec: str) -> list[float]:
     return values
 
 
-def _sizes(given: str | None, sites: Sequence[tuple[LedgerExport, SiteAnswer]]) -> dict[str, int]:
+def _sizes(given: str | None, planned: Planned) -> dict[str, int]:
     """Return the declared size of every site, from `--site-sizes` or their exports; empty if fewer than two are known."""
+    if planned.shares is not None:
+        if given is not None:
+            raise ConfigError(
+                "sites that share the noise all bring as much of it, whatever their size; leave out --site-sizes."
+            )
+        return {}
     if given is None:
-        found = {f"{export.site}, {export.dataset}": export.declared_records for export, _ in sites}
+        found = {f"{export.site}, {export.dataset}": export.declared_records for export, _ in planned.sites}
         return found if len(found) > 1 else {}
-    if sites:
+    if planned.sites:
         raise ConfigError("--site-sizes and --ledger both tell the sites' sizes; leave out --site-sizes.")
     parts = given.split(",")
     if not all(part.strip().isdecimal() and 0 < int(part) <= MAX_SIZE for part in parts) or len(parts) < 2:
@@ -284,8 +340,7 @@ def _sizes(given: str | None, sites: Sequence[tuple[LedgerExport, SiteAnswer]]) 
 
 
 def _document(
-    settings: Sequence[Setting],
-    sites: Sequence[tuple[LedgerExport, SiteAnswer]],
+    planned: Planned,
     utility: Sequence[UtilityPoint] | None,
     *,
     job: Job | None,
@@ -305,17 +360,20 @@ def _document(
         "sampling": "poisson",
         "job": None if job is None else {"name": job.name, "sha256": job.sha256},
         "sweep": sweep,
-        "points": [_point(setting) for setting in settings],
+        "points": [_point(setting, planned.warnings(setting)) for setting in planned.settings],
+        "sharing": None if planned.shares is None else _of_shares(planned.shares),
         "sites": [
             asdict(answer)
             | {
                 "epsilon_now": finite_or_none(answer.epsilon_now),
                 "epsilon_after": [finite_or_none(epsilon) for epsilon in answer.epsilon_after],
+                "alone_now": finite_or_none(answer.alone_now),
+                "alone_after": [finite_or_none(epsilon) for epsilon in answer.alone_after],
                 "verdict": answer.verdict,
                 "advice": answer.advice,
-                "warnings": list(site_warnings(settings[0], export).values()),
+                "warnings": list(planned.site_warnings(export).values()),
             }
-            for export, answer in sites
+            for export, answer in planned.sites
         ],
         "shares": [asdict(share) for share in site_shares(sizes, job.aggregation)] if job and sizes else [],
         "share_warnings": noise_warnings(sizes, job.aggregation) if job and sizes else [],
@@ -323,18 +381,40 @@ def _document(
     }
 
 
-def _point(setting: Setting) -> dict[str, Any]:
+def _point(setting: Setting, warnings: Mapping[str, str]) -> dict[str, Any]:
     return asdict(setting) | {
         "batch_size": setting.batch_size,
         "epochs": setting.epochs,
         "signal_to_noise": setting.signal_to_noise,
         "signal_to_noise_vector": setting.signal_to_noise_vector,
-        "warnings": list(setting.warnings().values()),
+        "warnings": list(warnings.values()),
     }
 
 
-def _write(
-    out: Path, document: dict[str, Any], settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None
-) -> None:
+def _of_shares(shares: SharesPlan) -> dict[str, Any]:
+    prices = {
+        name: None if price is None else {key: finite_or_none(value) for key, value in asdict(price).items()}
+        for name, price in (
+            ("without_spare", shares.without_spare),
+            ("by_epsilon", shares.by_epsilon),
+            ("by_epsilon_alone", shares.by_epsilon_alone),
+        )
+    }
+    return prices | {
+        "sites": shares.sharing.sites,
+        "colluding": shares.sharing.colluding,
+        "honest": shares.sharing.honest,
+        "rounds": shares.rounds,
+        "spare_attempts": shares.spare_attempts,
+        "noise_multiplier": shares.share.noise_multiplier,
+        "noise_together": shares.together.noise_multiplier,
+        "epsilon": finite_or_none(shares.together.epsilon),
+        "epsilon_alone": finite_or_none(shares.share.epsilon),
+        "ruled_by": shares.ruled_by or None,
+        "by_honest": [{"honest": count, "epsilon": finite_or_none(epsilon)} for count, epsilon in shares.by_honest()],
+    }
+
+
+def _write(out: Path, document: dict[str, Any], planned: Planned, utility: Sequence[UtilityPoint] | None) -> None:
     write_json(out / "plan.json", document)
-    write_bytes(out / "plan.png", draw(settings, utility))
+    write_bytes(out / "plan.png", draw(planned.settings, utility, planned.shares))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from shared.epsilons import delta_rounded_up, noise_rounded_down, rate_rounded_u
 
 if TYPE_CHECKING:
     from shared.tools.plan.planning import Setting
+    from shared.tools.plan.sharing import SharesPlan
 
 INK, MUTED, GRID = "#1b2733", "#52606d", "#e3e8ee"
 # Colour, dash and marker differ together, so that print in grey and colour-blind eyes tell the lines apart.
@@ -44,8 +46,13 @@ class UtilityFile(BaseModel):
     points: tuple[UtilityPoint, ...] = Field(min_length=1)
 
 
-def draw(settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None) -> bytes:
-    """Return a PNG: epsilon against epochs, noise multiplier against epsilon, and the measured utility if there is any."""
+def draw(
+    settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None, shares: SharesPlan | None = None
+) -> bytes:
+    """Return a PNG: epsilon against epochs, noise multiplier against epsilon, and the measured utility if there is any.
+
+    Where sites share the noise, the second panel is epsilon of the sum against the number of honest sites.
+    """
     import io
 
     import matplotlib
@@ -80,8 +87,12 @@ def draw(settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None) ->
         axes = figure.subplots(1, panels)
         for place in axes:
             place.grid(visible=True)
-        _draw_epochs(axes[0], settings)
-        _draw_noise(axes[1], settings)
+        if shares is None:
+            _draw_epochs(axes[0], settings)
+            _draw_noise(axes[1], settings)
+        else:
+            _draw_epochs(axes[0], [shares.together, shares.share], names=("sum", "one upload alone"))
+            _draw_honest(axes[1], shares)
         if utility is not None:
             _draw_utility(axes[2], utility)
         delta = max(setting.delta for setting in settings)
@@ -93,19 +104,21 @@ def draw(settings: Sequence[Setting], utility: Sequence[UtilityPoint] | None) ->
     return buffer.getvalue()
 
 
-def _draw_epochs(axes: Any, settings: Sequence[Setting]) -> None:
+def _draw_epochs(axes: Any, settings: Sequence[Setting], names: Sequence[str] = ()) -> None:
     from shared.tools.plan.planning import epsilon_by_steps
 
     longest = max(setting.epochs for setting in settings)
     kinds = list(dict.fromkeys((s.noise_multiplier, s.sample_rate) for s in settings))
     rates = len({rate for _, rate in kinds})
-    for (sigma, rate), (colour, dash, _) in zip(_spread(kinds), LINE_STYLES, strict=False):
+    for place, ((sigma, rate), (colour, dash, _)) in enumerate(zip(_spread(kinds), LINE_STYLES, strict=False)):
         curve = epsilon_by_steps(sigma, rate, most=max(1, round(longest / rate)), delta=settings[0].delta)
         label = f"noise {noise_rounded_down(sigma)}" + (f", rate {rate_rounded_up(rate, 4)}" if rates > 1 else "")
+        if names:
+            label = f"{names[place]}, {label}"
         axes.plot(
             [steps * rate for steps, _ in curve], [e for _, e in curve], color=colour, linestyle=dash, label=label
         )
-    _draw_settings(axes, [(s.epochs, s.epsilon) for s in settings])
+    _draw_settings(axes, [(s.epochs, s.epsilon) for s in settings], "this plan" if names else None)
     axes.set(title="Epsilon against epochs", xlabel="Epochs", ylabel="Epsilon")
     axes.set_xlim(left=0)
     axes.set_ylim(bottom=0)
@@ -136,6 +149,24 @@ def _draw_noise(axes: Any, settings: Sequence[Setting]) -> None:
     axes.legend()
 
 
+def _draw_honest(axes: Any, shares: SharesPlan) -> None:
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+
+    points = [(count, epsilon) for count, epsilon in shares.by_honest() if math.isfinite(epsilon)]
+    colour, dash, _ = LINE_STYLES[0]
+    label = f"shares of noise {noise_rounded_down(shares.share.noise_multiplier)}"
+    axes.plot(
+        [count for count, _ in points], [epsilon for _, epsilon in points], color=colour, linestyle=dash, label=label
+    )
+    _draw_settings(axes, [(shares.sharing.honest, shares.together.epsilon)])
+    axes.set(title="Epsilon against honest sites", xlabel="Honest sites in a sum (logarithmic)", ylabel="Epsilon")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylim(bottom=0)
+    axes.legend()
+
+
 def _draw_utility(axes: Any, utility: Sequence[UtilityPoint]) -> None:
     series = dict.fromkeys(point.title for point in utility)
     for index, title in enumerate(series):
@@ -158,7 +189,7 @@ def _draw_utility(axes: Any, utility: Sequence[UtilityPoint]) -> None:
     axes.legend()
 
 
-def _draw_settings(axes: Any, points: Sequence[tuple[float, float]]) -> None:
+def _draw_settings(axes: Any, points: Sequence[tuple[float, float]], label: str | None = None) -> None:
     axes.plot(
         [x for x, _ in points],
         [y for _, y in points],
@@ -167,7 +198,7 @@ def _draw_settings(axes: Any, points: Sequence[tuple[float, float]]) -> None:
         markersize=5.5,
         markerfacecolor="white",
         markeredgecolor=INK,
-        label="this plan" if len(points) == 1 else "points of the sweep",
+        label=label or ("this plan" if len(points) == 1 else "points of the sweep"),
         zorder=5,
     )
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
@@ -17,11 +17,16 @@ if TYPE_CHECKING:
     from shared.privacy.ledger_export import LedgerExport
     from shared.tools.plan.affordability import SiteAnswer
     from shared.tools.plan.planning import Setting
+    from shared.tools.plan.sharing import SharesPlan
 
 _NO_UTILITY = "Expected utility: not known. No measured points were given (--utility FILE), and none are made up."
 _FILTER = (
     "Adaptive accounts are measured by a filter that also holds for runs chosen after seeing the last one; it counts more "
     "than PLD does."
+)
+_TWO_PROMISES = (
+    "Epsilon holds against the coordinator and up to {colluding} sites together, as long as secure aggregation does; epsilon "
+    "alone if it fails and all other sites collude."
 )
 _CLAIM = (
     "Epsilon is an upper bound by PLD accounting, at delta {delta}, under {relation}, by a site that takes every step with "
@@ -31,16 +36,37 @@ _CLAIM_OF_RECORDS = " A person with several records is protected less."
 _CLAIM_OF_PERSONS = " All numbers count {unit}s, not records."
 
 
-def site_warnings(setting: Setting, export: LedgerExport) -> dict[str, str]:
-    """Return what depends on the size of the site, as it is declared in its export."""
-    of_site = replace(setting, records=export.declared_records).warnings()
-    return {subject: text for subject, text in of_site.items() if subject not in setting.warnings()}
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What was found.
+
+    Attributes:
+        settings: one, or those of a sweep; of shares, what one site executes.
+        sites: every site whose ledger was given, with its answer.
+        shares: both promises, if sites share the noise.
+    """
+
+    settings: Sequence[Setting]
+    sites: Sequence[tuple[LedgerExport, SiteAnswer]] = ()
+    shares: SharesPlan | None = None
+
+    def warnings(self, setting: Setting) -> dict[str, str]:
+        """Return what is to be minded about one of the settings, by its subject."""
+        return setting.warnings() if self.shares is None else self.shares.warnings()
+
+    def site_warnings(self, export: LedgerExport) -> dict[str, str]:
+        """Return what depends on the size of a site, as it is declared in its export."""
+        judged = self.settings[0] if self.shares is None else self.shares.together
+        known = self.warnings(self.settings[0])
+        # How much the others bring to a sum is not known.
+        left_out = {*known, *([] if self.shares is None else ["noise"])}
+        of_site = replace(judged, records=export.declared_records).warnings()
+        return {subject: text for subject, text in of_site.items() if subject not in left_out}
 
 
 def print_answers(
     console: Console,
-    settings: Sequence[Setting],
-    sites: Sequence[tuple[LedgerExport, SiteAnswer]],
+    planned: Planned,
     utility: Sequence[UtilityPoint] | None,
     *,
     swept: str | None,
@@ -48,10 +74,16 @@ def print_answers(
 ) -> None:
     from shared.privacy.statement import relation
 
-    console.print(_setting_table(settings[0], unit) if swept is None else _sweep_table(settings))
+    settings, sites, shares = planned.settings, planned.sites, planned.shares
+    if shares is not None:
+        console.print(_shares_table(shares, unit))
+        for text in _prices(shares):
+            console.print(text)
+    else:
+        console.print(_setting_table(settings[0], unit) if swept is None else _sweep_table(settings))
     told: set[str] = set()
     for setting in settings:
-        for subject, text in setting.warnings().items():
+        for subject, text in planned.warnings(setting).items():
             if subject not in told:
                 told.add(subject)
                 console.print(f"warning: {text}", style="yellow")
@@ -61,7 +93,7 @@ def print_answers(
         name = f"{answer.site}, {answer.dataset}"
         if answer.advice:
             console.print(f"{name}: {answer.advice}", style="yellow")
-        for text in site_warnings(settings[0], export).values():
+        for text in planned.site_warnings(export).values():
             console.print(f"{name}: warning: {text}", style="yellow")
     if any(answer.composition == "adaptive" for _, answer in sites):
         console.print(_FILTER)
@@ -70,6 +102,8 @@ def print_answers(
     else:
         console.print(_utility_table(utility))
     beyond = _CLAIM_OF_RECORDS if unit == "record" else _CLAIM_OF_PERSONS
+    if shares is not None:
+        console.print(_TWO_PROMISES.format(colluding=shares.sharing.colluding))
     delta = max(setting.delta for setting in settings)
     console.print((_CLAIM + beyond).format(delta=delta_rounded_up(delta), relation=relation(unit), unit=unit))
 
@@ -99,6 +133,58 @@ def _setting_table(setting: Setting, unit: str) -> Table:
             found = quantity != "" and quantity == setting.solved_for
             table.add_row(name, value, "found" if found else "", style="bold" if found else None)
     return table
+
+
+def _shares_table(shares: SharesPlan, unit: str) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    share, sharing, whole = shares.share, shares.sharing, shares.whole_sum
+    found = share.solved_for
+    rows = [
+        ("sites in a sum, at least", f"{sharing.sites:,}", ""),
+        ("of which may collude", f"{sharing.colluding:,}", ""),
+        ("so that stay honest", f"{sharing.honest:,}", ""),
+        (f"{unit}s of a site", "" if share.records is None else f"{share.records:,}", ""),
+        ("expected batch size of a site", number(share.batch_size), ""),
+        ("sample rate", rate_rounded_up(share.sample_rate), ""),
+        ("rounds, of one step each", f"{shares.rounds:,}", ""),
+        ("spare attempts", f"{shares.spare_attempts:,}", ""),
+        ("noise multiplier of a site's share", noise_rounded_down(share.noise_multiplier), "noise"),
+        ("noise multiplier of the honest sum", noise_rounded_down(shares.together.noise_multiplier), "noise"),
+        ("epsilon", rounded_up(shares.together.epsilon), "epsilon"),
+        ("epsilon alone", rounded_up(share.epsilon), "epsilon"),
+        ("delta", delta_rounded_up(share.delta, 3), ""),
+        ("trainable parameters", "" if share.parameters is None else f"{share.parameters:,}", ""),
+        ("signal to noise of a sum, one coordinate", "" if whole is None else number(whole.signal_to_noise), ""),
+        ("signal to noise of a sum, all parameters", "" if whole is None else number(whole.signal_to_noise_vector), ""),
+    ]
+    table = Table("quantity", box=box.SIMPLE_HEAD)
+    table.add_column("value", justify="right")
+    table.add_column("")
+    for name, value, quantity in rows:
+        if value:
+            table.add_row(
+                name, value, "found" if quantity == found else "", style="bold" if quantity == found else None
+            )
+    return table
+
+
+def _prices(shares: SharesPlan) -> Iterator[str]:
+    """Yield a sentence for what each of the two promises costs, and the spare attempts."""
+    by_epsilon, by_alone = shares.by_epsilon, shares.by_epsilon_alone
+    if by_epsilon is not None and by_alone is not None:
+        rules = "Epsilon" if shares.ruled_by == "epsilon" else "Epsilon alone"
+        yield (
+            f"{rules} rules. Epsilon asks for shares of noise {noise_rounded_down(by_epsilon.noise_multiplier)}, at which "
+            f"epsilon alone would be {rounded_up(by_epsilon.epsilon_alone)}; epsilon alone asks for "
+            f"{noise_rounded_down(by_alone.noise_multiplier)}, at which epsilon would be {rounded_up(by_alone.epsilon)}."
+        )
+    if shares.spare_attempts:
+        yield (
+            f"Without the {shares.spare_attempts} spare attempts the same noise would cost epsilon "
+            f"{rounded_up(shares.without_spare.epsilon)}, alone {rounded_up(shares.without_spare.epsilon_alone)}."
+        )
 
 
 def _sweep_table(settings: Sequence[Setting]) -> Table:
@@ -153,14 +239,24 @@ def _site_table(answers: Sequence[SiteAnswer]) -> Table:
     )
     table.add_column("fits?", overflow="fold", min_width=8)
     for answer in answers:
+        style = None if answer.num_runs and not answer.refusal else "bold"
         table.add_row(
             f"{answer.site}, {answer.dataset} ({answer.composition})",
             *(rounded_up(epsilon) for epsilon in (answer.epsilon_now, *answer.epsilon_after)),
             as_set(answer.cap),
             f"{answer.steps_affordable:,}",
             answer.verdict,
-            style=None if answer.num_runs and not answer.refusal else "bold",
+            style=style,
         )
+        if answer.has_two_caps:
+            table.add_row(
+                "  each input alone",
+                *(rounded_up(epsilon) for epsilon in (answer.alone_now, *answer.alone_after)),
+                as_set(answer.cap_alone),
+                "",
+                "",
+                style=style,
+            )
     return table
 
 

@@ -492,7 +492,7 @@ def test_noise_is_advised_in_hundredths_from_the_next_one_to_the_most_that_there
 ) -> None:
     asked = []
 
-    def rule(_: object, extra: Sequence[GaussianSteps]) -> float:
+    def rule(_: object, extra: Sequence[GaussianSteps], *, alone: bool) -> float:
         asked.extend(event.noise_multiplier for event in extra)
         return 1.0 if all(event.noise_multiplier >= needed for event in extra) else 100.0
 
@@ -518,6 +518,6 @@ def test_a_weaker_delta_is_refused_whatever_the_budget() -> None:
 
 
 def test_the_accountant_is_chosen_in_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(affordability, "spent", lambda export, extra: 1.0 + sum(event.steps for event in extra))
+    monkeypatch.setattr(affordability, "spent", lambda _, extra, alone: 1.0 + sum(event.steps for event in extra))
     answer = can_afford(export(cap=50), RUN, local_steps=4, delta=1e-5)
     assert (answer.epsilon_now, answer.epsilon_after, answer.steps_affordable) == (1.0, (21.0, 41.0, 61.0), 49)
