@@ -164,7 +164,9 @@ class SiteRecord(PrivacyRecord):
     def release(self, job: Job) -> SiteRelease:
         """Return what was executed, to be accounted anew.
 
-        A request of unknown outcome counts as the job planned it, as the coordinator counts it (`server.rounds.local`).
+        What was promised follows from the job, whatever the record says of it: how many steps were planned, and how many sites
+        share the noise. A request of unknown outcome counts as the job planned it, as the coordinator counts it
+        (`server.rounds.local`).
 
         Raises:
             PrivacyError: if it cannot be accounted for.
@@ -175,7 +177,8 @@ class SiteRecord(PrivacyRecord):
         if self.private and self.rounds and not sum(event.steps for event in self.training):
             raise PrivacyError("updates were released, but no noisy step is recorded")
         private = self.private and job.privacy.mechanism != "none"
-        plan = PrivacyPlan.from_job(job) if private and self.rounds_unanswered else None
+        plan = PrivacyPlan.from_job(job) if private else None
+        asked = plan is not None and bool(self.rounds or self.rounds_unanswered)
         return SiteRelease(
             site=self.site,
             unit=self.unit,
@@ -185,17 +188,17 @@ class SiteRecord(PrivacyRecord):
             declared_records=self.declared_records,
             randomness=self.randomness,
             epsilon_budget=self.epsilon_budget or 0.0,
-            steps_planned=self.steps_planned,
+            steps_planned=plan.planned_steps if plan else self.steps_planned,
             events=self.training,
             rounds=self.rounds,
             updates=self.update_sha256,
             unanswered=self.rounds_unanswered,
-            per_round=plan.mechanism(job.training.local_steps) if plan else None,
+            per_round=plan.mechanism(job.training.local_steps) if plan and asked else None,
             metrics=self.metrics.names if self.metrics else (),
             metrics_mechanism=self.metrics.mechanism if self.metrics else None,
             metrics_sha256=self.metrics.sha256 if self.metrics else None,
             private=private,
-            shared=self.shared,
+            shared=plan.shared_noise if plan else None,
         )
 
 

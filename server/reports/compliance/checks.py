@@ -16,6 +16,7 @@ from server.reports.run.run_data import RunData
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rate_rounded_up, rounded_up
 from shared.job.job import Job
 from shared.privacy.plan import PrivacyPlan
+from shared.privacy.shared_noise import SharedNoise
 from shared.privacy.statement import SiteRelease, Statement
 from shared.trust.signed_job import SignedJob
 
@@ -30,7 +31,8 @@ _UNNAMED_JOB = (
     "Not checked: whether the job in the run folder is the one that was run. run.json names no hash of it (job_sha256)"
 )
 _CHECKS = (
-    "The recorded epsilon of every site and of the composition over sites is the one recomputed from the executed steps.",
+    "The recorded epsilon of every site and of the composition over sites is the one recomputed from the executed steps; what was "
+    "promised is the one of the job's plan.",
     "Two accountants of different construction agree within their error.",
     "Every aggregated update stands in the site's privacy record; every site executed the noise, sampling rate and steps that "
     "the job says, and none spent more than its cap.",
@@ -75,6 +77,7 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
             yield f"{name}: recorded for the unit {release.unit}, the job's unit is {job.privacy.unit}."
         if plan is not None and plan.private and release.private:
             yield from _plan_discrepancies(name, release, job, plan)
+            yield from _promise_discrepancies(name, site, plan)
     yield from _uncounted_rounds(data, sites)
     yield from _doubted_updates(data)
     yield from _uncounted_metrics(data, sites)
@@ -104,6 +107,33 @@ def _plan_discrepancies(name: str, release: SiteRelease, job: Job, plan: Privacy
         or (found.sample_rate, found.steps) != (plan.metrics.sample_rate, plan.metrics.steps)
     ):
         yield f"{name}: its metrics were not released with the noise that the job says."
+
+
+def _promise_discrepancies(name: str, site: SiteFacts, plan: PrivacyPlan) -> Iterator[str]:
+    """Does the record promise what the job plans? Whoever wrote it had the job, so nothing here may differ."""
+    record, release = site.record, site.release
+    if record.steps_planned != plan.planned_steps:
+        yield f"{name}: recorded with {record.steps_planned} planned steps, the job plans {plan.planned_steps}."
+    if record.shared != plan.shared_noise:
+        yield f"{name}: recorded with {_sharing(record.shared)}, by the job it is {_sharing(plan.shared_noise)}."
+    if not release.protected:
+        return
+    promised = release.shared is not None or record.epsilon_planned is not None
+    for what, found, computed in (
+        ("its whole plan", record.epsilon_planned, release.epsilon_promised if promised else None),
+        ("what it sends by itself", record.epsilon_alone, release.epsilon_alone),
+    ):
+        if not agree(found, computed):
+            yield (
+                f"{name}: the run recorded epsilon {shown(found)} for {what}, by the job it is {shown(computed)}. This report uses "
+                "the latter."
+            )
+
+
+def _sharing(shared: SharedNoise | None) -> str:
+    if shared is None:
+        return "all its noise at each site"
+    return f"noise that {shared.honest} honest sites share, against the coordinator and {shared.colluding} others"
 
 
 def _close(found: float, expected: float) -> bool:
@@ -154,6 +184,15 @@ def central_discrepancies(central: CentralFacts | None, job: Job) -> Iterator[st
         yield (
             f"The coordinator's record is at delta {delta_rounded_up(record.delta)}, the job's is "
             f"{delta_rounded_up(plan.delta)}."
+        )
+    if record.steps_planned != plan.planned_steps:
+        yield (
+            f"The coordinator's record has {record.steps_planned} planned rounds, the job plans {plan.planned_steps}."
+        )
+    if record.epsilon_budget is not None and not agree(record.epsilon_budget, plan.epsilon()):
+        yield (
+            f"The coordinator's record promises epsilon {shown(record.epsilon_budget)} for all planned rounds; by the job it is "
+            f"{shown(plan.epsilon())}."
         )
     if not central.record_agrees:
         yield (

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from server.records.privacy import CoordinatorRecord
+from server.records.privacy import CoordinatorRecord, SiteRecord
 from server.reports.compliance import checks
 from server.reports.compliance.ledgers import LedgerFacts
 from server.reports.compliance.log import LogFacts
@@ -52,11 +52,13 @@ class SiteFacts(Accounted):
     """One site.
 
     Attributes:
-        release: what was executed, as the run recorded it.
+        record: as the run wrote it.
+        release: what was executed, by the record, of what the job planned.
         statement: in words, made anew.
         epsilon_arrived: PLD of what arrived only.
     """
 
+    record: SiteRecord
     release: SiteRelease
     statement: str
     epsilon_arrived: float | None

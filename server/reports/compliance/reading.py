@@ -131,6 +131,7 @@ def _site(record: SiteRecord, job: Job, *, stopped_early: bool) -> SiteFacts:
     if stated and math.isinf(release.epsilon_bound):
         raise PrivacyError("its epsilon cannot be bounded")
     return SiteFacts(
+        record=record,
         release=release,
         statement=site_statement(
             release, job.name, stopped_early=stopped_early, pretrained=not job.model.is_image_network

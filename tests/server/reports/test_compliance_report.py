@@ -526,6 +526,8 @@ def test_no_report_is_made_of_a_central_record_that_cannot_be_accounted_for(
             "names 3 rounds, but 2 are accounted for",
         ),
         ({"delta": 1e-2}, "is at delta 0.01, the job's is 0.0001"),
+        ({"steps_planned": 2}, "has 2 planned rounds, the job plans 3"),
+        ({"epsilon_budget": 0.25}, "promises epsilon 0.2500 for all planned rounds"),
     ],
 )
 def test_a_central_record_that_is_not_the_plan_s_is_a_discrepancy(
