@@ -6,7 +6,8 @@ on, unless too few would be left.
 
 Guarantees (tests: tests/server/rounds/secure/test_round.py)
     * The next adapter depends on the sites through the opened sum and the public sizes of who is in it only.
-    * Every masked input that came, or may have been made, counts as a release, whether its sum opened or not.
+    * Every masked input that came, or may have been made, counts as a release, whether its sum opened or not
+      (test_an_input_of_a_voided_attempt_that_never_came_counts).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from server.store.checkpoint import Checkpoint
 from shared.errors import RunError, TrustError
 from shared.job.job import Job
 from shared.privacy.shares import gradient_of
+from shared.privacy.statement import SiteRelease
 from shared.secure_sum.coordinator import SecureCoordinator
 from shared.secure_sum.keys import key_in_certificate, shown_key
 from shared.secure_sum.messages import Masked, Ready, pack_roster
@@ -88,6 +90,10 @@ class SecureRound(LocalRound):
             chosen = sorted(self._attempts.order_of_trust(by_name)[:least])
             good = {by_name[name]: sites[by_name[name]] for name in chosen}
         return select_sites(good, self._job, self._number)
+
+    def _unanswered(self, release: SiteRelease, adapter_sha256: str, *, came: bool) -> tuple[int, ...]:
+        """See `LocalRound`; no attempt repeats another, so what was not answered in one is never answered by the next."""
+        return release.unanswered if came else (*release.unanswered, self._number)
 
     def collect(self, at_hand: AtHand) -> Arrived:
         """Ask who is ready, show them the roster, and return what came."""

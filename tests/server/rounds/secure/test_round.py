@@ -210,6 +210,24 @@ def test_a_false_input_voids_the_attempt_and_counts_as_a_release(tmp_path: Path,
     assert torch.allclose(last.adapter["w"], torch.full((2, 3), expected(job, [2.0], 16)))
 
 
+def test_an_input_of_a_voided_attempt_that_never_came_counts(tmp_path: Path) -> None:
+    """Its site was charged for each attempt; that it answers a later one says nothing of the earlier ones."""
+    job = secure_job(privacy={"spare_attempts": 3})
+    sites, seen = [SimpleSite(n, GRID_STEPS) for n in "ab"], []
+
+    def lost_twice(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        seen.append((request.round_number, request.attempt))
+        answer = site.masked(request)
+        return RecordDict() if len(seen) <= 2 else answer
+
+    last = run_rounds(grid_of(sites, at_masked={"b": lost_twice}), coordinator(job, tmp_path), None)
+    assert seen == [(1, 1), (1, 2), (1, 3), (2, 1)]
+    assert last.releases["b"].unanswered == (1, 1)
+    for site in sites:
+        executed = sum(event.steps for event in last.releases[site.name].possible_events)
+        assert executed == len(site.sent) == 4
+
+
 def other_name(site: SimpleSite, request: TrainRequest) -> RecordDict:
     site.name = "a"
     answer = site.ready(request)
