@@ -24,6 +24,8 @@ MIN_SAMPLE_RATE = 1e-9
 """Smallest probability with which a record enters a step; of a billion records less than one would."""
 MAX_SITES = 10_000_000
 """Sites of one federation, declared or waited for."""
+MAX_SUMMED_SITES = 1000
+"""Sites of one secure sum: every one agrees with every other on a key, and one that drops out late voids the attempt."""
 MAX_RECORDS = 1_000_000_000
 """Records, or persons, that one site can declare."""
 MAX_TABLE_LABELS = 100

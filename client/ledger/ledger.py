@@ -126,7 +126,7 @@ class Ledger:
         with self._file.transaction("IMMEDIATE"):
             entries = self._file.read_chain()
             spends = self._spends(self._account(entries), charge)
-            if all(spends[promise] <= self.budget.cap(promise) for promise in PROMISES):
+            if self._within_caps(spends):
                 payload = {name: value for name, value in asdict(charge).items() if value is not None}
                 reservation = self._append(entries, "reserve", payload).sequence
         if reservation is not None:
@@ -135,6 +135,16 @@ class Ledger:
 
         # 3. Refuse. Finding out what would fit is slow, so the lock is free again.
         raise self._refusal(charge, spends)
+
+    def check(self, charge: Charge) -> None:
+        """Refuse a charge that `reserve` would refuse now; charges nothing.
+
+        Raises:
+            BudgetExceeded: see `reserve`.
+        """
+        spends = self._spends(self._account(), charge)
+        if not self._within_caps(spends):
+            raise self._refusal(charge, spends)
 
     def commit(self, reservation_id: int, *, executed_steps: int, release_sha256: str) -> None:
         """Record what a reserved round executed and releases; steps not executed are no longer charged.
@@ -370,6 +380,9 @@ class Ledger:
 
     def _spends(self, account: Account, further: Charge) -> dict[Promise, float]:
         return {promise: self._spend(account, promise, further) for promise in PROMISES}
+
+    def _within_caps(self, spends: Mapping[Promise, float]) -> bool:
+        return all(spends[promise] <= self.budget.cap(promise) for promise in PROMISES)
 
     def _append(self, entries: list[Entry], kind: str, details: dict[str, Any]) -> Entry:
         return self._file.append(entries, kind, self._names | details)

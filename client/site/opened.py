@@ -14,6 +14,7 @@ import functools
 import hashlib
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from client.ledger.account import Budget, Charge
@@ -144,42 +145,26 @@ class OpenedFolder:
         if self._last is not None:
             self.ledger().anticipate(*self._last)
 
-    def charge(
-        self,
-        request: TrainRequest,
-        request_sha256: str,
-        mechanism: GaussianSteps,
-        *,
-        planned_steps: int | None,
-        together: GaussianSteps | None = None,
-        attempt: int | None = None,
-    ) -> int:
-        """Charge a release, durably, and return the reservation.
+    def charge(self, job: Job, charge: Charge) -> int:
+        """Charge a release, durably, and return the reservation; the fingerprint of the records is added here.
 
-        Args:
-            mechanism: the steps, with the noise in what leaves the site.
-            planned_steps: all steps of a job that may take fewer.
-            together, attempt: of a masked input, see `client.ledger.account.Charge`.
+        Raises:
+            PolicyError, BudgetExceeded, LedgerError: as their texts say; nothing was charged.
         """
-        job, ledger, fingerprint = request.job, self.checked_ledger(), None
-        self.guard.admit_spend(ledger, job, mechanism, together)
+        ledger, fingerprint = self.checked_ledger(), None
+        self.guard.admit_spend(ledger, job, charge.mechanism, charge.together)
         if self._charged is not None:
             self._charged.note()
             fingerprint = self._charged.fingerprint
-        reservation = ledger.reserve(
-            Charge(
-                job_id=job.sha256,
-                round=request.round_number,
-                request_sha256=request_sha256,
-                mechanism=mechanism,
-                records=fingerprint,
-                planned_steps=planned_steps,
-                together=together,
-                attempt=attempt,
-            )
-        )
-        self._last = mechanism, together
+        reservation = ledger.reserve(replace(charge, records=fingerprint))
+        self._last = charge.mechanism, charge.together
         return reservation
+
+    def check_charge(self, job: Job, charge: Charge) -> None:
+        """Refuse what `charge` would refuse now, as it does; nothing is charged."""
+        ledger = self.checked_ledger()
+        self.guard.admit_spend(ledger, job, charge.mechanism, charge.together)
+        ledger.check(charge)
 
     def close(
         self, request: TrainRequest, reservation: int | None, release: bytes, *, executed_steps: int, seconds: float

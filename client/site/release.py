@@ -22,6 +22,7 @@ from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
 from client.site.terms import check_terms
 from client.site.usable import UsableRecords, on_records
@@ -210,7 +211,7 @@ class Update(Release[TrainReply, LocalRound]):
         # Of a job that may stop early, the ledger is told the whole plan.
         planned = None if training.early_stopping is None else plan.planned_steps
         mechanism = plan.mechanism(training.local_steps)
-        return self._site.charge(request, request_sha256, mechanism, planned_steps=planned)
+        return self._site.charge(request.job, _charge_for(request, request_sha256, mechanism, planned_steps=planned))
 
     def _moments(self, request: TrainRequest) -> dict[str, Tensor]:
         return self._site.outbox.kept("optimizer", request.job.sha256, request.round_number)
@@ -297,7 +298,7 @@ class Metrics(Release[MetricsReply, dict[str, list[float]]]):
         return usable
 
     def _charge(self, request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> int:
-        return self._site.charge(request, request_sha256, _planned(plan), planned_steps=None)
+        return self._site.charge(request.job, _charge_for(request, request_sha256, _planned(plan)))
 
     def _compute(self, begun: Begun) -> dict[str, list[float]]:
         work, request = begun.work, begun.request
@@ -327,6 +328,18 @@ class Metrics(Release[MetricsReply, dict[str, list[float]]]):
 
     def _content(self, reply: MetricsReply) -> bytes:
         return reply.canonical()
+
+
+def _charge_for(
+    request: TrainRequest, request_sha256: str, mechanism: GaussianSteps, *, planned_steps: int | None = None
+) -> Charge:
+    return Charge(
+        job_id=request.job.sha256,
+        round=request.round_number,
+        request_sha256=request_sha256,
+        mechanism=mechanism,
+        planned_steps=planned_steps,
+    )
 
 
 def _planned(plan: PrivacyPlan) -> GaussianSteps:

@@ -51,6 +51,7 @@ def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission
         registered=grid.names,
         may_repeat=grid.may_repeat,
         keys=grid.keys,
+        holder=grid.holder,
         asked_since=observer.asked_since,
         arrivals=grid.arrivals,
     )

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterable
 
+from cryptography import x509
 from flwr.app import Error, Message, Metadata, RecordDict
 from flwr.serverapp.grid import Grid
 
@@ -21,6 +22,7 @@ from shared.errors import RunError
 from shared.link.envelope import UNREADABLE, content_of, message, open_envelope, request, seal_envelope
 from shared.link.frames import LinkError
 from shared.link.line import Parcel, new_id
+from shared.trust.certificates import pem_bytes
 
 _POLL_SECONDS = 0.02
 
@@ -101,6 +103,10 @@ class LinkGrid(Grid):
     def keys(self, name: str) -> list[bytes]:
         """Return the keys of a site that may connect (SubjectPublicKeyInfo, DER)."""
         return self._server.call(self._server.admission.keys, name)
+
+    def holder(self, certificate: x509.Certificate) -> str:
+        """Return the name of the site that a certificate lets in; raises `TrustError` if it lets nobody in."""
+        return self._server.call(self._server.admission.visitor, pem_bytes(certificate)).name
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """See `Grid`; messages that share their content are one set of bytes in memory."""

@@ -61,8 +61,10 @@ class LocalPrivacy:
         """Compose what will be spent after this round, while sites train; the accountant remembers."""
         plan = PrivacyPlan.from_job(self._job)
         if plan.private:
-            for events in {release.events for release in releases.values()} or {()}:
-                compose_epsilon([*events, plan.mechanism(self._job.training.local_steps)], plan.delta)
+            steps = self._job.training.local_steps
+            more = plan.together(steps) or plan.mechanism(steps)
+            for events in {release.spent_events for release in releases.values()} or {()}:
+                compose_epsilon([*events, more], plan.delta)
 
     def epsilon(self, releases: Releases) -> float | None:
         """Return the largest epsilon of a site, or None if there is none to state."""

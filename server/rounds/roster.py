@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from cryptography import x509
 from flwr.serverapp.grid import Grid
 
 from server.rounds.earlier_requests import Asked
@@ -36,6 +37,7 @@ class Authority:
         may_repeat: returns whether the answer to the request with this id may be one to its repetition: a site's process that
             died may have made, and charged, a release that its next one does not tell of.
         keys: returns the keys of a site's certificates that count; releases must then come with a receipt by one of them.
+        holder: returns the name of the site that a certificate lets in, or raises `TrustError`.
         asked_since: returns what earlier processes of this run asked of sites for rounds after the given one, oldest first.
         arrivals: returns how often a site has connected; one that ends and comes back within seconds is never missing.
     """
@@ -45,6 +47,7 @@ class Authority:
     registered: Callable[[], Mapping[int, str]]
     may_repeat: Callable[[str], bool] = lambda message_id: False
     keys: Callable[[str], Collection[bytes]] | None = None
+    holder: Callable[[x509.Certificate], str] | None = None
     asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
     arrivals: Callable[[], int] = lambda: 0
 

@@ -20,7 +20,7 @@ from shared.job.parsing import Section
 from shared.job.privacy import MIN_CENTRAL_SITES, PrivacyConfig, SiteMetricsConfig
 from shared.job.training import TrainingConfig
 from shared.job.values import Name
-from shared.limits import MAX_TABLE_LABELS
+from shared.limits import MAX_SUMMED_SITES, MAX_TABLE_LABELS
 
 
 class Job(Section):
@@ -159,6 +159,12 @@ class Job(Section):
                 "collude, at least two sites must be in every sum, or one would stand alone in it. Set federation.min_sites to "
                 f"{least} or more"
             )
+        for key in ("min_sites", "sites_per_round"):
+            if (count := getattr(self.federation, key) or 0) > MAX_SUMMED_SITES:
+                raise ValueError(
+                    f"federation.{key} is {count:,}; with privacy.mechanism 'distributed' one sum is of at most "
+                    f"{MAX_SUMMED_SITES:,} sites. Lower it"
+                )
         if self.federation.update_dtype != "float32":
             raise ValueError(
                 f"federation.update_dtype is {self.federation.update_dtype!r}; with privacy.mechanism 'distributed' sites send "

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from shared.errors import PrivacyError, RunError, TrustError
 from shared.secure_sum.masks import WORD, check_order
-from shared.secure_sum.messages import MOST_SITES, Masked, Ready, Roster, check_equal, context
+from shared.secure_sum.messages import MOST_SITES, MOST_WORDS, Masked, Ready, Roster, check_equal, context
 from shared.secure_sum.site import KeyOf
 from shared.trust.certificates import spki
 
@@ -36,7 +36,7 @@ class SecureCoordinator:
         key_of: as for a site, called when a message of an entry's site comes.
 
     Raises:
-        PrivacyError: if `min_sites` is below two.
+        PrivacyError: if `min_sites` is below two, or no input is so long.
     """
 
     def __init__(
@@ -52,6 +52,11 @@ class SecureCoordinator:
     ) -> None:
         if min_sites < 2:
             raise PrivacyError(f"a sum of {min_sites} hides nothing; expected min_sites of two or more.")
+        if not 1 <= num_words <= MOST_WORDS:
+            raise PrivacyError(
+                f"inputs of {num_words:,} words cannot be summed; expected 1 to {MOST_WORDS:,}. Lower lora.rank, or adapt fewer "
+                "layers."
+            )
         self._same = {
             "job_sha256": job_sha256,
             "round_number": round_number,

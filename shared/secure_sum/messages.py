@@ -29,12 +29,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from shared.errors import TrustError
 from shared.job.values import NAME_PATTERN
-from shared.limits import MAX_RECORDS, MAX_STEPS
+from shared.limits import MAX_RECORDS, MAX_STEPS, MAX_SUMMED_SITES
 from shared.secure_sum.masks import check_canonical
 from shared.trust.signing import Purpose, signed_bytes
 
-MOST_SITES = 1000
-"""Of one roster. Every site agrees with every other on a key, and one late drop-out voids the attempt."""
+MOST_SITES = MAX_SUMMED_SITES
+"""Of one roster."""
 MOST_WORDS = 1 << 24
 """Of one masked input: 128 MiB, half of the longest message of the link."""
 MOST_CERTIFICATE_BYTES = 4096

@@ -1,6 +1,7 @@
 """A site in a round under secure aggregation: get ready, which releases nothing, then send one masked input for one roster.
 
-    ready    admit, check, compute sample, sum and share of the noise, keep them in memory; say so with a fresh key
+    ready    admit, check, the budget as well, compute sample, sum and share of the noise, keep them in memory; say so with a
+             fresh key
     masked   admit, check who else is on the roster, charge, mask, store, send
 
 Guarantees (tests: tests/client/site/secure/)
@@ -9,6 +10,8 @@ Guarantees (tests: tests/client/site/secure/)
     * Both accounts are charged, durably, before an input is masked; it is stored before it leaves. The same request again gets
       the same bytes, at no charge, also after a restart; a process that died in between has dropped out
       (test_a_kill_at_any_line_loses_no_charge).
+    * What the site's budget and policy will not let out is refused before it is ready, so that nobody else is charged for an
+      attempt that cannot succeed (test_a_budget_that_is_spent_refuses_before_others_are_charged).
     * Whether a request is answered, and how a refusal reads, follows from what the coordinator sent, what the site declares and
       its ledger, never from a record.
 """
@@ -24,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
 from client.site.release import checked_adapter, load_proven
 from client.site.terms import check_terms
@@ -35,7 +39,7 @@ from shared.job.job import Job
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.shares import check_reach
 from shared.runtime.runtime import Runtime
-from shared.secure_sum.messages import Ready, Roster, unpack_roster
+from shared.secure_sum.messages import MOST_WORDS, Ready, Roster, unpack_roster
 from shared.secure_sum.site import SecureSite
 from shared.wire.messages import TrainReply, TrainRequest
 
@@ -100,15 +104,19 @@ class Shares:
         site, job = self._site, request.job
         # 1. What the site accepts at all.
         plan = self._admit(request)
-        # 2. What was drawn already and not masked yet.
+        # 2. What was drawn already and not masked yet; by a certificate that was exchanged since, nobody would take it.
         drawn = self._drawn.get(job.sha256)
         if drawn is not None and drawn.place == _place(request):
-            return drawn.machine.ready()
-        self._drawn.pop(job.sha256, None)
-        self._note_computation(request)
-        # 3. Model and global adapter, all checked before a record is read.
+            ready = drawn.machine.ready()
+            if ready.certificate == site.guard.certified_key()[1]:
+                return ready
+        # 3. Model, global adapter and budget, all checked before a record is read.
         runtime = load_proven(job, site.config.compute)
+        _check_length(runtime)
         start = checked_adapter(runtime, plan, request)
+        site.check_charge(job, _charge_for(request, _request_sha256(request), plan))
+        self._note_computation(request)
+        self._drawn.pop(job.sha256, None)
         usable = site.usable(runtime, job)
         work = LocalWork(
             examples=usable.examples,
@@ -231,15 +239,7 @@ class Shares:
     def _charge(self, request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> int:
         job = request.job
         self._site.guard.admit_attempt(self._site.checked_ledger(), job, request.round_number, request.attempt)
-        return self._site.charge(
-            request,
-            request_sha256,
-            plan.mechanism(1),
-            # How many attempts are made may depend on what was released, so the whole plan counts from its first one on.
-            planned_steps=plan.planned_steps,
-            together=plan.together(1),
-            attempt=request.attempt,
-        )
+        return self._site.charge(job, _charge_for(request, request_sha256, plan))
 
     def _reply(self, request: TrainRequest, drawn: _Attempt, update: bytes) -> TrainReply:
         site, plan = self._site, drawn.plan
@@ -261,6 +261,30 @@ class Shares:
 
 def _place(request: TrainRequest) -> tuple[int, int, str]:
     return request.round_number, request.attempt, hashlib.sha256(request.adapter).hexdigest()
+
+
+def _charge_for(request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> Charge:
+    """Return what an attempt costs."""
+    return Charge(
+        job_id=request.job.sha256,
+        round=request.round_number,
+        request_sha256=request_sha256,
+        mechanism=plan.mechanism(1),
+        # How many attempts are made may depend on what was released, so the whole plan counts from its first one on.
+        planned_steps=plan.planned_steps,
+        together=plan.together(1),
+        attempt=request.attempt,
+    )
+
+
+def _check_length(runtime: Runtime) -> None:
+    """Raise `PolicyError` if no masked input could hold the gradients: it would be noticed after the charge."""
+    trained = sum(parameter.numel() for parameter in runtime.model.trainable().values())
+    if trained > MOST_WORDS:
+        raise PolicyError(
+            f"the job trains {trained:,} values, and a secure sum has room for {MOST_WORDS:,}; lower lora.rank, or adapt fewer "
+            "layers."
+        )
 
 
 def _check_sizes(roster: Roster, job: Job, plan: PrivacyPlan) -> None:

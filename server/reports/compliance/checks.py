@@ -31,8 +31,8 @@ _UNNAMED_JOB = (
     "Not checked: whether the job in the run folder is the one that was run. run.json names no hash of it (job_sha256)"
 )
 _CHECKS = (
-    "The recorded epsilon of every site and of the composition over sites is the one recomputed from the executed steps; what was "
-    "promised is the one of the job's plan.",
+    "The recorded epsilon of every site and of the composition over sites is the one recomputed from the executed steps; what "
+    "was promised is what the job plans.",
     "Two accountants of different construction agree within their error.",
     "Every aggregated update stands in the site's privacy record; every site executed the noise, sampling rate and steps that "
     "the job says, and none spent more than its cap.",
@@ -125,8 +125,8 @@ def _promise_discrepancies(name: str, site: SiteFacts, plan: PrivacyPlan) -> Ite
     ):
         if not agree(found, computed):
             yield (
-                f"{name}: the run recorded epsilon {shown(found)} for {what}, by the job it is {shown(computed)}. This report uses "
-                "the latter."
+                f"{name}: the run recorded epsilon {shown(found)} for {what}, by the job it is {shown(computed)}. This report "
+                "uses the latter."
             )
 
 

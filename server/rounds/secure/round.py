@@ -30,13 +30,14 @@ from server.rounds.updates import Arrived, AtHand
 from server.store.checkpoint import Checkpoint
 from shared.errors import RunError, TrustError
 from shared.job.job import Job
-from shared.privacy.shares import gradient_of
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.shares import check_reach, gradient_of
 from shared.privacy.statement import SiteRelease
 from shared.secure_sum.coordinator import SecureCoordinator
-from shared.secure_sum.keys import key_in_certificate, shown_key
+from shared.secure_sum.keys import certificate_of, key_in_certificate, shown_key
 from shared.secure_sum.messages import Masked, Ready, pack_roster
 from shared.secure_sum.site import KeyOf
-from shared.trust.certificates import spki
+from shared.trust.certificates import identity
 from shared.trust.receipts import Receipt
 from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_ready
 
@@ -112,6 +113,7 @@ class SecureRound(LocalRound):
         if len(ready.names) < self._job.federation.min_sites:
             return _NobodyAsked(at_hand, ready)
         roster = machine.close()
+        _check_reach(roster, self._job)
         self._attempts.begin(self._number)
         masked = _Send(at_hand, ready, roster, machine)
         at_hand.observer.round_started(self._number, [entry.site for entry in roster], masked.adapter)
@@ -122,17 +124,30 @@ class SecureRound(LocalRound):
         return masked
 
 
+def _check_reach(roster: tuple[Ready, ...], job: Job) -> None:
+    """Raise `PrivacyError` for a roster whose sum could wrap around: every site would refuse it, and void the attempt."""
+    check_reach(
+        num_units=2 * sum(entry.declared_records for entry in roster),
+        num_sites=len(roster),
+        noise_multiplier=PrivacyPlan.from_job(job).noise_multiplier,
+    )
+
+
 def keys_by(authority: Authority | None) -> KeyOf:
-    """Return what gives the key of a roster's entry: one that the coordinator lets in now; of simulated sites the shown one."""
-    if authority is None or authority.keys is None:
+    """Return what gives the key of a roster's entry: of a certificate that is let in now; of simulated sites the shown one.
+
+    The certificate counts, and not its key alone: another one of the same key every site would refuse, and void the attempt.
+    """
+    if authority is None or authority.holder is None:
         return shown_key
-    admitted = authority.keys
+    holder = authority.holder
 
     def key_of(entry: Ready) -> ec.EllipticCurvePublicKey:
-        key = key_in_certificate(entry)
-        if spki(key) not in admitted(entry.site):
-            raise TrustError(f"the certificate of {entry.site} on the roster is not one of those that are let in.")
-        return key
+        certificate = certificate_of(entry)
+        names = {holder(certificate), identity(certificate)[0]}
+        if names != {entry.site}:
+            raise TrustError(f"{entry.site} shows a certificate of {', '.join(sorted(names - {entry.site}))}.")
+        return key_in_certificate(entry)
 
     return key_of
 

@@ -613,15 +613,16 @@ def test_what_one_job_may_spend_is_judged_by_both_promises(world: World, shares:
         guard.admit_spend(ledger, shares, *one)
 
 
-def test_a_charge_by_the_site_holds_both(world: World, shares: Job, request_for: Callable[..., TrainRequest]) -> None:
+def test_a_charge_by_the_site_holds_both(world: World, shares: Job) -> None:
     plan = DistributedPlan.from_job(shares)
     share, summed = plan.share.mechanism(1), plan.together.mechanism(1)
     caps = {"unit": "record", "epsilon": 20.0, "epsilon_alone": 90.0, "composition": "fixed"}
     change_toml(world.home.config, budget=caps)
     site = world.site
-    site.charge(
-        request_for(shares), "a" * 64, share, planned_steps=plan.share.planned_steps, together=summed, attempt=1
-    )
+    charge = masked(shares, 1, 1, planned_steps=plan.share.planned_steps)
+    site.check_charge(shares, charge)
+    assert site.ledger().charges(shares.sha256) == []
+    site.charge(shares, charge)
     (charged,) = site.ledger().charges(shares.sha256)
     assert (charged.mechanism, charged.together, charged.attempt) == (share, summed, 1)
     assert charged.planned_steps == 5

@@ -182,6 +182,11 @@ def test_other_jobs_have_no_shares() -> None:
         ({"federation": {"min_sites": 2}}, ["min_sites is 2 and privacy.max_colluding 1", "to 3 or more"]),
         ({"federation": {}}, ["min_sites is 1", "to 3 or more"]),
         ({"federation": {"min_sites": 5, "sites_per_round": 4}}, ["federation.sites_per_round is 4"]),
+        ({"federation": {"min_sites": 1001}}, ["federation.min_sites is 1,001", "at most 1,000 sites"]),
+        (
+            {"federation": {"min_sites": 5, "sites_per_round": 1001}},
+            ["federation.sites_per_round is 1,001", "at most 1,000 sites"],
+        ),
         ({"federation": {"min_sites": 5, "update_dtype": "int8"}}, ["federation.update_dtype is 'int8'", "Remove it"]),
         ({"aggregation": {"robust": "trimmed_mean"}}, ["aggregation.robust is 'trimmed_mean'", "Leave it at 'none'"]),
         ({"aggregation": {"server_optimizer": "adam"}}, ["aggregation.server_optimizer is 'adam'"]),

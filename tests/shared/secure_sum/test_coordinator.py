@@ -13,7 +13,7 @@ import pytest
 from shared.errors import PrivacyError, RunError, TrustError
 from shared.secure_sum import coordinator as coordinator_module
 from shared.secure_sum.coordinator import SecureCoordinator
-from shared.secure_sum.messages import Masked, Ready, context
+from shared.secure_sum.messages import MOST_WORDS, Masked, Ready, context
 from tests.shared.secure_sum.attempts import Attempt, attempt, new_key, plain_sum, site, words
 
 A, B, C = "site-000", "site-001", "site-002"
@@ -41,6 +41,12 @@ def check_masked_refused(found: SecureCoordinator, masked: Masked, match: str) -
         found.take_masked(masked)
     assert (found._sum == before).all()
     assert found.missing == missing
+
+
+def test_inputs_that_no_message_holds_are_not_asked_for() -> None:
+    for count in (0, MOST_WORDS + 1):
+        with pytest.raises(PrivacyError, match="cannot be summed"):
+            attempt(2).coordinator(num_words=count)
 
 
 # --- ready ---

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import client.site.outbox as outbox_module
+from client.ledger.account import Charge
 from client.ledger.ledger import Ledger
+from client.site.guard import NoGuard
 from client.site.site import Site
 from shared.errors import BudgetExceeded, LedgerError, PolicyError, TrustError
 from shared.job.job import Job
@@ -79,7 +81,7 @@ def opened(request: TrainRequest, entries: Sequence[Ready], replies: Sequence[Tr
 
 def charges(site: Site) -> list[tuple[int, int | None]]:
     entries = [entry.payload for entry in site.ledger().entries() if entry.kind == "reserve"]
-    return [(payload["round"], payload["attempt"]) for payload in entries]
+    return [(payload["round"], payload.get("attempt")) for payload in entries]
 
 
 def test_the_sum_opens_to_what_the_sites_drew(
@@ -232,7 +234,7 @@ def test_a_full_disk_leaves_the_site_out_of_the_attempt(
         sites[0].shares.masked(roster_request(request, entries))
 
 
-def test_a_budget_that_is_spent_refuses_and_charges_nothing(
+def test_a_budget_that_is_spent_refuses_before_others_are_charged(
     site_home: MakeHome, secure_job: Callable[..., Job], request_for: MakeRequest
 ) -> None:
     job = secure_job()
@@ -242,10 +244,19 @@ def test_a_budget_that_is_spent_refuses_and_charges_nothing(
     )
     rich = Site(site_home("rich"))
     request = attempt_of(request_for(job))
-    entries = [site.shares.ready(request) for site in (poor, rich)]
     with pytest.raises(BudgetExceeded):
-        poor.shares.masked(roster_request(request, entries))
-    assert charges(poor) == []
+        poor.shares.ready(request)
+    # Spent by another job in between, it is too late for that; then at least nothing is charged.
+    late = Site(site_home("late", budget={"epsilon": plan.together.epsilon(), "epsilon_alone": 90.0, "delta": 1e-5}))
+    entries = [site.shares.ready(request) for site in (late, rich)]
+    late.charge(
+        job,
+        Charge(job_id="e" * 64, round=1, request_sha256="a" * 64, mechanism=plan.together.mechanism(1)),
+    )
+    before = charges(late)
+    with pytest.raises(BudgetExceeded):
+        late.shares.masked(roster_request(request, entries))
+    assert charges(late) == before
 
 
 @pytest.mark.parametrize("promise", ["epsilon", "epsilon_alone"])
@@ -261,9 +272,57 @@ def test_each_cap_stops_the_job_by_itself(
             continue
         site, other = Site(site_home(f"a-{factor}", budget=budget)), Site(site_home("b"))
         request = attempt_of(request_for(job))
-        entries = [s.shares.ready(request) for s in (site, other)]
-        answer = site.answer_masked(roster_request(request, entries))
-        assert isinstance(answer, Refusal) == refused
+        ready = site.answer_ready(request)
+        assert isinstance(ready, Refusal) == refused
+        if isinstance(ready, Ready):
+            assert isinstance(
+                site.answer_masked(roster_request(request, [ready, other.shares.ready(request)])), TrainReply
+            )
+
+
+def test_a_job_whose_gradients_no_masked_input_holds_is_refused_before_anything_is_charged(
+    sites: list[Site], secure_job: Callable[..., Job], request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("client.site.secure.shares.MOST_WORDS", 100)
+    answer = sites[0].answer_ready(attempt_of(request_for(secure_job())))
+    assert isinstance(answer, Refusal)
+    assert "a secure sum has room for 100" in answer.reason
+    assert charges(sites[0]) == []
+
+
+def test_what_failed_before_a_record_was_read_is_no_computation(
+    sites: list[Site], secure_job: Callable[..., Job], request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request, site = attempt_of(request_for(secure_job(privacy={"spare_attempts": 0}))), sites[0]
+
+    def full(*args: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("client.site.secure.shares.load_proven", full)
+        assert isinstance(site.answer_ready(request), Refusal)
+    assert isinstance(site.answer_ready(replace(request, adapter=b"no adapter")), Refusal)
+    entry = site.answer_ready(request)
+    assert isinstance(entry, Ready)
+    # Nor does a request that is refused take away what was drawn.
+    assert isinstance(site.answer_ready(replace(request, adapter=b"no adapter")), Refusal)
+    assert site.answer_ready(request) == entry
+
+
+def test_with_a_new_certificate_it_is_ready_anew(
+    sites: list[Site], secure_job: Callable[..., Job], request_for: MakeRequest
+) -> None:
+    """Nobody takes the old one any more, and without an answer there is no next attempt."""
+    request, site = attempt_of(request_for(secure_job())), sites[0]
+    old = site.shares.ready(request)
+    site.guard = NoGuard()  # a simulated site makes a key of its own
+    new = site.shares.ready(request)
+    assert new.certificate == site.guard.certified_key()[1] != old.certificate
+    assert new.public_key != old.public_key
+    entries = [other.shares.ready(request) for other in sites[1:]]
+    with pytest.raises(TrustError, match="does not have north as north signed it"):
+        site.shares.masked(roster_request(request, [old, *entries]))
+    assert isinstance(site.shares.masked(roster_request(request, [new, *entries])), TrainReply)
 
 
 # --- requests that are not what they should be ---

@@ -104,6 +104,16 @@ def test_too_few_that_are_ready_end_the_attempt_before_anybody_is_charged(tmp_pa
     assert not (tmp_path / ATTEMPTS_FILE).exists()
 
 
+def test_a_roster_whose_sum_could_wrap_around_does_not_go_out(tmp_path: Path) -> None:
+    """Each site would refuse it, and who is ready would have failed for nothing."""
+    job = secure_job(federation={"max_declared_records": 1_000_000_000})
+    sites = [SimpleSite(f"site-{number:03}", 0, declared=1_000_000_000) for number in range(140)]
+    with pytest.raises(PrivacyError, match="Admit fewer or smaller sites"):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path), None)
+    assert not (tmp_path / ATTEMPTS_FILE).exists()
+    assert not any(site.sent for site in sites)
+
+
 def silent_once(name: str) -> tuple[Any, list[tuple[int, int]]]:
     """A site that does not send for its first roster."""
     seen: list[tuple[int, int]] = []
