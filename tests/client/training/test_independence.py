@@ -489,3 +489,16 @@ def test_a_round_s_check_computes_the_frozen_layers_once(runtime: Runtime, monke
     runtime.compute = runtime.compute.model_copy(update={"cache_frozen_layers": False})
     check_adapter(runtime, runtime.initial)
     assert sum(embedded) == 2 + 3
+
+
+@pytest.mark.parametrize(("micro_batch_tokens", "warmed"), [(1, False), (2, True)])
+def test_what_checks_of_adapters_need_is_computed_where_examples_share_a_pass(
+    runtime: Runtime, micro_batch_tokens: int, warmed: bool
+) -> None:
+    """Where each is computed by itself no adapter is tried out, so nothing is kept for it."""
+    changed = {"cache_frozen_layers": True, "micro_batch_tokens": micro_batch_tokens}
+    runtime.compute = runtime.compute.model_copy(update=changed)
+    runtime.cache.forget()
+    keep_settled(runtime)
+    assert (runtime.cache.num_bytes > 0) == warmed
+    runtime.cache.forget()
