@@ -580,9 +580,11 @@ def test_fault_only_the_charges_of_this_job_count(
     """With every job on an account of its own, each passes under the cap: the check of the test above sees it."""
     counted = Account.counted
 
-    def of_this_job(self: Account, composition: Composition, further: Charge | None = None) -> list[GaussianSteps]:
+    def of_this_job(
+        self: Account, composition: Composition, further: Charge | None = None, **how: Any
+    ) -> list[GaussianSteps]:
         own = {number: made for number, made in self.charges.items() if further and made.job_id == further.job_id}
-        return counted(replace(self, charges=own), composition, further)
+        return counted(replace(self, charges=own), composition, further, **how)
 
     monkeypatch.setattr(Account, "counted", of_this_job)
     assert jobs_that_fit(tmp_path / "ledger.db", composition) == 4

@@ -115,7 +115,7 @@ def test_the_records_of_a_person_are_chosen_by_a_stream_of_their_own() -> None:
         fresh = SiteRandomness.injected("own")
         drawn = PERSON_PLAN.sample(8, fresh.stream("sampling", round_number=3, step=step)).tolist()
         expected = persons.choose(drawn, 3, fresh.stream("records", round_number=3, step=step))
-        assert trainer_module._draw(PERSON_PLAN, work, 3, step) == expected
+        assert trainer_module.draw(PERSON_PLAN, work, 3, step) == expected
         assert all(len(rows) == 3 for rows in expected)
 
 

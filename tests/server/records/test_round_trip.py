@@ -29,6 +29,7 @@ from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.central_statement import CentralRelease
+from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import SiteRelease, run_statement
 from shared.runtime.calibration import Bin, Calibration
 from shared.runtime.site_metrics import Estimate
@@ -106,7 +107,10 @@ def test_a_record_gives_back_what_was_executed(tmp_path: Path) -> None:
     task = {"kind": "sequence_classification", "labels": ["bad", "good"]}
     training = {"rounds": 2, "local_steps": 2, "learning_rate": 0.1}
     job = parse(Job, {"name": "run", "task": task, "training": training, "privacy": privacy}, source="test")
-    assert read_site(tmp_path / "privacy.json").release(job) == RELEASE
+    # What was promised follows from the job, whatever the record says of it.
+    plan = PrivacyPlan.from_job(job)
+    promised = replace(RELEASE, steps_planned=plan.planned_steps, per_round=plan.mechanism(job.training.local_steps))
+    assert read_site(tmp_path / "privacy.json").release(job) == promised
     write_json(tmp_path / "privacy.json", CoordinatorRecord.of(CENTRAL, "run"))
     found = read_record(tmp_path / "privacy.json", CoordinatorRecord)
     for field in fields(CentralRelease):
