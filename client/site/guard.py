@@ -163,7 +163,7 @@ class Guard:
             together: the same with the noise of the sum that it goes into, if it goes into one.
         """
         alone = PrivacyPlan.from_job(job)
-        summed = alone if together is None else DistributedPlan.from_job(job).together
+        summed = alone if alone.honest is None else DistributedPlan.from_job(job).together
         spend = functools.partial(_job_epsilon, ledger, job)
         check_spend(
             self.policy,

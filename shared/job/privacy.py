@@ -14,7 +14,8 @@ from shared.limits import MAX_GRAD_NORM, MAX_LOSS, MAX_SITES, MIN_GRAD_NORM
 MIN_CENTRAL_SITES = 100
 """Sites below which the noise that hides one of them buries what they have in common."""
 
-_OF_SHARES = ("epsilon_alone", "max_colluding", "spare_attempts")
+OF_SHARES = ("epsilon_alone", "max_colluding", "spare_attempts")
+"""Settings of the mechanism `distributed` alone."""
 
 
 class CentralConfig(Section):
@@ -109,7 +110,7 @@ class PrivacyConfig(Section):
     @model_validator(mode="after")
     def _check_distributed(self) -> Self:
         if self.mechanism != "distributed":
-            if found := [key for key in _OF_SHARES if getattr(self, key) is not None]:
+            if found := [key for key in OF_SHARES if getattr(self, key) is not None]:
                 raise ValueError(
                     f"{found[0]} is for the mechanism 'distributed', but mechanism is {self.mechanism!r}; remove "
                     f"{', '.join(found)}, or change the mechanism"

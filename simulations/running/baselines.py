@@ -15,6 +15,8 @@ from typing import Any
 
 from shared.errors import ConfigError
 from shared.job.job import Job
+from shared.job.privacy import OF_SHARES
+from shared.privacy.distributed import DistributedPlan
 from shared.tasks import task_of
 
 EXAMPLES = 30_000
@@ -24,7 +26,7 @@ EVALUATIONS = 12
 PATIENCE = 5
 _LEARNING_RATE, _OF_LANGUAGE_MODELS, _OF_IMAGES = 2e-3, 1e-2, 5e-3
 _FEDERATED_ROUNDS, _FEDERATED_STEPS = 40, 4
-_NO_SHARES: Mapping[str, Any] = {"epsilon_alone": None, "max_colluding": None, "spare_attempts": None}
+_NO_SHARES: Mapping[str, Any] = dict.fromkeys(OF_SHARES)
 
 
 def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evaluate_every: int) -> dict[str, Any]:
@@ -53,9 +55,7 @@ def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evalua
         changes["federation"] = {"min_sites": 1, "sites_per_round": None}
     if name == "central-dp":
         # All records at one place: its noise is no share of any.
-        return changes | (
-            {"privacy": {"mechanism": "dp-sgd", **_NO_SHARES}} if job.privacy.mechanism == "distributed" else {}
-        )
+        return changes | ({"privacy": _all_noise(job)} if job.privacy.mechanism == "distributed" else {})
     alone = name != "federated-non-private"
     per_site = max(num_records if alone else num_records // num_sites, 1)
     passes = min(max(EXAMPLES / num_records, FEWEST_PASSES), MOST_PASSES)
@@ -67,6 +67,14 @@ def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evalua
     if changes.get("lora", job.lora.model_dump())["last_layers"] is None and not job.model.is_image_network:
         changes["training"]["learning_rate"] /= 2
     return changes
+
+
+def _all_noise(job: Job) -> dict[str, Any]:
+    """Return settings under which one site adds as much noise as the honest sites of the federated sum together."""
+    privacy: dict[str, Any] = {"mechanism": "dp-sgd", **_NO_SHARES}
+    if job.privacy.noise_multiplier is not None:  # of a share
+        privacy["noise_multiplier"] = DistributedPlan.from_job(job).together.noise_multiplier
+    return privacy
 
 
 def _without_noise(job: Job, *, records: int, passes: float, evaluate_every: int) -> dict[str, Any]:

@@ -108,6 +108,10 @@ def plan_selection(sweep: Sweep, law: NumTrials) -> Selection:
         raise ConfigError(
             "--account-tuning takes one budget: a selection among several costs as much as the largest. Fix privacy.epsilon."
         )
+    if any(scenario.job.privacy.mechanism == "distributed" for scenario in scenarios):
+        raise ConfigError(
+            "--account-tuning accounts for one promise, and jobs of privacy.mechanism 'distributed' make two; use 'dp-sgd'."
+        )
     plans = [PrivacyPlan.from_job(scenario.job) for scenario in scenarios]
     if not all(plan.private for plan in plans):
         raise PrivacyError(

@@ -21,6 +21,7 @@ from pydantic import Field, field_validator, model_validator
 from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
 from shared.job.parsing import Section, apply_overrides, nearest, parse
+from shared.job.privacy import OF_SHARES
 from shared.job.values import Name
 from simulations.scenario import Scenario, build_scenario, load_scenario_file
 
@@ -155,7 +156,7 @@ class Sweep:
         Raises:
             ConfigError: naming the setting, if one of its values is not valid.
         """
-        changes = {**_expanded(setting), "seed": seed}
+        changes = {**_expanded(setting, self.raw), "seed": seed}
         raw = apply_overrides(self.raw, [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in changes.items()])
         return build_scenario(raw, source=f"{self.source} with {describe(setting)}", base=self.base)
 
@@ -371,11 +372,15 @@ def _as_number(value: Any) -> Any:
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
-def _expanded(setting: Setting) -> Setting:
-    """Return the keys of the scenario that a setting changes: a budget decides the mechanism too."""
+def _expanded(setting: Setting, raw: Mapping[str, Any]) -> Setting:
+    """Return the keys of the scenario `raw` that a setting changes: a budget decides the mechanism too."""
     if EPSILON not in setting:
         return setting
     changed = {key: value for key, value in setting.items() if key != EPSILON}
-    if setting[EPSILON] == NO_BUDGET:
-        return {**changed, "privacy.mechanism": "none"}
-    return {**changed, "privacy.mechanism": "dp-sgd", EPSILON: setting[EPSILON]}
+    privacy = raw.get("privacy", {})
+    shared = privacy.get("mechanism") == "distributed"
+    if setting[EPSILON] != NO_BUDGET:
+        return {**changed, "privacy.mechanism": "distributed" if shared else "dp-sgd", EPSILON: setting[EPSILON]}
+    # Without noise there are no shares of any.
+    no_shares = {f"privacy.{key}": "none" for key in OF_SHARES if key in privacy}
+    return {**changed, "privacy.mechanism": "none", **no_shares}

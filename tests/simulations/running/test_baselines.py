@@ -14,6 +14,8 @@ from server.rounds.observer import Observer
 from server.runs.folder import load_job
 from shared.errors import ConfigError
 from shared.job.job import Job
+from shared.privacy.distributed import DistributedPlan
+from shared.privacy.plan import PrivacyPlan
 from shared.runtime.inference import load_tuned, predict
 from simulations.running.baselines import arm_changes
 from simulations.running.engine import run_scenario
@@ -150,6 +152,29 @@ def test_settings_fit_any_size(name: str, records: int) -> None:
     assert training.rounds % 3 == 0
     assert training.early_stopping is not None
     assert training.early_stopping.metric == "loss"
+
+
+@pytest.mark.parametrize("noise", [None, 0.7])
+def test_one_site_adds_what_the_honest_sites_of_a_sum_do(noise: float | None) -> None:
+    """Else the baseline would be compared under less privacy than the sum has."""
+    shares = {"mechanism": "distributed", "max_colluding": 2, "epsilon": 2.0, "epsilon_alone": 9.0}
+    job = job_of(
+        privacy=shares | {"noise_multiplier": noise},
+        training={"rounds": 16, "local_steps": 1},
+        aggregation={"weights": "declared", "largest_share": 0.5, "server_optimizer": "none"},
+        federation={"min_sites": 8, "update_dtype": "float32"},
+    )
+    together = DistributedPlan.from_job(job).together
+    changes = arm_changes("central-dp", job, num_records=2000, num_sites=8, evaluate_every=1)
+    arm = changed_job(job, changes, source="central-dp")
+    assert (arm.privacy.mechanism, arm.federation.min_sites) == ("dp-sgd", 1)
+    if noise is not None:
+        assert PrivacyPlan.from_job(arm).noise_multiplier == together.noise_multiplier
+    assert PrivacyPlan.from_job(arm).epsilon() <= (2.0 if noise is None else together.epsilon())
+    without = changed_job(
+        job, arm_changes("non-private", job, num_records=2000, num_sites=8, evaluate_every=1), source="n"
+    )
+    assert without.privacy.mechanism == "none"
 
 
 def test_an_arm_that_makes_no_sense_is_refused() -> None:

@@ -244,6 +244,18 @@ def test_several_budgets_are_refused(scenario: Path) -> None:
         private.plan_selection(sweep, NumTrials(distribution="geometric", mean=3.0))
 
 
+def test_two_promises_of_a_job_are_not_accounted_as_one(scenario: Path) -> None:
+    changes = [
+        "privacy.mechanism=distributed",
+        "privacy.max_colluding=0",
+        "training.local_steps=1",
+        "federation.min_sites=2",
+    ]
+    sweep = load_sweep(scenario, axes=["training.learning_rate=0.1,0.2"], overrides=changes)
+    with pytest.raises(ConfigError, match=r"jobs of privacy\.mechanism 'distributed' make two"):
+        private.plan_selection(sweep, NumTrials(distribution="geometric", mean=3.0))
+
+
 def test_a_folder_with_other_things_is_left_alone(scenario: Path, tmp_path: Path, silotune: Silotune) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")

@@ -92,6 +92,15 @@ def test_infinity_is_a_budget_without_mechanism_and_finite_ones_have_it(scenario
         assert trials[0].epsilon == 2
 
 
+def test_sites_that_share_the_noise_share_it_at_every_budget(scenario: Path) -> None:
+    shares = ["mechanism=distributed", "max_colluding=0", "epsilon_alone=9", "noise_multiplier=none"]
+    overrides = [f"privacy.{item}" for item in shares] + ["training.local_steps=1", "federation.min_sites=2"]
+    sweep = load_sweep(scenario, axes=["privacy.epsilon=2,inf"], overrides=overrides)
+    shared, none = (sweep.scenario(setting, 0).job.privacy for setting in sweep.grid())
+    assert (shared.mechanism, shared.epsilon, shared.epsilon_alone) == ("distributed", 2, 9)
+    assert (none.mechanism, none.epsilon_alone, none.max_colluding) == ("none", None, None)
+
+
 def test_baselines_and_repeats_become_seeds(scenario_file: MakeScenario) -> None:
     path = calibrated(scenario_file(seed=4, simulation={"repeats": 3}, baselines={"arms": ["non-private"]}))
     sweep = load_sweep(path, axes=["training.learning_rate=0.1,0.2"])
