@@ -13,6 +13,7 @@ from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution,
 from numpy.typing import NDArray
 from scipy import stats
 
+import shared.privacy.accountant.several_sites as module
 from shared.errors import PrivacyError
 from shared.privacy.accountant.loss_distribution import composed_epsilon, step_divergence, step_loss
 from shared.privacy.accountant.several_sites import MOST_SITES, shared_divergence, weights
@@ -97,6 +98,27 @@ def test_one_site_is_a_sampled_step(sigma: float, rate: float, removed: bool) ->
     expected, others = step_divergence(epsilons, sigma, rate, removed)
     assert np.all(np.abs(found - expected) <= errors + others + 1e-300)
     assert found[0] > 0
+
+
+@pytest.mark.parametrize(("sigma", "rate", "sites"), [(0.3, 0.1, 5), (1.0, 1e-9, 7), (30.0, 0.5, 3), (1e4, 0.9, 2)])
+def test_an_edge_is_as_near_as_it_says(sigma: float, rate: float, sites: int) -> None:
+    numbers = np.arange(1, sites + 1)[:, None]
+    logs, shift = np.log(weights(rate, sites)[1:, None]), numbers / sigma
+    wanted = np.concatenate([-np.geomspace(1e-9, 30, 40), np.linspace(0, 60, 40)])
+    edges, missed = module._edge(wanted, logs, shift)
+    assert np.all(missed < 1e-10)
+    with mpmath.workdps(40):
+        for edge, log_ratio, bound in zip(edges, wanted, missed, strict=True):
+            total = mpmath.fsum(
+                mpmath.exp(
+                    mpmath.mpf(float(log)) + mpmath.mpf(float(by)) * mpmath.mpf(edge) - mpmath.mpf(float(by)) ** 2 / 2
+                )
+                for log, by in zip(logs[:, 0], shift[:, 0], strict=True)
+            )
+            off = abs(mpmath.log(total) - mpmath.mpf(log_ratio))
+            assert off <= bound
+            nearest = max(abs(float(edge)), 1.0) * 2.0**-53 * float(shift[0, 0])
+            assert bound >= nearest  # no edge of double precision could be nearer for sure
 
 
 def test_weights_are_binomial() -> None:
