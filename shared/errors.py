@@ -79,6 +79,10 @@ class RunError(SilotuneError):
     """A run folder cannot be created, resumed or completed."""
 
 
+class RunHeld(RunError):
+    """A run that a person must look at before it is resumed: going on by itself, it would cost the sites charges for nothing."""
+
+
 def place_of(error: BaseException) -> str:
     """Return kind and place of an unexpected error, and of what led to it, without their texts, which may quote a record."""
     told: list[str] = []

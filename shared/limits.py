@@ -42,3 +42,5 @@ MAX_TIMEOUT_SECONDS = 366 * 86_400.0
 """Longest that a round waits: a year."""
 MAX_LABELS = 10_000
 """Labels of one task: the head, the confusion matrix and the report grow with them."""
+MAX_ADAPTER_VALUE = 1e4
+"""Largest value of any adapter under privacy: sites refuse one beyond. Heads that were trained have values below 100."""

@@ -5,7 +5,7 @@ Guarantees (tests: tests/client/training/test_adapter_bounds.py)
       probability below 1e-20 for each noise value).
     * The bound follows from the job and the number of the round; a refusal says nothing about records.
     * Before the first round it is zero: the adapter is the one that the job's public seed gives. No value is ever accepted
-      beyond `MOST`, whatever learning rate the job names.
+      beyond `MAX_ADAPTER_VALUE`, whatever learning rate the job names.
 
 It is a second line. That one record moves a step by at most C does not rest on it (`client.training.independence`), for a
 coordinator chooses the learning rate too, and a bound that no honest run meets leaves a hostile one room. A factor A that the
@@ -35,11 +35,9 @@ from torch import Tensor
 
 from shared.errors import AdapterError
 from shared.job.job import Job
+from shared.limits import MAX_ADAPTER_VALUE
 from shared.models.tunable import RESIDUAL
 from shared.privacy.plan import PrivacyPlan
-
-MOST = 1e4
-"""Largest value of any adapter under privacy. Heads that were trained have values below 100."""
 
 _Z = 10.0  # standard deviations that no noise value ever exceeds
 _SLACK = 2.0
@@ -68,11 +66,11 @@ def check_bounds(
         start = initial.get(name, torch.zeros(()))  # residuals start at zero
         largest = float((value - start).abs().max())
         limit = bounds.limit(name, rounds_before, largest_initial=float(start.abs().max()))
-        if not largest <= limit or not float(value.abs().max()) <= MOST:
+        if not largest <= limit or not float(value.abs().max()) <= MAX_ADAPTER_VALUE:
             raise AdapterError(
                 f"tensor {name!r} is {largest:.3g} away from where the job's seed puts it; {rounds_before} rounds of this "
-                f"job can have moved it by {limit:.3g} at most, and no value may exceed {MOST:g}. It is not from this run, or "
-                "the run diverged: lower training.learning_rate."
+                f"job can have moved it by {limit:.3g} at most, and no value may exceed {MAX_ADAPTER_VALUE:g}. It is not from "
+                "this run, or the run diverged: lower training.learning_rate."
             )
 
 
@@ -102,7 +100,7 @@ class AdapterBounds:
         else:
             per_round = self._of_server(self._round * (job.training.head_learning_rate_factor if head else 1.0))
         shrunk = 2 * largest_initial if job.training.weight_decay else 0.0
-        return min(_SLACK * rounds_before * per_round + shrunk + _ROUNDING, MOST)
+        return min(_SLACK * rounds_before * per_round + shrunk + _ROUNDING, MAX_ADAPTER_VALUE)
 
     def _of_server(self, mean: float) -> float:
         aggregation = self._job.aggregation

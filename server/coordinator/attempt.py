@@ -17,7 +17,7 @@ from server.link.grid import Halted, LinkGrid
 from server.link.server import LinkServer
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
-from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError, TrustError
+from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, RunHeld, SilotuneError, TrustError
 from shared.service.logs import LogFormat, about, log_file
 
 log = logging.getLogger("silotune.coordinator")
@@ -30,10 +30,11 @@ class Attempt:
 
     Attributes:
         submission: the job.
+        held: whether it ended because a person must look at it first.
     """
 
     def __init__(self, home: CoordinatorHome, submission: Submission, link: LinkServer) -> None:
-        self.submission = submission
+        self.submission, self.held = submission, False
         self._home = home
         self._grid = LinkGrid(link, run_id=secrets.randbits(63))
         self._thread = threading.Thread(target=self._run, name=submission.name, daemon=True)
@@ -77,6 +78,7 @@ class Attempt:
             log.info("the run was stopped")
         except SilotuneError as error:
             log.error("%s", error)
+            self.held = isinstance(error, RunHeld)
             with contextlib.suppress(SilotuneError):
                 self.submission.note("failed" if lasts(error) else None, problem=str(error))
         except Exception as error:

@@ -197,6 +197,8 @@ class Supervisor:
                 return
             if stopping:
                 self._finish(submission, "stopped")
+            elif submission.is_open and self._active.held:
+                self._hold(submission)
             elif submission.is_open:
                 self._failed(submission)
             else:
@@ -209,6 +211,8 @@ class Supervisor:
                 self._finish(submission, "stopped")
                 continue
             attempts = self._attempts.setdefault(submission.name, _Attempts())
+            if attempts.held:
+                continue
             if time.monotonic() < attempts.not_before:
                 return
             if submission.state()["state"] == "submitted":
@@ -236,6 +240,16 @@ class Supervisor:
         attempts.not_before = time.monotonic() + wait
         job = submission.name
         log.warning("job %s ended early (%s); it resumes in %.0f s", job, problem, wait, extra={"job": job})
+
+    def _hold(self, submission: Submission) -> None:
+        """Leave a job alone until this process is started anew, which a person does who has read why; others go on."""
+        self._attempts[submission.name].held = True
+        log.error(
+            "job %s rests: start the coordinator anew to resume it (%s)",
+            submission.name,
+            submission.state().get("problem"),
+            extra={"job": submission.name},
+        )
 
     def _finish(self, submission: Submission, state: Any) -> None:
         submission.note(state)
@@ -297,7 +311,7 @@ class _Attempts:
     """How often a job was started without a new round, and when it may be started again."""
 
     def __init__(self) -> None:
-        self.count, self.progress, self.not_before = 0, -1, 0.0
+        self.count, self.progress, self.not_before, self.held = 0, -1, 0.0, False
 
 
 def check_server_certificate(home: CoordinatorHome, passphrase: str | None) -> None:

@@ -25,7 +25,7 @@ from server.rounds.site_metrics import collect_site_metrics
 from server.rounds.update_bounds import adapter_norms
 from server.rounds.updates import AtHand
 from server.store.checkpoint import Checkpoint
-from shared.errors import RunError
+from shared.errors import RunError, RunHeld
 from shared.job.job import Job
 from shared.privacy.statement import SiteRelease
 from shared.tensors.adapters import Shapes
@@ -47,6 +47,18 @@ class TooFewSites(RunError):
     def __init__(self, message: str, releases: dict[str, SiteRelease], *, at_once: bool = False) -> None:
         super().__init__(message)
         self.releases, self.at_once = releases, at_once
+
+
+class UselessRound(RunHeld):
+    """What the sites released in a round leads nowhere that they would follow; the last checkpoint stands.
+
+    Attributes:
+        releases: everything that sites released so far, this round included.
+    """
+
+    def __init__(self, message: str, releases: dict[str, SiteRelease]) -> None:
+        super().__init__(message)
+        self.releases = releases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +108,7 @@ def run_rounds(
 
     Raises:
         RunError: if fewer than `federation.min_sites` valid replies came and there is no authority to wait for more.
+        RunHeld: if a person must act before it goes on.
         PrivacyError: under central DP, if interruptions have used up the noisy rounds that the job declares.
     """
     job, authority, observer = coordinator.job, coordinator.authority, coordinator.observer
@@ -115,11 +128,11 @@ def run_rounds(
     while not ended(checkpoint):
         try:
             checkpoint = _run_round(grid, coordinator, sites, checkpoint)
-        except TooFewSites as error:
+        except (TooFewSites, UselessRound) as error:
             # Updates that came are releases, aggregated or not.
             checkpoint = replace(checkpoint, releases=error.releases)
             coordinator.save(checkpoint)
-            if authority is None and not error.at_once:
+            if isinstance(error, UselessRound) or (authority is None and not error.at_once):
                 raise
             observer.waiting(str(error))
             if not error.at_once:
@@ -190,7 +203,10 @@ def _run_round(
     if len(updates.names) < privacy.least_updates:
         raise TooFewSites(updates.shortage(), releases, at_once=updates.voided)
     # 4. Aggregate, with noise if it is the coordinator's to add, and move by the server optimiser.
-    following, server_state = updates.result()
+    try:
+        following, server_state = updates.result()
+    except RunHeld as error:
+        raise UselessRound(str(error), releases) from None
     # 5. Evaluate on public data.
     before_evaluation = time.monotonic()
     due = round_number % coordinator.evaluate_every == 0 or round_number == job.training.rounds

@@ -26,10 +26,12 @@ from server.rounds.exchange import Question, collect
 from server.rounds.local import LocalPrivacy, LocalRound, select_sites
 from server.rounds.roster import Authority
 from server.rounds.secure.attempts import ATTEMPTS_FILE, Attempts
+from server.rounds.secure.sum_bounds import SumBounds
 from server.rounds.updates import Arrived, AtHand
 from server.store.checkpoint import Checkpoint
-from shared.errors import RunError, TrustError
+from shared.errors import RunError, RunHeld, TrustError
 from shared.job.job import Job
+from shared.limits import MAX_ADAPTER_VALUE
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.shares import check_reach, gradient_of
 from shared.privacy.statement import SiteRelease
@@ -257,20 +259,45 @@ class _Send(Arrived):
             self.voided, self.names = True, []
 
     def result(self) -> tuple[Adapter, Adapter]:
-        """Return (next global adapter, next state of the optimiser) by the step of the opened sum."""
-        declared = sum(entry.declared_records for entry in self._roster)
+        """Return (next global adapter, next state of the optimiser) by the step of the opened sum.
+
+        Raises:
+            RunHeld: if no sites that follow the protocol add up to such a sum, or none would take the adapter.
+        """
+        declared, total = [entry.declared_records for entry in self._roster], self._machine.open()
+        if problem := SumBounds(self._plan, declared, len(total)).problem(total):
+            raise self._held(
+                f"the sum of {len(self._roster)} sites {problem} (C is privacy.max_grad_norm): a site added what its records and "
+                "its noise cannot be, and nobody can tell which one"
+            )
         gradient = gradient_of(
-            self._machine.open(),
+            total,
             list(self._shapes.values()),
             max_grad_norm=self._plan.max_grad_norm,
-            expected_batch_size=self._plan.expected_batch_size(declared),
+            expected_batch_size=self._plan.expected_batch_size(sum(declared)),
         )
-        return gradient_step(
+        adapter, state = gradient_step(
             self._checkpoint.adapter,
             dict(zip(self._shapes, gradient, strict=True)),
             self._checkpoint.server_state,
             training=self.job.training,
             step=self.number - 1,
+        )
+        largest = max(float(value.abs().max()) for value in adapter.values())
+        if not largest <= MAX_ADAPTER_VALUE:  # nor if it is no number
+            raise self._held(
+                f"the next adapter would have a value of {largest:.3g}, and sites take none above {MAX_ADAPTER_VALUE:g}: a site "
+                "added too much, or training.learning_rate is too high"
+            )
+        return adapter, state
+
+    def _held(self, reason: str) -> RunHeld:
+        names = ", ".join(self.names)
+        return RunHeld(
+            f"round {self.number}, attempt {self.attempt}: {reason}. Nothing of it was used, and the run stands at round "
+            f"{self.number - 1}; everybody on the roster ({names}) was charged for this attempt, and it counts. Have each site "
+            "look into its node, take out the one that is at fault (revoke its certificate, or stop its node), and resume the "
+            "run: the round is attempted anew."
         )
 
     def shortage(self) -> str:

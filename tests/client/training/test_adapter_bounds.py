@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from client.site.site import Site
-from client.training.adapter_bounds import MOST, AdapterBounds, check_bounds, largest_ratio
+from client.training.adapter_bounds import AdapterBounds, check_bounds, largest_ratio
 from client.training.trainer import train_local_round
 from server.aggregation.optimizers import apply_update
 from shared.errors import AdapterError
 from shared.job.job import Job
-from shared.limits import MAX_LEARNING_RATE
+from shared.limits import MAX_ADAPTER_VALUE, MAX_LEARNING_RATE
 from shared.models.tunable import RESIDUAL
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -132,7 +132,12 @@ def test_one_coordinate_that_went_too_far_is_enough(private_job: Callable[..., J
 def test_a_value_beyond_the_largest_is_refused_though_it_has_not_moved(private_job: Callable[..., Job]) -> None:
     job = private_job(training={"learning_rate": MAX_LEARNING_RATE, "optimizer": "sgd"})
     plan = PrivacyPlan.from_job(job)
-    for value, fits in ((MOST, True), (-MOST, True), (1.001 * MOST, False), (-1.001 * MOST, False)):
+    for value, fits in (
+        (MAX_ADAPTER_VALUE, True),
+        (-MAX_ADAPTER_VALUE, True),
+        (1.001 * MAX_ADAPTER_VALUE, False),
+        (-1.001 * MAX_ADAPTER_VALUE, False),
+    ):
         far = {"w": torch.tensor([0.0, value])}
         if fits:
             check_bounds(job, plan, {"w": far["w"]}, far, rounds_before=1)
@@ -183,7 +188,7 @@ ROUND = 3 * 0.1 * 0.25 * (2 + 10 * 2.0) / 0.5 / (1 - 0.5)  # steps, rate, C (2 +
         ),
         ("a.lora_B", 2, {"optimizer": "adamw"}, {}, 2 * 2 * 3 * 0.1 * largest_ratio(0.5, 0.999)),
         (f"a.{RESIDUAL}", 2, {"learning_rate": 0.01}, {}, 2 * 2 * 2 * 8.0 * (ROUND / 10) ** 2),
-        ("a.lora_B", 10**6, {}, {}, MOST),
+        ("a.lora_B", 10**6, {}, {}, MAX_ADAPTER_VALUE),
     ],
 )
 def test_the_bound_is_what_noise_rates_and_optimisers_can_do(
@@ -198,7 +203,7 @@ def test_the_bound_is_what_noise_rates_and_optimisers_can_do(
     job = private_job(training={**SGD, **training}, privacy=privacy, aggregation=aggregation)
     assert job.lora.alpha == 8.0
     found = bounds_of(job).limit(name, rounds, largest_initial=0.7)
-    assert found == pytest.approx(min(expected + 1e-4, MOST), rel=1e-9)
+    assert found == pytest.approx(min(expected + 1e-4, MAX_ADAPTER_VALUE), rel=1e-9)
     assert bounds_of(job).limit(name, 0, largest_initial=0.7) == 1e-4
 
 
@@ -231,7 +236,7 @@ def test_no_learning_rate_opens_the_way_for_any_value(private_job: Callable[...,
     weight[0], weight[1] = strength, -strength
     with pytest.raises(AdapterError, match="no value may exceed 10000"):
         check(job, initial | {"head.linear.weight": weight}, 2)
-    check(job, initial | {"head.linear.weight": weight.clamp(-MOST, MOST) * 0.99}, 2)
+    check(job, initial | {"head.linear.weight": weight.clamp(-MAX_ADAPTER_VALUE, MAX_ADAPTER_VALUE) * 0.99}, 2)
 
 
 def test_factors_and_residuals_of_an_exact_mean_are_bounded_too(private_job: Callable[..., Job]) -> None:

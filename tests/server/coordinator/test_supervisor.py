@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -23,7 +24,7 @@ from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.data.datasets import DataSource
-from shared.errors import ConfigError, RunError, TrustError
+from shared.errors import ConfigError, RunError, RunHeld, TrustError
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.trust import audit_log
@@ -50,6 +51,9 @@ class StandInLink:
     def stop(self) -> None:
         self.alive = False
 
+    def close(self) -> None:
+        pass
+
     def sites(self) -> tuple[dict[str, SiteState], str | None]:
         return self.states, self.problem
 
@@ -58,6 +62,7 @@ class StandInAttempt:
     """One attempt at a job, which ends when a test says so."""
 
     made: ClassVar[list[StandInAttempt]] = []
+    held = False
 
     def __init__(self, home: CoordinatorHome, submission: Submission, link: Any) -> None:
         self.submission, self.alive, self.halted = submission, True, False
@@ -182,6 +187,57 @@ def test_a_defect_that_stays_ends_the_job_with_its_reason(
     assert "8 attempts without a new round; the last one: ZeroDivisionError" in state["problem"]
     (ended,) = [entry for entry in audit_log.read(home.audit) if entry.event == Event.JOB_FINISHED]
     assert ended.details["state"] == "failed"
+
+
+def test_a_job_that_a_person_must_look_at_rests_until_the_next_process(
+    supervisor: Supervisor,
+    submitted: Submission,
+    attempts: list[StandInAttempt],
+    clock: list[float],
+    home: CoordinatorHome,
+) -> None:
+    """Trying again would cost its sites a charge each time."""
+    supervisor._turn()
+    attempts[-1].held, attempts[-1].alive = True, False
+    for _ in range(20):
+        clock[0] += 60
+        supervisor._turn()
+    assert len(attempts) == 1
+    assert submitted.is_open
+    Supervisor(home)._turn()
+    assert len(attempts) == 2
+    submitted.request_stop()
+    supervisor._turn()
+    assert submitted.state()["state"] == "stopped"
+
+
+def test_other_jobs_do_not_wait_for_one_that_rests(
+    supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt], home: CoordinatorHome
+) -> None:
+    supervisor._turn()
+    attempts[-1].held, attempts[-1].alive = True, False
+    other = home.jobs / "0002-other"
+    shutil.copytree(submitted.path, other)
+    Submission(other).note("submitted")
+    supervisor._turn()
+    assert [attempt.submission.name for attempt in attempts] == [submitted.name, "0002-other"]
+
+
+@pytest.mark.parametrize(("error", "held"), [(RunHeld("look"), True), (RunError("again"), False)])
+def test_an_attempt_says_that_its_run_is_held(
+    home: CoordinatorHome, submitted: Submission, monkeypatch: pytest.MonkeyPatch, error: RunError, held: bool
+) -> None:
+    def run(*_: Any) -> None:
+        raise error
+
+    submitted.note("running")
+    monkeypatch.setattr("server.coordinator.attempt.LinkGrid", lambda *_, **__: StandInLink())
+    monkeypatch.setattr("server.coordinator.production.run_submission", run)
+    attempt = Attempt(home, submitted, StandInLink())  # type: ignore[arg-type]
+    assert attempt.join(60)
+    assert attempt.held == held
+    assert submitted.state()["state"] == "running"
+    assert submitted.state()["problem"] == str(error)
 
 
 def test_a_job_that_was_stopped_ends_once_its_attempt_has(

@@ -16,7 +16,7 @@ from server.rounds.observer import Observer
 from server.rounds.secure.attempts import ATTEMPTS_FILE
 from server.rounds.secure.round import SecurePrivacy
 from server.store.checkpoint import Checkpoint
-from shared.errors import PrivacyError, RunError
+from shared.errors import PrivacyError, RunError, RunHeld
 from shared.job.job import Job
 from shared.secure_sum.messages import Masked, unpack_roster
 from shared.wire.messages import Refusal, TrainRequest, pack_ready, pack_refusal
@@ -40,7 +40,9 @@ class Told(Observer):
             self.problems[site] = problem
 
 
-def coordinator(job: Job, folder: Path, *, observer: Observer | None = None) -> Coordinator:
+def coordinator(
+    job: Job, folder: Path, *, observer: Observer | None = None, saved: list[Checkpoint] | None = None
+) -> Coordinator:
     return Coordinator(
         job=job,
         initial_adapter=INITIAL,
@@ -48,7 +50,7 @@ def coordinator(job: Job, folder: Path, *, observer: Observer | None = None) -> 
         privacy=SecurePrivacy(job, folder),
         evaluate=lambda adapter: {"loss": float(adapter["w"].sum())},
         evaluate_every=1,
-        save=lambda checkpoint: None,
+        save=lambda checkpoint: None if saved is None else saved.append(checkpoint),
         observer=observer or Observer(),
     )
 
@@ -182,6 +184,47 @@ def test_a_lost_file_of_attempts_is_noticed(tmp_path: Path) -> None:
     (tmp_path / ATTEMPTS_FILE).unlink()
     with pytest.raises(RunError, match="knows of 0 attempts, but the checkpoint has completed 1 rounds"):
         run_rounds(grid_of(sites), coordinator(job, tmp_path), first)
+
+
+def test_a_sum_that_no_honest_sites_add_up_to_is_not_used_and_the_run_goes_on_without_it(tmp_path: Path) -> None:
+    """One site adds 2^60; were the adapter saved, every site would refuse it for ever."""
+    job, sites = secure_job(), [SimpleSite(n, GRID_STEPS) for n in "abc"]
+    saved: list[Checkpoint] = []
+    sites[1].steps = 1 << 60
+    with pytest.raises(RunHeld, match="nobody can tell which one") as caught:
+        run_rounds(grid_of(sites), coordinator(job, tmp_path, saved=saved), None)
+    told = str(caught.value)
+    assert "round 1, attempt 1: the sum of 3 sites is 1.94e+11 C long, where honest ones reach" in told
+    assert "the run stands at round 0; everybody on the roster (a, b, c) was charged" in told
+    # What the sites released is kept, and the adapter from before.
+    assert saved[-1].round_number == 0
+    assert all(torch.equal(tensor, INITIAL[name]) for name, tensor in saved[-1].adapter.items())
+    assert [saved[-1].releases[name].rounds for name in "abc"] == [(1,)] * 3
+    # The one at fault is stopped, and the run goes on with another attempt at the round.
+    left = [sites[0], sites[2]]
+    last = run_rounds(grid_of(left), coordinator(job, tmp_path), saved[-1])
+    assert left[0].attempts == [(1, 1), (1, 2), (2, 1)]
+    assert torch.allclose(last.adapter["w"], torch.full((2, 3), expected(job, [2.0, 2.0], 16)))
+    assert last.releases["a"].rounds == (1, 1, 2)
+
+
+def test_each_poisoned_attempt_counts(tmp_path: Path) -> None:
+    job, sites = secure_job(privacy={"spare_attempts": 1}), [SimpleSite(n, -(1 << 50)) for n in "ab"]
+    saved: list[Checkpoint] = [None]  # type: ignore[list-item]
+    for attempt in (1, 2):
+        with pytest.raises(RunHeld, match=f"attempt {attempt}:"):
+            run_rounds(grid_of(sites), coordinator(job, tmp_path, saved=saved), saved[-1])
+    with pytest.raises(PrivacyError, match="declares 1 spare attempts"):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path, saved=saved), saved[-1])
+
+
+def test_an_adapter_that_no_site_would_take_is_not_saved(tmp_path: Path) -> None:
+    """A sum that honest sites can have, on steps that are far too long."""
+    job = secure_job(training={"learning_rate": 1000.0, "head_learning_rate_factor": 4.0})
+    sites, saved = [SimpleSite(n, 2 * GRID_STEPS, declared=1) for n in "ab"], []
+    with pytest.raises(RunHeld, match=r"a value of 3\.2e\+04, and sites take none above 10000"):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path, saved=saved), None)
+    assert saved[-1].round_number == 0
 
 
 def changed_word(site: SimpleSite, request: TrainRequest) -> RecordDict:

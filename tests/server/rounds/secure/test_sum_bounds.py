@@ -1,0 +1,111 @@
+"""How long an opened sum can be: what honest sites add up to passes, what a site makes up does not; sites follow what passes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy.stats import chi2, norm
+
+from client.training.adapter_bounds import AdapterBounds
+from server.rounds.secure.sum_bounds import SumBounds
+from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import SiteRandomness
+from shared.privacy.shares import GRID_STEPS, share_variance, with_share
+from tests.server.rounds.secure.secure_sites import secure_job
+
+WORDS = 500
+
+
+def plan_of(**privacy: Any) -> PrivacyPlan:
+    return PrivacyPlan.from_job(secure_job(privacy=privacy))
+
+
+def opened(plan: PrivacyPlan, units: list[int], direction: np.ndarray, seed: int) -> np.ndarray:
+    """The sum of sites of which so many units were drawn, all of whose gradients point the same way."""
+    total = np.zeros(len(direction), np.uint64)
+    for site, count in enumerate(units):
+        clipped = np.trunc(direction / np.linalg.norm(direction) * GRID_STEPS).astype(np.int64) * count
+        stream = SiteRandomness.injected(f"{seed}/{site}").stream("noise", round_number=1, step=1)
+        total += with_share(clipped, noise_multiplier=plan.noise_multiplier, stream=stream)
+    return total.view(np.int64)
+
+
+@pytest.mark.parametrize("rate", [0.25, 1.0])
+@pytest.mark.parametrize("declared", [[1, 1], [8, 40, 8], [1000] * 20])
+def test_what_honest_sites_add_up_to_passes(rate: float, declared: list[int]) -> None:
+    plan, rng = plan_of(sample_rate=rate), np.random.default_rng(0)
+    bounds = SumBounds(plan, declared, WORDS)
+    for seed in range(10):
+        # As many units as a site can have, in one coordinate or in all of them.
+        units = [int(rng.binomial(2 * size - 1, rate)) for size in declared]
+        for direction in (np.eye(1, WORDS)[0], np.ones(WORDS), -np.eye(1, WORDS)[0]):
+            assert bounds.problem(opened(plan, units, direction, seed)) is None
+
+
+@pytest.mark.parametrize("words", [1, 8, 500, 37_000, 1 << 24])
+@pytest.mark.parametrize("sites", [2, 100])
+def test_the_bounds_are_those_of_the_noise_and_of_all_units(words: int, sites: int) -> None:
+    """With probability one every unit is drawn; then only the noise is left to chance, which is compared with its quantiles."""
+    plan = plan_of(sample_rate=1.0, noise_multiplier=3.0)
+    bounds = SumBounds(plan, [1] * sites, words)
+    signal, deviation = sites * GRID_STEPS, math.sqrt(sites * share_variance(3.0))
+    length, largest = ((bound - signal) / deviation for bound in (bounds.norm, bounds.coordinate))
+    exact = math.sqrt(chi2.isf(1e-10, words))
+    assert exact <= length <= 1.35 * exact
+    exact = float(norm.isf(1e-10 / 2 / words))
+    assert exact <= largest <= 1.1 * exact
+    assert largest <= 10  # what sites grant each value
+
+
+@pytest.mark.parametrize("sites", [[4, 4], [64] * 8])
+def test_what_a_site_makes_up_does_not_pass(sites: list[int]) -> None:
+    plan = plan_of()
+    bounds = SumBounds(plan, sites, WORDS)
+    honest = opened(plan, [size // 2 for size in sites], np.ones(WORDS), 0)
+    assert bounds.problem(honest) is None
+    for made_up in (1 << 60, -(1 << 60), -(1 << 63), int(2 * bounds.coordinate)):
+        total = honest.copy()
+        total[3] = made_up
+        problem = bounds.problem(total)
+        assert problem is not None
+        assert "C" in problem
+    # No coordinate stands out, and all of them together do.
+    spread = np.full(WORDS, int(0.9 * bounds.coordinate))
+    problem = bounds.problem(spread)
+    assert problem is not None
+    assert f"is {np.linalg.norm(spread.astype(float)) / GRID_STEPS:.3g} C long" in problem
+    assert f"{bounds.norm / GRID_STEPS:.3g} C" in problem
+    # Nor are both bounds one: a coordinate within the norm of all can be too large for one.
+    if bounds.norm > 1.01 * bounds.coordinate:
+        total = np.zeros(WORDS, np.int64)
+        total[0] = -int(1.005 * bounds.coordinate)
+        assert "has a coordinate of" in (bounds.problem(total) or "")
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.25, 1.0])
+@pytest.mark.parametrize("noise", [0.2, 1.0, 30.0])
+@pytest.mark.parametrize("declared", [[1, 1], [8, 40, 8], [1000] * 100])
+def test_what_passes_moves_nothing_further_than_sites_grant(rate: float, noise: float, declared: list[int]) -> None:
+    job = secure_job(
+        privacy={"sample_rate": rate, "noise_multiplier": noise, "max_grad_norm": 0.5},
+        training={"rounds": 1, "learning_rate": 0.01, "momentum": 0.9},
+    )
+    plan = PrivacyPlan.from_job(job)
+    bounds = SumBounds(plan, declared, WORDS)
+    gradient = bounds.coordinate / GRID_STEPS * plan.max_grad_norm / plan.expected_batch_size(sum(declared))
+    moved = job.training.learning_rate * gradient / (1 - job.training.momentum)
+    assert moved <= AdapterBounds(job, plan).limit("a.lora_B", 1, largest_initial=0.0)
+
+
+def test_few_units_are_granted_less_than_many() -> None:
+    plan = plan_of(sample_rate=0.01)
+    make: Callable[[list[int]], SumBounds] = lambda sizes: SumBounds(plan, sizes, 1)  # noqa: E731
+    few, many = make([1000, 1000]), make([10_000, 10_000])
+    assert few.coordinate < many.coordinate
+    # About 40 of 3,998 are drawn, and far fewer than all of them are granted.
+    noise = 10 * math.sqrt(2 * share_variance(plan.noise_multiplier))
+    assert 40 * GRID_STEPS < few.coordinate < 120 * GRID_STEPS + noise
