@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
 PACKAGES = ("shared", "client", "server", "simulations", "cli")
@@ -20,6 +22,47 @@ def test_every_name_in_parentheses_stands_in_the_file_before_it() -> None:
     pairs = re.findall(r"`([\w/]+\.py)` \(`(\w+)`\)", TEXT)
     assert pairs
     assert [pair for pair in pairs if pair[1] not in (ROOT / pair[0]).read_text(encoding="utf-8")] == []
+
+
+def section(title: str) -> str:
+    """Return what stands under one heading."""
+    (found,) = re.findall(rf"^### {re.escape(title)}\n(.*?)^##", TEXT, flags=re.DOTALL | re.MULTILINE)
+    return found
+
+
+def files_that_match(pattern: str) -> list[str]:
+    """Return the files of the product in which a pattern stands."""
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    found = [path for path in files if re.search(pattern, path.read_text(encoding="utf-8"), flags=re.MULTILINE)]
+    return sorted(path.relative_to(ROOT).as_posix() for path in found)
+
+
+QUESTIONS = {
+    # What is searched for, and what it finds that is no answer.
+    "Where is noise added?": (
+        r"(?<!def )\b(add_gaussian_noise|with_share|noisy_counts|discrete_gaussian|add_noise)\(",
+        set[str](),
+    ),
+    "Where is a job refused?": (r"raise (PolicyError|BudgetExceeded)\b", set[str]()),
+    "Where is an epsilon printed?": (
+        r"(?<!def )\b(rounded_up|rounded_up_short|format_epsilon)\(",
+        {"shared/privacy/central.py"},  # of a noise multiplier
+    ),
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_answer_to_a_newcomers_question_is_named(question: str) -> None:
+    pattern, others = QUESTIONS[question]
+    found, text = files_that_match(pattern), section(question)
+    assert len(found) >= 4
+    assert others <= set(found)
+    named = set(re.findall(r"`((?:shared|client|server|simulations)/[\w/.]+)`", text))
+    assert [
+        file
+        for file in found
+        if file not in others and not any(file == n or (n.endswith("/") and file.startswith(n)) for n in named)
+    ] == []
 
 
 def test_every_room_is_named() -> None:
