@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-import secrets
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +22,7 @@ from shared.trust.certificates import spki
 from shared.trust.node_keys import load_private_key
 from shared.trust.receipts import proven_releases, read_receipts
 from simulations.federation.processes import Federation
-from tests.integration.books import assert_books_agree, charges_of, rounds_of
+from tests.integration.books import assert_books_agree, rounds_of
 from tests.integration.eventually import eventually
 from tests.integration.sniffer import LoopbackSniffer, may_sniff
 
@@ -202,80 +199,3 @@ def test_the_search_would_find_what_is_there(finished: Finished) -> None:
     public = finished.hoard[200:216]
     assert public in finished.hoard
     assert any(window in b"".join(finished.secrets) for window in [finished.secrets[0]])
-
-
-# --- kills ---
-
-ROUNDS, KILLS = 10, 50
-
-
-@pytest.mark.endurance
-@pytest.mark.timeout(1800)
-def test_fifty_kills_lose_no_round_and_charge_no_less_than_was_sent(
-    found_federation: Callable[..., Federation],
-    federation_job: Callable[..., Job],
-    evaluation_records: list[dict[str, Any]],
-    tmp_path: Path,
-) -> None:
-    """Coordinator and sites die at random moments; a run goes on, and both accounts equal a recount from the audit log."""
-    seed = secrets.randbits(32)
-    print(f"seed {seed}")  # noqa: T201
-    chance = random.Random(seed)
-    rules = {
-        "max_attempts_per_round": 100,
-        "max_steps": 1000,
-        "max_epsilon_per_job": 500.0,
-        "min_noise_multiplier": 0.1,
-    }
-    federation = found_federation(SITES, epsilon=500.0, policy=rules)
-    shared = {
-        **SHARED,
-        "privacy": SHARED["privacy"] | {"spare_attempts": 200, "epsilon": 500.0, "epsilon_alone": 500.0},
-    }
-    job = federation_job(
-        training={"rounds": ROUNDS, "local_steps": 1},
-        **{**shared, "federation": {"min_sites": 3, "round_timeout_seconds": 20.0}},
-    )
-    federation.start_coordinator()
-    for name in SITES:
-        federation.start_site(name)
-    submission = federation.submit(job, evaluation_records)
-    best = 0
-    for _ in range(KILLS):
-        if not submission.is_open:
-            break
-        time.sleep(chance.uniform(0.0, 6.0))
-        victim = chance.choice(("coordinator", *SITES))
-        federation.kill(victim)
-        rounds = rounds_of(submission)
-        assert len(rounds) >= best, "a completed round was lost"
-        best = len(rounds)
-        if victim == "coordinator":
-            federation.start_coordinator()
-        else:
-            federation.start_site(victim)
-    state = federation.wait(submission, timeout=900)
-    federation.stop()
-    assert state["state"] == "completed", state
-    assert [record["round"] for record in rounds_of(submission)] == list(range(ROUNDS + 1))
-    assert_books_agree(federation, submission, sites=SITES)
-    for name in SITES:
-        home = federation.site(name)
-        config, ledger = home.load_config(), open_site(home, passphrase=None).ledger()
-        for promise in ("together", "alone"):
-            counted = recount(
-                home.audit, delta=config.budget.delta, dataset=config.dataset, unit="record", promise=promise
-            )
-            assert ledger.spent_epsilon(promise=promise) == pytest.approx(counted, rel=1e-9)
-        # No attempt was charged twice, and none that was released is missing.
-        charged = ledger.charges(job.sha256)
-        places = [(one.round, one.attempt) for one in charged]
-        assert len(places) == len(set(places))
-        assert sum(charges_of(federation, name, submission).values()) == len(places)
-    _no_mask_was_used_twice(submission)
-
-
-def _no_mask_was_used_twice(submission: Submission) -> None:
-    """No two releases that came are equal: with the masks of one attempt, or its draw, they would be."""
-    for record in read_sites(submission.run_folder):
-        assert len(record.update_sha256) == len(set(record.update_sha256))
