@@ -55,8 +55,17 @@ class TrustError(SilotuneError):
     """A key, certificate, signature or chained log cannot be trusted. The text holds no secret and no record."""
 
 
+class RosterError(TrustError):
+    """A site does not enter the sum of a roster; nothing was charged. The text speaks of what all on it see and of the site's own
+    trust in them, so it may be sent to the coordinator."""
+
+
 class PolicyError(SilotuneError):
     """A site's own rules refuse a job. The text speaks of the job only, so it may be sent to the coordinator."""
+
+
+class DroppedOut(PolicyError):
+    """A site has nothing ready for an attempt at a sum, any more or yet."""
 
 
 class LedgerError(SilotuneError):

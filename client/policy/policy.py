@@ -62,7 +62,8 @@ class Policy(Section):
     max_sample_rate: Probability = 1.0
     """Largest probability with which a record (or patient, customer: the unit in site.toml) may enter a step."""
     hours: str | None = None
-    """`HH:MM-HH:MM`, the site's local time in which rounds may run, past midnight if it ends earlier; none: always."""
+    """`HH:MM-HH:MM`, the site's local time in which rounds may begin, past midnight if it ends earlier; none: always. A round of
+    `distributed` begins when the site is asked to get ready; what it was ready for it still sends within the time-out."""
     metrics: tuple[str, ...] = ()
     """Metrics that may be released, with noise and charged to the ledger: `accuracy`, `confusion`, `loss`; none: none."""
     min_sites: int = Field(default=2, ge=1)
@@ -172,7 +173,7 @@ def check_job(policy: Policy, signed: SignedJob, *, now: datetime, site: str) ->
 
 
 def check_hours(policy: Policy, local_time: datetime) -> None:
-    """Refuse a round outside the policy's hours; the start belongs to them, the end does not.
+    """Refuse to begin a round outside the policy's hours; the start belongs to them, the end does not.
 
     Args:
         local_time: now, in the site's own time zone.

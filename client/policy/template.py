@@ -70,7 +70,7 @@ max_steps = 200
 # Largest probability with which a record may enter a step.
 max_sample_rate = {max_sample_rate}
 
-# Rounds run only in these hours of local time, past midnight if the end is earlier. Without this line: always.
+# Rounds begin only in these hours of local time, past midnight if the end is earlier. Without this line: always.
 # hours = "20:00-06:00"
 
 # A job must wait for at least this many sites, so that no update stands alone.

@@ -36,7 +36,7 @@ from client.policy.policy import (
 )
 from client.site.charged_records import RECORDS_FILE, ChargedRecords
 from client.site.declared import durable_size
-from client.site.secure.peers import peer_key
+from client.site.secure.peers import peer_keys
 from shared.errors import BudgetExceeded, PolicyError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.job.model import ModelConfig
@@ -47,14 +47,14 @@ from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.sizes import declared_size
 from shared.secure_sum.keys import shown_key
-from shared.secure_sum.messages import Ready
+from shared.secure_sum.site import KeyOf
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.certificates import load_certificate, spki
 from shared.trust.keystore import Seal
 from shared.trust.receipts import sign_release
 from shared.trust.signed_job import SignedJob, round_fields
 from shared.trust.signing import Purpose
-from shared.wire.messages import MetricsReply, TrainReply, TrainRequest, released
+from shared.wire.messages import MetricsReply, RequestKind, TrainReply, TrainRequest, released
 
 
 class Guard:
@@ -116,8 +116,12 @@ class Guard:
         """Return the size that the site declared first; see `client.site.declared`."""
         return durable_size(home, dataset=dataset, unit=unit, num_units=num_units)
 
-    def admit_round(self, request: TrainRequest) -> None:
-        """Note a request; raise `PolicyError` unless the job's coordinator sent it, now."""
+    def admit_round(self, request: TrainRequest, kind: RequestKind = "train", *, begun: bool = False) -> None:
+        """Note a request; raise `PolicyError` unless the job's coordinator sent it, as this kind of request, now.
+
+        Args:
+            begun: it belongs to what was admitted within the policy's hours, which may be over by now.
+        """
         order = request.order
         self.log.append(
             Event.REQUEST_RECEIVED,
@@ -138,6 +142,7 @@ class Guard:
                 adapter=request.adapter,
                 sent_at=order.sent_at,
                 attempt=request.attempt,
+                kind=kind,
             )
             order.signed_job.coordinator.verify(Purpose.ROUND, fields, order.signature)
             sent_at = _parse_time(order.sent_at)
@@ -145,13 +150,14 @@ class Guard:
                 raise ValueError("the job is not the signed one")
         except (TrustError, ValueError):
             raise PolicyError(
-                f"round {request.round_number} is not signed by the coordinator that the job names; the job, the round number "
-                "or the adapter was changed on the way, or somebody else sent it."
+                f"round {request.round_number} is not signed by the coordinator that the job names; the job, the round number, "
+                "the adapter or the kind of request was changed on the way, or somebody else sent it."
             ) from None
         self._key()  # a key that cannot sign the release is found before anything is charged
         now = self._clock()
         check_clock(self.policy, sent_at, now - timedelta(seconds=request.waited_seconds))
-        check_hours(self.policy, now.astimezone())
+        if not begun:
+            check_hours(self.policy, now.astimezone())
 
     def admit_spend(
         self, ledger: Ledger, job: Job, mechanism: GaussianSteps, together: GaussianSteps | None = None
@@ -189,7 +195,8 @@ class Guard:
         if attempts and attempt <= max(attempts):
             raise PolicyError(
                 f"attempt {attempt} at round {round_number} was asked for, but this site has taken part in attempt "
-                f"{max(attempts)}; each needs a number above all before it."
+                f"{max(attempts)}; each needs a number above all before it. If the coordinator's folder was put back to an older "
+                "state, or its attempts.json was lost, submit the job anew."
             )
         if len(attempts) >= (most := self.policy.max_attempts_per_round):
             raise PolicyError(
@@ -237,9 +244,13 @@ class Guard:
         certificate = load_certificate(self._home / "site.crt")
         return self._key(), certificate.public_bytes(Encoding.DER)
 
-    def peer_key(self, entry: Ready) -> ec.EllipticCurvePublicKey:
-        """Return the key of another site on a roster; see `client.site.secure.peers`."""
-        return peer_key(entry, home=self._home, pinned=self.policy.peers, now=self._clock())
+    def peer_keys(self) -> KeyOf:
+        """Return what gives the keys of the other sites of a roster; see `client.site.secure.peers`."""
+        return peer_keys(self._home, pinned=self.policy.peers, now=self._clock())
+
+    def is_past(self, time: datetime) -> bool:
+        """Return whether a time is over by this site's clock."""
+        return self._clock() >= time
 
     def told(self, error: SilotuneError) -> str:
         """Return what may be told; what a real site spent on other jobs is its own business."""
@@ -302,9 +313,13 @@ class NoGuard:
             self._own_key = ec.generate_private_key(ec.SECP256R1())
         return self._own_key, spki(self._own_key.public_key())
 
-    def peer_key(self, entry: Ready) -> ec.EllipticCurvePublicKey:
-        """Return the key that another simulated site shows."""
-        return shown_key(entry)
+    def peer_keys(self) -> KeyOf:
+        """Return what gives the keys that the other simulated sites show."""
+        return shown_key
+
+    def is_past(self, time: datetime) -> bool:
+        """Return False: in a simulation nothing ends by the clock."""
+        return False
 
     def mirror(self) -> None:
         """Return None: no log repeats the ledger."""
@@ -325,7 +340,7 @@ class NoGuard:
         return str(error)
 
     def admit_job(self, signed: SignedJob | None) -> None: ...
-    def admit_round(self, request: TrainRequest) -> None: ...
+    def admit_round(self, request: TrainRequest, kind: RequestKind = "train", *, begun: bool = False) -> None: ...
     def admit_spend(
         self, ledger: Ledger, job: Job, mechanism: GaussianSteps, together: GaussianSteps | None = None
     ) -> None: ...

@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from shared.errors import AdapterError, BudgetExceeded, ConfigError, DataError, ModelError, PolicyError
+from shared.errors import AdapterError, BudgetExceeded, ConfigError, DataError, ModelError, PolicyError, RosterError
 from shared.models.batches import Example
 from shared.privacy.persons import Persons
 from shared.runtime.runtime import Runtime
 
-PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError)
-"""Texts of these errors speak of the job or of public quantities only; all others stay at the site, name and text."""
+PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError, RosterError)
+"""Texts of these errors speak of the request or of public quantities only; all others stay at the site, name and text."""
 
 _MOST_ROWS_NAMED = 5
 _MOST_REASONS_NAMED = 5

@@ -105,6 +105,7 @@ class Question(ABC, Generic[ReplyT]):
         sites: node id -> description of those who are asked.
         unknown: names of the sites that may have released what nobody here knows of.
         failed: why an answer did not count, by site.
+        codes: of refusals, by site.
     """
 
     kind: ClassVar[RequestKind]
@@ -115,6 +116,7 @@ class Question(ABC, Generic[ReplyT]):
         self.job, self.number, self.adapter, self.sites = job, number, adapter, sites
         self.unknown = {site.site for site in sites.values()}
         self.failed: dict[str, str] = {}
+        self.codes: dict[str, str] = {}
         self.request: TrainRequest | None = None
 
     @abstractmethod
@@ -139,7 +141,7 @@ class Question(ABC, Generic[ReplyT]):
 
     def requests(self, grid: Grid, nodes: Sequence[int], authority: Authority | None) -> list[Message]:
         """Return the messages to some nodes, signed now."""
-        order = authority.order(self.number, self.adapter, self.attempt) if authority else None
+        order = authority.order(self.number, self.adapter, self.attempt, self.kind) if authority else None
         self.request = TrainRequest(
             job=self.job, round_number=self.number, adapter=self.adapter, attempt=self.attempt, order=order
         )
@@ -173,7 +175,7 @@ def collect(
         site, answer = question.sites[node], question.unpack(message)
         reply = None if isinstance(answer, Refusal) else answer
         if isinstance(answer, Refusal):
-            question.failed[site.site] = f"{answer.code}: {answer.reason}"
+            question.failed[site.site], question.codes[site.site] = f"{answer.code}: {answer.reason}", answer.code
             repeated = authority is not None and authority.may_repeat(message.metadata.reply_to_message_id)
             # What cannot be read may hide a release, and so may a refusal to a repeated request.
             if not message.has_error() and answer.code != MALFORMED and not repeated:

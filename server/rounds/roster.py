@@ -17,7 +17,15 @@ from shared.errors import RunError
 from shared.job.job import Job
 from shared.trust.signed_job import SignedJob, round_fields
 from shared.trust.signing import Purpose, SigningKey
-from shared.wire.messages import DESCRIBE, Order, Refusal, SiteDescription, describe_request, unpack_description
+from shared.wire.messages import (
+    DESCRIBE,
+    Order,
+    Refusal,
+    RequestKind,
+    SiteDescription,
+    describe_request,
+    unpack_description,
+)
 
 POLL_SECONDS = 0.1
 DESCRIBE_TIMEOUT_SECONDS = 120.0
@@ -51,7 +59,7 @@ class Authority:
     asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
     arrivals: Callable[[], int] = lambda: 0
 
-    def order(self, round_number: int, adapter: bytes, attempt: int = 0) -> Order:
+    def order(self, round_number: int, adapter: bytes, attempt: int = 0, kind: RequestKind = "train") -> Order:
         """Return the signatures that go with one round's request."""
         sent_at = datetime.now(UTC).isoformat(timespec="milliseconds")
         fields = round_fields(
@@ -60,6 +68,7 @@ class Authority:
             adapter=adapter,
             sent_at=sent_at,
             attempt=attempt,
+            kind=kind,
         )
         return Order(signed_job=self.signed_job, sent_at=sent_at, signature=self.key.sign(Purpose.ROUND, fields))
 

@@ -157,12 +157,14 @@ def sign_job(
 
 
 def round_fields(
-    *, job_sha256: str, round_number: int, adapter: bytes, sent_at: str, attempt: int = 0
+    *, job_sha256: str, round_number: int, adapter: bytes, sent_at: str, attempt: int = 0, kind: str = "train"
 ) -> dict[str, Any]:
     """Return what the coordinator signs, for `Purpose.ROUND`, when it sends `adapter` out for one round.
 
     Args:
         attempt: at the round, where sites are told; 0 where they are not.
+        kind: of the request. Only the two exchanges of an attempt say theirs: what else is asked for, the number of the round
+            tells, and what was signed before there were attempts stays valid.
     """
     fields = {
         "job_sha256": job_sha256,
@@ -170,7 +172,7 @@ def round_fields(
         "adapter_sha256": hashlib.sha256(adapter).hexdigest(),
         "sent_at": sent_at,
     }
-    return fields | ({"attempt": attempt} if attempt else {})
+    return fields | ({"attempt": attempt} if attempt else {}) | ({"kind": kind} if kind in ("ready", "masked") else {})
 
 
 def _parse_time(text: str, what: str) -> datetime:

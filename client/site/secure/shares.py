@@ -12,16 +12,21 @@ Guarantees (tests: tests/client/site/secure/)
       (test_a_kill_at_any_line_loses_no_charge).
     * What the site's budget and policy will not let out is refused before it is ready, so that nobody else is charged for an
       attempt that cannot succeed (test_a_budget_that_is_spent_refuses_before_others_are_charged).
-    * Whether a request is answered, and how a refusal reads, follows from what the coordinator sent, what the site declares and
-      its ledger, never from a record.
+    * Whether a request is answered, and how a refusal reads, follows from what the coordinator sent, what the site declares, its
+      ledger and whom it trusts, never from a record (test_why_a_roster_is_refused_is_told).
+    * The policy's hours are those in which an attempt begins. What this site said ready for in them it still sends within the
+      round's time-out (test_an_attempt_that_began_within_the_hours_is_finished).
+    * What was drawn for one job is not kept beyond another's (test_what_was_drawn_is_dropped_once_nobody_can_ask_for_it).
 """
 
 from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,8 +39,7 @@ from client.site.terms import check_terms
 from client.site.usable import on_records
 from client.training.gradient import NoisySum, noisy_sums
 from client.training.trainer import LocalWork
-from shared.errors import PolicyError
-from shared.job.job import Job
+from shared.errors import DroppedOut, PolicyError, PrivacyError, RosterError, TrustError
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.shares import check_reach
 from shared.runtime.runtime import Runtime
@@ -44,6 +48,7 @@ from shared.secure_sum.site import SecureSite
 from shared.wire.messages import TrainReply, TrainRequest
 
 MECHANISM = "distributed"
+_ON_THE_WAY_SECONDS = 10.0  # between the end of the coordinator's patience with the first exchange and the second one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +77,19 @@ class _Attempt:
     words: NDArray[np.uint64]
     origin: str
     seconds: float
+    until: float  # by `time.monotonic`: afterwards nobody waits for it
+
+
+@dataclass(kw_only=True)
+class _Asked:
+    """What was computed last for a job; nobody can ask for it any more once the job's signature has ended."""
+
+    not_after: datetime | None = None  # None in a simulation
+    round_number: int = 0
+    adapter_sha256: str = ""
+    computed: int = 0  # attempts at this round
+    said_ready: tuple[int, int] = (0, 0)  # round and attempt
+    until: float = 0.0  # by `time.monotonic`, for these
 
 
 class Shares:
@@ -80,9 +98,7 @@ class Shares:
     def __init__(self, site: OpenedFolder) -> None:
         self._site = site
         self._drawn: dict[str, _Attempt] = {}  # by job: the latest attempt only
-        self._asked: dict[
-            str, tuple[int, str, int]
-        ] = {}  # by job: last round, its adapter, and how often it was computed
+        self._asked: dict[str, _Asked] = {}  # by job
 
     def ready(self, request: TrainRequest) -> Ready:
         """Compute for an attempt and say so; asked again, the same.
@@ -116,7 +132,7 @@ class Shares:
         start = checked_adapter(runtime, plan, request)
         site.check_charge(job, _charge_for(request, _request_sha256(request), plan))
         self._note_computation(request)
-        self._drawn.pop(job.sha256, None)
+        self._forget(job.sha256)
         usable = site.usable(runtime, job)
         work = LocalWork(
             examples=usable.examples,
@@ -154,6 +170,9 @@ class Shares:
             key=key,
             certificate=certificate,
         )
+        until = time.monotonic() + request.job.federation.round_timeout_seconds + _ON_THE_WAY_SECONDS
+        asked = self._asked[request.job.sha256]
+        asked.said_ready, asked.until = (request.round_number, request.attempt), until
         self._drawn[request.job.sha256] = _Attempt(
             place=_place(request),
             plan=begun.plan,
@@ -161,6 +180,7 @@ class Shares:
             words=found.words,
             origin=begun.work.randomness.origin,
             seconds=seconds,
+            until=until,
         )
         return machine.ready()
 
@@ -168,12 +188,13 @@ class Shares:
         """Return the masked input for a roster; asked again, the same bytes.
 
         Raises:
-            TrustError: the roster is not what it should be; nothing was charged.
-            PolicyError: this site is not ready for it, or does not accept it.
+            RosterError: the roster is not what it should be; nothing was charged.
+            DroppedOut: this site is not ready for it; nothing was charged.
+            PolicyError: it does not accept it; nothing was charged.
             BudgetExceeded: it does not fit into the site's budget; nothing was charged.
         """
         site, job = self._site, request.job
-        site.guard.admit_round(request)
+        site.guard.admit_round(request, "masked", begun=self._has_begun(request))
         check_terms(site.config, job, declared_records=site.declared_records)
         request_sha256 = _request_sha256(request)
         stored = site.outbox.stored_round(job.sha256, request.round_number, request_sha256=request_sha256)
@@ -183,14 +204,16 @@ class Shares:
             return stored
         drawn = self._drawn.get(job.sha256)
         if drawn is None or drawn.place[:2] != (request.round_number, request.attempt):
-            raise PolicyError(
+            raise DroppedOut(
                 f"site {site.config.name} has nothing ready for attempt {request.attempt} at round {request.round_number}: it "
                 "was started anew, or has sent for another roster. Begin another attempt."
             )
-        roster = unpack_roster(request.adapter)
-        site.guard.admit_peers(job, [entry.site for entry in roster])
-        context = drawn.machine.accept(roster, min_sites=job.federation.min_sites, key_of=site.guard.peer_key)
-        _check_sizes(roster, job, drawn.plan)
+        with _about_the_roster():
+            roster = unpack_roster(request.adapter)
+            _check_sizes(roster, drawn.plan)
+            site.guard.admit_peers(job, [entry.site for entry in roster])
+            key_of = site.guard.peer_keys()
+            context = drawn.machine.accept(roster, min_sites=job.federation.min_sites, key_of=key_of)
         # From here on it is this roster or none.
         del self._drawn[job.sha256]
         reservation = self._charge(request, request_sha256, drawn.plan)
@@ -202,7 +225,7 @@ class Shares:
 
     def _admit(self, request: TrainRequest) -> PrivacyPlan:
         site, job = self._site, request.job
-        site.guard.admit_round(request)
+        site.guard.admit_round(request, "ready")
         check_terms(site.config, job, declared_records=site.declared_records)
         if job.privacy.mechanism != MECHANISM:
             raise PolicyError(
@@ -223,18 +246,41 @@ class Shares:
             PolicyError: a round before the last one, another adapter for the same, or too many attempts at it.
         """
         number, _, adapter = _place(request)
-        last, used, count = self._asked.get(request.job.sha256, (0, "", 0))
-        if number < last or (number == last and adapter != used):
+        asked = self._asked.get(request.job.sha256) or _Asked()
+        last = asked.round_number
+        if number < last or (number == last and adapter != asked.adapter_sha256):
             raise PolicyError(
                 f"round {number} was asked for, but this site has computed round {last} of the job"
                 f"{' from another adapter' if number == last else ''}; rounds go forward only, each from one adapter."
             )
-        count = count + 1 if number == last else 1
-        if count > (most := request.job.spare_attempts + 1):
+        computed = asked.computed + 1 if number == last else 1
+        if computed > (most := request.job.spare_attempts + 1):
             raise PolicyError(
                 f"this site has computed {most} attempts at round {number}, as many as the job plans for one."
             )
-        self._asked[request.job.sha256] = (number, adapter, count)
+        if request.order is not None:  # the same job may have been signed more than once
+            end = request.order.signed_job.not_after
+            asked.not_after = max(asked.not_after or end, end)
+        asked.round_number, asked.adapter_sha256, asked.computed = number, adapter, computed
+        self._asked[request.job.sha256] = asked
+
+    def _forget(self, job_sha256: str) -> None:
+        """Drop what nobody can ask for any more: the earlier draw of a job that begins anew, and what other jobs left."""
+        self._drawn.pop(job_sha256, None)
+        now = time.monotonic()
+        for other in [other for other, drawn in self._drawn.items() if drawn.until < now]:
+            del self._drawn[other]
+        over = self._site.guard.is_past
+        for other in [job for job, asked in self._asked.items() if asked.not_after and over(asked.not_after)]:
+            del self._asked[other]
+
+    def _has_begun(self, request: TrainRequest) -> bool:
+        """Return whether a roster came in time for what this site said ready to, and so was admitted then."""
+        asked = self._asked.get(request.job.sha256)
+        arrived = time.monotonic() - request.waited_seconds
+        return (
+            asked is not None and asked.said_ready == (request.round_number, request.attempt) and arrived <= asked.until
+        )
 
     def _charge(self, request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> int:
         job = request.job
@@ -287,7 +333,16 @@ def _check_length(runtime: Runtime) -> None:
         )
 
 
-def _check_sizes(roster: Roster, job: Job, plan: PrivacyPlan) -> None:
+@contextmanager
+def _about_the_roster() -> Iterator[None]:
+    """Turn an error about what all sites of a roster see into one that may be told."""
+    try:
+        yield
+    except (TrustError, PrivacyError) as error:
+        raise RosterError(str(error)) from None
+
+
+def _check_sizes(roster: Roster, plan: PrivacyPlan) -> None:
     """Raise `PrivacyError` if the sum of all on the roster could wrap around; a site has fewer than twice what it declares."""
     declared = sum(entry.declared_records for entry in roster)
     check_reach(num_units=2 * declared, num_sites=len(roster), noise_multiplier=plan.noise_multiplier)

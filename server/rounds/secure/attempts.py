@@ -1,14 +1,16 @@
 """What a coordinator must not forget about the attempts of a run: which rosters went out, and who dropped out after one.
 
-Guarantee (tests: tests/server/rounds/secure/test_attempts.py): an attempt is in the file before its roster leaves, so a number
-never serves for two rosters, and no more rosters go out than the job declares to the sites, whatever moment the process dies at.
+Guarantees (tests: tests/server/rounds/secure/test_attempts.py)
+    * An attempt is in the file before its roster leaves, so a number never serves for two rosters, and no more rosters go out
+      than the job declares to the sites, whatever moment the process dies at.
+    * Who refused a roster is not asked again by this process; who does so twice has dropped out (test_whoever_refuses_twice).
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ class Attempts:
         self._path, self._job = path, job
         self._rounds: list[int] = []  # of each roster that went out, oldest first
         self._failures: Counter[str] = Counter()
+        self._refusals: Counter[str] = Counter()
+        self._refusing: dict[str, str] = {}  # in this process
         if path.exists():
             self._read()
 
@@ -58,31 +62,44 @@ class Attempts:
 
     def begin(self, round_number: int) -> None:
         """Note, durably, that a roster is about to go out."""
-        self._write([*self._rounds, round_number], self._failures)
+        self._write([*self._rounds, round_number], self._failures, self._refusals)
 
     def failed(self, sites: Iterable[str]) -> None:
         """Note, durably, who did not send after the roster had gone out."""
-        self._write(self._rounds, self._failures + Counter(set(sites)))
+        self._write(self._rounds, self._failures + Counter(set(sites)), self._refusals)
+
+    def refused(self, reasons: Mapping[str, str]) -> None:
+        """Note, durably, who refused the roster before being charged, and in this process why."""
+        self._write(self._rounds, self._failures, self._refusals + Counter(reasons.keys()))
+        self._refusing |= reasons
+
+    @property
+    def refusing(self) -> Mapping[str, str]:
+        """Why sites refused a roster, by name, since this process began: a person may have mended what was before."""
+        return self._refusing
 
     def order_of_trust(self, names: Iterable[str]) -> list[str]:
         """Return `names`, those that failed least first."""
-        return sorted(names, key=lambda name: (self._failures[name], name))
+        return sorted(names, key=lambda name: (self._failures[name] + self._refusals[name], name))
 
     def has_failed(self, name: str) -> bool:
-        """Return whether a site ever dropped out after a roster."""
-        return self._failures[name] > 0
+        """Return whether a site ever dropped out after a roster, or refused one more than once."""
+        return self._failures[name] > 0 or self._refusals[name] > 1
 
-    def _write(self, rounds: list[int], failures: Counter[str]) -> None:
+    def _write(self, rounds: list[int], failures: Counter[str], refusals: Counter[str]) -> None:
         content = {"job_sha256": self._job.sha256, "rounds": rounds, "failures": dict(sorted(failures.items()))}
-        write_json(self._path, content)
-        self._rounds, self._failures = rounds, failures
+        write_json(self._path, content | {"refusals": dict(sorted(refusals.items()))})
+        self._rounds, self._failures, self._refusals = rounds, failures, refusals
 
     def _read(self) -> None:
         try:
             content: dict[str, Any] = json.loads(self._path.read_text(encoding="utf-8"))
             owner = content["job_sha256"]
             rounds = [_count(number) for number in content["rounds"]]
-            failures = Counter({str(name): _count(number) for name, number in content["failures"].items()})
+            failures, refusals = (
+                Counter({str(name): _count(number) for name, number in counts.items()})
+                for counts in (content["failures"], content.get("refusals", {}))  # an older version wrote none
+            )
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise RunError(
                 f"{self._path} cannot be read ({type(error).__name__}); it says which attempts the sites were charged for. "
@@ -90,7 +107,7 @@ class Attempts:
             ) from None
         if owner != self._job.sha256:
             raise RunError(f"{self._path} belongs to another job; choose another run folder.")
-        self._rounds, self._failures = rounds, failures
+        self._rounds, self._failures, self._refusals = rounds, failures, refusals
 
 
 def _count(value: object) -> int:

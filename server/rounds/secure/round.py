@@ -2,7 +2,8 @@
 
 Nothing is charged before the roster goes out, so a site that fails before costs nothing. One that fails after voids the attempt:
 everybody else has been charged for it, and the next attempt has fresh keys, samples and noise. Such a site is left out from then
-on, unless too few would be left.
+on, unless too few would be left. One that refuses the roster, and says why, voids the attempt as well: it is left out until a
+person resumes the run, who has read why. A hostile site gains nothing by it that silence would not give it.
 
 Guarantees (tests: tests/server/rounds/secure/test_round.py)
     * The next adapter depends on the sites through the opened sum and the public sizes of who is in it only.
@@ -43,6 +44,9 @@ from shared.trust.certificates import identity
 from shared.trust.receipts import Receipt
 from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_ready
 
+# What a site tells where it was not charged: of the roster, its policy and its budget. Whoever dropped out tells another code.
+_REFUSALS = ("RosterError", "PolicyError", "BudgetExceeded")
+
 
 class SecurePrivacy(LocalPrivacy):
     """What a coordinator needs where sites add shares of the noise; the interface of `LocalPrivacy`."""
@@ -82,14 +86,25 @@ class SecureRound(LocalRound):
         self._attempts = attempts
 
     def draw(self, sites: Mapping[int, SiteDescription]) -> list[int]:
-        """Return the node ids to ask: all sites, or some by the public seed, that never dropped out after a roster.
+        """Return the node ids to ask: all sites, or some by the public seed, that neither dropped out after a roster nor refused.
 
-        Where that leaves fewer than `federation.min_sites`, those that did so least often are asked again.
+        Where that leaves fewer than `federation.min_sites`, those that dropped out least often are asked again.
+
+        Raises:
+            RunHeld: so many refuse that too few are left.
         """
-        good = {node: site for node, site in sites.items() if not self._attempts.has_failed(site.site)}
-        least = self._job.federation.min_sites
+        refusing, least = self._attempts.refusing, self._job.federation.min_sites
+        willing = {node: site for node, site in sites.items() if site.site not in refusing}
+        good = {node: site for node, site in willing.items() if not self._attempts.has_failed(site.site)}
+        if len(willing) < least <= len(sites):
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in sorted(refusing.items()))
+            raise RunHeld(
+                f"round {self._number}: {len(refusing)} sites refuse to enter a sum with the others ({reasons}). Without them "
+                f"{len(willing)} are left, and federation.min_sites is {least}. They were not charged; whoever sent for that "
+                "roster was. The run stands at the last checkpoint: mend what they say, here or there, and resume it."
+            )
         if len(good) < least:
-            by_name = {site.site: node for node, site in sites.items()}
+            by_name = {site.site: node for node, site in willing.items()}
             chosen = sorted(self._attempts.order_of_trust(by_name)[:least])
             good = {by_name[name]: sites[by_name[name]] for name in chosen}
         return select_sites(good, self._job, self._number)
@@ -122,7 +137,11 @@ class SecureRound(LocalRound):
         collect(at_hand.grid, masked, authority=at_hand.authority)
         masked.close()
         if machine.missing:
-            self._attempts.failed(machine.missing)
+            refusals = {n: masked.failed[n] for n in sorted(machine.missing) if masked.codes.get(n) in _REFUSALS}
+            self._attempts.failed(machine.missing - refusals.keys())
+            self._attempts.refused(refusals)
+            for name, reason in refusals.items():
+                at_hand.observer.site_refused(name, f"{reason} (it is asked again once the run is resumed)")
         return masked
 
 

@@ -12,12 +12,14 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from client.site.secure.peers import peer_key
-from shared.errors import TrustError
+import client.site.secure.peers as peers_module
+from client.site.secure.peers import peer_keys
+from shared.errors import RosterError, TrustError
 from shared.secure_sum.messages import Ready
 from shared.secure_sum.site import SecureSite
 from shared.trust.certificates import fingerprint
 from shared.trust.pki import approve, create_ca, make_request, publish, revoke
+from shared.trust.trust_store import TrustStore
 
 NOW = datetime(2026, 6, 1, 12, 0, tzinfo=UTC)
 
@@ -59,7 +61,7 @@ class Consortium:
         return Holder(name, key, certificate)
 
     def key_of(self, entry: Ready, *, now: datetime = NOW, **pinned: str) -> ec.EllipticCurvePublicKey:
-        return peer_key(entry, home=self.home, pinned=pinned, now=now)
+        return peer_keys(self.home, pinned=pinned, now=now)(entry)
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def test_a_revoked_certificate_is_refused_once_the_list_is_there(consortium: Con
         consortium.key_of(south.entry())
 
 
-def test_an_older_revocation_list_is_noticed(consortium: Consortium) -> None:
+def test_an_older_revocation_list_is_noticed(consortium: Consortium, caplog: pytest.LogCaptureFixture) -> None:
     south = consortium.holder("south")
     publish(consortium.ca, consortium.home)
     old = (consortium.home / "crl.pem").read_bytes()
@@ -142,8 +144,25 @@ def test_an_older_revocation_list_is_noticed(consortium: Consortium) -> None:
     with pytest.raises(TrustError, match="was revoked"):
         consortium.key_of(south.entry())
     (consortium.home / "crl.pem").write_bytes(old)
-    with pytest.raises(TrustError, match="un-revoke"):
+    with pytest.raises(
+        RosterError, match="list of revoked certificates is not in order; its own log says why"
+    ) as caught:
         consortium.key_of(south.entry())
+    # What lies in its folder stays there.
+    assert str(consortium.home) not in str(caught.value)
+    assert "un-revoke" in caplog.text
+
+
+def test_the_files_of_the_ca_are_read_once_for_a_roster(
+    consortium: Consortium, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entries = [consortium.holder(name).entry() for name in ("south", "west", "east")]
+    publish(consortium.ca, consortium.home)
+    read = []
+    monkeypatch.setattr(peers_module, "TrustStore", lambda home: read.append(home) or TrustStore(home))
+    key_of = peer_keys(consortium.home, pinned={}, now=NOW)
+    assert [key_of(entry) for entry in entries]
+    assert read == [consortium.home]
 
 
 def test_a_second_certificate_for_a_pinned_name_is_refused(consortium: Consortium) -> None:

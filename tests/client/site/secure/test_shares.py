@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 import client.site.outbox as outbox_module
+import client.site.secure.shares as shares_module
 from client.ledger.account import Charge
 from client.ledger.ledger import Ledger
 from client.site.guard import NoGuard
 from client.site.site import Site
-from shared.errors import BudgetExceeded, LedgerError, PolicyError, TrustError
+from shared.errors import BudgetExceeded, DroppedOut, LedgerError, PolicyError, TrustError
 from shared.job.job import Job
 from shared.privacy.distributed import DistributedPlan
 from shared.privacy.randomness import SiteRandomness
@@ -153,6 +154,32 @@ def test_a_retry_has_fresh_words(sites: list[Site], secure_job: Callable[..., Jo
         drawn.append(next(iter(site.shares._drawn.values())).words)
     difference = (drawn[0] - drawn[1]).view(np.int64) / GRID_STEPS
     assert 1.2 < difference.std() < 1.7  # two independent shares of 1: their difference has sqrt 2
+
+
+def test_what_was_drawn_is_dropped_once_nobody_can_ask_for_it(
+    sites: list[Site], secure_job: Callable[..., Job], request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(shares_module.time, "monotonic", lambda: now[0])
+    site, first, second = sites[0], secure_job(), secure_job(name="another")
+    shares, lasts = site.shares, first.federation.round_timeout_seconds
+    entries = [one.shares.ready(attempt_of(request_for(first))) for one in sites]
+    # Another job begins while the first is waited for: both go on.
+    shares.ready(attempt_of(request_for(second)))
+    assert {*shares._drawn} == {first.sha256, second.sha256}
+    now[0] += lasts
+    masked = roster_request(attempt_of(request_for(first)), entries)
+    assert shares.masked(masked) == shares.masked(masked)
+    assert {*shares._drawn} == {second.sha256}
+    # The first begins its next attempt when the other was given up.
+    now[0] += 60
+    shares.ready(attempt_of(request_for(first), 2))
+    assert {*shares._drawn} == {first.sha256}
+    late = roster_request(attempt_of(request_for(second)), entries)
+    with pytest.raises(DroppedOut):
+        shares.masked(late)
+    with pytest.raises(PolicyError, match="nothing ready for attempt 1"):
+        shares.masked(roster_request(attempt_of(request_for(first)), entries[:2]))
 
 
 def test_what_was_drawn_does_not_survive_the_process(

@@ -36,6 +36,30 @@ def test_who_failed_is_remembered(tmp_path: Path) -> None:
     assert again.order_of_trust("cba") == ["a", "c", "b"]
 
 
+def test_whoever_refuses_twice(tmp_path: Path) -> None:
+    """Once it is asked again by the next process, which a person has started; the second time it has dropped out."""
+    job, path = secure_job(), tmp_path / ATTEMPTS_FILE
+    attempts = Attempts(path, job)
+    attempts.refused({"b": "its list is newer"})
+    assert attempts.refusing == {"b": "its list is newer"}
+    assert not attempts.has_failed("b")
+    again = Attempts(path, job)
+    assert again.refusing == {}
+    assert not again.has_failed("b")
+    assert again.order_of_trust("abc") == ["a", "c", "b"]
+    again.refused({"b": "its list is newer"})
+    assert again.has_failed("b")
+    assert Attempts(path, job).has_failed("b")
+    assert not Attempts(path, job).has_failed("c")
+
+
+def test_a_file_of_an_older_version_knows_of_no_refusals(tmp_path: Path) -> None:
+    job, path = secure_job(), tmp_path / ATTEMPTS_FILE
+    path.write_text(json.dumps({"job_sha256": job.sha256, "rounds": [1, 1], "failures": {"b": 1}}))
+    attempts = Attempts(path, job)
+    assert (attempts.made, attempts.has_failed("b"), attempts.has_failed("a")) == (2, True, False)
+
+
 def test_a_write_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, path = secure_job(), tmp_path / ATTEMPTS_FILE
     attempts = Attempts(path, job)
@@ -47,7 +71,10 @@ def test_a_write_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(attempts_module, "write_json", full)
     with pytest.raises(RunError, match="no space"):
         attempts.begin(2)
+    with pytest.raises(RunError, match="no space"):
+        attempts.refused({"b": "it is full"})
     assert (attempts.made, Attempts(path, job).made) == (1, 1)
+    assert attempts.refusing == {}
 
 
 def test_spare_attempts_are_for_all_rounds_together(tmp_path: Path) -> None:

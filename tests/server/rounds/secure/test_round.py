@@ -144,6 +144,78 @@ def test_a_late_drop_out_voids_the_attempt_and_is_left_out_from_then_on(tmp_path
     assert torch.allclose(last.adapter["w"], torch.full((2, 3), expected(job, [2.0, 2.0], 16)))
 
 
+def refuses_once(code: str) -> Any:
+    """A site that refuses its first roster before it is charged, and says so."""
+    seen: list[int] = []
+
+    def act(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        seen.append(request.attempt)
+        if len(seen) == 1:
+            return pack_refusal(Refusal(site=site.name, code=code, reason="c on the roster was revoked"))
+        return site.masked(request)
+
+    return act
+
+
+class Refusals(Told):
+    """And what it heard of refusals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refused: dict[str, str] = {}
+
+    def site_refused(self, site: str, reason: str) -> None:
+        self.refused[site] = reason
+
+
+@pytest.mark.parametrize("code", ["RosterError", "PolicyError", "BudgetExceeded"])
+def test_who_refuses_a_roster_says_why_and_is_asked_again_once_somebody_resumes_the_run(
+    tmp_path: Path, code: str
+) -> None:
+    job, sites, told = secure_job(training={"rounds": 3}), [SimpleSite(n, GRID_STEPS) for n in "abc"], Refusals()
+    grid = grid_of(sites, at_masked={"b": refuses_once(code)})
+    first = run_rounds(grid, coordinator(job, tmp_path, observer=told), None, stop_after=2)
+    assert f"the sum does not open without b: {code}: c on the roster was revoked" in told.waits[0]
+    assert told.refused == {"b": f"{code}: c on the roster was revoked (it is asked again once the run is resumed)"}
+    assert [record.sites for record in first.history[1:]] == [["a", "c"], ["a", "c"]]
+    assert sites[1].attempts == [(1, 1)]
+    assert "b" not in first.releases
+    last = run_rounds(grid, coordinator(job, tmp_path), first)
+    assert last.history[-1].sites == ["a", "b", "c"]
+
+
+def test_refusing_again_gains_nothing_that_silence_would_not(tmp_path: Path) -> None:
+    job = secure_job(training={"rounds": 3}, privacy={"spare_attempts": 3})
+    sites = [SimpleSite(n, GRID_STEPS) for n in "abc"]
+
+    def always(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        return pack_refusal(Refusal(site=site.name, code="RosterError", reason="no"))
+
+    grid, last = grid_of(sites, at_masked={"b": always}), None
+    for stop in (1, 2, 3):
+        last = run_rounds(grid, coordinator(job, tmp_path), last, stop_after=stop)
+    assert sites[0].attempts == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1)]
+    assert sites[1].attempts == [(1, 1), (2, 1)]
+
+
+def test_a_run_without_enough_sites_that_enter_its_sums_is_held(tmp_path: Path) -> None:
+    """Asking the same sites the same again would cost those that send a charge each time."""
+    job, sites = secure_job(federation={"min_sites": 3}), [SimpleSite(n, GRID_STEPS) for n in "abc"]
+    grid, saved = grid_of(sites, at_masked={"b": refuses_once("RosterError")}), []
+    with pytest.raises(RunHeld) as caught:
+        run_rounds(grid, coordinator(job, tmp_path, saved=saved), None)
+    assert str(caught.value) == (
+        "round 1: 1 sites refuse to enter a sum with the others (b: RosterError: c on the roster was revoked). Without them 2 "
+        "are left, and federation.min_sites is 3. They were not charged; whoever sent for that roster was. The run stands at the "
+        "last checkpoint: mend what they say, here or there, and resume it."
+    )
+    assert sites[0].attempts == [(1, 1)]
+    assert saved[-1].releases["a"].rounds == (1,)
+    last = run_rounds(grid, coordinator(job, tmp_path), saved[-1])
+    assert last.history[-1].sites == ["a", "b", "c"]
+    assert sites[0].attempts == [(1, 1), (1, 2), (2, 1)]
+
+
 def test_it_is_asked_again_where_too_few_would_be_left(tmp_path: Path) -> None:
     job, sites = secure_job(federation={"min_sites": 3}), [SimpleSite(n, GRID_STEPS) for n in "abc"]
     act, seen = silent_once("b")
