@@ -61,7 +61,8 @@ check: $(BIN)/.installed
 	$(BIN)/lint-imports
 
 # Three processes, also on two cores: many of the tests wait for networks, clocks and other processes. The slowest are named at the end.
-PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile -m "not endurance" --durations=25
+# Files come in the order of tests/conftest.py; by number of tests, as would be usual, those of a few long ones would come last.
+PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not endurance" --durations=25
 test: check
 	$(PYTEST)
 

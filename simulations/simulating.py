@@ -114,14 +114,19 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     console = terminal.console(as_json=as_json)
     check_place(folder)  # before a backbone is trained or data is read
     prepare_backbone(scenario.job.model.backbone, console)
+    audited = scenario.job.privacy.mechanism != "none"
     with LiveView(console) as view:
         run = run_repeats if scenario.simulation.folds is None else run_folds
-        finished = run(scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after)
+        finished = run(
+            scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after, report=not audited
+        )
     complete = is_over(finished, scenario.job)
-    if complete and scenario.job.privacy.mechanism != "none":
-        with console.status("auditing the mechanism on canaries"):
-            audit_run_mechanism(folder)
-        write_report_if_possible(folder)
+    if complete and audited:
+        try:
+            with console.status("auditing the mechanism on canaries"):
+                audit_run_mechanism(folder)
+        finally:
+            write_report_if_possible(folder)
     figures = summary(folder, scenario, seconds=time.monotonic() - started)
     if as_json:
         terminal.print_json(figures)

@@ -31,6 +31,13 @@ LINES = [
 ]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where several processes share the tests, begin with the files that take minutes: one of them alone must not be the end."""
+    if hasattr(config, "workerinput"):
+        long = ("integration", "simulations")
+        items.sort(key=lambda item: next((i for i, folder in enumerate(long) if folder in item.path.parts), len(long)))
+
+
 @pytest.fixture(autouse=True)
 def _logging_as_it_was() -> Iterator[None]:
     """Take back what a command that ran in this process did to logging: its handler writes to a stream that is closed by then."""

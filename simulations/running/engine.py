@@ -93,6 +93,7 @@ def run_scenario(
     stop_after: int | None = None,
     injected_seed: str | None = None,
     fold: Fold | None = None,
+    report: bool = True,
 ) -> Checkpoint:
     """Run `scenario` into `folder` and return the federated arm's last checkpoint.
 
@@ -102,6 +103,7 @@ def run_scenario(
         stop_after: stop the federated arm after this round; baselines and report wait for the resume.
         injected_seed: for tests only, see `simulations.running.sites.simulated_site`.
         fold: the records, one part of a cross-validation; None loads and splits them as the scenario says.
+        report: write the report at the end; False if the caller does, once it has more to show.
 
     Raises:
         SilotuneError: bad data or configuration is found before anything is written.
@@ -122,13 +124,14 @@ def run_scenario(
     running = _Running(
         scenario=scenario, test=test, fold=fold, observer=observer, resume=resume, injected_seed=injected_seed
     )
-    finished = _run_arm(running, arms[0], stop_after=stop_after)
+    # Baselines take long, so there is something to read before them.
+    finished = _run_arm(running, arms[0], stop_after=stop_after, report=report or bool(arms[1:]))
     if not is_over(finished, arms[0].job):
         return finished
     for arm in arms[1:]:
         if not (resume and _is_complete(arm)):
             _run_baseline(running, arm)
-    if arms[1:] or stop_after is not None:  # else it is written already
+    if report and (arms[1:] or stop_after is not None):  # else it is written already
         write_report_if_possible(folder)
     return finished
 
@@ -380,7 +383,7 @@ def site_config(scenario: Scenario, arm: Arm, name: str) -> dict[str, Any]:
     }
 
 
-def _run_arm(running: _Running, arm: Arm, *, stop_after: int | None = None) -> Checkpoint:
+def _run_arm(running: _Running, arm: Arm, *, stop_after: int | None = None, report: bool = True) -> Checkpoint:
     scenario, injected_seed = running.scenario, running.injected_seed
     run = Run(
         job=arm.job,
@@ -418,7 +421,7 @@ def _run_arm(running: _Running, arm: Arm, *, stop_after: int | None = None) -> C
         server_app(grid, grid.server_context)
     if run.finished is None:
         raise RunError(f"the {scenario.simulation.backend} backend ended without a result; its log says why.")
-    if stop_after is None:
+    if report and stop_after is None:
         write_report_if_possible(arm.folder)
     return run.finished
 

@@ -30,6 +30,7 @@ def run_folds(
     resume: bool = False,
     stop_after: int | None = None,
     injected_seed: str | None = None,
+    report: bool = True,
 ) -> Checkpoint:
     """Run the first fold into `folder`, the others into `folder/folds/fold-N`, and return the first's checkpoint.
 
@@ -60,7 +61,8 @@ def run_folds(
     arms = {arm: found for arm in [FEDERATED, *scenario.baselines.arms] if (found := _by_metric(places, arm))}
     test_records = tuple(len(fold.test) for fold in folds)
     write_json(folder / FOLDS_FILE, Folds(folds=len(folds), test_records=test_records, arms=arms))
-    write_report_if_possible(folder)
+    if report:
+        write_report_if_possible(folder)
     return finished[0]
 
 

@@ -20,7 +20,13 @@ from simulations.scenario import Scenario
 
 
 def run_repeats(
-    scenario: Scenario, folder: Path, *, observer: MakeObserver, resume: bool = False, stop_after: int | None = None
+    scenario: Scenario,
+    folder: Path,
+    *,
+    observer: MakeObserver,
+    resume: bool = False,
+    stop_after: int | None = None,
+    report: bool = True,
 ) -> Checkpoint:
     """Run `scenario` into `folder` and its repeats into `folder/repeats/seed-N`, and return the first's checkpoint.
 
@@ -28,8 +34,11 @@ def run_repeats(
     together (`shared.runtime.ensembles`) where the task can be averaged; the report shows mean, spread and ensemble. See
     `simulations.running.engine.run_scenario` for the arguments.
     """
-    finished = run_scenario(scenario, folder, observer=observer, resume=resume, stop_after=stop_after)
-    if scenario.simulation.repeats == 1 or not is_over(finished, scenario.job):
+    alone = scenario.simulation.repeats == 1
+    finished = run_scenario(
+        scenario, folder, observer=observer, resume=resume, stop_after=stop_after, report=report or not alone
+    )
+    if alone or not is_over(finished, scenario.job):
         return finished
     folders = {scenario.seed: folder}
     for seed in range(scenario.seed + 1, scenario.seed + scenario.simulation.repeats):
@@ -51,7 +60,8 @@ def run_repeats(
         places = {arm: [arm_folder(place, arm) for place in folders.values()] for arm in arms}
         summary["ensembles"] = {arm: _ensemble(runs, scenario, test) for arm, runs in places.items()}
     write_json(folder / REPEATS_FILE, summary)
-    write_report_if_possible(folder)
+    if report:
+        write_report_if_possible(folder)
     return finished
 
 

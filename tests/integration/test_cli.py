@@ -11,10 +11,13 @@ from typing import Any
 
 import pytest
 
+from server.reports.run.render import write_report
 from server.runs.folder import load_job
+from shared.errors import RunError
 from shared.job.compute import ComputeConfig
 from shared.runtime.inference import load_tuned, predict
 from shared.version import silotune_version
+from simulations.audit.run import audit_run_mechanism
 
 Silotune = Callable[..., Any]
 
@@ -156,6 +159,30 @@ def test_a_human_sees_figures_statement_and_report(
     assert f"report: {folder / 'report.html'}" in done.out
     assert json.loads((folder / "statement.json").read_text())["one_site"] in " ".join(done.out.split())
     assert "accuracy_federated_dp" in done.out
+
+
+def test_the_report_is_written_once_and_also_if_the_audit_fails(
+    silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Path] = []
+
+    def fail(folder: Path) -> None:
+        raise RunError("no canary sings")
+
+    def write(folder: Path) -> Path:
+        written.append(folder)
+        return write_report(folder)
+
+    monkeypatch.setattr("server.reports.run.write_report", write)
+    for number, audit in enumerate((audit_run_mechanism, fail)):
+        monkeypatch.setattr("simulations.simulating.audit_run_mechanism", audit)
+        folder = tmp_path / f"run-{number}"
+        outcome = silotune("simulate", scenario_file(training={"rounds": 1}), "--out", folder)
+        assert (outcome.status, "no canary sings" in outcome.err) == ((1, True) if number else (0, False))
+        assert written == [folder]
+        page = (folder / "report.html").read_text(encoding="utf-8")
+        assert ("Audits: what an attack" in page) == (number == 0)
+        written.clear()
 
 
 def test_report_is_written_anew(silotune: Silotune, scenario_file: Callable[..., Path], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
-from jinja2 import UndefinedError
+from jinja2 import Environment, UndefinedError, nodes
 
 from shared.pages import render_page
 
@@ -47,6 +47,25 @@ def test_the_policy_admits_the_style_sheet_and_nothing_else(template: Path) -> N
 def test_a_name_that_nobody_gave_is_an_error(template: Path) -> None:
     with pytest.raises(UndefinedError, match="'name' is undefined"):
         render_page(template, filters={"twice": str})
+
+
+def test_a_template_is_compiled_once_and_anew_if_it_changed(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str | None] = []
+    real = Environment._generate
+
+    def generate(self: Environment, source: nodes.Template, name: str | None, *args: object, **kwargs: object) -> str:
+        compiled.append(name)
+        return real(self, source, name, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Environment, "_generate", generate)
+    assert b"<p>aa</p>" in render_page(template, filters={"twice": lambda text: 2 * text}, name="a")
+    assert compiled.count("own.html") == 1
+    # Values and filters are those of each call.
+    assert b"<p>b!</p>" in render_page(template, filters={"twice": lambda text: text + "!"}, name="b")
+    assert compiled.count("own.html") == 1
+    template.write_text(template.read_text(encoding="utf-8").replace("<p>", "<p>so "), encoding="utf-8")
+    assert b"<p>so c</p>" in render_page(template, filters={"twice": str}, name="c")
+    assert compiled.count("own.html") == 2
 
 
 def test_half_of_a_surrogate_pair_does_not_stop_a_page(template: Path) -> None:

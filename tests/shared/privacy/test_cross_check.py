@@ -55,6 +55,22 @@ def test_whatever_fails_inside_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     assert found.reason == "The PRV accountant failed (MemoryError)."
 
 
+def test_the_grid_is_found_once_and_is_what_the_accountant_alone_would_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = PRVAccountant()
+    alone.history = [(1.0, 0.1, 11), (2.0, 0.1, 5)]
+    expected = float(alone.get_epsilon(delta=1e-5))
+    found: list[object] = []
+    real = PRVAccountant._get_domain
+
+    def counted(self: PRVAccountant, **options: object) -> object:
+        found.append(options)
+        return real(self, **options)
+
+    monkeypatch.setattr(PRVAccountant, "_get_domain", counted)
+    assert cross_check._computed((steps(1.0, 0.1, 11), steps(2.0, 0.1, 5)), 1e-5).epsilon == expected
+    assert len(found) == 1
+
+
 def test_nothing_costs_nothing() -> None:
     assert prv_cross_check([], 1e-5).epsilon == prv_cross_check([steps(1.0, 0.1, 0)], 1e-5).epsilon == 0.0
     assert prv_cross_check([steps(1.0, 0.1, 9), steps(0.3, 0.1, 0)], 1e-5) == prv_cross_check(
