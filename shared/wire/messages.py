@@ -8,8 +8,8 @@ them where an array of the adapter makes six and one of every tensor a hundred. 
 written for the coordinator's eyes: it never holds data of the site.
 
 Guarantee: `unpack_*` never raises on what a site sent, allocates nothing that the message does not hold, and lets no
-name through that could leave a folder, and no number that is not finite or beyond every count (test:
-tests/shared/wire/test_messages.py).
+name through that could leave a folder, and no number that is not finite, beyond every count, or nothing that it could stand for:
+what was read can be accounted for, recorded and read back (tests: tests/shared/wire/test_messages.py).
 """
 
 from __future__ import annotations
@@ -330,17 +330,17 @@ def unpack_reply(message: Message) -> TrainReply | Refusal:
         randomness = str(header["randomness"])
         return TrainReply(
             site=_site_name(header),
-            round_number=_whole(header["round_number"]),
+            round_number=_whole(header["round_number"], most=MAX_STEPS),
             job_sha256=_sha256(header["job_sha256"]),
             update=_bytes(header, "update"),
             declared_records=_whole(header["declared_records"], least=1, most=MAX_RECORDS),
-            noise_multiplier=_finite(header["noise_multiplier"]),
-            sample_rate=_finite(header["sample_rate"]),
-            max_grad_norm=_finite(header["max_grad_norm"]),
-            delta=_finite(header["delta"]),
-            steps=_whole(header["steps"]),
+            noise_multiplier=_finite(header["noise_multiplier"], least=0.0),
+            sample_rate=_finite(header["sample_rate"], least=0.0, most=1.0),
+            max_grad_norm=_finite(header["max_grad_norm"], least=0.0),
+            delta=_finite(header["delta"], least=0.0, most=1.0),
+            steps=_whole(header["steps"], most=MAX_STEPS),
             randomness="os" if randomness == "os" else "injected",
-            epsilon_budget=_finite(header["epsilon_budget"]),
+            epsilon_budget=_finite(header["epsilon_budget"], least=0.0),
         )
     except _MALFORMED:
         return Refusal(site="", code=MALFORMED, reason="the site's reply could not be read")
@@ -372,10 +372,10 @@ def unpack_metrics(message: Message) -> MetricsReply | Refusal:
             job_sha256=_sha256(fields["job_sha256"]),
             adapter_sha256=_sha256(fields["adapter_sha256"]),
             counts={
-                str(name): [_finite(value, most=_MOST_COUNTED) for value in values]
+                str(name): [_finite(value, least=-_MOST_COUNTED, most=_MOST_COUNTED) for value in values]
                 for name, values in fields["counts"].items()
             },
-            noise_multiplier=_finite(fields["noise_multiplier"]),
+            noise_multiplier=_finite(fields["noise_multiplier"], least=0.0),
             randomness="os" if fields["randomness"] == "os" else "injected",
         )
         found.canonical()  # half a character has no bytes
@@ -414,10 +414,10 @@ def _whole(value: Any, *, least: int = 0, most: int = _MOST_COUNTED) -> int:
     return number
 
 
-def _finite(value: Any, *, most: float = math.inf) -> float:
+def _finite(value: Any, *, least: float, most: float = math.inf) -> float:
     number = float(value)
-    if not math.isfinite(number) or abs(number) > most:
-        raise ValueError("not a finite number, or too large a one")
+    if not (math.isfinite(number) and least <= number <= most):
+        raise ValueError("not a finite number, or not one that it can be")
     return number
 
 

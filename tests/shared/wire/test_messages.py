@@ -65,6 +65,20 @@ def test_a_reply_survives_the_trip() -> None:
     assert messages.unpack_reply(answered(messages.pack_reply(injected))) == injected
 
 
+@pytest.mark.parametrize(
+    "edges",
+    [
+        {"epsilon_budget": 0.0, "noise_multiplier": 0.0, "steps": 0, "round_number": 0, "declared_records": 1},
+        {"epsilon_budget": 1.7e308, "noise_multiplier": 1e4, "steps": 1 << 24, "declared_records": 1_000_000_000},
+        {"sample_rate": 1.0, "round_number": 1 << 24, "max_grad_norm": 1e12, "delta": 0.999},
+        {"sample_rate": 1e-9, "max_grad_norm": 1e-12, "delta": 1e-30},
+    ],
+)
+def test_numbers_at_their_edges_survive_the_trip(edges: dict[str, Any]) -> None:
+    reply = replace(REPLY, **edges)
+    assert messages.unpack_reply(answered(messages.pack_reply(reply))) == reply
+
+
 def test_a_request_survives_the_trip(classification_job: Callable[..., Job]) -> None:
     request = TrainRequest(job=classification_job(seed=2**62), round_number=2, adapter=bytes(range(256)))
     back = messages.unpack_request(messages.pack_request(request))
@@ -118,7 +132,13 @@ NUMBERS = ("noise_multiplier", "sample_rate", "max_grad_norm", "delta", "epsilon
             for text in ("nan", "inf", "-inf", "1e400")
         ),
         *(lambda key=key: changed(**{key: "9" * 400}) for key in ("steps", "round_number", "declared_records")),
-        lambda: changed(steps=-1),
+        *(lambda key=key: changed(**{key: "-1"}) for key in (*NUMBERS, "round_number")),
+        lambda: changed(epsilon_budget=-5.0),
+        lambda: changed(epsilon_budget=-5e-324),
+        lambda: changed(sample_rate=1.0000001),
+        lambda: changed(delta=1.0000001),
+        lambda: changed(steps=2**24 + 1),
+        lambda: changed(round_number=2**24 + 1),
         lambda: changed(declared_records=0),
         lambda: changed(declared_records=4 * 10**18),
         lambda: changed(declared_records=10**9 + 1),
@@ -225,6 +245,9 @@ def test_metrics_survive_the_trip() -> None:
         METRICS.canonical().decode().replace('{"accuracy"', '[{"accuracy"').replace("36.0]}", "36.0]}]"),
         METRICS.canonical().decode().replace("40.5", "0" * (1 << 22)),
         METRICS.canonical().decode().replace("st-mary", "st mary"),
+        METRICS.canonical().decode().replace("4.0", "-4.0"),
+        METRICS.canonical().decode().replace("40.5", "1e16"),
+        METRICS.canonical().decode().replace("-1.25", "-1e16"),
     ],
 )
 def test_metrics_that_cannot_be_read_are_a_refusal(release: str) -> None:

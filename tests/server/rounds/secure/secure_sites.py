@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -83,25 +84,25 @@ class SimpleSite:
         words = np.full(NUM_WORDS, self.steps, np.int64).view(np.uint64)
         return self.reply(request, self.machine.masked(words, context).to_bytes())
 
-    def reply(self, request: TrainRequest, update: bytes) -> RecordDict:
+    def reply(self, request: TrainRequest, update: bytes, **numbers: Any) -> RecordDict:
+        """Return the answer with this input; `numbers` are what the site says otherwise than it should."""
         plan = PrivacyPlan.from_job(request.job)
         self.sent.append(update)
-        return pack_reply(
-            TrainReply(
-                site=self.name,
-                round_number=request.round_number,
-                job_sha256=request.job.sha256,
-                update=update,
-                declared_records=self.declared,
-                noise_multiplier=plan.noise_multiplier,
-                sample_rate=plan.sample_rate,
-                max_grad_norm=plan.max_grad_norm,
-                delta=plan.delta,
-                steps=1,
-                randomness="os",
-                epsilon_budget=8.0,
-            )
+        reply = TrainReply(
+            site=self.name,
+            round_number=request.round_number,
+            job_sha256=request.job.sha256,
+            update=update,
+            declared_records=self.declared,
+            noise_multiplier=plan.noise_multiplier,
+            sample_rate=plan.sample_rate,
+            max_grad_norm=plan.max_grad_norm,
+            delta=plan.delta,
+            steps=1,
+            randomness="os",
+            epsilon_budget=8.0,
         )
+        return pack_reply(replace(reply, **numbers))
 
 
 def grid_of(

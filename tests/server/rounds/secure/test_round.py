@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from flwr.app import RecordDict
 
+from server.records.privacy import SiteRecord, read_site
 from server.rounds.loop import Coordinator, TooFewSites, run_rounds
 from server.rounds.observer import Observer
 from server.rounds.secure.attempts import ATTEMPTS_FILE
@@ -333,6 +335,34 @@ def test_a_false_input_voids_the_attempt_and_counts_as_a_release(tmp_path: Path,
     assert last.history[-1].sites == ["a", "c"]
     assert last.releases["b"].steps == 1  # what came may be noise of its records
     assert torch.allclose(last.adapter["w"], torch.full((2, 3), expected(job, [2.0], 16)))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        *({"epsilon_budget": value} for value in (-5.0, float("nan"), float("inf"), 0.0, 1.7e308)),
+        *({"sample_rate": value} for value in (-1.0, 1 + 1e-9, float("nan"))),
+        *({"delta": value} for value in (-1e-5, float("nan"))),
+        *({"noise_multiplier": value} for value in (-1.0, 0.0, float("inf"))),
+        *({"max_grad_norm": value} for value in (-1.0, float("inf"))),
+        *({"steps": value} for value in (-1, 0, 2, 1 << 60)),
+        *({"declared_records": value} for value in (-8, 0, 1 << 60)),
+        *({"round_number": value} for value in (-1, 0, 1 << 60)),
+    ],
+)
+def test_whatever_numbers_a_site_sends_what_is_stated_can_be_read_back(tmp_path: Path, numbers: dict[str, Any]) -> None:
+    job = secure_job(training={"rounds": 1}, privacy={"sample_rate": 1.0, "noise_multiplier": 4.0})
+    sites = [SimpleSite(n, 0) for n in "abc"]
+
+    def says(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        site.masked(request)
+        return site.reply(request, site.sent.pop(), **numbers)
+
+    last = run_rounds(grid_of(sites, at_masked={"b": says}), coordinator(job, tmp_path), None)
+    for name, release in last.releases.items():
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps(SiteRecord.of(release, "run").fields()))
+        assert replace(read_site(path).release(job), per_round=release.per_round) == release
 
 
 def test_an_input_of_a_voided_attempt_that_never_came_counts(tmp_path: Path) -> None:
