@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from typing import TypeVar
 
 from client.site.release import Begun
 from client.site.secure.shares import BegunShare, Shares
@@ -25,6 +27,7 @@ from shared.wire.messages import Refusal, TrainReply, TrainRequest
 log = logging.getLogger("silotune.site")
 
 BegunAt = tuple[int, Site, Begun]
+BegunT = TypeVar("BegunT", Begun, BegunShare)
 
 
 def train_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[TrainReply | Refusal]:
@@ -45,7 +48,7 @@ def train_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[TrainR
         seconds = (time.monotonic() - started) / len(group)
         for (place, site, begun), result in zip(group, results, strict=True):
             act = (
-                partial(site.update.make_begun, begun)
+                partial(site.update.make_begun, _anew(site, begun))
                 if result is None
                 else partial(site.update.finish, begun, result, seconds=seconds)
             )
@@ -71,12 +74,20 @@ def ready_together(requests: Sequence[tuple[Site, TrainRequest]]) -> list[Ready 
         seconds = (time.monotonic() - started) / len(group)
         for (place, site, begun), one in zip(group, found, strict=True):
             act = (
-                partial(site.shares.make, begun)
+                partial(site.shares.make, _anew(site, begun))
                 if one is None
                 else partial(site.shares.finish, begun, one, seconds=seconds)
             )
             answers[place] = site.guarded(act, job=begun.request.job, round_number=begun.request.round_number)
     return [answers[place] for place in range(len(requests))]
+
+
+def _anew(site: Site, begun: BegunT) -> BegunT:
+    """Return what was begun with coins and noise drawn anew: its streams were given to a computation that broke off.
+
+    Nothing of that one leaves, so no two releases share a stream; an injected source gives what the site would get alone.
+    """
+    return replace(begun, work=replace(begun.work, randomness=site.new_randomness()))
 
 
 def _summed(group: Sequence[BegunShare]) -> Sequence[NoisySum | None]:
