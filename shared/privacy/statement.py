@@ -162,7 +162,7 @@ class SiteRelease(Release):
         delta: failure probability.
         max_grad_norm: clipping bound.
         declared_records: public size.
-        randomness: "os" or "injected".
+        randomness: "os" or "injected"; of shares the latter if that of any site in its sums was.
         epsilon_budget: the site's cap; 0.0 if unknown.
         steps_planned: steps of a site that takes part in every round.
         events: executed mechanisms; a noise multiplier of 0 cannot stand here.
@@ -335,8 +335,9 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
             f"Site {release.site} released updates of run {run} WITHOUT noise. Nothing about its records is protected."
         )
     if release.randomness != "os":
+        others = ", or of a site whose share of the noise it counts on," if release.shared is not None else ""
         return (
-            f"NOT PRIVATE: the randomness of site {release.site} in run {run} was injected for a test. Whoever knows the "
+            f"NOT PRIVATE: the randomness of site {release.site}{others} in run {run} was injected for a test. Whoever knows the "
             "seed can remove the noise, so no epsilon is stated."
         )
     if not release.possible_events and not release.unanswered:

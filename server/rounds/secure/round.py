@@ -7,6 +7,8 @@ person resumes the run, who has read why. A hostile site gains nothing by it tha
 
 Guarantees (tests: tests/server/rounds/secure/test_round.py)
     * The next adapter depends on the sites through the opened sum and the public sizes of who is in it only.
+    * Where one site's randomness was injected for a test, no epsilon is stated of any
+      (test_one_injected_source_leaves_nothing_to_state).
     * Every masked input that came, or may have been made, counts as a release, whether its sum opened or not
       (test_an_input_of_a_voided_attempt_that_never_came_counts).
 """
@@ -14,7 +16,8 @@ Guarantees (tests: tests/server/rounds/secure/test_round.py)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -25,6 +28,7 @@ from server.aggregation.gradient import gradient_step
 from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.exchange import Question, collect
 from server.rounds.local import LocalPrivacy, LocalRound, select_sites
+from server.rounds.releases import Made, Releases
 from server.rounds.roster import Authority
 from server.rounds.secure.attempts import ATTEMPTS_FILE, Attempts
 from server.rounds.secure.sum_bounds import SumBounds
@@ -66,7 +70,22 @@ class SecurePrivacy(LocalPrivacy):
     def resume(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
         """Return the checkpoint to go on from: what was asked after it may have been executed."""
         self.check(checkpoint)
-        return super().resume(checkpoint, authority)
+        resumed = super().resume(checkpoint, authority)
+        self._check_noted(resumed.releases)
+        return replace(resumed, releases=_one_for_all(resumed.releases))
+
+    def _check_noted(self, releases: Releases) -> None:
+        """Raise `RunError` if sites were shown more rosters of a round than are noted: they take part under no such number."""
+        for release in releases.values():
+            for number in {*release.rounds, *release.unanswered}:
+                # What came, and what was never answered: of one roster it is never more than one of either.
+                seen = max(release.rounds.count(number), release.unanswered.count(number))
+                if seen > (noted := self._attempts.number_of_next(number) - 1):
+                    raise RunError(
+                        f"{ATTEMPTS_FILE} knows of {noted} attempts at round {number}, but site {release.site} was shown a "
+                        f"roster in {seen}, and takes part under none of their numbers again. Restore the file, or start a new "
+                        "run."
+                    )
 
     def begin(self, round_number: int) -> SecureRound:
         """Return one attempt at a round.
@@ -113,6 +132,12 @@ class SecureRound(LocalRound):
         """See `LocalRound`; no attempt repeats another, so what was not answered in one is never answered by the next."""
         return release.unanswered if came else (*release.unanswered, self._number)
 
+    def account(
+        self, releases: Releases, made: Mapping[str, Made], unknown: Sequence[SiteDescription], adapter_sha256: str
+    ) -> dict[str, SiteRelease]:
+        """See `LocalRound`."""
+        return _one_for_all(super().account(releases, made, unknown, adapter_sha256))
+
     def collect(self, at_hand: AtHand) -> Arrived:
         """Ask who is ready, show them the roster, and return what came."""
         machine = SecureCoordinator(
@@ -143,6 +168,13 @@ class SecureRound(LocalRound):
             for name, reason in refusals.items():
                 at_hand.observer.site_refused(name, f"{reason} (it is asked again once the run is resumed)")
         return masked
+
+
+def _one_for_all(releases: Releases) -> dict[str, SiteRelease]:
+    """Return `releases`, all as of injected randomness if one is: the noise that everybody counts on holds its share."""
+    if all(release.randomness == "os" for release in releases.values()):
+        return dict(releases)
+    return {name: replace(release, randomness="injected") for name, release in releases.items()}
 
 
 def _check_reach(roster: tuple[Ready, ...], job: Job) -> None:

@@ -20,6 +20,7 @@ from server.rounds.secure.round import SecurePrivacy
 from server.store.checkpoint import Checkpoint
 from shared.errors import PrivacyError, RunError, RunHeld
 from shared.job.job import Job
+from shared.privacy.statement import run_statement
 from shared.secure_sum.messages import Masked, unpack_roster
 from shared.wire.messages import Refusal, TrainRequest, pack_ready, pack_refusal
 from tests.server.rounds.secure.secure_sites import GRID_STEPS, NUM_WORDS, SimpleSite, grid_of, secure_job
@@ -301,6 +302,29 @@ def test_an_adapter_that_no_site_would_take_is_not_saved(tmp_path: Path) -> None
     assert saved[-1].round_number == 0
 
 
+def test_a_file_of_attempts_that_was_lost_in_the_first_round_is_noticed(tmp_path: Path) -> None:
+    """Nothing is complete yet; the sites would refuse the numbers that they know, and be asked for ever."""
+    job, sites, saved = secure_job(federation={"min_sites": 3}), [SimpleSite(n, GRID_STEPS) for n in "abc"], []
+    sites[1].steps = 1 << 60
+    with pytest.raises(RunHeld):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path, saved=saved), None)
+    (tmp_path / ATTEMPTS_FILE).unlink()
+    with pytest.raises(RunError, match="knows of 0 attempts at round 1, but site a was shown a roster in 1"):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path), saved[-1])
+
+
+def test_what_came_and_was_never_answered_may_be_of_one_attempt(tmp_path: Path) -> None:
+    """A false input counts as a release, and by the log of the coordinator it never came: this is no lost file."""
+    job, sites, saved = secure_job(federation={"min_sites": 3}), [SimpleSite(n, GRID_STEPS) for n in "abc"], []
+    sites[1].steps = 1 << 60
+    with pytest.raises(RunHeld):
+        run_rounds(grid_of(sites), coordinator(job, tmp_path, saved=saved), None)
+    release = replace(saved[-1].releases["b"], unanswered=(1,))
+    sites[1].steps = 0
+    counted = replace(saved[-1], releases=saved[-1].releases | {"b": release})
+    assert run_rounds(grid_of(sites), coordinator(job, tmp_path), counted).round_number == 2
+
+
 def changed_word(site: SimpleSite, request: TrainRequest) -> RecordDict:
     site.masked(request)
     masked = Masked.from_bytes(site.sent.pop())
@@ -363,6 +387,30 @@ def test_whatever_numbers_a_site_sends_what_is_stated_can_be_read_back(tmp_path:
         path = tmp_path / f"{name}.json"
         path.write_text(json.dumps(SiteRecord.of(release, "run").fields()))
         assert replace(read_site(path).release(job), per_round=release.per_round) == release
+
+
+def test_one_injected_source_leaves_nothing_to_state(tmp_path: Path) -> None:
+    """Whoever knows the seed takes that share out of the sum, and the others' promise counted on it."""
+    job, sites = secure_job(), [SimpleSite(n, GRID_STEPS) for n in "abc"]
+
+    def injected(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        site.masked(request)
+        return site.reply(request, site.sent.pop(), randomness="injected" if request.round_number == 1 else "os")
+
+    saved: list[Checkpoint] = []
+    grid = grid_of(sites, at_masked={"b": injected})
+    run_rounds(grid, coordinator(job, tmp_path, saved=saved), None, stop_after=1)
+    # A checkpoint of an older version, in which only that site is marked.
+    releases = saved[-1].releases
+    older = replace(saved[-1], releases=releases | {n: replace(releases[n], randomness="os") for n in "ac"})
+    for last in (saved[-1], run_rounds(grid, coordinator(job, tmp_path), older)):
+        assert last.history[-1].epsilon_max is None
+        for release in last.releases.values():
+            record = SiteRecord.of(release, "run")
+            assert record.epsilon_spent is record.epsilon_planned is record.epsilon_alone is None
+            assert (record.statement or "").startswith("NOT PRIVATE: the randomness of site ")
+            assert "or of a site whose share of the noise it counts on" in (record.statement or "")
+        assert "NOT PRIVATE" in run_statement(list(last.releases.values()), "run").text
 
 
 def test_an_input_of_a_voided_attempt_that_never_came_counts(tmp_path: Path) -> None:
