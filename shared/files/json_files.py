@@ -19,6 +19,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from shared.errors import PrivacyError, RunError
 
 RecordT = TypeVar("RecordT")
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 # Numbers of a record, checked where one is read.
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -152,7 +153,7 @@ def whole_number(text: str) -> int:
 
 def canonical_json(value: Any) -> str:
     """Return `value` as JSON with sorted keys and no spaces; NaN and infinity are refused."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return _CANONICAL.encode(value)
 
 
 def finite_or_none(value: float) -> float | None:

@@ -27,6 +27,7 @@ from shared.errors import TrustError
 WORD = np.dtype("<u8")
 _PRIME = 2**255 - 19
 _MASK_KEY = b"silotune/mask-key/1"
+_SHA256 = hashes.SHA256()
 _BLOCK_WORDS = 1 << 14  # 128 KiB: stream, zeros and sum of a block stay in the processor's cache
 _ZEROS = bytes(8 * _BLOCK_WORDS)
 # Any key shows whether another has a small order: all private ones are multiples of eight.
@@ -86,7 +87,7 @@ def mask_key(secret: bytes, context: bytes, first: tuple[str, bytes], second: tu
     info = _MASK_KEY
     for name, public_key in sorted((first, second)):
         info += len(name).to_bytes(4, "big") + name.encode() + public_key
-    return HKDF(hashes.SHA256(), length=32, salt=context, info=info).derive(secret)
+    return HKDF(_SHA256, length=32, salt=context, info=info).derive(secret)
 
 
 def add_masks(words: NDArray[np.uint64], *, plus: Sequence[bytes], minus: Sequence[bytes]) -> None:

@@ -21,7 +21,7 @@ import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes
@@ -49,6 +49,8 @@ MOST_MASKED_BYTES = 8 * MOST_WORDS + 512
 _READY, _ROSTER, _MASKED = b"silotune/ready/1", b"silotune/roster/1", b"silotune/masked/1"
 _CONTEXT = b"silotune/secure-sum/1\0"
 _ECDSA = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
+# A roster of a hundred is a hundred times all of this, at every site.
+_NAME, _DIGEST = re.compile(NAME_PATTERN), re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,19 +81,16 @@ class Ready:
     public_key: bytes
     certificate: bytes
     signature: bytes = b""
+    # What it was read from, for there is one way of writing it. No field: it is no part of what is compared, signed or replaced.
+    _read: ClassVar[bytes] = b""
 
     def __post_init__(self) -> None:
         _check_name(self.site)
-        for name in ("job_sha256", "adapter_sha256"):
-            _check_digest(name, getattr(self, name))
-        for name, least, most in (
-            ("round_number", 0, MAX_STEPS),
-            ("attempt", 0, MAX_STEPS),
-            ("declared_records", 1, MAX_RECORDS),
-        ):
-            value = getattr(self, name)
-            if type(value) is not int or not least <= value <= most:
-                raise _no_message(f"its {name} is not a whole number from {least} to {most:,}")
+        _check_digest("job_sha256", self.job_sha256)
+        _check_digest("adapter_sha256", self.adapter_sha256)
+        _check_number("round_number", self.round_number, 0, MAX_STEPS)
+        _check_number("attempt", self.attempt, 0, MAX_STEPS)
+        _check_number("declared_records", self.declared_records, 1, MAX_RECORDS)
         check_canonical(self.public_key, self.site)
         _check_bytes("certificate", self.certificate, MOST_CERTIFICATE_BYTES)
         _check_bytes("signature", self.signature, MOST_SIGNATURE_BYTES)
@@ -110,7 +109,7 @@ class Ready:
 
     def to_bytes(self) -> bytes:
         """Return it as bytes; `from_bytes` reads them."""
-        return _pack(
+        return self._read or _pack(
             _READY,
             self.site.encode(),
             bytes.fromhex(self.job_sha256),
@@ -133,7 +132,7 @@ class Ready:
         site, job, number, attempt, adapter, records, public_key, certificate, signature = _unpack(
             data, _READY, count=9, most=MOST_READY_BYTES
         )
-        return cls(
+        found = cls(
             site=_text(site),
             job_sha256=job.hex(),
             round_number=_whole(number),
@@ -144,6 +143,8 @@ class Ready:
             certificate=certificate,
             signature=signature,
         )
+        object.__setattr__(found, "_read", data)
+        return found
 
     def _fields(self) -> dict[str, Any]:
         return {
@@ -277,17 +278,16 @@ def _unpack(data: bytes, kind: bytes, *, count: int | None, most: int) -> list[b
     """Return the parts of a message of this kind after its name; `count` of them, or up to `MOST_SITES`."""
     if len(data) > most:
         raise _no_message(f"it is longer than {most:,} bytes")
-    limit = MOST_SITES if count is None else count
+    end, at = len(data), 0
     parts: list[bytes] = []
-    at = 0
-    while at < len(data):
-        if len(parts) > limit:
-            raise _no_message("it has too many parts")
+    for _ in range(1 + (MOST_SITES if count is None else count)):
+        if at >= end:
+            break
         start = at + 4
         at = start + int.from_bytes(data[at:start], "big")
-        if at > len(data):
-            raise _no_message("it is cut off")
         parts.append(data[start:at])
+    if at != end:
+        raise _no_message("it has too many parts" if at < end else "it is cut off")
     if parts[:1] != [kind] or (count is not None and len(parts) != count + 1):
         raise _no_message(f"it is no {kind.decode()}")
     return parts[1:]
@@ -308,13 +308,18 @@ def _text(part: bytes) -> str:
 
 
 def _check_name(name: object) -> None:
-    if not isinstance(name, str) or not re.fullmatch(NAME_PATTERN, name):
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise _no_message("its name is no name")
 
 
 def _check_digest(name: str, value: object) -> None:
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+    if not isinstance(value, str) or not _DIGEST.fullmatch(value):
         raise _no_message(f"its {name} is no SHA-256 in hexadecimal")
+
+
+def _check_number(name: str, value: object, least: int, most: int) -> None:
+    if type(value) is not int or not least <= value <= most:
+        raise _no_message(f"its {name} is not a whole number from {least} to {most:,}")
 
 
 def _check_bytes(name: str, value: object, most: int, *, least: int = 0) -> None:
