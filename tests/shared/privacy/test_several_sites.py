@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from itertools import product
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -119,6 +120,38 @@ def test_an_edge_is_as_near_as_it_says(sigma: float, rate: float, sites: int) ->
             assert off <= bound
             nearest = max(abs(float(edge)), 1.0) * 2.0**-53 * float(shift[0, 0])
             assert bound >= nearest  # no edge of double precision could be nearer for sure
+
+
+@pytest.mark.parametrize("share", [-0.5, -0.25, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("epsilon", "rate", "sites", "removed"),
+    [
+        (0.5, 0.125, 1, True),
+        (3.0, 0.125, 1, True),
+        (6.0, 0.125, 2, True),
+        (3.0, 0.7, 4, True),
+        (0.5, 0.5, 1, False),
+        (3.0, 0.99, 1, False),
+        (3.0, 0.7, 4, False),
+        (4.0, 0.9, 2, False),
+    ],
+)
+def test_what_rounding_may_have_moved_of_an_edge_is_within_the_bound(
+    monkeypatch: pytest.MonkeyPatch, epsilon: float, rate: float, sites: int, share: float, removed: bool
+) -> None:
+    """T at the edge is known up to rounding; here up to half of what was found less, or as much more."""
+    epsilons, real = np.array([epsilon]), module._ratios
+    expected, _ = shared_divergence(epsilons, 1.0, rate, sites, removed)
+    assert expected[0] > 0
+
+    def moved(epsilons: NDArray[np.float64], *others: Any) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        ratio, _ = real(epsilons, *others)
+        found = ratio / (1 + share)
+        return found, np.abs(share) * found
+
+    monkeypatch.setattr(module, "_ratios", moved)
+    found, errors = shared_divergence(epsilons, 1.0, rate, sites, removed)
+    assert abs(found[0] - expected[0]) <= errors[0]
 
 
 def test_weights_are_binomial() -> None:

@@ -47,6 +47,8 @@ def test_inputs_that_no_message_holds_are_not_asked_for() -> None:
     for count in (0, MOST_WORDS + 1):
         with pytest.raises(PrivacyError, match="cannot be summed"):
             attempt(2).coordinator(num_words=count)
+    for count in (1, MOST_WORDS):
+        attempt(2).coordinator(num_words=count)
 
 
 # --- ready ---

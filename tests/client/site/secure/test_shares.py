@@ -15,6 +15,7 @@ import client.site.secure.shares as shares_module
 from client.ledger.account import Charge
 from client.ledger.ledger import Ledger
 from client.site.guard import NoGuard
+from client.site.secure.shares import Shares
 from client.site.site import Site
 from shared.errors import BudgetExceeded, DroppedOut, LedgerError, PolicyError, TrustError
 from shared.job.job import Job
@@ -241,6 +242,30 @@ def test_a_kill_at_any_line_loses_no_charge(
             after.shares.masked(masked)
         # The next attempt counts beside it.
         after.shares.ready(attempt_of(request, 2))
+
+
+@pytest.mark.parametrize("reservation", [None, 0, 1])
+def test_fault_an_attempt_that_is_not_charged(
+    sites: list[Site],
+    secure_job: Callable[..., Job],
+    request_for: MakeRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    reservation: int | None,
+) -> None:
+    """Planted: nothing is charged for the second attempt. It does not leave, or the site notices when it is opened again."""
+    request, site = attempt_of(request_for(secure_job())), sites[0]
+    first = [s.shares.ready(request) for s in sites]
+    site.shares.masked(roster_request(request, first))
+    second = attempt_of(request, 2)
+    entries = [s.shares.ready(second) for s in sites]
+    monkeypatch.setattr(Shares, "_charge", lambda *_: reservation)
+    answer = site.answer_masked(roster_request(second, entries))
+    assert charges(site) == [(1, 1)]
+    if isinstance(answer, TrainReply):
+        monkeypatch.undo()
+        again = Site(site.home)
+        with pytest.raises(LedgerError, match="charged"):
+            again.shares.ready(attempt_of(request, 3))
 
 
 def test_a_full_disk_leaves_the_site_out_of_the_attempt(
