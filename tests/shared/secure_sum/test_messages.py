@@ -142,6 +142,14 @@ def test_what_is_made_of_a_message_that_was_read_is_written_anew() -> None:
     assert context((other,)) == context((replace(READY, attempt=2),)) != context((read,)) == context((READY,))
 
 
+@pytest.mark.parametrize(("which", "most"), [(0, "4,608"), (1, "134,218,240"), (2, "4,612,064")])
+def test_bytes_are_counted_before_they_are_read(which: int, most: str) -> None:
+    with pytest.raises(TrustError, match=f"it is longer than {most} bytes"):
+        READERS[which][0](bytes(int(most.replace(",", "")) + 1))
+    with pytest.raises(TrustError, match=r"it is no|too many parts"):
+        READERS[which][0](bytes(int(most.replace(",", ""))))
+
+
 @pytest.mark.parametrize("which", range(3))
 def test_there_is_one_way_of_writing_a_message(which: int) -> None:
     """Every byte changed in several ways, left out or doubled; every beginning; something after the end."""
