@@ -151,6 +151,7 @@ def test_an_older_revocation_list_is_noticed(consortium: Consortium, caplog: pyt
     # What lies in its folder stays there.
     assert str(consortium.home) not in str(caught.value)
     assert "un-revoke" in caplog.text
+    assert {record.name for record in caplog.records} == {"silotune.site"}
 
 
 def test_the_files_of_the_ca_are_read_once_for_a_roster(
