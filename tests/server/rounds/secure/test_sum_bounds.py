@@ -75,15 +75,19 @@ def test_what_a_site_makes_up_does_not_pass(sites: list[int]) -> None:
         assert "C" in problem
     # No coordinate stands out, and all of them together do.
     spread = np.full(WORDS, int(0.9 * bounds.coordinate))
-    problem = bounds.problem(spread)
-    assert problem is not None
-    assert f"is {np.linalg.norm(spread.astype(float)) / GRID_STEPS:.3g} C long" in problem
-    assert f"{bounds.norm / GRID_STEPS:.3g} C" in problem
+    length = np.linalg.norm(spread.astype(float)) / GRID_STEPS
+    most = bounds.norm / GRID_STEPS
+    assert bounds.problem(spread) == f"is {length:.3g} C long, where honest ones reach {most:.3g} C"
+    # What is as long as it may be passes.
+    bounds.norm = float(np.linalg.norm(spread.astype(float)))
+    assert bounds.problem(spread) is None
+    bounds = SumBounds(plan, sites, WORDS)
     # Nor are both bounds one: a coordinate within the norm of all can be too large for one.
     if bounds.norm > 1.01 * bounds.coordinate:
         total = np.zeros(WORDS, np.int64)
         total[0] = -int(1.005 * bounds.coordinate)
-        assert "has a coordinate of" in (bounds.problem(total) or "")
+        found, most = abs(int(total[0])) / GRID_STEPS, bounds.coordinate / GRID_STEPS
+        assert bounds.problem(total) == f"has a coordinate of {found:.3g} C, where honest ones reach {most:.3g} C"
 
 
 @pytest.mark.parametrize("rate", [0.001, 0.25, 1.0])
