@@ -84,7 +84,7 @@ def test_spare_attempts_are_for_all_rounds_together(tmp_path: Path) -> None:
         attempts.check_affordable(number)
         attempts.begin(number)
     # Three were made, two rounds are left: five is all that is declared.
-    with pytest.raises(PrivacyError, match="declares 2 spare attempts"):
+    with pytest.raises(PrivacyError, match="declares 2 spare attempts to its sites over 3 rounds, and 2 were used"):
         attempts.check_affordable(1)
     for number in (2, 3):
         attempts.check_affordable(number)
@@ -95,13 +95,44 @@ def test_spare_attempts_are_for_all_rounds_together(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "null", '{"rounds": [1]}', '{"job_sha256": 1, "rounds": ["1"], "failures": {}}', "[" * 100_000],
+    [
+        "",
+        "[]",
+        "null",
+        '{"rounds": [1]}',
+        '{"job_sha256": 1, "rounds": ["1"], "failures": {}}',
+        '{"job_sha256": 1, "rounds": [0], "failures": {}}',
+        '{"job_sha256": 1, "rounds": [true], "failures": {}}',
+        '{"job_sha256": 1, "rounds": [1], "failures": {"b": 0}}',
+        '{"job_sha256": 1, "rounds": [1], "failures": ["b"]}',
+        '{"job_sha256": 1, "rounds": [1], "failures": {}, "refusals": {"b": -1}}',
+        '{"job_sha256": 1, "rounds": 1, "failures": {}}',
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_file_is_said(tmp_path: Path, content: str) -> None:
     path = tmp_path / ATTEMPTS_FILE
     path.write_text(content)
     with pytest.raises(RunError, match=r"attempts\.json cannot be read"):
         Attempts(path, secure_job())
+
+
+def test_a_file_that_cannot_be_opened_is_said(tmp_path: Path) -> None:
+    (tmp_path / ATTEMPTS_FILE).mkdir()
+    with pytest.raises(RunError, match=r"attempts\.json cannot be read \(IsADirectoryError\)"):
+        Attempts(tmp_path / ATTEMPTS_FILE, secure_job())
+
+
+def test_names_are_written_in_order(tmp_path: Path) -> None:
+    """Whoever compares two copies of the file sees what differs, and not who came first."""
+    path = tmp_path / ATTEMPTS_FILE
+    attempts = Attempts(path, secure_job())
+    attempts.failed(["c"])
+    attempts.failed(["b"])
+    attempts.refused({"e": "no"})
+    attempts.refused({"d": "no"})
+    content = json.loads(path.read_text())
+    assert (list(content["failures"]), list(content["refusals"])) == (["b", "c"], ["d", "e"])
 
 
 def test_the_file_of_another_job_is_refused(tmp_path: Path) -> None:

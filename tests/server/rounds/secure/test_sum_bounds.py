@@ -12,6 +12,7 @@ from scipy.stats import chi2, norm
 
 from client.training.adapter_bounds import AdapterBounds
 from server.rounds.secure.sum_bounds import SumBounds
+from server.rounds.update_bounds import longest_noise
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.privacy.shares import GRID_STEPS, share_variance, with_share
@@ -54,6 +55,9 @@ def test_the_bounds_are_those_of_the_noise_and_of_all_units(words: int, sites: i
     bounds = SumBounds(plan, [1] * sites, words)
     signal, deviation = sites * GRID_STEPS, math.sqrt(sites * share_variance(3.0))
     length, largest = ((bound - signal) / deviation for bound in (bounds.norm, bounds.coordinate))
+    # Each of both with the probability of one of three events.
+    assert length == pytest.approx(longest_noise(words, 1e-10), rel=1e-9)
+    assert largest == pytest.approx(math.sqrt(2 * math.log(2 * words / 1e-10)), rel=1e-9)
     exact = math.sqrt(chi2.isf(1e-10, words))
     assert exact <= length <= 1.35 * exact
     exact = float(norm.isf(1e-10 / 2 / words))
