@@ -51,7 +51,52 @@ TASKS = (
 BUDGETS = {1: _budget(1, 2), 3: _budget(3, 4)}
 """Of `banking77`, by epsilon; at 8 it is the scenario itself."""
 DEMO, GPT2 = _row("demo", "movie reviews; 8"), _row("gpt2", "movie reviews, a small GPT-2; 6", "perplexity")
-ROWS: Mapping[str, Row] = {row.name: row for row in (DEMO, *TASKS, *BUDGETS.values(), GPT2)}
+
+
+EPSILONS, SPREADS = (1, 3, 8), ("iid", "dirichlet")
+_SHARED = (
+    "partition.num_sites=8",
+    "federation.min_sites=8",
+    "federation.update_dtype=float32",
+    "privacy.mechanism=distributed",
+    "privacy.max_colluding=1",
+    "privacy.spare_attempts=0",
+    # Not what is measured here: what one site's inputs cost without any secure aggregation may be as large as it is.
+    "privacy.epsilon_alone=1000",
+    "privacy.sample_rate=1",
+    "training.rounds=16",
+    "training.local_steps=1",
+    "training.weight_decay=0",
+    "lora.train=none",
+    "simulation.evaluate_every=16",
+    "baselines.central_dp.training.rounds=16",
+    "baselines.central_dp.training.local_steps=1",
+    "baselines.central_dp.training.weight_decay=0",
+    "baselines.central_dp.privacy.sample_rate=1",
+)
+_SHARED_DATA: Mapping[str, tuple[str, str, tuple[float, float, float]]] = {
+    # name of the scenario: the data, the row without privacy, and the learning rate at each of EPSILONS
+    "demo": ("movie reviews", "demo", (4, 4, 4)),
+    "banking77": ("bank questions, 77 intents", "banking77", (6.5, 16, 16)),
+    "chinese-reviews": ("customer reviews in Chinese", "chinese-reviews", (4, 4, 4)),
+}
+
+
+def _shared_noise(scenario: str, spread: str, epsilon: int, rate: float) -> Row:
+    arms = 'baselines.arms=["central-dp"]' if spread == "iid" else "baselines.arms=[]"  # one place has no partition
+    changes = [*_SHARED, f"privacy.epsilon={epsilon}", f"partition.kind={spread}", arms]
+    changes += [f"{section}.learning_rate={rate:g}" for section in ("training", "baselines.central_dp.training")]
+    changes += ["partition.alpha=0.3"] if spread == "dirichlet" else []
+    return Row(name=f"shared-noise-{scenario}-{spread}-{epsilon}", scenario=scenario, changes=tuple(changes))
+
+
+SHARED_NOISE: Mapping[tuple[str, str, int], Row] = {
+    (scenario, spread, epsilon): _shared_noise(scenario, spread, epsilon, rate)
+    for scenario, (_, _, rates) in _SHARED_DATA.items()
+    for epsilon, rate in zip(EPSILONS, rates, strict=True)
+    for spread in SPREADS
+}
+ROWS: Mapping[str, Row] = {row.name: row for row in (DEMO, *TASKS, *BUDGETS.values(), GPT2, *SHARED_NOISE.values())}
 NON_PRIVATE = ("non-private-all-layers", "non-private")
 
 _SHARES = ("accuracy", "f1", "micro_f1", "macro_f1")
@@ -154,6 +199,22 @@ def _budgets(rows: Figures) -> str:
     return _lines(header, body, when(list(by_epsilon.values())))
 
 
+def _shared_noise_table(rows: Figures) -> str:
+    header = ["data", "training", *(f"epsilon {epsilon}" for epsilon in EPSILONS), "non-private"]
+    body = []
+    for scenario, (data, without, _) in _SHARED_DATA.items():
+        by_spread = {s: [rows.get(SHARED_NOISE[scenario, s, epsilon].name) for epsilon in EPSILONS] for s in SPREADS}
+        best = best_non_private(rows.get(without))
+        for title, spread, arm in (
+            ("central DP", "iid", "central-dp"),
+            ("eight sites, IID", "iid", "federated"),
+            ("eight sites, Dirichlet 0.3", "dirichlet", "federated"),
+        ):
+            body.append([data, title, *(figure(found, arm) for found in by_spread[spread]), best])
+            data = best = ""
+    return _lines(header, body, when([rows.get(row.name) for row in SHARED_NOISE.values()]))
+
+
 def _gpt2(rows: Figures) -> str:
     found = rows.get(GPT2.name)
     untrained = "–" if found is None else f"{statistics.mean(found['untrained']):,.0f}"
@@ -165,5 +226,6 @@ _TABLES: Mapping[str, Callable[[Figures], str]] = {
     "demo": _demo,
     "tasks": _tasks,
     "budgets": _budgets,
+    "shared-noise": _shared_noise_table,
     "gpt2": _gpt2,
 }

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,10 @@ from rich.console import Console
 
 from benchmarks import harness
 from benchmarks.accuracy_tables import ROWS, Row, fill_tables
+from server.rounds.observer import Observer
+from shared.errors import SilotuneError
 from shared.files.atomic import write_json, write_text
+from simulations.running.repeats import run_repeats
 from simulations.scenario import Scenario, load_scenario
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,22 +34,30 @@ RESULTS = Path(__file__).with_name("results-accuracy.json")
 SCENARIOS = ROOT / "simulations"
 
 
-def measure(row: Row, *, seeds: int, work: Path, scenarios: Path = SCENARIOS) -> dict[str, Any]:
-    """Run `row` in a process of its own, going on in `work` if it was interrupted there, and return its figures.
+def measure(row: Row, *, seeds: int, work: Path, process: Executor, scenarios: Path = SCENARIOS) -> dict[str, Any]:
+    """Run `row` in `process`, going on in `work` if it was interrupted there, and return its figures.
 
     Raises:
-        subprocess.CalledProcessError: if the run failed; what it did so far is kept in `work`.
+        SilotuneError: if the run failed; what it did so far is kept in `work`.
+        BrokenProcessPool: if the process ended in it.
     """
     folder = work / row.name
-    command = [sys.executable, "-m", "cli", "simulate", str(scenarios / f"{row.scenario}.toml"), "--out", str(folder)]
-    for change in (*row.changes, f"simulation.repeats={seeds}"):
-        command += ["--set", change]
-    if (folder / "job.json").exists():
-        command.append("--resume")
-    subprocess.run([*command, "--json"], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    changes = [*row.changes, f"simulation.repeats={seeds}"]
+    process.submit(_simulate, scenarios / f"{row.scenario}.toml", changes, folder).result()
     figures = read_figures(folder, seeds=seeds)
-    shutil.rmtree(folder)  # made by the line above
+    shutil.rmtree(folder)  # made by the run
     return figures
+
+
+def _simulate(scenario: Path, changes: list[str], folder: Path) -> None:
+    """What `silotune simulate` trains, without its audit, in a process that may do it again: a text is embedded once in it."""
+    loaded = load_scenario(scenario, changes)
+    run_repeats(loaded, folder, observer=lambda arm: Observer(), resume=(folder / "job.json").exists())
+
+
+def _process() -> Executor:
+    """Return one process; it begins with the first row."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
 
 def read_figures(folder: Path, *, seeds: int) -> dict[str, Any]:
@@ -108,23 +121,26 @@ def run(
 ) -> list[str]:
     """Measure what is not current, write the JSON file and the tables after every row, and return the names of failed rows."""
     failed = []
-    for row in rows:
-        results: dict[str, Any] = _json(out) if out.exists() else {"rows": {}}
-        if not again and is_current(row, results, seeds=seeds, scenarios=scenarios):
-            console.print(f"{row.name}: as it is, measured {results['rows'][row.name]['date']}", highlight=False)
-        else:
-            console.print(f"{row.name}: {seeds} seeds", highlight=False)
-            try:
-                figures = measure(row, seeds=seeds, work=work, scenarios=scenarios)
-            except subprocess.CalledProcessError as error:
-                console.print(f"{row.name}: failed with status {error.returncode}; its error is above", style="red")
-                failed.append(row.name)
-                continue
-            about = {"date": datetime.now(UTC).date().isoformat(), "machine": harness.machine()}
-            results["rows"][row.name] = {**figures, **about, "asked": asked(row, scenarios)}
-            results["versions"] = harness.versions()
-            write_json(out, results)
-        write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), results["rows"]))
+    for _, of_one_scenario in groupby(rows, key=lambda row: row.scenario):
+        with _process() as process:
+            for row in of_one_scenario:
+                results: dict[str, Any] = _json(out) if out.exists() else {"rows": {}}
+                if not again and is_current(row, results, seeds=seeds, scenarios=scenarios):
+                    date = results["rows"][row.name]["date"]
+                    console.print(f"{row.name}: as it is, measured {date}", highlight=False)
+                else:
+                    console.print(f"{row.name}: {seeds} seeds", highlight=False)
+                    try:
+                        figures = measure(row, seeds=seeds, work=work, process=process, scenarios=scenarios)
+                    except (SilotuneError, BrokenProcessPool) as error:
+                        console.print(f"{row.name}: failed: {error}", style="red", highlight=False, soft_wrap=True)
+                        failed.append(row.name)
+                        continue
+                    about = {"date": datetime.now(UTC).date().isoformat(), "machine": harness.machine()}
+                    results["rows"][row.name] = {**figures, **about, "asked": asked(row, scenarios)}
+                    results["versions"] = harness.versions()
+                    write_json(out, results)
+                write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), results["rows"]))
     return failed
 
 
@@ -138,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md", help="file whose tables are filled in")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "results", help="folder of unfinished rows")
     options = parser.parse_args(arguments)
+    harness.calm_environment()  # also of the processes
     if unknown := [name for name in options.names if name not in ROWS]:
         parser.error(f"unknown row {unknown[0]!r}; there are {', '.join(ROWS)}")
     if options.seeds < 3:

@@ -77,6 +77,10 @@ class Job(Section):
                 f"federation.sites_per_round is {limit}, below federation.min_sites {self.federation.min_sites}; no "
                 "round could succeed"
             )
+        if self.lora.train == "none" and not self.task.rules.has_head:
+            raise ValueError(
+                f"lora.train is 'none', and {self.task.kind!r} has no head that is trained, so nothing would be; set it to 'b'"
+            )
         if self.lora.train == "both" and self.aggregation.server_optimizer != "none":
             raise ValueError(
                 "lora.train 'both' is aggregated exactly (mean of the products B·A), which leaves no place for "
@@ -117,7 +121,7 @@ class Job(Section):
         why = (
             "under privacy.mechanism 'central' the coordinator releases a noisy sum of clipped updates and nothing else"
         )
-        if self.lora.train != "b":
+        if self.lora.train == "both":
             raise ValueError(f"{why}; lora.train 'both' is aggregated by products of updates. Set lora.train to 'b'")
         # Whatever rules of aggregation there are: only what follows after the noise may be chosen.
         after_noise = {"server_optimizer", "server_learning_rate", "server_momentum"}

@@ -28,11 +28,13 @@ class Rules:
         check_labels: raises ValueError for labels that will not do; None where the kind has none.
         has_classes: whether each record has one of the labels.
         keys: further settings, which this kind needs and others refuse.
+        has_head: whether there is a head that is trained; language models speak through their own embedding.
     """
 
     check_labels: Callable[[TaskKind, tuple[str, ...]], None] | None = None
     has_classes: bool = False
     keys: tuple[str, ...] = ()
+    has_head: bool = True
 
 
 def _at_least_two(kind: TaskKind, labels: tuple[str, ...]) -> None:
@@ -65,7 +67,7 @@ RULES: Mapping[TaskKind, Rules] = {
     "token_classification": Rules(check_labels=_iob_tags),
     "pair_matching": Rules(check_labels=_two, has_classes=True),
     "regression": Rules(keys=("target_range",)),
-    "causal_lm": Rules(),
-    "replies": Rules(),
+    "causal_lm": Rules(has_head=False),
+    "replies": Rules(has_head=False),
     "image_classification": Rules(check_labels=_at_least_two, has_classes=True, keys=("image_shape", "pixel_range")),
 }

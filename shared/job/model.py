@@ -48,8 +48,9 @@ class LoraConfig(Section):
     """Last name components of the linear modules to adapt."""
     last_layers: int | None = Field(default=1, ge=1)
     """Adapt only the last k layers; everything below is frozen and can be cached. None adapts all layers."""
-    train: Literal["b", "both"] = "b"
-    """`b`: FFA-LoRA (Sun et al. 2024), A is fixed and orthonormal, averaging is exact. `both`: train A and B."""
+    train: Literal["b", "both", "none"] = "b"
+    """`b`: FFA-LoRA (Sun et al. 2024), A is fixed and orthonormal, averaging is exact. `both`: train A and B. `none`: the head
+    alone; the whole backbone is computed once per text, so that a step takes a fraction of the time, also without a GPU."""
 
 
 class TaskConfig(Section):

@@ -60,7 +60,7 @@ class Batch:
         attention_mask: True where there is a token, bool [B, T].
         targets: whatever the task's loss needs, first dimension B.
         hidden: cached activations that enter the first adapted layer, of the tokens alone, text after text: float [1, N, H]; or
-            None.
+            one vector of each text, [1, B, H], where the model has no more to see (`TunableModel.pools_frozen`); or None.
     """
 
     input_ids: Tensor

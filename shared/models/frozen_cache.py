@@ -1,4 +1,4 @@
-"""Cache of the activations that enter the first adapted layer: in memory, and beyond that in a sealed file.
+"""Cache of what is frozen of a text, what enters the first adapted layer: in memory, and beyond that in a sealed file.
 
 Everything below that layer is frozen and deterministic, so what it computes for a text never changes: not between
 rounds, not between LoRA ranks or seeds. The cache is keyed by token ids and shared by all models of a process that
@@ -61,7 +61,7 @@ class FrozenCache:
         return self._file.size if self._file else 0
 
     def get(self, examples: Sequence[Example]) -> list[Tensor] | None:
-        """Return the activations [T_i, H] of every example, or None if one of them is not here."""
+        """Return the activations of every example, [T_i, H] or one vector [1, H], or None if one of them is not here."""
         found = [self._states.get(example.key) for example in examples]
         if any(place is None for place in found):
             return None  # before anything is read from the file
@@ -86,7 +86,7 @@ class FrozenCache:
         """Compute what is missing, as far as the two bounds allow.
 
         Args:
-            compute: function (input_ids [B, T], attention_mask [B, T]) -> activations [B, T, H].
+            compute: function (input_ids [B, T], attention_mask [B, T]) -> activations [B, T, H], or one vector each [B, 1, H].
             max_tokens: padded tokens per call.
             max_bytes: bound on `num_bytes`.
             max_file_bytes: bound on `file_bytes`; 0: no file.
@@ -146,6 +146,6 @@ class FrozenCache:
 
 
 @lru_cache(maxsize=4)
-def shared_cache(backbone: str, first_adapted: int, device: str, dtype: str) -> FrozenCache:
-    """Return the process's cache for one backbone, cut, device and precision."""
+def shared_cache(backbone: str, cut: int | str, device: str, dtype: str) -> FrozenCache:
+    """Return the process's cache for one backbone, what is kept of it, device and precision."""
     return FrozenCache()

@@ -30,13 +30,16 @@ class PooledClassifier(nn.Module):
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits [B, labels] from hidden [B, T, H]."""
+        return self.linear(self.pool(hidden, attention_mask))  # type: ignore[no-any-return]
+
+    def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return what the trained layer sees of each text, float32 [B, H]; nothing here is trained."""
         if self.pooling == "first":
             pooled = hidden[:, 0]
         else:
             weights = attention_mask.float().unsqueeze(-1)
             pooled = sum_in_order(hidden.float() * weights) / weights.sum(dim=1)
-        pooled = nn.functional.layer_norm(pooled.float(), pooled.shape[-1:])
-        return self.linear(pooled)  # type: ignore[no-any-return]
+        return nn.functional.layer_norm(pooled.float(), pooled.shape[-1:])
 
 
 class TokenHead(nn.Module):

@@ -7,7 +7,7 @@ Guarantees of `TunableModel`, each checked when the model is built (tests: tests
     * Exactly the LoRA factors and the head are trainable; every other weight is frozen.
     * No BatchNorm, no dropout, no remote code, no pickle: one record cannot change what another one computes, and
       loading a backbone cannot run code.
-    * `forward` from cached activations equals `forward` from tokens, because everything below the first adapted
+    * `forward` from what was cached (`frozen`) equals `forward` from tokens, because everything below the first adapted
       layer is frozen and deterministic.
 
 LoRA: Hu et al. 2021. FFA-LoRA (A fixed): Sun et al. 2024.
@@ -28,7 +28,7 @@ from shared.job.model import LoraConfig
 from shared.job.parsing import nearest
 from shared.models.backbones import Architecture
 from shared.models.batches import Batch
-from shared.models.heads import TokenHead
+from shared.models.heads import PooledClassifier, TokenHead
 from shared.models.packing import Packing
 from shared.models.seeds import derived_seed
 
@@ -141,8 +141,24 @@ class TunableModel(TrainedModel):
         packing = self._packing_of(attention_mask)
         return packing.pad(self._embed_frozen(input_ids, packing))
 
+    @property
+    def pools_frozen(self) -> bool:
+        """True if all that is trained is a linear layer on one vector of each text: then that vector is what can be cached."""
+        return isinstance(self.head, PooledClassifier) and self.first_adapted == len(self.layers())
+
+    def frozen(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return what can be cached of each text, without gradients: see `embed_frozen`, or one vector [B, 1, H]."""
+        if not self.pools_frozen:
+            return self.embed_frozen(input_ids, attention_mask)
+        packing = self._packing_of(attention_mask)
+        with torch.no_grad():
+            hidden = self._normed(self._embed_frozen(input_ids, packing))
+            return self.head.pool(packing.pad(hidden), attention_mask).unsqueeze(1)  # type: ignore[operator, no-any-return]
+
     def forward(self, batch: Batch) -> Tensor:
         """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
+        if batch.hidden is not None and self.pools_frozen:
+            return self.head.linear(batch.hidden[0])  # type: ignore[operator, no-any-return]
         packing = self._packing_of(batch.attention_mask)
         hidden = self._embed_frozen(batch.input_ids, packing) if batch.hidden is None else packing.fit(batch.hidden)
         return self._finish(hidden, packing, batch.attention_mask, self.first_adapted)
@@ -208,13 +224,17 @@ class TunableModel(TrainedModel):
 
     def _finish(self, hidden: Tensor, packing: Packing, attention_mask: Tensor, start: int) -> Tensor:
         """Run the layers from `start` on packed tokens [1, N, H], then the head."""
-        hidden = self._run_layers(hidden, packing, start, len(self.layers()))
-        if self.architecture.final_norm is not None:
-            hidden = self.backbone.get_submodule(self.architecture.final_norm)(hidden)
+        hidden = self._normed(self._run_layers(hidden, packing, start, len(self.layers())))
         if isinstance(self.head, TokenHead):
             with self._packed(packing):
                 return packing.pad(self.head(hidden))
         return self.head(packing.pad(hidden), attention_mask)  # type: ignore[no-any-return]
+
+    def _normed(self, hidden: Tensor) -> Tensor:
+        """Return what leaves the backbone, of what leaves its last layer."""
+        if self.architecture.final_norm is None:
+            return hidden
+        return self.backbone.get_submodule(self.architecture.final_norm)(hidden)  # type: ignore[no-any-return]
 
     def _run_layers(self, hidden: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
         """Run layers on packed tokens [1, N, H]."""
@@ -239,7 +259,8 @@ class TunableModel(TrainedModel):
 def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, *, seed: int) -> tuple[Any, int]:
     """Wrap `backbone` with PEFT LoRA and return (PEFT model, index of the first adapted layer).
 
-    A is drawn orthonormal from the public `seed`, B is zero. With `lora.train == "b"` A is frozen.
+    A is drawn orthonormal from the public `seed`, B is zero. With `lora.train == "b"` A is frozen, with "none" both are, and the
+    index is the number of layers.
 
     Raises:
         ModelError: if a target matches no linear layer, or more layers are asked for than there are.
@@ -275,7 +296,9 @@ def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraC
                 factor_a.copy_(_orthonormal(factor_a.shape, generator))
                 factor_b.zero_()
             factor_a.requires_grad_(lora.train == "both")
-    return model, indices[0]
+            factor_b.requires_grad_(lora.train != "none")
+    # Factors that nothing trains change nothing: B stays zero.
+    return model, num_layers if lora.train == "none" else indices[0]
 
 
 def _check_targets(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, indices: list[int]) -> None:

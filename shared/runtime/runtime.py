@@ -125,7 +125,7 @@ class Runtime:
             yield rows, collate(chosen, self.cache.get(chosen)).to(self.model.device)
 
     def warm_cache(self, examples: Sequence[Example]) -> None:
-        """Compute the activations below the first adapted layer once, as far as the bounds on memory and file allow."""
+        """Compute what is frozen of each example once, as far as the bounds on memory and file allow."""
         model = self.model
         if not self.compute.cache_frozen_layers or not isinstance(model, TunableModel) or model.first_adapted == 0:
             return
@@ -133,7 +133,7 @@ class Runtime:
         def compute(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
             device = model.device
             with self.autocast():
-                return model.embed_frozen(input_ids.to(device), attention_mask.to(device))
+                return model.frozen(input_ids.to(device), attention_mask.to(device))
 
         self.cache.fill(
             examples,
@@ -246,7 +246,9 @@ def _language_runtime(task: Task, lora: LoraConfig, seed: int, compute: ComputeC
         compute=compute,
         autocast_dtype=dtype,
         initial=initial,
-        cache=shared_cache(str(folder), first, device.type, str(dtype)),
+        cache=shared_cache(
+            str(folder), f"{task.model.pooling} pooled" if model.pools_frozen else first, device.type, str(dtype)
+        ),
     )
 
 

@@ -63,7 +63,7 @@ def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evalua
     if not (alone or task_of(job).causal_lm or job.model.is_image_network):
         _average_gently(changes, passes=passes, evaluate_every=evaluate_every)
     if name == "non-private-all-layers":
-        changes["lora"] = {"last_layers": None}
+        changes["lora"] = {"last_layers": None} | ({"train": "b"} if job.lora.train == "none" else {})
     if changes.get("lora", job.lora.model_dump())["last_layers"] is None and not job.model.is_image_network:
         changes["training"]["learning_rate"] /= 2
     return changes

@@ -90,7 +90,7 @@ def test_a_row_that_fails_is_named_and_nothing_is_written(scenario_file: Callabl
         scenarios=path.parent,
     )
     assert failed == ["digits"]
-    assert "failed with status" in told.getvalue()
+    assert "digits: failed: " in told.getvalue()
     assert (tmp_path / "README.md").read_text() == PAGE
     assert not (tmp_path / "results.json").exists()
 

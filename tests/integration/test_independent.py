@@ -57,6 +57,7 @@ def snippet(adapter: Path, backbone: str) -> str:
 VARIANTS: list[dict[str, Any]] = [
     {"lora": {"train": "b"}},
     {"lora": {"train": "both", "last_layers": 3}, "model": {"pooling": "first"}},
+    {"lora": {"train": "none"}},
 ]
 
 

@@ -228,10 +228,11 @@ def _model_entries(job: Job) -> list[tuple[str, str | None]]:
     last = job.lora.last_layers
     layers = "all layers" if last is None else "the last layer" if last == 1 else f"the last {last} layers"
     factors = "factor B only; A is fixed" if job.lora.train == "b" else "both factors"
+    adapter = f"LoRA of rank {job.lora.rank} on {', '.join(job.lora.target_modules)} of {layers}; {factors}"
     return [
         ("Language model", printable(job.model.backbone)),
         ("Its revision", job.model.revision),
-        ("Adapter", f"LoRA of rank {job.lora.rank} on {', '.join(job.lora.target_modules)} of {layers}; {factors}"),
+        ("Adapter", "none; the head alone is trained" if job.lora.train == "none" else adapter),
     ]
 
 

@@ -19,7 +19,7 @@ from tests.client.conftest import COMPUTE
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("train", ["b", "both"])
+@pytest.mark.parametrize("train", ["b", "both", "none"])
 def test_the_largest_numbers_of_a_job_are_charged_and_answered(
     site_home: Callable[..., Path],
     private_job: Callable[..., Job],

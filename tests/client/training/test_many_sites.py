@@ -94,8 +94,16 @@ def assert_same_round(found: LocalRound, expected: LocalRound) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-@pytest.mark.parametrize("train_factors", ["b", "both"])
-@pytest.mark.parametrize("task", ["classification", "language"])
+@pytest.mark.parametrize(
+    ("task", "train_factors"),
+    [
+        ("classification", "b"),
+        ("classification", "both"),
+        ("classification", "none"),
+        ("language", "b"),
+        ("language", "both"),
+    ],
+)
 def test_a_site_trained_with_others_is_trained_as_if_alone(
     classification_job: Callable[..., Job],
     language_job: Callable[..., Job],

@@ -24,7 +24,10 @@ from shared.tasks.sequence_classification import SequenceClassification
 from shared.tasks.tokens import token_losses
 
 CPU = ComputeConfig(device="cpu", precision="float32")
-COMBINATIONS = [(task, train) for task in ("classification", "language") for train in ("b", "both")]
+COMBINATIONS = [
+    *((task, train) for task in ("classification", "language") for train in ("b", "both")),
+    ("classification", "none"),
+]
 
 
 @pytest.fixture

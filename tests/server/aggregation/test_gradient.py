@@ -24,7 +24,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("training", SETTINGS, ids=["adamw", "sgd"])
-@pytest.mark.parametrize("train", ["b", "both"])
+@pytest.mark.parametrize("train", ["b", "both", "none"])
 def test_three_steps_equal_those_of_a_site_to_the_last_bit(
     classification_job: Callable[..., Any],
     records: Records,

@@ -77,6 +77,7 @@ def job(**changes: Any) -> Job:
         ({"task": {"kind": "sequence_classification", "labels": ["x"]}}, "1 labels", "at least two"),
         ({"task": {"kind": "sequence_classification", "labels": ["x", "x"]}}, "twice", "unique"),
         ({"task": {"kind": "causal_lm", "labels": ["x", "y"]}}, "takes no labels", "remove task.labels"),
+        ({"task": {"kind": "causal_lm"}, "lora": {"train": "none"}}, "has no head that is trained", "set it to 'b'"),
         ({"federation": {"min_sites": 3, "sites_per_round": 2}}, "sites_per_round is 2", "min_sites 3"),
         ({"lora": {"train": "both"}, "aggregation": {"server_optimizer": "adam"}}, "server_optimizer", "'none'"),
     ],

@@ -313,6 +313,38 @@ def test_frozen_weights_held_in_bfloat16_give_what_autocast_gives(
     assert {name.removesuffix(".weight") for name, _ in frozen} == {name.rsplit(".", 1)[0] for name in names}
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_where_the_head_alone_is_trained_one_vector_of_each_text_is_cached(
+    kind: str,
+    pooling: str,
+    classification_job: Callable[..., Job],
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_bert: Path,
+    tiny_gpt2: Path,
+) -> None:
+    backbone, target = {"bert": (tiny_bert, "query"), "gpt2": (tiny_gpt2, "c_attn")}[kind]
+    job = classification_job(
+        model={"backbone": str(backbone), "pooling": pooling}, lora={"train": "none", "target_modules": [target]}
+    )
+    runtime = load_runtime(job, CPU)
+    model = runtime.model
+    assert isinstance(model, models.TunableModel)
+    assert model.first_adapted == len(model.layers())
+    examples = [Example(torch.randint(5, 150, (n,), generator=torch.Generator().manual_seed(n))) for n in (3, 12, 7)]
+    assert runtime.cache.get(examples) is None
+    batch = collate(examples)
+    with torch.no_grad():
+        ours = model(batch)
+        runtime.warm_cache(examples)
+        cached = runtime.cache.get(examples)
+        assert cached is not None
+        assert {tuple(vector.shape) for vector in cached} == {(1, model.head.linear.in_features)}
+        for layer in model.layers():
+            monkeypatch.setattr(layer, "forward", None)  # calling it would fail
+        assert torch.equal(model(collate(examples, cached)), ours)
+
+
 def test_an_example_does_not_depend_on_its_neighbours(classification_job: Callable[..., Job]) -> None:
     runtime = load_runtime(classification_job(), CPU)
     examples = [Example(torch.randint(5, 150, (n,), generator=torch.Generator().manual_seed(n))) for n in (3, 12, 7)]
@@ -337,10 +369,10 @@ def test_a_step_looks_at_the_drawn_records_only(classification_job: Callable[...
     assert found == [([1, 4, 7, 8], [6, 9, 12, 13])]
 
 
-@pytest.mark.parametrize("train", ["b", "both"])
+@pytest.mark.parametrize("train", ["b", "both", "none"])
 def test_exactly_the_factors_and_the_head_are_trainable(classification_job: Callable[..., Job], train: str) -> None:
     model = load_runtime(classification_job(lora={"train": train}), CPU).model
-    factors = ("lora_B.weight",) if train == "b" else ("lora_A.weight", "lora_B.weight")
+    factors = {"b": ("lora_B.weight",), "both": ("lora_A.weight", "lora_B.weight"), "none": ()}[train]
     names = list(model.trainable())
     assert len(names) == 4 * len(factors) + 2  # two layers, query and value, and the head
     assert all(name.endswith(factors) or name.startswith("head.linear.") for name in names)

@@ -177,6 +177,15 @@ def test_one_site_adds_what_the_honest_sites_of_a_sum_do(noise: float | None) ->
     assert without.privacy.mechanism == "none"
 
 
+@pytest.mark.parametrize(("train", "expected"), [("b", "b"), ("both", "both"), ("none", "b")])
+def test_all_layers_are_trained_where_the_job_trains_a_head_alone(train: str, expected: str) -> None:
+    job = job_of(lora={"train": train})
+    arm = "non-private-all-layers"
+    changes = arm_changes(arm, job, num_records=2000, num_sites=8, evaluate_every=1)
+    lora = changed_job(job, changes, source=arm).lora
+    assert (lora.train, lora.last_layers) == (expected, None)
+
+
 def test_an_arm_that_makes_no_sense_is_refused() -> None:
     with pytest.raises(ConfigError, match="use non-private"):
         arm_changes(
