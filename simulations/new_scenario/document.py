@@ -96,7 +96,7 @@ def _model(draft: Draft) -> list[str]:
         ("alpha", 8.0, "the update is scaled by alpha / rank"),
         ("target_modules", list(draft.backbone.target_modules), ""),
         ("last_layers", 2 if draft.backbone.model_type == "gpt2" else 1, "what lies below is frozen and computed once"),
-        ("train", "b", "FFA-LoRA: half the weights to noise, exact averages; none: the head alone, far faster"),
+        ("train", "b", 'FFA-LoRA: exact averages; "none": the head alone, much faster'),
     ]
     return [_section("model", model), _section("lora", lora)]
 
