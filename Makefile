@@ -17,7 +17,7 @@ help:
 	@echo "make bench-rounds  what a round costs beyond training, with a coordinator and three sites as processes"
 	@echo "make test   install, then all checks and tests"
 	@echo "make coverage  the same tests, and which lines of the product none of them reaches; ARGS='tests/client' runs some"
-	@echo "make test-endurance  sites and coordinators killed, cut off and out of disk space, for a quarter of an hour"
+	@echo "make test-endurance  sites and coordinators killed, cut off and out of disk space, for half an hour and more"
 	@echo "make mutants  plant faults in the privacy code one by one and list those that no test notices; ARGS='persons ledger' for some modules"
 	@echo "make golden BASE=COMMIT  record what that commit and this working tree do, and list what differs; ARGS='--cases demo' for some"
 	@echo "make check  formatter, linter, types, import rule, without tests"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +15,21 @@ from simulations.data.builtin_data import BUILTIN, BuiltinData, data_folders, ta
 from simulations.data.commands import LICENCES
 
 
+@functools.cache
 def load(name: str) -> BuiltinData:
+    """Return a data set, read once; no test may change it."""
     try:
         return BUILTIN[name].load()
     except DataError as error:
         if any(reason in str(error) for reason in ("pip could not fetch", "pip needed", "is in none of")):
             pytest.skip(f"the data set cannot be had here: {error}")
         raise
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget() -> Iterator[None]:
+    yield
+    load.cache_clear()
 
 
 def test_banking77() -> None:
@@ -86,7 +96,7 @@ def test_question_answers_have_one_match_or_more_and_nine_others() -> None:
     assert not {r["text"].casefold() for r in data.train} & {r["text"].casefold() for r in data.test}
     pairs = [(record["text"], record["pair"]) for record in (*data.train, *data.test)]
     assert len(set(pairs)) == len(pairs)
-    assert load("question-answers") == data
+    assert BUILTIN["question-answers"].load() == data
 
 
 def test_replies_are_split_by_question() -> None:
