@@ -141,9 +141,15 @@ def explain(model: type[BaseModel], detail: Any) -> str:
         if isinstance(limit, float) and 0 < limit < 1e-3:  # else written with all its zeros
             message = f"{message.rsplit(' ', 1)[0]} {limit:g}"
     found = detail.get("input")
+    if detail["type"] in ("tuple_type", "list_type"):
+        message = 'expected a list, such as ["a", "b"]'
+        if isinstance(found, str) and found.startswith("["):
+            message += "; after --set in single quotes, since the shell removes double ones"
     field = _field(model, location)
     secret = field is not None and not field.repr
     shown = "" if isinstance(found, dict | BaseModel) or found is None or secret else f" (found {excerpt(found)})"
+    if not location and detail["type"] == "value_error":  # about several sections, which it names itself
+        return message
     return f"{where}: {message}{shown}"
 
 

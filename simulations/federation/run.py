@@ -21,7 +21,7 @@ from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from shared.stopping import saying
 from simulations.federation.processes import Federation, now, summary
-from simulations.running.engine import FEDERATED, check_early_stopping, plan_arms
+from simulations.running.engine import FEDERATED, check_early_stopping, check_min_sites, plan_arms
 from simulations.scenario import Scenario
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
     check_early_stopping(scenario, scenario.job)
     train, test = scenario.load_data()
     arm = next(arm for arm in plan_arms(scenario, folder, train) if arm.name == FEDERATED)
+    check_min_sites(arm)
     budgets = _budgets_for(arm.job)
     make_folder(folder)
     # All processes share this machine's cores.

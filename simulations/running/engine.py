@@ -191,11 +191,7 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
         _check_central(arm)
     if arm.job.privacy.mechanism == "distributed":
         _check_one_process(scenario)
-    if len(arm.sites) < arm.job.federation.min_sites:
-        raise DataError(
-            f"the partition has {len(arm.sites)} sites, federation.min_sites is {arm.job.federation.min_sites}; "
-            "lower it or add sites."
-        )
+    check_min_sites(arm)
     for name, records in arm.sites.items():
         missing = [role for role in task.roles if records and role not in records[0]]
         if missing:
@@ -255,6 +251,15 @@ def _warn_of_overlap(arm: Arm, test: Sequence[Record]) -> None:
             arm.name,
             f"{shared:,}",
             f"{len(test):,}",
+        )
+
+
+def check_min_sites(arm: Arm) -> None:
+    """Raise DataError if `arm` has too few sites for a round: a real coordinator would wait for more."""
+    if len(arm.sites) < arm.job.federation.min_sites:
+        raise DataError(
+            f"the partition has {len(arm.sites)} sites, federation.min_sites is {arm.job.federation.min_sites}; "
+            "lower it or add sites."
         )
 
 

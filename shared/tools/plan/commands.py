@@ -163,7 +163,10 @@ def _sharing(
                 raise ConfigError(f"{option} speaks of sites that share the noise; add --sites and --colluding.")
         return None
     if sites is None or colluding is None:
-        raise ConfigError("--sites and --colluding say together how many stay honest; give both, for example 8 and 2.")
+        raise ConfigError(
+            "--sites and --colluding say together how many stay honest; give both, for example 8 and 2, or with --job neither: "
+            "the job says it."
+        )
     return Sharing(sites=sites, colluding=colluding, epsilon_alone=epsilon_alone, spare_attempts=spare_attempts)
 
 

@@ -157,8 +157,8 @@ class Setting:
             return None
         return (
             f"sample_rate {rate_rounded_up(self.sample_rate, 3)} leaves no amplification by sampling: every record is "
-            f"in most of the steps "
-            f"(above {LITTLE_AMPLIFICATION:g}). Use a smaller batch with more steps, or count on its price."
+            f"in most of the steps (above {LITTLE_AMPLIFICATION:g}). The numbers above have that in. With few records it is a "
+            "good choice, which `silotune new` makes; with many, try a smaller batch with more steps."
         )
 
     def _noise(self) -> str | None:

@@ -73,6 +73,12 @@ def job(**changes: Any) -> Job:
         ({"task": {"kind": "regression", "target_range": [-1e308, 1e308]}}, "task.target_range", "or equal to -1"),
         ({"seed": -1}, "seed", "found -1"),
         ({"schema_version": 2}, "schema_version", "found 2"),
+        (
+            {"task": {"kind": "sequence_classification", "labels": "[x,y]"}},
+            'task.labels: expected a list, such as ["a", "b"]',
+            "in single quotes, since the shell removes double ones (found '[x,y]')",
+        ),
+        ({"lora": {"target_modules": "query"}}, "lora.target_modules: expected a list", "\"b\"] (found 'query')"),
         ({"lora": {"target_modules": []}}, "lora.target_modules", ""),
         ({"task": {"kind": "sequence_classification", "labels": ["x"]}}, "1 labels", "at least two"),
         ({"task": {"kind": "sequence_classification", "labels": ["x", "x"]}}, "twice", "unique"),
@@ -88,6 +94,12 @@ def test_a_bad_job_is_refused_by_key_value_and_advice(changes: dict[str, Any], f
     assert str(refused.value).startswith("job.toml is not valid:")
     assert found in str(refused.value)
     assert hint in str(refused.value)
+
+
+def test_a_fault_between_sections_is_told_by_their_names_alone() -> None:
+    with pytest.raises(ConfigError) as refused:
+        job(federation={"min_sites": 3, "sites_per_round": 2})
+    assert str(refused.value).splitlines()[1].startswith("  - federation.sites_per_round is 2")
 
 
 def test_all_faults_are_named_at_once() -> None:

@@ -16,6 +16,7 @@ from server.store.checkpoint import Checkpoint
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError
 from shared.privacy.accounting import compose_epsilon
 from simulations.audit.run import audit_run_mechanism
+from simulations.federation.run import run_federation
 from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 
@@ -98,6 +99,15 @@ def test_a_mistake_is_found_before_anything_is_written(
     with pytest.raises(error) as refused:
         run(scenario_file(**sections), tmp_path / "run")
     assert message in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_real_processes_are_not_started_for_too_few_sites(scenario_file: MakeScenario, tmp_path: Path) -> None:
+    scenario = load_scenario(scenario_file(federation={"min_sites": 4}))
+    with pytest.raises(
+        DataError, match=r"the partition has 3 sites, federation\.min_sites is 4; lower it or add sites\."
+    ):
+        run_federation(scenario, tmp_path / "run", as_json=True)
     assert not (tmp_path / "run").exists()
 
 

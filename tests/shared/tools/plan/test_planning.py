@@ -247,7 +247,8 @@ FEWER = "Use a larger batch, fewer steps, a larger epsilon, or fewer parameters 
             {"batch_size": 2_999, "noise_multiplier": 9},
             "sampling",
             "sample_rate 0.75 leaves no amplification by sampling: every record is in most of the steps (above 0.5). "
-            "Use a smaller batch with more steps, or count on its price.",
+            "The numbers above have that in. With few records it is a good choice, which `silotune new` makes; with many, try a "
+            "smaller batch with more steps.",
         ),
         (
             {"batch_size": 20},

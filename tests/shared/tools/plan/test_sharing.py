@@ -240,7 +240,7 @@ def test_both_promises_are_printed_rounded_up(job_file: Callable[..., Path], tmp
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--sites", 8), "give both, for example 8 and 2"),
+        (("--sites", 8), "give both, for example 8 and 2, or with --job neither: the job says it."),
         (("--colluding", 2), "give both, for example 8 and 2"),
         (("--epsilon-alone", 2), "--epsilon-alone speaks of sites that share the noise"),
         (("--spare-attempts", 2), "--spare-attempts speaks of sites that share the noise"),
