@@ -23,6 +23,7 @@ from shared.data.datasets import DataSource
 from shared.data.deidentify.config import DeidentifyConfig
 from shared.files.atomic import write_json
 from shared.privacy.accounting import GaussianSteps
+from shared.privacy.shared_noise import SharedNoise
 from shared.privacy.statement import SiteRelease
 from simulations.running.settings import settings_table
 from simulations.scenario import Scenario, load_scenario
@@ -127,7 +128,10 @@ def test_deidentification_settings_are_valid() -> None:
     assert asked.models
 
 
-def test_accountant_snippet_gives_the_recorded_epsilon(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("shared", "metrics"), [(None, False), (SharedNoise(honest=4, colluding=1), True)])
+def test_accountant_snippet_gives_the_recorded_epsilon(
+    tmp_path: Path, shared: SharedNoise | None, metrics: bool
+) -> None:
     (snippet,) = blocks(ROOT / "docs" / "privacy.md", "python")
     release = SiteRelease(
         site="site-1",
@@ -138,6 +142,10 @@ def test_accountant_snippet_gives_the_recorded_epsilon(tmp_path: Path) -> None:
         epsilon_budget=8.0,
         steps_planned=24,
         events=(GaussianSteps(noise_multiplier=0.9, sample_rate=0.1, steps=24),),
+        metrics=("accuracy",) if metrics else (),
+        metrics_mechanism=GaussianSteps(noise_multiplier=2.0, sample_rate=1.0, steps=1) if metrics else None,
+        metrics_sha256="0" * 64 if metrics else None,
+        shared=shared,
     )
     record = tmp_path / "sites" / "site-1" / "privacy.json"
     write_json(record, SiteRecord.of(release, "docs"))

@@ -136,6 +136,9 @@ def _privacy(data: RunData) -> dict[str, Any]:
         "same_delta": len({site.delta for site in arm.sites}) == 1,
         "central": arm.central_sites is not None,
         "summed": any(isinstance(site, SiteRecord) and site.shared for site in arm.sites),
+        "fewer_than_planned": any(
+            site.epsilon_planned is not None and (site.steps_executed or 0) < site.steps_planned for site in arm.sites
+        ),
         "beside": promise_beside(arm),
         "num_sites": arm.central_sites or len(data.site_names),
         "statement_text": without_uncovered(statement.text, statement.not_covered) if statement else "",

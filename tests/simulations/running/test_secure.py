@@ -89,6 +89,9 @@ def test_a_run_folder_holds_both_promises_and_dp_accounting_alone_gives_the_firs
     report = (folder / "report.html").read_text()
     assert "Epsilon, against the coordinator" in report
     assert "Epsilon of an upload alone" in report
+    assert "noise in a round's sum" in report.replace("&#39;", "'")
+    assert "so few of them mean much noise" not in report
+    assert "It is of the steps that were made, the epsilon before it of all that were planned." in report
 
 
 def test_the_audit_puts_both_promises_to_the_test(run: Callable[..., Path]) -> None:
