@@ -8,6 +8,7 @@ thousandth, into whole gradients. With every text computed in shapes of its own,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,9 @@ from client.training.independence import keep_settled
 from client.training.trainer import LocalWork, train_local_rounds
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
+from shared.job.kinds import RULES
 from shared.models.batches import Example
+from shared.models.frozen_cache import FrozenCache
 from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
@@ -29,6 +32,7 @@ from tests.test_task_contract import CASES
 PRECISIONS = ["float32", "bfloat16"]
 STRENGTHS = [0.0, 1.0, 1e3, 1e6, 1e8]
 C = 0.5
+WITH_A_HEAD = [kind for kind in CASES if RULES[kind].has_head and kind != "image_classification"]  # type: ignore[index]
 EMBEDDED = {"backbone": "embedded:all-minilm-l6-v2", "max_length": 64}
 
 Sums = Callable[..., list[Tensor]]
@@ -142,15 +146,44 @@ def test_a_record_moves_the_sum_by_what_it_is_alone(
         assert moved == 3
 
 
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+@pytest.mark.parametrize("strength", [0.0, 1e6])
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("kind", WITH_A_HEAD)
+def test_a_head_alone_learns_of_a_record_what_it_is_alone(
+    task_job: Callable[..., Job], sums_of: Sums, kind: str, precision: str, strength: float, pooling: str
+) -> None:
+    """Whether what the backbone says of the texts was kept of none, of some or of all the others."""
+    sections = CASES[kind].sections
+    job = job_of(
+        task_job,
+        kind,
+        model={**sections.get("model", {}), "pooling": pooling},
+        lora={**sections.get("lora", {}), "train": "none"},
+    )
+    runtime = runtime_of(job, precision)
+    examples = runtime.encode(CASES[kind].records)[:15]
+    start = hostile(runtime, strength)
+    (whole,) = sums_of(runtime, job, start, [examples])
+    for kept in (0, 5, 14):
+        other = replace(runtime_of(job, precision, cached=True, micro_batch_tokens=40), cache=FrozenCache())
+        other.warm_cache(examples[:kept])
+        (without,) = sums_of(other, job, start, [examples[:14]])
+        (alone,) = sums_of(other, job, start, [examples[14:]])
+        assert 0 < float(alone.norm()) <= C
+        assert torch.equal(whole - without, alone)
+
+
+@pytest.mark.parametrize("train", ["b", "none"])
 @pytest.mark.parametrize("strength", [0.0, 1e6])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_same_of_a_real_backbone_whether_activations_are_cached_or_not(
-    classification_job: Callable[..., Job], sums_of: Sums, precision: str, strength: float
+    classification_job: Callable[..., Job], sums_of: Sums, precision: str, strength: float, train: str
 ) -> None:
     """The attack as it was found: many texts of one length, and one that is a token longer; in passes of many shapes."""
     job = classification_job(
         model=EMBEDDED,
-        lora={"last_layers": 1, "train": "b"},
+        lora={"last_layers": 1, "train": train},
         training={"rounds": 1, "local_steps": 1},
         privacy={"noise_multiplier": 1.0, "sample_rate": 1.0, "max_grad_norm": C},
     )
