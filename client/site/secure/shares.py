@@ -125,6 +125,7 @@ class Shares:
         if drawn is not None and drawn.place == _place(request):
             ready = drawn.machine.ready()
             if ready.certificate == site.guard.certified_key()[1]:
+                drawn.until = self._said_ready(request)  # said again, it holds from now on
                 return ready
         # 3. Model, global adapter and budget, all checked before a record is read.
         runtime = load_proven(job, site.config.compute)
@@ -170,9 +171,6 @@ class Shares:
             key=key,
             certificate=certificate,
         )
-        until = time.monotonic() + request.job.federation.round_timeout_seconds + _ON_THE_WAY_SECONDS
-        asked = self._asked[request.job.sha256]
-        asked.said_ready, asked.until = (request.round_number, request.attempt), until
         self._drawn[request.job.sha256] = _Attempt(
             place=_place(request),
             plan=begun.plan,
@@ -180,7 +178,7 @@ class Shares:
             words=found.words,
             origin=begun.work.randomness.origin,
             seconds=seconds,
-            until=until,
+            until=self._said_ready(request),
         )
         return machine.ready()
 
@@ -272,7 +270,16 @@ class Shares:
             del self._drawn[other]
         over = self._site.guard.is_past
         for other in [job for job, asked in self._asked.items() if asked.not_after and over(asked.not_after)]:
-            del self._asked[other]
+            if other != job_sha256:  # whose signature may have ended since it was admitted
+                del self._asked[other]
+                self._drawn.pop(other, None)
+
+    def _said_ready(self, request: TrainRequest) -> float:
+        """Note that this site says ready now; return until when it sends what it was ready for."""
+        asked = self._asked[request.job.sha256]
+        asked.said_ready = request.round_number, request.attempt
+        asked.until = time.monotonic() + request.job.federation.round_timeout_seconds + _ON_THE_WAY_SECONDS
+        return asked.until
 
     def _has_begun(self, request: TrainRequest) -> bool:
         """Return whether a roster came in time for what this site said ready to, and so was admitted then."""

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 
@@ -50,6 +51,8 @@ from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_re
 
 # What a site tells where it was not charged: of the roster, its policy and its budget. Whoever dropped out tells another code.
 _REFUSALS = ("RosterError", "PolicyError", "BudgetExceeded")
+# Sites count from where the job's seed puts a value as well, which is nowhere near a hundredth of their limit.
+_LARGEST_VALUE = 0.99 * MAX_ADAPTER_VALUE
 
 
 class SecurePrivacy(LocalPrivacy):
@@ -334,11 +337,12 @@ class _Send(Arrived):
             training=self.job.training,
             step=self.number - 1,
         )
-        largest = max(float(value.abs().max()) for value in adapter.values())
-        if not largest <= MAX_ADAPTER_VALUE:  # nor if it is no number
+        # Of tensors, for Python's own would pass over what is no number.
+        largest = float(torch.stack([value.abs().max() for value in adapter.values()]).max())
+        if not largest <= _LARGEST_VALUE:
             raise self._held(
-                f"the next adapter would have a value of {largest:.3g}, and sites take none above {MAX_ADAPTER_VALUE:g}: a site "
-                "added too much, or training.learning_rate is too high"
+                f"the next adapter would have a value of {largest:.4g}, and sites take none above {MAX_ADAPTER_VALUE:g} or as "
+                "far from its start: a site added too much, or training.learning_rate is too high"
             )
         return adapter, state
 

@@ -146,12 +146,12 @@ def test_a_record_moves_the_sum_by_what_it_is_alone(
         assert moved == 3
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first"])
-@pytest.mark.parametrize("strength", [0.0, 1e6])
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("kind", WITH_A_HEAD)
+@pytest.mark.parametrize(
+    ("kind", "pooling"), [*((kind, "mean") for kind in WITH_A_HEAD), ("sequence_classification", "first")]
+)
 def test_a_head_alone_learns_of_a_record_what_it_is_alone(
-    task_job: Callable[..., Job], sums_of: Sums, kind: str, precision: str, strength: float, pooling: str
+    task_job: Callable[..., Job], sums_of: Sums, kind: str, precision: str, pooling: str
 ) -> None:
     """Whether what the backbone says of the texts was kept of none, of some or of all the others."""
     sections = CASES[kind].sections
@@ -163,7 +163,7 @@ def test_a_head_alone_learns_of_a_record_what_it_is_alone(
     )
     runtime = runtime_of(job, precision)
     examples = runtime.encode(CASES[kind].records)[:15]
-    start = hostile(runtime, strength)
+    start = hostile(runtime, 1e6)
     (whole,) = sums_of(runtime, job, start, [examples])
     for kept in (0, 5, 14):
         other = replace(runtime_of(job, precision, cached=True, micro_batch_tokens=40), cache=FrozenCache())
@@ -174,16 +174,15 @@ def test_a_head_alone_learns_of_a_record_what_it_is_alone(
         assert torch.equal(whole - without, alone)
 
 
-@pytest.mark.parametrize("train", ["b", "none"])
 @pytest.mark.parametrize("strength", [0.0, 1e6])
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_same_of_a_real_backbone_whether_activations_are_cached_or_not(
-    classification_job: Callable[..., Job], sums_of: Sums, precision: str, strength: float, train: str
+    classification_job: Callable[..., Job], sums_of: Sums, precision: str, strength: float
 ) -> None:
     """The attack as it was found: many texts of one length, and one that is a token longer; in passes of many shapes."""
     job = classification_job(
         model=EMBEDDED,
-        lora={"last_layers": 1, "train": train},
+        lora={"last_layers": 1, "train": "b"},
         training={"rounds": 1, "local_steps": 1},
         privacy={"noise_multiplier": 1.0, "sample_rate": 1.0, "max_grad_norm": C},
     )

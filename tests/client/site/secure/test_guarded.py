@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -12,6 +13,8 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
+import client.site.secure.shares as shares_module
+from client.site.release import load_proven
 from shared.job.job import Job
 from shared.secure_sum.messages import Ready, pack_roster
 from shared.secure_sum.site import SecureSite
@@ -258,6 +261,19 @@ def test_after_the_hours_nothing_else_is_admitted(sites: Sites) -> None:
     assert sites.charged() == 1
 
 
+def test_what_is_said_again_holds_from_then_on(sites: Sites) -> None:
+    """A coordinator that died before the roster asks again, within the hours, and gets the same word."""
+    within_the_next_hour(sites)
+    entries = sites.ready()
+    shares, job = sites.world.site.shares, sites.request.job
+    for noted in (shares._asked[job.sha256], shares._drawn[job.sha256]):
+        noted.until -= job.federation.round_timeout_seconds + 60.0
+    assert sites.world.site.answer_ready(ordered(sites.world, sites.request)) in entries
+    assert shares._drawn[job.sha256].until == shares._asked[job.sha256].until > time.monotonic()
+    sites.world.now += timedelta(hours=1)
+    assert isinstance(sites.masked(entries), TrainReply)
+
+
 def test_after_a_restart_the_hours_hold_again(sites: Sites) -> None:
     within_the_next_hour(sites)
     entries = sites.ready()
@@ -266,6 +282,30 @@ def test_after_a_restart_the_hours_hold_again(sites: Sites) -> None:
     answer = sites.masked(entries)
     assert isinstance(answer, Refusal)
     assert "runs rounds only between" in answer.reason
+
+
+def test_a_signature_may_end_while_a_site_gets_ready(sites: Sites, monkeypatch: pytest.MonkeyPatch) -> None:
+    def takes_a_day(*arguments: Any) -> Any:
+        sites.world.now += timedelta(days=1)
+        return load_proven(*arguments)
+
+    monkeypatch.setattr(shares_module, "load_proven", takes_a_day)
+    assert isinstance(sites.world.site.answer_ready(ordered(sites.world, sites.request)), Ready)
+
+
+def test_what_was_drawn_goes_with_the_signature_of_its_job(
+    sites: Sites, request_for: Callable[..., TrainRequest]
+) -> None:
+    entries = sites.ready()
+    sites.world.now += timedelta(days=1)
+    other = replace(request_for(sites.request.job.model_copy(update={"name": "other"})), attempt=1)
+    assert isinstance(sites.world.site.answer_ready(ordered(sites.world, other)), Ready)
+    shares = sites.world.site.shares
+    assert list(shares._drawn) == list(shares._asked) == [other.job.sha256]
+    # The same job, signed once more, has a draw of its own.
+    again = sites.world.site.answer_ready(ordered(sites.world, sites.request))
+    assert isinstance(again, Ready)
+    assert again not in entries
 
 
 def test_what_was_computed_is_remembered_until_the_signature_of_its_job_ends(

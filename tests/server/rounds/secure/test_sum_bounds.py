@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import chi2, norm
 
-from client.training.adapter_bounds import AdapterBounds
+from client.training.adapter_bounds import AdapterBounds, check_bounds
+from server.rounds.loop import run_rounds
 from server.rounds.secure.sum_bounds import SumBounds
 from server.rounds.update_bounds import longest_noise
+from shared.errors import AdapterError, RunHeld
+from shared.limits import MAX_ADAPTER_VALUE
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.privacy.shares import GRID_STEPS, share_variance, with_share
-from tests.server.rounds.secure.secure_sites import secure_job
+from tests.server.rounds.secure.secure_sites import SimpleSite, grid_of, secure_job
+from tests.server.rounds.secure.test_round import coordinator
 
 WORDS = 500
 
@@ -117,3 +124,30 @@ def test_few_units_are_granted_less_than_many() -> None:
     # About 40 of 3,998 are drawn, and far fewer than all of them are granted.
     noise = 10 * math.sqrt(2 * share_variance(plan.noise_multiplier))
     assert 40 * GRID_STEPS < few.coordinate < 120 * GRID_STEPS + noise
+
+
+def test_an_adapter_as_far_from_its_start_as_sites_take_is_not_saved(tmp_path: Path) -> None:
+    """No value is above what sites take, but they count from where the seed puts it: the run would have ended for good."""
+    job, moved = secure_job(training={"learning_rate": 1000.0}), 10_000.1
+    start = {"w": torch.full((2, 3), -0.5), "head.b": torch.zeros(2)}
+    following = {"w": start["w"] + moved, "head.b": torch.zeros(2)}
+    assert float(following["w"].max()) <= MAX_ADAPTER_VALUE
+    with pytest.raises(AdapterError, match="10000"):
+        check_bounds(job, PrivacyPlan.from_job(job), start, following, rounds_before=1)
+    steps = -round(moved / 4000 * GRID_STEPS)  # of two sites that declare one record each
+    sites, saved = [SimpleSite(n, steps, declared=1) for n in "ab"], []
+    asked = replace(coordinator(job, tmp_path, saved=saved), initial_adapter=start)
+    with pytest.raises(RunHeld, match=r"a value of 1e\+04, and sites take none above 10000 or as far from its start"):
+        run_rounds(grid_of(sites), asked, None)
+    assert saved[-1].round_number == 0
+
+
+def test_an_adapter_that_is_no_number_anywhere_is_not_saved(tmp_path: Path) -> None:
+    job = secure_job(training={"momentum": 0.5}, privacy={"spare_attempts": 2})
+    sites = [SimpleSite(n, GRID_STEPS) for n in "ab"]
+    first = run_rounds(grid_of(sites), coordinator(job, tmp_path), None, stop_after=1)
+    assert len(first.server_state) == 2
+    for name, value in first.server_state.items():
+        state = first.server_state | {name: torch.full_like(value, math.nan)}
+        with pytest.raises(RunHeld, match="would have a value of nan"):
+            run_rounds(grid_of(sites), coordinator(job, tmp_path), replace(first, server_state=state))
