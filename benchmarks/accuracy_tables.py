@@ -52,7 +52,6 @@ BUDGETS = {1: _budget(1, 2), 3: _budget(3, 4)}
 """Of `banking77`, by epsilon; at 8 it is the scenario itself."""
 DEMO, GPT2 = _row("demo", "movie reviews; 8"), _row("gpt2", "movie reviews, a small GPT-2; 6", "perplexity")
 
-
 EPSILONS, SPREADS = (1, 3, 8), ("iid", "dirichlet")
 _SHARED = (
     "partition.num_sites=8",
@@ -74,11 +73,11 @@ _SHARED = (
     "baselines.central_dp.training.weight_decay=0",
     "baselines.central_dp.privacy.sample_rate=1",
 )
-_SHARED_DATA: Mapping[str, tuple[str, str, tuple[float, float, float]]] = {
-    # name of the scenario: the data, the row without privacy, and the learning rate at each of EPSILONS
-    "demo": ("movie reviews", "demo", (4, 4, 4)),
-    "banking77": ("bank questions, 77 intents", "banking77", (6.5, 16, 16)),
-    "chinese-reviews": ("customer reviews in Chinese", "chinese-reviews", (4, 4, 4)),
+_SHARED_DATA: Mapping[str, tuple[str, tuple[float, float, float]]] = {
+    # name of the scenario, whose own row has the figure without privacy: the data, and the learning rate at each of EPSILONS
+    "demo": ("movie reviews", (4, 4, 4)),
+    "banking77": ("bank questions, 77 intents", (6.5, 16, 16)),
+    "chinese-reviews": ("customer reviews in Chinese", (4, 4, 4)),
 }
 
 
@@ -92,7 +91,7 @@ def _shared_noise(scenario: str, spread: str, epsilon: int, rate: float) -> Row:
 
 SHARED_NOISE: Mapping[tuple[str, str, int], Row] = {
     (scenario, spread, epsilon): _shared_noise(scenario, spread, epsilon, rate)
-    for scenario, (_, _, rates) in _SHARED_DATA.items()
+    for scenario, (_, rates) in _SHARED_DATA.items()
     for epsilon, rate in zip(EPSILONS, rates, strict=True)
     for spread in SPREADS
 }
@@ -202,9 +201,9 @@ def _budgets(rows: Figures) -> str:
 def _shared_noise_table(rows: Figures) -> str:
     header = ["data", "training", *(f"epsilon {epsilon}" for epsilon in EPSILONS), "non-private"]
     body = []
-    for scenario, (data, without, _) in _SHARED_DATA.items():
+    for scenario, (data, _) in _SHARED_DATA.items():
         by_spread = {s: [rows.get(SHARED_NOISE[scenario, s, epsilon].name) for epsilon in EPSILONS] for s in SPREADS}
-        best = best_non_private(rows.get(without))
+        best = best_non_private(rows.get(scenario))
         for title, spread, arm in (
             ("central DP", "iid", "central-dp"),
             ("eight sites, IID", "iid", "federated"),

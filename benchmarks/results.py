@@ -11,7 +11,7 @@ import argparse
 import json
 import multiprocessing
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import UTC, datetime
@@ -55,9 +55,12 @@ def _simulate(scenario: Path, changes: list[str], folder: Path) -> None:
     run_repeats(loaded, folder, observer=lambda arm: Observer(), resume=(folder / "job.json").exists())
 
 
-def _process() -> Executor:
-    """Return one process; it begins with the first row."""
-    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+def _in_processes(rows: Iterable[Row]) -> Iterator[tuple[Row, Executor]]:
+    """Yield every row with the process to run it in: one for all that follow each other with the same scenario."""
+    for _, of_one_scenario in groupby(rows, key=lambda row: row.scenario):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+            for row in of_one_scenario:
+                yield row, process
 
 
 def read_figures(folder: Path, *, seeds: int) -> dict[str, Any]:
@@ -121,26 +124,23 @@ def run(
 ) -> list[str]:
     """Measure what is not current, write the JSON file and the tables after every row, and return the names of failed rows."""
     failed = []
-    for _, of_one_scenario in groupby(rows, key=lambda row: row.scenario):
-        with _process() as process:
-            for row in of_one_scenario:
-                results: dict[str, Any] = _json(out) if out.exists() else {"rows": {}}
-                if not again and is_current(row, results, seeds=seeds, scenarios=scenarios):
-                    date = results["rows"][row.name]["date"]
-                    console.print(f"{row.name}: as it is, measured {date}", highlight=False)
-                else:
-                    console.print(f"{row.name}: {seeds} seeds", highlight=False)
-                    try:
-                        figures = measure(row, seeds=seeds, work=work, process=process, scenarios=scenarios)
-                    except (SilotuneError, BrokenProcessPool) as error:
-                        console.print(f"{row.name}: failed: {error}", style="red", highlight=False, soft_wrap=True)
-                        failed.append(row.name)
-                        continue
-                    about = {"date": datetime.now(UTC).date().isoformat(), "machine": harness.machine()}
-                    results["rows"][row.name] = {**figures, **about, "asked": asked(row, scenarios)}
-                    results["versions"] = harness.versions()
-                    write_json(out, results)
-                write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), results["rows"]))
+    for row, process in _in_processes(rows):
+        results: dict[str, Any] = _json(out) if out.exists() else {"rows": {}}
+        if not again and is_current(row, results, seeds=seeds, scenarios=scenarios):
+            console.print(f"{row.name}: as it is, measured {results['rows'][row.name]['date']}", highlight=False)
+        else:
+            console.print(f"{row.name}: {seeds} seeds", highlight=False)
+            try:
+                figures = measure(row, seeds=seeds, work=work, process=process, scenarios=scenarios)
+            except (SilotuneError, BrokenProcessPool) as error:
+                console.print(f"{row.name}: failed: {error}", style="red", highlight=False, soft_wrap=True)
+                failed.append(row.name)
+                continue
+            about = {"date": datetime.now(UTC).date().isoformat(), "machine": harness.machine()}
+            results["rows"][row.name] = {**figures, **about, "asked": asked(row, scenarios)}
+            results["versions"] = harness.versions()
+            write_json(out, results)
+        write_text(readme, fill_tables(readme.read_text(encoding="utf-8"), results["rows"]))
     return failed
 
 

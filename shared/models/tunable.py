@@ -150,10 +150,14 @@ class TunableModel(TrainedModel):
         """Return what can be cached of each text, without gradients: see `embed_frozen`, or one vector [B, 1, H]."""
         if not self.pools_frozen:
             return self.embed_frozen(input_ids, attention_mask)
-        packing = self._packing_of(attention_mask)
         with torch.no_grad():
-            hidden = self._normed(self._embed_frozen(input_ids, packing))
-            return self.head.pool(packing.pad(hidden), attention_mask).unsqueeze(1)  # type: ignore[operator, no-any-return]
+            return self.pooled(input_ids, attention_mask).unsqueeze(1)
+
+    def pooled(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return what the trained layer of a `PooledClassifier` sees of each text, float32 [B, H]."""
+        packing = self._packing_of(attention_mask)
+        hidden = self._run_rest(self._embed_frozen(input_ids, packing), packing, self.first_adapted)
+        return self.head.pool(packing.pad(hidden), attention_mask)  # type: ignore[operator, no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
@@ -224,14 +228,15 @@ class TunableModel(TrainedModel):
 
     def _finish(self, hidden: Tensor, packing: Packing, attention_mask: Tensor, start: int) -> Tensor:
         """Run the layers from `start` on packed tokens [1, N, H], then the head."""
-        hidden = self._normed(self._run_layers(hidden, packing, start, len(self.layers())))
+        hidden = self._run_rest(hidden, packing, start)
         if isinstance(self.head, TokenHead):
             with self._packed(packing):
                 return packing.pad(self.head(hidden))
         return self.head(packing.pad(hidden), attention_mask)  # type: ignore[no-any-return]
 
-    def _normed(self, hidden: Tensor) -> Tensor:
-        """Return what leaves the backbone, of what leaves its last layer."""
+    def _run_rest(self, hidden: Tensor, packing: Packing, start: int) -> Tensor:
+        """Run the layers from `start` to the backbone's end on packed tokens [1, N, H]."""
+        hidden = self._run_layers(hidden, packing, start, len(self.layers()))
         if self.architecture.final_norm is None:
             return hidden
         return self.backbone.get_submodule(self.architecture.final_norm)(hidden)  # type: ignore[no-any-return]

@@ -46,15 +46,9 @@ def start_from_names(model: TunableModel, task: Task, tokenizer: Any) -> None:
 def _vectors(model: TunableModel, task: Task, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """Return what the head's linear layer sees of each text, float32 [texts, hidden size]."""
     examples = task.encode([{"text": text} for text in texts], tokenizer, task.model.max_length)
-    seen: list[Tensor] = []
-    hook = _head(model).linear.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    try:
-        with torch.no_grad():
-            for begin in range(0, len(examples), _NAMES_AT_ONCE):
-                model(collate(examples[begin : begin + _NAMES_AT_ONCE]))
-    finally:
-        hook.remove()
-    return torch.cat(seen)
+    parts = (collate(examples[begin : begin + _NAMES_AT_ONCE]) for begin in range(0, len(examples), _NAMES_AT_ONCE))
+    with torch.no_grad():
+        return torch.cat([model.pooled(part.input_ids, part.attention_mask) for part in parts])
 
 
 def _head(model: TunableModel) -> PooledClassifier:

@@ -302,7 +302,7 @@ def test_extremes_are_answered_in_time(epsilon: float, delta: float, rate: float
         found = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=num)
         assert compose_epsilon([steps(found, rate, num)], delta) <= epsilon
     affordable_steps([], noise_multiplier=MIN_NOISE_MULTIPLIER, sample_rate=rate, budget=epsilon, delta=delta)
-    assert time.process_time() - started < 60
+    assert time.process_time() - started < 20
 
 
 def test_what_would_take_gigabytes_is_answered_by_infinity() -> None:
