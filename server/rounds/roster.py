@@ -120,7 +120,7 @@ class Roster:
             arrived = self.update()
             sites = self.present()
             enough = len(sites) >= self._job.federation.min_sites
-            late = time.monotonic() - started > DESCRIBE_TIMEOUT_SECONDS
+            late = time.monotonic() - started > self._longest_wait()
             if enough and (late or not self._asked):
                 return sites
             if self._authority is None and (late or self._everyone_answered()):
@@ -130,6 +130,14 @@ class Roster:
                 self._observer.waiting(problem)
             if not arrived:
                 time.sleep(POLL_SECONDS if self._asked else 5 * POLL_SECONDS)
+
+    def _longest_wait(self) -> float:
+        """Return for how many seconds those who were asked are waited for; others, who may never connect, for less."""
+        if self._authority is None and self._asked:
+            # Of a simulation, so each one will answer, once its process has loaded what it needs: a result must not depend on
+            # how fast the machine is.
+            return max(DESCRIBE_TIMEOUT_SECONDS, self._job.federation.round_timeout_seconds)
+        return DESCRIBE_TIMEOUT_SECONDS
 
     def pause(self, problem: str) -> None:
         """Wait before the same sites are asked the same again, the longer the more often that brought the same problem.

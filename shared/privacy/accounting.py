@@ -195,8 +195,10 @@ def _compose_epsilon(events: tuple[tuple[float, float, int, int], ...], delta: f
         return math.inf
     cell = _cell(events, total, widest)
     found = composed_epsilon(events, delta, cell)
+    if found == 0.0 or cell >= widest:
+        return found
     # Both are upper bounds: for few steps that lose next to nothing, rounding tells more than the width of cells.
-    return min(found, composed_epsilon(events, delta, widest)) if cell < widest else found
+    return min(found, composed_epsilon(events, delta, widest))
 
 
 def _cell(events: tuple[tuple[float, float, int, int], ...], total_mean_loss: float, widest: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -330,6 +331,23 @@ def test_a_simulation_does_not_wait_for_more(grid: StandInGrid, notes: Notes) ->
     grid.answers[2] = described("a")
     with pytest.raises(RunError, match="two nodes call themselves 'a'"):
         Roster(grid, make_job(min_sites=2), observer=notes).wait()
+
+
+def test_simulated_sites_are_waited_for_as_long_as_in_a_round(
+    grid: StandInGrid, notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a slow machine the first process answers late: the run neither ends for that nor goes on without it."""
+    monkeypatch.setattr(roster_module, "DESCRIBE_TIMEOUT_SECONDS", 0.05)
+    grid.online, grid.answers = [1, 2], {1: described("a")}
+    late = threading.Timer(0.5, grid.answers.__setitem__, (2, described("b")))
+    late.start()
+    assert names_of(Roster(grid, make_job(), observer=notes).wait()) == {1: "a", 2: "b"}
+    late.join()
+    del grid.answers[2]
+    impatient = make_job(round_timeout_seconds=0.3)
+    assert names_of(Roster(grid, impatient, observer=notes).wait()) == {1: "a"}
+    with pytest.raises(RunError, match="1 of 2 nodes take part"):
+        Roster(grid, make_job(min_sites=2, round_timeout_seconds=0.3), observer=notes).wait()
 
 
 def test_a_silent_node_holds_the_others_up_for_a_limited_time(
