@@ -1,13 +1,13 @@
-"""Masks between two sites: a key agreed by X25519, from it one stream of ChaCha20, which one adds and the other subtracts.
+"""Masks between two sites: a key agreed by X25519, from it one stream of AES-256, which one adds and the other subtracts.
 
     shared secret = X25519(own key, the other's key)                                       RFC 7748
     mask key      = HKDF-SHA256(shared secret, salt: context, info: both names and keys)   RFC 5869
-    mask          = ChaCha20(mask key, nonce 0, counter 0) as little-endian words of 64 bits   RFC 8439
+    mask          = AES-256(mask key, 0), AES-256(mask key, 1), ... as little-endian words of 64 bits   FIPS 197, SP 800-38A 6.5
 
 A mask key is for one stream, because the context is of one roster and both public keys of one attempt. Arithmetic is modulo
 2^64, so a masked input is as uniform as the stream, and masks of a pair cancel exactly.
 
-Guarantee (tests: tests/shared/secure_sum/test_masks.py, against the vectors of the three RFCs): the mask is this, for all bits of
+Guarantee (tests: tests/shared/secure_sum/test_masks.py, against the vectors of the standards): the mask is this, for all bits of
 the secret; a shared secret that is zero, and a public key in another than its one writing, are a `TrustError`.
 """
 
@@ -18,7 +18,9 @@ from collections.abc import Sequence
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
 
@@ -97,9 +99,9 @@ def add_masks(words: NDArray[np.uint64], *, plus: Sequence[bytes], minus: Sequen
         words: [d], contiguous, of `WORD`.
         plus, minus: mask keys, 32 bytes each.
     """
-    # A nonce has 16 bytes in this library: RFC 8439's block counter and its nonce.
+    # A key is for one stream only, so all begin to count at zero (why AES: docs/decisions/0029).
     streams = [
-        (operation, Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor())
+        (operation, Cipher(AES256(key), CTR(bytes(16))).encryptor())
         for operation, keys in ((np.add, plus), (np.subtract, minus))
         for key in keys
     ]

@@ -47,6 +47,7 @@ KEPT_ROUNDS = 3
 """A site answers a repeated request for one of so many of its last rounds with what it stored, at no charge."""
 _CONTENT, _RECEIPT = "silotune", "receipt"
 _MOST_REASON_CHARACTERS = 600
+_MOST_VERSION_CHARACTERS = 64
 _MOST_METRICS_CHARACTERS = 1 << 22
 _MOST_JOB_CHARACTERS = 1 << 20  # as of a signed one
 _MOST_COUNTED = 1 << 53
@@ -314,7 +315,7 @@ def unpack_description(message: Message) -> SiteDescription | Refusal:
         return SiteDescription(
             site=_site_name(header),
             declared_records=_whole(header["declared_records"], least=1, most=MAX_RECORDS),
-            version=str(header["version"]),
+            version=printable(str(header["version"])[:_MOST_VERSION_CHARACTERS]),
         )
     except _MALFORMED:
         return Refusal(site="", code=MALFORMED, reason="the site's description could not be read")

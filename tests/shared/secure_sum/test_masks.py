@@ -1,7 +1,8 @@
-"""Masks are what three RFCs say they are, of all bits of a secret that only two know."""
+"""Masks are what their standards say they are, of all bits of a secret that only two know."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import hmac
 import struct
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import AES256
+from cryptography.hazmat.primitives.ciphers.modes import CTR
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -71,23 +74,54 @@ def reference_hkdf(secret: bytes, salt: bytes, info: bytes) -> bytes:
     return hmac.new(extracted, info + b"\1", hashlib.sha256).digest()
 
 
-def reference_stream(key: bytes, count: int, counter: int = 0, nonce: bytes = bytes(12)) -> bytes:
-    """RFC 8439, 2.3."""
-    out = b""
-    while len(out) < count:
-        start = [*struct.unpack("<4I", b"expand 32-byte k"), *struct.unpack("<8I", key), counter]
-        start += struct.unpack("<3I", nonce)
-        state = list(start)
-        for _ in range(10):
-            for a, b, c, d in ((0, 4, 8, 12), (1, 5, 9, 13), (2, 6, 10, 14), (3, 7, 11, 15),
-                               (0, 5, 10, 15), (1, 6, 11, 12), (2, 7, 8, 13), (3, 4, 9, 14)):  # fmt: skip
-                for x, y, z, turn in ((a, b, d, 16), (c, d, b, 12), (a, b, d, 8), (c, d, b, 7)):
-                    state[x] = (state[x] + state[y]) % 2**32
-                    mixed = state[z] ^ state[x]
-                    state[z] = (mixed << turn | mixed >> (32 - turn)) % 2**32
-        out += struct.pack("<16I", *((a + b) % 2**32 for a, b in zip(state, start, strict=True)))
-        counter += 1
-    return out[:count]
+def _times(a: int, b: int) -> int:
+    """Multiply in GF(2^8), FIPS 197, 4.2."""
+    product = 0
+    while b:
+        product ^= a if b & 1 else 0
+        a = a << 1 ^ (0x11B if a & 0x80 else 0)
+        b >>= 1
+    return product
+
+
+def _substitute(byte: int) -> int:
+    """FIPS 197, 5.1.1: the inverse, then an affine map."""
+    inverse = next((other for other in range(256) if _times(byte, other) == 1), 0)
+    return functools.reduce(lambda found, turn: found ^ (inverse << turn | inverse >> (8 - turn)) & 255, range(5), 0x63)
+
+
+S_BOX = bytes(map(_substitute, range(256)))
+
+
+def reference_block(key: bytes, block: bytes) -> bytes:
+    """AES-256 of one block, FIPS 197, 5.1 and 5.2."""
+    words, constant = [key[i : i + 4] for i in range(0, 32, 4)], 1
+    for index in range(8, 60):
+        last = words[-1]
+        if index % 4 == 0:
+            last = bytes(S_BOX[byte] for byte in (last[1:] + last[:1] if index % 8 == 0 else last))
+        if index % 8 == 0:
+            last, constant = bytes([last[0] ^ constant]) + last[1:], _times(constant, 2)
+        words.append(bytes(a ^ b for a, b in zip(words[-8], last, strict=True)))
+    keys = [b"".join(words[i : i + 4]) for i in range(0, 60, 4)]
+    state = bytes(a ^ b for a, b in zip(block, keys[0], strict=True))
+    for number, round_key in enumerate(keys[1:], 1):
+        state = bytes(S_BOX[state[(5 * place) % 16]] for place in range(16))  # bytes substituted, rows shifted
+        if number < 14:
+            columns = [state[i : i + 4] for i in range(0, 16, 4)]
+            state = bytes(
+                _times(c[i], 2) ^ _times(c[(i + 1) % 4], 3) ^ c[(i + 2) % 4] ^ c[(i + 3) % 4]
+                for c in columns
+                for i in range(4)
+            )
+        state = bytes(a ^ b for a, b in zip(state, round_key, strict=True))
+    return state
+
+
+def reference_stream(key: bytes, count: int, counter: int = 0) -> bytes:
+    """SP 800-38A, 6.5, of plaintext zero; the counter is the whole block (appendix B.1)."""
+    blocks = (count + 15) // 16
+    return b"".join(reference_block(key, (counter + i).to_bytes(16, "big")) for i in range(blocks))[:count]
 
 
 def reference_mask_key(secret: bytes, context: bytes, first: tuple[str, bytes], second: tuple[str, bytes]) -> bytes:
@@ -160,22 +194,27 @@ def test_rfc_5869() -> None:
         assert reference_hkdf(secret, salt, info).hex() == expected[:64]
 
 
-def test_rfc_8439() -> None:
-    block = (  # section 2.3.2
-        "10f1e7e4d13b5915500fdd1fa32071c4c7d1f4c733c068030422aa9ac3d46c4e"
-        "d2826446079faa0914c2d705d98b02a2b5129cd1de164eb9cbd083e8a2503c4e"
+def test_fips_197_and_sp_800_38a() -> None:
+    plain, cipher = bytes.fromhex("00112233445566778899aabbccddeeff"), "8ea2b7ca516745bfeafc49904b496089"
+    assert reference_block(bytes(range(32)), plain).hex() == cipher  # FIPS 197, appendix C.3
+    # SP 800-38A, F.5.5.
+    key = bytes.fromhex("603deb1015ca71be2b73aef0857d77811f352c073b6108d72d9810a30914dff4")
+    counter = bytes.fromhex("f0f1f2f3f4f5f6f7f8f9fafbfcfdfeff")
+    plain = bytes.fromhex(
+        "6bc1bee22e409f96e93d7e117393172aae2d8a571e03ac9c9eb76fac45af8e51"
+        "30c81c46a35ce411e5fbc1191a0a52eff69f2445df4f9b17ad2b417be66c3710"
     )
-    key, nonce = bytes(range(32)), bytes.fromhex("000000090000004a00000000")
-    stream = Cipher(algorithms.ChaCha20(key, struct.pack("<I", 1) + nonce), mode=None).encryptor()
-    assert stream.update(bytes(64)).hex() == block
-    assert reference_stream(key, 64, 1, nonce).hex() == block
-    # Appendix A.1, test vector 1: key, nonce and counter zero, and so the mask of that key.
-    words = np.zeros(8, WORD)
+    cipher = (
+        "601ec313775789a5b7a7f504bbf3d228f443e3ca4d62b59aca84e990cacaf5c5"
+        "2b0930daa23de94ce87017ba2d84988ddfc9c58db67aada613c2dd08457941a6"
+    )
+    assert Cipher(AES256(key), CTR(counter)).encryptor().update(plain).hex() == cipher
+    stream = reference_stream(key, 64, int.from_bytes(counter, "big"))
+    assert bytes(a ^ b for a, b in zip(plain, stream, strict=True)).hex() == cipher
+    # Of the key zero, the mask's first block: AES-256 of the block zero (AESAVS, all zero).
+    words = np.zeros(2, WORD)
     add_masks(words, plus=[bytes(32)], minus=[])
-    assert words.tobytes().hex() == (
-        "76b8e0ada0f13d90405d6ae55386bd28bdd219b8a08ded1aa836efcc8b770dc7"
-        "da41597c5157488d7724e03fb8d84a376a43b8f41518a11cc387b669b2ee6586"
-    )
+    assert words.tobytes().hex() == "dc95c078a2408989ad48a21492842087"
 
 
 # --- keys ---
@@ -326,7 +365,7 @@ def test_a_stream_goes_on_from_block_to_block(count: int) -> None:
     key = bytes(range(32))
     words = np.zeros(count, WORD)
     add_masks(words, plus=[key], minus=[])
-    whole = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor().update(bytes(8 * count))
+    whole = Cipher(AES256(key), CTR(bytes(16))).encryptor().update(bytes(8 * count))
     assert words.tobytes() == whole
     add_masks(words, plus=[], minus=[key])
     assert not words.any()

@@ -1,7 +1,7 @@
 """Whatever rosters a coordinator shows, nothing but one roster's full honest sum opens: all ways with five sites, exactly.
 
 Masks are formal here: one variable for each pair of sites and context, which the first of the pair adds and the second subtracts.
-That is what mask keys are if X25519, HKDF and ChaCha20 are what they should be; that the code adds and subtracts so is shown by
+That is what mask keys are if X25519, HKDF and AES-256 are what they should be; that the code adds and subtracts so is shown by
 running it on a sample of the ways. Colluders know the masks that they share, so these do not count.
 """
 

@@ -89,6 +89,8 @@ def test_a_request_survives_the_trip(classification_job: Callable[..., Job]) -> 
 def test_a_description_and_a_refusal_survive_the_trip() -> None:
     description = SiteDescription(site="a", declared_records=8, version="1")
     assert messages.unpack_description(answered(messages.pack_description(description))) == description
+    wordy = messages.unpack_description(answered(messages.pack_description(replace(description, version="1\x1b" * 99))))
+    assert wordy == replace(description, version="1\N{REPLACEMENT CHARACTER}" * 32)
     refusal = Refusal(site="a", code="PolicyError", reason="no")
     assert messages.unpack_description(answered(messages.pack_refusal(refusal))) == refusal
     assert messages.unpack_reply(answered(messages.pack_refusal(refusal))) == refusal
