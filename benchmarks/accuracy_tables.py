@@ -53,10 +53,15 @@ BUDGETS = {1: _budget(1, 2), 3: _budget(3, 4)}
 DEMO, GPT2 = _row("demo", "movie reviews; 8"), _row("gpt2", "movie reviews, a small GPT-2; 6", "perplexity")
 
 EPSILONS, SPREADS = (1, 3, 8), ("iid", "dirichlet")
-_SHARED = (
+_EIGHT_SITES = (
     "partition.num_sites=8",
     "federation.min_sites=8",
     "federation.update_dtype=float32",
+    "training.weight_decay=0",
+    "lora.train=none",
+)
+_SHARED = (
+    *_EIGHT_SITES,
     "privacy.mechanism=distributed",
     "privacy.max_colluding=1",
     "privacy.spare_attempts=0",
@@ -65,8 +70,6 @@ _SHARED = (
     "privacy.sample_rate=1",
     "training.rounds=16",
     "training.local_steps=1",
-    "training.weight_decay=0",
-    "lora.train=none",
     "simulation.evaluate_every=16",
     "baselines.central_dp.training.rounds=16",
     "baselines.central_dp.training.local_steps=1",
@@ -95,7 +98,43 @@ SHARED_NOISE: Mapping[tuple[str, str, int], Row] = {
     for epsilon, rate in zip(EPSILONS, rates, strict=True)
     for spread in SPREADS
 }
-ROWS: Mapping[str, Row] = {row.name: row for row in (DEMO, *TASKS, *BUDGETS.values(), GPT2, *SHARED_NOISE.values())}
+
+_LOCAL_EPSILON = 3
+_LOCAL_WAYS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, float, float]]] = {
+    # name: title, changes, and the learning rate of each of `_SHARED_DATA`: what `silotune new` writes for as much data and steps
+    "four-steps": (
+        "8 rounds of 4 steps",
+        ("training.rounds=8", "training.local_steps=4", "privacy.sample_rate=0.5", "training.schedule=linear"),
+        (1.9, 2.2, 1.4),
+    ),
+    "one-step": (
+        "16 rounds of one step",
+        ("training.rounds=16", "training.local_steps=1", "privacy.sample_rate=1", "training.schedule=linear"),
+        (5.3, 6.2, 3.9),
+    ),
+    "constant": (
+        "that, at a constant rate",
+        ("training.rounds=16", "training.local_steps=1", "privacy.sample_rate=1", "training.schedule=constant"),
+        (2.6, 3.0, 1.9),
+    ),
+}
+
+
+def _local(scenario: str, way: str) -> Row:
+    _, changes, rates = _LOCAL_WAYS[way]
+    rate = rates[list(_SHARED_DATA).index(scenario)]
+    changes = (*_EIGHT_SITES, *changes, f"training.learning_rate={rate}", f"privacy.epsilon={_LOCAL_EPSILON}")
+    changes += ("partition.kind=dirichlet", "partition.alpha=0.3", "simulation.evaluate_every=16", "baselines.arms=[]")
+    return Row(name=f"local-{scenario}-{way}", scenario=scenario, changes=changes)
+
+
+LOCAL: Mapping[tuple[str, str], Row] = {
+    (scenario, way): _local(scenario, way) for scenario in _SHARED_DATA for way in _LOCAL_WAYS
+}
+"""Sites that each add all of the noise, with labels skewed over them: what steps between averages cost."""
+
+_ALL = (DEMO, *TASKS, *BUDGETS.values(), GPT2, *SHARED_NOISE.values(), *LOCAL.values())
+ROWS: Mapping[str, Row] = {row.name: row for row in _ALL}
 NON_PRIVATE = ("non-private-all-layers", "non-private")
 
 _SHARES = ("accuracy", "f1", "micro_f1", "macro_f1")
@@ -214,6 +253,28 @@ def _shared_noise_table(rows: Figures) -> str:
     return _lines(header, body, when([rows.get(row.name) for row in SHARED_NOISE.values()]))
 
 
+def _local_table(rows: Figures) -> str:
+    """Mean over seeds, and which share of the gap between four steps and one place with the same epsilon a way closes."""
+    header = ["data", *(title for title, _, _ in _LOCAL_WAYS.values()), "one place"]
+    body = []
+    for scenario, (data, _) in _SHARED_DATA.items():
+        central = rows.get(SHARED_NOISE[scenario, "iid", _LOCAL_EPSILON].name)
+        found = {way: rows.get(LOCAL[scenario, way].name) for way in _LOCAL_WAYS}
+        cells = [figure(row, "federated") + _share_of_gap(found["four-steps"], row, central) for row in found.values()]
+        body.append([data, *cells, figure(central, "central-dp")])
+    return _lines(header, body, when([rows.get(row.name) for row in LOCAL.values()]))
+
+
+def _share_of_gap(before: Any, after: Any, central: Any) -> str:
+    if not (before and after and central) or before is after:
+        return ""
+    low, found, high = (
+        _spread(row["arms"][arm])[0]
+        for row, arm in ((before, "federated"), (after, "federated"), (central, "central-dp"))
+    )
+    return f" ({(found - low) / (high - low):.0%} of the gap)" if high > low else ""
+
+
 def _gpt2(rows: Figures) -> str:
     found = rows.get(GPT2.name)
     untrained = "–" if found is None else f"{statistics.mean(found['untrained']):,.0f}"
@@ -226,5 +287,6 @@ _TABLES: Mapping[str, Callable[[Figures], str]] = {
     "tasks": _tasks,
     "budgets": _budgets,
     "shared-noise": _shared_noise_table,
+    "local": _local_table,
     "gpt2": _gpt2,
 }
