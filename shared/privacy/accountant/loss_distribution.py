@@ -50,8 +50,9 @@ _LOG_BEYOND, _BEYOND_STEP, _LEAST_BEYOND = math.log(1e-6), 10, 50
 _LEAST_TILT, _MOST_TILT, _MOST_LOG = 0.05, 600.0, 600.0
 # Tilted anew, up to so many times, while the bound on what was lost is more than this share of delta.
 _SHARE_LOST, _MOST_TILTS, _TILT_TOLERANCE = 1e-4, 3, 0.05
-# Of one composition, so that time and memory are bounded: about half a second and 100 MB.
-_MOST_CELLS = 1 << 19
+# Of one composition, so that time and memory are bounded: about half a second and 100 MB; and of one step, whose rare large
+# losses may need many narrow cells.
+_MOST_CELLS, _MOST_CELLS_OF_A_STEP = 1 << 19, 1 << 20
 _ROOT_TOLERANCE, _LEAST_SHARE = 1e-9, 1e-9
 
 
@@ -112,15 +113,15 @@ def composed_epsilon(events: Sequence[Event], delta: float, cell: float) -> floa
         try:
             return _on_grid(events, delta, cell)
         except _TooManyCells as found:
-            cell *= 2.0 ** math.ceil(math.log2(found.number / _MOST_CELLS))
+            cell *= 2.0 ** math.ceil(math.log2(found.excess))
 
 
 class _TooManyCells(Exception):
-    """A composition would take more than `_MOST_CELLS`."""
+    """A composition, or one step, would take more cells than it may."""
 
-    def __init__(self, number: int) -> None:
-        """Keep the number that it would take."""
-        self.number = number
+    def __init__(self, number: int, most: int) -> None:
+        """Keep how many times too many they would be."""
+        self.excess = number / most
 
 
 def _on_grid(events: Sequence[Event], delta: float, cell: float) -> float:
@@ -153,6 +154,8 @@ def step_loss(sigma: float, rate: float, removed: bool, cell: float, beyond: int
     furthest = -float(ndtri_exp(-beyond - math.log(2)))
     low = math.floor(-largest_loss(sigma, rate, not removed, furthest, sites) / cell)
     high = math.ceil(largest_loss(sigma, rate, removed, furthest, sites) / cell)
+    if high - low > _MOST_CELLS_OF_A_STEP:
+        raise _TooManyCells(high - low, _MOST_CELLS_OF_A_STEP)
     above, above_errors = step_divergence(np.arange(high + 1, dtype=np.float64) * cell, sigma, rate, removed, sites)
     below, below_errors = step_divergence(
         np.arange(1, 1 - low, dtype=np.float64) * cell, sigma, rate, not removed, sites
@@ -299,7 +302,7 @@ class TiltedDivergence:
         self._low, high, whole = self._window(log_moment, tilted)
         num_cells = high - self._low + 1
         if num_cells > _MOST_CELLS:
-            raise _TooManyCells(num_cells)
+            raise _TooManyCells(num_cells, _MOST_CELLS)
         size = fft.next_fast_len(max(num_cells, *(len(part.probs) for part, _ in parts)), real=True)
         spectrum, rounding = np.ones(size // 2 + 1, dtype=np.complex128), 1.0
         for probs, _, _, count in tilted:

@@ -6,7 +6,6 @@ import contextlib
 import math
 
 import dp_accounting
-import numpy as np
 import pytest
 from dp_accounting.pld import pld_privacy_accountant
 from scipy.optimize import brentq
@@ -14,7 +13,6 @@ from scipy.optimize import brentq
 import shared.privacy.accounting as accounting
 from shared.errors import PrivacyError
 from shared.limits import MAX_STEPS, MIN_NOISE_MULTIPLIER
-from shared.privacy.accountant import loss_distribution
 from shared.privacy.accountant.cross_check import prv_cross_check
 from shared.privacy.accountant.loss_distribution import largest_loss
 from shared.privacy.accounting import (
@@ -25,6 +23,7 @@ from shared.privacy.accounting import (
     check_delta,
     compose_epsilon,
 )
+from tests.shared.privacy.counted_cells import Cells
 
 # n, B, E; noise multipliers for epsilon 1, 3, 8 at delta = 1 / n^1.1, sample rate B / n, round(E n / B) steps (PLD).
 TABLE = [
@@ -296,26 +295,16 @@ EXTREMES = [
 
 
 @pytest.mark.parametrize(("epsilon", "delta", "rate", "num"), EXTREMES)
-def test_extremes_are_answered_in_time(
-    epsilon: float, delta: float, rate: float, num: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A number or a refusal: these searches had no end, or took gigabytes. Counted in cells, of which seconds are made."""
-    composed: list[int] = []
-    real = loss_distribution.fft.irfft
-
-    def counted(spectrum: np.ndarray, cells: int) -> np.ndarray:
-        composed.append(cells)
-        return real(spectrum, cells)
-
-    monkeypatch.setattr(loss_distribution.fft, "irfft", counted)
-    calibrate_noise_multiplier.cache_clear()
-    accounting._compose_epsilon.cache_clear()
+def test_extremes_are_answered_in_time(epsilon: float, delta: float, rate: float, num: int, cells: Cells) -> None:
+    """A number or a refusal: these searches had no end, or took gigabytes."""
     with contextlib.suppress(PrivacyError):
         found = calibrate_noise_multiplier(epsilon=epsilon, delta=delta, sample_rate=rate, steps=num)
         assert compose_epsilon([steps(found, rate, num)], delta) <= epsilon
     affordable_steps([], noise_multiplier=MIN_NOISE_MULTIPLIER, sample_rate=rate, budget=epsilon, delta=delta)
-    assert 0 < max(composed) <= 1.01 * 2**19, "the largest composition"
-    assert sum(composed) < 2**25, "all of them"
+    assert 0 < max(cells.composed) <= 1.01 * 2**19
+    assert max(cells.of_steps) <= 2**20
+    assert sum(cells.composed) < 2**24
+    assert sum(cells.of_steps) < 2**25
 
 
 def test_what_would_take_gigabytes_is_answered_by_infinity() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from itertools import product
 from typing import Any
 
@@ -25,6 +24,7 @@ from shared.privacy.accounting import (
     epsilon_at_sites,
     mean_loss,
 )
+from tests.shared.privacy.counted_cells import Cells
 
 RATE, STEPS, DELTA, HONEST = 0.125, 16, 1e-5, 4
 """Of the demo's plan, whose one upload has epsilon 8."""
@@ -59,12 +59,14 @@ def exact_divergence(epsilon: float, sigma: float, rate: float, sites: int, *, r
     return mpmath.ncdf(edge / sigma) - bound * one
 
 
-def of_dp_accounting(sigma: float, rate: float, sites: int, *, pessimistic: bool = True) -> PrivacyLossDistribution:
+def of_dp_accounting(
+    sigma: float, rate: float, sites: int, cell: float, *, pessimistic: bool
+) -> PrivacyLossDistribution:
     return from_mixture_gaussian_mechanism(
         standard_deviation=sigma,
         sensitivities=list(range(sites + 1)),
         sampling_probs=weights(rate, sites).tolist(),
-        value_discretization_interval=1e-3,
+        value_discretization_interval=cell,
         pessimistic_estimate=pessimistic,
     )
 
@@ -208,9 +210,10 @@ def test_figures_of_the_agreement() -> None:
     ("sigma", "rate", "number"), [(1.4, 0.125, 16), (3.0, 0.02, 300), (8.0, 0.5, 20), (6.0, 1.0, 3)]
 )
 def test_it_agrees_with_dp_accounting_in_both_directions(sigma: float, rate: float, number: int, sites: int) -> None:
-    theirs, below = (of_dp_accounting(sigma, rate, sites, pessimistic=way) for way in (True, False))
+    cell = 4e-3 if sites > 2 else 1e-3  # theirs searches for an edge in every cell; both have the same
+    theirs, below = (of_dp_accounting(sigma, rate, sites, cell, pessimistic=way) for way in (True, False))
     for expected, removed in ((theirs._pmf_remove, True), (theirs._pmf_add, False)):
-        dense, part = expected.to_dense_pmf(), step_loss(sigma, rate, removed, 1e-3, 50, sites)
+        dense, part = expected.to_dense_pmf(), step_loss(sigma, rate, removed, cell, 50, sites)
         shift = part.lower - dense._lower_loss
         first, last = max(0, -shift), min(len(part.probs), dense.size - shift)
         mine = np.zeros(dense.size)
@@ -218,7 +221,7 @@ def test_it_agrees_with_dp_accounting_in_both_directions(sigma: float, rate: flo
         np.testing.assert_allclose(mine, dense._probs, rtol=0, atol=1e-9)  # they search for edges
     many, fewer = theirs.self_compose(number), below.self_compose(number)
     for delta in (1e-3, 1e-5, 1e-6):
-        found = composed_epsilon([(sigma, rate, number, sites)], delta, 1e-3)
+        found = composed_epsilon([(sigma, rate, number, sites)], delta, cell)
         assert found == pytest.approx(many.get_epsilon_for_delta(delta), abs=5e-5, rel=1e-5)
         assert found >= fewer.get_epsilon_for_delta(delta)
         assert epsilon_at_sites([steps(sigma, rate, number)], sites, delta) <= found + 1e-9
@@ -286,13 +289,14 @@ def test_a_number_of_sites_out_of_range_is_refused(sites: int) -> None:
 @pytest.mark.parametrize("sigma", [0.05, 0.3, 1.0, 30.0, 1e4])
 @pytest.mark.parametrize(("rate", "number"), [(1.0, 1), (0.3, 16), (1e-3, 10_000), (1e-9, 1 << 24)])
 @pytest.mark.parametrize("delta", [0.5, 1e-5, 1e-30])
-def test_extremes_are_answered_in_time(sigma: float, rate: float, number: int, delta: float) -> None:
+def test_extremes_are_answered_in_time(sigma: float, rate: float, number: int, delta: float, cells: Cells) -> None:
     for sites in (2, MOST_SITES):
-        started = time.process_time()
-        found = epsilon_at_sites([steps(sigma, rate, number)], sites, delta)
-        assert found >= 0
-        assert time.process_time() - started < 20
+        assert epsilon_at_sites([steps(sigma, rate, number)], sites, delta) >= 0
     assert epsilon_at_sites([steps(sigma, rate, 0)], 2, delta) == 0.0
+    assert max(cells.composed, default=0) <= 1.01 * 2**19
+    assert sum(cells.composed) < 2**21
+    assert max(cells.of_steps, default=0) <= 2 * 2**20
+    assert sum(cells.of_steps) < 2**23
 
 
 def test_too_little_noise_for_so_many_sites_has_no_epsilon() -> None:
