@@ -1,4 +1,7 @@
-"""One job, one ServerApp and one ClientApp: in one process and in Flower's simulation on Ray, the same adapter."""
+"""One job, one ServerApp and one ClientApp: in one process and in Flower's simulation on Ray, the same adapter.
+
+By the patient where sites release by themselves, by the record where their sum is secure.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +66,16 @@ def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(
 
         monkeypatch.setattr(engine, factory, counted)
     path = scenario_file(
-        seed=5, simulation={"dropout_probability": 0.3}, training={"rounds": 4}, partition={"num_sites": 5}
+        seed=5,
+        simulation={"dropout_probability": 0.3},
+        training={"rounds": 4},
+        partition={"num_sites": 5},
+        privacy={"unit": "patient", "records_per_person": 3},
+        data={"train": {"path": "train.csv", "columns": {"text": "review", "label": "verdict", "person": "mrn"}}},
     )
+    lines = (path.parent / "train.csv").read_text(encoding="utf-8").splitlines()
+    by_patient = [f"{lines[0]},mrn", *(f"{line},{number % 25}" for number, line in enumerate(lines[1:]))]
+    (path.parent / "train.csv").write_text("\n".join(by_patient), encoding="utf-8")
     in_process = run(path, tmp_path / "in-process", "in-process")
     on_ray = run(path, tmp_path / "ray", "ray")
     assert sorted(made) == ["make_client_app"] * 2 + ["make_server_app"] * 2
@@ -74,6 +85,7 @@ def test_both_transports_give_the_same_adapter_with_the_same_drop_outs(
     assert [record.failed for record in on_ray.history] == failed
     assert [record.sites for record in on_ray.history] == [record.sites for record in in_process.history]
     assert without_hashes(on_ray) == without_hashes(in_process)
+    assert {release.unit for release in on_ray.releases.values()} == {"patient"}
     assert on_ray.adapter.keys() == in_process.adapter.keys()
     for name, tensor in in_process.adapter.items():
         torch.testing.assert_close(on_ray.adapter[name], tensor, rtol=1e-4, atol=1e-5)

@@ -1023,7 +1023,7 @@ def test_two_processes_race_for_the_last_affordable_charge(tmp_path: Path, compo
     racers = [python(RACER, str(tmp_path), repr(cap), composition, str(num)) for _ in range(2)]
     try:
         assert [hear(racer) for racer in racers] == ["ready", "ready"]
-        for number in range(8):
+        for number in range(5):
             name = f"{number}.sqlite"
             for racer in racers:
                 say(racer, name)

@@ -222,7 +222,7 @@ def residuals(site: Site, job: Job, request_for: MakeRequest, monkeypatch: pytes
     exact = [1.0, 1.0, 0.5, 0.5]
     monkeypatch.setattr(release_module, "cast_votes", lambda *_: known)
     found = []
-    for number in range(100):
+    for number in range(60):
         counts = site.metrics.make(request_for(job, 4, shift=0.001 * number)).counts
         found.append([*counts["accuracy"], *counts["loss"]])
     return (np.array(found) - exact) / job.site_metrics.noise_multiplier

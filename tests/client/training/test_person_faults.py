@@ -32,8 +32,9 @@ PERSON_PLAN = replace(PLAN, unit="patient", records_per_person=3)
 
 @pytest.mark.parametrize("micro_batch", [1, 7, 1000])
 def test_the_correct_person_path_passes(micro_batch: int) -> None:
-    results = [audit(f"persons {n}", plan=PERSON_PLAN, seed=n, micro_batch=micro_batch) for n in range(4)]
-    assert [result.verdict for result in results] == ["consistent"] * 4, results[0].text()
+    repeats = 2 if micro_batch == 1 else 4  # one record a pass takes as long as many
+    results = [audit(f"persons {n}", plan=PERSON_PLAN, seed=n, micro_batch=micro_batch) for n in range(repeats)]
+    assert {result.verdict for result in results} == {"consistent"}, results[0].text()
 
 
 class ClippedPerRecord(PersonSum):

@@ -131,9 +131,9 @@ def composed_epsilon(mechanisms: Counter[tuple[float, float]]) -> float:
 
 
 def test_adaptive_sequences_stop_exactly_before_the_cap() -> None:
-    """400 analysts, each of whom chooses the next run by what the earlier ones showed."""
+    """150 analysts, each of whom chooses the next run by what the earlier ones showed."""
     num_borderline = num_refused = 0
-    for seed in range(400):
+    for seed in range(150):
         chance = random.Random(seed)
         cap = chance.choice((1.0, 3.0, 8.0, 10.0))
         orders = filter_orders(epsilon=cap, delta=DELTA)
@@ -161,7 +161,7 @@ def test_adaptive_sequences_stop_exactly_before_the_cap() -> None:
         if done:
             assert composed_epsilon(done) <= spend <= cap, (seed, done)
     assert num_borderline <= 2, "the comparison saw nothing"
-    assert num_refused > 360, "too few sequences reached their cap"
+    assert num_refused > 135, "too few sequences reached their cap"
 
 
 MECHANISMS = st.lists(

@@ -5,12 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from client.ledger.ledger import Budget, Ledger
 from server.rounds.observer import Observer
@@ -180,24 +178,6 @@ def test_a_run_by_the_patient(person_scenario: Callable[..., Path], tmp_path: Pa
     assert result.verdict in ("consistent", "inconclusive")
     with pytest.raises(RunError, match="tier 3 attacks single records"):
         audit_shadow_models(open_run(folder))
-
-
-@pytest.mark.slow
-def test_a_run_by_the_patient_on_ray(person_scenario: Callable[..., Path], tmp_path: Path) -> None:
-    """With injected randomness Ray gives the release of the in-process path, up to rounding: there sites share a batch."""
-    adapters, released = [], []
-    for backend in ("in-process", "ray"):
-        path = person_scenario(training={"rounds": 1}, simulation={"backend": backend, "num_actors": 1})
-        scenario = load_scenario(path, ["compute.precision=float32"])
-        finished = run_scenario(scenario, tmp_path / backend, observer=lambda arm: Observer(), injected_seed="the same")
-        adapters.append(finished.adapter)
-        released.append({site: replace(release, updates=()) for site, release in finished.releases.items()})
-    assert released[0] == released[1]
-    assert [release.unit for release in released[1].values()] == ["patient"] * 3
-    assert adapters[0].keys() == adapters[1].keys()
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-4, atol=1e-5)
-    assert any(bool(tensor.abs().max() > 1e-2) for tensor in adapters[0].values()), "nothing was learned"
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def refusal(*arguments: object) -> str:
 # --- numbers ---
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     target=st.sampled_from([0.5, 1.0, 4.0]),
     times=st.sampled_from([1.0, 1.7, 3.0, 20.0]),
