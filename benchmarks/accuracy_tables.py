@@ -272,7 +272,7 @@ def _share_of_gap(before: Any, after: Any, central: Any) -> str:
         _spread(row["arms"][arm])[0]
         for row, arm in ((before, "federated"), (after, "federated"), (central, "central-dp"))
     )
-    return f" ({(found - low) / (high - low):.0%} of the gap)" if high > low else ""
+    return f" ({100 * (found - low) / (high - low):.0f} % of the gap)" if high > low else ""
 
 
 def _gpt2(rows: Figures) -> str:
