@@ -91,11 +91,15 @@ def test_long_sums_and_vectors_stay_within_the_bound() -> None:
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(rows=ROWS, cuts=st.lists(st.integers(0, 6), max_size=4))
-def test_the_sum_is_the_same_to_the_last_bit_in_any_order_and_cut(rows: list[list[float]], cuts: list[int]) -> None:
+@given(rows=ROWS, cuts=st.lists(st.integers(0, 6), max_size=4), values=st.sampled_from([1, 2 * DIMENSION, 2**20]))
+def test_the_sum_is_the_same_to_the_last_bit_in_any_order_and_cut(
+    rows: list[list[float]], cuts: list[int], values: int
+) -> None:
     data = torch.tensor(rows, dtype=torch.float32)
     whole, a = clipped_sum(data, 1.5)
-    pieces, b = clipped_sum(data.flip(0), 1.5, cuts)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mechanism_module, "_VALUES_AT_ONCE", values)
+        pieces, b = clipped_sum(data.flip(0), 1.5, cuts)
     assert torch.equal(whole, pieces)
     assert (a.num_examples, a.num_clipped, a.num_non_finite) == (b.num_examples, b.num_clipped, b.num_non_finite)
 
