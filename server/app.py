@@ -111,8 +111,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         privacy = _privacy(run)
         run.prepare()
         folder.write_run_info("running", details)
-        runtime.warm_cache(examples)
-        runtime.warm_cache(deciding)
+        runtime.warm_cache([*examples, *deciding], run.observer.preparing)
         checkpoint = folder.load_checkpoint()
         if checkpoint is not None:
             privacy.check(checkpoint)  # before anything is stated from an account that was lost

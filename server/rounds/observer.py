@@ -15,6 +15,9 @@ class Observer:
     def resumed(self, checkpoint: Checkpoint) -> None:
         """The run goes on from a checkpoint that an earlier process made durable."""
 
+    def preparing(self, done: int, of: int) -> None:
+        """Before anything is trained, what is frozen of the model is computed once for each text; `done` texts are ready."""
+
     def roster(self, sites: Sequence[SiteDescription]) -> None:
         """The sites that take part, at the start and whenever they change."""
 

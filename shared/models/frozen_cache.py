@@ -30,6 +30,8 @@ from shared.files.scratch_file import OVERHEAD, ScratchFile
 from shared.models.batches import Example, collate, micro_batches
 
 Compute = Callable[[Tensor, Tensor], Tensor]
+Told = Callable[[int, int], None]
+"""Is told how many texts are done, and of how many."""
 _LOG = logging.getLogger(__name__)
 
 
@@ -82,6 +84,7 @@ class FrozenCache:
         max_bytes: int,
         max_file_bytes: int = 0,
         folder: Path | None = None,
+        told: Told = lambda done, of: None,
     ) -> None:
         """Compute what is missing, as far as the two bounds allow.
 
@@ -91,10 +94,14 @@ class FrozenCache:
             max_bytes: bound on `num_bytes`.
             max_file_bytes: bound on `file_bytes`; 0: no file.
             folder: where the file lies; None is the system's temporary folder.
+            told: about progress, if there is anything to compute.
         """
         missing = list({e.key: e for e in examples if e.key not in self._states}.values())
         lengths = [example.length for example in missing]
+        done = 0
         for group in micro_batches(lengths, range(len(missing)), max_tokens):
+            told(done, len(missing))
+            done += len(group)
             batch = collate([missing[index] for index in group])
             hidden = compute(batch.input_ids, batch.attention_mask)
             hidden = (hidden if hidden.dtype == torch.bfloat16 else hidden.float()).cpu()

@@ -22,7 +22,7 @@ from shared.job.job import Job
 from shared.job.model import LoraConfig, ModelConfig, TaskConfig
 from shared.models.backbones import backbone_folder, load_backbone, usable_positions
 from shared.models.batches import Batch, Example, collate, micro_batches_of_groups
-from shared.models.frozen_cache import FrozenCache, shared_cache
+from shared.models.frozen_cache import FrozenCache, Told, shared_cache
 from shared.models.images import PIXEL_STEPS, ImageModel, build_features
 from shared.models.tunable import RESIDUAL, TrainedModel, TunableModel, attach_adapters
 from shared.runtime.label_names import start_from_names
@@ -124,8 +124,12 @@ class Runtime:
             chosen = [examples[index] for index in rows]
             yield rows, collate(chosen, self.cache.get(chosen)).to(self.model.device)
 
-    def warm_cache(self, examples: Sequence[Example]) -> None:
-        """Compute what is frozen of each example once, as far as the bounds on memory and file allow."""
+    def warm_cache(self, examples: Sequence[Example], told: Told = lambda done, of: None) -> None:
+        """Compute what is frozen of each example once, as far as the bounds on memory and file allow.
+
+        Args:
+            told: how many of the texts that were missing are done, and how many they are.
+        """
         model = self.model
         if not self.compute.cache_frozen_layers or not isinstance(model, TunableModel) or model.first_adapted == 0:
             return
@@ -142,6 +146,7 @@ class Runtime:
             max_bytes=self.compute.cache_megabytes * 2**20,
             max_file_bytes=self.compute.cache_file_megabytes * 2**20,
             folder=self.compute.cache_file_folder,
+            told=told,
         )
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:

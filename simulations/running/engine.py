@@ -414,9 +414,11 @@ def _run_arm(running: _Running, arm: Arm, *, stop_after: int | None = None, repo
     else:
         # All clients at once: their few records one client after the other would be mostly padding.
         runtime = load_runtime(arm.job, scenario.compute)
-        runtime.warm_cache([example for part in arm.sites.values() for example in runtime.encode(part)])
+        runtime.warm_cache(
+            [example for part in arm.sites.values() for example in runtime.encode(part)], run.observer.preparing
+        )
         # The test records as well, as far as there is room: they come up in every evaluation of every arm.
-        runtime.warm_cache(runtime.encode(running.test))
+        runtime.warm_cache(runtime.encode(running.test), run.observer.preparing)
         grid = InProcessGrid(
             client_app,
             len(arm.sites),

@@ -22,6 +22,7 @@ from shared.wire.messages import SiteDescription
 from simulations.running.engine import Arm
 
 _ROWS = 12
+_SECONDS_BETWEEN_LINES = 15.0  # of what passes by itself
 
 
 class LiveView:
@@ -90,7 +91,15 @@ class ArmObserver(Observer):
         self._view, self._arm = view, arm
         self._metric = task_of(arm.job).primary_metric
         self._bar = view.progress().add_task(arm.name, total=arm.job.training.rounds * len(arm.sites))
-        self._started = time.monotonic()
+        self._said = time.monotonic()
+
+    def preparing(self, done: int, of: int) -> None:
+        """Show that texts pass through the frozen layers, which takes minutes on a slow processor."""
+        text = f"frozen layers: {done:,} of {of:,} texts"
+        self._view.progress().update(self._bar, description=f"{self._arm.name:<11} {text}")
+        if time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self._view.say(f"{self._arm.name}: {text}")
 
     def roster(self, sites: Sequence[SiteDescription]) -> None:
         """Note how many sites a round can ask."""

@@ -61,6 +61,17 @@ def test_both_tiers_return_what_was_computed(dtype: torch.dtype, in_memory: int,
     assert cache.num_bytes <= in_memory
 
 
+def test_what_is_missing_is_told_of_as_it_is_computed() -> None:
+    cache, texts, seen = FrozenCache(), examples(), list[tuple[int, int]]()
+    fill(cache, texts[:3])
+    fill(cache, [*texts, *texts], told=lambda done, of: seen.append((done, of)))
+    missing = len({text.key for text in texts} - {text.key for text in texts[:3]})
+    assert seen[0] == (0, missing)
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert len(seen) > 1
+    fill(cache, texts, told=lambda *_: pytest.fail("nothing was missing"))
+
+
 def test_the_shortest_go_to_memory_and_longer_ones_to_the_file(tmp_path: Path) -> None:
     """Both bounds hold, to the byte: 1 to 5 tokens fit in memory, 6 to 8 in the file, the rest nowhere."""
     cache, texts = FrozenCache(), examples()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import dp_accounting
 import pytest
@@ -14,6 +15,7 @@ from client.ledger.ledger import Budget, Ledger
 from server.rounds.observer import Observer
 from server.store.checkpoint import Checkpoint
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, SilotuneError
+from shared.models.frozen_cache import shared_cache
 from shared.privacy.accounting import compose_epsilon
 from simulations.audit.run import audit_run_mechanism
 from simulations.federation.run import run_federation
@@ -65,6 +67,22 @@ def test_a_run_leaves_a_folder_that_stands_alone(scenario_file: MakeScenario, tm
         assert [record["private"] for record in records] == [private] * sites
         assert (folder / "baselines" / arm / "evaluation.json").exists()
     assert "WITHOUT noise" in (folder / "baselines" / "non-private" / "statement.json").read_text()
+
+
+def test_texts_that_pass_through_the_frozen_layers_are_told_of(scenario_file: MakeScenario, tmp_path: Path) -> None:
+    class Told(Observer):
+        """Keeps what it hears of."""
+
+        seen: ClassVar[list[int]] = []
+
+        def preparing(self, done: int, of: int) -> None:
+            """Note how many there are."""
+            self.seen.append(of)
+
+    shared_cache.cache_clear()
+    scenario = load_scenario(scenario_file(training={"rounds": 1}, seed=4711))
+    run_scenario(scenario, tmp_path / "run", observer=lambda arm: Told())
+    assert 20 < max(Told.seen) <= 36  # so many different texts there are
 
 
 @pytest.mark.parametrize(

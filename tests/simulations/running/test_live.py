@@ -40,3 +40,17 @@ def test_a_site_that_brings_too_much_noise_is_named_before_the_first_round(class
 @pytest.mark.parametrize("sections", [{}, {"aggregation": {"weights": "equal"}, "privacy": {"mechanism": "none"}}])
 def test_nothing_is_said_where_there_is_nothing_to_mind(classification_job: MakeJob, sections: dict[str, Any]) -> None:
     assert told(classification_job(**sections), 64, 512, 1024) == ""
+
+
+def test_texts_that_pass_through_the_frozen_layers_are_told_of_now_and_then(
+    classification_job: MakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    output = io.StringIO()
+    observer = LiveView(Console(file=output, width=100)).observer(Arm("federated", classification_job(), Path("run")))
+    for done in range(0, 4000, 100):
+        observer.preparing(done, 4000)
+        now[0] += 1.0
+    lines = output.getvalue().splitlines()
+    assert lines == ["federated: frozen layers: 1,600 of 4,000 texts", "federated: frozen layers: 3,200 of 4,000 texts"]
