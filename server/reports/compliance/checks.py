@@ -133,7 +133,7 @@ def _promise_discrepancies(name: str, site: SiteFacts, plan: PrivacyPlan) -> Ite
 def _sharing(shared: SharedNoise | None) -> str:
     if shared is None:
         return "all its noise at each site"
-    return f"noise that {shared.honest} honest sites share, against the coordinator and {shared.colluding} others"
+    return f"noise that {shared.honest} honest sites share, against {shared.against}"
 
 
 def _close(found: float, expected: float) -> bool:

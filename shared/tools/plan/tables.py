@@ -25,7 +25,7 @@ _FILTER = (
     "than PLD does."
 )
 _TWO_PROMISES = (
-    "Epsilon holds against the coordinator and up to {colluding} sites together, as long as secure aggregation does; epsilon "
+    "Epsilon holds against {against}, as long as secure aggregation does; epsilon "
     "alone if it fails and all other sites collude."
 )
 _CLAIM = (
@@ -72,6 +72,7 @@ def print_answers(
     swept: str | None,
     unit: str = "record",
 ) -> None:
+    from shared.privacy.shared_noise import SharedNoise
     from shared.privacy.statement import relation
 
     settings, sites, shares = planned.settings, planned.sites, planned.shares
@@ -103,7 +104,8 @@ def print_answers(
         console.print(_utility_table(utility))
     beyond = _CLAIM_OF_RECORDS if unit == "record" else _CLAIM_OF_PERSONS
     if shares is not None:
-        console.print(_TWO_PROMISES.format(colluding=shares.sharing.colluding))
+        noise = SharedNoise(honest=shares.sharing.honest, colluding=shares.sharing.colluding)
+        console.print(_TWO_PROMISES.format(against=noise.against))
     delta = max(setting.delta for setting in settings)
     console.print((_CLAIM + beyond).format(delta=delta_rounded_up(delta), relation=relation(unit), unit=unit))
 

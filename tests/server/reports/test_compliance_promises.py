@@ -65,7 +65,7 @@ def test_an_honest_run_has_no_discrepancy(honest_run: Path) -> None:
     ("changes", "said"),
     [
         ({"shared": {"honest": 7, "colluding": 0}}, "noise that 7 honest sites share"),
-        ({"shared": {"honest": 2, "colluding": 5}}, "against the coordinator and 5 others"),
+        ({"shared": {"honest": 2, "colluding": 5}}, "against the coordinator and up to 5 sites that work with it"),
         ({"shared": None, "epsilon_alone": None}, "recorded with all its noise at each site"),
         ({"steps_planned": 2}, "recorded with 2 planned steps, the job plans 4"),
         ({"epsilon_alone": 0.5}, "recorded epsilon 0.5000 for what it sends by itself"),

@@ -230,7 +230,7 @@ def test_both_promises_are_printed_rounded_up(job_file: Callable[..., Path], tmp
         f"cost epsilon {rounded_up(plan.without_spare.epsilon)}, alone {rounded_up(plan.without_spare.epsilon_alone)}"
         in text
     )
-    assert "against the coordinator and up to 2 sites together, as long as secure aggregation does" in text
+    assert "against the coordinator and up to 2 sites that work with it, as long as secure aggregation does" in text
     written = json.loads((tmp_path / "out" / "plan.json").read_text())
     assert written["sharing"]["epsilon"] == plan.together.epsilon
     assert (tmp_path / "out" / "plan.png").read_bytes().startswith(b"\x89PNG")
