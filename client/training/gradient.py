@@ -8,7 +8,7 @@ Formal guarantees (unit and relation as in the plan; tests: tests/client/trainin
     * A site's words depend on its records through one Poisson-subsampled sum of vectors that have an L2 norm of at most C each,
       and one share of discrete Gaussian noise, drawn once; also where the sample is empty.
     * Coins and share come from the site's own `SiteRandomness` alone, and of each attempt from streams of their own.
-    * What a site gets beside others it gets alone: side by side nothing is shared but passes over the frozen backbone.
+    * What a site gets beside others it gets alone: all gradients are taken at one adapter, and passes are all that is shared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ from client.training.trainer import (
     clipped_sums,
     draw,
     per_example_hooks,
-    stacked,
 )
 from shared.errors import PrivacyError
 from shared.privacy.plan import PrivacyPlan
@@ -74,13 +73,8 @@ def noisy_sums(
     for work in works:
         plan.check_persons(work.persons)
     runtime.load(start)
-    trainable = runtime.model.trainable()
-    stacks = {name: stacked(parameter, len(works)) for name, parameter in trainable.items()}
-    values: dict[Tensor, Tensor] | None = None
-    if len(works) > 1:
-        values = {parameter: stacks[name] for name, parameter in trainable.items()}
     pool = [example for work in works for example in work.examples]
-    with per_example_hooks(runtime.model, values) as hooks:
+    with per_example_hooks(runtime.model) as hooks:
         # 1. Every unit of privacy enters by its own coin.
         drawn = [draw(plan, work, round_number, attempt) for work in works]
         # 2. Each unit's gradient is clipped, cut to the grid and added to its site's sum.

@@ -93,8 +93,6 @@ def _anew(site: Site, begun: BegunT) -> BegunT:
 def _summed(group: Sequence[BegunShare]) -> Sequence[NoisySum | None]:
     """Return every site's noisy sum; None for all if something failed, so that each is computed alone and fails alone."""
     try:
-        if len(group) > 1:
-            settle_stacks(group[0].runtime)
         return Shares.compute(group)
     except Exception as error:  # whose fault it is shows when each is computed alone
         log.error("%d sites could not be computed together; each is computed alone: %s", len(group), place_of(error))
