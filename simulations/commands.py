@@ -26,10 +26,11 @@ def demo(
 ) -> None:
     """Eight sites tune a real BERT on movie reviews under differential privacy, with baselines and a report."""
     from simulations.scenario import builtin_scenario
-    from simulations.simulating import run_scenario
 
     scenario = builtin_scenario("demo", overrides or [])
     _check_resume(resume, out, "run")
+    from simulations.simulating import run_scenario  # slow to import, so mistakes are told before
+
     run_scenario(scenario, out or _new_folder("run", scenario.name), resume=resume, as_json=as_json)
 
 
@@ -48,11 +49,12 @@ def simulate(
 ) -> None:
     """Run a scenario: many sites on one machine, through the code that real sites run."""
     from simulations.scenario import load_scenario
-    from simulations.simulating import run_scenario
 
     changes = [*(overrides or []), *([] if folds is None else [f"simulation.folds={folds}"])]
     loaded = load_scenario(scenario, changes)
     _check_resume(resume, out, "run")
+    from simulations.simulating import run_scenario  # slow to import, so mistakes are told before
+
     folder = out or _new_folder("run", loaded.name)
     run_scenario(loaded, folder, resume=resume, stop_after=stop_after, as_json=as_json)
 
@@ -67,7 +69,6 @@ def federation(
 
     Three sites, unless they add shares of the noise: then as many as the scenario has, for the noise is planned for them.
     """
-    from simulations.federation.run import run_federation
     from simulations.scenario import builtin_scenario, load_scenario
 
     def load(changes: list[str]) -> Scenario:
@@ -76,6 +77,8 @@ def federation(
     loaded = load(overrides or [])
     if loaded.job.privacy.mechanism != "distributed":
         loaded = load(["partition.num_sites=3", "federation.min_sites=3", *(overrides or [])])
+    from simulations.federation.run import run_federation  # slow to import, so mistakes are told before
+
     run_federation(loaded, out, as_json=as_json)
 
 
@@ -107,7 +110,6 @@ def sweep(
     as_json: JsonAtEndOption = False,
 ) -> None:
     """Run a scenario under many settings and draw what accuracy each privacy budget buys."""
-    from simulations.sweep.run import run_sweep
     from simulations.sweep.spec import load_sweep
 
     _check_resume(resume, out, "sweep")
@@ -118,6 +120,8 @@ def sweep(
         law = None
     else:
         raise ConfigError("--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out.")
+    from simulations.sweep.run import run_sweep  # slow to import, so mistakes are told before
+
     run_sweep(loaded, out or _new_folder("sweep", loaded.name), law=law, resume=resume, as_json=as_json)
 
 

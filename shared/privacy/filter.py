@@ -47,7 +47,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-from dp_accounting.rdp.rdp_privacy_accountant import _compute_rdp_poisson_subsampled_gaussian
 from numpy.typing import NDArray
 from scipy.optimize import brentq, minimize_scalar
 from scipy.special import logsumexp
@@ -167,6 +166,9 @@ def renyi_divergence(noise_multiplier: float, sample_rate: float, order: int) ->
 
     Mironov, Talwar, Zhang 2019: theorem 5 (the direction computed here is the larger one) and section 3.3 (integer orders).
     """
+    # Here, as it is slow to import and few commands need it.
+    from dp_accounting.rdp.rdp_privacy_accountant import _compute_rdp_poisson_subsampled_gaussian
+
     if noise_multiplier < _LEAST_NOISE_MULTIPLIER:
         return math.inf
     counted = min(noise_multiplier, _MOST_NOISE_MULTIPLIER)  # less noise may be counted than there is

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.metrics import f1_score, roc_auc_score, roc_curve
 from torch import Tensor, nn
 
 from shared.errors import DataError
@@ -97,6 +96,8 @@ class SequenceClassification(Predicting):
 
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return loss, accuracy, macro F1 and the confusion matrix; of two labels also the ROC curve and its area."""
+        from sklearn.metrics import f1_score, roc_auc_score, roc_curve  # slow to import; sites do not evaluate
+
         labels = self.config.labels
         losses, predicted, targets, margins = [], [], [], []
         for outputs, batch in parts:

@@ -124,14 +124,14 @@ def run_scenario(
     running = _Running(
         scenario=scenario, test=test, fold=fold, observer=observer, resume=resume, injected_seed=injected_seed
     )
+    baselines = [arm for arm in arms[1:] if not (resume and _is_complete(arm))]
     # Baselines take long, so there is something to read before them.
-    finished = _run_arm(running, arms[0], stop_after=stop_after, report=report or bool(arms[1:]))
+    finished = _run_arm(running, arms[0], stop_after=stop_after, report=report or bool(baselines))
     if not is_over(finished, arms[0].job):
         return finished
-    for arm in arms[1:]:
-        if not (resume and _is_complete(arm)):
-            _run_baseline(running, arm)
-    if report and (arms[1:] or stop_after is not None):  # else it is written already
+    for arm in baselines:
+        _run_baseline(running, arm)
+    if report and (baselines or stop_after is not None):  # else it is written already
         write_report_if_possible(folder)
     return finished
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from server.runs.folder import load_job
 from server.store.checkpoint import load_checkpoint
 from shared.models import backbones
+from tests.integration.disk import small_files
 
 MakeScenario = Callable[..., Path]
 Silotune = Callable[..., Any]
@@ -209,12 +209,9 @@ def test_two_processes_on_one_folder(
 
 @pytest.mark.slow
 def test_a_full_disk_while_the_checkpoint_is_written(
-    silotune: Silotune,
-    scenario_file: MakeScenario,
-    tmp_path: Path,
-    start: Callable[..., subprocess.Popen[str]],
+    silotune: Silotune, scenario_file: MakeScenario, tmp_path: Path
 ) -> None:
-    """The kernel refuses files above a limit, as a full disk would, in a real process."""
+    """The kernel refuses files above a limit, as a full disk would."""
     folder = tmp_path / "run"
     # Residuals make the checkpoint the largest file of the run.
     path = scenario_file(
@@ -226,16 +223,13 @@ def test_a_full_disk_while_the_checkpoint_is_written(
     limit = 34_000
     assert len(before) > limit > max(p.stat().st_size for p in folder.rglob("*.db"))
 
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-    with start("simulate", path, "--out", folder, "--resume", preexec_fn=small_files) as process:
-        _, err = process.communicate(timeout=200)
-    assert process.returncode == 1, err
-    assert "error: could not write" in err
-    assert "checkpoint.safetensors: File too large" in err
-    assert "The old content is untouched; free space" in err
-    assert "Traceback" not in err
+    with small_files(limit):
+        outcome = silotune("simulate", path, "--out", folder, "--resume")
+    assert outcome.status == 1, outcome.err
+    assert "error: could not write" in outcome.err
+    assert "checkpoint.safetensors: File too large" in outcome.err
+    assert "The old content is untouched; free space" in outcome.err
+    assert "Traceback" not in outcome.err
     assert checkpoint.read_bytes() == before
     assert not list(folder.glob(".checkpoint*")), "the half-written file must be removed"
     kept = load_checkpoint(checkpoint, job_sha256=load_job(folder).sha256)

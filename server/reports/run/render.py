@@ -28,7 +28,6 @@ from server.reports.run.comparison import (
     repeat_rows,
     title_of,
 )
-from server.reports.run.figures import figures
 from server.reports.run.noise import arm_shares
 from server.reports.run.promises import promise_beside
 from server.reports.run.reading import read_run
@@ -88,6 +87,8 @@ def write_report(run_dir: Path) -> Path:
 
 def _view(data: RunData) -> dict[str, Any]:
     """What the template shows beside the run and its federated arm, computed; it holds words and order only."""
+    from server.reports.run.figures import figures  # matplotlib is slow to import, and a report comes last
+
     arm, job_name = data.federated, data.federated.job.get("name")
     titles = [title_of(one) for one in data.arms]
     return {
