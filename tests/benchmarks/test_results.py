@@ -23,7 +23,7 @@ PAGE = "before\n<!-- results: tasks -->\nold\n<!-- end of results -->\nafter\n"
 ROW = Row(name="digits", scenario="scenario", changes=("privacy.noise_multiplier=1.5",))
 
 
-def measured(folder: Path, *, again: bool = False) -> tuple[dict[str, Any], str]:
+def measured(folder: Path, *, seeds: int = 2) -> tuple[dict[str, Any], str]:
     """Run the row; return what the JSON file holds of it, and what was told."""
     told = io.StringIO()
     out, readme = folder / "results.json", folder / "README.md"
@@ -31,11 +31,11 @@ def measured(folder: Path, *, again: bool = False) -> tuple[dict[str, Any], str]
         readme.write_text(PAGE)
     failed = results.run(
         [ROW],
-        seeds=3,
+        seeds=seeds,
         out=out,
         readme=readme,
         work=folder / "work",
-        again=again,
+        again=False,
         console=Console(file=told),
         scenarios=folder,
     )
@@ -49,19 +49,19 @@ def test_a_row_is_measured_resumed_kept_and_written(scenario_file: Callable[...,
         baselines={"arms": ["non-private"], "non_private": {"training": {"rounds": 1, "local_steps": 1}}},
     )
     # Somebody stopped the first run in its first seed.
-    scenario = load_scenario(path, [*ROW.changes, "simulation.repeats=3"])
+    scenario = load_scenario(path, [*ROW.changes, "simulation.repeats=2"])
     run_scenario(scenario, tmp_path / "work" / "digits", observer=lambda arm: Observer(), stop_after=1)
     row, told = measured(tmp_path)
-    assert told == "digits: 3 seeds\n"
-    assert (row["seeds"], row["metric"], row["test_records"]) == (3, "accuracy", 12)
-    assert {name: len(values) for name, values in row["arms"].items()} == {"federated": 3, "non-private": 3}
+    assert told == "digits: 2 seeds\n"
+    assert (row["seeds"], row["metric"], row["test_records"]) == (2, "accuracy", 12)
+    assert {name: len(values) for name, values in row["arms"].items()} == {"federated": 2, "non-private": 2}
     assert row["epsilon_largest"] > 0
     assert row["machine"]["cores"] >= 1
     assert not (tmp_path / "work" / "digits").exists()
     page = (tmp_path / "README.md").read_text()
     values = row["arms"]["federated"]
     assert f"{100 * statistics.mean(values):.1f} % ± {100 * statistics.stdev(values):.1f}" in page
-    assert page.startswith("before\n<!-- results: tasks -->\nMean ± standard deviation. 3 seeds, ")
+    assert page.startswith("before\n<!-- results: tasks -->\nMean ± standard deviation. 2 seeds, ")
     assert page.endswith("<!-- end of results -->\nafter\n")
     assert "old" not in page
 
@@ -70,8 +70,9 @@ def test_a_row_is_measured_resumed_kept_and_written(scenario_file: Callable[...,
     assert again == row
 
     path.write_text(path.read_text().replace("local_steps = 1", "local_steps = 2"))
-    changed, told = measured(tmp_path)
-    assert told == "digits: 3 seeds\n"
+    changed, told = measured(tmp_path, seeds=1)
+    assert told == "digits: 1 seeds\n"
+    assert changed["seeds"] == 1
     assert changed["job_sha256"] != row["job_sha256"]
 
 

@@ -42,6 +42,22 @@ def run(write_scenario: MakeScenario, tmp_path_factory: pytest.TempPathFactory) 
     return folder / "run"
 
 
+@pytest.fixture
+def stopped(run: Path, stopped_once: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """The scenario, and a run of it that stopped after its first round, for this test to change."""
+    return run.parent / "scenario.toml", shutil.copytree(stopped_once, tmp_path / "R")
+
+
+@pytest.fixture(scope="module")
+def stopped_once(run: Path) -> Path:
+    from cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["simulate", str(run.parent / "scenario.toml"), "--out", str(run.parent / "R"), "--stop-after", "1"])
+    assert not ended.value.code
+    return run.parent / "R"
+
+
 @pytest.mark.parametrize("command", ["simulate", "folds", "repeats", "demo", "sweep", "tuning", "federation"])
 def test_a_folder_of_somebody_else_is_refused_before_any_work(
     silotune: Silotune, scenario_file: MakeScenario, tmp_path: Path, command: str
@@ -71,11 +87,8 @@ def test_a_folder_of_somebody_else_is_refused_before_any_work(
     assert snapshot(folder) == before
 
 
-def test_foreign_files_in_a_run_survive_its_resume(
-    silotune: Silotune, scenario_file: MakeScenario, tmp_path: Path
-) -> None:
-    path, folder = scenario_file(), tmp_path / "R"
-    assert silotune("simulate", path, "--out", folder, "--stop-after", 1).status == 0
+def test_foreign_files_in_a_run_survive_its_resume(silotune: Silotune, stopped: tuple[Path, Path]) -> None:
+    path, folder = stopped
     foreign = [folder / "notes.md", folder / "adapter" / "merged.bin", folder / "sites" / "site-1" / "memo.txt"]
     for place in foreign:
         place.write_text("mine")
@@ -88,10 +101,9 @@ def test_foreign_files_in_a_run_survive_its_resume(
     ("name", "kind"), [("adapter", "folder"), ("metrics.jsonl", "file"), ("checkpoint.safetensors", "file")]
 )
 def test_links_in_a_run_are_not_written_through(
-    silotune: Silotune, scenario_file: MakeScenario, tmp_path: Path, name: str, kind: str
+    silotune: Silotune, stopped: tuple[Path, Path], tmp_path: Path, name: str, kind: str
 ) -> None:
-    path, folder = scenario_file(), tmp_path / "R"
-    assert silotune("simulate", path, "--out", folder, "--stop-after", 1).status == 0
+    path, folder = stopped
     elsewhere = tmp_path / "elsewhere"
     os.replace(folder / name, elsewhere)
     (folder / name).symlink_to(elsewhere)

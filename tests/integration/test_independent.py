@@ -54,6 +54,11 @@ def snippet(adapter: Path, backbone: str) -> str:
     return text
 
 
+def alone(program: str) -> str:
+    """Return code that runs `program` in a name space of its own, `scope`: what it does not import it does not have."""
+    return f"scope = {{}}\nexec({program!r}, scope)\n"
+
+
 VARIANTS: list[dict[str, Any]] = [
     {"lora": {"train": "b"}},
     {"lora": {"train": "both", "last_layers": 3}, "model": {"pooling": "first"}},
@@ -61,53 +66,76 @@ VARIANTS: list[dict[str, Any]] = [
 ]
 
 
-def test_the_readme_of_the_adapter_gives_our_predictions(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
-    program, ours = "import json\nanswers = []\n", []
+@pytest.fixture(scope="module")
+def compared(
+    write_scenario: Callable[..., Path], tiny_gpt2: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[list[Any], list[Any], list[Any]]:
+    """Our predictions of BERT, our logits of GPT-2, and what one process says of both by the READMEs of the adapters."""
+    folder = tmp_path_factory.mktemp("independent")
+    bert, predictions = of_bert(write_scenario, folder)
+    gpt2, logits = of_gpt2(write_scenario, folder, tiny_gpt2)
+    program = f"import json\nimport torch\nanswers = []\n{bert}{gpt2}print(json.dumps(answers))\n"
+    return predictions, logits, run_alone(program, folder)
+
+
+def of_bert(write_scenario: Callable[..., Path], place: Path) -> tuple[str, list[Any]]:
+    program, ours = "", []
     for number, sections in enumerate(VARIANTS):
-        folder = tmp_path / f"run-{number}"
-        scenario = load_scenario(scenario_file(training={"rounds": 2, "local_steps": 4}, **sections))
+        folder = place / f"run-{number}"
+        scenario = load_scenario(write_scenario(place, training={"rounds": 2, "local_steps": 4}, **sections))
         finished = run_scenario(scenario, folder, observer=lambda arm: Observer())
         if sections["lora"]["train"] == "both":
             assert any(n.endswith(".residual") and bool(t.any()) for n, t in finished.adapter.items())
         job = load_job(folder)
         runtime = load_tuned(folder, job, CPU)
         ours.append(predict(runtime, TEXTS))
-        program += snippet(folder / "adapter", job.model.backbone)
-        program += "\nanswers.append({'p': logits.softmax(-1).tolist(), 'labels': list(labels)})\n"
+        program += alone(snippet(folder / "adapter", job.model.backbone))
+        program += "answers.append({'p': scope['logits'].softmax(-1).tolist(), 'labels': list(scope['labels'])})\n"
         # The comparison must be able to fail: the untrained model says something else.
         runtime.load(runtime.initial_global(job.lora.train == "both"))
         before = predict(runtime, TEXTS)
         assert max(abs(b["probability"] - m["probability"]) for b, m in zip(before, ours[-1], strict=True)) > 1e-3
-    for mine, theirs in zip(ours, run_alone(program + "print(json.dumps(answers))\n", tmp_path), strict=True):
-        assert theirs["labels"] == ["bad", "good"]
-        for prediction, probabilities in zip(mine, theirs["p"], strict=True):
-            assert probabilities == pytest.approx(list(prediction["probabilities"].values()), abs=2e-5)
+    return program, ours
 
 
-def test_peft_alone_gives_our_gpt2_logits(scenario_file: Callable[..., Path], tmp_path: Path, tiny_gpt2: Path) -> None:
-    program, ours = "import json, torch\nanswers = []\n", []
+def of_gpt2(write_scenario: Callable[..., Path], place: Path, tiny_gpt2: Path) -> tuple[str, list[Any]]:
+    program, ours = "", []
     for train in ("b", "both"):
-        path = scenario_file(
+        path = write_scenario(
+            place,
             model={"backbone": str(tiny_gpt2)},
             lora={"target_modules": ["c_attn"], "train": train},
             task={"kind": "causal_lm", "labels": []},
             training={"rounds": 2},
             data={"train": {"path": "train.csv", "columns": {"text": "review"}}},
         )
-        folder = tmp_path / train
+        folder = place / train
         run_scenario(load_scenario(path), folder, observer=lambda arm: Observer())
         job = load_job(folder)
         runtime = load_tuned(folder, job, CPU)
         tokens = [runtime.tokenizer(text)["input_ids"][:20] for text in TEXTS]
         examples = [Example(torch.tensor(ids)) for ids in tokens]
         ours.append([outputs[0] for example in examples for outputs, _ in runtime.outputs([example])])
-        program += snippet(folder / "adapter", job.model.backbone)
-        program += "\nwith torch.no_grad():\n"
+        program += alone(snippet(folder / "adapter", job.model.backbone))
+        program += "model = scope['model']\nwith torch.no_grad():\n"
         program += f"    answers.append([model(torch.tensor([ids])).logits[0].tolist() for ids in {tokens!r}])\n"
         runtime.load(runtime.initial_global(train == "both"))
         (untrained,) = (outputs[0] for outputs, _ in runtime.outputs(examples[:1]))
         assert not torch.allclose(untrained, ours[-1][0], atol=1e-3)
-    for mine, theirs in zip(ours, run_alone(program + "print(json.dumps(answers))\n", tmp_path), strict=True):
+    return program, ours
+
+
+def test_the_readme_of_the_adapter_gives_our_predictions(compared: tuple[list[Any], list[Any], list[Any]]) -> None:
+    ours, _, answers = compared
+    for mine, theirs in zip(ours, answers[: len(VARIANTS)], strict=True):
+        assert theirs["labels"] == ["bad", "good"]
+        for prediction, probabilities in zip(mine, theirs["p"], strict=True):
+            assert probabilities == pytest.approx(list(prediction["probabilities"].values()), abs=2e-5)
+
+
+def test_peft_alone_gives_our_gpt2_logits(compared: tuple[list[Any], list[Any], list[Any]]) -> None:
+    _, ours, answers = compared
+    for mine, theirs in zip(ours, answers[len(VARIANTS) :], strict=True):
         for logits, other in zip(mine, theirs, strict=True):
             torch.testing.assert_close(logits, torch.tensor(other), rtol=1e-4, atol=1e-4)
 

@@ -91,13 +91,13 @@ def test_what_was_masked_is_told_by_site_and_job() -> None:
 
 def test_a_recount_counts_every_attempt_and_of_the_account_the_whole_plan() -> None:
     def charge(job: str, round_number: int, attempt_number: int) -> dict[str, Any]:
-        share = {"noise_multiplier": 1.0, "sample_rate": 0.25, "steps": 1}
+        share = {"noise_multiplier": 3.0, "sample_rate": 0.25, "steps": 1}  # less of it takes longer to compose
         payload = {
             "job_id": job,
             "round": round_number,
             "attempt": attempt_number,
             "mechanism": share,
-            "together": share | {"noise_multiplier": 1.5},
+            "together": share | {"noise_multiplier": 4.5},
             "planned_steps": 4,
         }
         return {"kind": "reserve", "payload": payload}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 from collections import Counter, defaultdict
@@ -100,18 +101,24 @@ def recounted(lines: Iterable[Mapping[str, Any]], delta: float, job: str | None 
 
 
 def _composed(jobs: Iterable[tuple[Mapping[str, Any], int]], delta: float) -> tuple[float, float]:
-    import dp_accounting
-    from dp_accounting.pld import PLDAccountant
+    jobs = list(jobs)
 
     def epsilon(which: str) -> float:
-        accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
         steps: Counter[tuple[float, float]] = Counter()
         for payload, count in jobs:
             steps[payload[which]["noise_multiplier"], payload[which]["sample_rate"]] += count
-        for (noise, rate), count in steps.items():
-            event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
-            accountant.compose(event, count)
-        return float(accountant.get_epsilon(delta))
+        return _epsilon(frozenset(steps.items()), delta)
 
-    jobs = list(jobs)
     return epsilon("together"), epsilon("mechanism")
+
+
+@functools.cache  # half a second and more each
+def _epsilon(steps: frozenset[tuple[tuple[float, float], int]], delta: float) -> float:
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    for (noise, rate), count in sorted(steps):
+        event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(noise))
+        accountant.compose(event, count)
+    return float(accountant.get_epsilon(delta))

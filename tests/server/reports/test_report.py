@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import warnings
 from html.parser import HTMLParser
 from itertools import pairwise
@@ -281,8 +282,22 @@ def render(folder: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_numbers_of_the_run_appear(tmp_path: Path) -> None:
-    text = Page(render(build_run(tmp_path / "run"))).text
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run with its report; tests must not change it."""
+    folder = build_run(tmp_path_factory.mktemp("finished") / "run")
+    render(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(finished: Path) -> str:
+    """The report of a run to which nothing was done."""
+    return (finished / "report.html").read_text(encoding="utf-8")
+
+
+def test_numbers_of_the_run_appear(html: str) -> None:
+    text = Page(html).text
     accuracy = 2 * 808 / 2121
     assert f"{100 * accuracy:.1f} %" in text
     assert "95 % interval 74.3 to 78.0 %" in text
@@ -310,17 +325,17 @@ def test_numbers_of_the_run_appear(tmp_path: Path) -> None:
     assert "2026-03-14 09:12 UTC" in text
 
 
-def test_statement_is_verbatim(tmp_path: Path) -> None:
-    text = Page(render(build_run(tmp_path / "run"))).text
+def test_statement_is_verbatim(html: str) -> None:
+    text = Page(html).text
     for paragraph in STATEMENT.format(site="site-1", epsilon=7.9841).split("\n\n"):
         assert paragraph in text
     assert "Several records of one person: with k records the epsilon is larger." in text
     assert formats.format_epsilon(7.9841 * 8**0.62) in text
 
 
-def test_baselines_are_named_as_outside_the_guarantee(tmp_path: Path) -> None:
+def test_baselines_are_named_as_outside_the_guarantee(tmp_path: Path, html: str) -> None:
     told = "Their figures in this report, and their folders, are outside this guarantee."
-    assert told in Page(render(build_run(tmp_path / "with"))).text
+    assert told in Page(html).text
     assert told not in Page(render(build_run(tmp_path / "without", baselines=False))).text
 
 
@@ -396,14 +411,13 @@ def test_a_round_without_evaluation_is_called_that(tmp_path: Path) -> None:
     assert "Device cpu, bfloat16" in Page(render(folder)).text
 
 
-def test_it_is_said_what_a_time_is_of(tmp_path: Path) -> None:
-    assert "2 min 36 s this training alone, baselines not counted" in Page(render(build_run(tmp_path / "run"))).text
+def test_it_is_said_what_a_time_is_of(tmp_path: Path, html: str) -> None:
+    assert "2 min 36 s this training alone, baselines not counted" in Page(html).text
     alone = Page(render(build_run(tmp_path / "alone", baselines=False))).text
     assert "this training alone" not in alone
 
 
-def test_sections_come_in_order(tmp_path: Path) -> None:
-    html = render(build_run(tmp_path / "run"))
+def test_sections_come_in_order(html: str) -> None:
     ids = ["privacy", "quality", "sites", "traffic", "rounds", "job", "adapter", "machine"]
     assert re.findall(r'<h2 id="([a-z]+)"', html) == ids
     levels = [int(tag[1]) for tag, _ in Page(html).tags if re.fullmatch("h[1-6]", tag)]
@@ -412,8 +426,8 @@ def test_sections_come_in_order(tmp_path: Path) -> None:
     assert all(later - earlier <= 1 for earlier, later in pairwise(levels))
 
 
-def test_plots_and_tables_are_accessible(tmp_path: Path) -> None:
-    page = Page(render(build_run(tmp_path / "run")))
+def test_plots_and_tables_are_accessible(html: str) -> None:
+    page = Page(html)
     figures = page.having("svg")
     assert len(figures) == 5
     assert all(svg["role"] == "img" and len(svg["aria-label"] or "") > 40 for svg in figures)
@@ -425,8 +439,7 @@ def test_plots_and_tables_are_accessible(tmp_path: Path) -> None:
     assert targets <= {f"#{name}" for name in ids}
 
 
-def test_page_is_self_contained(tmp_path: Path) -> None:
-    html = render(build_run(tmp_path / "run"))
+def test_page_is_self_contained(html: str) -> None:
     page = Page(html)
     assert not re.search(r"(?i)https?:|//[a-z]|@import|javascript:|data:", html)
     assert not {tag for tag, _ in page.tags} & {"script", "link", "img", "iframe", "object", "embed", "base"}
@@ -462,9 +475,8 @@ def test_names_are_escaped(tmp_path: Path) -> None:
     assert "script" not in {tag for tag, _ in Page(html).tags}
 
 
-def test_injected_randomness_warns(tmp_path: Path) -> None:
-    honest = build_run(tmp_path / "honest")
-    assert "No privacy guarantee holds" not in render(honest)
+def test_injected_randomness_warns(tmp_path: Path, html: str) -> None:
+    assert "No privacy guarantee holds" not in html
     folder = build_run(tmp_path / "run")
     edit(folder / "sites" / "site-3" / "privacy.json", randomness="injected")
     html = render(folder)
@@ -477,15 +489,14 @@ def test_injected_randomness_warns(tmp_path: Path) -> None:
     assert text.count(" 8 injected ") == 1, "one row of the table"
 
 
-def test_not_private_shows_no_epsilon(tmp_path: Path) -> None:
+def test_not_private_shows_no_epsilon(tmp_path: Path, html: str) -> None:
     folder = build_run(tmp_path / "run", mechanism="none")
     build_sites(folder, ["site-1"], randomness="os", steps=3, planned=3)
-    html = render(folder)
-    assert "This run is not private." in html
-    assert not re.search("(?i)epsilon|ε|delta|guarantee", html)
-    private = render(build_run(tmp_path / "private"))
-    assert "This run is not private." not in private
-    assert "epsilon" in private
+    open_one = render(folder)
+    assert "This run is not private." in open_one
+    assert not re.search("(?i)epsilon|ε|delta|guarantee", open_one)
+    assert "This run is not private." not in html
+    assert "epsilon" in html
 
 
 def test_incomplete_run(tmp_path: Path) -> None:
@@ -538,9 +549,9 @@ def test_perplexity_is_better_when_lower(tmp_path: Path) -> None:
     assert "points" not in text
 
 
-def test_over_budget_warns(tmp_path: Path) -> None:
+def test_over_budget_warns(tmp_path: Path, html: str) -> None:
+    assert "A budget was exceeded." not in html
     folder = build_run(tmp_path / "run")
-    assert "A budget was exceeded." not in render(folder)
     edit(folder / "sites" / "site-2" / "privacy.json", epsilon_spent=8.0005)
     text = Page(render(folder)).text
     assert "A budget was exceeded." in text
@@ -573,9 +584,8 @@ def test_diverged_run_renders(tmp_path: Path) -> None:
     assert ">1e+300<" in render(folder)
 
 
-def test_same_folder_gives_same_bytes(tmp_path: Path) -> None:
-    folder = build_run(tmp_path / "run")
-    assert render(folder) == render(folder)
+def test_same_folder_gives_same_bytes(finished: Path, html: str, tmp_path: Path) -> None:
+    assert render(shutil.copytree(finished, tmp_path / "run")) == html
 
 
 @pytest.mark.parametrize(
@@ -651,9 +661,10 @@ def test_same_folder_gives_same_bytes(tmp_path: Path) -> None:
         ("baselines/central-dp/job.json", None, "missing"),
     ],
 )
-def test_bad_file_is_named(tmp_path: Path, file: str, content: str | dict[str, Any] | None, found: str) -> None:
-    folder = build_run(tmp_path / "run")
-    before = render(folder)
+def test_bad_file_is_named(
+    finished: Path, html: str, tmp_path: Path, file: str, content: str | dict[str, Any] | None, found: str
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
     if content is None:
         (folder / file).unlink()
     elif isinstance(content, dict):
@@ -664,7 +675,7 @@ def test_bad_file_is_named(tmp_path: Path, file: str, content: str | dict[str, A
         write_report(folder)
     assert found in str(caught.value)
     assert file in str(caught.value)
-    assert (folder / "report.html").read_text() == before
+    assert (folder / "report.html").read_text(encoding="utf-8") == html
 
 
 def test_private_run_without_site_records_is_refused(tmp_path: Path) -> None:
