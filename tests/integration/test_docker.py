@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import re
@@ -11,13 +12,15 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+
+from tests.conftest import Outcome
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
@@ -42,9 +45,10 @@ stage = load_stage()
 
 @pytest.fixture(scope="module", params=IMAGES)
 def staged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """An image's name and the folder with its files."""
+    """An image's name and the folder with its files, compiled once for all processes."""
     folder = tmp_path_factory.mktemp(request.param) / "staged"
     stage.stage(request.param, folder)
+    compileall.compile_dir(folder, quiet=2)
     return request.param, folder
 
 
@@ -65,6 +69,29 @@ def run_staged(folder: Path, work: Path, *arguments: str) -> subprocess.Complete
         timeout=300,
         check=False,
     )
+
+
+SEVERAL = """
+import contextlib, io, json, sys
+from cli import main
+ended = []
+for words in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            main(words)
+            status = 0
+        except SystemExit as stop:
+            status = stop.code or 0
+    ended.append((status, out.getvalue(), err.getvalue()))
+print(json.dumps(ended))
+"""
+
+
+def run_commands(folder: Path, work: Path, *commands: Sequence[str]) -> list[Outcome]:
+    """Run `silotune` commands one after the other in one process of `run_staged`; return how each ended."""
+    result = run_staged(folder, work, "-c", SEVERAL, json.dumps(commands))
+    assert result.returncode == 0, result.stderr
+    return [Outcome(*ended) for ended in json.loads(result.stdout.splitlines()[-1])]
 
 
 def instructions(dockerfile: str) -> list[tuple[str, str]]:
@@ -191,17 +218,17 @@ def test_the_command_line_starts_without_the_others(staged: tuple[str, Path], tm
 def test_a_command_of_another_part_says_which_one_it_needs(staged: tuple[str, Path], tmp_path: Path) -> None:
     image, folder = staged
     others, part = ("coordinator", "server") if image == "site" else ("site", "client")
-    for words, needed in (
+    needs = (
         (["demo"], "simulations"),
         (["audit", "run"], "simulations"),
         ([others, "--help"], part),
         (["new", "--help"], "simulations"),
         (["ensemble", "a", "b", "--scenario", "none.toml"], "server" if image == "site" else "simulations"),
-    ):
-        result = run_staged(folder, tmp_path, "-m", "cli", *words)
-        assert result.returncode == 1
-        assert f"error: this command needs the part {needed!r} of Silotune" in result.stderr
-        assert "Traceback" not in result.stderr
+    )
+    outcomes = run_commands(folder, tmp_path, *(words for words, _ in needs))
+    for (words, needed), outcome in zip(needs, outcomes, strict=True):
+        assert outcome.status == 1, words
+        assert f"error: this command needs the part {needed!r} of Silotune" in outcome.err
 
 
 @pytest.mark.parametrize("staged", ["coordinator"], indirect=True)
@@ -213,10 +240,10 @@ def test_a_coordinator_s_image_writes_reports(
     for home in run.glob("sites/*/home"):  # a coordinator has no site's folder
         shutil.rmtree(home)
     (run / "report.html").unlink()
-    for words in ([], ["--format", "html"], ["--format", "pdf"]):
-        result = run_staged(staged[1], tmp_path, "-m", "cli", "report", str(run), *words)
-        assert result.returncode == 0, result.stderr
-        assert Path(result.stdout.splitlines()[-1]).stat().st_size > 10_000
+    formats = ([], ["--format", "html"], ["--format", "pdf"])
+    for outcome in run_commands(staged[1], tmp_path, *(["report", str(run), *words] for words in formats)):
+        assert outcome.status == 0, outcome.err
+        assert Path(outcome.out.splitlines()[-1]).stat().st_size > 10_000
     assert (run / "compliance-report.pdf").read_bytes().startswith(b"%PDF-")
 
 
@@ -226,19 +253,20 @@ def test_a_site_s_image_checks_its_site(staged: tuple[str, Path], tmp_path: Path
     home = tmp_path / "home"
     words = ["--name", "a", "--coordinator", "localhost:1", "--data", "notes.csv"]
     words += ["--column", "text=note", "--column", "label=outcome"]
-    result = run_staged(staged[1], tmp_path, "-m", "cli", "site", "init", str(home), *words)
-    assert result.returncode == 0, result.stderr
-    result = run_staged(staged[1], tmp_path, "-m", "cli", "site", "check", str(home), "--offline")
-    assert result.returncode == 1, "the certificate is missing"
-    assert "Traceback" not in result.stdout + result.stderr
-    assert re.search(r"ok +data: ", result.stdout), result.stdout
+    made, checked = run_commands(
+        staged[1], tmp_path, ["site", "init", str(home), *words], ["site", "check", str(home), "--offline"]
+    )
+    assert made.status == 0, made.err
+    assert checked.status == 1, "the certificate is missing"
+    assert "Traceback" not in checked.out + checked.err
+    assert re.search(r"ok +data: ", checked.out), checked.out
 
 
 def test_the_staged_project_packs_every_file(staged: tuple[str, Path], tmp_path: Path) -> None:
     pytest.importorskip("setuptools", minversion="77")
     _, folder = staged
     copy = tmp_path / "copy"
-    shutil.copytree(folder, copy)
+    shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("__pycache__"))
     wheel = [
         sys.executable,
         "-m",
@@ -254,7 +282,8 @@ def test_the_staged_project_packs_every_file(staged: tuple[str, Path], tmp_path:
     assert made.returncode == 0, made.stderr
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as archive:
         packed = set(archive.namelist())
-    files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    files = {path.relative_to(folder) for path in folder.rglob("*") if path.is_file()}
+    files = {path.as_posix() for path in files if "__pycache__" not in path.parts}
     assert packed >= files - {"LICENSE", "pyproject.toml"}
 
 

