@@ -187,10 +187,12 @@ def test_the_same_of_a_real_backbone_whether_activations_are_cached_or_not(
         privacy={"noise_multiplier": 1.0, "sample_rate": 1.0, "max_grad_norm": C},
     )
     generator = torch.Generator().manual_seed(0)
+    emulated = precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported()
+    if emulated and not strength:
+        pytest.skip("bfloat16 is emulated by this processor, which takes a minute; the hostile head shows any rounding")
     # As many as it was found with, under a head that shows any rounding; fewer without one, and where processors without
     # bfloat16, which would not choose it, take a minute for each pass.
-    many = strength > 0 and (precision == "float32" or torch.cpu._is_avx512_bf16_supported())
-    alike = 40 if many else 8
+    alike = 40 if strength and not emulated else 8
     lengths = [31] * alike + [7, 64, 3, 40, 16, 32]
     runtime = runtime_of(job, precision)
     examples = [

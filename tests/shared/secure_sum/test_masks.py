@@ -91,6 +91,7 @@ def _substitute(byte: int) -> int:
 
 
 S_BOX = bytes(map(_substitute, range(256)))
+TWICE, THRICE = (bytes(_times(byte, factor) for byte in range(256)) for factor in (2, 3))
 
 
 def reference_block(key: bytes, block: bytes) -> bytes:
@@ -110,7 +111,7 @@ def reference_block(key: bytes, block: bytes) -> bytes:
         if number < 14:
             columns = [state[i : i + 4] for i in range(0, 16, 4)]
             state = bytes(
-                _times(c[i], 2) ^ _times(c[(i + 1) % 4], 3) ^ c[(i + 2) % 4] ^ c[(i + 3) % 4]
+                TWICE[c[i]] ^ THRICE[c[(i + 1) % 4]] ^ c[(i + 2) % 4] ^ c[(i + 3) % 4]
                 for c in columns
                 for i in range(4)
             )
