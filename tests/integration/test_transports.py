@@ -100,16 +100,25 @@ def test_an_error_of_the_run_arrives_as_it_is(scenario_file: Callable[..., Path]
         run(scenario_file(training={"rounds": 1}, partition={"num_sites": 4}), folder, "ray", resume=True)
 
 
-def test_secure_sums_are_the_same_on_both_transports(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
-    """What a site drew stays in its process, so Ray gets one."""
-    path = scenario_file(
+def secure_scenario(scenario_file: Callable[..., Path]) -> Path:
+    return scenario_file(
         training={"rounds": 2, "local_steps": 1},
         privacy={"mechanism": "distributed", "max_colluding": 0},
         federation={"min_sites": 3},
     )
-    in_process = run(path, tmp_path / "in-process", "in-process")
+
+
+def test_what_a_site_drew_stays_in_its_process_so_ray_gets_one(
+    scenario_file: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"with privacy\.mechanism 'distributed' it must be 1"):
-        run(path, tmp_path / "two", "ray", actors=2)
+        run(secure_scenario(scenario_file), tmp_path / "two", "ray", actors=2)
+
+
+@pytest.mark.endurance
+def test_secure_sums_are_the_same_on_both_transports(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
+    path = secure_scenario(scenario_file)
+    in_process = run(path, tmp_path / "in-process", "in-process")
     on_ray = run(path, tmp_path / "ray", "ray", actors=1)
     assert [record.sites for record in on_ray.history] == [record.sites for record in in_process.history]
     for name, tensor in in_process.adapter.items():
