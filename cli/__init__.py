@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> None:
 
         text, status = explained
         Console(stderr=True, highlight=False, markup=False, soft_wrap=True).print(printable(text, lines=True))
+        # CPython notes that Ctrl-C left code that `exec` was given as text, by which dataclasses are made, and under `python -m`
+        # ends by that signal whatever status is asked for. The next such code clears the note.
+        exec("")  # noqa: S102
         raise SystemExit(status) from None
 
 

@@ -121,6 +121,24 @@ def test_ctrl_c_right_after_the_start_is_one_sentence_or_ends_python_itself(tmp_
     assert not (tmp_path / "run").exists()
 
 
+def test_ctrl_c_while_a_dataclass_is_made_has_the_usual_status(tmp_path: Path) -> None:
+    """Python ends by the signal itself, whatever was asked for, if it came while code in a string was executed."""
+    (tmp_path / "interrupted.py").write_text(
+        "import cli, rich.console, shared.errors, shared.stopping\n"  # nothing is imported, and so made, after it
+        "cli._run = lambda arguments: exec('raise KeyboardInterrupt')\n"
+        "cli.main()\n"
+    )
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, AGAIN)
+
+
 @pytest.mark.parametrize("seconds", [1.0, 4.0])
 def test_a_simulation_that_is_stopped_at_once_prints_no_traceback(
     scenario_file: MakeScenario, tmp_path: Path, seconds: float
