@@ -36,7 +36,7 @@ $(BIN)/.installed: pyproject.toml constraints.txt locks/build.txt $(LOCKS)
 	$(BIN)/python -m pip install --quiet $(LOCKED) $(addprefix -r ,$(LOCKS))
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e .
-	-@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $@
 
 install: $(BIN)/.installed
