@@ -67,8 +67,7 @@ check: $(BIN)/.installed
 PYTEST := $(BIN)/python -m pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder -m "not endurance" --durations=25
 # The checks run beside them, for they too have one core at a time.
 test: $(BIN)/.installed
-	@$(MAKE) --no-print-directory check & checks=$$!; $(PYTEST); tests=$$?; \
-	wait $$checks || { echo "make check found faults, see above"; exit 1; }; exit $$tests
+	@sh tools/tests_beside_checks.sh $(PYTEST)
 
 # A figure to look at, not one to reach: `make mutants` says whether tests notice a fault. ARGS='tests/client' for some tests.
 coverage: $(BIN)/.installed

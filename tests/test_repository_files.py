@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -182,3 +184,23 @@ def test_every_page_forbids_fetches() -> None:
     assert policy is not None
     assert "http" not in policy[1]
     assert policy[1].startswith("default-src 'self'")
+
+
+@pytest.mark.parametrize(("checks", "tests", "status"), [(0, 0, 0), (0, 3, 3), (2, 0, 1), (2, 3, 1)])
+def test_tests_beside_checks_fail_if_either_does(tmp_path: Path, checks: int, tests: int, status: int) -> None:
+    """`make test`; here both are one line."""
+    make = tmp_path / "make"
+    make.write_text(f"#!/bin/sh\necho $@ > {tmp_path / 'asked'}\nexit {checks}\n")
+    make.chmod(0o755)
+    done = subprocess.run(
+        ["sh", ROOT / "tools" / "tests_beside_checks.sh", "sh", "-c", f"sleep 0.1; exit {tests}"],
+        env=os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == status
+    assert ("make check found faults" in done.stderr) == (checks != 0)
+    assert (tmp_path / "asked").read_text().split()[-1] == "check"
+    (recipe,) = re.findall(r"^test:.*\n\t(.*)", MAKEFILE, flags=re.MULTILINE)
+    assert recipe == "@sh tools/tests_beside_checks.sh $(PYTEST)"

@@ -115,7 +115,7 @@ class Roster:
         Raises:
             RunError: without an authority, if too few come.
         """
-        started, told = time.monotonic(), ""
+        started, told, patient = time.monotonic(), "", False
         while True:
             arrived = self.update()
             sites = self.present()
@@ -128,6 +128,9 @@ class Roster:
             if not enough and not self._asked and (problem := self._shortage()) != told:
                 told = problem
                 self._observer.waiting(problem)
+            if self._asked and not patient and time.monotonic() - started > DESCRIBE_TIMEOUT_SECONDS:
+                patient = True
+                self._observer.waiting(f"{len(self._asked)} of {len(self._online)} nodes have not answered yet.")
             if not arrived:
                 time.sleep(POLL_SECONDS if self._asked else 5 * POLL_SECONDS)
 

@@ -111,7 +111,10 @@ class FrozenCache:
                     self._states[missing[index].key] = state
                     self.num_bytes += state.nbytes
                 elif not self._spill(missing[index].key, state, max_file_bytes, folder):
+                    told(len(missing), len(missing))  # the others will be computed in every step
                     return
+        if missing:
+            told(len(missing), len(missing))
 
     def forget(self) -> None:
         """Forget everything that was computed; what lies in the file stays there, unread, until the process ends."""

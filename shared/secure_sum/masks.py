@@ -28,7 +28,7 @@ from shared.errors import TrustError
 
 WORD = np.dtype("<u8")
 _PRIME = 2**255 - 19
-_MASK_KEY = b"silotune/mask-key/1"
+_MASK_KEY = b"silotune/mask-key/2"
 _SHA256 = hashes.SHA256()
 _BLOCK_WORDS = 1 << 14  # 128 KiB: stream, zeros and sum of a block stay in the processor's cache
 _ZEROS = bytes(8 * _BLOCK_WORDS)

@@ -46,7 +46,7 @@ MOST_READY_BYTES = MOST_CERTIFICATE_BYTES + 512
 MOST_ROSTER_BYTES = 64 + MOST_SITES * (4 + MOST_READY_BYTES)
 MOST_MASKED_BYTES = 8 * MOST_WORDS + 512
 
-_READY, _ROSTER, _MASKED = b"silotune/ready/1", b"silotune/roster/1", b"silotune/masked/1"
+_READY, _ROSTER, _MASKED = b"silotune/ready/2", b"silotune/roster/1", b"silotune/masked/1"
 _CONTEXT = b"silotune/secure-sum/1\0"
 _ECDSA = ec.ECDSA(hashes.SHA256(), deterministic_signing=True)
 # A roster of a hundred is a hundred times all of this, at every site.

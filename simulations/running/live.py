@@ -95,8 +95,11 @@ class ArmObserver(Observer):
 
     def preparing(self, done: int, of: int) -> None:
         """Show that texts pass through the frozen layers, which takes minutes on a slow processor."""
-        text = f"frozen layers: {done:,} of {of:,} texts"
-        self._view.progress().update(self._bar, description=f"{self._arm.name:<11} {text}")
+        # In per cent: how many texts private sites hold is no figure to print.
+        text = f"frozen layers: {100 * done // of} % of the texts"
+        self._view.progress().update(
+            self._bar, description=self._arm.name if done == of else f"{self._arm.name:<11} {text}"
+        )
         if time.monotonic() - self._said > _SECONDS_BETWEEN_LINES:
             self._said = time.monotonic()
             self._view.say(f"{self._arm.name}: {text}")

@@ -16,6 +16,7 @@ from torch import Tensor
 import client.training.gradient as gradient_module
 import shared.privacy.shares as shares_module
 from client.training.gradient import noisy_sums
+from client.training.independence import keep_settled
 from client.training.trainer import LocalWork
 from shared.errors import PrivacyError
 from shared.job.compute import ComputeConfig
@@ -200,13 +201,13 @@ def work(examples: Any, name: str) -> LocalWork:
 
 def test_side_by_side_each_gets_what_it_gets_alone(prepared: tuple[Runtime, PrivacyPlan, Any]) -> None:
     runtime, plan, examples = prepared
+    keep_settled(runtime)  # on some processors each example gets a pass of its own
     parts = [examples[:4], examples[3:], []]
     how = {"plan": plan, "round_number": 2, "attempt": 3}
     beside = noisy_sums(runtime, [work(p, str(n)) for n, p in enumerate(parts)], runtime.initial, **how)
     for number, part in enumerate(parts):
         (alone,) = noisy_sums(runtime, [work(part, str(number))], runtime.initial, **how)
-        difference = np.abs((alone.words - beside[number].words).view(np.int64))
-        assert difference.max() <= 4096  # of 2^24 steps: rounding of another kind of product
+        assert np.array_equal(alone.words, beside[number].words)
         assert alone.observations.num_examples == beside[number].observations.num_examples
 
 

@@ -343,6 +343,7 @@ def test_simulated_sites_are_waited_for_as_long_as_in_a_round(
     late.start()
     assert names_of(Roster(grid, make_job(), observer=notes).wait()) == {1: "a", 2: "b"}
     late.join()
+    assert notes.waits == ["1 of 2 nodes have not answered yet."]
     del grid.answers[2]
     impatient = make_job(round_timeout_seconds=0.3)
     assert names_of(Roster(grid, impatient, observer=notes).wait()) == {1: "a"}

@@ -126,7 +126,7 @@ def reference_stream(key: bytes, count: int, counter: int = 0) -> bytes:
 
 
 def reference_mask_key(secret: bytes, context: bytes, first: tuple[str, bytes], second: tuple[str, bytes]) -> bytes:
-    info = b"silotune/mask-key/1"
+    info = b"silotune/mask-key/2"
     for name, key in sorted((first, second)):
         info += struct.pack(">I", len(name)) + name.encode() + key
     return reference_hkdf(secret, context, info)

@@ -272,7 +272,7 @@ def test_the_context_is_the_documented_one() -> None:
     parts = [b"silotune/roster/1"]
     for ready in roster:
         inner = [
-            b"silotune/ready/1",
+            b"silotune/ready/2",
             ready.site.encode(),
             bytes(32),
             (3).to_bytes(8, "big"),

@@ -53,4 +53,4 @@ def test_texts_that_pass_through_the_frozen_layers_are_told_of_now_and_then(
         observer.preparing(done, 4000)
         now[0] += 1.0
     lines = output.getvalue().splitlines()
-    assert lines == ["federated: frozen layers: 1,600 of 4,000 texts", "federated: frozen layers: 3,200 of 4,000 texts"]
+    assert lines == ["federated: frozen layers: 40 % of the texts", "federated: frozen layers: 80 % of the texts"]
