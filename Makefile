@@ -74,7 +74,7 @@ coverage: $(BIN)/.installed
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered $(ARGS)
 
 test-endurance: $(BIN)/.installed
-	$(BIN)/python -m pytest -v -m endurance tests/integration
+	$(BIN)/python -m pytest -v -m endurance tests
 
 # Not part of `make test`. What was found before is kept in .mutation/ and repeated only where module or tests changed.
 mutants: $(BIN)/.installed

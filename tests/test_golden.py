@@ -90,6 +90,7 @@ def small_record(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.endurance
 def test_a_record_holds_helps_outputs_homes_ledgers_and_logs(small_record: Path) -> None:
     helps = {path.stem for path in (small_record / "help" / "commands").iterdir()}
     assert {"silotune", "simulate", "site ledger", "audit-log verify", "report write"} <= helps
@@ -168,12 +169,14 @@ def replace(path: Path, old: str, new: str) -> None:
     path.write_text(text.replace(old, new, 1))
 
 
+@pytest.mark.endurance
 def test_equal_records_are_equal(small_record: Path, changed: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compare(small_record, changed) == []
     assert command_line.main(["compare", str(small_record), str(changed)]) == 0
     assert capsys.readouterr().out == "equal byte for byte\n"
 
 
+@pytest.mark.endurance
 def test_every_planted_difference_is_found(
     small_record: Path, changed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -196,6 +199,7 @@ def test_every_planted_difference_is_found(
     assert command_line.main(["compare", str(small_record), str(changed), *wanted]) == 0
 
 
+@pytest.mark.endurance
 def test_other_bytes_of_the_same_content_are_a_difference(small_record: Path, changed: Path) -> None:
     path = changed / "consortium" / "files" / "account.json"
     path.write_text(json.dumps(json.loads(path.read_text())))

@@ -43,6 +43,7 @@ def measured(folder: Path, *, seeds: int = 2) -> tuple[dict[str, Any], str]:
     return json.loads(out.read_text())["rows"]["digits"], told.getvalue()
 
 
+@pytest.mark.endurance
 def test_a_row_is_measured_resumed_kept_and_written(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
     path = scenario_file(
         training={"rounds": 1, "local_steps": 1},

@@ -42,7 +42,7 @@ def begun(folder: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.endurance
 @pytest.mark.timeout(1500)  # two processes one after the other, on a machine that may be busy
 def test_a_killed_sweep_goes_on_where_it_was(
     write_scenario: Callable[..., Path], tmp_path: Path, silotune: Callable[..., Any]
