@@ -59,6 +59,7 @@ _EIGHT_SITES = (
     "federation.update_dtype=float32",
     "training.weight_decay=0",
     "lora.train=none",
+    "simulation.evaluate_every=16",
 )
 _SHARED = (
     *_EIGHT_SITES,
@@ -70,7 +71,6 @@ _SHARED = (
     "privacy.sample_rate=1",
     "training.rounds=16",
     "training.local_steps=1",
-    "simulation.evaluate_every=16",
     "baselines.central_dp.training.rounds=16",
     "baselines.central_dp.training.local_steps=1",
     "baselines.central_dp.training.weight_decay=0",
@@ -124,7 +124,7 @@ def _local(scenario: str, way: str) -> Row:
     _, changes, rates = _LOCAL_WAYS[way]
     rate = rates[list(_SHARED_DATA).index(scenario)]
     changes = (*_EIGHT_SITES, *changes, f"training.learning_rate={rate}", f"privacy.epsilon={_LOCAL_EPSILON}")
-    changes += ("partition.kind=dirichlet", "partition.alpha=0.3", "simulation.evaluate_every=16", "baselines.arms=[]")
+    changes += ("partition.kind=dirichlet", "partition.alpha=0.3", "baselines.arms=[]")
     return Row(name=f"local-{scenario}-{way}", scenario=scenario, changes=changes)
 
 

@@ -105,14 +105,9 @@ class FrozenCache:
             batch = collate([missing[index] for index in group])
             hidden = compute(batch.input_ids, batch.attention_mask)
             hidden = (hidden if hidden.dtype == torch.bfloat16 else hidden.float()).cpu()
-            for row, index in enumerate(group):
-                state = hidden[row, : lengths[index]].clone()
-                if self.num_bytes + state.nbytes <= max_bytes:
-                    self._states[missing[index].key] = state
-                    self.num_bytes += state.nbytes
-                elif not self._spill(missing[index].key, state, max_file_bytes, folder):
-                    told(len(missing), len(missing))  # the others will be computed in every step
-                    return
+            states = ((missing[index].key, hidden[row, : lengths[index]].clone()) for row, index in enumerate(group))
+            if not all(self._hold(key, state, max_bytes, max_file_bytes, folder) for key, state in states):
+                break
         if missing:
             told(len(missing), len(missing))
 
@@ -120,6 +115,14 @@ class FrozenCache:
         """Forget everything that was computed; what lies in the file stays there, unread, until the process ends."""
         self._states.clear()
         self.num_bytes = 0
+
+    def _hold(self, key: bytes, state: Tensor, max_bytes: int, max_file_bytes: int, folder: Path | None) -> bool:
+        """Keep `state` in memory or in the file; False if there is room in neither."""
+        if self.num_bytes + state.nbytes > max_bytes:
+            return self._spill(key, state, max_file_bytes, folder)
+        self._states[key] = state
+        self.num_bytes += state.nbytes
+        return True
 
     def _spill(self, key: bytes, state: Tensor, max_file_bytes: int, folder: Path | None) -> bool:
         """Write `state` to the file; False if there is no room for it or no file."""

@@ -102,15 +102,15 @@ def assert_violated(result: MechanismAudit, *tests: str) -> None:
 # --- negative control ---
 
 
-def test_correct_mechanism_passes_all_repeats_but_one() -> None:
-    repeats = 25 if COMPANIONS[0] else 75
+def test_correct_mechanism_passes_99_of_100_repeats() -> None:
+    repeats = 25 if COMPANIONS[0] else 75  # all of so few
     results = [audit(f"control {n}", seed=n, micro_batch=(24, 1000)[n % 2]) for n in range(repeats)]
-    assert sum(result.verdict == "consistent" for result in results) >= repeats - 1
+    assert sum(result.verdict == "consistent" for result in results) >= 0.99 * repeats
     # The p-values are not merely large: about as many are below one half as above.
     overall = [result.p_values["noise overall"] for result in results]
     assert 0.3 * repeats <= sum(p < 0.5 for p in overall) <= 0.7 * repeats
     inside = sum(r.noise_multiplier_interval[0] <= 1.1 <= r.noise_multiplier_interval[1] for r in results)
-    assert inside >= repeats - 1
+    assert inside >= 0.99 * repeats
 
 
 def test_correct_mechanism_passes_with_randomness_of_the_operating_system() -> None:

@@ -26,7 +26,7 @@ from shared.models.frozen_cache import FrozenCache
 from shared.privacy.persons import Persons
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
-from shared.runtime.runtime import Runtime, load_runtime
+from shared.runtime.runtime import Runtime, choose_dtype, load_runtime
 from tests.test_task_contract import CASES
 
 PRECISIONS = ["float32", "bfloat16"]
@@ -187,7 +187,7 @@ def test_the_same_of_a_real_backbone_whether_activations_are_cached_or_not(
         privacy={"noise_multiplier": 1.0, "sample_rate": 1.0, "max_grad_norm": C},
     )
     generator = torch.Generator().manual_seed(0)
-    emulated = precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported()
+    emulated = precision == "bfloat16" and choose_dtype(ComputeConfig(), torch.device("cpu")) is None
     if emulated and not strength:
         pytest.skip("bfloat16 is emulated by this processor, which takes a minute; the hostile head shows any rounding")
     # As many as it was found with, under a head that shows any rounding; fewer without one, and where processors without

@@ -78,11 +78,11 @@ def assert_violated(result: MechanismAudit, *tests: str) -> None:
 # --- negative control ---
 
 
-def test_correct_mechanism_passes_49_of_50_repeats() -> None:
-    results = [audit(f"control {repeat}", seed=repeat) for repeat in range(50)]
-    assert sum(result.verdict == "consistent" for result in results) >= 49
+def test_correct_mechanism_passes_99_of_100_repeats() -> None:
+    results = [audit(f"control {repeat}", seed=repeat) for repeat in range(50)]  # all of so few
+    assert sum(result.verdict == "consistent" for result in results) >= 0.99 * len(results)
     overall = [result.p_values["noise overall"] for result in results]
-    assert 13 <= sum(p < 0.5 for p in overall) <= 37
+    assert 15 <= sum(p < 0.5 for p in overall) <= 35
 
 
 @pytest.mark.parametrize("change", [{"sample_rate": 1.0}, {"noise_multiplier": 0.4}, {"noise_multiplier": 5.0}])
