@@ -67,7 +67,7 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
         record = read_record(folder / "privacy.json", CoordinatorRecord)
         result |= {
             "unit": record.unit,
-            "epsilon": record.epsilon_planned or record.epsilon_spent,
+            "epsilon": None if (promised := record.epsilon_stated) is None else float(rounded_up(promised, 4)),
             "num_sites": record.num_sites_declared,
         }
     result["delta"] = scenario.job.privacy.delta

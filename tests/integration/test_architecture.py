@@ -43,7 +43,13 @@ QUESTIONS = {
         r"(?<!def )\b(add_gaussian_noise|with_share|noisy_counts|discrete_gaussian|add_noise)\(",
         set[str](),
     ),
-    "Where is a job refused?": (r"raise (PolicyError|BudgetExceeded)\b", set[str]()),
+    "Where is a job refused?": (
+        r"raise (PolicyError|BudgetExceeded|AdapterError|RosterError|DroppedOut)\b|raise self\._refusal\(",
+        {  # of a site's update at the coordinator, and of an adapter in a file
+            *("server/aggregation/mean.py", "server/rounds/update_bounds.py", "shared/wire/updates.py"),
+            *("shared/runtime/calibration.py", "shared/runtime/export/peft.py"),
+        },
+    ),
     "Where is an epsilon printed?": (
         r"(?<!def )\b(rounded_up|rounded_up_short|format_epsilon)\(",
         {"shared/privacy/central.py"},  # of a noise multiplier

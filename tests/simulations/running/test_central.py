@@ -20,6 +20,7 @@ from shared.privacy.statement import STOPPED_EARLY
 from simulations.audit.run import audit_run_mechanism, check_simulation, open_run
 from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
+from simulations.simulating import summary
 
 COLUMNS = {"text": "review", "label": "verdict", "film": "review"}
 
@@ -90,6 +91,8 @@ def test_a_run_names_the_unit_and_no_participant(many_sites: Callable[..., Path]
     record = json.loads((folder / "privacy.json").read_text())
     assert (record["unit"], record["steps_executed"], record["num_sites_declared"]) == ("site", 3, 100)
     assert record["epsilon_spent"] == pytest.approx(epsilon)
+    told = summary(folder, load_scenario(path), seconds=1.0)["epsilon"]
+    assert epsilon <= told < epsilon + 1.1e-4, "told to people, so rounded up"
     statement = json.loads((folder / "statement.json").read_text())
     assert statement["one_site"].startswith("Unit: one site")
     assert "TRUSTED COORDINATOR" in statement["one_site"]
