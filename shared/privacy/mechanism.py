@@ -109,8 +109,7 @@ class ClippedSum:
             self._add(some)
 
     def _add(self, gradients: Sequence[Tensor]) -> None:
-        # In float64: float32 understates the norm of millions of coordinates and rounds long sums by more than the margin.
-        vectors = torch.cat([gradient.flatten(1) for gradient in gradients], dim=1).double()  # [batch, coordinates]
+        vectors = vectors_of(gradients)
         norms = norms_of_rows(vectors)
         finite = norms.isfinite()
         bound = CLIP_MARGIN * self._max_grad_norm
@@ -128,8 +127,8 @@ class ClippedSum:
     def on_grid(self, vectors: Tensor) -> Tensor:
         """Return float64 `vectors`, changed in place: every coordinate a whole multiple of one power of two, near C / 2**30."""
         unit = 2.0 ** math.frexp(self._max_grad_norm / _GRID)[1] / 2
-        # A power of two: neither the division nor the product rounds.
-        return vectors.div_(unit).round_().mul_(unit)
+        # A power of two, so neither product rounds; a division would take several times as long.
+        return vectors.mul_(1 / unit).round_().mul_(unit)
 
     def _as_added(self, clipped: Tensor) -> Tensor:
         """Return clipped float64 vectors, which may change in place, as they enter the sum: such that sums are exact."""
@@ -144,6 +143,22 @@ class ClippedSum:
     def sums(self) -> list[Tensor]:
         """The clipped sums, float64 on the CPU, one per parameter."""
         return self._sums
+
+
+def vectors_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Return one vector over all parameters for each example of a micro-batch: float64 [batch, coordinates].
+
+    In float64: float32 understates the norm of millions of coordinates and rounds long sums by more than the margin.
+
+    Args:
+        gradients: one tensor [batch, *shape] per parameter.
+    """
+    flat = [gradient.detach().flatten(1) for gradient in gradients]
+    sizes = [part.shape[1] for part in flat]
+    vectors = torch.empty((len(flat[0]), sum(sizes)), dtype=torch.float64, device=flat[0].device)
+    for place, part in zip(torch.split(vectors, sizes, dim=1), flat, strict=True):
+        place.copy_(part)  # at once from one precision to the other: no copy in between
+    return vectors
 
 
 def norms_of_rows(vectors: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import DataError, PrivacyError
-from shared.privacy.mechanism import ClippedSum, norms_of_rows
+from shared.privacy.mechanism import ClippedSum, norms_of_rows, vectors_of
 from shared.privacy.randomness import KeyStream
 
 LONGEST_RECORD = 1000.0
@@ -147,7 +147,7 @@ class PersonSum:
                 f"{len(rows)} records came with {len(gradients[0])} gradients; they cannot be told apart."
             )
         owners = [self._owner.pop(row, None) for row in rows]
-        vectors = torch.cat([gradient.detach().flatten(1) for gradient in gradients], dim=1).double()
+        vectors = vectors_of(gradients)
         norms = norms_of_rows(vectors)
         finite = norms.isfinite()
         if not bool(finite.all()):
