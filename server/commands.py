@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 from rich.table import Table
 
 from server.coordinator.health import troubles
@@ -29,7 +30,7 @@ from shared.service.logs import log_file, set_up
 from shared.service.machine import is_alive
 from shared.stopping import orderly, saying
 from shared.trust.audit_log import Event
-from shared.trust.certificates import expiry_warning, fingerprint, load_certificate
+from shared.trust.certificates import expiry_warning, fingerprint, load_certificate, pem_bytes, read_file
 from shared.trust.keystore import new_passphrase, old_passphrase, passphrase_changed, passphrase_from_environment
 from shared.trust.node_keys import change_passphrase, load_server_key, save_server_key
 from shared.trust.pki import make_request
@@ -95,18 +96,19 @@ def install(
     # Everything is checked first: a coordinator that runs takes up what is written from here on.
     root = load_certificate(authority)
     loaded = _own_certificate(place, certificate, root, now) if certificate is not None else None
-    if crl is not None:
-        check_newer(place.trust, load_crl(crl, root), root)
+    revoked = load_crl(crl, root) if crl is not None else None
+    if revoked is not None:
+        check_newer(place.trust, revoked, root)
     if ca is not None:
-        write_bytes(place.trust / "ca.crt", ca.read_bytes())
-    if certificate is not None and loaded is not None:
-        write_bytes(place.server_certificate, certificate.read_bytes())
+        write_bytes(place.trust / "ca.crt", pem_bytes(root))
+    if loaded is not None:
+        write_bytes(place.server_certificate, pem_bytes(loaded))
         typer.echo(f"installed the server certificate, valid until {loaded.not_valid_after_utc:%Y-%m-%d}")
-    if crl is not None:
-        write_bytes(place.trust / "crl.pem", crl.read_bytes())
+    if revoked is not None:
+        write_bytes(place.trust / "crl.pem", revoked.public_bytes(Encoding.PEM))
         typer.echo("installed the revocation list")
     for path in site or []:
-        identity = TrustStore(place.trust).install(path.read_bytes(), now)
+        identity = TrustStore(place.trust).install(read_file(path, "certificate"), now)
         typer.echo(f"admitted {identity.name}, until {identity.not_after:%Y-%m-%d}")
 
 

@@ -24,7 +24,7 @@ from shared.errors import ConfigError, PolicyError, PrivacyError, TrustError
 from shared.job.job import Job
 from shared.job.kinds import RULES
 from shared.job.parsing import Section, load_toml, nearest, parse
-from shared.job.values import Name, Probability
+from shared.job.values import SHA256_PATTERN, Name, Probability
 from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.runtime.site_metrics import METRICS
@@ -46,7 +46,7 @@ class Policy(Section):
     """Who may sign jobs: a name of your choice and the public key, `ed25519:...`."""
     tasks: tuple[str, ...] = Field(min_length=1)
     """Accepted kinds of task, such as `sequence_classification`; docs/tasks.md has them all."""
-    backbones: dict[str, Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]] = Field(min_length=1)
+    backbones: dict[str, Annotated[str, Field(pattern=SHA256_PATTERN)]] = Field(min_length=1)
     """Accepted backbones: a job's `model.backbone`, word for word, and the SHA-256 of its files (64 hex digits); of a network for
     images, which has none, of its description."""
     max_epsilon_per_job: float = Field(gt=0)

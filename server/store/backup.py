@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from server.store.home import CoordinatorHome
 from shared.errors import RunError, TrustError
@@ -111,7 +112,7 @@ def _newer_list(place: CoordinatorHome, newest: Path) -> str:
     if own is not None and crl_number(own) > crl_number(given):
         return f"its revocation list is that of the backup, {_told(own)}; the one given is older, {_told(given)}"
     check_newer(place.trust, given, authority)
-    write_bytes(place.trust / "crl.pem", newest.read_bytes())
+    write_bytes(place.trust / "crl.pem", given.public_bytes(Encoding.PEM))
     if own is not None and crl_number(own) == crl_number(given):
         return f"its revocation list is the one given, {_told(given)}, which the backup holds as well"
     before = "the backup holds none that can be used" if own is None else f"that of the backup is {_told(own)}"

@@ -32,6 +32,8 @@ Whole = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 def read_text(path: Path) -> str:
     """Return the UTF-8 text in `path`; raises `RunError` if there is none."""
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):  # reading might wait for ever, or never end
+            raise damaged(path, "it is no plain file")
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise RunError(f"{path} is missing; restore it from a backup, or start a new run.") from None

@@ -14,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from shared.errors import ConfigError, excerpt
+from shared.files.bounded import read_named_text
+from shared.job.values import NAME_PATTERN, SHA256_PATTERN
 
 _MOST_FINDINGS = 30  # a hostile job could have a hundred thousand, and each is compared with what is known
 
@@ -82,7 +84,7 @@ def load_toml(path: Path) -> dict[str, Any]:
         ConfigError: if it is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return tomllib.loads(read_named_text(path, "utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; check the path.") from None
     except RecursionError:
@@ -111,7 +113,7 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
             place = place.setdefault(section, {})
             if not isinstance(place, dict):
                 raise ConfigError(f"--set {item!r}: {section!r} is a value, not a section.")
-        place[last] = _toml_value(text.strip())
+        place[last] = toml_value(text.strip())
     return result
 
 
@@ -121,11 +123,21 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
-def _toml_value(text: str) -> Any:
+def toml_value(text: str) -> Any:
+    """Return what `text` is as a value of TOML, else the text itself."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, KeyError, RecursionError):
+        found = tomllib.loads(f"value = {text}")
+    except (ValueError, RecursionError):
         return text
+    return found["value"] if len(found) == 1 else text  # a line end in it would hide what stands after
+
+
+_PATTERNS = {
+    NAME_PATTERN: "expected 1 to 64 letters (a to z, A to Z), digits, points, underscores and hyphens, a letter or digit first",
+    SHA256_PATTERN: "expected 64 hexadecimal digits, in small letters",
+    r"\S": "expected text that is not blank",
+}
+"""What a pattern asks for, in words."""
 
 
 def explain(model: type[BaseModel], detail: Any) -> str:
@@ -141,6 +153,10 @@ def explain(model: type[BaseModel], detail: Any) -> str:
         if isinstance(limit, float) and 0 < limit < 1e-3:  # else written with all its zeros
             message = f"{message.rsplit(' ', 1)[0]} {limit:g}"
     found = detail.get("input")
+    if detail["type"] == "string_pattern_mismatch":
+        message = _PATTERNS.get(detail["ctx"]["pattern"], message)
+    if detail["type"] == "string_unicode":
+        message = "expected text that is valid UTF-8"
     if detail["type"] in ("tuple_type", "list_type"):
         message = 'expected a list, such as ["a", "b"]'
         if isinstance(found, str) and found.startswith("["):

@@ -23,6 +23,7 @@ Epsilon = Annotated[float, Field(ge=MIN_EPSILON, le=MAX_EPSILON)]
 Delta = Annotated[float, Field(ge=MIN_DELTA, lt=1)]
 Value = Annotated[float, Field(ge=-MAX_VALUE, le=MAX_VALUE)]
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
 Name = Annotated[str, Field(pattern=NAME_PATTERN)]
 Unit = Literal["record", "patient", "customer"]
 PERSON_UNITS: tuple[Unit, ...] = ("patient", "customer")

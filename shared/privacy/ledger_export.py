@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from shared.errors import LedgerError, PrivacyError
 from shared.files.atomic import write_text
+from shared.files.bounded import read_named_text
 from shared.files.json_files import Count
 from shared.job.parsing import Section
 from shared.privacy.accounting import GaussianSteps, merged
@@ -142,9 +143,11 @@ def load_export(path: Path) -> LedgerExport:
         LedgerError: if the file is missing or is not an export.
     """
     try:
-        return LedgerExport.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise LedgerError(f"the ledger export {path} cannot be read: {error.strerror}.") from None
+        text = read_named_text(path)
+    except (OSError, ValueError) as error:
+        raise LedgerError(f"the ledger export {path} cannot be read: {getattr(error, 'strerror', error)}.") from None
+    try:
+        return LedgerExport.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"

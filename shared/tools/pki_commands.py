@@ -14,6 +14,7 @@ from rich.text import Text
 
 from shared import terminal
 from shared.errors import TrustError
+from shared.files.bounded import read_named_bytes
 from shared.files.outputs import CERTIFICATE_MARK, CSR_MARK, check_file
 from shared.options import JsonLineOption, NoPassphraseOption
 from shared.trust import certificates, keystore, node_keys, pki, signing
@@ -244,9 +245,9 @@ def _passphrase(file: Path | None) -> str | None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
-        raise TrustError(f"{path} cannot be read ({error.strerror}); check the path.") from None
+        return read_named_bytes(path)
+    except (OSError, ValueError) as error:
+        raise TrustError(f"{path} cannot be read ({getattr(error, 'strerror', error)}); check the path.") from None
 
 
 def _say_protection(path: Path, passphrase: str | None) -> None:

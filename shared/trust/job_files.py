@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError
+from shared.files.bounded import read_named_text
 from shared.files.json_files import parse_object
 from shared.job.job import Job
 from shared.job.parsing import apply_overrides, load_toml, nearest, parse
@@ -29,7 +30,7 @@ def read_job(path: Path, overrides: Sequence[str]) -> Job:
     """
     raw = read_json(path, "a job") if path.suffix == ".json" else load_toml(path)
     if "signature" in raw:
-        signed = SignedJob.from_json(path.read_text(encoding="utf-8"), source=str(path))
+        signed = SignedJob.from_json(read_named_text(path), source=str(path))
         raw = signed.job.model_dump(mode="json")
     raw = apply_overrides(raw, overrides)
     for key in raw:
@@ -48,7 +49,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         ConfigError: if it is missing, unreadable or no object.
     """
     try:
-        return parse_object(path.read_text(encoding="utf-8"))
+        return parse_object(read_named_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; check the path.") from None
     except (OSError, ValueError) as error:

@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import math
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.errors import ConfigError
 from shared.files.json_files import canonical_json
-from shared.job.parsing import Section, apply_overrides, nearest, parse
+from shared.job.parsing import Section, apply_overrides, nearest, parse, toml_value
 from shared.job.privacy import OF_SHARES
 from shared.job.values import Name
 from simulations.scenario import Scenario, build_scenario, load_scenario_file
@@ -298,17 +297,10 @@ def parse_axis(text: str) -> tuple[str, Any]:
         if kind not in ("", "log", "int"):
             raise ConfigError(f"--axis {text!r} ends with {kind!r}; a range is LOW:HIGH, LOW:HIGH:log or LOW:HIGH:int.")
         return key.strip(), {"low": ends[0], "high": ends[1], "log": kind == "log", "integer": kind == "int"}
-    try:
-        return key.strip(), list(tomllib.loads(f"values = [{spec}]")["values"])
-    except tomllib.TOMLDecodeError:  # plain words, such as adamw,sgd
-        return key.strip(), [_toml_or_text(part.strip()) for part in spec.split(",")]
-
-
-def _toml_or_text(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
+    listed = toml_value(f"[{spec}]")
+    if isinstance(listed, list):
+        return key.strip(), listed
+    return key.strip(), [toml_value(part.strip()) for part in spec.split(",")]  # plain words, such as adamw,sgd
 
 
 def _numbers(parts: Sequence[str]) -> list[float] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,10 @@ def test_what_is_missing_or_no_file_is_told(tmp_path: Path) -> None:
     (tmp_path / "run.json").mkdir()
     with pytest.raises(RunError, match="Is a directory"):
         read_object(tmp_path / "run.json")
+    for name, make in (("pipe.json", os.mkfifo), ("device.json", lambda path: path.symlink_to("/dev/zero"))):
+        make(tmp_path / name)
+        with pytest.raises(RunError, match="it is no plain file"):
+            read_object(tmp_path / name)
 
 
 def test_a_whole_file_is_read(tmp_path: Path) -> None:

@@ -151,6 +151,10 @@ def test_overrides_are_read_as_toml_and_else_as_text() -> None:
     assert RAW["training"] == {"rounds": 2}, "the original must stay as it was"
 
 
+def test_an_override_holds_one_value() -> None:
+    assert apply_overrides({}, ["a=1\nb = 2", "c=" + "9" * 5000]) == {"a": "1\nb = 2", "c": "9" * 5000}
+
+
 @pytest.mark.parametrize("item", ["training.rounds", "=3", "name.first=3"])
 def test_a_malformed_override_is_refused(item: str) -> None:
     with pytest.raises(ConfigError, match="--set"):

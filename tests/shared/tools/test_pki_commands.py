@@ -215,6 +215,7 @@ def test_signer() -> None:
         ("approve ca site/north.crt --role site", "is no PEM certificate request"),
         ("approve nowhere site/north.csr --role site", "nowhere holds no CA"),
         ("install trust nowhere.crt", r"nowhere\.crt cannot be read"),
+        ("install trust /dev/zero", r"/dev/zero cannot be read \(it is longer than 67,108,864 bytes\)"),
         ("install trust site/north.csr", r"site/north\.csr: the certificate is not a PEM file"),
         ("install nowhere site/north.crt", r"nowhere/ca\.crt does not exist"),
         ("revoke ca south", "no certificate was issued for 'south'; there are certificates for: north"),

@@ -57,6 +57,11 @@ def test_axes_of_the_command_line(text: str, expected: tuple[str, Any]) -> None:
     assert parse_axis(text) == expected
 
 
+def test_an_axis_that_toml_cannot_read_is_text() -> None:
+    for text in ("[" * 100_000, "9" * 5000, "1]\nx = [2"):
+        assert parse_axis(f"lora.rank={text}") == ("lora.rank", [text])
+
+
 @pytest.mark.parametrize("text", ["training.learning_rate", "=1", "training.learning_rate=", "lora.rank=2:8:cubic"])
 def test_an_axis_of_another_form_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--axis"):
