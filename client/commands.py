@@ -26,11 +26,11 @@ from shared.files.atomic import write_bytes, write_text
 from shared.files.backup import told
 from shared.files.outputs import JSON_MARK, check_file, check_new_files
 from shared.job.parsing import parse
-from shared.options import BackupArgument, JsonOption, NoPassphraseOption
+from shared.options import BackupArgument, JsonOption, NoPassphraseOption, named_once
 from shared.service.logs import set_up
 from shared.stopping import orderly
 from shared.trust.audit_log import Event
-from shared.trust.certificates import fingerprint, load_certificate
+from shared.trust.certificates import fingerprint, load_certificate, pem_bytes
 from shared.trust.job_files import read_job
 from shared.trust.key_changes import alone
 from shared.trust.keystore import (
@@ -82,13 +82,16 @@ def init(
 ) -> None:
     """Make the folder, the keys, the certificate request and first versions of site.toml and policy.toml."""
     from client.ledger.largest_job import unfinished
+    from client.link.handshake import split_address
     from client.policy.template import policy_template
 
+    split_address(coordinator)
     place = SiteHome(home)
     if place.config.exists():
         raise RunError(f"{home} is a site's folder already; choose another, or remove it first.")
-    pairs = dict(_pair(item, "--column") for item in columns)
-    signers = {who: find_verify_key(key).text for who, key in (_pair(item, "--signer") for item in signer or [])}
+    pairs = named_once(columns, "--column", "NAME=VALUE", RunError)
+    keys = named_once(signer or [], "--signer", "NAME=VALUE", RunError)
+    signers = {who: find_verify_key(key).text for who, key in keys.items()}
     config = {
         "name": name,
         "dataset": f"{name}-records",
@@ -146,8 +149,8 @@ def install(
             os.replace(place.next_key, place.key)
     # Everything was checked: a node that runs takes up what is written from here on.
     if ca is not None:
-        write_bytes(place.ca_certificate, ca.read_bytes())
-    write_bytes(place.certificate, certificate.read_bytes())
+        write_bytes(place.ca_certificate, pem_bytes(authority))
+    write_bytes(place.certificate, pem_bytes(loaded))
     typer.echo(f"installed, valid until {loaded.not_valid_after_utc:%Y-%m-%d}. Next: silotune site check {home}")
 
 
@@ -406,17 +409,9 @@ def policy(home: HomeArgument) -> None:
 
 def _public_source(home: SiteHome, file: Path, columns: Sequence[str]) -> DataSource:
     own = home.load_config().data.columns
-    named = dict(_pair(item, "--public-column") for item in columns)
-    return DataSource(
-        path=str(file.resolve()), columns=named or {role: own[role] for role in own if role != PERSON_ROLE}
-    )
-
-
-def _pair(item: str, option: str) -> tuple[str, str]:
-    left, separator, right = item.partition("=")
-    if not separator or not left or not right:
-        raise RunError(f"{option} {item!r} is not of the form NAME=VALUE.")
-    return left, right
+    named = named_once(columns, "--public-column", "NAME=VALUE", RunError)
+    asked = {"path": str(file.resolve()), "columns": named or {role: own[role] for role in own if role != PERSON_ROLE}}
+    return parse(DataSource, asked, source="what was asked for")
 
 
 def _show_account(account: LedgerExport, *, as_json: bool) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, SilotuneError
 
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
 OverridesOption = Annotated[
@@ -47,4 +48,24 @@ def how_to_read(option: str, file: Path | None, **given: str | None) -> dict[str
     found = {name: value for name, value in given.items() if value is not None}
     if found and file is None:
         raise ConfigError(f"--{next(iter(found))} says how {option} is read, but no {option} was given.")
+    return found
+
+
+def named_once(
+    items: Sequence[str], option: str, form: str, error: type[SilotuneError] = ConfigError
+) -> dict[str, str]:
+    """Return the values of a repeatable option by their names.
+
+    Args:
+        form: of an item, for the error, such as ROLE=COLUMN.
+        error: what is raised if an item is not of that form, or two have one name: neither may win unseen.
+    """
+    found: dict[str, str] = {}
+    for item in items:
+        name, separator, value = (part.strip() for part in item.partition("="))
+        if not separator or not name or not value:
+            raise error(f"{option} {item!r} is not of the form {form}.")
+        if name in found:
+            raise error(f"{option} names {name!r} twice, with {found[name]!r} and {value!r}; leave out one of the two.")
+        found[name] = value
     return found

@@ -99,9 +99,13 @@ def split_address(address: str) -> tuple[str, int]:
     """Return host and port of "host:port" or "[v6]:port".
 
     Raises:
-        RunError: if it is neither.
+        RunError: if it is neither, or there is no such port.
     """
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdigit():
+    host, _, port = address.rpartition(":")
+    name = host.removeprefix("[").removesuffix("]")
+    bare_v6 = ":" in name and host != f"[{name}]"
+    if not (name and name.isprintable() and port.isascii() and port.isdecimal()) or bare_v6 or set(name) & set(" /@[]"):
         raise RunError(f"the address {address!r} is not of the form host:port, for example fl.example.org:9092.")
-    return host.strip("[]"), int(port)
+    if len(port) > 5 or not 0 < int(port) < 2**16:
+        raise RunError(f"the address {address!r} is not of the form host:port with a port from 1 to 65,535.")
+    return name, int(port)

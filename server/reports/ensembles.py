@@ -23,7 +23,8 @@ from shared.data.datasets import DataSource, read_records
 from shared.epsilons import delta_rounded_up, rounded_up
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
-from shared.job.parsing import parse
+from shared.job.parsing import nearest, parse
+from shared.options import named_once
 from shared.privacy.accounting import GaussianSteps, compose_epsilon, merged
 from shared.runtime.ensembles import Ensemble, Member
 from shared.tasks import Record, task_of
@@ -97,6 +98,8 @@ def public_records(
         ConfigError, DataError: if there are none, or the file cannot be read so, or lacks a column.
     """
     roles = task_of(load_job(runs[0])).roles
+    if unknown := [role for role in columns if role not in roles]:
+        raise ConfigError(f"--column names the role {unknown[0]!r}; {nearest(unknown[0], list(roles))}")
     if data is not None:
         source = {"path": str(data.resolve()), "columns": {role: columns.get(role, role) for role in roles}}
         return read_records(parse(DataSource, source | dict(reading or {}), source="what was asked for"))
@@ -130,7 +133,7 @@ def measure_ensemble(
     """
     found = open_ensemble(runs)
     if records is None:
-        records = public_records(runs, data, _parse_columns(columns), reading)
+        records = public_records(runs, data, named_once(columns, "--column", "ROLE=NAME"), reading)
     if data is None:  # of the runs' own public records a part has decided about their members
         records = hold_back(records, task_of(load_job(runs[0])).roles[0]).reported
     together, single = found.evaluate(records)
@@ -168,13 +171,3 @@ def _privacy_in_words(privacy: ComposedPrivacy | None) -> str:
         f"Privacy of the ensemble: a {privacy.unit} that was at one site in each of the {privacy.runs} runs is protected with "
         f"epsilon {rounded_up(privacy.epsilon)} at delta {delta_rounded_up(privacy.delta)}, the composition of the runs."
     )
-
-
-def _parse_columns(items: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for item in items:
-        role, separator, name = item.partition("=")
-        if not separator or not role.strip() or not name.strip():
-            raise ConfigError(f"--column {item!r} is not of the form ROLE=NAME, for example text=review.")
-        found[role.strip()] = name.strip()
-    return found

@@ -20,7 +20,7 @@ from shared.errors import ConfigError
 from shared.files import atomic
 from shared.files.outputs import JSON_MARK, check_file
 from shared.job.parsing import parse
-from shared.options import QuotingOption
+from shared.options import QuotingOption, named_once
 
 if TYPE_CHECKING:
     from shared.data.deidentify.report import MaskTally
@@ -64,10 +64,7 @@ def deidentify(
     from shared.data.deidentify.engine import open_deidentifier
     from shared.data.deidentify.files import deidentify_file, require_another
 
-    named = [model.partition("=") for model in models or []]
-    if wrong := [model for model, (left, _, right) in zip(models or [], named, strict=True) if not left or not right]:
-        raise ConfigError(f"--model {wrong[0]!r} is not of the form LANGUAGE=NAME.")
-    asked = {"engine": engine, "models": {left: right for left, _, right in named}}
+    asked = {"engine": engine, "models": named_once(models or [], "--model", "LANGUAGE=NAME")}
     config = parse(DeidentifyConfig, asked | ({"kinds": kinds} if kinds else {}), source="what was asked for")
     # The same checks as for a data source in site.toml.
     source = {"path": str(path), "columns": {"text": "text"}, "delimiter": delimiter, "encoding": encoding}

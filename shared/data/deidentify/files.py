@@ -26,6 +26,7 @@ from shared.data.rows import Quoting, parse_object, suffix_of
 from shared.data.text_lines import Line, read_lines
 from shared.errors import ConfigError, DataError
 from shared.files import atomic
+from shared.job.parsing import parse
 
 _TEXT_ENDINGS = (".txt", ".text")
 _SPACE = re.compile(r"[ \t\r\n]*")
@@ -57,13 +58,9 @@ def deidentify_file(
     require_file(path)
     require_another(path, out)
     tally = MaskTally(told=told)
-    source = DataSource(
-        path=str(path),
-        columns={name: name for name in columns} or {"-": "-"},
-        delimiter=delimiter,
-        encoding=encoding,
-        quoting=quoting,
-    )
+    asked: dict[str, Any] = {"path": str(path), "columns": {name: name for name in columns} or {"-": "-"}}
+    asked |= {"delimiter": delimiter, "encoding": encoding, "quoting": quoting}
+    source = parse(DataSource, asked, source="what was asked for")
     kind = _kind_of(path, source)
     if kind != _kind_of(out, source):
         raise ConfigError(f"{path} is {kind}, but {out} ends like another format; give it the same ending.")

@@ -168,6 +168,14 @@ def test_public_records_that_are_the_site_s_own_are_counted_at_the_site(
     assert MARKER not in done.out.casefold()
     write_jsonl(file, [{"text": "something else", "label": "good"}])
     assert f"ok       public records: 0 of the 61 records stand in {file}" in silotune(*asked).out
+    for wrong, text in (
+        ((*asked, "--public-column", "text= "), "--public-column 'text= ' is not of the form"),
+        ((*asked, "--public-column", "text=a", "--public-column", "text=b"), "names 'text' twice"),
+        ((*asked[:-1], "n\udce9.csv"), "path: expected text that is valid UTF-8"),
+    ):
+        refused = silotune(*wrong)
+        assert refused.status in (1, 2)
+        assert text in refused.err
 
 
 def test_what_counts_as_the_same_record() -> None:

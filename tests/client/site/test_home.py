@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from collections.abc import Callable
 from dataclasses import replace
@@ -144,11 +145,29 @@ def test_init_reads_a_signers_key_from_a_file(init: Callable[..., Outcome], tmp_
         ({"signer": "somebody"}, "--signer 'somebody' is not of the form NAME=VALUE.", 1),
         ({"signer": "x=ed25519:abc"}, "'ed25519:abc' is not a public key", 1),
         ({"signer": "x=/nowhere/key.pub"}, "the public key /nowhere/key.pub does not exist", 1),
-        ({"name": "../north"}, "name", 2),
+        ({"column": ["text=a", "text=b"]}, "--column names 'text' twice, with 'a' and 'b'; leave out one", 1),
+        ({"signer": ["x=a", "x=b"]}, "--signer names 'x' twice", 1),
+        ({"name": "../north"}, "name: expected 1 to 64 letters (a to z, A to Z), digits", 2),
+        ({"coordinator": "host"}, "the address 'host' is not of the form host:port, for example", 1),
+        ({"coordinator": "host:65536"}, "with a port from 1 to 65,535", 1),
+        ({"data": "n\udce9.csv"}, "data.path: expected text that is valid UTF-8", 2),
         ({"epsilon": "0"}, "budget.epsilon", 2),
         ({"epsilon": "nan"}, "budget.epsilon", 2),
     ],
-    ids=["column", "signer", "key", "key file", "name", "epsilon", "epsilon that is none"],
+    ids=[
+        "column",
+        "signer",
+        "key",
+        "key file",
+        "column twice",
+        "signer twice",
+        "name",
+        "no port",
+        "no such port",
+        "path",
+        "epsilon",
+        "epsilon that is none",
+    ],
 )
 def test_init_with_a_mistake_makes_nothing(
     init: Callable[..., Outcome], tmp_path: Path, options: dict[str, object], text: str, status: int
@@ -165,6 +184,21 @@ def test_init_does_not_touch_a_folder_that_is_a_site_already(init: Callable[...,
 
 
 # --- install ---
+
+
+def test_certificates_may_come_through_a_pipe(home: SiteHome, certified: Path, ca: Path, silotune: Command) -> None:
+    given = [(certified, home.certificate), (ca / "ca.crt", home.ca_certificate)]
+    pipes = []
+    for path, _ in given:
+        reading, writing = os.pipe()
+        os.write(writing, path.read_bytes())
+        os.close(writing)
+        pipes.append(reading)
+    paths = [f"/dev/fd/{reading}" for reading in pipes]
+    assert silotune("site", "install", home.path, "--certificate", paths[0], "--ca", paths[1]).status == 0
+    assert [kept.read_bytes() for _, kept in given] == [path.read_bytes() for path, _ in given]
+    for reading in pipes:
+        os.close(reading)
 
 
 def test_install_makes_the_identity_complete(installed: SiteHome, certified: Path) -> None:

@@ -90,7 +90,23 @@ def test_a_proxy_that_drips_its_answer_has_one_deadline(consortium: Consortium) 
         assert time.monotonic() - began < 1.0
 
 
-@pytest.mark.parametrize("address", ["", "host", "host:", ":1", "host:port"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        "",
+        "host",
+        "host:",
+        ":1",
+        "host:port",
+        "host:0",
+        "host:65536",
+        "host:1²",
+        "host:-1",
+        "a b:1",
+        "::1:9092",
+        "http://a:1",
+    ],
+)
 def test_an_address_is_host_and_port(address: str) -> None:
     with pytest.raises(RunError, match="is not of the form host:port"):
         split_address(address)

@@ -119,6 +119,8 @@ def test_the_command_compares_and_states_the_composition(
         ([*runs, "--scenario", path, *data], ConfigError, "give one of them"),
         ([*runs], DataError, "no public evaluation records lie beside"),
         ([*runs, *data[:2], "--column", "review"], ConfigError, "not of the form ROLE=NAME"),
+        ([*runs, *data, "--column", "text=verdict"], ConfigError, "--column names 'text' twice"),
+        ([*runs, *data[:2], "--column", "lable=verdict"], ConfigError, "the role 'lable'; did you mean 'label'?"),
     ):
         refused = silotune("ensemble", *wrong)
         assert (refused.status, message in refused.err) == (error("").exit_code, True), refused.err

@@ -129,6 +129,8 @@ def test_kinds(silotune: Command, tmp_path: Path) -> None:
         (("a.csv", "--out", "b.csv", "--column", "notes"), "Did you mean 'note'"),
         (("a.csv", "--out", "b.csv", "--column", "note", "--kind", "nam"), "kinds"),
         (("a.csv", "--out", "b.csv", "--column", "note", "--model", "en"), "LANGUAGE=NAME"),
+        (("a.csv", "--out", "b.csv", "--column", "note", "--model", "en=a", "--model", "en=b"), "names 'en' twice"),
+        (("a.csv", "--out", "b.csv", "--column", " "), "expected text that is not blank"),
         (("a.csv", "--out", "b.csv", "--column", "note", "--encoding", "utf-99"), "unknown text encoding"),
         (("a.txt", "--out", "b.txt", "--column", "note"), "no columns"),
         (("n.jsonl", "--out", "b.jsonl", "--column", "note"), "line 2"),
