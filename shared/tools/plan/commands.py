@@ -125,6 +125,7 @@ def plan(
             raise ConfigError(
                 "the job says how its noise is shared; leave out --sites and what belongs to it, or use --set."
             )
+        _check_sizes(asked, site_sizes, ledgers or [])
         planned = _plan_job(asked, question, ledgers or [], sweep)
     else:
         for given, option in ((ledgers, "--ledger"), (overrides, "--set"), (site_sizes, "--site-sizes")):
@@ -317,19 +318,30 @@ def _values(spec: str) -> list[float]:
     return values
 
 
+def _check_sizes(job: Job, given: str | None, ledgers: Sequence[Path]) -> None:
+    """Raise `ConfigError` unless `--site-sizes` can be of this job; before anything is computed."""
+    if given is None:
+        return
+    if job.privacy.mechanism == "distributed":
+        raise ConfigError(
+            "sites that share the noise all bring as much of it, whatever their size; leave out --site-sizes."
+        )
+    if ledgers:
+        raise ConfigError("--site-sizes and --ledger both tell the sites' sizes; leave out --site-sizes.")
+    _parse_sizes(given)
+
+
 def _sizes(given: str | None, planned: Planned) -> dict[str, int]:
     """Return the declared size of every site, from `--site-sizes` or their exports; empty if fewer than two are known."""
     if planned.shares is not None:
-        if given is not None:
-            raise ConfigError(
-                "sites that share the noise all bring as much of it, whatever their size; leave out --site-sizes."
-            )
         return {}
     if given is None:
         found = {f"{export.site}, {export.dataset}": export.declared_records for export, _ in planned.sites}
         return found if len(found) > 1 else {}
-    if planned.sites:
-        raise ConfigError("--site-sizes and --ledger both tell the sites' sizes; leave out --site-sizes.")
+    return _parse_sizes(given)
+
+
+def _parse_sizes(given: str) -> dict[str, int]:
     parts = given.split(",")
     if not all(part.strip().isdecimal() and 0 < int(part) <= MAX_SIZE for part in parts) or len(parts) < 2:
         raise ConfigError(

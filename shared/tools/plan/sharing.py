@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from shared.epsilons import as_set
 from shared.errors import ConfigError
 from shared.job.job import Job
-from shared.limits import MAX_EPSILON, MAX_NOISE_MULTIPLIER, MAX_SITES, MIN_EPSILON
+from shared.limits import MAX_EPSILON, MAX_NOISE_MULTIPLIER, MAX_SUMMED_SITES, MIN_EPSILON
 from shared.privacy.accounting import (
     GaussianSteps,
     calibrate_noise_multiplier,
@@ -53,15 +53,17 @@ class Sharing:
     spare_attempts: int | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.sites <= MAX_SITES or self.colluding < 0:
+        if not 1 <= self.sites <= MAX_SUMMED_SITES or self.colluding < 0:
             raise ConfigError(
-                f"--sites is {self.sites:,} and --colluding {self.colluding:,}; expected 1 to {MAX_SITES:,} sites, and 0 or more "
-                "of them that may collude."
+                f"--sites is {self.sites:,} and --colluding {self.colluding:,}; expected 1 to "
+                f"{MAX_SUMMED_SITES:,} sites, as many as one sum can be of, and 0 or more of them that may collude."
             )
         if self.honest < FEWEST_HONEST:
+            least = self.colluding + FEWEST_HONEST
+            way_out = f"--sites {least} or more" if least <= MAX_SUMMED_SITES else "a smaller --colluding"
             raise ConfigError(
                 f"of {self.sites} sites, {self.colluding} of which may collude, {max(self.honest, 0)} stay honest; besides those "
-                f"who collude, at least two must be in every sum. Give --sites {self.colluding + FEWEST_HONEST} or more."
+                f"who collude, at least two must be in every sum. Give {way_out}."
             )
         if self.spare_attempts is not None and self.spare_attempts < 0:
             raise ConfigError(f"--spare-attempts is {self.spare_attempts}; expected 0 or more.")

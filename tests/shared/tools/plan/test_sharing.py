@@ -119,6 +119,8 @@ def test_who_asks_for_more_noise_rules() -> None:
         ({}, {"sites": 1}, "0 stay honest"),
         ({}, {"sites": 0}, "--sites is 0 and --colluding 2; expected 1 to"),
         ({}, {"colluding": -1}, "--colluding -1"),
+        ({}, {"sites": 1001}, "expected 1 to 1,000 sites, as many as one sum can be of"),
+        ({}, {"sites": 1000, "colluding": 999}, "Give a smaller --colluding."),
         ({}, {"spare_attempts": -1}, "--spare-attempts is -1"),
         ({}, {"epsilon_alone": None}, "give both --epsilon and --epsilon-alone"),
         ({"epsilon": None}, {}, "give both --epsilon and --epsilon-alone"),
