@@ -38,6 +38,12 @@ def run_federation(scenario: Scenario, out: Path | None, *, as_json: bool) -> No
             "silotune federation starts sites that protect their own data, but privacy.mechanism is 'central'; use `silotune "
             "simulate`."
         )
+    kill, rounds = scenario.simulation.kill_in_round, scenario.job.training.rounds
+    if kill is not None and kill > rounds:
+        raise ConfigError(
+            f"simulation.kill_in_round is {kill}, but the run has {rounds} rounds (training.rounds); name one of them, or "
+            "remove the key."
+        )
     folder = out or Path("runs") / f"federation-{now()}"
     check_folder(folder)
     if folder.is_dir() and any(folder.iterdir()):

@@ -245,7 +245,7 @@ def load_sweep(
     raw = {**raw, **{key: value for key, value in given.items() if value is not None}}
     own_axes = raw.get("axes", {})
     if axes:
-        raw["axes"] = {**(own_axes if isinstance(own_axes, dict) else {}), **dict(parse_axis(axis) for axis in axes)}
+        raw["axes"] = {**(own_axes if isinstance(own_axes, dict) else {}), **_parse_axes(axes)}
     if not raw.get("axes"):
         raise ConfigError(f"{path} names no axes: add --axis KEY=VALUES, {_EXAMPLE}, or [axes] in a sweep file.")
     config = parse(SweepConfig, raw, source=str(path))
@@ -280,6 +280,15 @@ def _resolve(config: SweepConfig, path: Path, overrides: Sequence[str]) -> Sweep
     else:
         sweep.scenario(sweep.first(), seeds[0])
     return sweep
+
+
+def _parse_axes(items: Sequence[str]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, values in map(parse_axis, items):
+        if key in found:
+            raise ConfigError(f"--axis names {key!r} twice; give all its values to one, {_EXAMPLE}.")
+        found[key] = values
+    return found
 
 
 def parse_axis(text: str) -> tuple[str, Any]:

@@ -97,6 +97,15 @@ def test_a_site_without_records_writes_nothing(silotune: Silotune, scenario_file
     assert not (tmp_path / "run").exists()
 
 
+def test_a_kill_in_a_round_that_never_comes_writes_nothing(
+    silotune: Silotune, scenario_file: MakeScenario, tmp_path: Path
+) -> None:
+    path = scenario_file(training={"rounds": 2}, simulation={"kill_in_round": 3})
+    outcome = silotune("federation", path, "--out", tmp_path / "run")
+    check_refused(outcome, "simulation.kill_in_round is 3, but the run has 2 rounds")
+    assert not (tmp_path / "run").exists()
+
+
 def test_pickle_weights_and_remote_code_write_nothing(
     silotune: Silotune, scenario_file: MakeScenario, tiny_bert: Path, tmp_path: Path
 ) -> None:

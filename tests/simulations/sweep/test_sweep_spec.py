@@ -68,6 +68,11 @@ def test_an_axis_of_another_form_is_refused(text: str) -> None:
         parse_axis(text)
 
 
+def test_an_axis_that_is_named_twice_is_refused(scenario: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--axis names 'privacy\.epsilon' twice; give all its values to one"):
+        load_sweep(scenario, axes=["privacy.epsilon=1", "privacy.epsilon=2"])
+
+
 def test_a_scenario_with_axes_and_a_sweep_file_say_the_same(scenario: Path) -> None:
     axes = {"privacy.epsilon": [1, 3], "training.learning_rate": [0.01, 0.1]}
     from_file = load_sweep(sweep_file(scenario, axes=axes, seeds=[0, 1], fixed={"training.rounds": 2}))
