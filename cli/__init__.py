@@ -6,14 +6,18 @@ This file imports next to nothing at its top: Ctrl-C while Python imports the re
 from __future__ import annotations
 
 import errno
+import os
+import sys
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; a user's mistake ends with a message and a status, never with a traceback."""
+    open_streams()
     try:
         from shared.stopping import terminable
 
         with terminable():
+            _require_folder()
             _run(arguments)
     except (Exception, KeyboardInterrupt) as error:
         if (explained := _explained(error)) is None:
@@ -28,6 +32,31 @@ def main(arguments: list[str] | None = None) -> None:
         # ends by that signal whatever status is asked for. The next such code clears the note.
         exec("")  # noqa: S102
         raise SystemExit(status) from None
+
+
+def open_streams() -> None:
+    """Let standard streams that whoever started us closed lead nowhere.
+
+    The next file that is opened, a ledger for example, would get the number of a closed one, and what libraries print there
+    would be written into it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # the lowest free number first
+        if getattr(sys, name) is None:
+            nowhere = open(os.devnull, mode, encoding="utf-8")  # noqa: SIM115 (stays open as long as the process)
+            os.set_inheritable(nowhere.fileno(), True)
+            setattr(sys, name, nowhere)
+
+
+def _require_folder() -> None:
+    """Raise `ConfigError` if the working folder was removed: neither we nor PyTorch's libraries can start there."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        from shared.errors import ConfigError
+
+        raise ConfigError(
+            "the folder that this command was started in is not there any more; change into another."
+        ) from None
 
 
 def _run(arguments: list[str] | None) -> None:

@@ -44,12 +44,12 @@ def audit(
     as_json: JsonAtEndOption = False,
 ) -> None:
     """Put the claimed epsilon of a run to the test; the verdict is consistent, violated or inconclusive."""
+    _check_options(tier, canaries, num_canaries, trainings, shadows)  # before anything that is slow to import
     from simulations.audit import run as audits
     from simulations.audit.models import audit_shadow_models, audit_text_canaries
     from simulations.audit.plots import write_figure
     from simulations.audit.result import check_alpha
 
-    _check_options(tier, canaries, num_canaries, trainings, shadows)
     check_alpha(alpha)
     console = terminal.console(as_json=as_json)
     opened = audits.open_run(run)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -216,3 +218,36 @@ def test_a_blank_text_is_no_question(finished_run: Path, silotune: Callable[...,
     assert outcome.status == 1
     assert outcome.err == "error: text 2 is blank; give what is to be read.\n"
     assert outcome.out == ""
+
+
+def test_closed_standard_streams_are_no_file_of_ours(tmp_path: Path) -> None:
+    probe = (
+        "import cli, os; cli.open_streams(); at = os.open('probe', os.O_CREAT | os.O_WRONLY); os.write(at, b'%d' % at)"
+    )
+    command = [sys.executable, "-c", probe]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    subprocess.run(
+        ["bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash", *command], cwd=tmp_path, env=environment, check=True
+    )
+    assert int((tmp_path / "probe").read_bytes()) > 2
+
+
+def test_a_closed_standard_input_holds_no_text(
+    finished_run: Path, silotune: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for command in (["predict", finished_run], ["explain", finished_run], ["monitor", finished_run]):
+        monkeypatch.setattr("sys.stdin", None)
+        refused = silotune(*command)
+        assert refused.status != 0
+        assert refused.err.startswith("error: ")
+
+
+def test_a_working_folder_that_was_removed_is_told(
+    silotune: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    refused = silotune("plan", "--records", 1000, "--batch-size", 10, "--steps", 10, "--epsilon", 3, "--out", "here")
+    assert refused.status == 2
+    assert "is not there any more; change into another" in refused.err
