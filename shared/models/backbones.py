@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ModelError
+from shared.files.bounded import read_named_text
 from shared.job.model import ModelConfig
 from shared.job.parsing import nearest
 from shared.models.packing import PACKED, register_attention
@@ -225,8 +226,8 @@ def _hub_folder(config: ModelConfig) -> Path:
 
 def _read_config(folder: Path) -> dict[str, Any]:
     try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        raw = json.loads(read_named_text(folder / "config.json"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{folder} holds no readable config.json ({type(error).__name__}); is it a transformers model?"
         ) from None

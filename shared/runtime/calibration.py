@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor
 
 from shared.errors import AdapterError
+from shared.files.bounded import read_named_text
 from shared.files.json_files import Count, Finite, Share
 from shared.models.batches import Batch
 from shared.tasks import Task
@@ -162,10 +163,10 @@ def load_temperature(folder: Path) -> float:
     if not path.exists():
         return 1.0
     try:
-        temperature = json.loads(path.read_text(encoding="utf-8"))["temperature"]
+        temperature = json.loads(read_named_text(path))["temperature"]
         if not isinstance(temperature, int | float) or not _LEAST * 0.99 <= temperature <= _MOST * 1.01:
             raise ValueError(temperature)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterError(
             f"{path} holds no temperature from {_LEAST:g} to {_MOST:g} ({type(error).__name__}); restore the adapter's folder."
         ) from None

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from shared.errors import ModelError
+from shared.files.bounded import read_named_text
 from shared.job.model import ModelConfig
 from shared.job.parsing import parse
 from shared.models.backbones import backbone_folder
@@ -64,12 +65,12 @@ def look_at_backbone(name: str, revision: str | None = None) -> Backbone:
     wanted = {"backbone": path} | ({"revision": revision} if revision else {})
     folder = backbone_folder(parse(ModelConfig, wanted, source="--backbone"))
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = json.loads(read_named_text(folder / "config.json"))
         kind, positions = (
             str(config["model_type"]),
             int(config.get("max_position_embeddings", config.get("n_positions", 512))),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{folder} holds no usable config.json ({type(error).__name__}); is it a backbone?") from None
     if kind in ("roberta", "xlm-roberta", "camembert"):
         positions -= 2  # the first two rows of their table are for padding

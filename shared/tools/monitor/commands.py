@@ -18,6 +18,7 @@ from rich.console import Console
 from shared import terminal
 from shared.errors import ConfigError, DataError
 from shared.files.atomic import write_bytes, write_json
+from shared.files.bounded import read_named_text
 from shared.files.json_files import parse_object
 from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
 from shared.job.compute import ComputeConfig
@@ -145,7 +146,7 @@ def load_adjustment(run: Path, job: Job) -> AdjustedCount | None:
     from shared.tools.monitor.quantification import AdjustedCount
 
     try:
-        found = parse_object((run / "evaluation.json").read_text(encoding="utf-8"))
+        found = parse_object(read_named_text(run / "evaluation.json"))
         if tuple(found["labels"]) != job.task.labels:
             return None
         return AdjustedCount(found["confusion"])

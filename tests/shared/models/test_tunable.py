@@ -136,6 +136,9 @@ def test_damaged_folders_are_refused(tiny_bert: Path, tmp_path: Path, classifica
     with pytest.raises(ModelError, match=r"no readable config\.json"):
         load_backbone(tmp_path)
     (tmp_path / "list").mkdir()
+    (tmp_path / "list" / "config.json").write_text("[" * 100_000)
+    with pytest.raises(ModelError, match=r"no readable config\.json \(RecursionError\)"):
+        load_backbone(tmp_path / "list")
     (tmp_path / "list" / "config.json").write_text("[]")
     with pytest.raises(ModelError, match="no JSON object"):
         load_backbone(tmp_path / "list")

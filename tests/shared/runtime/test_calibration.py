@@ -78,7 +78,7 @@ def test_the_temperature_lies_beside_the_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", "{}", '{"temperature": 0}', '{"temperature": "2"}', '{"temperature": NaN}']
+    "content", ["", "[]", "{}", '{"temperature": 0}', '{"temperature": "2"}', '{"temperature": NaN}', "[" * 100_000]
 )
 def test_a_damaged_temperature_is_an_error(tmp_path: Path, content: str) -> None:
     (tmp_path / CALIBRATION_FILE).write_text(content)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from shared.errors import ModelError
 from shared.job.training import TrainingConfig
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.tensors.optimizers import build_optimizer, set_learning_rate
@@ -596,3 +597,10 @@ def test_the_default_delta_does_not_tell_how_many_records_there_are(new: Run, tm
 def test_lengths_rise_and_hold_what_is_common() -> None:
     assert list(LENGTHS) == sorted(LENGTHS)
     assert math.log2(LENGTHS[-1]) == 9
+
+
+@pytest.mark.parametrize("content", ['{"model_type": "bert", "max_position_embeddings": 1e999}', "[" * 100_000, "{}"])
+def test_a_backbone_whose_configuration_says_nothing_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ModelError, match=r"no usable config\.json"):
+        look_at_backbone(str(tmp_path), None)
