@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+
+_REORDERING = frozenset({"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"})
 
 
 def console(width: int | None = None, *, as_json: bool = False, soft_wrap: bool = False) -> Console:
@@ -20,11 +24,29 @@ def console(width: int | None = None, *, as_json: bool = False, soft_wrap: bool 
         soft_wrap: lines are as long as they are; for commands that print no table.
     """
     from rich.console import Console
+    from rich.text import Text
 
-    found = Console(stderr=as_json, highlight=False, markup=False, soft_wrap=soft_wrap)
+    class Shown(Console):
+        """Shows labels, names and texts as they are, whatever stands in them."""
+
+        def render_str(self, text: str, **options: Any) -> Text:
+            return super().render_str(shown_text(text), **options)
+
+    found = Shown(stderr=as_json, highlight=False, markup=False, soft_wrap=soft_wrap)
     if width is not None and not found.is_terminal:
         found.width = width
     return found
+
+
+def shown_text(text: str) -> str:
+    """Return a text of a record, or a label, for people: what would steer a terminal or reorder a line is shown as such."""
+    return "".join("\N{REPLACEMENT CHARACTER}" if _steers(c) else c for c in text)
+
+
+def _steers(character: str) -> bool:
+    if character in "\n\t":
+        return False
+    return unicodedata.category(character) == "Cc" or unicodedata.bidirectional(character) in _REORDERING
 
 
 def print_json(value: Any) -> None:

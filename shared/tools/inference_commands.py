@@ -11,7 +11,7 @@ import typer
 from shared.errors import ConfigError
 from shared.job.compute import ComputeConfig
 from shared.options import DelimiterOption, EncodingOption, OptionalQuotingOption, RunArgument, how_to_read
-from shared.terminal import print_json
+from shared.terminal import print_json, shown_text
 
 if TYPE_CHECKING:
     from shared.data.text_stream import Skipped
@@ -65,7 +65,7 @@ def predict(
         if as_json:
             print_json({"row": row, **prediction})
         else:
-            typer.echo(task_of(job).shown(prediction))
+            typer.echo(shown_text(task_of(job).shown(prediction)))
     _tell_left_out(given.left_out)
 
 
@@ -106,7 +106,7 @@ def generate(
             if as_json:
                 print_json({"row": row, **prediction})
             else:
-                typer.echo(task_of(job).shown(prediction))
+                typer.echo(shown_text(task_of(job).shown(prediction)))
     every = [continuation for continuations in found for continuation in continuations]
     if len(every) > 1:
         shares = ", ".join(f"distinct-{n} {distinct(every, n):.3f}" for n in (1, 2))

@@ -220,6 +220,16 @@ def test_a_blank_text_is_no_question(finished_run: Path, silotune: Callable[...,
     assert outcome.out == ""
 
 
+def test_a_text_does_not_steer_the_terminal(finished_run: Path, silotune: Callable[..., Any]) -> None:
+    done = silotune(
+        "predict", finished_run, "fine\x07 \x9b2J\u202e and\ta caf\u00e9\u00a0\U0001f469\u200d\u2695", "b\r!"
+    )
+    assert done.status == 0
+    lines = done.out.splitlines()
+    assert lines[0].endswith("fine\ufffd \ufffd2J\ufffd and\ta caf\u00e9\u00a0\U0001f469\u200d\u2695")
+    assert lines[1].endswith("b\ufffd!")
+
+
 def test_closed_standard_streams_are_no_file_of_ours(tmp_path: Path) -> None:
     probe = (
         "import cli, os; cli.open_streams(); at = os.open('probe', os.O_CREAT | os.O_WRONLY); os.write(at, b'%d' % at)"
