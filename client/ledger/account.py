@@ -1,7 +1,7 @@
 """What the entries of a ledger mean for one account: its two caps, the rule that measures them, and what was charged.
 
 An account keeps two promises at once (`Promise`). A release with all its noise counts the same in both; a masked input to a
-sum over sites (`shared.privacy.distributed`) counts with the noise of the sum in the one, and of the site's share in the other.
+sum over sites (`shared.privacy.shared_noise`) counts with the noise of the sum in the one, and of the site's share in the other.
 
 Pure: it reads entries, wherever they stand (`client.ledger.ledger` in the ledger's file, `client.ledger.audit_mirror` in the
 audit log), so that both arrive at the same number.

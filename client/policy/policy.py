@@ -25,7 +25,6 @@ from shared.job.job import Job
 from shared.job.kinds import RULES
 from shared.job.parsing import Section, load_toml, nearest, parse
 from shared.job.values import SHA256_PATTERN, Name, Probability
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.runtime.site_metrics import METRICS
 from shared.trust.signed_job import SignedJob
@@ -332,7 +331,7 @@ def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
     try:
         # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.
         plan = PrivacyPlan.of_coordinator(judged) if judged.privacy.central else PrivacyPlan.from_job(judged)
-        summed = plan if plan.honest is None else DistributedPlan.from_job(judged).together
+        summed = plan.of_sum
         epsilon, alone = summed.epsilon(), plan.epsilon()
     except PrivacyError as error:
         yield f"its privacy cannot be accounted for: {error}"

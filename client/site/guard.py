@@ -43,7 +43,6 @@ from shared.job.model import ModelConfig
 from shared.models.backbones import backbone_folder, backbone_sha256
 from shared.models.images import image_network_sha256
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.sizes import declared_size
 from shared.secure_sum.keys import shown_key
@@ -169,11 +168,10 @@ class Guard:
             together: the same with the noise of the sum that it goes into, if it goes into one.
         """
         alone = PrivacyPlan.from_job(job)
-        summed = alone if alone.honest is None else DistributedPlan.from_job(job).together
         spend = functools.partial(_job_epsilon, ledger, job)
         check_spend(
             self.policy,
-            spend("together", together or mechanism, summed),
+            spend("together", together or mechanism, alone.of_sum),
             spend("alone", mechanism, alone),
         )
 

@@ -6,13 +6,13 @@ Formal guarantees
     * The sampling rate is a constant of the job, so it does not depend on the number of records at the site
       (test: tests/shared/privacy/test_plan.py::test_sample_rate_does_not_depend_on_the_data).
     * The plan of a job whose sites add shares of the noise is that of one share: what it promises is what holds if everything
-      else is broken. What the sum of shares promises is `shared.privacy.distributed`.
+      else is broken. What the sum of shares promises is `of_sum`; see `shared.privacy.shared_noise`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from shared.privacy.accounting import (
     compose_epsilon,
     mean_loss,
     noise_of_share,
+    noise_of_sum,
 )
 from shared.privacy.mechanism import ClippedSum, PlainSum, add_gaussian_noise, poisson_sample
 from shared.privacy.persons import Persons
@@ -153,10 +154,16 @@ class PrivacyPlan:
         """How many share the noise; None where each site adds all of it."""
         return None if self.honest is None else SharedNoise(honest=self.honest, colluding=self.colluding)
 
+    @property
+    def of_sum(self) -> PrivacyPlan:
+        """The same steps with the noise of the honest sites' sum of shares; the plan itself where noise is not shared."""
+        if self.honest is None:
+            return self
+        return replace(self, noise_multiplier=noise_of_sum(self.noise_multiplier, self.honest), honest=None)
+
     def together(self, steps: int) -> GaussianSteps | None:
         """Return the accounting event of the same steps as a sum of shares has it; None where noise is not shared."""
-        shared = self.shared_noise
-        return None if shared is None else shared.summed([self.mechanism(steps)])[0]
+        return None if self.honest is None else self.of_sum.mechanism(steps)
 
     @property
     def events(self) -> tuple[GaussianSteps, ...]:

@@ -1,6 +1,32 @@
-"""What a statement says where sites add shares of the noise: two promises, and what each of them rests on.
+"""Noise shares: what a site's own upload promises, what the sum of all uploads promises, and both in words.
 
-What the promises come from: `shared.privacy.distributed`; what secure aggregation does: docs/secure-aggregation.md.
+Every site adds a share of the noise to its clipped gradients, and the coordinator learns nothing but the sum over the sites
+(`privacy.mechanism` "distributed"). So there are two promises, both for one record (patient, customer) of an honest site:
+
+* `together`, against the coordinator and up to `privacy.max_colluding` sites that work with it, all of them active. At least
+  H = `federation.min_sites` - `privacy.max_colluding` sites of every sum are honest, and their shares are noise of variance
+  H sigma^2. It holds as long as secure aggregation does.
+* `share`, against everybody, if secure aggregation fails completely and all other sites collude: one share of sigma^2.
+
+Why the sum of H shares protects a record of an honest site: fix all other sites' coins and records, and everything that
+colluders add. What they learn of a round is a function of the honest sites' noisy sum and of what they know anyway; that sum is
+a Poisson-subsampled Gaussian step of noise multiplier sigma sqrt(H), for who is in it was chosen before, and independently of,
+the noise. Shares beyond the H-th are post-processing. The next round's adapter may be chosen by all of this: rounds compose
+adaptively, under a plan that is fixed. It takes one step a round: a second local step would start from the site's own share,
+which the sum does not determine.
+
+Every attempt of a round is a step, whether its sum was opened or not, so the plan has `spare_attempts` more than rounds. Site
+metrics are released by each site by itself, with their own noise, and count fully in both promises.
+
+Formal guarantees (tests/shared/privacy/test_distributed.py)
+    * The accounted noise of the sum is never above the shares' (test_the_noise_of_a_sum_is_never_above_that_of_its_shares).
+    * Both promises keep to the job's targets, and the noise is the least that does
+      (test_both_promises_are_kept_with_the_least_noise).
+
+Sources: Dwork, Kenthapadi, McSherry, Mironov, Naor 2006 ("Our data, ourselves") and Kairouz, Liu, Steinke 2021 ("The distributed
+discrete Gaussian mechanism for federated learning with secure aggregation") for noise that sites add in shares.
+
+What secure aggregation does: docs/secure-aggregation.md.
 """
 
 from __future__ import annotations

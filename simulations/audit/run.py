@@ -24,7 +24,7 @@ from shared.errors import RunError
 from shared.files.atomic import write_json
 from shared.files.json_files import finite_or_none, read_if_there, read_record
 from shared.job.job import Job
-from shared.privacy.accounting import GaussianSteps, compose_epsilon, noise_of_sum
+from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.version import silotune_version
@@ -101,13 +101,11 @@ def open_run(folder: Path) -> AuditedRun:
         raise RunError(f"no site of {folder} released anything, so there is nothing to audit; finish the run first.")
     plan = _executed_plan(job, worst)
     share = plan if plan.honest is not None else None
-    if plan.honest is not None:
-        plan = replace(plan, noise_multiplier=noise_of_sum(plan.noise_multiplier, plan.honest), honest=None)
     return AuditedRun(
         folder=folder,
         job=job,
         site=COORDINATOR if job.privacy.central else worst.site,
-        plan=plan,
+        plan=plan.of_sum,
         share=share,
         claim=math.inf if worst.epsilon_spent is None else worst.epsilon_spent,
     )

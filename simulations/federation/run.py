@@ -16,7 +16,6 @@ from shared.errors import ConfigError, RunError
 from shared.files.outputs import check_folder, make_folder
 from shared.job.job import Job
 from shared.models.images import image_network_sha256
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.plan import PrivacyPlan
 from shared.stopping import saying
@@ -99,7 +98,7 @@ def _budgets_for(job: Job) -> dict[str, float]:
     alone = PrivacyPlan.from_job(job)
     if alone.honest is None:
         return {"epsilon": _budget_for(alone)}
-    together = _budget_for(DistributedPlan.from_job(job).together)
+    together = _budget_for(alone.of_sum)
     return {"epsilon": together, "epsilon_alone": max(_budget_for(alone), together)}
 
 

@@ -16,7 +16,7 @@ from typing import Any
 from shared.errors import ConfigError
 from shared.job.job import Job
 from shared.job.privacy import OF_SHARES
-from shared.privacy.distributed import DistributedPlan
+from shared.privacy.plan import PrivacyPlan
 from shared.tasks import task_of
 
 EXAMPLES = 30_000
@@ -73,7 +73,7 @@ def _all_noise(job: Job) -> dict[str, Any]:
     """Return settings under which one site adds as much noise as the honest sites of the federated sum together."""
     privacy: dict[str, Any] = {"mechanism": "dp-sgd", **_NO_SHARES}
     if job.privacy.noise_multiplier is not None:  # of a share
-        privacy["noise_multiplier"] = DistributedPlan.from_job(job).together.noise_multiplier
+        privacy["noise_multiplier"] = PrivacyPlan.from_job(job).of_sum.noise_multiplier
     return privacy
 
 

@@ -32,7 +32,6 @@ from shared.files.json_files import canonical_json, parse_object
 from shared.job.job import Job
 from shared.job.values import PERSON_UNITS
 from shared.privacy.central import CentralPlan
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.privacy.sizes import default_delta
@@ -362,7 +361,7 @@ def _planned_epsilons(job: Job) -> dict[str, float]:
     plan = PrivacyPlan.from_job(job)
     if plan.honest is None:
         return {"epsilon": max(privacy.epsilon, plan.epsilon())}
-    together = max(privacy.epsilon, DistributedPlan.from_job(job).together.epsilon())
+    together = max(privacy.epsilon, plan.of_sum.epsilon())
     return {"epsilon": together, "epsilon_alone": max(privacy.epsilon_alone or 0.0, plan.epsilon(), together)}
 
 

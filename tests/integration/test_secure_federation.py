@@ -16,7 +16,7 @@ from server.records.privacy import read_sites
 from server.rounds.secure.attempts import ATTEMPTS_FILE
 from server.store.submission import Submission
 from shared.job.job import Job
-from shared.privacy.distributed import DistributedPlan
+from shared.privacy.plan import PrivacyPlan
 from shared.tools.compare_logs import compare
 from shared.trust.certificates import spki
 from shared.trust.node_keys import load_private_key
@@ -142,12 +142,12 @@ def test_the_run_is_complete_without_the_site_that_was_killed(finished: Finished
 
 
 def test_both_promises_are_stated_charged_and_recounted(finished: Finished) -> None:
-    plan = DistributedPlan.from_job(finished.job)
+    plan = PrivacyPlan.from_job(finished.job)
     for record in read_sites(finished.submission.run_folder):
         assert record.shared is not None
         assert (record.shared.honest, record.shared.colluding) == (2, 1)
-        assert record.epsilon_planned == pytest.approx(plan.together.epsilon(), rel=1e-9)
-        assert record.epsilon_alone == pytest.approx(plan.share.epsilon(), rel=1e-9)
+        assert record.epsilon_planned == pytest.approx(plan.of_sum.epsilon(), rel=1e-9)
+        assert record.epsilon_alone == pytest.approx(plan.epsilon(), rel=1e-9)
         assert "finite precision" not in (record.statement or "")
     for name in SITES:
         home = finished.federation.site(name)

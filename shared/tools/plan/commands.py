@@ -173,7 +173,6 @@ def _sharing(
 
 def _plan_job(job: Job, question: Question, ledgers: Sequence[Path], sweep: str | None) -> Planned:
     """Return the one setting of `job`, and every site's answer."""
-    from shared.privacy.distributed import DistributedPlan
     from shared.privacy.ledger_export import load_export
     from shared.privacy.plan import PrivacyPlan
     from shared.tools.plan.affordability import can_afford
@@ -229,7 +228,7 @@ def _plan_job(job: Job, question: Question, ledgers: Sequence[Path], sweep: str 
         )
         for export in exports
     ]
-    shares = shares_of_job(job, DistributedPlan.from_job(job), setting) if made.honest else None
+    shares = shares_of_job(job, made, setting) if made.honest else None
     return Planned(settings=[setting], sites=list(zip(exports, answers, strict=True)), shares=shares)
 
 

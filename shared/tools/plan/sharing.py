@@ -1,4 +1,4 @@
-"""A plan whose sites add shares of the noise: what each of its two promises costs (`shared.privacy.distributed`).
+"""A plan whose sites add shares of the noise: what each of its two promises costs (`shared.privacy.shared_noise`).
 
 A site's share has to keep to both, so the larger of two noises is added: that which, summed over the honest sites, keeps to
 epsilon, and that which keeps to epsilon alone by itself. Every attempt at a round is a step, spare ones included.
@@ -30,7 +30,7 @@ from shared.privacy.accounting import (
 from shared.tools.plan.planning import SIGMA_DECIMALS, Question, Setting, check_statable, solve
 
 if TYPE_CHECKING:
-    from shared.privacy.distributed import DistributedPlan
+    from shared.privacy.plan import PrivacyPlan
 
 FEWEST_HONEST = 2
 _MOST_DRAWN = 128  # honest sites that a curve shows
@@ -189,19 +189,24 @@ def solve_shares(question: Question, sharing: Sharing) -> SharesPlan:
     )
 
 
-def shares_of_job(job: Job, plan: DistributedPlan, setting: Setting) -> SharesPlan:
+def shares_of_job(job: Job, share: PrivacyPlan, setting: Setting) -> SharesPlan:
     """Return the plan of a job of the mechanism "distributed".
 
     Args:
-        plan: of the job.
-        setting: what one of its sites executes.
+        share: the plan of one of its sites.
+        setting: the same, as the planner takes it.
 
     Raises:
         PrivacyError: if its noise cannot be had.
     """
     privacy = job.privacy
-    share, alone = plan.share, privacy.epsilon_alone
-    others = share.events[1:]
+    alone, others = privacy.epsilon_alone, share.events[1:]
+    sharing = Sharing(
+        sites=job.federation.min_sites,
+        colluding=privacy.max_colluding or 0,
+        epsilon_alone=alone,
+        spare_attempts=privacy.spare_attempts,
+    )
     targets = None
     if privacy.noise_multiplier is None and alone is not None:
 
@@ -214,17 +219,9 @@ def shares_of_job(job: Job, plan: DistributedPlan, setting: Setting) -> SharesPl
                 others=others,
             )
 
-        targets = noise_of_share(least(privacy.epsilon), plan.honest), least(alone)
-    sharing = Sharing(
-        sites=job.federation.min_sites,
-        colluding=privacy.max_colluding or 0,
-        epsilon_alone=alone,
-        spare_attempts=privacy.spare_attempts,
-    )
+        targets = noise_of_share(least(privacy.epsilon), sharing.honest), least(alone)
     asked = replace(setting, steps=job.training.rounds)
-    return _plan(
-        asked, sharing, sigma=share.noise_multiplier, spare=plan.spare_attempts, targets=targets, others=others
-    )
+    return _plan(asked, sharing, sigma=share.noise_multiplier, spare=job.spare_attempts, targets=targets, others=others)
 
 
 def _plan(

@@ -31,7 +31,6 @@ from shared.job.job import Job
 from shared.job.model import ModelConfig
 from shared.job.parsing import parse
 from shared.models.backbones import backbone_folder, backbone_sha256
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.trust.signed_job import SignedJob, sign_job
 from shared.trust.signing import SigningKey
@@ -192,8 +191,8 @@ def shares(*, noise: float | None = None, colluding: int = 1, **privacy: Any) ->
 
 def test_both_promises_of_a_job_are_judged() -> None:
     job = shares(noise=0.6)
-    plan = DistributedPlan.from_job(job.job)
-    summed, alone = plan.together.epsilon(), plan.share.epsilon()
+    plan = PrivacyPlan.from_job(job.job)
+    summed, alone = plan.of_sum.epsilon(), plan.epsilon()
     assert summed < 2.0 < alone
     check_job(a_policy(max_epsilon_per_job=alone), job, now=NOW, site="north")
     check_job(a_policy(max_epsilon_per_job=summed, max_epsilon_alone=alone), job, now=NOW, site="north")

@@ -26,7 +26,7 @@ from shared.epsilons import as_set
 from shared.errors import PolicyError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.models.backbones import backbone_sha256
-from shared.privacy.distributed import DistributedPlan
+from shared.privacy.plan import PrivacyPlan
 from shared.trust import audit_log
 from shared.trust.audit_log import Entry, Event
 from shared.trust.keystore import new_key, save_secret
@@ -541,13 +541,13 @@ def shares(private_job: Callable[..., Job]) -> Job:
 
 
 def masked(job: Job, round_number: int, attempt: int, **changes: Any) -> Charge:
-    plan = DistributedPlan.from_job(job)
+    plan = PrivacyPlan.from_job(job)
     given: dict[str, Any] = {
         "job_id": job.sha256,
         "round": round_number,
         "request_sha256": "a" * 64,
-        "mechanism": plan.share.mechanism(1),
-        "together": plan.together.mechanism(1),
+        "mechanism": plan.mechanism(1),
+        "together": plan.of_sum.mechanism(1),
         "attempt": attempt,
     }
     return Charge(**given | changes)
@@ -596,9 +596,9 @@ def test_attempts_have_an_end(world: World, shares: Job) -> None:
 
 
 def test_what_one_job_may_spend_is_judged_by_both_promises(world: World, shares: Job) -> None:
-    plan = DistributedPlan.from_job(shares)
-    one = plan.share.mechanism(1), plan.together.mechanism(1)
-    summed, alone = plan.together.epsilon(), plan.share.epsilon()
+    plan = PrivacyPlan.from_job(shares)
+    one = plan.mechanism(1), plan.of_sum.mechanism(1)
+    summed, alone = plan.of_sum.epsilon(), plan.epsilon()
     change_toml(world.home.policy, max_epsilon_per_job=summed, max_epsilon_alone=alone)
     guard, ledger = world.site.guard, world.site.ledger()
     for attempt in range(5):
@@ -614,12 +614,12 @@ def test_what_one_job_may_spend_is_judged_by_both_promises(world: World, shares:
 
 
 def test_a_charge_by_the_site_holds_both(world: World, shares: Job) -> None:
-    plan = DistributedPlan.from_job(shares)
-    share, summed = plan.share.mechanism(1), plan.together.mechanism(1)
+    plan = PrivacyPlan.from_job(shares)
+    share, summed = plan.mechanism(1), plan.of_sum.mechanism(1)
     caps = {"unit": "record", "epsilon": 20.0, "epsilon_alone": 90.0, "composition": "fixed"}
     change_toml(world.home.config, budget=caps)
     site = world.site
-    charge = masked(shares, 1, 1, planned_steps=plan.share.planned_steps)
+    charge = masked(shares, 1, 1, planned_steps=plan.planned_steps)
     site.check_charge(shares, charge)
     assert site.ledger().charges(shares.sha256) == []
     site.charge(shares, charge)
@@ -628,8 +628,8 @@ def test_a_charge_by_the_site_holds_both(world: World, shares: Job) -> None:
     assert charged.planned_steps == 5
     assert site.ledger().budget == Budget(epsilon=20.0, delta=1e-5, composition="fixed", epsilon_alone=90.0)
     # The whole plan counts from its first round on.
-    assert site.ledger().spent_epsilon() == plan.together.epsilon()
-    assert site.ledger().spent_epsilon(promise="alone") == plan.share.epsilon()
+    assert site.ledger().spent_epsilon() == plan.of_sum.epsilon()
+    assert site.ledger().spent_epsilon(promise="alone") == plan.epsilon()
     before = site.ledger().entries()
     site.anticipate()
     assert site.ledger().entries() == before

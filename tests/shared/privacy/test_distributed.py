@@ -23,7 +23,6 @@ from shared.privacy.accounting import (
     noise_of_share,
     noise_of_sum,
 )
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 
@@ -43,12 +42,10 @@ def make_job(**sections: Any) -> Job:
     return parse(Job, raw | sections, source="job.toml")
 
 
-def honest(count: int, **privacy: Any) -> DistributedPlan:
+def honest(count: int, **privacy: Any) -> PrivacyPlan:
     """Return the plan of a job with so many honest sites and no spare attempts."""
     privacy = SHARES | {"spare_attempts": 0} | privacy
-    return DistributedPlan.from_job(
-        make_job(privacy=privacy, federation={"min_sites": count + privacy["max_colluding"]})
-    )
+    return PrivacyPlan.from_job(make_job(privacy=privacy, federation={"min_sites": count + privacy["max_colluding"]}))
 
 
 # --- the noise ---
@@ -79,8 +76,8 @@ def test_what_the_sum_promises_where_each_upload_promises_enough(alone: float, b
     """Computed for the agreement by another program: the same noise and accuracy, told of the sum."""
     for count, epsilon in by_honest.items():
         plan = honest(count, epsilon=alone, epsilon_alone=alone)
-        assert plan.share.epsilon() == pytest.approx(alone, rel=1e-3)
-        assert plan.together.epsilon() == pytest.approx(epsilon, abs=0.006)
+        assert plan.epsilon() == pytest.approx(alone, rel=1e-3)
+        assert plan.of_sum.epsilon() == pytest.approx(epsilon, abs=0.006)
 
 
 @pytest.mark.parametrize(
@@ -89,14 +86,14 @@ def test_what_the_sum_promises_where_each_upload_promises_enough(alone: float, b
 def test_what_one_upload_promises_where_the_sum_promises_enough(epsilon: float, by_honest: dict[int, float]) -> None:
     for count, alone in by_honest.items():
         plan = honest(count, epsilon=epsilon, epsilon_alone=1000.0)
-        assert plan.together.epsilon() == pytest.approx(epsilon, rel=1e-3)
-        assert plan.share.epsilon() == pytest.approx(alone, rel=0.03)
+        assert plan.of_sum.epsilon() == pytest.approx(epsilon, rel=1e-3)
+        assert plan.epsilon() == pytest.approx(alone, rel=0.03)
 
 
 def test_a_share_is_never_less_than_the_least_noise_that_a_job_can_ask_for() -> None:
     plan = honest(14, epsilon=8.0, epsilon_alone=1000.0)  # 125 for one upload would be enough
-    assert plan.share.noise_multiplier == MIN_NOISE_MULTIPLIER
-    assert plan.together.epsilon() < 7.2
+    assert plan.noise_multiplier == MIN_NOISE_MULTIPLIER
+    assert plan.of_sum.epsilon() < 7.2
 
 
 @pytest.mark.parametrize("alone", [1.0, 3.1, 8.0, 100.0])
@@ -104,28 +101,27 @@ def test_a_share_is_never_less_than_the_least_noise_that_a_job_can_ask_for() -> 
 def test_both_promises_are_kept_with_the_least_noise(alone: float, metrics: tuple[str, ...]) -> None:
     asked = {"names": list(metrics), "noise_multiplier": 20.0}
     job = make_job(privacy=SHARES | {"epsilon": 1.0, "epsilon_alone": alone}, site_metrics=asked)
-    plan = DistributedPlan.from_job(job)
-    assert plan.together.epsilon() <= 1.0
-    assert plan.share.epsilon() <= alone
-    less = replace(plan.share, noise_multiplier=plan.share.noise_multiplier * 0.999)
-    together = replace(plan.together, noise_multiplier=plan.together.noise_multiplier * 0.999)
+    plan = PrivacyPlan.from_job(job)
+    assert plan.of_sum.epsilon() <= 1.0
+    assert plan.epsilon() <= alone
+    less = replace(plan, noise_multiplier=plan.noise_multiplier * 0.999)
+    together = replace(plan.of_sum, noise_multiplier=plan.of_sum.noise_multiplier * 0.999)
     assert less.epsilon() > alone or together.epsilon() > 1.0
     # Metrics are no part of the sum: each site releases them by itself, with their own noise.
     released = () if not metrics else (GaussianSteps(noise_multiplier=20.0, sample_rate=1.0, steps=len(metrics)),)
-    assert plan.together.events[1:] == plan.share.events[1:] == released
+    assert plan.of_sum.events[1:] == plan.events[1:] == released
 
 
 def test_the_plan_is_the_job_s() -> None:
     job = make_job(privacy=SHARES | {"noise_multiplier": 0.75, "max_grad_norm": 0.3})
-    plan = DistributedPlan.from_job(job)
-    assert plan.share == PrivacyPlan.from_job(job)
-    assert (plan.honest, plan.share.honest, plan.together.honest) == (4, 4, None)
-    assert (plan.share.noise_multiplier, plan.together.noise_multiplier) == (0.75, 1.5)
-    assert (plan.share.private, plan.share.sample_rate, plan.share.max_grad_norm) == (True, RATE, 0.3)
-    assert (plan.spare_attempts, plan.share.planned_steps, plan.together.planned_steps) == (2, 18, 18)
+    plan = PrivacyPlan.from_job(job)
+    assert (plan.honest, plan.of_sum.honest) == (4, None)
+    assert (plan.noise_multiplier, plan.of_sum.noise_multiplier) == (0.75, 1.5)
+    assert (plan.private, plan.sample_rate, plan.max_grad_norm) == (True, RATE, 0.3)
+    assert (job.spare_attempts, plan.planned_steps, plan.of_sum.planned_steps) == (2, 18, 18)
     events = [GaussianSteps(noise_multiplier=sigma, sample_rate=RATE, steps=18) for sigma in (0.75, 1.5)]
-    assert plan.share.epsilon() == compose_epsilon(events[:1], DELTA)
-    assert plan.together.epsilon() == compose_epsilon(events[1:], DELTA)
+    assert plan.epsilon() == compose_epsilon(events[:1], DELTA)
+    assert plan.of_sum.epsilon() == compose_epsilon(events[1:], DELTA)
 
 
 @pytest.mark.parametrize(
@@ -133,18 +129,17 @@ def test_the_plan_is_the_job_s() -> None:
 )
 def test_spare_attempts_are_part_of_both_promises(rounds: int, set_to: int | None, spare: int) -> None:
     training = {"rounds": rounds, "local_steps": 1}
-    plan = DistributedPlan.from_job(
-        make_job(training=training, privacy=SHARES | {"epsilon": 1.0, "spare_attempts": set_to})
-    )
-    assert plan.spare_attempts == spare
-    assert plan.share.planned_steps == plan.together.planned_steps == rounds + spare
-    assert plan.together.epsilon() == plan.together.epsilon(rounds + spare)
+    job = make_job(training=training, privacy=SHARES | {"epsilon": 1.0, "spare_attempts": set_to})
+    plan = PrivacyPlan.from_job(job)
+    assert job.spare_attempts == spare
+    assert plan.planned_steps == plan.of_sum.planned_steps == rounds + spare
+    assert plan.of_sum.epsilon() == plan.of_sum.epsilon(rounds + spare)
 
 
 def test_a_spare_attempt_costs_what_the_agreement_says() -> None:
     sigma = calibrate_noise_multiplier(epsilon=8.0, delta=DELTA, sample_rate=RATE, steps=STEPS)
     plan = honest(4, noise_multiplier=sigma, spare_attempts=1)
-    assert plan.share.epsilon() == pytest.approx(8.18, abs=0.005)
+    assert plan.epsilon() == pytest.approx(8.18, abs=0.005)
 
 
 def test_a_share_by_itself_is_never_added_as_if_it_were_all() -> None:
@@ -152,15 +147,15 @@ def test_a_share_by_itself_is_never_added_as_if_it_were_all() -> None:
     plan = honest(4, epsilon=1.0)
     stream = SiteRandomness.injected("share").stream("noise", round_number=1, step=0)
     with pytest.raises(PrivacyError, match="nothing but a sum over sites may be released"):
-        plan.share.add_noise([torch.zeros(3, dtype=torch.float64)], stream)
-    assert plan.together.add_noise([torch.zeros(3, dtype=torch.float64)], stream)
+        plan.add_noise([torch.zeros(3, dtype=torch.float64)], stream)
+    assert plan.of_sum.add_noise([torch.zeros(3, dtype=torch.float64)], stream)
 
 
 def test_other_jobs_have_no_shares() -> None:
     job = make_job(privacy={"epsilon": 1.0}, training={"rounds": 3, "local_steps": 4})
-    assert (job.spare_attempts, job.charged_steps, PrivacyPlan.from_job(job).honest) == (0, 12, None)
-    with pytest.raises(PrivacyError, match=r"privacy\.mechanism is 'dp-sgd', so sites of this job add no shares"):
-        DistributedPlan.from_job(job)
+    plan = PrivacyPlan.from_job(job)
+    assert (job.spare_attempts, job.charged_steps, plan.honest) == (0, 12, None)
+    assert (plan.of_sum, plan.together(1)) == (plan, None)
 
 
 # --- jobs ---

@@ -14,7 +14,6 @@ from server.rounds.observer import Observer
 from server.runs.folder import load_job
 from shared.errors import ConfigError
 from shared.job.job import Job
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.plan import PrivacyPlan
 from shared.runtime.inference import load_tuned, predict
 from simulations.running.baselines import arm_changes
@@ -164,7 +163,7 @@ def test_one_site_adds_what_the_honest_sites_of_a_sum_do(noise: float | None) ->
         aggregation={"weights": "declared", "largest_share": 0.5, "server_optimizer": "none"},
         federation={"min_sites": 8, "update_dtype": "float32"},
     )
-    together = DistributedPlan.from_job(job).together
+    together = PrivacyPlan.from_job(job).of_sum
     changes = arm_changes("central-dp", job, num_records=2000, num_sites=8, evaluate_every=1)
     arm = changed_job(job, changes, source="central-dp")
     assert (arm.privacy.mechanism, arm.federation.min_sites) == ("dp-sgd", 1)

@@ -19,7 +19,7 @@ from client.site.secure.shares import Shares
 from client.site.site import Site
 from shared.errors import BudgetExceeded, DroppedOut, LedgerError, PolicyError, TrustError
 from shared.job.job import Job
-from shared.privacy.distributed import DistributedPlan
+from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.privacy.shares import GRID_STEPS
 from shared.secure_sum.coordinator import SecureCoordinator
@@ -107,14 +107,14 @@ def test_being_ready_charges_nothing_and_being_masked_charges_both_accounts(
     sites: list[Site], secure_job: Callable[..., Job], request_for: MakeRequest
 ) -> None:
     job, site = secure_job(), sites[0]
-    plan, request = DistributedPlan.from_job(job), attempt_of(request_for(job))
+    plan, request = PrivacyPlan.from_job(job), attempt_of(request_for(job))
     entries = [s.shares.ready(request) for s in sites]
     assert charges(site) == []
     site.shares.masked(roster_request(request, entries))
     assert charges(site) == [(1, 1)]
     (charged,) = site.ledger().charges(job.sha256)
-    assert charged.mechanism == plan.share.mechanism(1)
-    assert charged.together == plan.together.mechanism(1)
+    assert charged.mechanism == plan.mechanism(1)
+    assert charged.together == plan.of_sum.mechanism(1)
     assert charged.planned_steps == job.charged_steps
     assert charged.committed
 
@@ -290,20 +290,18 @@ def test_a_budget_that_is_spent_refuses_before_others_are_charged(
     site_home: MakeHome, secure_job: Callable[..., Job], request_for: MakeRequest
 ) -> None:
     job = secure_job()
-    plan = DistributedPlan.from_job(job)
-    poor = Site(
-        site_home("poor", budget={"epsilon": plan.together.epsilon() / 2, "epsilon_alone": 90.0, "delta": 1e-5})
-    )
+    plan = PrivacyPlan.from_job(job)
+    poor = Site(site_home("poor", budget={"epsilon": plan.of_sum.epsilon() / 2, "epsilon_alone": 90.0, "delta": 1e-5}))
     rich = Site(site_home("rich"))
     request = attempt_of(request_for(job))
     with pytest.raises(BudgetExceeded):
         poor.shares.ready(request)
     # Spent by another job in between, it is too late for that; then at least nothing is charged.
-    late = Site(site_home("late", budget={"epsilon": plan.together.epsilon(), "epsilon_alone": 90.0, "delta": 1e-5}))
+    late = Site(site_home("late", budget={"epsilon": plan.of_sum.epsilon(), "epsilon_alone": 90.0, "delta": 1e-5}))
     entries = [site.shares.ready(request) for site in (late, rich)]
     late.charge(
         job,
-        Charge(job_id="e" * 64, round=1, request_sha256="a" * 64, mechanism=plan.together.mechanism(1)),
+        Charge(job_id="e" * 64, round=1, request_sha256="a" * 64, mechanism=plan.of_sum.mechanism(1)),
     )
     before = charges(late)
     with pytest.raises(BudgetExceeded):
@@ -316,8 +314,8 @@ def test_each_cap_stops_the_job_by_itself(
     site_home: MakeHome, secure_job: Callable[..., Job], request_for: MakeRequest, promise: str
 ) -> None:
     job = secure_job()
-    plan = DistributedPlan.from_job(job)
-    enough = {"epsilon": plan.together.epsilon(), "epsilon_alone": plan.share.epsilon(), "delta": 1e-5}
+    plan = PrivacyPlan.from_job(job)
+    enough = {"epsilon": plan.of_sum.epsilon(), "epsilon_alone": plan.epsilon(), "delta": 1e-5}
     for factor, refused in ((1.0, False), (0.9, True)):
         budget = enough | {promise: enough[promise] * factor}
         if budget["epsilon_alone"] < budget["epsilon"]:

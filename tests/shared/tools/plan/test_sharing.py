@@ -20,8 +20,8 @@ from shared.errors import ConfigError
 from shared.job.job import Job
 from shared.job.parsing import parse
 from shared.privacy.accounting import GaussianSteps, compose_epsilon, noise_of_sum
-from shared.privacy.distributed import DistributedPlan
 from shared.privacy.ledger_export import ChargedSteps, LedgerExport, save_export
+from shared.privacy.plan import PrivacyPlan
 from shared.tools.plan.affordability import can_afford, spent
 from shared.tools.plan.planning import Question
 from shared.tools.plan.sharing import SharesPlan, Sharing, solve_shares
@@ -189,20 +189,20 @@ def job_file(tmp_path: Path) -> Callable[..., Path]:
 
 def test_a_job_costs_what_its_plan_says(job_file: Callable[..., Path]) -> None:
     for sections in ({}, {"site_metrics": {"names": ["accuracy"], "noise_multiplier": 20.0}}):
-        plan = DistributedPlan.from_job(make_job(**sections))
+        plan = PrivacyPlan.from_job(make_job(**sections))
         found = answer_of("--job", job_file(**sections))
         sharing, (point,) = found["sharing"], found["points"]
-        assert sharing["noise_multiplier"] == point["noise_multiplier"] == plan.share.noise_multiplier
-        assert sharing["noise_together"] == plan.together.noise_multiplier
-        assert (sharing["epsilon"], sharing["epsilon_alone"]) == (plan.together.epsilon(), plan.share.epsilon())
+        assert sharing["noise_multiplier"] == point["noise_multiplier"] == plan.noise_multiplier
+        assert sharing["noise_together"] == plan.of_sum.noise_multiplier
+        assert (sharing["epsilon"], sharing["epsilon_alone"]) == (plan.of_sum.epsilon(), plan.epsilon())
         assert (sharing["sites"], sharing["colluding"], sharing["honest"]) == (8, 2, 6)
         assert (sharing["rounds"], sharing["spare_attempts"], point["steps"]) == (16, 2, 18)
         assert sharing["ruled_by"] == "epsilon"
-        assert sharing["by_epsilon"]["noise_multiplier"] == plan.share.noise_multiplier
+        assert sharing["by_epsilon"]["noise_multiplier"] == plan.noise_multiplier
         assert sharing["by_epsilon"]["epsilon"] <= 1.0
         assert 7.99 < sharing["by_epsilon_alone"]["epsilon_alone"] <= 8.0
         by_honest = {row["honest"]: row["epsilon"] for row in sharing["by_honest"]}
-        assert (by_honest[6], by_honest[1]) == (plan.together.epsilon(), plan.share.epsilon())
+        assert (by_honest[6], by_honest[1]) == (plan.of_sum.epsilon(), plan.epsilon())
 
 
 def test_both_promises_are_printed_rounded_up(job_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -322,12 +322,12 @@ def test_a_run_fits_only_under_both_caps(cap: float, alone: float | None, compos
 def test_a_site_s_answer_shows_both_caps(job_file: Callable[..., Path], tmp_path: Path) -> None:
     save_export(tmp_path / "export.json", export(4.0, 40.0))
     output = run("--job", job_file(), "--ledger", tmp_path / "export.json").output
-    plan, account = DistributedPlan.from_job(make_job()), export(4.0, 40.0)
+    plan, account = PrivacyPlan.from_job(make_job()), export(4.0, 40.0)
     lines = [line.split() for line in output.splitlines()]
     row = next(line for line in lines if line[:2] == ["ward,", "notes"])
     alone = next(line for line in lines if line[:3] == ["each", "input", "alone"])
-    assert row[3:5] == [rounded_up(spent(account, extra)) for extra in ([], [plan.together.mechanism(18)])]
-    by_itself = [rounded_up(spent(account, extra, alone=True)) for extra in ([], [plan.share.mechanism(18)])]
+    assert row[3:5] == [rounded_up(spent(account, extra)) for extra in ([], [plan.of_sum.mechanism(18)])]
+    by_itself = [rounded_up(spent(account, extra, alone=True)) for extra in ([], [plan.mechanism(18)])]
     assert (alone[3:5], alone[-1]) == (by_itself, "40")
     (site,) = answer_of("--job", job_file(), "--ledger", tmp_path / "export.json")["sites"]
     assert (site["cap"], site["cap_alone"]) == (4.0, 40.0)
