@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from client.training.trainer import LocalRound, train_local_round
+from client.training.trainer import LocalRound, LocalWork, train_local_rounds
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.model import ModelConfig
@@ -210,16 +210,14 @@ def same_runtime(job: Job, *, precision: OwnPrecision = "float32", cached: bool 
 
 def local_round(runtime: Runtime, job: Job, examples: list[Example]) -> LocalRound:
     """Return one local round of ours at one place."""
-    return train_local_round(
+    return train_local_rounds(
         runtime,
-        examples,
+        [LocalWork(examples=examples, declared_records=len(examples), randomness=SiteRandomness.from_os())],
         runtime.initial,
         training=job.training,
         plan=PrivacyPlan.from_job(job),
-        declared_records=len(examples),
-        randomness=SiteRandomness.from_os(),
         round_number=1,
-    )
+    )[0]
 
 
 def require_same_size(model: Classifier, runtime: Runtime) -> None:

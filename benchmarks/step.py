@@ -1,6 +1,6 @@
 """One DP step against the same step without privacy, and against Opacus: time and peak memory.
 
-MiniLM-L6, rank 8 on query and value of all six layers, 64 records of 48 tokens, AdamW. Ours is `train_local_round` with every
+MiniLM-L6, rank 8 on query and value of all six layers, 64 records of 48 tokens, AdamW. Ours is `train_local_rounds` with every
 record drawn, noise from the site's cryptographic generator and default speed settings.
 """
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from client.training.proof import prove_trainer
-from client.training.trainer import per_example_hooks, train_local_round
+from client.training.trainer import LocalWork, per_example_hooks, train_local_rounds
 from shared.data.datasets import TEXT_ROLES
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
@@ -307,16 +307,14 @@ def test_a_private_round_trains_and_its_plan_is_accounted(runtime: Runtime, job:
     plan = PrivacyPlan.from_job(job)
     assert 0.9 * job.privacy.epsilon < plan.epsilon() <= job.privacy.epsilon
     examples = runtime.encode(case[1].records)
-    result = train_local_round(
+    result = train_local_rounds(
         runtime,
-        examples,
+        [LocalWork(examples=examples, declared_records=16, randomness=SiteRandomness.injected(case[0]))],
         away_from_zero(runtime),
         training=job.training,
         plan=plan,
-        declared_records=16,
-        randomness=SiteRandomness.injected(case[0]),
         round_number=1,
-    )
+    )[0]
     assert result.executed_steps == job.training.local_steps
     assert result.observations.num_examples > 0
     assert result.observations.num_non_finite == 0
@@ -345,16 +343,14 @@ def test_training_without_noise_learns(runtime: Runtime, job: Job, case: tuple[s
     examples = runtime.encode(case[1].records)
     runtime.load(runtime.initial)
     before = runtime.evaluate(examples).metrics
-    train_local_round(
+    train_local_rounds(
         runtime,
-        examples,
+        [LocalWork(examples=examples, declared_records=16, randomness=SiteRandomness.injected(case[0]))],
         runtime.initial,
         training=open_job.training,
         plan=PrivacyPlan.from_job(open_job),
-        declared_records=16,
-        randomness=SiteRandomness.injected(case[0]),
         round_number=1,
-    )
+    )[0]
     after, metric = runtime.evaluate(examples).metrics, runtime.task.primary_metric
     assert after["loss"] < 0.97 * before["loss"]
     assert after[metric] >= before[metric] if runtime.task.higher_is_better else after[metric] < before[metric]

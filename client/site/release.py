@@ -29,7 +29,7 @@ from client.site.usable import UsableRecords, on_records
 from client.training.adapter_bounds import check_bounds
 from client.training.independence import check_adapter, keep_settled
 from client.training.proof import prove_trainer
-from client.training.trainer import LocalRound, LocalWork, train_local_round
+from client.training.trainer import LocalRound, LocalWork, train_local_rounds
 from shared.errors import PolicyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -217,20 +217,15 @@ class Update(Release[TrainReply, LocalRound]):
         return self._site.outbox.kept("optimizer", request.job.sha256, request.round_number)
 
     def _compute(self, begun: Begun) -> LocalRound:
-        work, request = begun.work, begun.request
         with on_records():
-            return train_local_round(
+            return train_local_rounds(
                 begun.runtime,
-                work.examples,
+                [begun.work],
                 begun.start,
-                training=request.job.training,
+                training=begun.request.job.training,
                 plan=begun.plan,
-                declared_records=work.declared_records,
-                randomness=work.randomness,
-                round_number=request.round_number,
-                optimizer_state=work.optimizer_state,
-                persons=work.persons,
-            )
+                round_number=begun.request.round_number,
+            )[0]
 
     def _store(self, begun: Begun, result: LocalRound) -> tuple[TrainReply, int]:
         site, plan, request, randomness = self._site, begun.plan, begun.request, begun.work.randomness

@@ -103,30 +103,6 @@ class LocalWork:
     persons: Persons | None = None
 
 
-def train_local_round(
-    runtime: Runtime,
-    examples: Sequence[Example],
-    start: Mapping[str, Tensor],
-    *,
-    training: TrainingConfig,
-    plan: PrivacyPlan,
-    declared_records: int,
-    randomness: SiteRandomness,
-    round_number: int,
-    optimizer_state: Mapping[str, Tensor] | None = None,
-    persons: Persons | None = None,
-) -> LocalRound:
-    """Train the adapter of one site for one round; see `LocalWork` and `train_local_rounds`."""
-    work = LocalWork(
-        examples=examples,
-        declared_records=declared_records,
-        randomness=randomness,
-        optimizer_state=optimizer_state or {},
-        persons=persons,
-    )
-    return train_local_rounds(runtime, [work], start, training=training, plan=plan, round_number=round_number)[0]
-
-
 def train_local_rounds(
     runtime: Runtime,
     works: Sequence[LocalWork],

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from client.site.config import SiteConfig
-from client.training.trainer import train_local_round
+from client.training.trainer import LocalWork, train_local_rounds
 from shared.data.datasets import dataset_fingerprint, read_records
 from shared.errors import RunError
 from shared.files.atomic import write_bytes
@@ -105,17 +105,15 @@ def train_alone(
     moments: dict[str, Tensor] = {}
     rounds = max(1, run.plan.planned_steps // run.job.training.local_steps)
     for number in range(1, rounds + 1):
-        result = train_local_round(
-            site.runtime,
-            examples,
-            state,
-            training=run.job.training,
-            plan=run.plan,
+        work = LocalWork(
+            examples=examples,
             declared_records=site.declared_records,
             randomness=new_randomness(),
-            round_number=number,
             optimizer_state=moments,
             persons=persons,
+        )
+        (result,) = train_local_rounds(
+            site.runtime, [work], state, training=run.job.training, plan=run.plan, round_number=number
         )
         state = {name: value + result.delta[name] for name, value in state.items()}
         moments = result.optimizer_state

@@ -171,7 +171,7 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("where", ["usable_records", "train_local_round", "cast_votes"])
+@pytest.mark.parametrize("where", ["usable_records", "train_local_rounds", "cast_votes"])
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
 def test_whatever_fails_on_records_has_one_code_and_one_text(
     make_world: MakeWorld,

@@ -14,7 +14,7 @@ import torch
 
 import client.site.release as release_module
 from client.site.site import Site
-from client.training.trainer import train_local_round
+from client.training.trainer import LocalWork, train_local_rounds
 from shared.errors import ConfigError, DataError, LedgerError, PolicyError, PrivacyError
 from shared.job.job import Job
 from shared.job.training import TrainingConfig
@@ -63,20 +63,21 @@ def person_job(private_job: MakeJob) -> MakeJob:
 def test_persons_are_declared_charged_and_trained_on(
     person_home: MakeHome, person_job: MakeJob, request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[LocalWork] = []
 
-    def traced(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return train_local_round(*args, **kwargs)
+    def traced(runtime: Any, works: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.extend(works)
+        return train_local_rounds(runtime, works, *args, **kwargs)
 
-    monkeypatch.setattr(release_module, "train_local_round", traced)
+    monkeypatch.setattr(release_module, "train_local_rounds", traced)
     site = Site(person_home())
     assert site.describe().declared_records == 8  # of 12 patients, not of 60 records
     reply = site.answer(request_for(person_job()))
     assert isinstance(reply, TrainReply), reply
     assert (reply.declared_records, reply.steps) == (8, 2)
-    (call,) = seen
-    assert (call["declared_records"], call["persons"].count, call["persons"].most_records) == (8, 12, 20)
+    (work,) = seen
+    assert work.persons is not None
+    assert (work.declared_records, work.persons.count, work.persons.most_records) == (8, 12, 20)
     entries = site.ledger().entries()
     assert {entry.payload["unit"] for entry in entries} == {"patient"}
     assert [entry.kind for entry in entries][-2:] == ["reserve", "commit"]
@@ -211,17 +212,21 @@ def noiseless_sum(gradients: torch.Tensor, owners: np.ndarray[Any, Any], micro_b
     )  # fmt: skip
     runtime = canary_runtime(gradients.shape[1], micro_batch)
     runtime.model.records = gradients  # type: ignore[assignment]
-    result = train_local_round(
+    result = train_local_rounds(
         runtime,
-        [Example(torch.tensor([row])) for row in range(len(gradients))],
+        [
+            LocalWork(
+                examples=[Example(torch.tensor([row])) for row in range(len(gradients))],
+                declared_records=1,
+                randomness=SiteRandomness.injected("whole"),
+                persons=Persons(owners),
+            )
+        ],
         runtime.initial,
         training=TrainingConfig(rounds=1, local_steps=1, optimizer="sgd", momentum=0.0, learning_rate=1.0),
         plan=plan,
-        declared_records=1,
-        randomness=SiteRandomness.injected("whole"),
         round_number=1,
-        persons=Persons(owners),
-    )
+    )[0]
     return torch.cat([value.flatten() for _, value in sorted(result.delta.items())]).double()
 
 

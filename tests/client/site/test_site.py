@@ -18,7 +18,7 @@ import client.site.outbox as outbox_module
 import client.site.release as release_module
 from client.ledger.ledger import Ledger
 from client.site.site import Site
-from client.training.trainer import LocalRound, train_local_round
+from client.training.trainer import LocalRound, train_local_rounds
 from shared.errors import BudgetExceeded, ConfigError, DataError, LedgerError, PolicyError, PrivacyError
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
@@ -64,7 +64,7 @@ def test_a_round_is_charged_before_it_is_trained(
 
     monkeypatch.setattr(Ledger, "reserve", traced("reserve", Ledger.reserve))
     monkeypatch.setattr(Ledger, "commit", traced("commit", Ledger.commit))
-    monkeypatch.setattr(release_module, "train_local_round", traced("train", train_local_round))
+    monkeypatch.setattr(release_module, "train_local_rounds", traced("train", train_local_rounds))
     monkeypatch.setattr(outbox_module, "write_bytes", traced("store", outbox_module.write_bytes))
     reply = site.update.make(request_for(private_job()))
     assert order == ["reserve", "train", "store", "commit"]
@@ -164,7 +164,7 @@ def test_the_budget_stops_and_says_how_many_steps_fit(
     assert steps_charged(site) == 5
 
 
-@pytest.mark.parametrize("where", ["train_local_round", "write_bytes"])
+@pytest.mark.parametrize("where", ["train_local_rounds", "write_bytes"])
 def test_a_crash_before_the_release_is_stored_keeps_the_charge(
     site_home: MakeHome,
     private_job: MakeJob,
@@ -338,7 +338,7 @@ def test_unexpected_errors_tell_nothing(
     def fail(*_: Any, **__: Any) -> LocalRound:
         raise RuntimeError(f"CUDA error near {MARKER}")
 
-    monkeypatch.setattr(release_module, "train_local_round", fail)
+    monkeypatch.setattr(release_module, "train_local_rounds", fail)
     refusal = Site(site_home()).answer(request_for(private_job()))
     assert refusal == Refusal(site="north", code=WITHHELD, reason="see the site's own log")
 
@@ -427,11 +427,12 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[LocalRound]:
     """Return a list that collects what training gave, before it is encoded."""
     results: list[LocalRound] = []
 
-    def kept(*args: Any, **options: Any) -> LocalRound:
-        results.append(train_local_round(*args, **options))
-        return results[-1]
+    def kept(*args: Any, **options: Any) -> list[LocalRound]:
+        found = train_local_rounds(*args, **options)
+        results.extend(found)
+        return found
 
-    monkeypatch.setattr(release_module, "train_local_round", kept)
+    monkeypatch.setattr(release_module, "train_local_rounds", kept)
     return results
 
 

@@ -148,17 +148,21 @@ def test_no_round_trains_on_a_held_out_record(
     site: Site, asked: TrainRequest, request_for: MakeRequest, job: Job, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained, measured = [], []
-    train, cast = release_module.train_local_round, release_module.cast_votes
+    train, cast = release_module.train_local_rounds, release_module.cast_votes
 
-    def seen(into: list[Any], real: Any) -> Callable[..., Any]:
-        def call(runtime: Any, examples: Any, *args: Any, **kwargs: Any) -> Any:
-            into.extend(tuple(example.input_ids.tolist()) for example in examples)
-            return real(runtime, examples, *args, **kwargs)
+    def texts(examples: Any) -> list[Any]:
+        return [tuple(example.input_ids.tolist()) for example in examples]
 
-        return call
+    def training(runtime: Any, works: Any, *args: Any, **kwargs: Any) -> Any:
+        trained.extend(text for work in works for text in texts(work.examples))
+        return train(runtime, works, *args, **kwargs)
 
-    monkeypatch.setattr(release_module, "train_local_round", seen(trained, train))
-    monkeypatch.setattr(release_module, "cast_votes", seen(measured, cast))
+    def casting(runtime: Any, examples: Any, *args: Any) -> Any:
+        measured.extend(texts(examples))
+        return cast(runtime, examples, *args)
+
+    monkeypatch.setattr(release_module, "train_local_rounds", training)
+    monkeypatch.setattr(release_module, "cast_votes", casting)
     assert isinstance(site.answer(request_for(job, 1)), TrainReply)
     assert isinstance(site.answer_metrics(asked), MetricsReply)
     assert len(trained) + len(measured) == 60

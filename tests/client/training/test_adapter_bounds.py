@@ -13,7 +13,7 @@ from torch import Tensor
 
 from client.site.site import Site
 from client.training.adapter_bounds import AdapterBounds, check_bounds, largest_ratio
-from client.training.trainer import train_local_round
+from client.training.trainer import LocalWork, train_local_rounds
 from server.aggregation.optimizers import apply_update
 from shared.errors import AdapterError
 from shared.job.job import Job
@@ -55,10 +55,15 @@ def test_the_smallest_site_that_there_is_stays_within_the_bound(
     adapter, moments, state = dict(runtime.initial), {}, {}
     for number in range(1, 5):
         check(job, adapter, number - 1)
-        result = train_local_round(
-            runtime, examples, adapter, training=job.training, plan=PrivacyPlan.from_job(job), declared_records=1,
-            randomness=SiteRandomness.injected(f"round {number}"), round_number=number, optimizer_state=moments,
-        )  # fmt: skip
+        work = LocalWork(
+            examples=examples,
+            declared_records=1,
+            randomness=SiteRandomness.injected(f"round {number}"),
+            optimizer_state=moments,
+        )
+        (result,) = train_local_rounds(
+            runtime, [work], adapter, training=job.training, plan=PrivacyPlan.from_job(job), round_number=number
+        )
         moments = result.optimizer_state
         adapter, state = apply_update(adapter, result.delta, state, job.aggregation)
     check(job, adapter, 4)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import client.training.per_example as per_example_module
 from client.training.per_example import PerExampleHooks
 from client.training.proof import prove_trainer
-from client.training.trainer import LocalRound, LocalWork, per_example_hooks, train_local_round, train_local_rounds
+from client.training.trainer import LocalRound, LocalWork, per_example_hooks, train_local_rounds
 from shared.errors import PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -141,16 +141,14 @@ def test_a_site_trained_with_others_is_trained_as_if_alone(
 
 def test_the_noise_reaches_every_weight(runtime: Runtime, job: Job) -> None:
     """A site without records moves by its noise alone: convolutions, normalisations and head, all of them."""
-    result = train_local_round(
+    result = train_local_rounds(
         runtime,
-        [],
+        [LocalWork(examples=[], declared_records=16, randomness=SiteRandomness.injected("noise"))],
         runtime.initial,
         training=job.training,
         plan=PrivacyPlan.from_job(job),
-        declared_records=16,
-        randomness=SiteRandomness.injected("noise"),
         round_number=1,
-    )
+    )[0]
     assert result.delta.keys() == runtime.initial.keys()
     assert all(bool((value != 0).all()) for value in result.delta.values())
 

@@ -18,12 +18,7 @@ from torch import Tensor
 import client.training.per_example as per_example_module
 import client.training.trainer as trainer_module
 from client.training.proof import prove_trainer
-from client.training.trainer import (
-    LocalRound,
-    Observations,
-    per_example_hooks,
-    train_local_round,
-)
+from client.training.trainer import LocalRound, LocalWork, Observations, per_example_hooks, train_local_rounds
 from shared.errors import ConfigError, PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -66,16 +61,16 @@ def plan_of(job: Job, **changes: Any) -> PrivacyPlan:
 
 
 def run(runtime: Runtime, job: Job, examples: Sequence[Example], **options: Any) -> LocalRound:
-    arguments = {
-        "training": job.training,
-        "plan": PrivacyPlan.from_job(job),
-        "declared_records": 32,
-        "randomness": SiteRandomness.injected("trainer"),
-        "round_number": 1,
-        **options,
-    }
+    work = LocalWork(
+        examples=examples,
+        declared_records=options.pop("declared_records", 32),
+        randomness=options.pop("randomness", SiteRandomness.injected("trainer")),
+        optimizer_state=options.pop("optimizer_state", {}),
+        persons=options.pop("persons", None),
+    )
+    arguments = {"training": job.training, "plan": PrivacyPlan.from_job(job), "round_number": 1, **options}
     start = arguments.pop("start", runtime.initial)
-    return train_local_round(runtime, examples, start, **arguments)
+    return train_local_rounds(runtime, [work], start, **arguments)[0]
 
 
 def flat(result: LocalRound) -> Tensor:

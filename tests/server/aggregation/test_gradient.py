@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from client.training.trainer import train_local_round
+from client.training.trainer import LocalWork, train_local_rounds
 from server.aggregation.gradient import gradient_step
 from shared.job.compute import ComputeConfig
 from shared.privacy.plan import PrivacyPlan
@@ -42,17 +42,21 @@ def test_three_steps_equal_those_of_a_site_to_the_last_bit(
     at_site = {name: value.clone() for name, value in runtime.initial.items()}
     here, moments, state = dict(at_site), {}, {}
     for number in (1, 2, 3):
-        result = train_local_round(
+        result = train_local_rounds(
             runtime,
-            examples,
+            [
+                LocalWork(
+                    examples=examples,
+                    declared_records=declared,
+                    randomness=SiteRandomness.injected(f"gradient/{number}"),
+                    optimizer_state=moments,
+                )
+            ],
             at_site,
             training=job.training,
             plan=plan,
-            declared_records=declared,
-            randomness=SiteRandomness.injected(f"gradient/{number}"),
             round_number=number,
-            optimizer_state=moments,
-        )
+        )[0]
         moments = result.optimizer_state
         at_site = {name: value.detach().clone() for name, value in runtime.model.trainable().items()}
         noisy = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from client.training.trainer import LocalWork, train_local_round
+from client.training.trainer import LocalWork, train_local_rounds
 from server.rounds.update_bounds import (
     FAILURE,
     UpdateBounds,
@@ -71,17 +72,13 @@ def rounds_of(
     )
     start, moments, residual, found, norms = dict(runtime.initial), {}, {}, [], []
     for number in range(1, job.training.rounds + 1):
-        result = train_local_round(
+        (result,) = train_local_rounds(
             runtime,
-            work.examples,
+            [replace(work, optimizer_state=moments)],
             start,
             training=job.training,
             plan=plan,
-            declared_records=work.declared_records,
-            randomness=work.randomness,
             round_number=number,
-            optimizer_state=moments,
-            persons=persons,
         )
         moments = result.optimizer_state
         encoded = encode_update(result.delta, job.federation.update_dtype, residual=residual)

@@ -14,7 +14,7 @@ import pytest
 import torch
 from scipy import stats
 
-from client.training.trainer import train_local_round
+from client.training.trainer import LocalWork, train_local_rounds
 from shared.errors import PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.privacy import randomness as randomness_module
@@ -221,16 +221,14 @@ def test_job_seed_does_not_reach_noise(
     def train(randomness: SiteRandomness) -> torch.Tensor:
         torch.manual_seed(job.seed)
         np.random.seed(job.seed)
-        result = train_local_round(
+        result = train_local_rounds(
             runtime,
-            examples,
+            [LocalWork(examples=examples, declared_records=32, randomness=randomness)],
             runtime.initial,
             training=job.training,
             plan=plan,
-            declared_records=32,
-            randomness=randomness,
             round_number=1,
-        )
+        )[0]
         return torch.cat([value.flatten() for value in result.delta.values()])
 
     assert not torch.equal(train(SiteRandomness.from_os()), train(SiteRandomness.from_os()))
