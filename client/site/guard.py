@@ -75,12 +75,11 @@ class Guard:
         seal: Seal,
         log: AuditLog,
         key: Callable[[], ec.EllipticCurvePrivateKey],
-        home: Path | None = None,
         clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self.seal, self.log, self._key = seal, log, key
         self._site, self._clock, self._policy_file = site, clock, policy_file
-        self._home = home or policy_file.parent
+        self._home = policy_file.parent
         self._policy = (_version(policy_file), load_policy(policy_file))
 
     @property

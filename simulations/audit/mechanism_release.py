@@ -36,6 +36,7 @@ from shared.tasks import Task
 
 LEARNING_RATE = 0.5
 DECLARED_RECORDS = 64
+MICRO_BATCH = 24
 _ROUNDING = 1e-5  # of float32, relative to the largest value that the optimiser reached
 
 
@@ -97,7 +98,7 @@ class TrainerRelease:
         *,
         dimension: int,
         steps: int,
-        micro_batch: int = 24,
+        micro_batch: int = MICRO_BATCH,
         companions: int = 0,
         optimizer: TrainingConfig | None = None,
     ) -> None:

@@ -33,7 +33,7 @@ from shared.tasks import Record, task_of
 from simulations.audit.lira import audit_lira, lira_scores, logit_confidence
 from simulations.audit.one_run import Training, audit_one_run, draw_coins
 from simulations.audit.result import AuditResult
-from simulations.audit.run import ALPHA, AuditedRun, NewRandomness, Progress, check_simulation
+from simulations.audit.run import ALPHA, AuditedRun, Progress, check_simulation
 from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.sites import site_homes
 from simulations.scenario import persons_of
@@ -96,7 +96,6 @@ def train_alone(
     run: AuditedRun,
     site: SimulatedSite,
     examples: Sequence[Example],
-    new_randomness: NewRandomness,
     *,
     persons: Persons | None = None,
 ) -> dict[str, Tensor]:
@@ -108,7 +107,7 @@ def train_alone(
         work = LocalWork(
             examples=examples,
             declared_records=site.declared_records,
-            randomness=new_randomness(),
+            randomness=SiteRandomness.from_os(),
             optimizer_state=moments,
             persons=persons,
         )
@@ -143,7 +142,6 @@ def audit_text_canaries(
     trainings: int = 5,
     alpha: float = ALPHA,
     seed: int = 0,
-    new_randomness: NewRandomness = SiteRandomness.from_os,
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[AuditResult, list[Training]]:
     """Guess from the final adapter which canary texts one site trained on, beside its own records.
@@ -163,7 +161,7 @@ def audit_text_canaries(
         included = draw_coins(num_canaries, seed=seed + number)
         inside = [canary for canary, coin in zip(canaries, included, strict=True) if coin]
         persons = None if site.persons is None else site.persons.with_strangers(len(inside))
-        state = train_alone(run, site, [*own, *inside], new_randomness, persons=persons)
+        state = train_alone(run, site, [*own, *inside], persons=persons)
         before = example_losses(runtime, runtime.initial, canaries)
         done.append(Training(scores=before - example_losses(runtime, state, canaries), included=included))
     progress(trainings, trainings, f"trainings of {run.site} with canaries")
@@ -209,7 +207,6 @@ def audit_shadow_models(
     num_records: int = 2000,
     alpha: float = ALPHA,
     seed: int = 0,
-    new_randomness: NewRandomness = SiteRandomness.from_os,
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[AuditResult, list[Training]]:
     """Attack `targets` models by LiRA with `shadows` shadow models; each trains on its own random half of the records.
@@ -238,7 +235,7 @@ def audit_shadow_models(
         known = _load_losses(path, mark, count)
         if known is None:
             inside = [example for example, coin in zip(examples, included, strict=True) if coin]
-            known = example_losses(site.runtime, train_alone(run, site, inside, new_randomness), examples)
+            known = example_losses(site.runtime, train_alone(run, site, inside), examples)
             _save_losses(path, mark, known)
         losses.append(known)
         coins.append(included)

@@ -24,9 +24,8 @@ from shared.errors import RunError
 from shared.files.atomic import write_json
 from shared.files.json_files import finite_or_none, read_if_there, read_record
 from shared.job.job import Job
-from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
-from shared.privacy.randomness import SiteRandomness
 from shared.version import silotune_version
 from simulations.audit.canaries import train_on_gradient_canaries
 from simulations.audit.mechanism import MechanismAudit, Release, audit_mechanism
@@ -35,7 +34,6 @@ from simulations.audit.one_run import Training, audit_one_run
 from simulations.audit.result import AuditResult, Verdict
 from simulations.audit.shares_release import SharesRelease
 
-NewRandomness = Callable[[], SiteRandomness]
 Progress = Callable[[int, int, str], None]
 """Called with (done, total, what) as an audit goes on."""
 
@@ -152,9 +150,7 @@ def check_simulation(run: AuditedRun) -> None:
 # --- tier 1 ---
 
 
-def audit_run_mechanism(
-    folder: Path, *, alpha: float = ALPHA, seed: int = 0, new_randomness: NewRandomness = SiteRandomness.from_os
-) -> MechanismAudit:
+def audit_run_mechanism(folder: Path, *, alpha: float = ALPHA, seed: int = 0) -> MechanismAudit:
     """Audit the mechanism of a run in seconds and write `audit/tier1.json` into its folder.
 
     The production trainer, or the coordinator's production round, runs on canaries with the run's plan: its sampling rate,
@@ -167,14 +163,10 @@ def audit_run_mechanism(
     run = open_run(folder)
     steps = min(run.plan.planned_steps, STEPS_PER_CALL)
     if run.share is not None:
-        return _audit_sum(run, run.share, steps, alpha=alpha, seed=seed, new_randomness=new_randomness)
-    release: Release = TrainerRelease(
-        new_randomness, dimension=MECHANISM_DIMENSION, steps=steps, optimizer=run.job.training
-    )
+        return _audit_sum(run, run.share, steps, alpha=alpha, seed=seed)
+    release: Release = TrainerRelease(dimension=MECHANISM_DIMENSION, steps=steps, optimizer=run.job.training)
     if run.job.privacy.central:
-        release = SitesRelease(
-            new_randomness, dimension=MECHANISM_DIMENSION, rounds=steps, optimizer=run.job.aggregation
-        )
+        release = SitesRelease(dimension=MECHANISM_DIMENSION, rounds=steps, optimizer=run.job.aggregation)
     audit = audit_mechanism(
         release,
         replace(run.plan, planned_steps=steps),
@@ -188,22 +180,17 @@ def audit_run_mechanism(
     return audit
 
 
-def _audit_sum(
-    run: AuditedRun, share: PrivacyPlan, steps: int, *, alpha: float, seed: int, new_randomness: NewRandomness
-) -> MechanismAudit:
+def _audit_sum(run: AuditedRun, share: PrivacyPlan, steps: int, *, alpha: float, seed: int) -> MechanismAudit:
     """Audit both promises of shared noise: canaries against the opened sum of the honest sites, and against one site's words."""
     assert share.honest is not None  # noqa: S101 (it is a share)
-    executed = GaussianSteps(
-        noise_multiplier=share.noise_multiplier, sample_rate=share.sample_rate, steps=share.planned_steps
-    )
     audits = []
     for sites, plan, claim in (
         (share.honest, run.plan, run.claim),
-        (1, replace(share, honest=None), compose_epsilon([executed], share.delta)),
+        (1, replace(share, honest=None), share.epsilon(share.planned_steps)),
     ):
         audits.append(
             audit_mechanism(
-                SharesRelease(new_randomness, dimension=MECHANISM_DIMENSION, sites=sites),
+                SharesRelease(dimension=MECHANISM_DIMENSION, sites=sites),
                 replace(plan, planned_steps=steps),
                 dimension=MECHANISM_DIMENSION,
                 claim=claim,
@@ -251,16 +238,13 @@ def audit_gradient_canaries(
     trainings: int = 5,
     alpha: float = ALPHA,
     seed: int = 0,
-    new_randomness: NewRandomness = SiteRandomness.from_os,
     progress: Progress = lambda done, total, what: None,
 ) -> tuple[AuditResult, list[Training]]:
     """Guess which canary gradients went through the production trainer, seeing every noisy sum; also return the scores.
 
     Training t has the public seed `seed` + t.
     """
-    release = TrainerRelease(
-        new_randomness, dimension=num_canaries, steps=run.plan.planned_steps, micro_batch=num_canaries
-    )
+    release = TrainerRelease(dimension=num_canaries, steps=run.plan.planned_steps, micro_batch=num_canaries)
     done = []
     for number in range(trainings):
         progress(number, trainings, "trainings on canaries")

@@ -28,7 +28,7 @@ from shared.secure_sum.coordinator import SecureCoordinator
 from shared.secure_sum.keys import shown_key
 from shared.secure_sum.site import SecureSite
 from shared.trust.certificates import spki
-from simulations.audit.mechanism_release import DECLARED_RECORDS, canary_runtime
+from simulations.audit.mechanism_release import DECLARED_RECORDS, MICRO_BATCH, canary_runtime
 
 _SHA256 = "0" * 64
 
@@ -46,10 +46,9 @@ class SharesRelease:
         *,
         dimension: int,
         sites: int,
-        micro_batch: int = 24,
     ) -> None:
         self.sites, self.new_randomness = sites, new_randomness
-        self.runtime = canary_runtime(dimension, micro_batch)
+        self.runtime = canary_runtime(dimension, MICRO_BATCH)
         self._keys = [ec.generate_private_key(ec.SECP256R1()) for _ in range(sites)]
 
     def __call__(self, plan: PrivacyPlan, gradients: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -29,7 +29,6 @@ def run_folds(
     observer: MakeObserver,
     resume: bool = False,
     stop_after: int | None = None,
-    injected_seed: str | None = None,
     report: bool = True,
 ) -> Checkpoint:
     """Run the first fold into `folder`, the others into `folder/folds/fold-N`, and return the first's checkpoint.
@@ -52,7 +51,6 @@ def run_folds(
             observer=observer,
             resume=resume,
             stop_after=None if finished else stop_after,
-            injected_seed=injected_seed,
             fold=fold,
         )
         finished.append(checkpoint)
