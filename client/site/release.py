@@ -49,14 +49,14 @@ ResultT = TypeVar("ResultT")
 
 @dataclass(frozen=True, kw_only=True)
 class Begun:
-    """A release that is admitted, prepared and charged, and not yet computed.
+    """A release that is admitted and prepared, and not yet computed.
 
     Attributes:
         request, request_sha256: what was asked.
         plan: what is to be executed.
         runtime, start: the model and the global adapter, checked.
         work: what the site brings.
-        reservation: of the charge; None if nothing private is released.
+        reservation: of the charge; None if nothing private is released, or it is charged later.
     """
 
     request: TrainRequest

@@ -30,11 +30,10 @@ from datetime import datetime
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
-from client.site.release import checked_adapter, load_proven
+from client.site.release import Begun, checked_adapter, load_proven
 from client.site.terms import check_terms
 from client.site.usable import on_records
 from client.training.gradient import NoisySum, noisy_sums
@@ -49,22 +48,6 @@ from shared.wire.messages import TrainReply, TrainRequest
 
 MECHANISM = "distributed"
 _ON_THE_WAY_SECONDS = 10.0  # between the end of the coordinator's patience with the first exchange and the second one
-
-
-@dataclass(frozen=True, kw_only=True)
-class BegunShare:
-    """An attempt that is admitted and prepared, and not yet computed; nothing is charged.
-
-    Attributes:
-        request: what was asked.
-        plan, runtime, start, work: as for a release (`client.site.release.Begun`).
-    """
-
-    request: TrainRequest
-    plan: PrivacyPlan
-    runtime: Runtime
-    start: dict[str, Tensor]
-    work: LocalWork
 
 
 @dataclass(kw_only=True)
@@ -107,16 +90,16 @@ class Shares:
             SilotuneError: as for a release; nothing is charged here.
         """
         begun = self.begin(request)
-        return begun if isinstance(begun, Ready) else self.make(begun)
+        return begun if isinstance(begun, Ready) else self.make_begun(begun)
 
-    def make(self, begun: BegunShare) -> Ready:
+    def make_begun(self, begun: Begun) -> Ready:
         """Compute what was begun, by itself."""
         started = time.monotonic()
         (found,) = self.compute([begun])
         return self.finish(begun, found, seconds=time.monotonic() - started)
 
-    def begin(self, request: TrainRequest) -> Ready | BegunShare:
-        """Do all that comes before computing; or return what was said before."""
+    def begin(self, request: TrainRequest) -> Ready | Begun:
+        """Do all that comes before computing, but for the charge; or return what was said before."""
         site, job = self._site, request.job
         # 1. What the site accepts at all.
         plan = self._admit(request)
@@ -131,7 +114,8 @@ class Shares:
         runtime = load_proven(job, site.config.compute)
         _check_length(runtime)
         start = checked_adapter(runtime, plan, request)
-        site.check_charge(job, _charge_for(request, _request_sha256(request), plan))
+        request_sha256 = _request_sha256(request)
+        site.check_charge(job, _charge_for(request, request_sha256, plan))
         self._note_computation(request)
         self._forget(job.sha256)
         usable = site.usable(runtime, job)
@@ -141,10 +125,18 @@ class Shares:
             randomness=site.new_randomness(),
             persons=usable.persons,
         )
-        return BegunShare(request=request, plan=plan, runtime=runtime, start=start, work=work)
+        return Begun(
+            request=request,
+            request_sha256=request_sha256,
+            plan=plan,
+            runtime=runtime,
+            start=start,
+            work=work,
+            reservation=None,  # charged once the roster is known
+        )
 
     @staticmethod
-    def compute(begun: Sequence[BegunShare]) -> list[NoisySum]:
+    def compute(begun: Sequence[Begun]) -> list[NoisySum]:
         """Return the noisy sums of sites that were asked the same."""
         first = begun[0]
         with on_records():
@@ -157,7 +149,7 @@ class Shares:
                 attempt=first.request.attempt,
             )
 
-    def finish(self, begun: BegunShare, found: NoisySum, *, seconds: float) -> Ready:
+    def finish(self, begun: Begun, found: NoisySum, *, seconds: float) -> Ready:
         """Keep what was computed, and return the word that this site is ready."""
         site, request = self._site, begun.request
         key, certificate = site.guard.certified_key()
