@@ -35,6 +35,7 @@ from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import Origin
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.runtime.site_metrics import cast_votes, count_votes, noisy_counts
 from shared.tensors import adapters
@@ -97,7 +98,7 @@ class Release(ABC, Generic[ReplyT, ResultT]):
         check_terms(site.config, job, declared_records=site.declared_records)
         plan = self._admit(request)
         # 2. A release that was already made is sent again as it is.
-        request_sha256 = _sha256(job.sha256.encode(), self._place(request), request.adapter)
+        request_sha256 = hash_of(request, self._place(request))
         stored = self._stored(request, request_sha256)
         if stored is not None:
             if plan.private:
@@ -237,20 +238,7 @@ class Update(Release[TrainReply, LocalRound]):
             residual=site.outbox.kept("residual", job.sha256, round_number),
             salt=randomness.stream("salt", round_number=round_number, step=0).uint64(2).tobytes().hex(),
         )
-        reply = TrainReply(
-            site=site.config.name,
-            round_number=round_number,
-            job_sha256=job.sha256,
-            update=encoded.data,
-            declared_records=site.declared_records,
-            noise_multiplier=plan.noise_multiplier,
-            sample_rate=plan.sample_rate,
-            max_grad_norm=plan.max_grad_norm,
-            delta=plan.delta,
-            steps=result.executed_steps,
-            randomness=randomness.origin,
-            epsilon_budget=site.config.budget.epsilon if plan.private else 0.0,
-        )
+        reply = reply_to(request, site, plan, encoded.data, steps=result.executed_steps, origin=randomness.origin)
         site.outbox.store_round(
             reply,
             request_sha256=begun.request_sha256,
@@ -365,8 +353,29 @@ def checked_adapter(runtime: Runtime, plan: PrivacyPlan, request: TrainRequest) 
     return adapter
 
 
-def _sha256(*parts: bytes) -> str:
+def hash_of(request: TrainRequest, place: bytes) -> str:
+    """Return the SHA-256 of what a request asks for: job, `place` among the releases of the job, adapter."""
     digest = hashlib.sha256()
-    for part in parts:
+    for part in (request.job.sha256.encode(), place, request.adapter):
         digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
+
+
+def reply_to(
+    request: TrainRequest, site: OpenedFolder, plan: PrivacyPlan, update: bytes, *, steps: int, origin: Origin
+) -> TrainReply:
+    """Return what leaves a site for a round: the encoded update, or a masked input, and the mechanism that made it."""
+    return TrainReply(
+        site=site.config.name,
+        round_number=request.round_number,
+        job_sha256=request.job.sha256,
+        update=update,
+        declared_records=site.declared_records,
+        noise_multiplier=plan.noise_multiplier,
+        sample_rate=plan.sample_rate,
+        max_grad_norm=plan.max_grad_norm,
+        delta=plan.delta,
+        steps=steps,
+        randomness=origin,
+        epsilon_budget=site.config.budget.epsilon if plan.private else 0.0,
+    )

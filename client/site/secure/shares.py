@@ -33,13 +33,14 @@ from numpy.typing import NDArray
 
 from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
-from client.site.release import Begun, checked_adapter, load_proven
+from client.site.release import Begun, checked_adapter, hash_of, load_proven, reply_to
 from client.site.terms import check_terms
 from client.site.usable import on_records
 from client.training.gradient import NoisySum, noisy_sums
 from client.training.trainer import LocalWork
 from shared.errors import DroppedOut, PolicyError, PrivacyError, RosterError, TrustError
 from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import Origin
 from shared.privacy.shares import check_reach
 from shared.runtime.runtime import Runtime
 from shared.secure_sum.messages import MOST_WORDS, Ready, Roster, unpack_roster
@@ -58,7 +59,7 @@ class _Attempt:
     plan: PrivacyPlan
     machine: SecureSite
     words: NDArray[np.uint64]
-    origin: str
+    origin: Origin
     seconds: float
     until: float  # by `time.monotonic`: afterwards nobody waits for it
 
@@ -208,7 +209,7 @@ class Shares:
         del self._drawn[job.sha256]
         reservation = self._charge(request, request_sha256, drawn.plan)
         masked = drawn.machine.masked(drawn.words, context)
-        reply = self._reply(request, drawn, masked.to_bytes())
+        reply = reply_to(request, site, drawn.plan, masked.to_bytes(), steps=1, origin=drawn.origin)
         site.outbox.store_round(reply, request_sha256=request_sha256, optimizer_state={}, residual=None)
         site.close(request, reservation, reply.update, executed_steps=1, seconds=drawn.seconds)
         return reply
@@ -286,23 +287,6 @@ class Shares:
         self._site.guard.admit_attempt(self._site.checked_ledger(), job, request.round_number, request.attempt)
         return self._site.charge(job, _charge_for(request, request_sha256, plan))
 
-    def _reply(self, request: TrainRequest, drawn: _Attempt, update: bytes) -> TrainReply:
-        site, plan = self._site, drawn.plan
-        return TrainReply(
-            site=site.config.name,
-            round_number=request.round_number,
-            job_sha256=request.job.sha256,
-            update=update,
-            declared_records=site.declared_records,
-            noise_multiplier=plan.noise_multiplier,
-            sample_rate=plan.sample_rate,
-            max_grad_norm=plan.max_grad_norm,
-            delta=plan.delta,
-            steps=1,
-            randomness="os" if drawn.origin == "os" else "injected",
-            epsilon_budget=site.config.budget.epsilon,
-        )
-
 
 def _place(request: TrainRequest) -> tuple[int, int, str]:
     return request.round_number, request.attempt, hashlib.sha256(request.adapter).hexdigest()
@@ -348,7 +332,4 @@ def _check_sizes(roster: Roster, plan: PrivacyPlan) -> None:
 
 
 def _request_sha256(request: TrainRequest) -> str:
-    digest = hashlib.sha256()
-    for part in (request.job.sha256.encode(), f"{request.round_number}/{request.attempt}".encode(), request.adapter):
-        digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
+    return hash_of(request, f"{request.round_number}/{request.attempt}".encode())
