@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -111,9 +111,6 @@ def print_answers(
 
 
 def _setting_table(setting: Setting, unit: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
     rows = [
         (f"{unit}s", "" if setting.records is None else f"{setting.records:,}", ""),
         ("expected batch size", number(setting.batch_size), "rate"),
@@ -127,22 +124,11 @@ def _setting_table(setting: Setting, unit: str) -> Table:
         ("signal to noise, one coordinate", number(setting.signal_to_noise), ""),
         ("signal to noise, all parameters", number(setting.signal_to_noise_vector), ""),
     ]
-    table = Table("quantity", box=box.SIMPLE_HEAD)
-    table.add_column("value", justify="right")
-    table.add_column("")
-    for name, value, quantity in rows:
-        if value:
-            found = quantity != "" and quantity == setting.solved_for
-            table.add_row(name, value, "found" if found else "", style="bold" if found else None)
-    return table
+    return _quantities(rows, setting.solved_for)
 
 
 def _shares_table(shares: SharesPlan, unit: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
     share, sharing, whole = shares.share, shares.sharing, shares.whole_sum
-    found = share.solved_for
     rows = [
         ("sites in a sum, at least", f"{sharing.sites:,}", ""),
         ("of which may collude", f"{sharing.colluding:,}", ""),
@@ -161,14 +147,21 @@ def _shares_table(shares: SharesPlan, unit: str) -> Table:
         ("signal to noise of a sum, one coordinate", "" if whole is None else number(whole.signal_to_noise), ""),
         ("signal to noise of a sum, all parameters", "" if whole is None else number(whole.signal_to_noise_vector), ""),
     ]
+    return _quantities(rows, share.solved_for)
+
+
+def _quantities(rows: Iterable[tuple[str, str, str]], solved_for: str | None) -> Table:
+    """Return a table of (name, value, quantity) without those that have no value; what was solved for is told apart."""
+    from rich import box
+    from rich.table import Table
+
     table = Table("quantity", box=box.SIMPLE_HEAD)
     table.add_column("value", justify="right")
     table.add_column("")
     for name, value, quantity in rows:
         if value:
-            table.add_row(
-                name, value, "found" if quantity == found else "", style="bold" if quantity == found else None
-            )
+            found = quantity == solved_for
+            table.add_row(name, value, "found" if found else "", style="bold" if found else None)
     return table
 
 
