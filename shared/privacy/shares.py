@@ -109,6 +109,11 @@ def gradient_of(
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
+def check_sizes(declared: Sequence[int], *, noise_multiplier: float) -> None:
+    """Raise `PrivacyError` if a sum of sites could wrap around, each of fewer than twice the units that it declares."""
+    check_reach(num_units=2 * sum(declared), num_sites=len(declared), noise_multiplier=noise_multiplier)
+
+
 def check_reach(*, num_units: int, num_sites: int, noise_multiplier: float) -> None:
     """Raise `PrivacyError` if the sum over all sites could pass 2^62 steps, were every unit drawn and the noise at its largest.
 

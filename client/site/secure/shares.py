@@ -41,9 +41,9 @@ from client.training.trainer import LocalWork
 from shared.errors import DroppedOut, PolicyError, PrivacyError, RosterError, TrustError
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import Origin
-from shared.privacy.shares import check_reach
+from shared.privacy.shares import check_sizes
 from shared.runtime.runtime import Runtime
-from shared.secure_sum.messages import MOST_WORDS, Ready, Roster, unpack_roster
+from shared.secure_sum.messages import MOST_WORDS, Ready, unpack_roster
 from shared.secure_sum.site import SecureSite
 from shared.wire.messages import TrainReply, TrainRequest
 
@@ -201,7 +201,7 @@ class Shares:
             )
         with _about_the_roster():
             roster = unpack_roster(request.adapter)
-            _check_sizes(roster, drawn.plan)
+            check_sizes([entry.declared_records for entry in roster], noise_multiplier=drawn.plan.noise_multiplier)
             site.guard.admit_peers(job, [entry.site for entry in roster])
             key_of = site.guard.peer_keys()
             context = drawn.machine.accept(roster, min_sites=job.federation.min_sites, key_of=key_of)
@@ -323,12 +323,6 @@ def _about_the_roster() -> Iterator[None]:
         yield
     except (TrustError, PrivacyError) as error:
         raise RosterError(str(error)) from None
-
-
-def _check_sizes(roster: Roster, plan: PrivacyPlan) -> None:
-    """Raise `PrivacyError` if the sum of all on the roster could wrap around; a site has fewer than twice what it declares."""
-    declared = sum(entry.declared_records for entry in roster)
-    check_reach(num_units=2 * declared, num_sites=len(roster), noise_multiplier=plan.noise_multiplier)
 
 
 def _request_sha256(request: TrainRequest) -> str:

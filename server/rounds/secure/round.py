@@ -39,7 +39,7 @@ from shared.errors import RunError, RunHeld, TrustError
 from shared.job.job import Job
 from shared.limits import MAX_ADAPTER_VALUE
 from shared.privacy.plan import PrivacyPlan
-from shared.privacy.shares import check_reach, gradient_of
+from shared.privacy.shares import check_sizes, gradient_of
 from shared.privacy.statement import SiteRelease
 from shared.secure_sum.coordinator import SecureCoordinator
 from shared.secure_sum.keys import certificate_of, key_in_certificate, shown_key
@@ -158,7 +158,9 @@ class SecureRound(LocalRound):
         if len(ready.names) < self._job.federation.min_sites:
             return _NobodyAsked(at_hand, ready)
         roster = machine.close()
-        _check_reach(roster, self._job)
+        # Every site would refuse a sum that could wrap around, and void the attempt.
+        plan = PrivacyPlan.from_job(self._job)
+        check_sizes([entry.declared_records for entry in roster], noise_multiplier=plan.noise_multiplier)
         self._attempts.begin(self._number)
         masked = _Send(at_hand, ready, roster, machine)
         at_hand.observer.round_started(self._number, [entry.site for entry in roster], masked.adapter)
@@ -178,15 +180,6 @@ def _one_for_all(releases: Releases) -> dict[str, SiteRelease]:
     if all(release.randomness == "os" for release in releases.values()):
         return dict(releases)
     return {name: replace(release, randomness="injected") for name, release in releases.items()}
-
-
-def _check_reach(roster: tuple[Ready, ...], job: Job) -> None:
-    """Raise `PrivacyError` for a roster whose sum could wrap around: every site would refuse it, and void the attempt."""
-    check_reach(
-        num_units=2 * sum(entry.declared_records for entry in roster),
-        num_sites=len(roster),
-        noise_multiplier=PrivacyPlan.from_job(job).noise_multiplier,
-    )
 
 
 def keys_by(authority: Authority | None) -> KeyOf:

@@ -28,6 +28,7 @@ from shared.privacy.shares import (
     SMOOTHING,
     IntegerSum,
     check_reach,
+    check_sizes,
     gradient_of,
     share_variance,
     with_share,
@@ -222,6 +223,17 @@ def test_a_worst_sum_beyond_the_reach_is_refused() -> None:
     check_reach(num_units=most, **plan)
     with pytest.raises(PrivacyError):
         check_reach(num_units=most + 1, **plan)
+
+
+def test_declared_sizes_count_twice() -> None:
+    """Each site has fewer than twice what it declares; how they share the units does not matter."""
+    share = {"noise_multiplier": 2.0}
+    with pytest.raises(PrivacyError) as refused:
+        check_sizes([2**37, 2**37 - 1], **share)
+    most = int(str(refused.value).split("there may be ")[1].split(".")[0].replace(",", ""))
+    check_sizes([most // 2 - 5, 5], **share)
+    with pytest.raises(PrivacyError, match="at 2 sites"):
+        check_sizes([most // 2 - 4, 5], **share)
 
 
 def test_noise_alone_may_pass_the_reach() -> None:
