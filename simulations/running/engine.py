@@ -490,6 +490,3 @@ def _real_names(scenario: Scenario, arm: Arm) -> dict[str, str]:
 
 def _is_complete(arm: Arm) -> bool:
     return (arm.folder / "evaluation.json").exists() or (arm.folder / DIVERGED_FILE).exists()
-
-
-__all__ = ["Arm", "run_scenario"]

@@ -7,13 +7,12 @@ called what it would be.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 
 from server.records.privacy import SiteRecord
 from server.reports.run.formats import format_epsilon
 from server.reports.run.run_data import Arm
 from shared.errors import PrivacyError
-from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.accounting import compose_epsilon
 from shared.privacy.shared_noise import SharedNoise
 
 COLLUDING = 2
@@ -55,10 +54,4 @@ def promise_beside(arm: Arm) -> Promise | None:
 
 def _summed(shared: SharedNoise, site: SiteRecord) -> float:
     metrics = site.events[len(site.training) :]
-    return _epsilon((*shared.summed(site.training), *metrics), site.delta)
-
-
-@cache
-def _epsilon(events: tuple[GaussianSteps, ...], delta: float) -> float:
-    # Many simulated sites execute the same.
-    return compose_epsilon(events, delta)
+    return compose_epsilon([*shared.summed(site.training), *metrics], site.delta)
