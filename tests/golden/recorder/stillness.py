@@ -22,12 +22,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import safetensors
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519
+from pydantic._internal import _generate_schema
 
 START = 1_793_606_400.0
 """Seconds since 1970 at which every clock stands: 2 November 2026. Only the main thread's `time.sleep` moves it."""
@@ -172,6 +174,8 @@ def _stop_clocks(clock: Clock) -> None:
         def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
             return handler.generate_schema(_real_datetime)
 
+    # Records are read by adapters that pydantic makes when one is first asked for: it compares with what it finds here.
+    _generate_schema.datetime = SimpleNamespace(**vars(datetime))  # type: ignore[attr-defined]
     datetime.datetime = Still  # type: ignore[misc]
     for name in ("time", "monotonic", "perf_counter", "process_time"):
         setattr(time, name, lambda: clock.seconds)
