@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import datetime, time
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
@@ -78,6 +79,13 @@ class Policy(Section):
     in which fewer than `federation.min_sites` are named here, this site included."""
     max_clock_skew_seconds: float = Field(default=300.0, gt=0)
     """Largest accepted difference between the coordinator's clock and this site's, in seconds."""
+    approval: Literal["none", "required"] = "none"
+    """`required`: a job that breaks no rule waits until people of this site approve it (`silotune site requests`), and nothing is
+    loaded for it before. The coordinator learns that it waits, never why. `none`: the rules alone decide."""
+    approvals_needed: int = Field(default=1, ge=1, le=2)
+    """How many people must approve a job; `2` is four eyes: two different accounts."""
+    approval_days: float = Field(default=7.0, gt=0, le=365)
+    """Days after which a request that nobody decided, and an approval whose job has not begun its first round, are void."""
     limits: Limits = Limits()
 
     @field_validator("signers")
@@ -118,6 +126,10 @@ class Policy(Section):
         """`max_epsilon_alone`, or what holds where it is not set."""
         return self.max_epsilon_per_job if self.max_epsilon_alone is None else self.max_epsilon_alone
 
+    def signer_name(self, key: VerifyKey) -> str | None:
+        """Return the name of whoever signs with this key; None if it may sign nothing here."""
+        return next((name for name, text in self.signers.items() if VerifyKey.parse(text) == key), None)
+
     @model_validator(mode="after")
     def _check_epsilons(self) -> Self:
         if self.largest_epsilon_alone < self.max_epsilon_per_job:
@@ -125,6 +137,15 @@ class Policy(Section):
                 f"max_epsilon_alone is {as_set(self.largest_epsilon_alone)}, below max_epsilon_per_job "
                 f"{as_set(self.max_epsilon_per_job)}; what a job releases counts at least as much by itself. Lower "
                 "max_epsilon_per_job, or raise max_epsilon_alone"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_approvals(self) -> Self:
+        if self.approval == "none" and self.approvals_needed != 1:
+            raise ValueError(
+                f'approvals_needed is {self.approvals_needed}, but approval is "none", so nobody would be asked. Set approval = '
+                '"required", or remove approvals_needed'
             )
         return self
 
@@ -257,12 +278,12 @@ def check_spend(policy: Policy, epsilon_after: float, alone_after: float) -> Non
     Raises:
         PolicyError: with the limit; what was spent is not told.
     """
-    if _exceeds(epsilon_after, policy.max_epsilon_per_job):
+    if exceeds(epsilon_after, policy.max_epsilon_per_job):
         raise PolicyError(
             f"with this round, repeated ones included, the job would exceed this site's limit of epsilon "
             f"{as_set(policy.max_epsilon_per_job)} per job. Stop the run, or plan fewer repetitions."
         )
-    if _exceeds(alone_after, policy.largest_epsilon_alone):
+    if exceeds(alone_after, policy.largest_epsilon_alone):
         raise PolicyError(
             f"with this round, repeated ones included, the job's masked inputs by themselves would exceed this site's limit of "
             f"epsilon {as_set(policy.largest_epsilon_alone)} per job. Stop the run, or plan fewer repetitions."
@@ -271,7 +292,7 @@ def check_spend(policy: Policy, epsilon_after: float, alone_after: float) -> Non
 
 def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[str]:
     job, training = signed.job, signed.job.training
-    known_signer = any(VerifyKey.parse(text) == signed.signer for text in policy.signers.values())
+    known_signer = policy.signer_name(signed.signer) is not None
     if not known_signer:
         yield (
             f"it is signed by {signed.signer.text}, which is not among this site's signers. Have it signed by one of "
@@ -293,7 +314,7 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
             f"it plans {job.charged_steps:,} steps ({training.rounds} rounds of {training.local_steps}{spare}); this site "
             f"accepts at most {policy.max_steps:,}."
         )
-    if _exceeds(job.privacy.sample_rate, policy.max_sample_rate):
+    if exceeds(job.privacy.sample_rate, policy.max_sample_rate):
         yield (
             f"its privacy.sample_rate is {as_set(job.privacy.sample_rate)}; this site accepts at most "
             f"{as_set(policy.max_sample_rate)}."
@@ -312,7 +333,30 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
     yield from broken_limits(policy.limits, job)
 
 
-def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
+@dataclass(frozen=True, kw_only=True)
+class JudgedPlan:
+    """What the rules on privacy judge of a job that adds noise.
+
+    Attributes:
+        plan: what this site, or a trusted coordinator, would execute.
+        summed: the same with the noise of the sum that it goes into; `plan` where it goes into none.
+        epsilon, alone: of `summed`, and of `plan`.
+        cut: words for a text if it was judged with fewer steps than the job asks for; else "".
+    """
+
+    plan: PrivacyPlan
+    summed: PrivacyPlan
+    epsilon: float
+    alone: float
+    cut: str
+
+
+def judged_plan(policy: Policy, job: Job) -> JudgedPlan:
+    """Return what the rules on privacy judge; takes seconds of accounting.
+
+    Raises:
+        PrivacyError: the job's privacy cannot be accounted for.
+    """
     # A job with too many steps is judged as if cut to the limit, which its user has to do anyway: accounting for
     # billions of steps could keep the site busy for long.
     steps, spare, cut = (
@@ -328,23 +372,28 @@ def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
             "privacy": job.privacy.model_copy(update={"spare_attempts": spare}),
         },
     )
+    # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.
+    plan = PrivacyPlan.of_coordinator(judged) if judged.privacy.central else PrivacyPlan.from_job(judged)
+    summed = plan.of_sum
+    return JudgedPlan(plan=plan, summed=summed, epsilon=summed.epsilon(), alone=plan.epsilon(), cut=cut)
+
+
+def _broken_privacy_rules(policy: Policy, job: Job) -> Iterator[str]:
     try:
-        # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.
-        plan = PrivacyPlan.of_coordinator(judged) if judged.privacy.central else PrivacyPlan.from_job(judged)
-        summed = plan.of_sum
-        epsilon, alone = summed.epsilon(), plan.epsilon()
+        judged = judged_plan(policy, job)
     except PrivacyError as error:
         yield f"its privacy cannot be accounted for: {error}"
         return
-    if _exceeds(epsilon, policy.max_epsilon_per_job):
+    plan, summed, cut = judged.plan, judged.summed, judged.cut
+    if exceeds(judged.epsilon, policy.max_epsilon_per_job):
         yield (
-            f"its plan{cut} costs epsilon {rounded_up(epsilon)} at delta {delta_rounded_up(plan.delta)}; this site "
+            f"its plan{cut} costs epsilon {rounded_up(judged.epsilon)} at delta {delta_rounded_up(plan.delta)}; this site "
             f"accepts at most {as_set(policy.max_epsilon_per_job)} per job."
         )
-    if plan.honest is not None and _exceeds(alone, policy.largest_epsilon_alone):
+    if plan.honest is not None and exceeds(judged.alone, policy.largest_epsilon_alone):
         yield (
-            f"its plan{cut} costs epsilon {rounded_up(alone)} at delta {delta_rounded_up(plan.delta)} where each masked input "
-            f"counts by itself; this site accepts at most {as_set(policy.largest_epsilon_alone)} per job. Lower "
+            f"its plan{cut} costs epsilon {rounded_up(judged.alone)} at delta {delta_rounded_up(plan.delta)} where each masked "
+            f"input counts by itself; this site accepts at most {as_set(policy.largest_epsilon_alone)} per job. Lower "
             "privacy.epsilon_alone, or ask the site engineer for a larger max_epsilon_alone."
         )
     if plan.noise_multiplier < policy.min_noise_multiplier:
@@ -377,6 +426,7 @@ def _unlisted_backbone(job: Job) -> str:
     )
 
 
-def _exceeds(value: float, limit: float) -> bool:
+def exceeds(value: float, limit: float) -> bool:
+    """Return whether a value breaks a limit; one that is no number does."""
     # The negation makes NaN exceed every limit.
     return not value <= limit * (1 + _SLACK)

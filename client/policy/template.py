@@ -79,6 +79,12 @@ min_sites = {min_sites}
 # epsilon, and this site takes part in at most so many attempts at one round, each of which is charged.
 min_colluding = {min_colluding}
 max_attempts_per_round = {max_attempts_per_round}
+# "required": a job that breaks no rule still waits until people here approve it (silotune site requests), two different ones
+# with approvals_needed = 2. What nobody decided for so many days, or was approved and not begun, is void and asked for anew.
+approval = "{approval}"
+approvals_needed = {approvals_needed}
+approval_days = {approval_days}
+
 # Largest accepted difference between the coordinator's clock and this one, in seconds.
 max_clock_skew_seconds = {max_clock_skew_seconds}
 # Metrics of held-out records that may be released, once a job, with noise and charged to the ledger:

@@ -492,3 +492,34 @@ def test_no_refusal_depends_on_anything_but_job_and_policy(monkeypatch: pytest.M
     monkeypatch.setattr("builtins.open", no_files)
     monkeypatch.setattr("sqlite3.connect", no_files)
     assert refusal(a_policy(min_sites=3), job) == expected
+
+
+# --- approval ---
+
+
+def test_without_the_keys_nobody_is_asked() -> None:
+    assert (a_policy().approval, a_policy().approvals_needed, a_policy().approval_days) == ("none", 1, 7.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"approval": "yes"}, "approval"),
+        ({"approval": "required", "approvals_needed": 3}, "approvals_needed"),
+        ({"approval": "required", "approvals_needed": 0}, "approvals_needed"),
+        ({"approval": "required", "approval_days": 0}, "approval_days"),
+        ({"approval": "required", "approval_days": 366}, "approval_days"),
+        ({"approvals_needed": 2}, 'approvals_needed is 2, but approval is "none", so nobody would be asked'),
+    ],
+)
+def test_settings_of_approval_that_are_not_valid_are_refused(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=r"policy\.toml is not valid") as caught:
+        a_policy(**changes)
+    assert text in str(caught.value)
+
+
+def test_the_template_says_what_holds_without_approval(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(policy_template(signers={"hospital": SIGNER.verify_key.text}))
+    loaded = load_policy(path)
+    assert (loaded.approval, loaded.approvals_needed, loaded.approval_days) == ("none", 1, 7.0)
