@@ -15,6 +15,7 @@ from client.link.client import welcome
 from client.link.handshake import tls_facts
 from client.node.node import credentials_of
 from client.policy.policy import Policy, load_policy
+from client.site.approving import ApprovalDesk
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, load_identity, open_log, open_site
 from shared.data.datasets import PERSON_ROLE, DataSource, FileFacts, read_records
@@ -80,6 +81,8 @@ def check_site(
         ("records", lambda: _known_records(home, opened)),
         ("audit log", lambda: _audit_log(home, passphrase)),
     ]
+    if home.approvals.exists():
+        tests.append(("approvals", lambda: _approvals(home, passphrase)))
     if job is not None:
         tests.append(("job", lambda: _job(opened(), job)))
     if public is not None:
@@ -123,9 +126,21 @@ def _policy(home: SiteHome) -> tuple[Outcome, str]:
         f"jobs signed by {', '.join(policy.signers)}; epsilon at most {as_set(policy.max_epsilon_per_job)}{alone} a job, "
         f"{len(policy.backbones)} backbones, at least {policy.min_sites} sites"
         + (f", {len(policy.peers)} of them known by their keys" if policy.peers else "")
+        + (
+            f"; each job needs {policy.approvals_needed} approvals of people here"
+            if policy.approval == "required"
+            else ""
+        )
     )
     too_much = _unfinished(home, policy)
     return ("warning", f"{text}; {too_much}") if too_much else ("ok", text)
+
+
+def _approvals(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
+    states = [state for _, state in ApprovalDesk(home, passphrase=passphrase).requests()]
+    waiting = states.count("waiting")
+    text = f"{waiting} of {len(states)} jobs wait for people here"
+    return ("warning", f"{text}; see: silotune site requests {home.path}") if waiting else ("ok", text)
 
 
 def _unfinished(home: SiteHome, policy: Policy) -> str:

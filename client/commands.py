@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from client.approval_commands import add_to
 from client.node.status import read_status
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, check_holder, open_log, open_site
@@ -55,6 +56,7 @@ site_app = typer.Typer(
 )
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's folder.")]
+add_to(site_app)
 
 
 @site_app.command()

@@ -344,6 +344,8 @@ def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]])
         for key in ("waiting", "problem"):
             if state.get(key) and (key == "problem" or state["state"] == "running"):
                 console.print(f"  {key}: {state[key]}", soft_wrap=True, style="yellow")
+        for site in state.get("awaiting") or []:
+            console.print(f"  {site} is waiting for approval", soft_wrap=True, style="yellow")
         for site, reason in (state.get("refused") or {}).items():
             console.print(f"  {site} refused: {reason}", soft_wrap=True, style="yellow")
         for site, doubt in (state.get("doubted") or {}).items():

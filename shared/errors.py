@@ -64,6 +64,13 @@ class PolicyError(SilotuneError):
     """A site's own rules refuse a job. The text speaks of the job only, so it may be sent to the coordinator."""
 
 
+class AwaitingApproval(PolicyError):
+    """A job that no rule refuses waits for people at the site. The one text that may be told: never why, when or by whom."""
+
+    def __init__(self) -> None:
+        super().__init__("waiting for approval")
+
+
 class DroppedOut(PolicyError):
     """A site has nothing ready for an attempt at a sum, any more or yet."""
 

@@ -8,6 +8,7 @@ changes it, by `declared_records` in `site.toml`; whatever is declared is public
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from client.ledger.account import dataset_key
@@ -31,28 +32,46 @@ def durable_size(home: Path, *, dataset: str, unit: str, num_units: int) -> int:
         ConfigError: the file cannot be read.
         RunError: it cannot be written.
     """
+    declared = _read(home)
+    known = _of(declared, dataset=dataset, unit=unit)
+    if known is not None:
+        return known
+    size = max(declared_size(num_units), 1)
+    write_json(home / DECLARED_FILE, declared | {f"{dataset}/{unit}": size})
+    return size
+
+
+def known_size(home: Path, *, dataset: str, unit: str) -> int | None:
+    """Return the size that was declared of a data set; None if it was not used yet.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    return _of(_read(home), dataset=dataset, unit=unit)
+
+
+def _of(declared: Mapping[str, int], *, dataset: str, unit: str) -> int | None:
+    key = f"{dataset}/{unit}"
+    if key in declared:
+        return declared[key]
+    # Under another spelling it is the same data set.
+    return next((size for name, size in declared.items() if dataset_key(name) == dataset_key(key)), None)
+
+
+def _read(home: Path) -> dict[str, int]:
     path = home / DECLARED_FILE
-    declared: dict[str, int] = {}
     try:
-        if path.exists():
-            declared = {str(name): int(size) for name, size in json.loads(path.read_text(encoding="utf-8")).items()}
-            if not all(1 <= size <= MAX_RECORDS for size in declared.values()):
-                raise ValueError("no size of a data set")
+        if not path.exists():
+            return {}
+        declared = {str(name): int(size) for name, size in json.loads(path.read_text(encoding="utf-8")).items()}
+        if not all(1 <= size <= MAX_RECORDS for size in declared.values()):
+            raise ValueError("no size of a data set")
+        return declared
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} cannot be read ({type(error).__name__}); it holds the size that this site declared. Restore it from a "
             "backup, or set declared_records in site.toml to that size."
         ) from None
-    key = f"{dataset}/{unit}"
-    if key in declared:
-        return declared[key]
-    # Under another spelling it is the same data set.
-    for name, size in declared.items():
-        if dataset_key(name) == dataset_key(key):
-            return size
-    declared[key] = max(declared_size(num_units), 1)
-    write_json(path, declared)
-    return declared[key]
 
 
 def drift(declared: int, num_units: int, unit: str) -> str | None:

@@ -19,6 +19,9 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from client.approval.request import Rules
+from client.approval.requests import Approvals
+from client.approval.store import STORE_FILE
 from client.ledger.account import Promise
 from client.ledger.audit_mirror import AuditMirror
 from client.ledger.ledger import Ledger
@@ -62,6 +65,7 @@ class Guard:
     Attributes:
         seal: encrypts what the site keeps.
         log: the site's audit log.
+        approvals: what people of this site said to jobs.
 
     Args:
         key: returns the key of the site's certificate, as it is now; it signs releases.
@@ -80,6 +84,7 @@ class Guard:
         self.seal, self.log, self._key = seal, log, key
         self._site, self._clock, self._policy_file = site, clock, policy_file
         self._home = policy_file.parent
+        self.approvals = Approvals(self._home / STORE_FILE, site=site, seal=seal, log=log, clock=clock)
         self._policy = (_version(policy_file), load_policy(policy_file))
 
     @property
@@ -101,6 +106,22 @@ class Guard:
             raise PolicyError(f"site {self._site} accepts signed jobs only; submit the job through a coordinator.")
         check_job(self.policy, signed, now=self._clock(), site=self._site)
         check_backbone(self.policy, signed.job, _model_sha256(signed.job.model))
+
+    def admit_decided(self, signed: SignedJob, *, begins: bool = False) -> None:
+        """Raise unless people approved a job that no rule refuses, where the policy requires that; asked last of all.
+
+        Args:
+            begins: all else is checked, and one of its rounds is about to be computed.
+
+        Raises:
+            AwaitingApproval, PolicyError, TrustError, RunError: see `client.approval.requests.Approvals.admit`.
+        """
+        policy = self.policy
+        rules = Rules.of(policy)
+        if policy.approval == "required":
+            self.approvals.admit(signed, rules, begins=begins)
+        elif self.approvals.exist:  # a "no" holds whatever the policy says since
+            self.approvals.check_refused(signed, rules)
 
     def mirror(self) -> AuditMirror:
         """Return what repeats the ledger in the log."""
@@ -337,6 +358,7 @@ class NoGuard:
         return str(error)
 
     def admit_job(self, signed: SignedJob | None) -> None: ...
+    def admit_decided(self, signed: SignedJob, *, begins: bool = False) -> None: ...
     def admit_round(self, request: TrainRequest, kind: RequestKind = "train", *, begun: bool = False) -> None: ...
     def admit_spend(
         self, ledger: Ledger, job: Job, mechanism: GaussianSteps, together: GaussianSteps | None = None

@@ -10,6 +10,7 @@ log.pub        lets others check the audit log
 ledger.db      the privacy budget, sealed
 records.sealed which records were charged under which data set's name, as keyed digests, sealed
 declared.json  the public size that the site declares
+approvals.sealed which jobs wait for people of the site, and what they said, sealed
 rounds/        stored releases and optimiser states, sealed
 audit/         the audit log
 node.json      what the running node says of itself
@@ -28,6 +29,7 @@ from typing import TYPE_CHECKING
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 
+from client.approval.store import STORE_FILE
 from client.site.config import SiteConfig
 from shared.errors import ConfigError, TrustError
 from shared.files.atomic import exclusive_lock
@@ -65,6 +67,7 @@ class SiteHome:
     log_key = Below("keys/log.key")
     audit = Below("audit")
     status = Below("node.json")
+    approvals = Below(STORE_FILE)
 
     @property
     def key_files(self) -> list[Path]:

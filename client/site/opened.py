@@ -24,6 +24,7 @@ from client.site.declared import drift
 from client.site.guard import Guard, NoGuard
 from client.site.held_out import split
 from client.site.outbox import Outbox
+from client.site.terms import check_terms
 from client.site.usable import LeftOut, UsableRecords, on_records
 from shared.data.datasets import read_records
 from shared.errors import TrustError
@@ -32,7 +33,8 @@ from shared.job.parsing import load_toml, parse
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.runtime import Runtime
-from shared.wire.messages import TrainRequest
+from shared.trust.signed_job import SignedJob
+from shared.wire.messages import RequestKind, TrainRequest
 
 log = logging.getLogger("silotune.site")
 
@@ -98,6 +100,28 @@ class OpenedFolder:
         """Return what they should know of its declared size."""
         found = drift(self.declared_records, self.trained.num_units, self.config.budget.unit)
         return [] if found is None else [found]
+
+    def admit_job(self, signed: SignedJob) -> None:
+        """Raise `PolicyError` unless policy, settings and people of this site accept a job; nothing is loaded for it before."""
+        self.guard.admit_job(signed)
+        check_terms(self.config, signed.job, declared_records=self.declared_records)
+        self.guard.admit_decided(signed)
+
+    def admit(self, request: TrainRequest, kind: RequestKind = "train", *, begun: bool = False) -> None:
+        """Raise `PolicyError` unless they accept a request; every kind of request comes through here.
+
+        Args:
+            begun: see `Guard.admit_round`.
+        """
+        self.guard.admit_round(request, kind, begun=begun)
+        check_terms(self.config, request.job, declared_records=self.declared_records)
+        if request.order is not None:  # else it is a simulation
+            self.guard.admit_decided(request.order.signed_job)
+
+    def begin(self, request: TrainRequest) -> None:
+        """Note that a round of an approved job begins, if people approve jobs here; raise if they do not any more."""
+        if request.order is not None:
+            self.guard.admit_decided(request.order.signed_job, begins=True)
 
     def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         """Return the records that a job can use, encoded; kept until another runtime asks."""

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
-from client.site.terms import check_terms
 from client.site.usable import UsableRecords, on_records
 from client.training.adapter_bounds import check_bounds
 from client.training.independence import check_adapter, keep_settled
@@ -94,8 +93,7 @@ class Release(ABC, Generic[ReplyT, ResultT]):
         """
         site, job = self._site, request.job
         # 1. What the site accepts at all.
-        site.guard.admit_round(request)
-        check_terms(site.config, job, declared_records=site.declared_records)
+        site.admit(request)
         plan = self._admit(request)
         # 2. A release that was already made is sent again as it is.
         request_sha256 = hash_of(request, self._place(request))
@@ -112,6 +110,7 @@ class Release(ABC, Generic[ReplyT, ResultT]):
         start = checked_adapter(runtime, plan, request)
         usable = self._usable(runtime, job)
         # 4. Charge first.
+        site.begin(request)
         reservation = self._charge(request, request_sha256, plan)
         return Begun(
             request=request,

@@ -10,7 +10,8 @@ Guarantees (tests: tests/client/site/test_site.py)
     * A job is trained only if its unit of privacy is the one by which the site's budget counts
       (tests/client/site/test_person_site.py).
     * With a `Guard`, nothing is trained that is not signed and within the policy
-      (tests/client/site/test_guard.py).
+      (tests/client/site/test_guard.py), nor, where the policy requires that, what people did not approve
+      (tests/client/site/test_approved_jobs.py).
 """
 
 from __future__ import annotations
@@ -68,8 +69,7 @@ class Site(OpenedFolder):
             return self.describe()
 
         def prepare() -> SiteDescription:
-            self.guard.admit_job(signed_job)
-            check_terms(self.config, signed_job.job, declared_records=self.declared_records)
+            self.admit_job(signed_job)
             self.prepare(signed_job.job)
             # Central DP is accounted by the coordinator; a site keeps no account of unit "site".
             if signed_job.job.privacy.mechanism != "central":

@@ -81,6 +81,7 @@ class _Recorder(Observer):
     def __init__(self, submission: Submission, job: Job, log: AuditLog) -> None:
         self._submission, self._job, self._log = submission, job, log
         self._refused: dict[str, str] = {}
+        self._awaiting: set[str] = set()
         self._sizes: dict[str, int] = {}
         self._job_sha256 = submission.state()["job_sha256"]
         self._warned: set[str] = set()
@@ -124,13 +125,15 @@ class _Recorder(Observer):
         """See `Observer`."""
         for site in sites:
             self._refused.pop(site.site, None)
+            self._awaiting.discard(site.site)
             self._sizes[site.site] = site.declared_records
         if self._job.privacy.mechanism == "dp-sgd":
             found = noise_warnings({site.site: site.declared_records for site in sites}, self._job.aggregation)
             for text in sorted({*found} - self._warned):
                 log.warning("%s", text)
             self._warned |= {*found}
-        self._submission.note(sites=sorted(site.site for site in sites), refused=self._refused, waiting=None)
+        names = sorted(site.site for site in sites)
+        self._submission.note(sites=names, refused=self._refused, awaiting=sorted(self._awaiting), waiting=None)
 
     def site_refused(self, site: str, reason: str) -> None:
         """See `Observer`."""
@@ -138,7 +141,17 @@ class _Recorder(Observer):
         if self._refused.get(site) != reason:
             self._note(Event.SITE_REFUSED, site=site, reason=reason)
         self._refused[site] = reason
-        self._submission.note(refused=self._refused)
+        self._awaiting.discard(site)
+        self._submission.note(refused=self._refused, awaiting=sorted(self._awaiting))
+
+    def site_awaits(self, site: str) -> None:
+        """See `Observer`."""
+        log.info("site %s is waiting for approval", site, extra={"site": site})
+        if site not in self._awaiting:
+            self._note(Event.SITE_AWAITS, site=site)
+        self._awaiting.add(site)
+        self._refused.pop(site, None)
+        self._submission.note(refused=self._refused, awaiting=sorted(self._awaiting))
 
     def waiting(self, reason: str) -> None:
         """See `Observer`."""

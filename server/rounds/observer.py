@@ -24,6 +24,9 @@ class Observer:
     def site_refused(self, site: str, reason: str) -> None:
         """A site does not take part in this job."""
 
+    def site_awaits(self, site: str) -> None:
+        """At a site the job waits for approval; it is asked again by itself."""
+
     def waiting(self, reason: str) -> None:
         """The run cannot go on now; it will by itself."""
 

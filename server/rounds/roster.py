@@ -13,7 +13,7 @@ from flwr.serverapp.grid import Grid
 
 from server.rounds.earlier_requests import Asked
 from server.rounds.observer import Observer
-from shared.errors import RunError
+from shared.errors import AwaitingApproval, RunError
 from shared.job.job import Job
 from shared.trust.signed_job import SignedJob, round_fields
 from shared.trust.signing import Purpose, SigningKey
@@ -215,8 +215,15 @@ class Roster:
         if isinstance(answer, SiteDescription):
             self._sites[node] = answer
             return
+        name = registered or answer.site or f"node {node}"
+        awaits = answer.code == AwaitingApproval.__name__
+        if awaits:  # in our own words, whatever came with it
+            answer = Refusal(site=name, code=answer.code, reason=str(AwaitingApproval()))
         self._refused[node] = (time.monotonic(), answer)
-        self._observer.site_refused(registered or answer.site or f"node {node}", f"{answer.code}: {answer.reason}")
+        if awaits:
+            self._observer.site_awaits(name)
+        else:
+            self._observer.site_refused(name, f"{answer.code}: {answer.reason}")
 
     def _everyone_answered(self) -> bool:
         return not self._asked and len(self._online) >= self._job.federation.min_sites

@@ -41,6 +41,7 @@ class _State(BaseModel):
     defect: bool = False
     waiting: str | None = None
     refused: dict[str, str] | None = None
+    awaiting: list[str] | None = None
     stopped_early: int | None = None
     metrics: dict[str, float | None] | None = None
 

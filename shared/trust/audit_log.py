@@ -75,6 +75,12 @@ class Event(StrEnum):
     RECORDS_LEFT_OUT = (
         "records.left_out"  # which records a prepared job cannot use, by row; the coordinator is not told
     )
+    APPROVAL_ASKED = "approval.asked"  # a job that no rule refuses waits for people of the site
+    APPROVAL_GIVEN = "approval.given"  # somebody approved it
+    APPROVAL_REFUSED = "approval.refused"  # somebody refused it, and why; the coordinator learns only that
+    APPROVAL_WITHDRAWN = "approval.withdrawn"  # somebody took the approval back, and why; its later rounds are refused
+    APPROVAL_EXPIRED = "approval.expired"  # nobody decided in time, or what was approved did not begin in time
+    APPROVAL_BEGUN = "approval.begun"  # the first round of an approved job begins: the approval stands until withdrawn
     POLICY_UNREADABLE = "policy.unreadable"  # the site's policy was changed and cannot be read; no job is accepted
     LEDGER_ENTRY = "ledger.entry"  # one entry of the privacy ledger, repeated here
     RELEASE_STORED = "release.stored"  # a finished update was stored; it has not left yet
@@ -88,6 +94,7 @@ class Event(StrEnum):
     SITE_REGISTERED = "site.registered"  # a site's key was added
     SITE_REMOVED = "site.removed"  # a site's key was removed
     SITE_REFUSED = "site.refused"  # a site was turned away: unknown, removed or not what it claims
+    SITE_AWAITS = "site.awaits"  # a job waits for approval at a site
     JOB_SUBMITTED = "job.submitted"  # a signed job was accepted for execution
     JOB_FINISHED = "job.finished"  # it ended: completed, stopped or failed
     READY_ASKED = "ready.asked"  # the adapter went out to sites that are to be summed securely; nothing is released yet

@@ -134,6 +134,7 @@ def _watch(
         while submission.is_open:
             state = submission.state()
             tell("waiting", state.get("waiting"), f"waiting: {state.get('waiting')}")
+            tell("awaiting", state.get("awaiting") or None, f"waiting for approval: {state.get('awaiting')}")
             tell("refused", state.get("refused") or None, f"refused: {state.get('refused')}")
             tell("problem", state.get("problem"), f"problem: {state.get('problem')}")
             metrics = ", ".join(

@@ -34,7 +34,6 @@ from numpy.typing import NDArray
 from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
 from client.site.release import Begun, checked_adapter, hash_of, load_proven, reply_to
-from client.site.terms import check_terms
 from client.site.usable import on_records
 from client.training.gradient import NoisySum, noisy_sums
 from client.training.trainer import LocalWork
@@ -117,6 +116,7 @@ class Shares:
         start = checked_adapter(runtime, plan, request)
         request_sha256 = _request_sha256(request)
         site.check_charge(job, _charge_for(request, request_sha256, plan))
+        site.begin(request)
         self._note_computation(request)
         self._forget(job.sha256)
         usable = site.usable(runtime, job)
@@ -185,8 +185,7 @@ class Shares:
             BudgetExceeded: it does not fit into the site's budget; nothing was charged.
         """
         site, job = self._site, request.job
-        site.guard.admit_round(request, "masked", begun=self._has_begun(request))
-        check_terms(site.config, job, declared_records=site.declared_records)
+        site.admit(request, "masked", begun=self._has_begun(request))
         request_sha256 = _request_sha256(request)
         stored = site.outbox.stored_round(job.sha256, request.round_number, request_sha256=request_sha256)
         if stored is not None:
@@ -216,8 +215,7 @@ class Shares:
 
     def _admit(self, request: TrainRequest) -> PrivacyPlan:
         site, job = self._site, request.job
-        site.guard.admit_round(request, "ready")
-        check_terms(site.config, job, declared_records=site.declared_records)
+        site.admit(request, "ready")
         if job.privacy.mechanism != MECHANISM:
             raise PolicyError(
                 f"privacy.mechanism is {job.privacy.mechanism!r}; only {MECHANISM!r} has rounds of two exchanges."

@@ -69,6 +69,10 @@ class Notes(Observer):
         self.refused: list[tuple[str, str]] = []
         self.rosters: list[list[str]] = []
         self.waits: list[str] = []
+        self.awaited: list[str] = []
+
+    def site_awaits(self, site: str) -> None:
+        self.awaited.append(site)
 
     def roster(self, sites: Any) -> None:
         self.rosters.append([site.site for site in sites])
@@ -202,6 +206,23 @@ def test_a_refusal_is_told_with_the_registered_name_and_asked_again_after_a_whil
     monkeypatch.setattr(roster_module, "ASK_AGAIN_SECONDS", -1.0)
     made.update()
     assert names_of(made.present()) == {1: "a", 2: "b"}
+
+
+def test_a_site_that_waits_for_approval_is_no_refusal_and_is_asked_again(
+    grid: StandInGrid, roster: Callable[..., Roster], notes: Notes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = roster({1: "a", 2: "b"}, min_sites=2)
+    grid.online = [1, 2]
+    more_than_wanted = Refusal(site="c", code="AwaitingApproval", reason="Dr. Keller is on holiday")
+    grid.answers = {1: described("a"), 2: more_than_wanted}
+    made.update()
+    assert (notes.awaited, notes.refused) == (["b"], [])
+    assert "(b: waiting for approval)" in made._shortage()
+    made.update()
+    assert grid.asked == [1, 2]
+    grid.answers[2] = described("b")
+    monkeypatch.setattr(roster_module, "ASK_AGAIN_SECONDS", -1.0)
+    assert names_of(made.wait()) == {1: "a", 2: "b"}
 
 
 def test_a_site_that_refused_and_came_back_is_asked_at_once(grid: StandInGrid, roster: Callable[..., Roster]) -> None:

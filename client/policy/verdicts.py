@@ -1,0 +1,153 @@
+"""Each rule of a policy beside what one job asks: for the people who decide, in words.
+
+Guarantee (tests: tests/client/policy/test_verdicts.py): a rule is said to be kept exactly where `client.policy.policy.check_job`
+finds nothing wrong with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+
+from client.policy.policy import JudgedPlan, Policy, exceeds, judged_plan
+from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
+from shared.errors import PrivacyError, TrustError
+from shared.job.job import Job
+from shared.trust.signed_job import SignedJob
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """One rule.
+
+    Attributes:
+        rule: its key in policy.toml; "validity" is that of the signed job itself.
+        asked: what the job asks for.
+        allowed: what the policy accepts.
+        kept: whether the one is within the other.
+    """
+
+    rule: str
+    asked: str
+    allowed: str
+    kept: bool
+
+
+def verdicts(policy: Policy, signed: SignedJob, *, now: datetime) -> list[Verdict]:
+    """Return the verdict of every rule on a job, in the order of policy.toml; takes seconds of accounting.
+
+    Args:
+        signed: a job whose signature was verified when it was read.
+        now: this site's clock, with time zone.
+    """
+    return list(_all(policy, signed, now))
+
+
+def _all(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[Verdict]:
+    job = signed.job
+    name = policy.signer_name(signed.signer)
+    yield Verdict(
+        rule="signers",
+        asked=f"signed by {name or 'somebody unknown here'} ({signed.signer.text})",
+        allowed=", ".join(policy.signers),
+        kept=name is not None,
+    )
+    yield _time(signed, now)
+    tasks, kind = policy.tasks, job.task.kind
+    yield Verdict(rule="tasks", asked=kind, allowed=", ".join(tasks), kept=kind in tasks)
+    backbone = job.model.backbone
+    listed = backbone in policy.backbones
+    yield Verdict(rule="backbones", asked=backbone, allowed="those listed by their hash", kept=listed)
+    yield from _privacy(policy, job)
+    steps = job.charged_steps
+    yield Verdict(
+        rule="max_steps", asked=f"{steps:,}", allowed=f"at most {policy.max_steps:,}", kept=steps <= policy.max_steps
+    )
+    rate = job.privacy.sample_rate
+    yield Verdict(
+        rule="max_sample_rate",
+        asked=as_set(rate),
+        allowed=f"at most {as_set(policy.max_sample_rate)}",
+        kept=not exceeds(rate, policy.max_sample_rate),
+    )
+    sites = job.federation.min_sites
+    yield Verdict(
+        rule="min_sites", asked=f"{sites:,}", allowed=f"at least {policy.min_sites:,}", kept=sites >= policy.min_sites
+    )
+    if (colluding := job.privacy.max_colluding) is not None:
+        least = policy.min_colluding
+        yield Verdict(
+            rule="min_colluding", asked=f"{colluding:,}", allowed=f"at least {least:,}", kept=colluding >= least
+        )
+    yield from _limits(policy, job)
+    if policy.hours is not None:
+        yield Verdict(
+            rule="hours", asked="rounds at any time", allowed=f"rounds that begin within {policy.hours}", kept=True
+        )
+    if names := job.site_metrics.names:
+        allowed = [name for name in names if name in policy.metrics]
+        enough = job.site_metrics.noise_multiplier >= policy.min_noise_multiplier
+        yield Verdict(
+            rule="metrics",
+            asked=", ".join(names),
+            allowed=", ".join(policy.metrics) or "none",
+            kept=len(allowed) == len(names) and enough,
+        )
+
+
+def _time(signed: SignedJob, now: datetime) -> Verdict:
+    try:
+        signed.check_time(now)
+        kept = True
+    except TrustError:
+        kept = False
+    asked = f"signed for {signed.issued:%Y-%m-%d %H:%M} to {signed.not_after:%Y-%m-%d %H:%M} UTC"
+    return Verdict(rule="validity", asked=asked, allowed=f"the time now, {now:%Y-%m-%d %H:%M %Z}", kept=kept)
+
+
+def _privacy(policy: Policy, job: Job) -> Iterator[Verdict]:
+    if job.privacy.mechanism == "none":
+        yield Verdict(
+            rule="max_epsilon_per_job", asked="no noise, so no epsilon", allowed="left to site.toml", kept=True
+        )
+        return
+    allowed = f"at most {as_set(policy.max_epsilon_per_job)}"
+    try:
+        judged = judged_plan(policy, job)
+    except PrivacyError as error:
+        yield Verdict(rule="max_epsilon_per_job", asked=f"cannot be told: {error}", allowed=allowed, kept=False)
+        return
+    yield Verdict(
+        rule="max_epsilon_per_job",
+        asked=_told(judged, judged.epsilon),
+        allowed=allowed,
+        kept=not exceeds(judged.epsilon, policy.max_epsilon_per_job),
+    )
+    if judged.plan.honest is not None:
+        yield Verdict(
+            rule="max_epsilon_alone",
+            asked=_told(judged, judged.alone),
+            allowed=f"at most {as_set(policy.largest_epsilon_alone)}",
+            kept=not exceeds(judged.alone, policy.largest_epsilon_alone),
+        )
+    yield Verdict(
+        rule="min_noise_multiplier",
+        asked=noise_rounded_down(judged.plan.noise_multiplier),
+        allowed=f"at least {as_set(policy.min_noise_multiplier)}",
+        kept=judged.plan.noise_multiplier >= policy.min_noise_multiplier,
+    )
+
+
+def _told(judged: JudgedPlan, epsilon: float) -> str:
+    return f"epsilon {rounded_up(epsilon)} at delta {delta_rounded_up(judged.plan.delta)}{judged.cut.rstrip(',')}"
+
+
+def _limits(policy: Policy, job: Job) -> Iterator[Verdict]:
+    limits = policy.limits
+    for rule, asked, most in (
+        ("limits.max_labels", len(job.task.labels), limits.max_labels),
+        ("limits.max_rank", job.lora.rank, limits.max_rank),
+        ("limits.max_length", job.model.max_length, limits.max_length),
+    ):
+        yield Verdict(rule=rule, asked=f"{asked:,}", allowed=f"at most {most:,}", kept=asked <= most)

@@ -1,0 +1,141 @@
+"""What people of a site do with jobs that wait for them: list, read, approve, refuse; for the command line and for pages.
+
+It may be used while the node runs, which sees what was decided at the coordinator's next question.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from client.approval.request import Request, RequestState, Rules
+from client.approval.requests import Approvals
+from client.site.declared import known_size
+from client.site.home import SiteHome, open_log
+from shared.errors import PolicyError
+from shared.files.backup import refuse_unpacked
+from shared.job.job import Job
+from shared.trust.keystore import Seal, load_secret
+
+if TYPE_CHECKING:
+    from client.approval.facts import Facts
+    from client.policy.policy import Policy
+    from shared.privacy.ledger_export import LedgerExport
+
+
+class ApprovalDesk:
+    """The requests of one site, for its own people; opened from its folder.
+
+    Every method raises `ConfigError` if settings or policy cannot be read, `TrustError` if the requests or the log cannot be
+    trusted, and `RunError` if they cannot be written.
+
+    Args:
+        home: the site's folder.
+        passphrase: opens its keys; None for keys that are protected by file permissions only.
+        clock: tells the time, with time zone.
+    """
+
+    def __init__(
+        self, home: SiteHome, *, passphrase: str | None, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
+        self._home, self._clock = home, clock
+        self._config = home.load_config()
+        self._seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
+        self._log = open_log(home, passphrase=passphrase)
+        self._approvals = Approvals(home.approvals, site=self._config.name, seal=self._seal, log=self._log, clock=clock)
+
+    @property
+    def rules(self) -> Rules:
+        """What the policy says of approvals now."""
+        return Rules.of(self._policy())
+
+    def requests(self) -> list[tuple[Request, RequestState]]:
+        """Return all requests and where they stand, those that wait first."""
+        return self._approvals.listed(self.rules)
+
+    def nothing(self) -> str:
+        """Return why there may be no request."""
+        if self._policy().approval == "required":
+            return "no job was asked for"
+        return 'no job was asked for; policy.toml has approval = "none", so its rules alone decide'
+
+    def facts(self, named: str) -> Facts:
+        """Return one request, whole; takes seconds of accounting.
+
+        Args:
+            named: the job's name, or the beginning of its SHA-256 or of the request's id.
+
+        Raises:
+            RunError: it means none, or more than one.
+        """
+        from client.approval.facts import Here, facts_of
+
+        policy = self._policy()
+        rules = Rules.of(policy)
+        request, _ = self._approvals.find(named, rules)
+        config = self._config
+        here = Here(
+            site=config.name,
+            dataset=config.dataset,
+            unit=config.budget.unit,
+            columns=config.data.columns,
+            budget=config.budget.caps(),
+            account=self._account(),
+            settings=self._settings(request.signed().job),
+        )
+        last = self._approvals.last_approved(request, rules)
+        return facts_of(request, policy=policy, here=here, last=last, now=self._clock())
+
+    def approve(self, named: str, *, by: str, reason: str = "") -> tuple[Request, RequestState]:
+        """Note that an account approves a request; see `client.approval.requests.Approvals.approve`."""
+        return self._approvals.approve(named, self.rules, by=by, reason=reason)
+
+    def refuse(self, named: str, *, by: str, reason: str) -> Request:
+        """Note that an account refuses a request or withdraws an approval; see `client.approval.requests.Approvals.refuse`."""
+        return self._approvals.refuse(named, self.rules, by=by, reason=reason)
+
+    def _policy(self) -> Policy:
+        from client.policy.policy import load_policy
+
+        return load_policy(self._home.policy)
+
+    def _account(self) -> LedgerExport | None:
+        """Return what was charged, if anything was: looking makes no ledger."""
+        from client.ledger.audit_mirror import AuditMirror
+        from client.ledger.ledger import Ledger
+
+        path, config = self._home.path / "ledger.db", self._config
+        if not path.exists():
+            return None
+        ledger = Ledger(
+            path,
+            dataset=config.dataset,
+            unit=config.budget.unit,
+            budget=config.budget.caps(),
+            cipher=self._seal,
+            mirror=AuditMirror(self._log),
+        )
+        try:
+            return ledger.export(site=config.name, declared_records=self._size() or 1)
+        finally:
+            ledger.close()
+
+    def _settings(self, job: Job) -> str:
+        from client.site.terms import check_terms
+
+        if (size := self._size()) is None:
+            return ""
+        try:
+            check_terms(self._config, job, declared_records=size)
+        except PolicyError as error:
+            return str(error)
+        return ""
+
+    def _size(self) -> int | None:
+        """Return the declared size; None before the node first asked for it."""
+        config = self._config
+        if config.declared_records is not None:
+            return config.declared_records
+        return known_size(self._home.path, dataset=config.dataset, unit=config.budget.unit)

@@ -1,0 +1,88 @@
+"""Each rule beside what a job asks: said to be kept exactly where the policy accepts it."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import pytest
+
+from client.policy.policy import check_job
+from client.policy.verdicts import verdicts
+from shared.errors import PolicyError
+from shared.job.job import Job
+from shared.job.parsing import parse
+from tests.client.policy.test_policy import BROKEN, COORDINATOR, NOW, SIGNER, STRANGER, a_job, a_policy, shares, signed
+
+RULES = (
+    "tasks",
+    "backbones",
+    "max_epsilon_per_job",
+    "min_noise_multiplier",
+    "max_steps",
+    "max_sample_rate",
+    "min_sites",
+)
+
+
+def test_a_job_within_the_policy_keeps_every_rule() -> None:
+    found = verdicts(a_policy(), signed(a_job()), now=NOW)
+    assert all(verdict.kept for verdict in found)
+    assert [v.rule for v in found] == ["signers", "validity", *RULES, *(f"limits.max_{of}" for of in LIMITS)]
+    assert found[0].asked == f"signed by hospital ({SIGNER.verify_key.text})"
+
+
+LIMITS = ("labels", "rank", "length")
+
+
+@pytest.mark.parametrize(("case", "rule"), list(zip(BROKEN, RULES, strict=True)), ids=RULES)
+def test_each_rule_alone_is_said_to_be_broken(case: tuple[dict[str, Any], dict[str, Any], str], rule: str) -> None:
+    limits, sections, _ = case
+    found = verdicts(a_policy(**limits), signed(a_job(**sections)), now=NOW)
+    assert [verdict.rule for verdict in found if not verdict.kept] == [rule]
+
+
+@pytest.mark.parametrize(
+    ("limits", "rule"),
+    [
+        ({}, None),
+        ({"max_epsilon_per_job": 0.01, "max_epsilon_alone": 900.0}, "max_epsilon_per_job"),
+        ({"max_epsilon_alone": 8.01}, "max_epsilon_alone"),
+        ({"min_noise_multiplier": 5.0}, "min_noise_multiplier"),
+        ({"min_colluding": 3}, "min_colluding"),
+    ],
+)
+def test_rules_on_sums_over_sites(limits: dict[str, Any], rule: str | None) -> None:
+    policy, job = a_policy(**{"max_epsilon_alone": 900.0} | limits), shares(noise=0.5)
+    broken = [verdict.rule for verdict in verdicts(policy, job, now=NOW) if not verdict.kept]
+    assert broken == ([] if rule is None else [rule])
+    if rule is None:
+        check_job(policy, job, now=NOW, site="north")
+    else:
+        with pytest.raises(PolicyError):
+            check_job(policy, job, now=NOW, site="north")
+
+
+def test_strangers_and_jobs_of_another_time_are_said_to_be() -> None:
+    (stranger, *others) = verdicts(a_policy(), signed(a_job(), key=STRANGER), now=NOW)
+    assert (stranger.kept, all(verdict.kept for verdict in others)) == (False, True)
+    assert "somebody unknown here" in stranger.asked
+    late = verdicts(a_policy(), signed(a_job()), now=NOW + timedelta(days=2))
+    assert [verdict.rule for verdict in late if not verdict.kept] == ["validity"]
+
+
+def test_metrics_that_the_policy_does_not_let_out_are_said_to_be_broken() -> None:
+    raw = a_job().model_dump(mode="json", exclude={"site_metrics"}) | {
+        "site_metrics": {"names": ["accuracy"], "noise_multiplier": 2.0}
+    }
+    job = parse(Job, raw, source="test job")
+    found = {v.rule: v.kept for v in verdicts(a_policy(), signed(job), now=NOW)}
+    assert found["metrics"] is False
+    found = {v.rule: v.kept for v in verdicts(a_policy(metrics=["accuracy"]), signed(job), now=NOW)}
+    assert found["metrics"] is True
+
+
+def test_noise_that_there_is_none_of_is_left_to_site_toml() -> None:
+    found = verdicts(a_policy(), signed(a_job(privacy={"mechanism": "none"})), now=NOW)
+    assert [verdict.allowed for verdict in found if "epsilon" in verdict.rule] == ["left to site.toml"]
+    assert COORDINATOR.verify_key.text  # what the job names; it is no rule
