@@ -60,6 +60,7 @@ INSTALL, ADMIT = "site install W/site --certificate W/north.crt", "coordinator i
 SIGN, STATUS = "report sign W/report.html", "coordinator status W/hub"
 SUBMIT = "coordinator submit W/hub W/run.toml --signer W/signer.key --set seed=7"
 SHOW, APPROVE = "pki show W/hub/trust", "pki approve W/ca W/site/north.csr --role site --out W/again.crt"
+REQUEST = "site request W/site test --json"
 VERIFY, SHOW_LOG = "audit-log verify W/site/audit", "audit-log show W/site/audit"
 JOB = "hub/jobs/0001-test"
 READS = [
@@ -73,7 +74,8 @@ READS = [
     Read("site/log.pub", [CHECK, f"{VERIFY} --key W/site/log.pub"]),
     Read("site/ledger.db", [CHECK, LEDGER]),
     Read("site/records.sealed", [CHECK, f"{CHECK} --job W/run.toml"]),
-    Read("site/declared.json", [CHECK, LEDGER]),
+    Read("site/declared.json", [CHECK, LEDGER, REQUEST]),
+    Read("site/approvals.sealed", [CHECK, "site requests W/site", REQUEST, "site approve W/site test --by ada"]),
     Read("site/audit/head.json", [CHECK, LEDGER, VERIFY, f"{SHOW_LOG} --last 3"]),
     Read("site/audit/audit-00001.jsonl", [CHECK, LEDGER, VERIFY, f"{SHOW_LOG} --json"]),
     Read("site/node.json", ["site status W/site", "site status W/site --json"]),
@@ -140,6 +142,7 @@ def world(tiny_bert: Path, federation_job: Callable[..., Job], tmp_path_factory:
     change_toml(site.config, compute={"device": "cpu", "precision": "float32"})
     _submit(world, federation_job(), hub)
     _train(site, hub)
+    _ask(site, hub)
     ended("site", "ledger", site.path, "--export", world / "ledger.json")
     (world / "report.html").write_text("<p>a report</p>")
     ended("report", "sign", world / "report.html", site.path)
@@ -174,6 +177,14 @@ def _train(site: SiteHome, hub: CoordinatorHome) -> None:
     order = Order(signed_job=signed, sent_at=sent_at, signature=signature)
     reply = open_site(site, passphrase=None).answer(TrainRequest(job=job, round_number=1, adapter=adapter, order=order))
     assert isinstance(reply, TrainReply), reply
+
+
+def _ask(site: SiteHome, hub: CoordinatorHome) -> None:
+    """Leave a job that waits for people of the site."""
+    change_toml(site.policy, approval="required")
+    answer = open_site(site, passphrase=None).accept(Submission(hub.jobs / "0001-test").signed_job())
+    assert getattr(answer, "reason", "") == "waiting for approval"
+    assert site.approvals.exists()
 
 
 # --- damage ---
