@@ -13,9 +13,11 @@ import pytest
 
 from client.approval.request import Rules
 from client.approval.requests import Approvals
+from client.backup import back_up, put_back
 from client.policy.policy import load_policy
 from client.site import opened as opened_module
 from client.site.guard import Guard
+from client.site.home import SiteHome
 from shared.errors import AwaitingApproval
 from shared.job.job import Job
 from shared.trust.audit_log import Event
@@ -217,6 +219,20 @@ def test_a_file_that_was_edited_approves_nothing_and_nobody_is_told_why(world: W
         world.home.approvals.write_bytes(content)
         assert world.site.answer(asked) == Refusal.withheld("north")
         assert "Nothing counts as approved" in world.entries(Event.REQUEST_REFUSED)[-1].details["reason"]
+
+
+def test_a_site_that_was_put_back_from_a_backup_asks_anew(world: World, asked: TrainRequest, tmp_path: Path) -> None:
+    assert world.site.answer(asked) == WAITS
+    approve(world)
+    released = world.site.answer(asked)
+    assert isinstance(released, TrainReply)
+    back_up(world.home, tmp_path / "backup.tar")
+    restored = replace(world, home=SiteHome(tmp_path / "restored"), opened=[])
+    put_back(tmp_path / "backup.tar", restored.home, passphrase=None, nothing_released=True)
+    assert not restored.home.approvals.exists()
+    assert restored.site.answer(asked) == WAITS
+    approve(restored)
+    assert restored.site.answer(asked) == released
 
 
 def test_a_running_job_waits_once_approval_is_required(
