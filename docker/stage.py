@@ -59,11 +59,17 @@ def image_pyproject(image: str, root: Path = ROOT) -> str:
     # JSON strings and lists of strings are TOML too.
     lines += [f"{key} = {json.dumps(project[key])}" for key in kept]
     lines += ["", "[project.scripts]", *(f"{name} = {json.dumps(to)}" for name, to in project["scripts"].items())]
-    packages = sorted(
-        {path.parent.as_posix().replace("/", ".") for path in image_files(image, root) if len(path.parts) > 1}
-    )
+    files = [path for path in image_files(image, root) if len(path.parts) > 1]
+    packages = sorted({path.parent.as_posix().replace("/", ".") for path in files if path.name == "__init__.py"})
     lines += ["", "[tool.setuptools]", f"packages = {json.dumps(packages)}"]
-    data = sorted({f"*{path.suffix}" for path in image_files(image, root) if len(path.parts) > 1} - {"*.py"})
+    # What is no code lies in a package, or in a folder of one.
+    data = sorted(
+        {
+            f"*{path.suffix}" if path.parent.as_posix().replace("/", ".") in packages else f"{path.parent.name}/*"
+            for path in files
+            if path.suffix != ".py"
+        }
+    )
     lines += ["", "[tool.setuptools.package-data]", f'"*" = {json.dumps(data)}', ""]
     return "\n".join(lines)
 

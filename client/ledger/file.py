@@ -223,6 +223,18 @@ def copy_of(path: Path) -> tuple[bytes, int]:
         return copy.serialize(), num_entries
 
 
+def head_of(path: Path) -> tuple[int, str]:
+    """Return how many entries a ledger has, and the hash of the last one, as its head says; nothing is checked.
+
+    Raises:
+        LedgerError: if it cannot be read.
+    """
+    uri = f"{path.absolute().as_uri()}?mode=rw"  # a process that died while it wrote left something to roll back
+    with _explained(path), closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT)) as ledger:
+        (found,) = ledger.execute("SELECT num_entries, sha256 FROM head").fetchall()
+    return int(found[0]), str(found[1])
+
+
 def entry_hashes(path: Path) -> list[str]:
     """Return the hash of every entry, oldest first, each checked as far as that goes without the key of a sealed ledger.
 

@@ -14,6 +14,7 @@ approvals.sealed which jobs wait for people of the site, and what they said, sea
 rounds/        stored releases and optimiser states, sealed
 audit/         the audit log
 node.json      what the running node says of itself
+console/       accounts of the console, if there is one; settings of its sign-in
 """
 
 from __future__ import annotations

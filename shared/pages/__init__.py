@@ -45,7 +45,7 @@ def render_page(template: Path, *, filters: Mapping[str, Callable[..., Any]] | N
     """Return the page that a template makes of `values`, UTF-8.
 
     Args:
-        template: NAME.html, which extends `page.html`; its own style sheet, NAME.css beside it, follows `page.css`.
+        template: NAME.html, which extends `page.html`; its own style sheet, NAME.css beside it, follows those two here.
         filters: what the template calls, beside what Jinja has.
     """
     environment = Environment(
@@ -58,7 +58,7 @@ def render_page(template: Path, *, filters: Mapping[str, Callable[..., Any]] | N
         bytecode_cache=_COMPILED,
     )
     environment.filters |= filters or {}
-    sheets = (_FOLDER / "page.css", template.with_suffix(".css"))
+    sheets = (_FOLDER / "tokens.css", _FOLDER / "page.css", template.with_suffix(".css"))
     style = "".join(sheet.read_text(encoding="utf-8") for sheet in sheets)
     # The page's Content-Security-Policy admits exactly this style sheet.
     digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()

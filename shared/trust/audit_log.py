@@ -117,6 +117,7 @@ class Event(StrEnum):
     # Both
     BACKUP_RESTORED = "backup.restored"  # this folder was put back from a backup, and why nothing is missing in it
     KEYS_ENCRYPTED = "passphrase.changed"  # the keys have another passphrase; `encrypted` is false if they have none
+    CONSOLE_ACTION = "console.action"  # an account signed in to a console, or did something there
     LOG_RECOVERED = "log.recovered"  # the end of the log was repaired after a crash, or missing entries were added
 
 

@@ -1,0 +1,37 @@
+"""What the pages of a site's console are made from: the site's folder, with the keys that open it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from client.console.budget import Budgets
+from client.console.releases import Releases
+from client.site.home import SiteHome
+from shared.trust.audit_log import AuditLog, Event
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteContent:
+    """A site's folder, opened for its console.
+
+    Attributes:
+        home: the folder.
+        log: its audit log, to which every action of the console is added.
+        budgets: the accounts of its ledger.
+        releases: what left it, by its audit log.
+    """
+
+    home: SiteHome
+    log: AuditLog
+    budgets: Budgets
+    releases: Releases
+
+    def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
+        """Note in the site's signed audit log what an account does; what cannot be noted is not done.
+
+        Raises:
+            TrustError: the log cannot be written.
+        """
+        self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)

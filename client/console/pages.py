@@ -1,0 +1,230 @@
+"""The pages of a site's console; what they show comes from `client.console.content`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import Path, Query
+from fastapi.responses import JSONResponse, Response
+
+from client.console.budget import AccountBudget
+from client.console.content import SiteContent
+from client.console.entries import Line, backwards, every
+from client.console.exports import as_csv, as_json_lines
+from client.console.releases import Release
+from client.console.state import health, policy_text
+from client.ledger.account import PROMISES
+from shared.epsilons import as_set, delta_rounded_up, rounded_up
+from shared.errors import SilotuneError
+from shared.trust.audit_log import Event, verify
+from shared.trust.signing import load_verify_key
+from shared.web.asked import Asked, Denied, Here, Routes
+from shared.web.console import Entry
+from shared.web.roles import Action, allowed
+
+ROUTES = Routes()
+
+# In the order of the navigation; *Requests* is shown once a route with its path is there.
+NAVIGATION = (
+    Entry(key="requests", path="/requests", action=Action.SEE_REQUESTS),
+    Entry(key="budget", path="/budget", action=Action.SEE_BUDGET),
+    Entry(key="releases", path="/releases", action=Action.SEE_RELEASES),
+    Entry(key="policy", path="/policy", action=Action.SEE_POLICY),
+    Entry(key="health", path="/health", action=Action.SEE_HEALTH),
+    Entry(key="accounts", path="/accounts", action=Action.MANAGE_ACCOUNTS),
+)
+_A_PAGE = 50
+_RELEASE_COLUMNS = tuple(Release.__dataclass_fields__)
+_LOG_COLUMNS = ("sequence", "time", "event", "details", "sha256")
+
+Search = Annotated[str, Query(alias="q", max_length=200)]
+Id = Annotated[str, Path(max_length=64)]
+Kind = Annotated[str, Query(max_length=40)]
+Number = Annotated[int, Query(ge=1, le=2**53)]
+
+
+# --- budget ---
+
+
+@ROUTES.page("/budget", Action.SEE_BUDGET)
+def budget(asked: Here) -> Response:
+    """Show every account of the ledger."""
+    content = _content(asked)
+    return asked.page("budget.html", budgets=content.budgets.all(), config=content.home.load_config())
+
+
+@ROUTES.page("/budget/{account}/line.json", Action.SEE_BUDGET)
+def budget_line(asked: Here, account: Id) -> Response:
+    """Return what was spent after each charge, for the chart."""
+    found, t = _account(asked, account), asked.texts
+    series: list[dict[str, Any]] = []
+    times: list[float] = []
+    for promise in PROMISES[: 2 if found.tells_both else 1]:
+        points = found.line(promise)
+        times = [point.time for point in points]
+        series.append(
+            {
+                "label": t(f"budget.line_{promise}"),
+                "values": [point.spent for point in points],
+                "cap": found.caps[promise],
+                "cap_label": t(f"budget.cap_{promise}"),
+            }
+        )
+    return JSONResponse({"times": times, "series": series, "epsilon": t("budget.epsilon"), "time": t("budget.time")})
+
+
+@ROUTES.page("/budget/{account}/jobs", Action.SEE_BUDGET)
+def budget_jobs(asked: Here, account: Id) -> Response:
+    """Show what each job has charged; a part of the page, which comes later as it takes longer."""
+    found = _account(asked, account)
+    names = {job.job: _content(asked).releases.name_of(job.job) for job in found.jobs}
+    return asked.page("budget-jobs.html" if asked.is_fragment else "budget-jobs-page.html", budget=found, names=names)
+
+
+# --- releases and audit ---
+
+
+@ROUTES.page("/releases", Action.SEE_RELEASES)
+def releases(asked: Here, search: Search = "", page: Number = 1) -> Response:
+    """Show what left the site."""
+    found = _content(asked).releases.all(search)
+    shown = found[(page - 1) * _A_PAGE : page * _A_PAGE]
+    return asked.page(
+        "releases.html",
+        releases=shown,
+        num_found=len(found),
+        page=page,
+        num_pages=max(1, -(-len(found) // _A_PAGE)),
+        search=search,
+        may_export=_may_export(asked),
+    )
+
+
+@ROUTES.page("/releases/verified", Action.SEE_RELEASES)
+def verified(asked: Here) -> Response:
+    """Check the whole audit log and the ledger now, and say what was found; a part of the page."""
+    content, found, problem = _content(asked), None, ""
+    try:
+        found = verify(content.home.audit, verify_head=load_verify_key(content.home.path / "log.pub"))
+        content.budgets.all()
+    except SilotuneError as error:
+        problem = str(error)
+    template = "verified.html" if asked.is_fragment else "verified-page.html"
+    return asked.page(template, found=found, problem=problem, now=asked.console.now())
+
+
+@ROUTES.page("/releases/log", Action.SEE_RELEASES)
+def log(asked: Here, search: Search = "", event: Kind = "", before: Number | None = None) -> Response:
+    """Show the audit log, the newest entries first."""
+    lines = backwards(_content(asked).home.audit, search=search, event=event, before=before, most=_A_PAGE + 1)
+    return asked.page(
+        "log.html",
+        lines=lines[:_A_PAGE],
+        has_more=len(lines) > _A_PAGE,
+        search=search,
+        event=event,
+        before=before,
+        events=sorted(Event),
+        may_export=_may_export(asked),
+    )
+
+
+@ROUTES.page("/releases/export.{form}", Action.EXPORT_RELEASES)
+def export_releases(asked: Here, form: Id, search: Search = "") -> Response:
+    """Return the releases as a file."""
+    rows = (asdict(one) for one in _content(asked).releases.all(search))
+    return _exported(asked, "releases", form, _RELEASE_COLUMNS, rows)
+
+
+@ROUTES.page("/releases/log/export.{form}", Action.EXPORT_RELEASES)
+def export_log(asked: Here, form: Id, search: Search = "", event: Kind = "") -> Response:
+    """Return the entries of the audit log as a file, the newest first."""
+    found = every(_content(asked).home.audit, search=search, event=event)
+    return _exported(asked, "audit-log", form, _LOG_COLUMNS, map(_row, found))
+
+
+# --- policy and health ---
+
+
+@ROUTES.page("/policy", Action.SEE_POLICY)
+def policy(asked: Here) -> Response:
+    """Show what the site accepts."""
+    return asked.page("policy.html", policy=policy_text(_content(asked).home))
+
+
+@ROUTES.page("/health", Action.SEE_HEALTH)
+def site_health(asked: Here) -> Response:
+    """Show how the node and its machine are."""
+    content = _content(asked)
+    return asked.page("health.html", health=health(content.home), latest=content.releases.latest_round())
+
+
+# --- small parts ---
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "–"
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value} B"
+
+
+def _clock(time: str | datetime | None) -> str:
+    """Return a time of the log, or of a certificate, for people; what is none stands as it is."""
+    if time is None:
+        return "–"
+    try:
+        moment = datetime.fromisoformat(time) if isinstance(time, str) else time
+    except ValueError:
+        return str(time)
+    return f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
+def _share(spent: float, cap: float) -> float:
+    """Return how much of a cap is spent, as a part of 100; what is no number fills it."""
+    return min(100.0, max(0.0, 100 * spent / cap)) if spent == spent else 100.0
+
+
+FILTERS: Mapping[str, Callable[..., Any]] = {
+    "epsilon": lambda value: "–" if value is None else rounded_up(value, 4),
+    "exact": repr,
+    "cap": as_set,
+    "delta": delta_rounded_up,
+    "bytes": _bytes,
+    "clock": _clock,
+    "share": _share,
+}
+
+
+def _content(asked: Asked) -> SiteContent:
+    content: SiteContent = asked.console.content
+    return content
+
+
+def _account(asked: Asked, account: str) -> AccountBudget:
+    found = _content(asked).budgets.find(account)
+    if found is None:
+        raise Denied(404, "missing")
+    return found
+
+
+def _may_export(asked: Asked) -> bool:
+    return allowed(asked.me().role, Action.EXPORT_RELEASES)
+
+
+def _row(line: Line) -> dict[str, Any]:
+    return {column: getattr(line, column) for column in _LOG_COLUMNS}
+
+
+def _exported(asked: Asked, what: str, form: str, columns: tuple[str, ...], rows: Any) -> Response:
+    if form not in ("csv", "jsonl"):
+        raise Denied(404, "missing")
+    content = _content(asked)
+    content.record(asked.me().name, "export", {"what": what, "form": form, "address": asked.address})
+    name = f"{content.home.load_config().name}-{what}"
+    return as_csv(name, columns, rows) if form == "csv" else as_json_lines(name, rows)

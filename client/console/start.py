@@ -1,0 +1,108 @@
+"""`silotune site console`: a site's folder becomes a console, which is served until it is told to end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from client.console.budget import Budgets
+from client.console.content import SiteContent
+from client.console.pages import FILTERS, NAVIGATION, ROUTES
+from client.console.releases import Releases
+from client.site.home import SiteHome, open_log
+from shared.files.backup import refuse_unpacked
+from shared.trust.keystore import Seal, load_secret
+from shared.web.application import make_application
+from shared.web.console import Console
+from shared.web.guarding import App
+from shared.web.oidc.provider import Provider
+from shared.web.oidc.settings import load_settings
+from shared.web.opening import open_accounts, seconds_now
+from shared.web.serving import Place, address_of, listen, make_server, place_at, serve
+
+FOLDER = "console"
+
+
+def open_console(
+    home: SiteHome,
+    *,
+    place: Place,
+    port: int,
+    passphrase: str | None,
+    database: str | None = None,
+    now: Callable[[], int] = seconds_now,
+) -> Console:
+    """Return the console of a site's folder.
+
+    Args:
+        place, port: where it will be served.
+        passphrase: of the site's keys.
+        database: URL of PostgreSQL; None: a file in the folder.
+
+    Raises:
+        ConfigError, RunError, TrustError: as their texts say.
+    """
+    refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
+    config = home.load_config()
+    content = SiteContent(
+        home=home,
+        log=open_log(home, passphrase=passphrase),
+        budgets=Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase))),
+        releases=Releases(home),
+    )
+    accounts, sessions = open_accounts(
+        home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now
+    )
+    oidc = load_settings(home.path / FOLDER).oidc
+    return Console(
+        kind="site",
+        owner=config.name,
+        accounts=accounts,
+        sessions=sessions,
+        navigation=NAVIGATION,
+        folders=(Path(__file__).parent,),
+        now=now,
+        names=place.names,
+        loopback=place.loopback,
+        secure=place.secure,
+        port=port,
+        filters=FILTERS,
+        provider=None if oidc is None else Provider(oidc, secret=oidc.secret(home.path / FOLDER), now=now),
+        content=content,
+    )
+
+
+def application(console: Console) -> App:
+    """Return what a server serves."""
+    return make_application(console, [ROUTES])[0]
+
+
+def run_console(
+    home: SiteHome,
+    *,
+    host: str,
+    port: int,
+    certificate: Path | None,
+    key: Path | None,
+    database: str | None,
+    passphrase: str | None,
+    say: Callable[[str], None],
+) -> None:
+    """Serve a site's console until Ctrl-C or SIGTERM; `say` prints a line for whoever started it."""
+    place = place_at(host, port, certificate, key)
+    listener = listen(place)
+    with listener:
+        bound = listener.getsockname()[1]
+        console = open_console(home, place=place, port=bound, passphrase=passphrase, database=database)
+        server = make_server(application(console), place)
+        address = address_of(place, bound)
+
+        def ready() -> None:
+            say(f"console of site {console.owner}: {address}")
+            if (code := console.accounts.invite_first()) is not None:
+                say(
+                    f"there is no administrator yet. Within 15 minutes, open {address}welcome and type this code:\n   {code}"
+                )
+            say("stop it with Ctrl-C; the node does not depend on it.")
+
+        serve(server, listener, ready=ready, again=f"silotune site console {home.path}")

@@ -1,0 +1,137 @@
+"""The site's health and policy as its console shows them, without PyTorch."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import shutil
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from client.node.health import certificates
+from client.node.status import read_status
+from client.site.home import SiteHome
+from shared.errors import ConfigError
+from shared.files.bounded import read_bounded
+from shared.service.machine import CERTIFICATE_DAYS, LEAST_FREE_BYTES
+from shared.version import silotune_version
+
+_SOON_DAYS = 30
+_MOST_POLICY_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """A certificate: whose, until when, in how many days, and how urgent that is."""
+
+    kind: str
+    until: datetime
+    days: int
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Health:
+    """What a person would look at first.
+
+    Attributes:
+        said: what the node says of itself, with `healthy` and `troubles`.
+        endings: of certificates.
+        free, total: bytes of the disk with the site's folder.
+        disk: "ok", "warning" or "failed".
+        versions: of what matters here, by name.
+    """
+
+    said: Mapping[str, Any]
+    endings: list[Ending]
+    free: int
+    total: int
+    disk: str
+    versions: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyText:
+    """`policy.toml` as it stands.
+
+    Attributes:
+        text: the file.
+        settings: its keys and values, flat.
+        problem: why it cannot be read as TOML; "" if it can.
+        changed: when it was written.
+        sha256: of its bytes.
+    """
+
+    text: str
+    settings: list[tuple[str, str]]
+    problem: str
+    changed: datetime
+    sha256: str
+
+
+def health(home: SiteHome, *, now: datetime | None = None) -> Health:
+    """Return the health of a site as far as its folder tells it."""
+    now = now or datetime.now(UTC)
+    endings = []
+    for one in certificates(home):
+        days = (one.until - now).days
+        outcome = "failed" if days < CERTIFICATE_DAYS else "warning" if days < _SOON_DAYS else "ok"
+        endings.append(Ending(kind=one.kind, until=one.until, days=days, outcome=outcome))
+    usage = shutil.disk_usage(home.path)
+    disk = "failed" if usage.free < LEAST_FREE_BYTES else "warning" if usage.free < 4 * LEAST_FREE_BYTES else "ok"
+    return Health(
+        said=read_status(home),
+        endings=endings,
+        free=usage.free,
+        total=usage.total,
+        disk=disk,
+        versions={
+            "Silotune": silotune_version(),
+            "Python": platform.python_version(),
+            **{name: _installed(name) for name in ("torch", "opacus", "cryptography", "grpcio")},
+        },
+    )
+
+
+def policy_text(home: SiteHome) -> PolicyText:
+    """Return the site's policy as it stands; what it means is for `client.policy.policy` to say.
+
+    Raises:
+        TrustError: it cannot be read.
+        ConfigError: it is no text.
+    """
+    content, _ = read_bounded(home.policy, "policy", _MOST_POLICY_BYTES)
+    try:
+        text = content.decode()
+    except UnicodeDecodeError:
+        raise ConfigError(f"{home.policy} is not UTF-8 text; write it anew.") from None
+    problem, settings = "", []
+    try:
+        settings = list(_flat("", tomllib.loads(text)))
+    except tomllib.TOMLDecodeError as error:
+        problem = str(error)
+    changed = datetime.fromtimestamp(home.policy.stat().st_mtime, UTC)
+    sha256 = hashlib.sha256(content).hexdigest()
+    return PolicyText(text=text, settings=settings, problem=problem, changed=changed, sha256=sha256)
+
+
+def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, value in table.items():
+        name = f"{prefix}.{key}" if prefix else key
+        if isinstance(value, dict) and value:
+            yield from _flat(name, value)
+        elif isinstance(value, list):
+            yield name, ", ".join(map(str, value)) or "[]"
+        else:
+            yield name, str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _installed(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "–"

@@ -1,0 +1,1 @@
+"""Who may use a console: accounts, invitations, sessions, and how often somebody may try."""

@@ -1,0 +1,109 @@
+"""How often somebody may try to sign in: by account and by address, in the database, so that a restart forgives nothing.
+
+Formal guarantees (tests: tests/shared/web/test_attempts.py)
+    * An attempt counts before it is judged, so that many at once are no more than one after the other
+      (test_attempts_at_once_all_count).
+    * A name that no account has is held back like one that an account has (test_unknown_names_are_held_back_alike).
+    * What is kept does not grow without end (test_old_attempts_are_forgotten).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from shared.errors import SilotuneError
+from shared.web.state.database import Database
+from shared.web.state.tables import ATTEMPTS
+
+_FREE = {"account": 5, "address": 30}
+"""Failures before the first wait; behind one address there may be a ward."""
+_FIRST_WAIT, _LONGEST_WAIT = 30, 900
+_FORGOTTEN_AFTER = {"account": 86_400, "address": 900}
+"""Seconds without an attempt; through one address, such as that of a tunnel, may come everybody."""
+
+
+class TooManyAttempts(SilotuneError):
+    """Somebody has to wait.
+
+    Attributes:
+        seconds: so long.
+    """
+
+    def __init__(self, seconds: int) -> None:
+        super().__init__(f"too many attempts; wait {seconds} seconds.")
+        self.seconds = seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempts:
+    """Counts attempts.
+
+    Attributes:
+        database: where.
+        now: whole seconds since 1970.
+    """
+
+    database: Database
+    now: Callable[[], int]
+
+    def begin(self, *, account: str | None, address: str) -> bool:
+        """Count an attempt as failed, before it is judged; return whether whoever fails now has to wait for the first time.
+
+        Args:
+            account: the name's key, whether there is such an account or not; None where none is named.
+
+        Raises:
+            TooManyAttempts: nothing was counted.
+        """
+        kinds = [("address", address), *([("account", account)] if account is not None else [])]
+        now, blocked = self.now(), False
+        with self.database.writing() as connection:
+            for kind, seconds in _FORGOTTEN_AFTER.items():
+                over = (ATTEMPTS.c.latest < now - seconds) & ATTEMPTS.c.who.startswith(f"{kind}:")
+                connection.execute(delete(ATTEMPTS).where(over))
+            for kind, what in kinds:
+                wait = _waiting_since(connection, _key(kind, what)) - now
+                if wait > 0:
+                    raise TooManyAttempts(wait)
+            for kind, what in kinds:
+                failures = _counted(connection, _key(kind, what), now)
+                if failures >= _FREE[kind]:
+                    wait = min(_FIRST_WAIT << min(failures - _FREE[kind], 10), _LONGEST_WAIT)
+                    where = ATTEMPTS.c.who == _key(kind, what)
+                    connection.execute(update(ATTEMPTS).where(where).values(blocked_until=now + wait))
+                    blocked |= failures == _FREE[kind]
+        return blocked
+
+    def succeeded(self, *, account: str | None, address: str) -> None:
+        """Take back the attempt that was counted: the account's failures are forgotten, of the address's this one only."""
+        with self.database.writing() as connection:
+            if account is not None:
+                connection.execute(delete(ATTEMPTS).where(ATTEMPTS.c.who == _key("account", account)))
+            where = ATTEMPTS.c.who == _key("address", address)
+            connection.execute(update(ATTEMPTS).where(where).values(failures=ATTEMPTS.c.failures - 1, blocked_until=0))
+
+
+def _waiting_since(connection: Connection, who: str) -> int:
+    found = connection.execute(select(ATTEMPTS.c.blocked_until).where(ATTEMPTS.c.who == who)).scalar()
+    return int(found or 0)
+
+
+def _counted(connection: Connection, who: str, now: int) -> int:
+    """Count one more, and return how many there are."""
+    more = update(ATTEMPTS).where(ATTEMPTS.c.who == who).values(failures=ATTEMPTS.c.failures + 1, latest=now)
+    if not connection.execute(more).rowcount:
+        try:
+            with connection.begin_nested():
+                connection.execute(insert(ATTEMPTS).values(who=who, failures=1, latest=now, blocked_until=0))
+        except IntegrityError:  # somebody else began to count at the same moment
+            connection.execute(more)
+    return int(connection.execute(select(ATTEMPTS.c.failures).where(ATTEMPTS.c.who == who)).scalar_one())
+
+
+def _key(kind: str, what: str) -> str:
+    return f"{kind}:{hashlib.sha256(what.encode(errors='replace')).hexdigest()}"

@@ -1,0 +1,50 @@
+"""Opening what a console keeps: its folder, its key, its database.
+
+console.key   seals the secrets of authenticators; under the passphrase of the folder's other keys, if they have one
+console.db    accounts, sessions, invitations, attempts; not there if they are in PostgreSQL
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from shared.trust.keystore import Seal, load_secret, new_key, save_secret
+from shared.web.accounts.accounts import Accounts, Record
+from shared.web.accounts.sessions import Sessions
+from shared.web.state.database import Database
+
+KEY_FILE = "console.key"
+
+
+def seconds_now() -> int:
+    """Return whole seconds since 1970."""
+    return int(time.time())
+
+
+def open_accounts(
+    folder: Path,
+    *,
+    url: str | None,
+    passphrase: str | None,
+    record: Record,
+    now: Callable[[], int] = seconds_now,
+) -> tuple[Accounts, Sessions]:
+    """Return the accounts and sessions that a folder keeps; both are begun at the first time.
+
+    Args:
+        folder: of the console, private to its owner.
+        url: of PostgreSQL; None: a file in the folder.
+        passphrase: of the console's key.
+
+    Raises:
+        ConfigError, RunError, TrustError: as their texts say.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    key = folder / KEY_FILE
+    if not key.exists():
+        save_secret(key, new_key(), passphrase=passphrase)
+    seal = Seal(load_secret(key, passphrase=passphrase))
+    database = Database(folder, url)
+    return Accounts(database=database, seal=seal, now=now, record=record), Sessions(database=database, now=now)

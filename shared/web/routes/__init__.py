@@ -1,0 +1,1 @@
+"""Pages that every console has: signing in, one's own account, everybody's accounts."""

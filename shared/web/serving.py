@@ -1,0 +1,192 @@
+"""The process that serves a console: on loopback by plain HTTP, on any other address over TLS or not at all.
+
+Formal guarantees (tests: tests/client/console/test_start.py)
+    * Without a certificate no other address than loopback is listened on (test_another_address_needs_tls).
+    * The names by which a console beyond loopback may be called are those of its certificate
+      (test_over_tls_the_certificate_names_the_console).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import socket
+import ssl
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+from cryptography import x509
+
+from shared.errors import ConfigError
+from shared.files.bounded import read_bounded
+from shared.stopping import orderly
+from shared.trust.certificates import MALFORMED
+from shared.web.guarding import App
+
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a console is served.
+
+    Attributes:
+        host, port: to listen on; port 0 is any that is free.
+        certificate, key: PEM files of TLS; None: plain HTTP.
+        names: by which the console may be called, beside the machine's own names on loopback.
+    """
+
+    host: str
+    port: int
+    certificate: Path | None
+    key: Path | None
+    names: frozenset[str]
+
+    @property
+    def secure(self) -> bool:
+        """Whether TLS is used."""
+        return self.certificate is not None
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return ipaddress.ip_address(self.host).is_loopback
+
+
+def place_at(host: str, port: int, certificate: Path | None, key: Path | None) -> Place:
+    """Return where to serve, checked.
+
+    Raises:
+        ConfigError: the address is none, or is no loopback address and there is no certificate.
+        TrustError: the certificate cannot be read.
+    """
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
+    except ValueError:
+        raise ConfigError(
+            f"--host {host!r} is no address; expected one of this machine's, such as 127.0.0.1 or 10.0.0.5."
+        ) from None
+    if (certificate is None) != (key is None):
+        raise ConfigError("--certificate and --key belong together; give both, or none.")
+    if certificate is None and not address.is_loopback:
+        raise ConfigError(
+            f"{address} can be reached from other machines, and without TLS they could read passwords on the way. Give "
+            "--certificate and --key, or leave --host out: then it is reached from this machine only, for example through ssh -L."
+        )
+    names = frozenset[str]() if certificate is None else names_of(_loaded(certificate)) | {str(address)}
+    return Place(host=str(address), port=port, certificate=certificate, key=key, names=names)
+
+
+def names_of(certificate: x509.Certificate) -> frozenset[str]:
+    """Return the hosts that a certificate names."""
+    try:
+        found = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return frozenset()
+    names = found.get_values_for_type(x509.DNSName)
+    return frozenset({name.lower() for name in names} | {str(ip) for ip in found.get_values_for_type(x509.IPAddress)})
+
+
+def listen(place: Place) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises:
+        ConfigError: the address is another's, or its port is taken.
+    """
+    family = socket.AF_INET6 if ":" in place.host else socket.AF_INET
+    try:
+        return socket.create_server((place.host, place.port), family=family, backlog=128)
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"{place.host} port {place.port} cannot be listened on ({reason}); give another --port."
+        ) from None
+
+
+def address_of(place: Place, port: int) -> str:
+    """Return what to type into a browser."""
+    host = f"[{place.host}]" if ":" in place.host else place.host
+    if place.secure and not place.loopback:
+        host = min((name for name in place.names if "*" not in name and not _is_address(name)), default=host)
+    return f"{'https' if place.secure else 'http'}://{host}:{port}/"
+
+
+def make_server(app: App, place: Place) -> uvicorn.Server:
+    """Return the server, which `serve` runs; it believes no header that a proxy adds.
+
+    Raises:
+        ConfigError: certificate and key do not belong together or cannot be read.
+    """
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        lifespan="off",
+        ws="none",
+        timeout_keep_alive=15,
+        timeout_graceful_shutdown=3,
+        h11_max_incomplete_event_size=16 << 10,
+        ssl_certfile=place.certificate,
+        ssl_keyfile=None if place.key is None else str(place.key),
+    )
+    try:
+        config.load()
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"--certificate {place.certificate} and --key {place.key} cannot be used together ({error}). Give the certificate of "
+            "this key, both as PEM, the key without a passphrase."
+        ) from None
+    if config.ssl is not None:
+        config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    return _Server(config)
+
+
+class _Server(uvicorn.Server):
+    """A server that leaves signals to `shared.stopping`, as all of Silotune's processes do."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take none."""
+        yield
+
+
+def serve(server: uvicorn.Server, listener: socket.socket, *, ready: Callable[[], None], again: str) -> None:
+    """Serve until the process is told to end.
+
+    Args:
+        ready: called once connections are taken.
+        again: the command that serves again.
+
+    Raises:
+        Stopped: after Ctrl-C; SIGTERM is how a service is stopped, and a success.
+    """
+
+    def stop() -> None:
+        server.should_exit = True
+
+    with listener, orderly(stop, f"serve it again with: {again}"):
+        ready()
+        server.run(sockets=[listener])
+
+
+def _loaded(path: Path) -> x509.Certificate:
+    """Return the first certificate of a file, which is the server's own."""
+    content, _ = read_bounded(path, "certificate", _MOST_BYTES)
+    try:
+        return x509.load_pem_x509_certificates(content)[0]
+    except MALFORMED:
+        raise ConfigError(f"--certificate {path} holds no certificate; expected PEM, the server's own first.") from None
+
+
+def _is_address(name: str) -> bool:
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What a console keeps: accounts, sessions, invitations, attempts, in SQLite or PostgreSQL."""

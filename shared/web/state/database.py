@@ -1,0 +1,160 @@
+"""A console's database: opened, brought to the newest version, read and written in transactions.
+
+Formal guarantees (tests: tests/shared/web/test_database.py)
+    * A file of SQLite is private to its owner from the start (test_the_file_is_private).
+    * A transaction that raises leaves nothing behind (test_a_transaction_is_all_or_nothing).
+    * Every version from the first one on is brought forwards with what it holds, also if two consoles start at once
+      (test_every_version_is_brought_forwards, test_two_starts_at_once).
+    * A database of a newer version is not touched (test_a_newer_database_is_refused).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from alembic.util.exc import CommandError
+from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from shared.errors import ConfigError, RunError
+
+FILE = "console.db"
+_MIGRATIONS = Path(__file__).parent / "migrations"
+_LOCK = 0x53494C4F  # of PostgreSQL, while a database is brought forwards
+
+
+class Database:
+    """The database of one console, at the newest version; safe to use from several threads.
+
+    Args:
+        folder: where `console.db` lies if no `url` is given; made, private to its owner.
+        url: of PostgreSQL, `postgresql://user:password@host/name`.
+
+    Raises:
+        ConfigError: the URL cannot be used.
+        RunError: the database cannot be reached, or is of a newer version.
+    """
+
+    def __init__(self, folder: Path, url: str | None = None) -> None:
+        self._engine = _sqlite(folder / FILE) if url is None else _postgresql(url)
+        self.told = str(folder / FILE) if url is None else self._engine.url.render_as_string(hide_password=True)
+        with _explained(self.told):
+            self._bring_forwards()
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """One consistent view."""
+        with _explained(self.told), self._engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        """All or nothing; of SQLite one writer at a time."""
+        with _explained(self.told), self._engine.connect() as connection:
+            connection = connection.execution_options(writes=True)
+            with connection.begin():
+                yield connection
+
+    def close(self) -> None:
+        """Close every connection."""
+        self._engine.dispose()
+
+    def _bring_forwards(self) -> None:
+        with self.writing() as connection:
+            if connection.dialect.name == "postgresql":
+                connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+            upgrade(connection, "head")
+
+
+def upgrade(connection: Connection, version: str) -> None:
+    """Bring a database to a version, within the transaction at hand.
+
+    Raises:
+        RunError: it is of a version that this program does not know.
+    """
+    config = _config()
+    found = MigrationContext.configure(connection).get_current_revision()
+    if found is not None:
+        try:
+            ScriptDirectory.from_config(config).get_revision(found)
+        except CommandError:
+            raise RunError(
+                f"the console's database has version {found}, which this program does not know. Install the release of "
+                "Silotune that wrote it, or a newer one; nothing was changed."
+            ) from None
+    config.attributes["connection"] = connection
+    command.upgrade(config, version)
+
+
+def versions() -> list[str]:
+    """Return all versions of the database, the first one first."""
+    return [script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()][::-1]
+
+
+def _config() -> Config:
+    config = Config()
+    config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("path_separator", "os")
+    return config
+
+
+def _sqlite(path: Path) -> Engine:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))  # SQLite itself would make it public
+    except OSError as error:
+        raise RunError(f"{path} cannot be used: {error.strerror}. Check the folder and its permissions.") from None
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)), connect_args={"timeout": 10, "check_same_thread": False}
+    )
+
+    @event.listens_for(engine, "connect")
+    def _prepare(connection: Any, _record: object) -> None:
+        connection.isolation_level = None  # transactions are begun below
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+            connection.execute(f"PRAGMA {pragma}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Who will write takes the lock at once: a transaction that reads first could not get it later.
+        writes = connection.get_execution_options().get("writes")
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN DEFERRED")
+
+    return engine
+
+
+def _postgresql(text_of_url: str) -> Engine:
+    wanted = "expected postgresql://USER:PASSWORD@HOST/NAME"
+    try:
+        url = make_url(text_of_url)
+    except ArgumentError:  # its text may hold the password
+        raise ConfigError(f"the URL of the console's database is none; {wanted}.") from None
+    if url.get_backend_name() != "postgresql":
+        raise ConfigError(f"the console's database is of the kind {url.drivername!r}; {wanted}, or none for a file.")
+    return create_engine(
+        url.set(drivername="postgresql+psycopg"),
+        pool_pre_ping=True,
+        pool_size=4,
+        isolation_level="READ COMMITTED",
+        connect_args={"connect_timeout": 10},
+    )
+
+
+@contextmanager
+def _explained(told: str) -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        reason = str(error.orig).strip().splitlines()[0] if str(error.orig).strip() else type(error.orig).__name__
+        raise RunError(
+            f"the console's database {told} cannot be used ({reason}). Check that it is there, that this account may use it, and "
+            "the space on its disk."
+        ) from error

@@ -1,0 +1,125 @@
+"""A site's console in Chromium: signing in by hand, every page without an error, with the keyboard, at every width."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from client.console.pages import NAVIGATION
+from tests.client.console.conftest import PASSWORD, Serving
+
+playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (make install)")
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
+)
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here (Debian: chromium)")
+
+CHECK = (Path(__file__).parent / "checks.js").read_text(encoding="utf-8").partition("\n")[2]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with playwright.sync_playwright() as running:
+        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any) -> Iterator[Any]:
+    """A page that must not log an error; refused scripts and styles are errors there."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    found, told = context.new_page(), []
+    found.set_default_timeout(20_000)
+    found.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
+    found.on("pageerror", lambda error: told.append(str(error)))
+    yield found
+    context.close()
+    assert told == []
+
+
+def sign_in(page: Any, serving: Serving, name: str) -> None:
+    page.goto(f"{serving.address}/sign-in")
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(PASSWORD)
+    page.get_by_label("Code of the authenticator").fill(serving.code(name))
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/budget")
+
+
+def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving) -> None:
+    sign_in(page, serving, "officer")
+    found = {}
+    paths = [
+        *(entry.path for entry in NAVIGATION if entry.key not in ("requests", "accounts")),
+        "/releases/log",
+        "/account",
+    ]
+    for path in paths:
+        page.goto(f"{serving.address}{path}", wait_until="networkidle")
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            for width in (360, 1280, 2560):
+                page.set_viewport_size({"width": width, "height": 900})
+                if told := page.evaluate(CHECK):
+                    found[path, theme, width] = told
+    assert found == {}
+
+
+def test_pages_of_guests_and_administrators(page: Any, serving: Serving) -> None:
+    for path in ("/sign-in", "/welcome"):
+        page.goto(f"{serving.address}{path}")
+        assert page.evaluate(CHECK) == []
+    sign_in(page, serving, "administrator")
+    page.goto(f"{serving.address}/accounts")
+    page.set_viewport_size({"width": 360, "height": 800})
+    assert page.evaluate(CHECK) == []
+    page.get_by_label("Name", exact=True).fill("Quinn")
+    page.get_by_role("button", name="Invite", exact=True).click()
+    code = page.locator(".callout .secret").inner_text()
+    page.get_by_role("button", name="Sign out").click()
+    page.goto(f"{serving.address}/welcome")
+    page.get_by_label("Invitation code").fill(code)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("svg path")
+    assert page.evaluate(CHECK) == []
+
+
+def test_the_budget_is_drawn_and_the_chain_checked(page: Any, serving: Serving) -> None:
+    sign_in(page, serving, "officer")
+    page.wait_for_selector(".u-wrap canvas")
+    page.get_by_role("rowheader", name="triage").wait_for()
+    assert page.locator(".u-legend").inner_text().count("Spent") == 1
+    page.get_by_role("link", name="Releases and audit").click()
+    page.get_by_text("are unbroken").wait_for()
+
+
+def test_the_keyboard_is_enough(page: Any, serving: Serving) -> None:
+    page.goto(f"{serving.address}/sign-in")
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.className") == "skip"
+    assert page.evaluate("document.activeElement.getBoundingClientRect().top") >= 0
+    page.keyboard.press("Enter")
+    page.keyboard.press("Tab")
+    for text in ("viewer", PASSWORD, serving.code("viewer")):
+        page.keyboard.type(text)
+        outline = page.evaluate("getComputedStyle(document.activeElement).outlineStyle")
+        assert outline == "solid", "focus is seen"
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    page.wait_for_url("**/budget")
+
+
+def test_switches_work_without_a_script(chromium: Any, serving: Serving) -> None:
+    context = chromium.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(f"{serving.address}/sign-in")
+    page.get_by_role("button", name="中文").click()
+    assert page.get_by_role("heading").inner_text() == "登录"
+    page.get_by_role("button", name="深色").click()
+    assert page.locator("html").get_attribute("data-theme") == "dark"
+    context.close()

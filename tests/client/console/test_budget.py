@@ -1,0 +1,112 @@
+"""The ledger as the console reads it: the same numbers, nothing written, damage told."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from client.console.budget import AccountBudget, Budgets, _spread
+from client.ledger.account import Account, Charged
+from client.site.home import SiteHome, open_site
+from shared.errors import LedgerError
+from shared.job.parsing import load_toml
+from shared.privacy.accounting import GaussianSteps
+from shared.trust.keystore import Seal, load_secret
+from simulations.federation.processes import change_toml
+from tests.client.console.conftest import files_of
+from tests.client.console.homes import charge, make_home
+
+
+def budgets(home: SiteHome) -> Budgets:
+    return Budgets(home, Seal(load_secret(home.storage_key, passphrase=None)))
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> SiteHome:
+    return make_home(tmp_path)
+
+
+@pytest.mark.parametrize("composition", ["adaptive", "fixed"])
+def test_the_spend_is_the_ledgers(home: SiteHome, composition: str) -> None:
+    change_toml(home.config, budget={**load_toml(home.config)["budget"], "composition": composition})
+    charge(home, jobs=["one", "two"], rounds=3, secure=True)
+    change_toml(home.config, budget={**load_toml(home.config)["budget"], "epsilon_alone": 30.0})
+    ledger = open_site(home, passphrase=None).ledger()
+    (found,) = budgets(home).all()
+    assert found.tells_both
+    assert found.spent == {p: ledger.spent_epsilon(promise=p) for p in ("together", "alone")}  # type: ignore[arg-type]
+    assert found.caps == {"together": 8.0, "alone": 30.0}
+    assert found.spent["together"] < found.spent["alone"]
+    assert [point.spent for point in found.line("alone")][-1] == pytest.approx(found.spent["alone"], abs=1e-12)
+    for job in found.jobs:
+        assert (job.epsilon, job.epsilon_alone) == (
+            ledger.spent_epsilon(job.job),
+            ledger.spent_epsilon(job.job, promise="alone"),
+        )
+    assert (found.num_open, found.steps) == (1, sum(event.steps for event in ledger.events()))
+
+
+def test_reading_changes_nothing(home: SiteHome) -> None:
+    found = budgets(home)
+    assert not found.is_begun
+    assert found.all() == []
+    assert not (home.path / "ledger.db").exists()
+    charge(home, jobs=["one"], rounds=2)
+    before = files_of(home.path)
+    assert len(found.all()) == 1
+    assert files_of(home.path) == before
+
+
+def test_it_is_read_anew_when_it_changed_and_only_then(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    charge(home, jobs=["one"], rounds=2)
+    found, reads = budgets(home), []
+    real: Callable[..., list[AccountBudget]] = found._read
+    monkeypatch.setattr(found, "_read", lambda entries: (reads.append(len(entries)), real(entries))[1])
+    first = found.all()[0].spent["together"]
+    found.all()
+    charge(home, jobs=["two"], rounds=2, begin=datetime(2026, 11, 1, tzinfo=UTC))
+    assert found.all()[0].spent["together"] > first
+    change_toml(home.config, budget={**load_toml(home.config)["budget"], "epsilon": 9.0})
+    assert found.all()[0].caps["together"] == 9.0
+    assert len(reads) == 3
+
+
+def test_an_account_of_another_data_set_is_shown_with_its_last_caps(home: SiteHome) -> None:
+    charge(home, jobs=["one"], rounds=2)
+    change_toml(home.config, dataset="other", budget={**load_toml(home.config)["budget"], "epsilon": 5.0})
+    charge(home, jobs=["two"], rounds=2)
+    current, former = budgets(home).all()
+    assert (current.account.dataset, current.is_current, current.caps["together"]) == ("other", True, 5.0)
+    assert (former.account.dataset, former.is_current, former.caps["together"]) == ("north-records", False, 8.0)
+    assert current.id != former.id
+    assert budgets(home).find(former.id) is not None
+
+
+def test_a_changed_ledger_is_told(home: SiteHome) -> None:
+    charge(home, jobs=["one"], rounds=2)
+    with sqlite3.connect(home.path / "ledger.db") as connection:
+        connection.execute("DROP TRIGGER no_delete")
+        connection.execute("DELETE FROM entries WHERE sequence = 3")
+    with pytest.raises(LedgerError, match="entry 3 is missing"):
+        budgets(home).all()
+
+
+def test_a_line_of_many_charges_is_thinned_out() -> None:
+    begin, step = datetime(2026, 1, 1, tzinfo=UTC), GaussianSteps(noise_multiplier=3.0, sample_rate=0.01, steps=1)
+    account = Account(dataset="d", unit="record", caps=[{"epsilon": 8.0, "delta": 1e-5, "orders": [6, 9]}])
+    for number in range(3000):
+        time = (begin + timedelta(hours=number)).isoformat()
+        account.charges[number] = Charged(
+            job_id="j", round=number, mechanism=step, committed=True, time=time, imported=False
+        )
+    found = AccountBudget(account, {"together": 8.0, "alone": 8.0}, 1e-5, "adaptive", True)
+    line = found.line("together")
+    assert len(line) == 300
+    assert line[0].time == begin.timestamp()
+    assert line[-1].spent == pytest.approx(found.spent["together"], abs=1e-12)
+    assert [point.spent for point in line] == sorted(point.spent for point in line)
+    assert _spread(3, 10) == {0, 1, 2}

@@ -1,0 +1,65 @@
+"""What a console's process loads and how much memory it takes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.client.console.homes import charge, make_home
+
+ROOT = Path(__file__).parents[3]
+FORBIDDEN = ("torch", "transformers", "peft", "opacus", "flwr", "grpc", "matplotlib")
+MOST_MEGABYTES = 200
+
+# The console of a home, served, with every page asked once by somebody who may see it.
+SCRIPT = """
+import json, sys, threading
+from pathlib import Path
+import httpx
+import cli.commands, client.commands
+from client.console.pages import NAVIGATION
+from client.console.start import application, open_console
+from client.site.home import SiteHome
+from shared.web.roles import Role
+from shared.web.serving import listen, make_server, place_at
+
+home, place = SiteHome(Path(sys.argv[1])), place_at("127.0.0.1", 0, None, None)
+listener = listen(place)
+port = listener.getsockname()[1]
+console = open_console(home, place=place, port=port, passphrase=None)
+server = make_server(application(console), place)
+threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True).start()
+account = console.accounts.from_issuer(issuer="i", subject="s", name="Olga", role=Role.OFFICER, address="a")
+cookies = {console.cookie("session"): console.sessions.begin(account.id, address="a", browser="b")}
+(budget,) = console.content.budgets.all()
+more = [f"/budget/{budget.id}/line.json", f"/budget/{budget.id}/jobs", "/releases/log", "/releases/verified"]
+with httpx.Client(base_url=f"http://127.0.0.1:{port}", cookies=cookies, timeout=30) as browser:
+    told = {path: browser.get(path).status_code for path in [*(one.path for one in NAVIGATION), *more]}
+status = Path("/proc/self/status").read_text()  # getrusage tells of the process that started this one
+peak = int(status.partition("VmHWM:")[2].split()[0]) / 1024
+print(json.dumps({"modules": sorted(sys.modules), "megabytes": peak, "told": told}))
+"""
+
+
+def test_it_loads_nothing_of_training_and_stays_small(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    charge(home, rounds=20)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("SILOTUNE_", "COV"))}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(home.path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {path: status for path, status in found["told"].items() if status != 200} == {
+        "/requests": 404,
+        "/accounts": 403,
+    }
+    assert [name for name in FORBIDDEN if name in found["modules"]] == []
+    assert found["megabytes"] < MOST_MEGABYTES

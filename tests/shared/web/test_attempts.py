@@ -1,0 +1,112 @@
+"""How often somebody may try."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sqlalchemy import select
+
+from shared.web.accounts.accounts import Accounts, Refused
+from shared.web.accounts.attempts import Attempts, TooManyAttempts
+from shared.web.state.database import Database
+from shared.web.state.tables import ATTEMPTS
+from tests.shared.web.conftest import PASSWORD, Clock, Person
+
+ON_BOTH = (
+    "test_attempts_at_once_all_count",
+    "test_a_restart_forgives_nothing",
+    "test_success_forgets_the_accounts_failures_and_not_the_addresses",
+)
+
+
+@pytest.fixture
+def attempts(database: Database, clock: Clock) -> Attempts:
+    return Attempts(database=database, now=clock)
+
+
+def fail(attempts: Attempts, times: int, account: str = "amal") -> None:
+    for number in range(times):
+        attempts.begin(account=account, address=f"address {number}")
+
+
+def test_an_account_is_held_back_longer_and_longer(attempts: Attempts, clock: Clock) -> None:
+    fail(attempts, 5)
+    waits = []
+    for _ in range(7):
+        with pytest.raises(TooManyAttempts) as found:
+            attempts.begin(account="amal", address="z")
+        waits.append(found.value.seconds)
+        clock.wait(found.value.seconds)
+        attempts.begin(account="amal", address="z")
+    assert waits == [30, 60, 120, 240, 480, 900, 900]
+    attempts.begin(account="ben", address="z")
+
+
+def test_an_address_is_held_back(attempts: Attempts) -> None:
+    for number in range(30):
+        attempts.begin(account=f"name {number}", address="10.0.0.9")
+    with pytest.raises(TooManyAttempts):
+        attempts.begin(account="name 31", address="10.0.0.9")
+    with pytest.raises(TooManyAttempts):
+        attempts.begin(account=None, address="10.0.0.9")
+    attempts.begin(account="name 31", address="10.0.0.10")
+
+
+def test_success_forgets_the_accounts_failures_and_not_the_addresses(attempts: Attempts) -> None:
+    for number in range(29):
+        attempts.begin(account=f"name {number}", address="x")
+    attempts.begin(account="mine", address="x")
+    attempts.succeeded(account="mine", address="x")
+    attempts.begin(account="name 30", address="x")
+    with pytest.raises(TooManyAttempts):
+        attempts.begin(account="mine", address="x")
+
+
+def test_attempts_at_once_all_count(attempts: Attempts) -> None:
+    def attempt(number: int) -> bool:
+        try:
+            attempts.begin(account="amal", address=f"address {number}")
+        except TooManyAttempts:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        let_in = sum(pool.map(attempt, range(24)))
+    assert let_in <= 5 + 7, "no more than the free ones, and those that were counted at the same moment"
+    with attempts.database.reading() as connection:
+        counted = connection.execute(select(ATTEMPTS.c.failures).where(ATTEMPTS.c.who.like("account:%"))).scalar_one()
+    assert counted == let_in
+
+
+def test_a_restart_forgives_nothing(attempts: Attempts, clock: Clock, tmp_path: Path, database_url: str | None) -> None:
+    fail(attempts, 5)
+    again = Database(tmp_path / "console", database_url)
+    with pytest.raises(TooManyAttempts):
+        Attempts(database=again, now=clock).begin(account="amal", address="z")
+    again.close()
+
+
+def test_old_attempts_are_forgotten(attempts: Attempts, clock: Clock) -> None:
+    fail(attempts, 5)
+    clock.wait(86_401)
+    attempts.begin(account="amal", address="z")
+    with attempts.database.reading() as connection:
+        assert len(connection.execute(select(ATTEMPTS)).all()) == 2
+
+
+def test_unknown_names_are_held_back_alike(accounts: Accounts, person: Callable[..., Person], clock: Clock) -> None:
+    amal = person()
+    told: dict[str, list[str]] = {"Amal": [], "Nobody": []}
+    for name, texts in told.items():
+        for number in range(6):
+            with pytest.raises((Refused, TooManyAttempts)) as found:
+                accounts.sign_in(name, "not the right one", "123456", address=f"{name} {number}")
+            texts.append(str(found.value))
+    assert told["Amal"] == told["Nobody"]
+    with pytest.raises(TooManyAttempts):  # the right ones do not help for now
+        accounts.sign_in("Amal", PASSWORD, amal.code(), address="z")
+    clock.wait(30)
+    accounts.sign_in("Amal", PASSWORD, amal.code(), address="z")
