@@ -225,6 +225,20 @@ def test_a_worst_sum_beyond_the_reach_is_refused() -> None:
         check_reach(num_units=most + 1, **plan)
 
 
+def test_the_reach_is_exact() -> None:
+    """Sixteen standard deviations and a bit of noise, on top of one bound for each unit, may be 2^62 and not a step more."""
+    whole = 2**38 - 16 * 3
+    # Of this share isqrt(variance) is 3 * 2^24 - 1, so that noise is 16 * 3 * 2^24 steps.
+    just_below = 3 - 2**-24
+    check_reach(num_units=whole, num_sites=1, noise_multiplier=just_below)
+    for plan in (
+        {"num_units": whole, "noise_multiplier": 3.0},
+        {"num_units": whole + 1, "noise_multiplier": just_below},
+    ):
+        with pytest.raises(PrivacyError, match=r"could pass 2\^62 steps"):
+            check_reach(num_sites=1, **plan)
+
+
 def test_declared_sizes_count_twice() -> None:
     """Each site has fewer than twice what it declares; how they share the units does not matter."""
     share = {"noise_multiplier": 2.0}

@@ -12,6 +12,7 @@ import pytest
 
 import client.site.outbox as outbox_module
 import client.site.secure.shares as shares_module
+import shared.privacy.shares as sums_module
 from client.ledger.account import Charge
 from client.ledger.ledger import Ledger
 from client.site.guard import NoGuard
@@ -420,6 +421,22 @@ def test_a_roster_that_is_not_what_it_should_be_is_refused_and_nothing_is_charge
         assert charges(sites[0]) == [], why
     # None of it used up the attempt.
     sites[0].shares.masked(roster_request(request, entries))
+
+
+def test_a_roster_whose_sum_could_wrap_around_is_refused_in_words(
+    sites: list[Site], secure_job: Callable[..., Job], request_for: MakeRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No roster of today's bounds can: so with words that reach less far."""
+    request = attempt_of(request_for(secure_job()))
+    entries = [site.shares.ready(request) for site in sites]
+    declared = sum(entry.declared_records for entry in entries)
+    monkeypatch.setattr(sums_module, "_REACH", 2 * declared * GRID_STEPS)
+    answer = sites[0].answer_masked(roster_request(request, entries))
+    assert isinstance(answer, Refusal)
+    assert (answer.code, "could pass" in answer.reason) == ("RosterError", True), answer
+    assert charges(sites[0]) == []
+    monkeypatch.undo()
+    assert isinstance(sites[0].answer_masked(roster_request(request, entries)), TrainReply)
 
 
 @pytest.mark.parametrize("roster", [b"", b"roster", b"\x00" * 100])
