@@ -38,7 +38,8 @@ def test_the_temperature_is_that_of_a_general_optimiser(scale: float) -> None:
     logits, targets = drawn(scale, count=300, seed=3)
 
     def loss(log_temperature: float) -> float:
-        return float(torch.nn.functional.cross_entropy(logits / torch.tensor(log_temperature).exp(), targets))
+        tempered = logits / torch.tensor(log_temperature).exp()
+        return float(torch.nn.functional.cross_entropy(tempered, targets, label_smoothing=3 / 2 / 302))
 
     expected = minimize_scalar(loss, bounds=(-3, 3), method="bounded", options={"xatol": 1e-9}).x
     assert fit_temperature(logits, targets) == pytest.approx(float(torch.tensor(expected).exp()), rel=1e-3)
@@ -53,10 +54,18 @@ def test_it_holds_on_records_that_it_was_not_fitted_on() -> None:
     assert torch.equal(logits.argmax(dim=1), (logits / temperature).argmax(dim=1))
 
 
-def test_answers_that_are_all_right_or_worthless_have_a_temperature_at_the_end() -> None:
+@pytest.mark.parametrize(("count", "classes"), [(20, 2), (61, 4), (1000, 77)])
+def test_answers_that_are_all_right_support_no_certainty(count: int, classes: int) -> None:
+    """Rule of succession: after n right answers of n the next is right with (n + 1) / (n + 2)."""
+    targets = torch.arange(count) % classes
+    logits = 9 * torch.nn.functional.one_hot(targets, classes).double()
+    confidence = (logits / fit_temperature(logits, targets)).softmax(dim=1).max(dim=1).values
+    assert confidence.tolist() == pytest.approx([(count + 1) / (count + 2)] * count, rel=1e-9)
+
+
+def test_worthless_answers_have_the_temperature_at_the_end() -> None:
     targets = torch.tensor([0, 1] * 50)
     logits = torch.nn.functional.one_hot(targets, 2).double()
-    assert fit_temperature(logits, targets) == pytest.approx(0.05, rel=1e-6)
     assert fit_temperature(1 - logits, targets) == pytest.approx(100.0, rel=1e-6)
 
 
