@@ -31,7 +31,7 @@ What secure aggregation does: docs/secure-aggregation.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from shared.epsilons import delta_rounded_up, rounded_up
@@ -102,13 +102,22 @@ class SharedNoise:
         return f"the coordinator and up to {sites} with it"
 
     def promises(
-        self, *, epsilon: float, executed: float, alone: float, delta: float, relation: str, planned: int
+        self,
+        *,
+        epsilon: float,
+        executed: float,
+        alone: float,
+        delta: float,
+        relation: str,
+        planned: int,
+        at_most: bool = False,
     ) -> str:
         """Return both promises in words.
 
         Args:
             epsilon, alone: of the first and the second, of all planned attempts.
             executed: of the first, of the attempts that were made.
+            at_most: `executed` is the most of several sites that made different numbers of them.
             delta: of both.
             relation: between neighbouring data sets.
             planned: number of attempts.
@@ -118,5 +127,23 @@ class SharedNoise:
             f"First promise, against {self.against}: what they learn is ({rounded_up(epsilon)}, {few})-differentially private "
             f"under {relation}, by PLD accounting; at least {self.honest} honest sites share the noise of every sum. Second "
             f"promise, against everybody else together, if secure aggregation fails completely: ({rounded_up(alone)}, {few}). "
-            f"Both are of all {planned} planned attempts; of those that were made the first is {rounded_up(executed)}."
+            f"Both are of all {planned} planned attempts; of those that were made the first is "
+            f"{'at most ' if at_most else ''}{rounded_up(executed)}."
         )
+
+
+def largest_at(sites: Sequence[tuple[str, float, float]]) -> str:
+    """Return in words of which sites the promises of a run are; what would be printed alike is the same.
+
+    Args:
+        sites: name, first promise and second promise of each. Their order decides nothing.
+    """
+    if len({(rounded_up(first), rounded_up(second)) for _, first, second in sites}) == 1:
+        return "both promises are the same at every site"
+    most = [max(site[number] for site in sites) for number in (1, 2)]
+    named = [[name for name, *found in sites if found[i] == most[i]] for i in (0, 1)]
+    both = set(named[0]) & set(named[1])
+    first, second = (min(both or names, key=lambda name: (len(name), name)) for names in named)
+    if first == second:
+        return f"both promises are the largest of a site, {first}"
+    return f"the first promise is the largest of a site, {first}, and the second that of a site, {second}"

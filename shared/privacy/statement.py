@@ -25,7 +25,7 @@ from shared.files.json_files import Count, Positive
 from shared.job.values import PERSON_UNITS
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.randomness import Origin
-from shared.privacy.shared_noise import ASSUMED_HONEST, COMPUTATIONAL, STILL_LEARNED, SharedNoise
+from shared.privacy.shared_noise import ASSUMED_HONEST, COMPUTATIONAL, STILL_LEARNED, SharedNoise, largest_at
 
 ACCOUNTANT = "PLD (connect the dots, rounding bounded and added), cross-checked with PRV (Opacus)"
 RELATION = "add or remove one record"
@@ -268,9 +268,8 @@ class SiteRelease(Release):
 
     def epsilon_stated(self, *, stopped_early: bool) -> float:
         """Epsilon of `stated_events`; infinite without protection."""
-        return (
-            compose_epsilon(self.stated_events(stopped_early=stopped_early), self.delta) if self.protected else math.inf
-        )
+        stated = self.stated_events(stopped_early=stopped_early)
+        return compose_epsilon(stated, self.delta) if self.protected else math.inf
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -382,16 +381,18 @@ def site_statement(release: SiteRelease, run: str, *, stopped_early: bool = Fals
     )
 
 
-def _promises_of_shares(release: SiteRelease) -> str:
-    """Return both promises of a site that adds a share of the noise."""
-    assert release.shared is not None  # noqa: S101 (the callers looked)
-    return release.shared.promises(
-        epsilon=release.epsilon_promised,
-        executed=release.epsilon_bound,
-        alone=release.epsilon_alone or 0.0,
-        delta=release.delta,
-        relation=relation(release.unit),
-        planned=release.steps_planned,
+def _promises_of_shares(*releases: SiteRelease) -> str:
+    """Return both promises of sites that add shares of the noise, each the largest of any of them; the worst comes first."""
+    worst = releases[0]
+    assert worst.shared is not None  # noqa: S101 (the callers looked)
+    return worst.shared.promises(
+        epsilon=worst.epsilon_promised,
+        executed=max(release.epsilon_bound for release in releases),
+        alone=max(release.epsilon_alone or 0.0 for release in releases),
+        delta=worst.delta,
+        relation=relation(worst.unit),
+        planned=worst.steps_planned,
+        at_most=len({rounded_up(release.epsilon_bound) for release in releases}) > 1,
     )
 
 
@@ -432,7 +433,7 @@ def run_statement(
         )
     worst = worst_first(releases, stopped_early=stopped_early)[0]
     if worst.shared is not None:
-        return _run_statement_of_shares(releases, worst, run, pretrained=pretrained)
+        return _run_statement_of_shares(releases, run, pretrained=pretrained)
     stated = rounded_up(worst.epsilon_stated(stopped_early=stopped_early))
     table = tuple(
         SitesEpsilon(
@@ -460,17 +461,16 @@ def run_statement(
     return Statement.of(sentence, table, unit=worst.unit, not_covered=uncovered)
 
 
-def _run_statement_of_shares(
-    releases: Sequence[SiteRelease], worst: SiteRelease, run: str, *, pretrained: bool
-) -> Statement:
+def _run_statement_of_shares(releases: Sequence[SiteRelease], run: str, *, pretrained: bool) -> Statement:
     """Return the two promises of a run whose sites add shares of the noise."""
+    worst = worst_first(releases, stopped_early=False)[0]
     assert worst.shared is not None  # noqa: S101 (the caller looked)
     who = f"{worst.unit} whose records are all" if worst.unit in PERSON_UNITS else "record"
     names, few = ", ".join(release.site for release in releases), worst.shared.colluding
+    at = largest_at([(release.site, release.epsilon_promised, release.epsilon_alone or 0.0) for release in releases])
     sentence = (
-        f"Run {run}, {len(releases)} sites, secure aggregation with shared noise; for a {who} at one honest site, at site "
-        f"{worst.site}, where epsilon is largest. {_promises_of_shares(worst)} Assumed honest{f' but for {few}' if few else ''}: "
-        f"{names}. {AS_REPORTED}"
+        f"Run {run}, {len(releases)} sites, secure aggregation with shared noise, for a {who} at one honest site; {at}. "
+        f"{_promises_of_shares(worst, *releases)} Assumed honest{f' but for {few}' if few else ''}: {names}. {AS_REPORTED}"
     )
     if any(release.unanswered for release in releases):
         sentence += " Requests that were never answered here are counted as executed."

@@ -30,10 +30,15 @@ _NAMED_JOB = "The job in the run folder is the one that the run names by its has
 _UNNAMED_JOB = (
     "Not checked: whether the job in the run folder is the one that was run. run.json names no hash of it (job_sha256)"
 )
+_TWO_AGREE = "Two accountants of different construction agree within their error."
+_TWO_AGREE_ON_SHARES = (
+    "Two accountants of different construction agree within their error, on both promises of every site and on what was "
+    "spent{known}. The epsilons of a person at several sites are by one of them alone."
+)
 _CHECKS = (
     "The recorded epsilon of every site and of the composition over sites is the one recomputed from the executed steps; what "
     "was promised is what the job plans.",
-    "Two accountants of different construction agree within their error.",
+    _TWO_AGREE,
     "Every aggregated update stands in the site's privacy record; every site executed the noise, sampling rate and steps that "
     "the job says, and none spent more than its cap.",
     "The coordinator's audit log, if there is one, is unbroken and names the same updates by the same hashes.",
@@ -42,12 +47,29 @@ _CHECKS = (
 )
 
 
-def what_was_compared(data: RunData, signed: SignedJob | None) -> tuple[str, ...]:
+_CENTRAL_CHECKS = (
+    "The recorded epsilon of the coordinator is the one recomputed from the executed rounds; their noise, sampling rate and "
+    "planned number are those that the job says.",
+    _TWO_AGREE,
+    "The coordinator's audit log, if there is one, is unbroken.",
+    "No audit says violated, and each audited this very job.",
+)
+
+
+def what_was_compared(
+    data: RunData, signed: SignedJob | None, sites: Sequence[SiteFacts] = (), central: CentralFacts | None = None
+) -> tuple[str, ...]:
     """Return what a report says of a run in which nothing was found, and what could not be compared."""
     job = _UNNAMED_JOB if data.run.job_sha256 is None else _NAMED_JOB
     if signed is not None:
         job += "; it is the one that was signed" if data.run.job_sha256 is None else ", and the one that was signed"
-    return f"{job}.", *_CHECKS
+    if central is not None:
+        return f"{job}.", *_CENTRAL_CHECKS
+    shares = [found for site in sites for found in (*site.promises, site) if site.promises]
+    if not shares:
+        return f"{job}.", *_CHECKS
+    known = ", wherever the second gives a number" if any(found.epsilon_prv is None for found in shares) else ""
+    return f"{job}.", *(_TWO_AGREE_ON_SHARES.format(known=known) if one is _TWO_AGREE else one for one in _CHECKS)
 
 
 def job_discrepancies(data: RunData, job: Job, signed: SignedJob | None) -> Iterator[str]:
@@ -71,6 +93,8 @@ def site_discrepancies(data: RunData, job: Job, sites: Sequence[SiteFacts]) -> I
                 f"{shown(site.epsilon)}. This report uses the recomputed number."
             )
         yield from _accountant_discrepancies(name, site)
+        for promise in site.promises:
+            yield from _accountant_discrepancies(f"{name}, {promise.title}", promise)
         if site.over_budget:
             yield f"{name} spent more in this run than its cap of {as_set(release.epsilon_budget)}."
         if release.unit != job.privacy.unit:

@@ -108,13 +108,15 @@ def _lead(facts: Facts) -> Iterator[Block]:
         yield Notice(
             level="good",
             title="Nothing was found that does not fit together. What was compared:",
-            items=what_was_compared(facts.data, facts.signed_job),
+            items=what_was_compared(facts.data, facts.signed_job, facts.sites, facts.central),
         )
 
 
 def _aggregation(job: Job) -> str:
     if job.privacy.mechanism == "distributed":
         return "secure sum of the sites' gradients; the coordinator takes the step"
+    if job.privacy.central:
+        return "sum of the clipped updates with noise, divided by a declared number"
     return f"mean of the sites' updates, weights {job.aggregation.weights}"
 
 
@@ -141,6 +143,7 @@ def _summary(facts: Facts) -> Iterator[Block]:
         )
         if (alone := facts.epsilon_alone) is not None:
             privacy += f"; {rounded_up(alone)} against everybody else together, if secure aggregation fails completely"
+            privacy += f"; {facts.largest_at}"
     verdicts = [f"tier {audit.tier} {audit.verdict}" for audit in facts.data.audits]
     yield entries(
         ("Run", printable(facts.job.name)),
@@ -194,17 +197,22 @@ def _training(facts: Facts) -> Iterator[Block]:
     else:
         what = "A small adapter and, for a classifier, its output layer. The language model below it was not changed."
         sent = "adapter"
-    yield Paragraph(
-        text=f"{what} The coordinator sent the {sent} out, sites improved it on their own records, and "
-        f"{_way_back(facts)}"
-    )
+    if job.privacy.mechanism == "distributed":
+        way = (
+            f"In each round the coordinator sent the {sent} out. Each site clipped every {job.privacy.unit}'s part of the "
+            "gradient, added its share of the noise to their sum, and sent the result under masks, which cancel only in the "
+            "sum over all sites. The coordinator took the optimiser's step with that sum. No record left a site."
+        )
+    else:
+        way = f"The coordinator sent the {sent} out, sites improved it on their own records, and {_way_back(facts)}"
+    yield Paragraph(text=f"{what} {way}")
     yield entries(
         *_model_entries(job),
         ("Task", task_of(job).about),
         ("Labels", _labels(job.task.labels)),
         (
             "Length",
-            f"{_count(training.rounds, 'round')} of {_count(training.local_steps, 'step')} at each site"
+            _length(job)
             + (f" planned, {facts.data.federated.rounds_done} executed" if facts.data.stopped_early else ""),
         ),
         (
@@ -220,6 +228,14 @@ def _training(facts: Facts) -> Iterator[Block]:
         ("Job (SHA-256)", job.sha256),
         mono=("Job (SHA-256)",),
     )
+
+
+def _length(job: Job) -> str:
+    rounds = _count(job.training.rounds, "round")
+    if job.privacy.mechanism == "distributed":
+        spare = _count(job.privacy.spare_attempts_for(job.training.rounds), "spare attempt")
+        return f"{rounds} of one step of the coordinator, and {spare}"
+    return f"{rounds} of {_count(job.training.local_steps, 'step')} at each site"
 
 
 def _model_entries(job: Job) -> list[tuple[str, str | None]]:
@@ -334,6 +350,11 @@ def _limits(facts: Facts) -> Iterator[Block]:
             "a factor of 2.8, epsilon 3 of 21, epsilon 8 of 2,981. Whether a factor is small enough is "
             "a judgement, and not one of mathematics."
         )
+        if (alone := facts.epsilon_alone) is not None:
+            yield Paragraph(
+                text=f"That is the first promise. Of the second, against everybody else together if secure aggregation fails "
+                f"completely, epsilon is {rounded_up(alone)} and the factor at most {_factor(alone)}."
+            )
     yield Paragraph(text="The guarantee does not cover:")
     yield Bullets(items=facts.not_covered)
     yield Paragraph(text="Beyond that:")

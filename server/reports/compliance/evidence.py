@@ -26,6 +26,25 @@ from shared.privacy.statement import without_uncovered
 # More statements than these would fill page after page with the words of the table above them.
 MAX_SITE_STATEMENTS = 24
 
+_OF_SHARES = (
+    " Noise multipliers are those of the honest sites' sum. Both promises are of all planned attempts, not of the executed "
+    "ones; they stand under “Accountants compared”."
+)
+_PRV = (
+    "PRV gives an upper bound that is itself only right to about 0.01, so it may lie a little above a cap that PLD keeps to. "
+    "Where it would take long, or delta is too small for it, it gives none."
+)
+_ANEW = (
+    "For this report every epsilon was computed anew from what was executed, by two accountants of different construction: "
+    "privacy loss distributions (PLD) and the PRV accountant of Opacus. PLD is what is stated. "
+)
+_ANEW_OF_SHARES = (
+    "For this report every epsilon was computed anew: both promises from all planned attempts, what was spent from those that "
+    "were made. The table below has two accountants of different construction: privacy loss distributions (PLD) and the PRV "
+    "accountant of Opacus. For a person at several sites, whose data are in one sum several times, there is PLD only. PLD is "
+    "what is stated. "
+)
+
 
 def guarantee(facts: Facts) -> Iterator[Block]:
     """The statement for each unit of privacy, what was executed, and the statement of each site."""
@@ -34,7 +53,7 @@ def guarantee(facts: Facts) -> Iterator[Block]:
             yield Paragraph(text=f"Unit of privacy: one {found.unit}. Sites: {facts.join_sites(found.sites)}.")
         yield Paragraph(text=facts.data.named(found.statement.one_site), role="statement")
         if len(found.composed) > 1:
-            yield _sites_table(found)
+            yield _sites_table(found, shares=facts.epsilon_alone is not None)
     if facts.central is not None:
         yield _central_table(facts.central)
         return
@@ -54,10 +73,16 @@ def guarantee(facts: Facts) -> Iterator[Block]:
         )
 
 
-def _sites_table(guarantee: Guarantee) -> Table:
+def _sites_table(guarantee: Guarantee, *, shares: bool) -> Table:
+    about = "sites, those with the largest epsilon first; check: the second accountant."
+    if shares:
+        about = (
+            "sites, the first promise; check: the second accountant, which has no number for whoever is in one sum several "
+            "times."
+        )
     return Table(
         caption=f"Whoever is at several sites is protected less. Epsilon for one {guarantee.unit} at each of up to so many "
-        "sites, those with the largest epsilon first; check: the second accountant.",
+        f"{about}",
         columns=(Column(title="Sites"), *numbers("Epsilon", "Check (PRV)"), Column(title="Agree")),
         rows=tuple(
             (
@@ -112,7 +137,7 @@ def _mechanism_table(facts: Facts) -> Table:
     return Table(
         caption="What was executed at each site, and the epsilon that follows from it. Steps of requests never answered "
         "are included; where lines differ, each is a mechanism of its own."
-        + (" Noise multipliers are those of the honest sites' sum." if facts.epsilon_alone is not None else ""),
+        + (_OF_SHARES if facts.epsilon_alone is not None else ""),
         columns=(wide("Site"), Column(title="Unit"), *numbers(*titles)),
         rows=tuple(rows),
     )
@@ -120,13 +145,11 @@ def _mechanism_table(facts: Facts) -> Table:
 
 def accountants(facts: Facts) -> Iterator[Block]:
     """Epsilon by two accountants, beside what the run had recorded."""
-    yield Paragraph(
-        text="For this report every epsilon was computed anew from what was executed, by two accountants of different "
-        "construction: privacy loss distributions (PLD) and the PRV accountant of Opacus. PLD is what is "
-        "stated. PRV gives an upper bound that is itself only right to about 0.01, so it may lie a little above a cap that "
-        "PLD keeps to. Where it would take long, or delta is too small for it, it gives none."
-    )
-    if facts.private:
+    shares = facts.epsilon_alone is not None
+    yield Paragraph(text=(_ANEW_OF_SHARES if shares else _ANEW) + _PRV)
+    if shares:
+        yield _promises_table(facts)
+    elif facts.private:
         yield Table(
             caption="Epsilon of each site." if facts.central is None else "Epsilon of what the coordinator published.",
             columns=(
@@ -139,13 +162,46 @@ def accountants(facts: Facts) -> Iterator[Block]:
             )
             + _central_row(facts.central),
         )
-        yield Paragraph(
-            text="To check it with software that is not ours, take sampling rate, noise multiplier and steps from the table "
-            "above, or the events in each site's privacy.json; docs/privacy.md has the few lines for it.",
-            role="note",
-        )
     else:
         yield Paragraph(text="No epsilon is stated for this run, so there is none to check.")
+        return
+    whose = "each site's" if facts.central is None else "the run's"
+    source = "take" if shares else "take sampling rate, noise multiplier and steps from the table above, or"
+    yield Paragraph(
+        text=f"To check it with software that is not ours, {source} the events in {whose} privacy.json; docs/privacy.md has the "
+        "few lines for it.",
+        role="note",
+    )
+
+
+def _promises_table(facts: Facts) -> Table:
+    rows = []
+    for site in facts.sites:
+        name = facts.called(site.release.site)
+        for promise in site.promises:
+            rows.append((name, promise.title, *_compared(promise)))
+        rows.append((name, "first promise, attempts made", *_compared(site)))
+        if site.epsilon_arrived != site.epsilon:
+            rows.append(
+                (name, "first promise, what arrived", shown(site.epsilon_arrived), "none", "none", "not compared")
+            )
+    return Table(
+        caption="Both promises of each site, and what was spent of the first.",
+        columns=(
+            wide("Site"),
+            wide("Epsilon of"),
+            *numbers("PLD", "PRV", "Recorded by the run"),
+            Column(title="Agree"),
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _compared(found: Accounted) -> tuple[str, ...]:
+    agree = _yes_no(found.accountants_agree and found.record_agrees)
+    if found.epsilon_prv is None and found.record_agrees:
+        agree = "not compared"
+    return (shown(found.epsilon), shown(found.epsilon_prv), shown(found.recorded), agree)
 
 
 def _central_row(central: CentralFacts | None) -> tuple[tuple[str, ...], ...]:

@@ -15,6 +15,7 @@ from server.reports.compliance.log import LogFacts
 from server.reports.run.formats import join_names, printable
 from server.reports.run.run_data import FileHash, RunData
 from shared.job.job import Job
+from shared.privacy.shared_noise import largest_at
 from shared.privacy.statement import SiteRelease, SitesEpsilon, Statement
 from shared.trust.signed_job import SignedJob
 
@@ -48,6 +49,13 @@ class Accounted:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromiseFacts(Accounted):
+    """One of the two promises of a site that adds a share of the noise, of its whole plan; `title` says which."""
+
+    title: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class SiteFacts(Accounted):
     """One site.
 
@@ -56,12 +64,14 @@ class SiteFacts(Accounted):
         release: what was executed, by the record, of what the job planned.
         statement: in words, made anew.
         epsilon_arrived: PLD of what arrived only.
+        promises: both of a site that adds a share of the noise, `epsilon` being that of the attempts that were made.
     """
 
     record: SiteRecord
     release: SiteRelease
     statement: str
     epsilon_arrived: float | None
+    promises: tuple[PromiseFacts, ...] = ()
 
     @property
     def over_budget(self) -> bool:
@@ -210,7 +220,7 @@ class Facts:
         )
         where = f"at one site; the largest of all sites, {self.called(worst.site)}"
         if worst.shared is not None:
-            where += f"; against {worst.shared.against}"
+            where = f"at one honest site, against {worst.shared.against}"
         return Headline(epsilon=epsilon, delta=worst.delta, unit=worst.unit, where=where)
 
     def _stated(self, site: SiteFacts) -> float:
@@ -224,6 +234,12 @@ class Facts:
         found = [site.release.epsilon_alone for site in self.sites]
         known = [epsilon for epsilon in found if epsilon is not None]
         return max(known) if self.private and known else None
+
+    @property
+    def largest_at(self) -> str:
+        """Of which sites both promises are, in words; only where the noise is shared and an epsilon is stated."""
+        sites = [(s.release.site, s.release.epsilon_promised, s.release.epsilon_alone or 0.0) for s in self.sites]
+        return printable(self.data.named(largest_at(sites)))
 
 
 def accountants_agree(pld: float | None, prv: float | None) -> bool:

@@ -3,6 +3,8 @@
 Formal guarantees (tests: tests/server/reports/test_compliance_report.py)
     * Every epsilon is composed anew from the executed (noise_multiplier, sample_rate, steps), by PLD, and once more by PRV; a
       recorded number that differs is reported, never repeated (test_a_recorded_epsilon_that_differs_is_a_discrepancy).
+    * Both promises of noise that sites share are composed so too, of all planned attempts
+      (test_compliance_promises.py::test_both_promises_and_what_was_spent_have_a_second_accountant).
     * A site without noise, or with injected randomness, has no epsilon here (test_without_privacy_no_epsilon_is_printed).
     * Gaussian releases of metrics are composed with the training (test_released_metrics_are_composed).
     * Nothing in the run folder is written, and nothing outside it, its job's folder and the given accounts is read
@@ -12,12 +14,21 @@ Formal guarantees (tests: tests/server/reports/test_compliance_report.py)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from server.records.privacy import CoordinatorRecord, SiteRecord, read_site
 from server.reports.compliance import checks
-from server.reports.compliance.facts import CentralFacts, ComposedEpsilon, Facts, Guarantee, Release, SiteFacts
+from server.reports.compliance.facts import (
+    CentralFacts,
+    ComposedEpsilon,
+    Facts,
+    Guarantee,
+    PromiseFacts,
+    Release,
+    SiteFacts,
+)
 from server.reports.compliance.ledgers import Account, ledger_facts
 from server.reports.compliance.log import LogFacts, read_log
 from server.reports.run.formats import natural_key
@@ -140,6 +151,22 @@ def _site(record: SiteRecord, job: Job, *, stopped_early: bool) -> SiteFacts:
         epsilon_arrived=release.epsilon if stated else None,
         epsilon_prv=_prv(release.possible_events, release.delta) if stated else None,
         recorded=record.recorded if stated else None,
+        promises=tuple(_promises(record, release)) if stated and release.shared is not None else (),
+    )
+
+
+def _promises(record: SiteRecord, release: SiteRelease) -> Iterator[PromiseFacts]:
+    yield PromiseFacts(
+        title="first promise, planned",
+        epsilon=release.epsilon_promised,
+        epsilon_prv=_prv(release.planned_events, release.delta),
+        recorded=record.epsilon_planned,
+    )
+    yield PromiseFacts(
+        title="second promise, planned",
+        epsilon=release.epsilon_alone,
+        epsilon_prv=_prv(replace(release, shared=None).planned_events, release.delta),
+        recorded=record.epsilon_alone,
     )
 
 
@@ -169,15 +196,16 @@ def _guarantees(sites: Sequence[SiteFacts], job: Job, *, stopped_early: bool) ->
 def _composed(statement: Statement, releases: Sequence[SiteRelease], *, stopped_early: bool) -> list[ComposedEpsilon]:
     """Return the statement's table, with PRV's epsilon of the same releases."""
     rows = statement.up_to_m_sites
-    if any(release.shared for release in releases):
-        # PRV, as it is here, knows no person whose data are in one sum several times.
-        return [ComposedEpsilon(sites=row.sites, epsilon=row.epsilon, epsilon_prv=None) for row in rows]
+    # PRV, as it is here, knows no person whose data are in one sum several times.
+    most = 1 if any(release.shared for release in releases) else len(releases)
     delta = worst_first(releases, stopped_early=stopped_early)[0].delta if rows else 0.0
     return [
         ComposedEpsilon(
             sites=row.sites,
             epsilon=row.epsilon,
-            epsilon_prv=_prv(events_at_sites(releases, row.sites, stopped_early=stopped_early), delta),
+            epsilon_prv=_prv(events_at_sites(releases, row.sites, stopped_early=stopped_early), delta)
+            if row.sites <= most
+            else None,
         )
         for row in rows
     ]

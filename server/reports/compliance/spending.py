@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from server.reports.compliance.document import HASH, Block, Bullets, Column, Paragraph, Table, numbers, wide
 from server.reports.compliance.facts import Facts, Release
+from server.reports.compliance.ledgers import LedgerFacts
 from server.reports.run.formats import NOT_RECORDED, format_delta, printable
 from shared.epsilons import as_set, rounded_up
 
@@ -34,14 +35,22 @@ def ledgers(facts: Facts) -> Iterator[Block]:
         )
 
 
+def _counts_sums(ledger: LedgerFacts) -> bool:
+    """Whether the account holds masked inputs, which its first cap counts as the sums that they went into."""
+    return any(charge.together for charge in ledger.export.charges)
+
+
 def _ledger_table(facts: Facts) -> Table:
+    shares = any(map(_counts_sums, facts.ledgers))
     return Table(
         caption="Epsilon spent of each account, by the account's own rule, at its delta.",
         columns=(
             wide("Site, data set"),
             Column(title="Unit"),
             Column(title="Rule"),
-            *numbers("Cap", "Before", "After", "At export", "Charged steps", "Delta"),
+            *numbers("Cap", "Before", "After", "At export"),
+            *(numbers("By itself", "Its cap") if shares else ()),
+            *numbers("Charged steps", "Delta"),
         ),
         rows=tuple(
             (
@@ -52,6 +61,7 @@ def _ledger_table(facts: Facts) -> Table:
                 _spend(ledger.before),
                 _spend(ledger.after),
                 _spend(ledger.now),
+                *((_spend(ledger.now_alone), as_set(ledger.export.cap_alone)) if shares else ()),
                 str(ledger.steps),
                 format_delta(ledger.export.delta),
             )
@@ -82,16 +92,15 @@ def _ledger_notes(facts: Facts) -> Iterator[Block]:
         notes.append(
             "Rule fixed: PLD over all charges, valid if the plans of all runs were fixed before the first one started."
         )
+    if any(map(_counts_sums, ledgers)):
+        notes.append(
+            "Before, after and at export: masked inputs to sums over sites count as the sums do. By itself: everything at the "
+            "export, with each of them by itself, as if secure aggregation had failed and all other sites colluded."
+        )
     for ledger in ledgers:
         site = facts.called(ledger.export.site)
         if ledger.others_between:
             notes.append(f"{site}: {ledger.others_between} charges of other jobs lie between and count into after.")
-        if any(charge.together for charge in ledger.export.charges):
-            notes.append(
-                f"{site}: masked inputs to sums over sites count here as the sums do. Each by itself, as if secure aggregation "
-                f"had failed and all other sites colluded, they and all else are at {_spend(ledger.now_alone)} of "
-                f"{as_set(ledger.export.cap_alone)}."
-            )
         if ledger.uncommitted:
             notes.append(f"{site}: {ledger.uncommitted} charges were reserved and never confirmed; they count in full.")
     if any(not ledger.account.from_ledger for ledger in ledgers):
@@ -110,11 +119,12 @@ def releases(facts: Facts) -> Iterator[Block]:
         )
         yield Paragraph(text=text)
         return
+    shares = facts.job.privacy.mechanism == "distributed"
+    more = ", certificate, the public keys of its masks and its" if shares else " and"
     released = [release for release in facts.releases if release.sha256 is not None]
     others = [release for release in facts.releases if release.sha256 is None]
     yield Paragraph(
-        text="All that left a site for this job, beside its name, version and declared size. Each update is the trained "
-        "adapter after clipping and noise, and is named by the SHA-256 of its bytes."
+        text=f"All that left a site for this job, beside its name, version{more} declared size. {_what_left(facts)}"
     )
     if released:
         yield _release_table(facts, released)
@@ -135,6 +145,17 @@ def releases(facts: Facts) -> Iterator[Block]:
         )
     if not facts.releases:
         yield Paragraph(text="Nothing was released yet.")
+
+
+def _what_left(facts: Facts) -> str:
+    mechanism = facts.job.privacy.mechanism
+    if mechanism == "distributed":
+        return (
+            "Each update is the site's sum of clipped gradients with its share of the noise, under the masks of one attempt; it "
+            "is named by the SHA-256 of the message of these masked words. If the masks fail, it keeps to the second promise."
+        )
+    noise = "without clipping and noise" if mechanism == "none" else "after clipping and noise"
+    return f"Each update is the trained adapter {noise}, and is named by the SHA-256 of its bytes."
 
 
 def _release_table(facts: Facts, releases: Sequence[Release]) -> Table:

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from server.records.results import EvaluationRecord
 from server.records.rounds import RoundRecord
 from server.reports.run import formats, plots
-from server.reports.run.noise import arm_shares
+from server.reports.run.noise import arm_shares, of_shares
 from server.reports.run.run_data import RunData
 from server.reports.run.tables import total
 from shared.site_weights import SiteShare
@@ -54,6 +54,9 @@ def _by_epsilon(data: RunData, titles: Sequence[str]) -> Markup | None:
     metric, arm = data.primary_metric, data.federated
     if not arm.private or all(record.epsilon_max is None for record in arm.rounds):
         return None
+    # What is stated of shares of the noise is what was promised.
+    recorded = [record.epsilon_max for record in arm.rounds if record.epsilon_max is not None]
+    so_far = recorded[-1] if of_shares(arm) and recorded else arm.epsilon
     spent = "Epsilon spent, unit site" if arm.central_sites else "Epsilon spent, largest of all sites"
     return plots.metric_by_epsilon(
         metric=metric,
@@ -62,7 +65,7 @@ def _by_epsilon(data: RunData, titles: Sequence[str]) -> Markup | None:
         budget=arm.budget,
         label=spent,
         alt=f"Line plot of {formats.metric_title(metric)} against epsilon spent. {spent.replace(' spent', '')}, so far: "
-        f"{formats.format_epsilon(arm.epsilon)}, budget {formats.format_budget(arm.budget)}.",
+        f"{formats.format_epsilon(so_far)}, budget {formats.format_budget(arm.budget)}.",
     )
 
 
@@ -100,7 +103,8 @@ def _traffic(rounds: Sequence[RoundRecord]) -> Markup | None:
 def _site_alt(sites: Sequence[Any]) -> str:
     names = f"{sites[0].site} to {sites[-1].site}" if len(sites) > 1 else sites[0].site
     shown = formats.printable(names)
-    return f"Bar plot of epsilon spent against the budget, {shown}. Every value is in the table below."
+    promised = " and promised" if any(plots.promised(site) is not None for site in sites) else ""
+    return f"Bar plot of epsilon spent{promised} against the budget, {shown}. Every value is in the table below."
 
 
 def _shares_alt(shares: Sequence[SiteShare]) -> str:

@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from server.records.metrics import is_share
-from server.records.privacy import AnyRecord
+from server.records.privacy import AnyRecord, SiteRecord
 from server.records.rounds import RoundRecord
 from server.reports.run.formats import (
     format_budget,
@@ -155,7 +155,7 @@ def metric_by_epsilon(
 
 
 def site_spend(sites: Sequence[AnyRecord], *, prefix: str, alt: str) -> Markup:
-    """Epsilon spent against the budget, one bar for each site, in up to three panels."""
+    """Epsilon spent against the budget, one bar for each site, in up to three panels; a line is what was promised of shares."""
     num_panels = min(math.ceil(len(sites) / SITES_PER_PANEL), PANELS_PER_FIGURE)
     rows = math.ceil(len(sites) / num_panels)
     reach = max((v for s in sites for v in (s.epsilon_stated, s.epsilon_budget) if v and math.isfinite(v)), default=1)
@@ -365,23 +365,35 @@ def _label_ends(axes: Any, metric: str, lines: Sequence[Line]) -> None:
         )
 
 
+def promised(site: AnyRecord) -> float | None:
+    """The first promise of a site that adds a share of the noise: of all planned attempts, whatever was spent of it."""
+    return site.epsilon_planned if isinstance(site, SiteRecord) and site.shared is not None else None
+
+
+def spent(site: AnyRecord) -> float | None:
+    """What the bar of a site shows as spent."""
+    return site.epsilon_stated if promised(site) is None else site.recorded
+
+
 def _draw_site_bars(axes: Any, sites: Sequence[AnyRecord], *, rows: int, reach: float, compact: bool) -> None:
     font = 8 if compact else 9
     for row, site in enumerate(sites):
-        spent = site.epsilon_stated or 0.0
+        stated, planned = spent(site), promised(site)
         if site.epsilon_budget is not None:
             axes.barh(row, min(site.epsilon_budget, reach), height=0.62, color=TRACK)
         void = site.randomness == "injected"
         color = DANGER if void or site.over_budget else MAIN
         axes.barh(
             row,
-            min(spent, reach),
+            min(stated or 0.0, reach),
             height=0.62,
             color="#ffffff" if void else color,
             edgecolor=color,
             linewidth=0.8 if void else 0,
             hatch="////" if void else None,
         )
+        if planned is not None:
+            axes.plot([min(planned, reach)] * 2, [row - 0.31, row + 0.31], color=INK, linewidth=1.6, clip_on=False)
         axes.annotate(
             short_label(site.site, 14 if compact else 19),
             (0, row),
@@ -394,7 +406,7 @@ def _draw_site_bars(axes: Any, sites: Sequence[AnyRecord], *, rows: int, reach: 
         )
         budget = "" if site.epsilon_budget is None else f" of {format_budget(site.epsilon_budget)}"
         axes.annotate(
-            f"{format_epsilon(site.epsilon_stated)}{budget}",
+            f"{format_epsilon(stated)}{budget}",
             (1, row),
             xycoords=("axes fraction", "data"),
             xytext=(5, 0),

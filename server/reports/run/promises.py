@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from server.records.privacy import SiteRecord
-from server.reports.run.formats import format_epsilon
-from server.reports.run.run_data import Arm
+from server.reports.run.formats import format_budget, format_epsilon
+from server.reports.run.run_data import Arm, job_value
 from shared.errors import PrivacyError
 from shared.privacy.accounting import compose_epsilon
 from shared.privacy.shared_noise import SharedNoise
@@ -50,6 +50,12 @@ def promise_beside(arm: Arm) -> Promise | None:
     return Promise(
         "Epsilon, were the noise shared", value, f"same noise and steps, summed securely: against {shared.against}"
     )
+
+
+def alone_in_job(arm: Arm) -> str:
+    """Return the job's limit on the second promise of shared noise, which may be left to a given noise multiplier."""
+    limit = job_value(arm.job, "privacy", "epsilon_alone")
+    return format_budget(float(limit)) if isinstance(limit, int | float) else "not set"
 
 
 def _summed(shared: SharedNoise, site: SiteRecord) -> float:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from server.records.privacy import SiteRecord
 from server.records.rounds import RoundRecord
 from server.reports.run import formats
 from server.reports.run.comparison import (
@@ -28,8 +27,8 @@ from server.reports.run.comparison import (
     repeat_rows,
     title_of,
 )
-from server.reports.run.noise import arm_shares
-from server.reports.run.promises import promise_beside
+from server.reports.run.noise import arm_shares, of_shares
+from server.reports.run.promises import alone_in_job, promise_beside
 from server.reports.run.reading import read_run
 from server.reports.run.run_data import RunData, with_real_names
 from server.reports.run.tables import (
@@ -136,11 +135,12 @@ def _privacy(data: RunData) -> dict[str, Any]:
         "over_budget": [site.site for site in arm.sites if arm.private and site.over_budget],
         "same_delta": len({site.delta for site in arm.sites}) == 1,
         "central": arm.central_sites is not None,
-        "summed": any(isinstance(site, SiteRecord) and site.shared for site in arm.sites),
+        "summed": of_shares(arm),
         "fewer_than_planned": any(
             site.epsilon_planned is not None and (site.steps_executed or 0) < site.steps_planned for site in arm.sites
         ),
         "beside": promise_beside(arm),
+        "alone_in_job": alone_in_job(arm),
         "num_sites": arm.central_sites or len(data.site_names),
         "statement_text": without_uncovered(statement.text, statement.not_covered) if statement else "",
         "composed": composed(data),

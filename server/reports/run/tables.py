@@ -16,6 +16,7 @@ from shared.site_weights import SiteShare
 MAX_MATRIX_LABELS = 12
 MAX_LABEL_ROWS = 200
 MAX_COMPOSED_ROWS = 12
+_WEIGHING = ("weights", "largest_share")
 
 
 def confusion(arm: Arm) -> dict[str, Any] | None:
@@ -100,13 +101,15 @@ class SettingsSection:
 
 
 def settings(arm: Arm) -> list[SettingsSection]:
-    """Every setting of the job, known or not; privacy settings only where a mechanism uses them."""
+    """Every setting of the job, known or not, but for those that its mechanism has no use for: of privacy, or sites' weights."""
     plain, sections = [], []
+    summed = arm.job_privacy.get("mechanism") == "distributed"  # sums of sites are added as they are
     for name, value in arm.job.items():
         if name == "privacy" and not arm.private:
             sections.append(SettingsSection(name=name, rows=[("mechanism", "none")]))
         elif isinstance(value, Mapping):
-            sections.append(SettingsSection(name=name, rows=list(_flat(value))))
+            rows = [row for row in _flat(value) if not (name == "aggregation" and summed and row[0] in _WEIGHING)]
+            sections.append(SettingsSection(name=name, rows=rows))
         else:
             plain.append((name, _setting(value)))
     return ([SettingsSection(name="job", rows=plain)] if plain else []) + sections

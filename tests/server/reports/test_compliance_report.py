@@ -298,10 +298,13 @@ def test_a_recorded_epsilon_that_differs_is_a_discrepancy(run: Path) -> None:
 )
 def test_without_privacy_no_epsilon_is_printed(run: Path, changes: dict[str, Any]) -> None:
     edit_sites(run, epsilon_spent=None, epsilon_bound=None, **changes)
+    noise = "after"
     if not changes.get("private", True):
         job = json.loads((run / "job.json").read_text())
         edit(run / "job.json", privacy=job["privacy"] | {"mechanism": "none"})
+        noise = "without"
     page = page_of(run)
+    assert f"Each update is the trained adapter {noise} clipping and noise, and is named" in page
     assert "No privacy guarantee holds for this run." in page
     assert not re.search(r"epsilon \d", page.replace("statement.json states epsilon", ""))
     assert not re.search(r"\(\d+\.\d+, ", page)
@@ -485,6 +488,10 @@ def test_central_privacy_is_stated_for_sites_and_names_whom_it_trusts(facts: Fac
     assert "after these rounds: 1, 2, 2." in page
     assert "No record left a site" not in page
     assert "Nothing was found that does not fit" in page
+    assert "The recorded epsilon of the coordinator is the one recomputed from the executed rounds" in page
+    assert "events in the run's privacy.json" in page
+    assert "each site's privacy.json" not in page
+    assert "every site executed the noise" not in page
 
 
 def test_a_central_epsilon_that_differs_is_not_repeated(facts: Facts, tmp_path: Path) -> None:
@@ -592,6 +599,8 @@ def test_a_report_under_central_privacy_does_not_tell_who_was_drawn(coordinator:
     assert "how many entries it has would tell" in page
     assert "drawn-in-secret" not in page
     assert "entries of this job" not in page
+    assert "sum of the clipped updates with noise, divided by a declared number" in page
+    assert "mean of the sites' updates" not in page
 
 
 def test_a_broken_log_and_an_unsigned_job_are_discrepancies(coordinator: CoordinatorHome) -> None:

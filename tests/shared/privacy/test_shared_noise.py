@@ -8,7 +8,7 @@ import pytest
 
 from shared.privacy.accountant.several_sites import MOST_SITES
 from shared.privacy.accounting import GaussianSteps, epsilon_at_sites, noise_of_sum
-from shared.privacy.shared_noise import SharedNoise
+from shared.privacy.shared_noise import SharedNoise, largest_at
 
 SHARED = SharedNoise(honest=4, colluding=2)
 SHARES = (
@@ -82,3 +82,31 @@ def test_both_promises_in_words() -> None:
         "every sum. Second promise, against everybody else together, if secure aggregation fails completely: (7.302, 1e-05). "
         "Both are of all 17 planned attempts; of those that were made the first is 0.500."
     )
+
+
+def test_of_sites_that_differ_the_most_that_was_made_is_called_so() -> None:
+    told = SHARED.promises(epsilon=1.0, executed=0.5, alone=7.0, delta=1e-5, relation="r", planned=17, at_most=True)
+    assert told.endswith("Both are of all 17 planned attempts; of those that were made the first is at most 0.500.")
+
+
+@pytest.mark.parametrize(
+    ("sites", "words"),
+    [
+        ([("b", 1.0, 7.0), ("a", 1.0, 7.0)], "both promises are the same at every site"),
+        # Rounded up they are the same.
+        ([("b", 1.0002, 7.0), ("a", 1.0003, 7.0)], "both promises are the same at every site"),
+        ([("a", 1.0, 7.0), ("b", 1.1, 7.1)], "both promises are the largest of a site, b"),
+        ([("a", 1.0, 7.1), ("b", 1.0, 7.2)], "both promises are the largest of a site, b"),
+        (
+            [("a", 1.2, 7.0), ("b", 1.0, 7.2)],
+            "the first promise is the largest of a site, a, and the second that of a site, b",
+        ),
+        (
+            [("site-10", 1.2, 7.2), ("site-2", 1.2, 7.2), ("a", 1.0, 7.0)],
+            "both promises are the largest of a site, site-2",
+        ),
+    ],
+)
+def test_of_which_site_the_promises_are(sites: list[tuple[str, float, float]], words: str) -> None:
+    assert largest_at(sites) == words
+    assert largest_at(sites[::-1]) == words, "the order of sites decides nothing"

@@ -15,6 +15,7 @@ from dp_accounting.pld import pld_privacy_accountant
 from server.records.privacy import SiteRecord
 from shared.errors import PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
+from shared.privacy.shared_noise import SharedNoise
 from shared.privacy.statement import (
     ACCOUNTANT,
     AS_REPORTED,
@@ -481,6 +482,31 @@ def test_the_whole_statement_of_a_run(stopped_early: bool) -> None:
         "text": f"{found.one_site}\n\nA patient with records at each of m sites is protected with epsilon (m: epsilon) 1: "
         f"{at_least(worst)}, 2: {at_least(both)}.\n\nNot covered: {' '.join(found.not_covered)}",
     }
+
+
+def test_promises_of_shares_are_the_largest_of_any_site() -> None:
+    """And of the attempts that were made, in which sites differ, the most."""
+    shared = replace(RELEASE, unanswered=(), shared=SharedNoise(honest=4, colluding=1))
+    killed = replace(shared, site="south", events=(steps(2),), rounds=(1,))
+    for releases in ([shared, killed], [killed, shared]):
+        told = run_statement(releases, "r").one_site
+        assert told.startswith(
+            "Run r, 2 sites, secure aggregation with shared noise, for a record at one honest site; both promises are the same "
+            "at every site. First promise, against the coordinator and up to 1 site that works with it: what they learn is "
+            f"({at_least(shared.epsilon_promised)}, 1e-05)"
+        )
+        assert (
+            f"of those that were made the first is at most {at_least(shared.epsilon_bound)}. Assumed honest but for 1"
+            in told
+        )
+    assert f"the first is {at_least(killed.epsilon_bound)}. Executed" in site_statement(killed, "r")
+    # One that released metrics besides promises less.
+    metrics = GaussianSteps(noise_multiplier=5.0, sample_rate=1.0, steps=1)
+    louder = replace(shared, site="west", metrics=("loss",), metrics_mechanism=metrics, metrics_sha256="c" * 64)
+    told = run_statement([shared, louder], "r").one_site
+    assert "at one honest site; both promises are the largest of a site, west. First promise" in told
+    assert f"({at_least(louder.epsilon_promised)}, 1e-05)" in told
+    assert f"({at_least(louder.epsilon_alone or 0)}, 1e-05)" in told
 
 
 def test_units_without_a_relation_are_refused_by_name() -> None:
