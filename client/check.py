@@ -280,7 +280,8 @@ def _job(site: Site, job: Job) -> tuple[Outcome, str]:
     )
     if not left_out:
         return "ok", f"{job.name} can use all {left_out.num_records:,} records that are not held out{cut}"
-    return "warning", f"{job.name}: {left_out}. It would be trained without them, and the coordinator is not told{cut}"
+    without = "It would be trained without them, and the" if left_out.rows else "The"
+    return "warning", f"{job.name}: {left_out}. {without} coordinator is not told{cut}"
 
 
 def _audit_log(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:

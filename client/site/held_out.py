@@ -40,9 +40,9 @@ class Part:
         """How many records there are, or persons."""
         return len(self.records) if self.persons is None else self.persons.count
 
-    def usable(self, runtime: Runtime) -> UsableRecords:
-        """Return those that the job of `runtime` can use."""
-        return usable_records(runtime, self.records, rows=self.rows, persons=self.persons)
+    def usable(self, runtime: Runtime, *, summed: bool = False) -> UsableRecords:
+        """Return those that the job of `runtime` can use; see `usable_records`."""
+        return usable_records(runtime, self.records, rows=self.rows, persons=self.persons, summed=summed)
 
 
 def split(records: list[dict[str, Any]], config: SiteConfig) -> tuple[Part, Part]:

@@ -80,7 +80,7 @@ class OpenedFolder:
         self._charged = self.guard.charged_records(home, dataset=self.config.dataset, records=records)
         self.left_out: LeftOut | None = None
         self._outbox_checked = False
-        self._prepared: tuple[Runtime, UsableRecords] | None = None
+        self._prepared: tuple[Runtime, bool, UsableRecords] | None = None
         self._last: tuple[GaussianSteps, GaussianSteps | None] | None = None  # what the latest charge counts as
 
     @functools.cached_property
@@ -124,18 +124,19 @@ class OpenedFolder:
             self.guard.admit_decided(request.order.signed_job, begins=True)
 
     def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
-        """Return the records that a job can use, encoded; kept until another runtime asks."""
-        if self._prepared is None or self._prepared[0] is not runtime:
+        """Return the records that a job can use, encoded; kept until another runtime asks, or another way to add up."""
+        summed = job.privacy.mechanism == "distributed"
+        if self._prepared is None or self._prepared[0] is not runtime or self._prepared[1] != summed:
             with on_records():
-                usable = self.trained.usable(runtime)
+                usable = self.trained.usable(runtime, summed=summed)
                 runtime.warm_cache(usable.examples)
             self.left_out = left_out = usable.left_out
             if left_out:
                 # For the site's own people; nobody else is told.
                 log.warning("job %s: %s. The coordinator is not told.", job.name, left_out)
                 self.guard.left_out(job, str(left_out))
-            self._prepared = (runtime, usable)
-        return self._prepared[1]
+            self._prepared = (runtime, summed, usable)
+        return self._prepared[2]
 
     def ledger(self) -> Ledger:
         """Return the site's ledger, opened and verified; it counts by the site's own unit."""

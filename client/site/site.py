@@ -93,7 +93,8 @@ class Site(OpenedFolder):
             ModelError, ConfigError: the job's model cannot be loaded here.
         """
         check_terms(self.config, job, declared_records=self.declared_records)
-        return self.trained.usable(load_runtime(job, self.config.compute)).left_out
+        summed = job.privacy.mechanism == "distributed"
+        return self.trained.usable(load_runtime(job, self.config.compute), summed=summed).left_out
 
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""

@@ -93,7 +93,7 @@ def on_records() -> Iterator[None]:
 
 
 def usable_records(
-    runtime: Runtime, records: Sequence[Any], *, rows: Sequence[int], persons: Persons | None
+    runtime: Runtime, records: Sequence[Any], *, rows: Sequence[int], persons: Persons | None, summed: bool = False
 ) -> UsableRecords:
     """Return the records that the job of `runtime` can use, encoded.
 
@@ -101,6 +101,8 @@ def usable_records(
         records: of the site, as they were read.
         rows: the number of each record in its file, for the site's own log.
         persons: whose record each one is, or None.
+        summed: whether gradients of all sites are summed before anybody takes a step: then it does no harm that all of a site's
+            records have one label (docs/decisions/0027).
 
     Raises:
         ModelError, ConfigError: the job itself cannot be encoded, whatever the records are.
@@ -113,10 +115,11 @@ def usable_records(
     for place, reason in unusable.items():
         by_reason.setdefault(reason, []).append(rows[place])
     doubt = None
-    try:
-        runtime.task.check_site(examples)
-    except DataError as error:
-        doubt = str(error)
+    if not (summed and examples):
+        try:
+            runtime.task.check_site(examples)
+        except DataError as error:
+            doubt = str(error).rstrip(".")
     return UsableRecords(
         examples=examples,
         persons=None if persons is None else Persons(_renumbered(persons, kept)),

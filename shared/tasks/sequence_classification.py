@@ -82,7 +82,7 @@ class SequenceClassification(Predicting):
         if len({_class_of(example) for example in examples}) < 2:
             raise DataError(
                 "all records of the site have one and the same label, so its updates would only push towards that label. "
-                "Add records of other labels or leave the site out (scenario: raise partition.alpha or min_records)."
+                "Add records of other labels, or leave the site out."
             )
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:

@@ -95,6 +95,24 @@ def test_a_fault_of_the_backbone_is_raised_whatever_the_records_are(runtime_of: 
             usable_records(without, rows, rows=range(len(rows)), persons=None)
 
 
+@pytest.mark.parametrize("kind", [kind for kind, case in CASES.items() if case.alike])
+def test_a_lone_label_is_doubted_only_where_sites_step_by_themselves(
+    kind: str, runtime_of: Callable[[str], Runtime]
+) -> None:
+    """In a sum of gradients it costs nothing (docs/decisions/0027); a site without records is doubted all the same."""
+    runtime, alike = runtime_of(kind), CASES[kind].alike
+
+    def told(rows: list[Any], *, summed: bool) -> str:
+        return str(usable_records(runtime, rows, rows=range(len(rows)), persons=None, summed=summed).left_out)
+
+    doubt = told(alike, summed=False)
+    assert "one and the same" in doubt
+    assert not doubt.endswith("."), "whoever logs it ends the sentence"
+    assert "partition" not in doubt, "a real site has no scenario"
+    assert told(alike, summed=True) == ""
+    assert told([], summed=True) == told([], summed=False) == "the site has no records; it cannot take part"
+
+
 def test_many_reasons_and_rows_are_cut_short(runtime_of: Callable[[str], Runtime]) -> None:
     runtime, case = runtime_of("sequence_classification"), CASES["sequence_classification"]
     rows = [case.records[i % 6] | {"label": "secret"} for i in range(2000)]

@@ -104,6 +104,21 @@ def test_the_sum_opens_to_what_the_sites_drew(
     assert 0.8 < total.std() / (3**0.5 * GRID_STEPS) < 1.3
 
 
+def test_a_lone_label_is_no_doubt_of_a_sum(
+    site_home: MakeHome, secure_job: Callable[..., Job], request_for: MakeRequest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Site and job as in docs/decisions/0027; a job whose sites step by themselves is doubted, by the same site too."""
+    site = Site(site_home(rows=[{"text": f"film {number}", "label": "good"} for number in range(20)]))
+    alone = secure_job(privacy={"mechanism": "dp-sgd", "max_colluding": None})
+    with caplog.at_level("WARNING", logger="silotune.site"):
+        assert isinstance(site.answer_ready(attempt_of(request_for(secure_job()))), Ready)
+        assert "one and the same label" not in caplog.text
+        assert not site.left_out
+        assert isinstance(site.answer(request_for(alone)), TrainReply)
+    assert "Add records of other labels, or leave the site out. The coordinator is not told." in caplog.text
+    assert ".." not in caplog.text
+
+
 def test_being_ready_charges_nothing_and_being_masked_charges_both_accounts(
     sites: list[Site], secure_job: Callable[..., Job], request_for: MakeRequest
 ) -> None:
