@@ -47,6 +47,20 @@ def test_what_is_no_run_folder_is_told_what_one_is(
         outcome = silotune(arguments[0], tmp_path / place, *arguments[1:])
         assert outcome.status == 1
         assert f"{found}; expected the folder of a run, with job.json and run.json in it" in outcome.err
+        assert "runs/NAME-DATE, or what --out named." in outcome.err
+    # What `silotune federation --out` named, a coordinator's folder, and that of a submitted job.
+    run = tmp_path / "coordinator" / "jobs" / "0001-secure" / "run"
+    run.mkdir(parents=True)
+    (run / "job.json").write_text("{}")
+    for given in (tmp_path, tmp_path / "coordinator", run.parent):
+        outcome = silotune(arguments[0], given, *arguments[1:])
+        assert outcome.status == 1
+        assert f"The run is in {run}: give that folder." in outcome.err.replace("\n", "")
+    second = tmp_path / "coordinator" / "jobs" / "0002-secure" / "run"
+    second.mkdir(parents=True)
+    (second / "job.json").write_text("{}")
+    outcome = silotune(arguments[0], tmp_path, *arguments[1:])
+    assert f"The runs are in {run}, {second}: give one of these folders." in outcome.err.replace("\n", "")
 
 
 @pytest.mark.parametrize("command", [("simulate",), ("federation",), ("sweep", "--axis", "privacy.epsilon=1,3")])
