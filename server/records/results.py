@@ -15,6 +15,7 @@ from shared.runtime.site_metrics import Estimate
 from shared.tasks import Evaluation
 
 DIVERGED_FILE = "diverged.json"
+DROPOUTS_FILE = "dropouts.json"
 FOLDS_FILE = "folds.json"
 REPEATS_FILE = "repeats.json"
 

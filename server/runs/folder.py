@@ -23,10 +23,11 @@ from types import TracebackType
 from typing import Any
 
 from server.records.privacy import CoordinatorRecord, SiteRecord
-from server.records.results import DIVERGED_FILE, FOLDS_FILE, REPEATS_FILE, EvaluationRecord
+from server.records.results import DIVERGED_FILE, DROPOUTS_FILE, FOLDS_FILE, REPEATS_FILE, EvaluationRecord
 from server.records.rounds import write_rounds
 from server.records.run import RunRecord
 from server.rounds.early_stopping import best_round, stopped_early
+from server.rounds.secure.attempts import ATTEMPTS_FILE
 from server.rounds.site_metrics import site_metrics_record
 from server.store.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.errors import RunError
@@ -75,6 +76,8 @@ OWN_FILES = frozenset(
         "compliance-report.pdf.sig.json",
         "central_ledger.json",
         DIVERGED_FILE,
+        ATTEMPTS_FILE,
+        DROPOUTS_FILE,
     }
 )
 OWN_FOLDERS = frozenset({"adapter", "sites", "baselines", "audit", "repeats", "folds"})

@@ -12,7 +12,6 @@ from typing import Any
 
 import tomli_w
 import torch
-from flwr.serverapp.grid import Grid
 
 from client.app import make_client_app
 from server.aggregation.mean import DIVERGED
@@ -40,7 +39,7 @@ from shared.tasks import Record, task_of
 from simulations.data.partitions import partition
 from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.baselines import arm_changes, merged
-from simulations.running.grid import DropoutGrid, InProcessGrid
+from simulations.running.grid import InProcessGrid, with_dropouts
 from simulations.running.ray_backend import run_on_ray
 from simulations.running.resumption import arm_as_started, as_started
 from simulations.running.sites import answer_together, forget_simulated_sites, simulated_site, site_homes
@@ -206,7 +205,7 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 f"({', '.join(arm.job.task.labels)}). Mend the data, name the right column, or add the label."
             )
         if labels and len(labels) < 2:
-            _judge_single_label(scenario, name)
+            _judge_single_label(scenario, name, summed=arm.job.privacy.mechanism == "distributed")
         persons = persons_of(records, arm.job.privacy.unit)
         size = len(records) if persons is None else persons.count
         try:
@@ -224,16 +223,20 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
             raise type(error)(f"{name}: {error}") from None
 
 
-def _judge_single_label(scenario: Scenario, name: str) -> None:
+def _judge_single_label(scenario: Scenario, name: str, *, summed: bool) -> None:
     """Warn of a site all of whose records have one label where such a skew was asked for; else it is a mistake.
+
+    Args:
+        summed: whether gradients are summed before a step is taken: such a skew then does no harm, and nobody is warned.
 
     Raises:
         DataError: it was not asked for.
     """
     if scenario.partition.kind == "dirichlet":
-        log.warning(
-            "all records of %s have one and the same label (partition.alpha %g).", name, scenario.partition.alpha
-        )
+        if not summed:
+            log.warning(
+                "all records of %s have one and the same label (partition.alpha %g).", name, scenario.partition.alpha
+            )
         return
     raise DataError(
         f"all records of {name} have one and the same label; check the column of labels, raise partition.min_records, or use "
@@ -407,7 +410,9 @@ def _run_arm(running: _Running, arm: Arm, *, stop_after: int | None = None, repo
     forget_simulated_sites()  # of an earlier run in this process, whose folder may have had the same name
     open_site = functools.partial(simulated_site, sites=arm.folder / "sites", injected_seed=injected_seed)
     client_app = make_client_app(open_site)
-    server_app = make_server_app(run, wrap_grid=functools.partial(with_dropouts, scenario=scenario))
+    server_app = make_server_app(
+        run, wrap_grid=functools.partial(with_dropouts, scenario=scenario, job=arm.job, folder=arm.folder)
+    )
     if scenario.simulation.backend == "ray":
         run_on_ray(server_app, client_app, len(arm.sites), scenario.simulation)
     else:
@@ -448,12 +453,6 @@ def _coordinator_randomness(injected_seed: str | None) -> Callable[[], SiteRando
     if injected_seed is None:
         return SiteRandomness.from_os
     return lambda: SiteRandomness.injected(f"{injected_seed}/coordinator")
-
-
-def with_dropouts(grid: Grid, scenario: Scenario) -> Grid:
-    """Return `grid`, with simulated drop-outs if the scenario has them."""
-    probability = scenario.simulation.dropout_probability
-    return DropoutGrid(grid, probability, scenario.seed) if probability else grid
 
 
 def _details(running: _Running, arm: Arm) -> Mapping[str, Any]:

@@ -5,16 +5,24 @@ The ServerApp and ClientApp cannot tell it from the link: they see the same `Mes
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from uuid import uuid4
 
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp.grid import Grid
 
+from server.records.results import DROPOUTS_FILE
+from shared.files.atomic import write_json
+from shared.files.json_files import Count, read_if_there
+from shared.job.job import Job
 from shared.link.envelope import COORDINATOR_NODE_ID, request
 from shared.wire.messages import READY, TRAIN
+from simulations.scenario import Scenario
 
 _RUN_ID = 1
 _ERROR_DROPPED = 100
@@ -134,12 +142,21 @@ class InProcessGrid(Grid):
 class DropoutGrid(Grid):
     """Any Grid, with sites that now and then do not answer a training request.
 
-    The draw depends only on seed, round and the site's place in the order of names, so every backend and every resumed
-    run sees the same drop-outs.
+    The draw depends only on seed, round, the site's place in the order of names and, of a round that is asked for again, how
+    often it was before: so every backend and every resumed run sees the same drop-outs, and no run falls short for ever.
     """
 
-    def __init__(self, inner: Grid, probability: float, seed: int) -> None:
-        self._inner, self._probability, self._seed = inner, probability, seed
+    def __init__(
+        self, inner: Grid, probability: float, seed: int, *, begin_try: Callable[[int], int] = lambda round_number: 0
+    ) -> None:
+        """Wrap `inner`.
+
+        Args:
+            probability: with which a site does not answer a request.
+            seed: public.
+            begin_try: returns how often a round was asked for before; called once for each time that it is.
+        """
+        self._inner, self._probability, self._seed, self._begin_try = inner, probability, seed, begin_try
         self._dropped: dict[str, Message] = {}
 
     def set_run(self, run: object) -> None:
@@ -164,11 +181,9 @@ class DropoutGrid(Grid):
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Pass on what is not dropped; remember the rest as unanswered."""
         sent = list(messages)
-        dropped = {
-            place
-            for place, message in enumerate(sent)
-            if message.metadata.message_type in _COMPUTES and self._drops(message, place)
-        }
+        asked = [(p, m.metadata.group_id) for p, m in enumerate(sent) if m.metadata.message_type in _COMPUTES]
+        tries = {group: self._begin_try(int(group)) for group in {group for _, group in asked}}
+        dropped = {place for place, group in asked if self._drops(group, place, tries[group])}
         passed = iter(self._inner.push_messages([m for place, m in enumerate(sent) if place not in dropped]))
         return [self._drop(message) if place in dropped else next(passed) for place, message in enumerate(sent)]
 
@@ -205,8 +220,39 @@ class DropoutGrid(Grid):
         """See `Grid`."""
         raise NotImplementedError("the round loop polls by itself")
 
-    def _drops(self, message: Message, position: int) -> bool:
+    def _drops(self, group: str, position: int, tries: int) -> bool:
         # Messages of a round come in the order of site names, so the position stands for the site.
-        label = f"{self._seed}/dropout/{message.metadata.group_id}/{position}"
+        label = f"{self._seed}/dropout/{group}/{position}" + (f"/{tries}" if tries else "")
         draw = int.from_bytes(hashlib.sha256(label.encode()).digest()[:8], "big") / 2.0**64
         return draw < self._probability
+
+
+def with_dropouts(grid: Grid, scenario: Scenario, job: Job, folder: Path) -> Grid:
+    """Return `grid`, with simulated drop-outs if the scenario has them.
+
+    Args:
+        job, folder: of the arm. Under secure aggregation a round may be asked for again, and the folder knows how often it was.
+    """
+    probability = scenario.simulation.dropout_probability
+    if not probability:
+        return grid
+    if job.privacy.mechanism != "distributed":
+        return DropoutGrid(grid, probability, scenario.seed)
+    return DropoutGrid(
+        grid, probability, scenario.seed, begin_try=functools.partial(_begin_try, folder / DROPOUTS_FILE)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """`dropouts.json`: how often sites were asked to get ready, by round."""
+
+    asked: dict[str, Count] = field(default_factory=dict)
+
+
+def _begin_try(path: Path, round_number: int) -> int:
+    """Return how often a round was asked for before, by earlier processes as well, and note that it is once more."""
+    asked = (read_if_there(path, _Asked) or _Asked()).asked
+    before = asked.get(str(round_number), 0)
+    write_json(path, {"asked": asked | {str(round_number): before + 1}})
+    return before

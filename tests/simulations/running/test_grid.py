@@ -110,6 +110,18 @@ def test_drop_outs_depend_on_seed_round_and_place_only() -> None:
     assert dropped(other, nodes, "7") != by_round[6]
 
 
+def test_a_round_that_is_asked_for_again_has_other_drop_outs() -> None:
+    nodes, tries = list(range(1, 41)), {"1": 0, "2": 0}
+    grid = DropoutGrid(InProcessGrid(echo_app([]), 40), 0.3, seed=5, begin_try=lambda number: tries[str(number)])
+    first = dropped(grid, nodes, "1")
+    assert first == dropped(DropoutGrid(InProcessGrid(echo_app([]), 40), 0.3, seed=5), nodes, "1")
+    tries["1"] = 1
+    again = dropped(grid, nodes, "1")
+    assert again != first
+    assert again == dropped(grid, nodes, "1")
+    assert dropped(grid, nodes, "2") != again
+
+
 def test_a_dropped_site_is_not_trained_and_descriptions_never_drop() -> None:
     seen: list[int] = []
     grid = DropoutGrid(InProcessGrid(echo_app(seen), 20), 0.5, seed=1)

@@ -11,13 +11,17 @@ import pytest
 from dp_accounting import PoissonSampledDpEvent, SelfComposedDpEvent, dp_event
 from dp_accounting.pld import PLDAccountant
 
+from server.records.results import DROPOUTS_FILE
+from server.rounds.loop import TooFewSites
 from server.rounds.observer import Observer
 from server.rounds.secure.attempts import ATTEMPTS_FILE
+from server.runs.folder import foreign_entries
 from shared.errors import RunError
 from shared.privacy.shared_noise import SharedNoise
 from simulations.audit.run import audit_run_mechanism, check_simulation, open_run
 from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
+from simulations.simulating import summary
 
 SECURE: dict[str, Any] = {
     "training": {"rounds": 3, "local_steps": 1, "optimizer": "sgd", "learning_rate": 0.5},
@@ -86,6 +90,11 @@ def test_a_run_folder_holds_both_promises_and_dp_accounting_alone_gives_the_firs
     assert sorted(rows) == [1, 2, 3]
     assert rows[1] == pytest.approx(record["epsilon_planned"], rel=1e-6)
     assert 2 * rows[1] < rows[2] < rows[3]  # inside one sum they add up to more than as many accounts
+    scenario = load_scenario(folder.parent / "scenario.toml")
+    figures = summary(folder, scenario, seconds=1.0)
+    for key, stated in (("epsilon_max_site", record["epsilon_planned"]), ("epsilon_alone", record["epsilon_alone"])):
+        assert stated <= figures[key] <= stated + 1.01e-4, "rounded up"
+    assert figures["delta"] == record["delta"]
     report = (folder / "report.html").read_text()
     assert "Epsilon, against the coordinator" in report
     assert "Epsilon of an upload alone" in report
@@ -133,6 +142,20 @@ def test_sites_that_are_not_ready_cost_nothing(run: Callable[..., Path]) -> None
         record = json.loads(path.read_text())
         taken = [line["round"] for line in rounds if record["site"] in line["sites"]]
         assert record["rounds"] == taken
+
+
+def test_a_run_that_fell_short_of_sites_goes_on_when_it_is_resumed(run: Callable[..., Path]) -> None:
+    """Every try at a round draws its drop-outs anew, or the run would lack the same sites for ever."""
+    sections = {"simulation": {"dropout_probability": 0.45}, "partition": {"num_sites": 4}}
+    with pytest.raises(TooFewSites, match=r"round 3: 1 sites are ready, .* mend the sites and resume"):
+        run("e", **sections)
+    folder = run("e", options={"resume": True}, **sections)
+    noted = json.loads((folder / ATTEMPTS_FILE).read_text())
+    assert noted["rounds"] == [1, 2, 3], "a round that fell short was no attempt, and nobody was charged for it"
+    assert json.loads((folder / DROPOUTS_FILE).read_text()) == {"asked": {"1": 1, "2": 1, "3": 2}}
+    assert foreign_entries(folder) == []
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["round"] for record in records] == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(
