@@ -144,6 +144,8 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     """Return one of pydantic's findings about a `model` as a line for people: where, what is wrong, what was found."""
     location = [str(part) for part in detail["loc"]]
     where = ".".join(location) or "the whole"
+    if misplaced := _misplaced(model, location, detail):
+        return misplaced
     if detail["type"] == "extra_forbidden":
         return f"unknown key {where!r}; {nearest(location[-1], _known_keys(model, location[:-1]))}"
     if detail["type"] == "missing":
@@ -167,6 +169,17 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     if not location and detail["type"] == "value_error":  # about several sections, which it names itself
         return message
     return f"{where}: {message}{shown}"
+
+
+def _misplaced(model: type[BaseModel], location: Sequence[str], detail: Any) -> str | None:
+    """Return what to say of a key of the top level that stands in a table, as whatever follows a [table] does; None of others."""
+    if len(location) != 2 or location[1] not in model.model_fields or isinstance(detail.get("input"), Mapping):
+        return None
+    table, key = location
+    inner = model.model_fields[table].annotation if table in model.model_fields else None
+    if isinstance(inner, type) and issubclass(inner, BaseModel) and key in inner.model_fields:
+        return None  # a key of the section as well
+    return f"{key} stands below [{table}] and belongs above the first [section]: in TOML a key counts to the section before it"
 
 
 def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:

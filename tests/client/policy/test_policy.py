@@ -406,6 +406,16 @@ def test_a_policy_that_is_not_valid_is_refused(changes: dict[str, Any], text: st
     assert text in str(caught.value)
 
 
+@pytest.mark.parametrize("table", ["backbones", "signers"])
+@pytest.mark.parametrize("line", ["max_epsilon_alone = 8.0", 'tasks = ["regression"]', "min_colluding = 1"])
+def test_a_key_below_a_section_is_told_where_it_belongs(tmp_path: Path, table: str, line: str) -> None:
+    path, key = tmp_path / "policy.toml", line.partition(" ")[0]
+    text = tomli_w.dumps(a_policy().model_dump(mode="json", exclude_none=True))
+    path.write_text(text.replace(f"[{table}]\n", f"[{table}]\n{line}\n"))
+    with pytest.raises(ConfigError, match=rf"{key} stands below \[{table}\] and belongs above the first \[section\]"):
+        load_policy(path)
+
+
 def test_load_policy_reads_the_file_and_says_what_to_do_without_one(tmp_path: Path) -> None:
     path = tmp_path / "policy.toml"
     with pytest.raises(ConfigError, match=r"accepts no job\. `silotune site init` writes one"):

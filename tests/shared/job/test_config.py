@@ -35,6 +35,8 @@ def job(**changes: Any) -> Job:
         ({"lorra": {}}, "unknown key 'lorra'", "did you mean 'lora'?"),
         ({"privacy": {"epsilonn": 1}}, "unknown key 'privacy.epsilonn'", "did you mean 'epsilon'?"),
         ({"training": {"rounds": 1, "zzz": 1}}, "unknown key 'training.zzz'", "known: "),
+        ({"model": {"seed": 1}}, "seed stands below [model]", "belongs above the first [section]"),
+        ({"model": {"training": {}}}, "unknown key 'model.training'", ""),
         ({"training": {"rounds": 16**5000}}, "training.rounds", "thousands of digits"),
         ({"name": "n" * 5000}, "name", "(5,002 characters)"),
         ({"name": "../evil"}, "name", "found '../evil'"),
