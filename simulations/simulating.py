@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
         result[f"{metric}_{name}{which}_mean"] = round(statistics.mean(values), 4)
         result[f"{metric}_{name}{which}_std"] = round(statistics.stdev(values), 4)
     # A run that ended early promises the epsilon of its whole plan.
-    stated = [r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in read_sites(folder)]
-    known = [epsilon for epsilon in stated if epsilon is not None]
-    result["epsilon_max_site"] = float(rounded_up(max(known), 4)) if known else None
+    records = read_sites(folder)
+    result["epsilon_max_site"] = _largest(
+        r.epsilon_spent if r.epsilon_planned is None else r.epsilon_planned for r in records
+    )
+    if any(record.shared is not None for record in records):
+        result["epsilon_alone"] = _largest(record.epsilon_alone for record in records)
     if scenario.job.privacy.central and (folder / "privacy.json").exists():
         record = read_record(folder / "privacy.json", CoordinatorRecord)
         result |= {
@@ -85,6 +89,12 @@ def how_to_continue(folder: Path) -> str:
     if not (folder / "job.json").exists():
         return "nothing was written; start the command again."
     return f"continue with the same command and --resume --out {folder}"
+
+
+def _largest(epsilons: Iterable[float | None]) -> float | None:
+    """Return the largest epsilon that is stated, rounded up to four decimals; None if none is."""
+    known = [epsilon for epsilon in epsilons if epsilon is not None]
+    return float(rounded_up(max(known), 4)) if known else None
 
 
 def _calibration(folder: Path) -> dict[str, float]:

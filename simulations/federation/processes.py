@@ -335,11 +335,13 @@ def summary(
     overhead = statistics.median(round_overheads(federation, submission, sites))
     records = read_sites(submission.run_folder)
     return {
+        "run_dir": str(submission.run_folder),
         f"{metric}_federated_dp": None if evaluation.primary is None else round(evaluation.primary, 4),
         "rounds": submission.progress(),
         "sites": len(sites),
         "round_overhead_seconds_median": round(overhead, 3),
         **(_of_shares(submission, job, records) or _of_sites(records)),
+        "delta": job.privacy.delta,
         "tls_version": facts.tls_version,
         "alpn": facts.alpn,
     }

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from client.ledger.audit_mirror import recount
+from client.link.handshake import TlsFacts
 from client.site.home import open_site
 from server.records.privacy import read_sites
 from server.rounds.secure.attempts import ATTEMPTS_FILE
@@ -21,10 +22,11 @@ from shared.tools.compare_logs import compare
 from shared.trust.certificates import spki
 from shared.trust.node_keys import load_private_key
 from shared.trust.receipts import proven_releases, read_receipts
-from simulations.federation.processes import Federation
+from simulations.federation.processes import Federation, summary
 from tests.integration.books import assert_books_agree, rounds_of
 from tests.integration.eventually import eventually
 from tests.integration.sniffer import LoopbackSniffer, may_sniff
+from tests.simulations.test_json_line import OF_OTHER_JOBS, explained
 
 SITES = ("a", "b", "c", "d")
 SHARED: dict[str, Any] = {
@@ -161,6 +163,21 @@ def test_both_promises_are_stated_charged_and_recounted(finished: Finished) -> N
             assert ledger.spent_epsilon(promise=promise) == pytest.approx(spent[promise], rel=1e-9)
         assert spent["together"] < spent["alone"]
     assert_books_agree(finished.federation, finished.submission, sites=SITES)
+
+
+def test_the_line_of_figures_names_the_run_and_both_promises(finished: Finished) -> None:
+    federation, submission = finished.federation, finished.submission
+    figures = summary(
+        federation, submission, finished.job, SITES, TlsFacts(tls_version="TLSv1.3", alpn="h2", cipher="any")
+    )
+    assert explained("federation") - OF_OTHER_JOBS - {"METRIC_federated_dp"} == figures.keys() - {
+        "accuracy_federated_dp"
+    }
+    assert figures["run_dir"] == str(federation.folder / "coordinator" / "jobs" / submission.name / "run")
+    records = read_sites(submission.run_folder)
+    assert figures["delta"] == finished.job.privacy.delta == records[0].delta
+    assert figures["epsilon"] < figures["epsilon_alone"]
+    assert (figures["rounds"], figures["dropped"], figures["max_colluding"]) == (3, 1, 1)
 
 
 def test_the_logs_of_both_sides_tell_the_same(finished: Finished) -> None:
