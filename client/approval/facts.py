@@ -27,7 +27,7 @@ from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.filter import SpendingRule, filter_orders
 from shared.privacy.ledger_export import LedgerExport
-from shared.privacy.plan import PrivacyPlan
+from shared.privacy.planned import PlannedPrivacy
 from shared.trust.signed_job import SignedJob
 
 _MOST_CHARACTERS = 120  # of one value that changed
@@ -161,6 +161,13 @@ class Facts:
     compared_with: tuple[str, str] | None
     changes: tuple[SettingChange, ...]
 
+    @property
+    def told_apart(self) -> tuple[BudgetLine, ...]:
+        """The caps; of two that agree the first."""
+        first = self.budget[:1]
+        same = {(line.spent, line.after, line.cap) for line in first}
+        return (*first, *(line for line in self.budget[1:] if (line.spent, line.after, line.cap) not in same))
+
 
 def as_json(facts: Facts) -> dict[str, Any]:
     """Return the same for a program: numbers as they were computed, None for one that is not finite; without the account."""
@@ -263,7 +270,7 @@ def _promised(job: Job, policy: Policy) -> Promised | None:
     if privacy.mechanism == "none" or _too_long(job, policy):
         return None
     try:
-        plan = PrivacyPlan.of_coordinator(job) if privacy.central else PrivacyPlan.from_job(job)
+        plan = PlannedPrivacy.of_coordinator(job) if privacy.central else PlannedPrivacy.from_job(job)
         if plan.honest is None:
             epsilon, alone = plan.epsilon(), None
         else:
@@ -285,7 +292,7 @@ def _budget(job: Job, here: Here, policy: Policy) -> tuple[BudgetLine, ...]:
     if not job.privacy.sites_add_noise or _too_long(job, policy):
         return ()
     try:
-        plan = PrivacyPlan.from_job(job)
+        plan = PlannedPrivacy.from_job(job)
         summed = plan.of_sum
         planned: dict[Promise, Sequence[GaussianSteps]] = {"together": summed.events, "alone": plan.events}
         return tuple(_line(promise, job.sha256, planned[promise], here) for promise in PROMISES)

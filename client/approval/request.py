@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Literal
 
+from shared.files.json_files import canonical_json
 from shared.job.parsing import Section
 from shared.trust.signed_job import SignedJob
 
@@ -121,6 +122,12 @@ class Request(Section):
         if self.expired or now >= self.ends(rules, now):
             return "expired"
         return "approved" if len(self.counted(rules, now)) >= rules.needed else "waiting"
+
+    def mark(self, rules: Rules, now: datetime) -> str:
+        """Return what is another text once somebody said something to it, or its state is another."""
+        said = self.model_dump(mode="json", exclude={"signed_job"})
+        seen = [self.id, self.state(rules, now), rules.needed, len(self.counted(rules, now)), said]
+        return hashlib.sha256(canonical_json(seen).encode()).hexdigest()
 
 
 def request_id(*, job: str, signer: str, coordinator: str) -> str:

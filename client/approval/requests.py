@@ -11,6 +11,8 @@ Formal guarantees (tests: tests/client/approval/test_requests.py)
       (test_what_waits_too_long_is_asked_anew, test_an_approval_that_is_not_used_expires).
     * However many jobs are asked for, and however often, the file stays below its bound, and no request that waits or was
       approved gives way to another (test_no_coordinator_fills_the_disk).
+    * A decision that names what its person saw holds for that alone: whatever was said meanwhile, it does nothing
+      (tests/client/approval/test_seen.py).
     * What `admit` raises says that a job waits, or was refused, and nothing else (test_what_is_told_is_one_of_two_texts).
 """
 
@@ -35,6 +37,10 @@ MOST_JOB_BYTES = 512 << 10
 MOST_BYTES = 4 << 20  # of all jobs together
 MOST_ACCOUNT, MOST_REASON = 100, 500  # characters
 LEAST_PREFIX = 6
+
+
+class Changed(RunError):
+    """A request is not any more as the person saw it who decides."""
 
 
 class Approvals:
@@ -115,18 +121,19 @@ class Approvals:
         found.sort(key=lambda one: one[0].arrived, reverse=True)
         return sorted(found, key=lambda one: STATES.index(one[1]))
 
-    def find(self, named: str, rules: Rules) -> tuple[Request, RequestState]:
+    def find(self, named: str, rules: Rules, *, by_id: bool = False) -> tuple[Request, RequestState]:
         """Return the one request that is meant.
 
         Args:
             named: the job's name, or at least six characters of the beginning of its SHA-256 or of the request's id.
+            by_id: it is the whole id and nothing else; a job may be called as another request's id.
 
         Raises:
             RunError: there is none, or more than one.
             TrustError: the requests cannot be read.
         """
         with self._store.alone():
-            request = _the_one(self._settled(rules), named)
+            request = _the_one(self._settled(rules), named, by_id=by_id)
             return request, request.state(rules, self._clock())
 
     def last_approved(self, request: Request, rules: Rules) -> Request | None:
@@ -138,22 +145,27 @@ class Approvals:
         ]
         return max(approved, key=lambda other: max(approval.at for approval in other.approvals), default=None)
 
-    def approve(self, named: str, rules: Rules, *, by: str, reason: str = "") -> tuple[Request, RequestState]:
+    def approve(
+        self, named: str, rules: Rules, *, by: str, reason: str = "", seen: str | None = None
+    ) -> tuple[Request, RequestState]:
         """Note, durably, that an account approves a request; return it, and whether it still waits for another account.
 
         A request that was refused, or withdrawn, is taken up again: it then needs all approvals anew.
 
         Args:
             named: see `find`.
+            seen: its `Request.mark` when the person saw it; `named` is its whole id then. None: as it is now.
 
         Raises:
+            Changed: it is not as it was seen.
             RunError: there is no such request, its time is over, it needs no further approval, or this account gave its own.
             TrustError: the requests cannot be read.
         """
         by, reason = _account(by), _reason(reason)
         with self._store.alone():
             requests, now = self._settled(rules), self._clock()
-            request = _the_one(requests, named)
+            request = _the_one(requests, named, by_id=seen is not None)
+            _check_seen(request, seen, rules, now)
             state = request.state(rules, now)
             if state == "expired":
                 raise RunError(
@@ -185,14 +197,16 @@ class Approvals:
             )
             return request, request.state(rules, now)
 
-    def refuse(self, named: str, rules: Rules, *, by: str, reason: str) -> Request:
+    def refuse(self, named: str, rules: Rules, *, by: str, reason: str, seen: str | None = None) -> Request:
         """Note, durably, that an account refuses a request, or withdraws what was approved; one account is enough.
 
         Args:
             named: see `find`.
             reason: for this site alone; not empty.
+            seen: see `approve`.
 
         Raises:
+            Changed: it is not as it was seen.
             RunError: there is no such request, or it was refused already.
             TrustError: the requests cannot be read.
         """
@@ -203,7 +217,8 @@ class Approvals:
             )
         with self._store.alone():
             requests, now = self._settled(rules), self._clock()
-            request = _the_one(requests, named)
+            request = _the_one(requests, named, by_id=seen is not None)
+            _check_seen(request, seen, rules, now)
             state = request.state(rules, now)
             if state == "refused":
                 assert request.refused is not None  # noqa: S101 (so says the state)
@@ -293,12 +308,20 @@ def _named(request: Request) -> str:
     return f"{request.name} ({request.job[:12]})"
 
 
-def _the_one(requests: Mapping[str, Request], named: str) -> Request:
+def _check_seen(request: Request, seen: str | None, rules: Rules, now: datetime) -> None:
+    if seen is not None and seen != request.mark(rules, now):
+        raise Changed(f"something was said to {_named(request)} meanwhile, or its time is over; look at it once more.")
+
+
+def _the_one(requests: Mapping[str, Request], named: str, *, by_id: bool = False) -> Request:
+    if by_id and named in requests:
+        return requests[named]
     by_hash = len(named) >= LEAST_PREFIX
     found = [
         request
         for request in requests.values()
-        if request.name == named or (by_hash and (request.job.startswith(named) or request.id.startswith(named)))
+        if not by_id
+        and (request.name == named or (by_hash and (request.job.startswith(named) or request.id.startswith(named))))
     ]
     if not found:
         raise RunError(

@@ -62,10 +62,7 @@ def _lines(facts: Facts) -> Iterator[str]:
     yield f"what is promised about each {here.unit}"
     yield from _promise(facts.promised)
     yield "what is left"
-    told_apart = {
-        (line.spent, line.after, line.cap): line for line in reversed(facts.budget)
-    }  # the first of two that agree
-    yield from (f"  {_budget(line)}" for line in facts.budget if line in told_apart.values())
+    yield from (f"  {_budget(line)}" for line in facts.told_apart)
     if not facts.budget:
         yield "  this site's budget is not charged for it, or what it costs cannot be told"
     kept = [verdict.kept for verdict in facts.rules]

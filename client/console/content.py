@@ -8,8 +8,10 @@ from typing import Any
 
 from client.console.budget import Budgets
 from client.console.releases import Releases
+from client.console.requests import Requests
 from client.site.home import SiteHome
 from shared.trust.audit_log import AuditLog, Event
+from shared.web.asked import Asked
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,12 +23,14 @@ class SiteContent:
         log: its audit log, to which every action of the console is added.
         budgets: the accounts of its ledger.
         releases: what left it, by its audit log.
+        requests: jobs that wait for its people, or were decided by them.
     """
 
     home: SiteHome
     log: AuditLog
     budgets: Budgets
     releases: Releases
+    requests: Requests
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
         """Note in the site's signed audit log what an account does; what cannot be noted is not done.
@@ -35,3 +39,9 @@ class SiteContent:
             TrustError: the log cannot be written.
         """
         self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
+
+
+def content_of(asked: Asked) -> SiteContent:
+    """Return what the console that was asked shows."""
+    content: SiteContent = asked.console.content
+    return content

@@ -11,13 +11,20 @@ from fastapi import Path, Query
 from fastapi.responses import JSONResponse, Response
 
 from client.console.budget import AccountBudget
-from client.console.content import SiteContent
+from client.console.content import SiteContent, content_of
 from client.console.entries import Line, backwards, every
 from client.console.exports import as_csv, as_json_lines
 from client.console.releases import Release
 from client.console.state import health, policy_text
 from client.ledger.account import PROMISES
-from shared.epsilons import as_set, delta_rounded_up, rounded_up
+from shared.epsilons import (
+    as_set,
+    bound_rounded_down,
+    delta_rounded_up,
+    noise_rounded_down,
+    rate_rounded_up,
+    rounded_up,
+)
 from shared.errors import SilotuneError
 from shared.trust.audit_log import Event, verify
 from shared.trust.signing import load_verify_key
@@ -27,9 +34,13 @@ from shared.web.roles import Action, allowed
 
 ROUTES = Routes()
 
-# In the order of the navigation; *Requests* is shown once a route with its path is there.
+
+def _num_waiting(content: SiteContent) -> int:
+    return content.requests.num_waiting
+
+
 NAVIGATION = (
-    Entry(key="requests", path="/requests", action=Action.SEE_REQUESTS),
+    Entry(key="requests", path="/requests", action=Action.SEE_REQUESTS, count=_num_waiting),
     Entry(key="budget", path="/budget", action=Action.SEE_BUDGET),
     Entry(key="releases", path="/releases", action=Action.SEE_RELEASES),
     Entry(key="policy", path="/policy", action=Action.SEE_POLICY),
@@ -52,8 +63,9 @@ Number = Annotated[int, Query(ge=1, le=2**53)]
 @ROUTES.page("/budget", Action.SEE_BUDGET)
 def budget(asked: Here) -> Response:
     """Show every account of the ledger."""
-    content = _content(asked)
-    return asked.page("budget.html", budgets=content.budgets.all(), config=content.home.load_config())
+    content = content_of(asked)
+    config, waiting = content.home.load_config(), _told_waiting(asked)
+    return asked.page("budget.html", budgets=content.budgets.all(), config=config, num_waiting=waiting)
 
 
 @ROUTES.page("/budget/{account}/line.json", Action.SEE_BUDGET)
@@ -80,7 +92,7 @@ def budget_line(asked: Here, account: Id) -> Response:
 def budget_jobs(asked: Here, account: Id) -> Response:
     """Show what each job has charged; a part of the page, which comes later as it takes longer."""
     found = _account(asked, account)
-    names = {job.job: _content(asked).releases.name_of(job.job) for job in found.jobs}
+    names = {job.job: content_of(asked).releases.name_of(job.job) for job in found.jobs}
     return asked.page("budget-jobs.html" if asked.is_fragment else "budget-jobs-page.html", budget=found, names=names)
 
 
@@ -90,7 +102,7 @@ def budget_jobs(asked: Here, account: Id) -> Response:
 @ROUTES.page("/releases", Action.SEE_RELEASES)
 def releases(asked: Here, search: Search = "", page: Number = 1) -> Response:
     """Show what left the site."""
-    found = _content(asked).releases.all(search)
+    found = content_of(asked).releases.all(search)
     shown = found[(page - 1) * _A_PAGE : page * _A_PAGE]
     return asked.page(
         "releases.html",
@@ -106,7 +118,7 @@ def releases(asked: Here, search: Search = "", page: Number = 1) -> Response:
 @ROUTES.page("/releases/verified", Action.SEE_RELEASES)
 def verified(asked: Here) -> Response:
     """Check the whole audit log and the ledger now, and say what was found; a part of the page."""
-    content, found, problem = _content(asked), None, ""
+    content, found, problem = content_of(asked), None, ""
     try:
         found = verify(content.home.audit, verify_head=load_verify_key(content.home.path / "log.pub"))
         content.budgets.all()
@@ -119,7 +131,7 @@ def verified(asked: Here) -> Response:
 @ROUTES.page("/releases/log", Action.SEE_RELEASES)
 def log(asked: Here, search: Search = "", event: Kind = "", before: Number | None = None) -> Response:
     """Show the audit log, the newest entries first."""
-    lines = backwards(_content(asked).home.audit, search=search, event=event, before=before, most=_A_PAGE + 1)
+    lines = backwards(content_of(asked).home.audit, search=search, event=event, before=before, most=_A_PAGE + 1)
     return asked.page(
         "log.html",
         lines=lines[:_A_PAGE],
@@ -135,14 +147,14 @@ def log(asked: Here, search: Search = "", event: Kind = "", before: Number | Non
 @ROUTES.page("/releases/export.{form}", Action.EXPORT_RELEASES)
 def export_releases(asked: Here, form: Id, search: Search = "") -> Response:
     """Return the releases as a file."""
-    rows = (asdict(one) for one in _content(asked).releases.all(search))
+    rows = (asdict(one) for one in content_of(asked).releases.all(search))
     return _exported(asked, "releases", form, _RELEASE_COLUMNS, rows)
 
 
 @ROUTES.page("/releases/log/export.{form}", Action.EXPORT_RELEASES)
 def export_log(asked: Here, form: Id, search: Search = "", event: Kind = "") -> Response:
     """Return the entries of the audit log as a file, the newest first."""
-    found = every(_content(asked).home.audit, search=search, event=event)
+    found = every(content_of(asked).home.audit, search=search, event=event)
     return _exported(asked, "audit-log", form, _LOG_COLUMNS, map(_row, found))
 
 
@@ -152,14 +164,15 @@ def export_log(asked: Here, form: Id, search: Search = "", event: Kind = "") -> 
 @ROUTES.page("/policy", Action.SEE_POLICY)
 def policy(asked: Here) -> Response:
     """Show what the site accepts."""
-    return asked.page("policy.html", policy=policy_text(_content(asked).home))
+    return asked.page("policy.html", policy=policy_text(content_of(asked).home))
 
 
 @ROUTES.page("/health", Action.SEE_HEALTH)
 def site_health(asked: Here) -> Response:
     """Show how the node and its machine are."""
-    content = _content(asked)
-    return asked.page("health.html", health=health(content.home), latest=content.releases.latest_round())
+    content = content_of(asked)
+    latest, waiting = content.releases.latest_round(), _told_waiting(asked)
+    return asked.page("health.html", health=health(content.home), latest=latest, num_waiting=waiting)
 
 
 # --- small parts ---
@@ -198,19 +211,22 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "bytes": _bytes,
     "clock": _clock,
     "share": _share,
+    "left": lambda value: bound_rounded_down(value, 4),
+    "noise": noise_rounded_down,
+    "rate": rate_rounded_up,
 }
 
 
-def _content(asked: Asked) -> SiteContent:
-    content: SiteContent = asked.console.content
-    return content
-
-
 def _account(asked: Asked, account: str) -> AccountBudget:
-    found = _content(asked).budgets.find(account)
+    found = content_of(asked).budgets.find(account)
     if found is None:
         raise Denied(404, "missing")
     return found
+
+
+def _told_waiting(asked: Asked) -> int:
+    """Return how many requests wait; 0 to those who may not see any."""
+    return content_of(asked).requests.num_waiting if allowed(asked.me().role, Action.SEE_REQUESTS) else 0
 
 
 def _may_export(asked: Asked) -> bool:
@@ -224,7 +240,7 @@ def _row(line: Line) -> dict[str, Any]:
 def _exported(asked: Asked, what: str, form: str, columns: tuple[str, ...], rows: Any) -> Response:
     if form not in ("csv", "jsonl"):
         raise Denied(404, "missing")
-    content = _content(asked)
+    content = content_of(asked)
     content.record(asked.me().name, "export", {"what": what, "form": form, "address": asked.address})
     name = f"{content.home.load_config().name}-{what}"
     return as_csv(name, columns, rows) if form == "csv" else as_json_lines(name, rows)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from client.console import pages, request_pages
 from client.console.budget import Budgets
 from client.console.content import SiteContent
-from client.console.pages import FILTERS, NAVIGATION, ROUTES
+from client.console.pages import FILTERS, NAVIGATION
 from client.console.releases import Releases
+from client.console.requests import Requests
+from client.site.approving import ApprovalDesk
 from client.site.home import SiteHome, open_log
 from shared.files.backup import refuse_unpacked
 from shared.trust.keystore import Seal, load_secret
@@ -21,6 +24,8 @@ from shared.web.opening import open_accounts, seconds_now
 from shared.web.serving import Place, address_of, listen, make_server, place_at, serve
 
 FOLDER = "console"
+ROUTES = (pages.ROUTES, request_pages.ROUTES)
+"""Of its own pages."""
 
 
 def open_console(
@@ -49,6 +54,7 @@ def open_console(
         log=open_log(home, passphrase=passphrase),
         budgets=Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase))),
         releases=Releases(home),
+        requests=Requests(ApprovalDesk(home, passphrase=passphrase)),
     )
     accounts, sessions = open_accounts(
         home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now
@@ -74,7 +80,7 @@ def open_console(
 
 def application(console: Console) -> App:
     """Return what a server serves."""
-    return make_application(console, [ROUTES])[0]
+    return make_application(console, ROUTES)[0]
 
 
 def run_console(

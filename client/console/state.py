@@ -14,9 +14,11 @@ from typing import Any
 
 from client.node.health import certificates
 from client.node.status import read_status
+from client.policy.policy import Policy
 from client.site.home import SiteHome
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
+from shared.job.parsing import parse
 from shared.service.machine import CERTIFICATE_DAYS, LEAST_FREE_BYTES
 from shared.version import silotune_version
 
@@ -62,6 +64,7 @@ class PolicyText:
         text: the file.
         settings: its keys and values, flat.
         problem: why it cannot be read as TOML; "" if it can.
+        refused: why it is no policy although it is TOML; "" if it is one. Without a policy no job is accepted.
         changed: when it was written.
         sha256: of its bytes.
     """
@@ -69,6 +72,7 @@ class PolicyText:
     text: str
     settings: list[tuple[str, str]]
     problem: str
+    refused: str
     changed: datetime
     sha256: str
 
@@ -98,7 +102,7 @@ def health(home: SiteHome, *, now: datetime | None = None) -> Health:
 
 
 def policy_text(home: SiteHome) -> PolicyText:
-    """Return the site's policy as it stands; what it means is for `client.policy.policy` to say.
+    """Return the site's policy as it stands, with what `client.policy.policy` says to it.
 
     Raises:
         TrustError: it cannot be read.
@@ -106,17 +110,20 @@ def policy_text(home: SiteHome) -> PolicyText:
     """
     content, _ = read_bounded(home.policy, "policy", _MOST_POLICY_BYTES)
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")  # as `load_toml` reads it
     except UnicodeDecodeError:
         raise ConfigError(f"{home.policy} is not UTF-8 text; write it anew.") from None
-    problem, settings = "", []
+    problem, refused, settings = "", "", []
     try:
         settings = list(_flat("", tomllib.loads(text)))
-    except tomllib.TOMLDecodeError as error:
+        parse(Policy, tomllib.loads(text), source=home.policy.name)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         problem = str(error)
+    except ConfigError as error:
+        refused = str(error)
     changed = datetime.fromtimestamp(home.policy.stat().st_mtime, UTC)
     sha256 = hashlib.sha256(content).hexdigest()
-    return PolicyText(text=text, settings=settings, problem=problem, changed=changed, sha256=sha256)
+    return PolicyText(text=text, settings=settings, problem=problem, refused=refused, changed=changed, sha256=sha256)
 
 
 def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

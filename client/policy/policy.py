@@ -25,9 +25,9 @@ from shared.errors import ConfigError, PolicyError, PrivacyError, TrustError
 from shared.job.job import Job
 from shared.job.kinds import RULES
 from shared.job.parsing import Section, load_toml, nearest, parse
+from shared.job.privacy import METRICS
 from shared.job.values import SHA256_PATTERN, Name, Probability
-from shared.privacy.plan import PrivacyPlan
-from shared.runtime.site_metrics import METRICS
+from shared.privacy.planned import PlannedPrivacy
 from shared.trust.signed_job import SignedJob
 from shared.trust.signing import VerifyKey
 
@@ -344,8 +344,8 @@ class JudgedPlan:
         cut: words for a text if it was judged with fewer steps than the job asks for; else "".
     """
 
-    plan: PrivacyPlan
-    summed: PrivacyPlan
+    plan: PlannedPrivacy
+    summed: PlannedPrivacy
     epsilon: float
     alone: float
     cut: str
@@ -373,7 +373,7 @@ def judged_plan(policy: Policy, job: Job) -> JudgedPlan:
         },
     )
     # Of a trusted coordinator the limits bind what it adds over the sites, a step being a round.
-    plan = PrivacyPlan.of_coordinator(judged) if judged.privacy.central else PrivacyPlan.from_job(judged)
+    plan = PlannedPrivacy.of_coordinator(judged) if judged.privacy.central else PlannedPrivacy.from_job(judged)
     summed = plan.of_sum
     return JudgedPlan(plan=plan, summed=summed, epsilon=summed.epsilon(), alone=plan.epsilon(), cut=cut)
 

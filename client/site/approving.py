@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from client.approval.request import Request, RequestState, Rules
 from client.approval.requests import Approvals
-from client.site.declared import known_size
+from client.site.declared import DECLARED_FILE, known_size
 from client.site.home import SiteHome, open_log
 from shared.errors import PolicyError
 from shared.files.backup import refuse_unpacked
@@ -21,6 +22,7 @@ from shared.trust.keystore import Seal, load_secret
 if TYPE_CHECKING:
     from client.approval.facts import Facts
     from client.policy.policy import Policy
+    from client.site.config import SiteConfig
     from shared.privacy.ledger_export import LedgerExport
 
 
@@ -41,15 +43,16 @@ class ApprovalDesk:
     ) -> None:
         refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
         self._home, self._clock = home, clock
-        self._config = home.load_config()
         self._seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
         self._log = open_log(home, passphrase=passphrase)
-        self._approvals = Approvals(home.approvals, site=self._config.name, seal=self._seal, log=self._log, clock=clock)
+        self._approvals = Approvals(
+            home.approvals, site=home.load_config().name, seal=self._seal, log=self._log, clock=clock
+        )
 
     @property
     def rules(self) -> Rules:
         """What the policy says of approvals now."""
-        return Rules.of(self._policy())
+        return Rules.of(self.policy())
 
     def requests(self) -> list[tuple[Request, RequestState]]:
         """Return all requests and where they stand, those that wait first."""
@@ -57,56 +60,75 @@ class ApprovalDesk:
 
     def nothing(self) -> str:
         """Return why there may be no request."""
-        if self._policy().approval == "required":
+        if self.policy().approval == "required":
             return "no job was asked for"
         return 'no job was asked for; policy.toml has approval = "none", so its rules alone decide'
 
-    def facts(self, named: str) -> Facts:
+    def basis(self, request: Request) -> tuple[object, ...]:
+        """Return what is another value once a request's facts may be others, but for its state and the time; quick."""
+        from client.ledger.file import head_of
+
+        ledger, home = self._home.path / "ledger.db", self._home
+        last = self._approvals.last_approved(request, self.rules)
+        files = (home.policy, home.config, home.path / DECLARED_FILE)
+        return (
+            request.id,
+            last.id if last is not None else None,
+            self._clock() < request.not_after,
+            head_of(ledger) if ledger.exists() else None,
+            *(_stamp(path) for path in files),
+        )
+
+    def facts(self, named: str, *, by_id: bool = False) -> Facts:
         """Return one request, whole; takes seconds of accounting.
 
         Args:
             named: the job's name, or the beginning of its SHA-256 or of the request's id.
+            by_id: it is the whole id and nothing else.
 
         Raises:
             RunError: it means none, or more than one.
         """
         from client.approval.facts import Here, facts_of
 
-        policy = self._policy()
+        policy = self.policy()
         rules = Rules.of(policy)
-        request, _ = self._approvals.find(named, rules)
-        config = self._config
+        request, _ = self._approvals.find(named, rules, by_id=by_id)
+        config = self._home.load_config()
         here = Here(
             site=config.name,
             dataset=config.dataset,
             unit=config.budget.unit,
             columns=config.data.columns,
             budget=config.budget.caps(),
-            account=self._account(),
-            settings=self._settings(request.signed().job),
+            account=self._account(config),
+            settings=self._settings(config, request.signed().job),
         )
         last = self._approvals.last_approved(request, rules)
         return facts_of(request, policy=policy, here=here, last=last, now=self._clock())
 
-    def approve(self, named: str, *, by: str, reason: str = "") -> tuple[Request, RequestState]:
+    def approve(
+        self, named: str, *, by: str, reason: str = "", seen: str | None = None
+    ) -> tuple[Request, RequestState]:
         """Note that an account approves a request; see `client.approval.requests.Approvals.approve`."""
-        return self._approvals.approve(named, self.rules, by=by, reason=reason)
+        return self._approvals.approve(named, self.rules, by=by, reason=reason, seen=seen)
 
-    def refuse(self, named: str, *, by: str, reason: str) -> Request:
+    def refuse(self, named: str, *, by: str, reason: str, seen: str | None = None) -> Request:
         """Note that an account refuses a request or withdraws an approval; see `client.approval.requests.Approvals.refuse`."""
-        return self._approvals.refuse(named, self.rules, by=by, reason=reason)
+        return self._approvals.refuse(named, self.rules, by=by, reason=reason, seen=seen)
 
-    def _policy(self) -> Policy:
+    def policy(self) -> Policy:
+        """Return what the site accepts now."""
         from client.policy.policy import load_policy
 
         return load_policy(self._home.policy)
 
-    def _account(self) -> LedgerExport | None:
+    def _account(self, config: SiteConfig) -> LedgerExport | None:
         """Return what was charged, if anything was: looking makes no ledger."""
         from client.ledger.audit_mirror import AuditMirror
         from client.ledger.ledger import Ledger
 
-        path, config = self._home.path / "ledger.db", self._config
+        path = self._home.path / "ledger.db"
         if not path.exists():
             return None
         ledger = Ledger(
@@ -118,24 +140,32 @@ class ApprovalDesk:
             mirror=AuditMirror(self._log),
         )
         try:
-            return ledger.export(site=config.name, declared_records=self._size() or 1)
+            return ledger.export(site=config.name, declared_records=self._size(config) or 1)
         finally:
             ledger.close()
 
-    def _settings(self, job: Job) -> str:
+    def _settings(self, config: SiteConfig, job: Job) -> str:
         from client.site.terms import check_terms
 
-        if (size := self._size()) is None:
+        if (size := self._size(config)) is None:
             return ""
         try:
-            check_terms(self._config, job, declared_records=size)
+            check_terms(config, job, declared_records=size)
         except PolicyError as error:
             return str(error)
         return ""
 
-    def _size(self) -> int | None:
+    def _size(self, config: SiteConfig) -> int | None:
         """Return the declared size; None before the node first asked for it."""
-        config = self._config
         if config.declared_records is not None:
             return config.declared_records
         return known_size(self._home.path, dataset=config.dataset, unit=config.budget.unit)
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes with a file; None if it is not there."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino

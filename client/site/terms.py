@@ -11,9 +11,9 @@ from shared.data.datasets import PERSON_ROLE
 from shared.epsilons import delta_rounded_up
 from shared.errors import PolicyError
 from shared.job.job import Job
+from shared.job.kinds import RULES
 from shared.job.values import PERSON_UNITS
 from shared.privacy.sizes import default_delta, least_delta_refused
-from shared.tasks import task_of
 
 
 def check_terms(config: SiteConfig, job: Job, *, declared_records: int) -> None:
@@ -71,7 +71,7 @@ def _check_delta(config: SiteConfig, job: Job, declared_records: int) -> None:
 
 def _check_data(config: SiteConfig, job: Job) -> None:
     """Judge by the declared columns and labels; whether the records keep to them is the site's own business."""
-    if missing := [role for role in task_of(job).roles if role not in config.data.columns]:
+    if missing := [role for role in RULES[job.task.kind].roles if role not in config.data.columns]:
         raise PolicyError(
             f"site {config.name} has no column for {', '.join(missing)}, which a job of task.kind {job.task.kind!r} needs; its "
             "engineer names it in data.columns of site.toml."

@@ -22,15 +22,17 @@ TaskKind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """What a kind asks of `[task]`.
+    """What a kind asks of `[task]`, and of data.
 
     Attributes:
+        roles: columns that a data source must declare.
         check_labels: raises ValueError for labels that will not do; None where the kind has none.
         has_classes: whether each record has one of the labels.
         keys: further settings, which this kind needs and others refuse.
         has_head: whether there is a head that is trained; language models speak through their own embedding.
     """
 
+    roles: tuple[str, ...]
     check_labels: Callable[[TaskKind, tuple[str, ...]], None] | None = None
     has_classes: bool = False
     keys: tuple[str, ...] = ()
@@ -63,11 +65,13 @@ def _iob_tags(kind: TaskKind, labels: tuple[str, ...]) -> None:
 
 
 RULES: Mapping[TaskKind, Rules] = {
-    "sequence_classification": Rules(check_labels=_at_least_two, has_classes=True),
-    "token_classification": Rules(check_labels=_iob_tags),
-    "pair_matching": Rules(check_labels=_two, has_classes=True),
-    "regression": Rules(keys=("target_range",)),
-    "causal_lm": Rules(has_head=False),
-    "replies": Rules(has_head=False),
-    "image_classification": Rules(check_labels=_at_least_two, has_classes=True, keys=("image_shape", "pixel_range")),
+    "sequence_classification": Rules(roles=("text", "label"), check_labels=_at_least_two, has_classes=True),
+    "token_classification": Rules(roles=("tokens", "tags"), check_labels=_iob_tags),
+    "pair_matching": Rules(roles=("text", "pair", "label"), check_labels=_two, has_classes=True),
+    "regression": Rules(roles=("text", "score"), keys=("target_range",)),
+    "causal_lm": Rules(roles=("text",), has_head=False),
+    "replies": Rules(roles=("prompt", "response"), has_head=False),
+    "image_classification": Rules(
+        roles=("pixels", "label"), check_labels=_at_least_two, has_classes=True, keys=("image_shape", "pixel_range")
+    ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,6 +17,13 @@ MIN_CENTRAL_SITES = 100
 
 OF_SHARES = ("epsilon_alone", "max_colluding", "spare_attempts")
 """Settings of the mechanism `distributed` alone."""
+
+METRICS: Mapping[str, str] = {
+    "accuracy": "how many held-out records the model gets right and wrong: two counts",
+    "confusion": "how many held-out records of each class the model takes for each class: a count per cell",
+    "loss": "the mean loss on held-out records, each cut at site_metrics.largest_loss: two counts",
+}
+"""Everything that a site can release about its own data, and what it tells."""
 
 
 class CentralConfig(Section):

@@ -15,7 +15,7 @@ Formal guarantees (relation and unit as in the plan; tests: tests/shared/runtime
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -32,13 +32,6 @@ from shared.models.batches import Example, collate
 from shared.privacy.mechanism import ClippedSum, add_gaussian_noise
 from shared.privacy.randomness import KeyStream
 from shared.runtime.runtime import Runtime
-
-METRICS: Mapping[str, str] = {
-    "accuracy": "how many held-out records the model gets right and wrong: two counts",
-    "confusion": "how many held-out records of each class the model takes for each class: a count per cell",
-    "loss": "the mean loss on held-out records, each cut at site_metrics.largest_loss: two counts",
-}
-"""Everything that a site can release about its own data, and what it tells."""
 
 # Noisy counts are rounded to this after the noise, so that their last bits tell nothing of the sum (Mironov 2012).
 _GRID = 1.0 / 1024

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import ConfigError, DataError, ModelError
-from shared.job.kinds import TaskKind
+from shared.job.kinds import RULES, TaskKind
 from shared.models.backbones import ARCHITECTURES
 from shared.models.batches import IGNORED, Batch, Example
 from shared.models.heads import TiedLanguageHead
@@ -24,7 +24,7 @@ class CausalLanguageModelling(Task):
     kind: ClassVar[TaskKind] = "causal_lm"
     about = "language modelling: the next token of a text"
     content = "texts"
-    roles: ClassVar[tuple[str, ...]] = ("text",)
+    roles: ClassVar[tuple[str, ...]] = RULES["causal_lm"].roles
     primary_metric = "perplexity"
     higher_is_better = False
     causal_lm = True

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import DataError
+from shared.job.kinds import RULES
 from shared.models.batches import Example
 from shared.models.heads import init_linear
 from shared.models.images import PIXEL_STEPS
@@ -27,7 +28,7 @@ class ImageClassification(SequenceClassification):
     kind = "image_classification"
     about = "classification: one label for an image"
     content = "images, each with one label"
-    roles = ("pixels", "label")
+    roles = RULES["image_classification"].roles
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
         """Return a linear classifier of the vectors that leave the network's other layers, drawn from the public seed."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import DataError
+from shared.job.kinds import RULES
 from shared.models.batches import Batch, Example
 from shared.tasks.base import Evaluation, Prediction, Record
 from shared.tasks.sequence_classification import SequenceClassification
@@ -30,7 +31,7 @@ class PairMatching(SequenceClassification):
     kind = "pair_matching"
     about = "pairs: whether two texts belong together"
     content = "pairs of texts, each with one label"
-    roles = ("text", "pair", "label")
+    roles = RULES["pair_matching"].roles
     primary_metric = "mrr"
 
     def targets(self, records: Sequence[Record]) -> Sequence[Any]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.errors import DataError
+from shared.job.kinds import RULES
 from shared.models.batches import Batch, Example
 from shared.models.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Prediction, Record
@@ -29,7 +30,7 @@ class Regression(Predicting):
     kind = "regression"
     about = "scores: a number for a text"
     content = "texts, each with a number"
-    roles = ("text", "score")
+    roles = RULES["regression"].roles
     primary_metric = "mae"
     higher_is_better = False
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import DataError, ModelError
+from shared.job.kinds import RULES
 from shared.models.batches import IGNORED, Batch, Example
 from shared.tasks.base import Prediction, Record
 from shared.tasks.causal_lm import CausalLanguageModelling
@@ -21,7 +22,7 @@ class Replies(CausalLanguageModelling):
     kind = "replies"
     about = "replies: a response to a prompt"
     content = "prompts with responses"
-    roles = ("prompt", "response")
+    roles = RULES["replies"].roles
 
     def shown(self, prediction: Prediction) -> str:
         """Return a prompt and, below it, the response."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from shared.errors import DataError
-from shared.job.kinds import TaskKind
+from shared.job.kinds import RULES, TaskKind
 from shared.limits import MAX_TABLE_LABELS
 from shared.models.batches import Batch, Example
 from shared.models.heads import PooledClassifier, init_linear
@@ -27,7 +27,7 @@ class SequenceClassification(Predicting):
     kind: ClassVar[TaskKind] = "sequence_classification"
     about = "classification: one label for a text"
     content = "texts, each with one label"
-    roles: ClassVar[tuple[str, ...]] = ("text", "label")
+    roles: ClassVar[tuple[str, ...]] = RULES["sequence_classification"].roles
     primary_metric = "accuracy"
     higher_is_better = True
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from shared.data.cells import value_fault
 from shared.errors import DataError
+from shared.job.kinds import RULES
 from shared.models.batches import IGNORED, Batch, Example
 from shared.models.heads import TokenClassifier, init_linear
 from shared.tasks.base import Evaluation, Prediction, Record
@@ -33,7 +34,7 @@ class TokenClassification(Predicting):
     kind = "token_classification"
     about = "entities: a tag for each word of a text"
     content = "texts with a tag for each word"
-    roles = ("tokens", "tags")
+    roles = RULES["token_classification"].roles
     primary_metric = "f1"
     higher_is_better = True
     by_word = True

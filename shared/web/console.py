@@ -23,11 +23,13 @@ class Entry:
         key: of its message in `texts/`, section `nav`.
         path: where it leads.
         action: what its page asks for.
+        count: of the console's content, how many things wait there for somebody; shown beside it unless it is 0.
     """
 
     key: str
     path: str
     action: Action
+    count: Callable[[Any], int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

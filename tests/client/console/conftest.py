@@ -15,15 +15,14 @@ import pytest
 import uvicorn
 from argon2 import PasswordHasher
 
-from client.console.pages import ROUTES
-from client.console.start import open_console
+from client.console.start import ROUTES, open_console
 from client.site.home import SiteHome
 from shared.web.accounts import passwords
 from shared.web.application import make_application
 from shared.web.console import Console
 from shared.web.roles import Role
 from shared.web.serving import Place, listen, make_server, place_at
-from tests.client.console.homes import charge, make_home, say
+from tests.client.console.homes import ask, charge, make_home, say
 
 PASSWORD = "a long sentence of mine"  # noqa: S105
 ROLES = list(Role)
@@ -118,7 +117,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
         port = listener.getsockname()[1]
         clock = Clock(1_800_000_000)
         console = open_console(home, place=place, port=port, passphrase=None, now=clock)
-        guarded, app = make_application(console, [ROUTES])
+        guarded, app = make_application(console, ROUTES)
         server = make_server(guarded, place)
         thread = threading.Thread(target=_run, args=(server, listener), daemon=True)
         thread.start()
@@ -144,6 +143,7 @@ def serving(serve: Callable[..., Serving], tmp_path_factory: pytest.TempPathFact
     home = make_home(tmp_path_factory.mktemp("site"))
     charge(home)
     say(home)
+    ask(home)
     return serve(home)
 
 
@@ -155,13 +155,14 @@ def _make_accounts(serving: Serving) -> None:
     accounts = serving.console.accounts
     first = accounts.invite_first()
     assert first is not None
-    administrator = _take(serving, first, Role.ADMINISTRATOR.value)
+    administrator = take(serving, first, Role.ADMINISTRATOR.value)
     for role in ROLES:
         if role is not Role.ADMINISTRATOR:
-            _take(serving, accounts.invite(role.value, role, by=administrator), role.value)
+            take(serving, accounts.invite(role.value, role, by=administrator), role.value)
 
 
-def _take(serving: Serving, code: str, name: str) -> Any:
+def take(serving: Serving, code: str, name: str) -> Any:
+    """Take an invitation: the account then signs in by `Serving.signed_in`."""
     accounts = serving.console.accounts
     secret = accounts.invitation(code, address="a").secret
     serving.secrets[name] = secret

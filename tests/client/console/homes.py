@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import cli
+from client.approval.request import Request, Rules
+from client.approval.requests import Approvals
 from client.ledger.account import Charge
 from client.ledger.audit_mirror import AuditMirror
 from client.ledger.ledger import Ledger
-from client.site.home import SiteHome
+from client.policy.policy import load_policy
+from client.site.home import SiteHome, open_log
 from shared.data.datasets import write_jsonl
+from shared.errors import AwaitingApproval
+from shared.job.job import Job
+from shared.job.parsing import parse
 from shared.privacy.accounting import GaussianSteps
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal, load_secret
 from shared.trust.pki import approve, create_ca
+from shared.trust.signed_job import sign_job
 from shared.trust.signing import SigningKey, load_signing_key
 
 JOBS = ("discharge letters", "triage", "readmission")
+SIGNER, COORDINATOR = (SigningKey.from_bytes(bytes([number]) * 32) for number in (1, 2))
 
 
 def silotune(*arguments: object) -> None:
@@ -41,7 +52,7 @@ def make_home(folder: Path, *, name: str = "north", epsilon: float = 8.0) -> Sit
     folder.mkdir(parents=True, exist_ok=True)
     home = SiteHome(folder / name)
     write_jsonl(folder / "notes.jsonl", [{"text": "seen on the ward", "label": "urgent"}] * 40)
-    signer = SigningKey.generate().verify_key.text
+    signer = SIGNER.verify_key.text
     options = ["--name", name, "--coordinator", "127.0.0.1:9", "--data", folder / "notes.jsonl", "--epsilon", epsilon]
     columns = ["--column", "text=text", "--column", "label=label", "--signer", f"consortium={signer}"]
     silotune("site", "init", home.path, *options, *columns)
@@ -112,3 +123,41 @@ def say(home: SiteHome, **facts: object) -> None:
     said = {"pid": os.getpid(), "state": "connected", "since": now, "updated": now, "started": now}
     said |= {"coordinator": "127.0.0.1:9", "last_connected": now, "descriptors": {"used": 20, "limit": 1024}}
     home.status.write_text(json.dumps(said | facts))
+
+
+def ask(home: SiteHome, name: str = "triage-2", *, signer: SigningKey = SIGNER, **sections: Any) -> Request:
+    """Return the request for a job, which a node keeps once its coordinator asks for it."""
+    raw: dict[str, Any] = {
+        "name": name,
+        "model": {"backbone": "embedded:all-minilm-l6-v2"},
+        "task": {"kind": "sequence_classification", "labels": ["urgent", "routine"]},
+        "training": {"rounds": 4, "local_steps": 2},
+        "privacy": {"noise_multiplier": 3.0, "sample_rate": 0.25},
+        "federation": {"min_sites": 3},
+    }
+    now = datetime.now(UTC).replace(microsecond=0)
+    signed = sign_job(
+        parse(Job, raw | sections, source="test job"),
+        signer=signer,
+        coordinator=COORDINATOR.verify_key,
+        issued=now,
+        not_after=now + timedelta(days=30),
+    )
+    approvals, rules = approvals_of(home)
+    with contextlib.suppress(AwaitingApproval):
+        approvals.admit(signed, rules)
+    return approvals.find(Request.of(signed, now=now).id, rules, by_id=True)[0]
+
+
+def approvals_of(home: SiteHome) -> tuple[Approvals, Rules]:
+    """Return the approvals of a site as its node opens them, and what its policy says of them."""
+    seal = Seal(load_secret(home.storage_key, passphrase=None))
+    approvals = Approvals(home.approvals, site="north", seal=seal, log=open_log(home, passphrase=None))
+    return approvals, Rules.of(load_policy(home.policy))
+
+
+def want_people(home: SiteHome, needed: int = 1) -> None:
+    """Let a policy want so many people to approve each job."""
+    text = home.policy.read_text()
+    text = re.sub("(?m)^approval = .*$", 'approval = "required"', text)
+    home.policy.write_text(re.sub("(?m)^approvals_needed = .*$", f"approvals_needed = {needed}", text))

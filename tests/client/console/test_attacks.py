@@ -42,7 +42,7 @@ def with_ids(path: str, found: str = "0" * 32) -> str:
 
 
 def test_there_are_forms(serving: Serving) -> None:
-    assert len(forms(serving)) >= 12
+    assert len(forms(serving)) >= 14
 
 
 def test_a_foreign_page_changes_nothing(serving: Serving) -> None:
@@ -262,6 +262,7 @@ def test_no_page_has_anything_inline_or_from_elsewhere(serving: Serving) -> None
     paths = (
         "/sign-in",
         "/welcome",
+        "/requests",
         "/budget",
         "/releases",
         "/releases/log",
@@ -269,6 +270,11 @@ def test_no_page_has_anything_inline_or_from_elsewhere(serving: Serving) -> None
         "/health",
         "/accounts",
         "/account",
+        *(
+            f"/requests/{one.request.id}{end}"
+            for one in serving.console.content.requests.all()
+            for end in ("", "/facts")
+        ),
     )
     for browser, path in itertools.product(browsers, paths):
         page = browser.get(path).text

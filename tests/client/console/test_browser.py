@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from client.console.pages import NAVIGATION
-from tests.client.console.conftest import PASSWORD, Serving
+from shared.web.roles import Role
+from tests.client.console.conftest import PASSWORD, Serving, take
+from tests.client.console.homes import approvals_of, ask, make_home, want_people
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (make install)")
 CHROMIUM = next(
@@ -48,19 +50,22 @@ def sign_in(page: Any, serving: Serving, name: str) -> None:
     page.get_by_label("Password").fill(PASSWORD)
     page.get_by_label("Code of the authenticator").fill(serving.code(name))
     page.keyboard.press("Enter")
-    page.wait_for_url("**/budget")
+    page.wait_for_url("**/requests" if name in ("officer", "Jan") else "**/budget")
 
 
 def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving) -> None:
     sign_in(page, serving, "officer")
     found = {}
     paths = [
-        *(entry.path for entry in NAVIGATION if entry.key not in ("requests", "accounts")),
+        *(entry.path for entry in NAVIGATION if entry.key != "accounts"),
         "/releases/log",
         "/account",
     ]
+    paths += [f"/requests/{one.request.id}" for one in serving.console.content.requests.all()]
     for path in paths:
         page.goto(f"{serving.address}{path}", wait_until="networkidle")
+        if path.startswith("/requests/"):
+            page.locator("#rules").wait_for()
         for theme in ("light", "dark"):
             page.emulate_media(color_scheme=theme)
             for width in (360, 1280, 2560):
@@ -91,6 +96,7 @@ def test_pages_of_guests_and_administrators(page: Any, serving: Serving) -> None
 
 def test_the_budget_is_drawn_and_the_chain_checked(page: Any, serving: Serving) -> None:
     sign_in(page, serving, "officer")
+    page.get_by_role("link", name="Budget").click()
     page.wait_for_selector(".u-wrap canvas")
     page.get_by_role("rowheader", name="triage").wait_for()
     assert page.locator(".u-legend").inner_text().count("Spent") == 1
@@ -123,3 +129,42 @@ def test_switches_work_without_a_script(chromium: Any, serving: Serving) -> None
     page.get_by_role("button", name="深色").click()
     assert page.locator("html").get_attribute("data-theme") == "dark"
     context.close()
+
+
+def test_a_job_is_read_refused_and_approved_by_two(
+    chromium: Any, page: Any, serve: Callable[..., Serving], tmp_path: Path
+) -> None:
+    home = make_home(tmp_path)
+    want_people(home, 2)
+    request = ask(home)
+    serving = serve(home)
+    administrator = next(one for one in serving.console.accounts.all() if one.role is Role.ADMINISTRATOR)
+    take(serving, serving.console.accounts.invite("Jan", Role.OFFICER, by=administrator), "Jan")
+    sign_in(page, serving, "officer")
+    page.get_by_role("link", name="Budget").click()
+    page.get_by_role("link", name="1 request waits").click()
+    page.get_by_role("link", name="triage-2").click()
+    page.get_by_role("rowheader", name="max_epsilon_per_job").wait_for()
+    page.get_by_role("button", name="Refuse the job").click()
+    assert page.locator("#reason-refuse").evaluate("field => field.validity.valueMissing"), "a reason is asked for"
+    page.get_by_label("Reason", exact=True).fill("no consent for these patients")
+    page.keyboard.press("Enter")
+    page.get_by_text("no consent for these patients").wait_for()
+    assert page.locator("h1 .badge").inner_text() == "refused"
+    page.get_by_label("Reason, if you like").fill("the board agreed after all")
+    page.get_by_role("button", name="Approve the job").click()
+    page.get_by_text("You approved it.").wait_for()
+    assert page.evaluate(CHECK) == []
+    context = chromium.new_context(viewport={"width": 360, "height": 800})
+    other = context.new_page()
+    sign_in(other, serving, "Jan")
+    other.goto(f"{serving.address}/requests/{request.id}")
+    other.get_by_text("the board agreed after all").wait_for()
+    other.get_by_role("button", name="Approve the job").click()
+    other.get_by_text("approved, not begun").wait_for()
+    context.close()
+    page.reload()
+    assert page.locator("h1 .badge").inner_text() == "approved, not begun"
+    assert page.locator(".side .count").count() == 0
+    approvals, rules = approvals_of(home)
+    assert [state for _, state in approvals.listed(rules)] == ["approved"]

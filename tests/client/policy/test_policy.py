@@ -116,7 +116,7 @@ def test_each_rule_alone(limits: dict[str, Any], sections: dict[str, Any], text:
 
 
 def test_an_unknown_signer_is_refused_without_accounting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(policies.PrivacyPlan, "from_job", lambda job: pytest.fail("accounted for a stranger"))
+    monkeypatch.setattr(policies.PlannedPrivacy, "from_job", lambda job: pytest.fail("accounted for a stranger"))
     rules = refusal(a_policy(min_sites=3, max_epsilon_per_job=0.1), signed(a_job(), key=STRANGER))
     assert STRANGER.verify_key.text in rules[0]
     assert SIGNER.verify_key.text not in rules[0]
@@ -253,7 +253,7 @@ def test_privacy_that_cannot_be_accounted_for_is_refused(monkeypatch: pytest.Mon
     def cannot(**_: Any) -> float:
         raise policies.PrivacyError("needs a noise multiplier above 10,000.")
 
-    monkeypatch.setattr("shared.privacy.plan.calibrate_noise_multiplier", cannot)
+    monkeypatch.setattr("shared.privacy.planned.calibrate_noise_multiplier", cannot)
     (rule,) = refusal(a_policy(), signed(job))
     assert rule == "its privacy cannot be accounted for: needs a noise multiplier above 10,000."
 

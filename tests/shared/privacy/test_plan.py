@@ -14,6 +14,7 @@ from scipy import stats
 from shared.errors import PrivacyError
 from shared.job.job import Job
 from shared.privacy import plan as plan_module
+from shared.privacy import planned as planned_module
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.mechanism import CLIP_MARGIN, PlainSum
 from shared.privacy.persons import Persons
@@ -157,9 +158,9 @@ def test_a_noise_multiplier_of_a_mean_loss_of_a_thousand_is_the_last_to_have_an_
 ) -> None:
     # Without sampling the mean loss is T / (2 sigma^2).
     privacy = classification_job(privacy={"noise_multiplier": 0.5, "sample_rate": 1.0}).privacy
-    assert plan_module._noise_multiplier(privacy, 1.0, 500) == 0.5
+    assert planned_module._noise_multiplier(privacy, 1.0, 500) == 0.5
     with pytest.raises(PrivacyError, match="rate 1 over 501 steps: it would be about a thousand or more"):
-        plan_module._noise_multiplier(privacy, 1.0, 501)
+        planned_module._noise_multiplier(privacy, 1.0, 501)
 
 
 def test_default_delta() -> None:

@@ -17,11 +17,12 @@ from shared.errors import ConfigError, PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.parsing import parse
+from shared.job.privacy import METRICS
 from shared.privacy.accounting import compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.runtime import load_runtime
-from shared.runtime.site_metrics import METRICS, cast_votes, count_votes, estimate, noisy_counts, num_bins, votes
+from shared.runtime.site_metrics import cast_votes, count_votes, estimate, noisy_counts, num_bins, votes
 
 LABELS = ["a", "b", "c"]
 

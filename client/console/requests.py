@@ -1,0 +1,166 @@
+"""Jobs that wait for people of a site, as its console shows them; what is decided is decided by `client.site.approving`.
+
+Guarantees (tests: tests/client/console/test_requests.py)
+    * A decision holds for the request as its page showed it, or does nothing (test_a_decision_on_a_page_of_before_does_nothing).
+    * What is shown follows from policy, settings and ledger as they are: facts are computed anew when one of them changed, and
+      after ten minutes (test_facts_are_computed_once_and_anew_after_a_change).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from client.approval.facts import Facts
+from client.approval.request import Approval, Request, RequestState, Rules, same_account
+from client.policy.policy import Policy
+from client.site.approving import ApprovalDesk
+from shared.errors import SilotuneError, TrustError
+from shared.trust.signing import VerifyKey
+
+log = logging.getLogger("silotune.console")
+
+_KEPT_SECONDS, _MOST_KEPT = 600, 32
+_COUNTED_SECONDS = 15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """One request as it stands now.
+
+    Attributes:
+        request: as it is kept.
+        state: where it stands.
+        needed: number of accounts that must approve.
+        ends: until when it waits, or an approval stands before the first round.
+        approvals: those that count.
+        signer_name: the policy's; None if it has none.
+        mark: what a decision names, see `Request.mark`.
+    """
+
+    request: Request
+    state: RequestState
+    needed: int
+    ends: datetime
+    approvals: Sequence[Approval]
+    signer_name: str | None
+    mark: str
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `ends` means something."""
+        return self.state in ("waiting", "approved")
+
+    @property
+    def may_be_approved(self) -> bool:
+        """Whether a yes would do something."""
+        return self.state in ("waiting", "refused")
+
+    @property
+    def may_be_refused(self) -> bool:
+        """Whether a no would do something."""
+        return self.state in ("waiting", "approved", "begun")
+
+    def approved_by(self, account: str) -> bool:
+        """Whether an account's yes counts already; after a refusal all of them are needed anew."""
+        return self.state != "refused" and any(same_account(one.by, account) for one in self.approvals)
+
+
+class Requests:
+    """The requests of a site; safe to use from several threads.
+
+    Args:
+        desk: decides and tells.
+        now: this site's clock, with time zone.
+    """
+
+    def __init__(self, desk: ApprovalDesk, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        self.desk, self._now = desk, now
+        self._lock, self._accounting = threading.Lock(), threading.Lock()
+        self._facts: dict[tuple[object, ...], tuple[float, Facts]] = {}
+        self._counted: tuple[float, int] | None = None
+
+    def all(self) -> list[Shown]:
+        """Return all of them, those that wait first.
+
+        Raises:
+            ConfigError, TrustError, RunError: see `ApprovalDesk`.
+        """
+        policy, now = self.desk.policy(), self._now()
+        found = [_shown(request, state, policy, now) for request, state in self.desk.requests()]
+        with self._lock:
+            self._counted = (time.monotonic(), sum(one.state == "waiting" for one in found))
+        return found
+
+    def find(self, request: str) -> Shown | None:
+        """Return the one of a whole id."""
+        return next((one for one in self.all() if one.request.id == request), None)
+
+    @property
+    def num_waiting(self) -> int:
+        """How many wait, as far as it can be told: pages about something else do not fail for it."""
+        with self._lock:
+            counted = self._counted
+        if counted is None or time.monotonic() > counted[0] + _COUNTED_SECONDS:
+            try:
+                self.all()
+            except SilotuneError as error:
+                log.warning("how many requests wait cannot be told: %s", error)
+                with self._lock:
+                    self._counted = (time.monotonic(), 0)
+            with self._lock:
+                counted = self._counted
+        return counted[1] if counted else 0
+
+    def forget_count(self) -> None:
+        """Count anew how many wait."""
+        with self._lock:
+            self._counted = None
+
+    def known_facts(self, shown: Shown) -> Facts | None:
+        """Return the facts of a request if they need not be computed."""
+        return self._kept(self.desk.basis(shown.request))
+
+    def facts(self, shown: Shown) -> Facts:
+        """Return the facts of a request; they take seconds of accounting, one at a time, unless they are known.
+
+        Raises:
+            ConfigError, TrustError, LedgerError, RunError: see `ApprovalDesk.facts`.
+        """
+        with self._accounting:
+            basis = self.desk.basis(shown.request)
+            if (kept := self._kept(basis)) is not None:
+                return kept
+            found = self.desk.facts(shown.request.id, by_id=True)
+            found = replace(found, here=replace(found.here, account=None))  # as long as the ledger
+            with self._lock:
+                while len(self._facts) >= _MOST_KEPT:
+                    del self._facts[next(iter(self._facts))]
+                self._facts[basis] = (time.monotonic(), found)
+            return found
+
+    def _kept(self, basis: tuple[object, ...]) -> Facts | None:
+        with self._lock:
+            since, found = self._facts.get(basis, (0.0, None))
+            return found if found is not None and time.monotonic() < since + _KEPT_SECONDS else None
+
+
+def _shown(request: Request, state: RequestState, policy: Policy, now: datetime) -> Shown:
+    rules = Rules.of(policy)
+    try:
+        signer_name = policy.signer_name(VerifyKey.parse(request.signer))
+    except TrustError:
+        signer_name = None
+    return Shown(
+        request=request,
+        state=state,
+        needed=rules.needed,
+        ends=request.ends(rules, now),
+        approvals=request.approvals if state in ("begun", "refused") else request.counted(rules, now),
+        signer_name=signer_name,
+        mark=request.mark(rules, now),
+    )
