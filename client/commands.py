@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from client.approval_commands import add_to
+from client.console.commands import start_console
 from client.node.status import read_status
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, check_holder, open_log, open_site
@@ -360,39 +361,7 @@ def status(home: HomeArgument, as_json: JsonOption = False) -> None:
         raise typer.Exit(1)
 
 
-@site_app.command("console")
-def start_console(
-    home: HomeArgument,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond loopback only with --certificate.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")] = 8470,
-    certificate: Annotated[Path | None, typer.Option(help="Certificate for TLS, PEM, with its chain.")] = None,
-    key: Annotated[Path | None, typer.Option(help="Its key, PEM, without a passphrase.")] = None,
-    database: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SILOTUNE_CONSOLE_DATABASE",
-            help="PostgreSQL for accounts: postgresql://...; by default a file in HOME.",
-        ),
-    ] = None,
-) -> None:
-    """Serve the site's console, pages for a browser, until it is stopped; the node runs with or without it."""
-    from shared.web import require_web
-
-    require_web()
-    from client.console.start import run_console
-
-    run_console(
-        SiteHome(home),
-        host=host,
-        port=port,
-        certificate=certificate,
-        key=key,
-        database=database,
-        passphrase=passphrase_from_environment(),
-        say=typer.echo,
-    )
+site_app.command("console")(start_console)
 
 
 @site_app.command()
