@@ -43,11 +43,10 @@ class ApprovalDesk:
     ) -> None:
         refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
         self._home, self._clock = home, clock
+        site = home.load_config().name  # first: a folder that is no site's is told as that
         self._seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
         self._log = open_log(home, passphrase=passphrase)
-        self._approvals = Approvals(
-            home.approvals, site=home.load_config().name, seal=self._seal, log=self._log, clock=clock
-        )
+        self._approvals = Approvals(home.approvals, site=site, seal=self._seal, log=self._log, clock=clock)
 
     @property
     def rules(self) -> Rules:

@@ -100,7 +100,8 @@ def test_a_run_folder_holds_both_promises_and_dp_accounting_alone_gives_the_firs
     assert "Epsilon of an upload alone" in report
     assert "noise in a round's sum" in report.replace("&#39;", "'")
     assert "so few of them mean much noise" not in report
-    assert "It is of the steps that were made, the epsilon before it of all that were planned." in report
+    assert "It stands beside what was spent, and is of the same attempts." in report
+    assert "Both are of all planned attempts." in " ".join(report.split())
 
 
 def test_the_audit_puts_both_promises_to_the_test(run: Callable[..., Path]) -> None:

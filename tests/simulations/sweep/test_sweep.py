@@ -174,7 +174,7 @@ def test_a_finished_sweep_is_shown_again_without_a_trial(
     [
         (("--set", "training.rounds=2"), "other settings (different: job)"),
         (("--seeds", "0,2"), "different: seeds"),
-        (("--axis", "training.learning_rate=0.01"), "different: axes"),
+        (("--axis", "training.momentum=0.5,0.9"), "different: axes"),
     ],
 )
 def test_a_sweep_is_not_resumed_with_other_settings(
