@@ -49,6 +49,16 @@ def num_lines(path: Path) -> int:
     return len(path.read_text().splitlines()) if path.exists() else 0
 
 
+def once(process: subprocess.Popen[str], condition: Callable[[], object], *, timeout: float) -> None:
+    """Wait for `condition`; a process that ended by itself says what it said."""
+
+    def met() -> bool:
+        assert process.poll() is None or condition(), process.communicate()
+        return bool(condition())
+
+    eventually(met, timeout=timeout)
+
+
 def stop(process: subprocess.Popen[str], number: signal.Signals, *, within: float = 200) -> tuple[int, str, str]:
     process.send_signal(number)
     out, err = process.communicate(timeout=within)
@@ -60,7 +70,7 @@ def stopped_on_its_way(words: Sequence[object], folder: Path, number: signal.Sig
     """Stop a simulation after a round that it finished; return how many lines of metrics it left."""
     before = num_lines(folder / "metrics.jsonl")
     with running(*words, "--out", folder) as process:
-        eventually(lambda: num_lines(folder / "metrics.jsonl") > before + 1, timeout=400)
+        once(process, lambda: num_lines(folder / "metrics.jsonl") > before + 1, timeout=400)
         ended, _, err = stop(process, number)
     assert ended == status
     assert err.strip().endswith(f"stopped; continue with the same command and --resume --out {folder}")
@@ -155,7 +165,7 @@ def test_a_stopped_sweep_says_how_to_go_on(scenario_file: MakeScenario, tmp_path
     path, folder = scenario_file(data={"kind": "public"}), tmp_path / "sweep"
     axis = "training.rounds=2,2000"
     with running("sweep", path, "--axis", axis, "--out", folder) as process:
-        eventually(lambda: num_lines(folder / "trials.jsonl") == 1, timeout=400)
+        once(process, lambda: num_lines(folder / "trials.jsonl") == 1, timeout=400)
         status, _, err = stop(process, signal.SIGINT)
     assert status == 130
     assert err.strip().endswith(
