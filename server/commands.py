@@ -16,6 +16,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 from rich.table import Table
 
+from server.console.commands import start_console
 from server.coordinator.health import troubles
 from server.store.backup import back_up, put_back, verify_backup
 from server.store.home import CoordinatorConfig, CoordinatorHome
@@ -268,12 +269,10 @@ def stop(
     home: HomeArgument,
     job: Annotated[str | None, typer.Option("--job", help="Stop this job; without it, the coordinator itself.")] = None,
 ) -> None:
-    """Stop a job for good, or the coordinator, whose jobs resume when it starts again."""
+    """Stop a job, or the coordinator, whose jobs resume when it starts again."""
     place = CoordinatorHome(home)
     if job is not None:
         submission = find(place.jobs, job)
-        if not submission.is_open:
-            raise RunError(f"{submission.name} has ended already ({submission.state()['state']}).")
         submission.request_stop()
         typer.echo(f"{submission.name} will be stopped.")
         return
@@ -291,6 +290,19 @@ def stop(
 
 
 @coordinator_app.command()
+def resume(
+    home: HomeArgument,
+    job: Annotated[str, typer.Option("--job", help="Number or name of the job that was stopped.")],
+) -> None:
+    """Let a job that was stopped go on from its last durable round; what sites released before stays charged."""
+    place = CoordinatorHome(home)
+    place.load_config()
+    submission = find(place.jobs, job)
+    submission.resume()
+    typer.echo(f"{submission.name} goes on from round {max(submission.progress(), 0)}.")
+
+
+@coordinator_app.command()
 def verify(
     folder: Annotated[Path, typer.Argument(help="An adapter's folder, with signature.json.")],
     key: Annotated[str | None, typer.Option(help="The coordinator's key: a .pub file or ed25519:...")] = None,
@@ -304,6 +316,9 @@ def verify(
     typer.echo(f"unchanged since {signer.text} signed it")
     if expected is None:
         typer.echo("whose key that is was not checked; give --key")
+
+
+coordinator_app.command("console")(start_console)
 
 
 def _own_certificate(place: CoordinatorHome, path: Path, root: x509.Certificate, now: datetime) -> x509.Certificate:

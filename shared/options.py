@@ -29,6 +29,19 @@ NoPassphraseOption = Annotated[
     bool, typer.Option("--none", help="Leave the keys without a passphrase: only their mode (0600) protects them.")
 ]
 
+HostOption = Annotated[str, typer.Option(help="Address to listen on; beyond loopback only with --certificate.")]
+PortOption = Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")]
+CertificateOption = Annotated[Path | None, typer.Option(help="Certificate for TLS, PEM, with its chain.")]
+KeyOption = Annotated[Path | None, typer.Option(help="Its key, PEM, without a passphrase.")]
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option(
+        envvar="SILOTUNE_CONSOLE_DATABASE",
+        help="PostgreSQL for accounts: postgresql://...; by default a file in HOME.",
+    ),
+]
+"""Of consoles."""
+
 Quoting = Literal["checked", "trusted", "none"]
 _QUOTING = typer.Option("--quoting", help="Of CSV: none takes quotes for plain characters; see data.train.quoting.")
 QuotingOption = Annotated[Quoting, _QUOTING]

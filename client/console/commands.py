@@ -7,22 +7,16 @@ from typing import Annotated
 
 import typer
 
+from shared.options import CertificateOption, DatabaseOption, HostOption, KeyOption, PortOption
+
 
 def start_console(
     home: Annotated[Path, typer.Argument(help="The site's folder.")],
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond loopback only with --certificate.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 takes any that is free.")] = 8470,
-    certificate: Annotated[Path | None, typer.Option(help="Certificate for TLS, PEM, with its chain.")] = None,
-    key: Annotated[Path | None, typer.Option(help="Its key, PEM, without a passphrase.")] = None,
-    database: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SILOTUNE_CONSOLE_DATABASE",
-            help="PostgreSQL for accounts: postgresql://...; by default a file in HOME.",
-        ),
-    ] = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8470,
+    certificate: CertificateOption = None,
+    key: KeyOption = None,
+    database: DatabaseOption = None,
 ) -> None:
     """Serve the site's console, pages for a browser, until it is stopped; the node runs with or without it."""
     from shared.web import require_web

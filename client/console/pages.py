@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import Path, Query
@@ -12,24 +10,16 @@ from fastapi.responses import JSONResponse, Response
 
 from client.console.budget import AccountBudget
 from client.console.content import SiteContent, content_of
-from client.console.entries import Line, backwards, every
 from client.console.exports import as_csv, as_json_lines
 from client.console.releases import Release
 from client.console.state import health, policy_text
 from client.ledger.account import PROMISES
-from shared.epsilons import (
-    as_set,
-    bound_rounded_down,
-    delta_rounded_up,
-    noise_rounded_down,
-    rate_rounded_up,
-    rounded_up,
-)
 from shared.errors import SilotuneError
 from shared.trust.audit_log import Event, verify
 from shared.trust.signing import load_verify_key
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.console import Entry
+from shared.web.entries import Line, backwards, every
 from shared.web.roles import Action, allowed
 
 ROUTES = Routes()
@@ -176,45 +166,6 @@ def site_health(asked: Here) -> Response:
 
 
 # --- small parts ---
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "–"
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if value >= size:
-            return f"{value / size:,.1f} {unit}"
-    return f"{value} B"
-
-
-def _clock(time: str | datetime | None) -> str:
-    """Return a time of the log, or of a certificate, for people; what is none stands as it is."""
-    if time is None:
-        return "–"
-    try:
-        moment = datetime.fromisoformat(time) if isinstance(time, str) else time
-    except ValueError:
-        return str(time)
-    return f"{moment:%Y-%m-%d %H:%M:%S}"
-
-
-def _share(spent: float, cap: float) -> float:
-    """Return how much of a cap is spent, as a part of 100; what is no number fills it."""
-    return min(100.0, max(0.0, 100 * spent / cap)) if spent == spent else 100.0
-
-
-FILTERS: Mapping[str, Callable[..., Any]] = {
-    "epsilon": lambda value: "–" if value is None else rounded_up(value, 4),
-    "exact": repr,
-    "cap": as_set,
-    "delta": delta_rounded_up,
-    "bytes": _bytes,
-    "clock": _clock,
-    "share": _share,
-    "left": lambda value: bound_rounded_down(value, 4),
-    "noise": noise_rounded_down,
-    "rate": rate_rounded_up,
-}
 
 
 def _account(asked: Asked, account: str) -> AccountBudget:

@@ -8,7 +8,7 @@ from pathlib import Path
 from client.console import pages, request_pages
 from client.console.budget import Budgets
 from client.console.content import SiteContent
-from client.console.pages import FILTERS, NAVIGATION
+from client.console.pages import NAVIGATION
 from client.console.releases import Releases
 from client.console.requests import Requests
 from client.site.approving import ApprovalDesk
@@ -17,11 +17,13 @@ from shared.files.backup import refuse_unpacked
 from shared.trust.keystore import Seal, load_secret
 from shared.web.application import make_application
 from shared.web.console import Console
+from shared.web.filters import FILTERS
 from shared.web.guarding import App
 from shared.web.oidc.provider import Provider
 from shared.web.oidc.settings import load_settings
 from shared.web.opening import open_accounts, seconds_now
-from shared.web.serving import Place, address_of, listen, make_server, place_at, serve
+from shared.web.running import run
+from shared.web.serving import Place
 
 FOLDER = "console"
 ROUTES = (pages.ROUTES, request_pages.ROUTES)
@@ -95,20 +97,18 @@ def run_console(
     say: Callable[[str], None],
 ) -> None:
     """Serve a site's console until Ctrl-C or SIGTERM; `say` prints a line for whoever started it."""
-    place = place_at(host, port, certificate, key)
-    listener = listen(place)
-    with listener:
-        bound = listener.getsockname()[1]
-        console = open_console(home, place=place, port=bound, passphrase=passphrase, database=database)
-        server = make_server(application(console), place)
-        address = address_of(place, bound)
 
-        def ready() -> None:
-            say(f"console of site {console.owner}: {address}")
-            if (code := console.accounts.invite_first()) is not None:
-                say(
-                    f"there is no administrator yet. Within 15 minutes, open {address}welcome and type this code:\n   {code}"
-                )
-            say("stop it with Ctrl-C; the node does not depend on it.")
+    def opened(place: Place, bound: int) -> Console:
+        return open_console(home, place=place, port=bound, passphrase=passphrase, database=database)
 
-        serve(server, listener, ready=ready, again=f"silotune site console {home.path}")
+    run(
+        opened,
+        ROUTES,
+        host=host,
+        port=port,
+        certificate=certificate,
+        key=key,
+        last="the node does not depend on it.",
+        again=f"silotune site console {home.path}",
+        say=say,
+    )

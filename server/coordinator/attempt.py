@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+from server.coordinator.progress import Progress
 from server.link.grid import Halted, LinkGrid
 from server.link.server import LinkServer
 from server.store.home import CoordinatorHome
@@ -31,10 +32,11 @@ class Attempt:
     Attributes:
         submission: the job.
         held: whether it ended because a person must look at it first.
+        progress: what its sites do.
     """
 
     def __init__(self, home: CoordinatorHome, submission: Submission, link: LinkServer) -> None:
-        self.submission, self.held = submission, False
+        self.submission, self.held, self.progress = submission, False, Progress()
         self._home = home
         self._grid = LinkGrid(link, run_id=secrets.randbits(63))
         self._thread = threading.Thread(target=self._run, name=submission.name, daemon=True)
@@ -73,7 +75,7 @@ class Attempt:
             # Imported here: sites connect while PyTorch is loaded.
             from server.coordinator.production import run_submission
 
-            run_submission(self._grid, self._home, self.submission)
+            run_submission(self._grid, self._home, self.submission, self.progress)
         except Halted:
             log.info("the run was stopped")
         except SilotuneError as error:

@@ -11,6 +11,7 @@ from typing import Any
 from flwr.app import Context, RecordDict
 
 from server.app import Run, make_server_app
+from server.coordinator.progress import Progress
 from server.coordinator.run_file import evaluation_records, settings_of
 from server.link.grid import LinkGrid
 from server.records.rounds import RoundRecord
@@ -36,15 +37,20 @@ RECEIPTS_FILE = "receipts.jsonl"
 _NAMES_AN_ENTRY = 200
 
 
-def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission) -> None:
+def run_submission(
+    grid: LinkGrid, home: CoordinatorHome, submission: Submission, progress: Progress | None = None
+) -> None:
     """Run or resume a submitted job over `grid` until it is complete.
+
+    Args:
+        progress: is told what sites do.
 
     Raises:
         Halted: it was told to end before.
     """
     signed, settings = submission.signed_job(), settings_of(submission)
     key = home.load_round_key(passphrase_from_environment())
-    observer = _Recorder(submission, signed.job, home.open_log(key))
+    observer = _Recorder(submission, signed.job, home.open_log(key), progress)
     authority = Authority(
         signed_job=signed,
         key=key,
@@ -78,8 +84,10 @@ def run_submission(grid: LinkGrid, home: CoordinatorHome, submission: Submission
 class _Recorder(Observer):
     """Writes what happens to the job's state and to the audit log, and reads there what an earlier process was at."""
 
-    def __init__(self, submission: Submission, job: Job, log: AuditLog) -> None:
+    def __init__(self, submission: Submission, job: Job, log: AuditLog, progress: Progress | None = None) -> None:
         self._submission, self._job, self._log = submission, job, log
+        self._progress = progress or Progress()
+        self._progress.of(job)
         self._refused: dict[str, str] = {}
         self._awaiting: set[str] = set()
         self._sizes: dict[str, int] = {}
@@ -161,10 +169,14 @@ class _Recorder(Observer):
     def ready_asked(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`."""
         self._note_asked(Event.READY_ASKED, round_number, sites, adapter)
+        self._progress.asked(round_number, sites)
 
     def site_ready(self, round_number: int, site: str, problem: str | None) -> None:
         """See `Observer`."""
-        if problem is not None:
+        if problem is None:
+            self._progress.answered(site, "ready")
+        else:
+            self._progress.failed(site, problem, replied=False)
             log.warning(
                 "round %d, site %s is not ready: %s", round_number, site, problem, extra=_about(round_number, site)
             )
@@ -172,6 +184,8 @@ class _Recorder(Observer):
     def round_started(self, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         """See `Observer`."""
         self._note_asked(Event.ROUND_ASKED, round_number, sites, adapter)
+        shared = self._job.privacy.mechanism == "distributed" and round_number <= self._job.training.rounds
+        self._progress.asked(round_number, sites, "ready" if shared else "training")
 
     def _note_asked(self, event: Event, round_number: int, sites: Sequence[str], adapter: bytes) -> None:
         sha256 = hashlib.sha256(adapter).hexdigest()
@@ -205,8 +219,10 @@ class _Recorder(Observer):
     def metrics_judged(self, site: str, reply: MetricsReply | None, problem: str | None) -> None:
         """See `Observer`."""
         if reply is not None:
+            self._progress.answered(site, "sent")
             self._note(Event.METRICS_ACCEPTED, site=site, **_sha256_and_size(reply.canonical()))
         else:
+            self._progress.failed(site, problem or "", replied=False)
             log.warning("metrics of site %s: %s", site, problem, extra={"site": site})
             self._note(Event.METRICS_REFUSED, site=site, reason=problem)
 
@@ -214,8 +230,10 @@ class _Recorder(Observer):
         """See `Observer`."""
         facts = {} if reply is None else _sha256_and_size(reply.update)
         if problem is None:
+            self._progress.answered(site, "sent")
             self._note(Event.UPDATE_ACCEPTED, round=round_number, site=site, **facts)
         else:
+            self._progress.failed(site, problem, replied=reply is not None)
             log.warning("round %d, site %s: %s", round_number, site, problem, extra=_about(round_number, site))
             self._note(Event.UPDATE_REFUSED, round=round_number, site=site, reason=problem, **facts)
 

@@ -211,6 +211,8 @@ class Supervisor:
                 self._finish(submission, "stopped")
                 continue
             attempts = self._attempts.setdefault(submission.name, _Attempts())
+            if submission.state()["state"] == "submitted":  # it is new, or somebody resumed it
+                attempts = self._attempts[submission.name] = _Attempts()
             if attempts.held:
                 continue
             if time.monotonic() < attempts.not_before:
@@ -276,6 +278,7 @@ class Supervisor:
             "sites": {name: _told(site) for name, site in _valid(self._sites).items()},
             "trust_problem": self._trust_problem,
             "job": self._active.submission.name if self._active else None,
+            "round": self._active.progress.told() if self._active else None,
             "certificate_until": self._certificate_until,
             "certificate_problem": certificate_problem,
             "link_restarts": self._link_restarts,

@@ -94,8 +94,35 @@ class Submission:
         return (self.path / "stop").exists()
 
     def request_stop(self) -> None:
-        """Ask the coordinator to stop this job."""
+        """Ask the coordinator to stop this job.
+
+        Raises:
+            RunError: it has ended already.
+        """
+        if not self.is_open:
+            raise RunError(f"{self.name} has ended already ({self.state()['state']}).")
         write_text(self.path / "stop", now_text())
+
+    def check_resumable(self) -> None:
+        """Check that the job was stopped, and would go on.
+
+        Raises:
+            RunError: it was not stopped, or is just being.
+            TrustError: its signature has expired.
+        """
+        if (state := self.state()["state"]) != "stopped":
+            raise RunError(f"{self.name} is {state}; only a job that was stopped can be resumed.")
+        self.signed_job().check_time(datetime.now(UTC))
+
+    def resume(self) -> None:
+        """Let a job that was stopped go on, from its last durable round.
+
+        Raises:
+            RunError, TrustError: see `check_resumable`.
+        """
+        self.check_resumable()
+        (self.path / "stop").unlink(missing_ok=True)  # first: without it a job that waits is not stopped once more
+        self.note("submitted", waiting=None, problem=None)
 
     def progress(self) -> int:
         """Return the number of rounds that are durable."""

@@ -1,8 +1,8 @@
 """What all consoles share: accounts, sign-in, roles, the design system, and the process that serves pages.
 
 Only `client.console`, `server.console` and `simulations.console` import it; a process in which it runs never loads PyTorch
-(tests/client/console/test_process.py). What it needs is the extra `console`, so nothing outside these rooms may import it
-at its top: `require_web` is asked first.
+(tests/client/console/test_process.py, tests/server/console/test_process.py). What it needs is the extra `console`, so nothing
+outside these rooms may import it at its top: `require_web` is asked first.
 """
 
 from __future__ import annotations

@@ -196,7 +196,7 @@ def asked_by(request: Request) -> Asked:
     texts: Mapping[str, Texts] = request.app.state.texts
     cookies = request.cookies
     secret = cookies.get(console.cookie("session"), "")
-    session = console.sessions.find(secret) if secret else None
+    session = console.sessions.find(secret, noted=not _by_itself(request)) if secret else None
     account = console.accounts.find(session.account) if session else None
     theme = cookies.get(console.cookie("theme"), "auto")
     language = chosen(cookies.get(console.cookie("language")), request.headers.get("accept-language"))
@@ -222,6 +222,11 @@ def own_path(text: str | None) -> str:
     if not text or len(text) > 500 or not text.startswith("/") or text.startswith("//"):
         return "/"
     return text if all("!" <= c <= "~" and c not in '\\"<>^`{|}' for c in text) else "/"
+
+
+def _by_itself(request: Request) -> bool:
+    """Return whether a page that follows what happens asks, and no person."""
+    return "x-live" in request.headers or request.headers.get("accept") == "text/event-stream"
 
 
 def _check_origin(request: Request) -> None:

@@ -19,10 +19,10 @@ from types import MappingProxyType
 class Role(StrEnum):
     """What an account is there for; each account has one."""
 
-    VIEWER = "viewer"  # sees how much of the budget is spent
-    RESEARCHER = "researcher"  # sees runs and budgets, decides nothing
-    ENGINEER = "engineer"  # keeps the machine, its policy and its connection
-    OFFICER = "officer"  # answers for privacy: sees everything that left, decides about jobs
+    VIEWER = "viewer"  # sees how much of the budget is spent, and how runs go
+    RESEARCHER = "researcher"  # sees runs and budgets, makes jobs, decides nothing
+    ENGINEER = "engineer"  # keeps the machine, its policy and its connections; stops and resumes runs
+    OFFICER = "officer"  # answers for privacy: sees everything that left, decides about jobs at a site, signs reports
     ADMINISTRATOR = "administrator"  # manages accounts
 
 
@@ -39,6 +39,13 @@ class Action(StrEnum):
     EXPORT_RELEASES = "export releases"
     SEE_POLICY = "see policy"
     SEE_HEALTH = "see health"
+    SEE_RUNS = "see runs"
+    STEER_RUNS = "steer runs"  # stop, and resume
+    SEE_REPORTS = "see reports"  # make and export them; they quote what sites said and released
+    SIGN_REPORTS = "sign reports"
+    SEE_SITES = "see sites"
+    ADMIT_SITES = "admit sites"  # and shut them out
+    MAKE_JOBS = "make jobs"
 
 
 _ALL = frozenset(Role)
@@ -55,6 +62,13 @@ PERMISSIONS: Mapping[Action, frozenset[Role]] = MappingProxyType(
         Action.EXPORT_RELEASES: frozenset({_O}),
         Action.SEE_POLICY: frozenset({_E, _O, _A}),
         Action.SEE_HEALTH: frozenset({_E, _O, _A}),
+        Action.SEE_RUNS: _ALL,
+        Action.STEER_RUNS: frozenset({_E}),
+        Action.SEE_REPORTS: frozenset({_O}),
+        Action.SIGN_REPORTS: frozenset({_O}),
+        Action.SEE_SITES: frozenset({_E, _O}),
+        Action.ADMIT_SITES: frozenset({_E}),
+        Action.MAKE_JOBS: frozenset({_R}),
     }
 )
 WITHOUT_SIGN_IN = frozenset({Action.BE_A_GUEST})

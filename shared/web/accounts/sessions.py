@@ -71,14 +71,18 @@ class Sessions:
             )
         return secret
 
-    def find(self, secret: str) -> Session | None:
-        """Return the session of a browser, if it goes on."""
+    def find(self, secret: str, *, noted: bool = True) -> Session | None:
+        """Return the session of a browser, if it goes on.
+
+        Args:
+            noted: a person asked, so that the session is not idle.
+        """
         where = (SESSIONS.c.id == _hash(secret)) & ~self._over()
         with self.database.reading() as connection:
             row = connection.execute(select(SESSIONS).where(where)).one_or_none()
         if row is None:
             return None
-        if self.now() - row.seen >= _NOTED_EVERY:
+        if noted and self.now() - row.seen >= _NOTED_EVERY:
             with self.database.writing() as connection:
                 connection.execute(update(SESSIONS).where(where).values(seen=self.now()))
         return _session(row)

@@ -129,7 +129,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 
         ends.append(end)
         serving = Serving(home, console, app, f"http://127.0.0.1:{port}", clock)
-        _make_accounts(serving)
+        make_accounts(serving)
         return serving
 
     yield begin
@@ -151,7 +151,7 @@ def _run(server: uvicorn.Server, listener: Any) -> None:
     server.run(sockets=[listener])
 
 
-def _make_accounts(serving: Serving) -> None:
+def make_accounts(serving: Serving) -> None:
     accounts = serving.console.accounts
     first = accounts.invite_first()
     assert first is not None

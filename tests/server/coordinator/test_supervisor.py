@@ -16,6 +16,7 @@ import server.coordinator.journal as journal_module
 import server.coordinator.supervisor as supervisor_module
 from server.coordinator.attempt import Attempt, lasts
 from server.coordinator.journal import Journal
+from server.coordinator.progress import Progress
 from server.coordinator.run_file import RunSettings, submit
 from server.coordinator.supervisor import Supervisor
 from server.link.admission import SiteFacts
@@ -65,7 +66,7 @@ class StandInAttempt:
     held = False
 
     def __init__(self, home: CoordinatorHome, submission: Submission, link: Any) -> None:
-        self.submission, self.alive, self.halted = submission, True, False
+        self.submission, self.alive, self.halted, self.progress = submission, True, False, Progress()
         self.made.append(self)
 
     def halt(self) -> None:

@@ -27,7 +27,7 @@ def keys_used(text: str) -> set[str]:
 
 
 def test_there_are_rooms() -> None:
-    assert {room.relative_to(ROOT).as_posix() for room in ROOMS} >= {"shared/web", "client/console"}
+    assert {room.relative_to(ROOT).as_posix() for room in ROOMS} >= {"shared/web", "client/console", "server/console"}
     assert len(TEMPLATES) > 12
 
 
@@ -78,7 +78,10 @@ def test_every_message_that_is_asked_for_is_there_and_no_other() -> None:
     composed |= {
         key
         for key in messages
-        if re.match(r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_", key)
+        if re.match(
+            r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_|runs\.(state|site)_|reports\.(failed|make|sign)_",
+            key,
+        )
     }
     composed |= {key for key in messages if re.match(r"accounts\.(en|dis)able", key)}
     assert messages - asked - composed == set()

@@ -14,8 +14,8 @@ from shared.web.roles import PERMISSIONS, Action, Role, allowed
 
 # Written out once more: whoever changes the table has to mean it.
 MAY = {
-    "viewer": {"be a guest", "own account", "see budget"},
-    "researcher": {"be a guest", "own account", "see budget"},
+    "viewer": {"be a guest", "own account", "see budget", "see runs"},
+    "researcher": {"be a guest", "own account", "see budget", "see runs", "make jobs"},
     "engineer": {
         "be a guest",
         "own account",
@@ -24,6 +24,10 @@ MAY = {
         "see releases",
         "see policy",
         "see health",
+        "see runs",
+        "steer runs",
+        "see sites",
+        "admit sites",
     },
     "officer": {
         "be a guest",
@@ -35,8 +39,20 @@ MAY = {
         "export releases",
         "see policy",
         "see health",
+        "see runs",
+        "see reports",
+        "sign reports",
+        "see sites",
     },
-    "administrator": {"be a guest", "own account", "manage accounts", "see budget", "see policy", "see health"},
+    "administrator": {
+        "be a guest",
+        "own account",
+        "manage accounts",
+        "see budget",
+        "see policy",
+        "see health",
+        "see runs",
+    },
 }
 
 

@@ -1,4 +1,4 @@
-"""Reading a site's audit log for its pages: from its end backwards, or on from where somebody read before.
+"""Reading an audit log for pages: from its end backwards, or on from where somebody read before.
 
 The chain is not checked here, which would take too long for a page: `shared.trust.audit_log.verify` does, and the page has
 what it said. Every line that is not an entry is left out, and `verify` names it.

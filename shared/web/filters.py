@@ -1,0 +1,57 @@
+"""What templates of all consoles call to write numbers and times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import Any
+
+from shared.epsilons import (
+    as_set,
+    bound_rounded_down,
+    delta_rounded_up,
+    noise_rounded_down,
+    rate_rounded_up,
+    rounded_up,
+)
+
+
+def in_bytes(value: int | None) -> str:
+    """Return a number of bytes for people."""
+    if value is None:
+        return "–"
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value} B"
+
+
+def clock(time: str | datetime | None) -> str:
+    """Return a time of a log, or of a certificate, for people; what is none stands as it is."""
+    if time is None:
+        return "–"
+    try:
+        moment = datetime.fromisoformat(time) if isinstance(time, str) else time
+    except ValueError:
+        return str(time)
+    return f"{moment:%Y-%m-%d %H:%M:%S}"
+
+
+def share(spent: float, cap: float) -> float:
+    """Return how much of a cap is spent, as a part of 100; what is no number fills it."""
+    return min(100.0, max(0.0, 100 * spent / cap)) if spent == spent else 100.0
+
+
+FILTERS: Mapping[str, Callable[..., Any]] = {
+    "epsilon": lambda value: "–" if value is None else rounded_up(value, 4),
+    "exact": repr,
+    "cap": as_set,
+    "delta": delta_rounded_up,
+    "bytes": in_bytes,
+    "clock": clock,
+    "share": share,
+    "left": lambda value: bound_rounded_down(value, 4),
+    "noise": noise_rounded_down,
+    "rate": rate_rounded_up,
+    "metric": lambda value: "–" if value is None else f"{value:.4g}",
+}
