@@ -13,7 +13,6 @@ from typing import Annotated, Any
 import tomli_w
 import typer
 from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 from rich.table import Table
 
 from server.console.commands import start_console
@@ -22,7 +21,7 @@ from server.store.backup import back_up, put_back, verify_backup
 from server.store.home import CoordinatorConfig, CoordinatorHome
 from server.store.submission import Submission, find, submissions
 from shared import terminal
-from shared.errors import RunError, TrustError
+from shared.errors import ConfigError, RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.backup import told
 from shared.files.outputs import check_new_files
@@ -106,7 +105,7 @@ def install(
         write_bytes(place.server_certificate, pem_bytes(loaded))
         typer.echo(f"installed the server certificate, valid until {loaded.not_valid_after_utc:%Y-%m-%d}")
     if revoked is not None:
-        write_bytes(place.trust / "crl.pem", revoked.public_bytes(Encoding.PEM))
+        TrustStore(place.trust).install_list(revoked)
         typer.echo("installed the revocation list")
     for path in site or []:
         identity = TrustStore(place.trust).install(read_file(path, "certificate"), now)
@@ -186,26 +185,33 @@ def start(home: HomeArgument) -> None:
 def submit_job(
     home: HomeArgument,
     run_file: Annotated[Path, typer.Argument(help="Run file (TOML): the job's sections and [evaluation].")],
-    signer: Annotated[Path, typer.Option(help="Ed25519 key that signs the job; see `silotune pki signer`.")],
+    signer: Annotated[
+        Path | None, typer.Option(help="Ed25519 key that signs the job; see `silotune pki signer`.")
+    ] = None,
+    signed: Annotated[
+        Path | None, typer.Option(help="In its place: the job as `silotune coordinator sign` signed it elsewhere.")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
     wait: Annotated[bool, typer.Option("--wait", help="Return when the job has ended.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Sign a job and hand it to the coordinator, which starts it."""
-    from server.coordinator.run_file import read_run_file, submit
+    """Sign a job, or take a signed one, and hand it to the coordinator, which starts it."""
+    from server.coordinator.run_file import check_new, read_run_file, read_signed, sign_run, submit_signed
 
+    if (signer is None) == (signed is None):
+        raise ConfigError("give either --signer, a key that signs the job now, or --signed, the job as it was signed.")
     place = CoordinatorHome(home)
     place.load_config()
-    passphrase = passphrase_from_environment()
     job, settings, records = read_run_file(run_file, overrides or [])
-    submission = submit(
-        place.jobs,
-        job,
-        settings,
-        records,
-        signer=load_signing_key(signer, passphrase),
-        coordinator=load_verify_key(home / "round.pub"),
-    )
+    check_new(place.jobs, job)
+    coordinator = load_verify_key(home / "round.pub")
+    if signed is not None:
+        ready = read_signed(signed, job, coordinator=coordinator)
+    else:
+        assert signer is not None  # noqa: S101 (one of the two, see above)
+        key = load_signing_key(signer, passphrase_from_environment())
+        ready = sign_run(job, settings, signer=key, coordinator=coordinator)
+    submission = submit_signed(place.jobs, ready, settings, records)
     if not as_json:
         typer.echo(f"submitted {submission.name} (job {job.sha256[:12]})")
         if not is_alive(place.read_status()):
@@ -219,6 +225,31 @@ def submit_job(
         terminal.print_json(_job_state(submission))
     if wait and (state := submission.state())["state"] != "completed":
         raise RunError(f"{submission.name} {state['state']}: {state.get('problem') or 'see the log'}")
+
+
+@coordinator_app.command("sign")
+def sign_for_submission(
+    run_file: Annotated[Path, typer.Argument(help="Run file (TOML); its evaluation records need not be here.")],
+    signer: Annotated[Path, typer.Option(help="Ed25519 key that signs the job; see `silotune pki signer`.")],
+    coordinator: Annotated[
+        str, typer.Option(help="The coordinator's key: its round.pub, or ed25519:...")
+    ] = "round.pub",
+    overrides: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change one key.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="File; by default RUN_FILE with .signed.json.")] = None,
+) -> None:
+    """Sign a job where the signer's key is; `submit --signed` takes it where the coordinator is, without the key."""
+    from server.coordinator.run_file import read_run_settings, sign_run
+    from shared.trust.signing import find_verify_key
+
+    job, settings = read_run_settings(run_file, overrides or [])
+    path = out or run_file.with_suffix(".signed.json")
+    check_new_files(path.parent, [path.name])
+    key = load_signing_key(signer, passphrase_from_environment())
+    ready = sign_run(job, settings, signer=key, coordinator=find_verify_key(coordinator))
+    write_text(path, ready.to_json())
+    typer.echo(
+        f"{path}: job {job.sha256[:12]}, signed with {ready.signer.text}, valid until {ready.not_after:%Y-%m-%d}"
+    )
 
 
 @coordinator_app.command()

@@ -10,6 +10,7 @@ from server.console.promises import Planner
 from server.console.reports import Reports
 from server.console.runs import Runs
 from server.console.said import Said
+from server.console.sites import Sites
 from server.store.home import CoordinatorHome
 from shared.trust.audit_log import AuditLog, Event
 from shared.web.asked import Asked
@@ -27,6 +28,7 @@ class CoordinatorContent:
         runs: every submitted job.
         planner: what jobs promise.
         reports: makes them.
+        sites: who may connect.
         streams: the browsers that follow what happens.
     """
 
@@ -36,6 +38,7 @@ class CoordinatorContent:
     runs: Runs
     planner: Planner
     reports: Reports
+    sites: Sites
     streams: Streams
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from server.console import compare_pages, report_pages, run_pages, steer_pages
+from server.console.connections import spark
 from server.console.content import CoordinatorContent
 from server.console.navigation import NAVIGATION
 from server.console.promises import Planner
 from server.console.reports import Reports
+from server.console.routes import compare_pages, job_pages, report_pages, run_pages, site_pages, steer_pages
 from server.console.runs import Runs
 from server.console.said import Said
+from server.console.sites import Sites
 from server.store.home import CoordinatorHome
 from shared.files.backup import refuse_unpacked
 from shared.web.console import Console
@@ -24,7 +26,14 @@ from shared.web.running import run
 from shared.web.serving import Place
 
 FOLDER = "console"
-ROUTES = (compare_pages.ROUTES, run_pages.ROUTES, steer_pages.ROUTES, report_pages.ROUTES)
+ROUTES = (
+    compare_pages.ROUTES,
+    run_pages.ROUTES,
+    steer_pages.ROUTES,
+    report_pages.ROUTES,
+    site_pages.ROUTES,
+    job_pages.ROUTES,
+)
 """Of its own pages; the first that fits counts."""
 
 
@@ -57,6 +66,7 @@ def open_console(
         runs=Runs(home.jobs),
         planner=Planner(),
         reports=Reports(home),
+        sites=Sites(home, said),
         streams=Streams(),
     )
     accounts, sessions = open_accounts(
@@ -75,7 +85,7 @@ def open_console(
         loopback=place.loopback,
         secure=place.secure,
         port=port,
-        filters=FILTERS,
+        filters={**FILTERS, "spark": spark},
         provider=None if oidc is None else Provider(oidc, secret=oidc.secret(home.path / FOLDER), now=now),
         content=content,
     )

@@ -50,12 +50,16 @@ def write_crl(
 
 def load_crl(path: Path, ca: x509.Certificate) -> x509.CertificateRevocationList:
     """Read a revocation list and check that `ca` signed it."""
-    content = read_file(path, "revocation list")
+    return parse_crl(read_file(path, "revocation list"), ca, str(path))
+
+
+def parse_crl(pem: bytes, ca: x509.Certificate, what: str) -> x509.CertificateRevocationList:
+    """Return the revocation list in `pem`, checked that `ca` signed it; TrustError if it is none."""
     try:
-        crl = x509.load_pem_x509_crl(content)
-        check_crl(crl, ca, str(path))
+        crl = x509.load_pem_x509_crl(pem)
+        check_crl(crl, ca, what)
     except MALFORMED:
-        raise TrustError(f"{path} is no PEM revocation list; publish it again: silotune pki publish") from None
+        raise TrustError(f"{what} is no PEM revocation list; publish it again: silotune pki publish") from None
     return crl
 
 

@@ -6,6 +6,7 @@ from datetime import datetime
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.hazmat.primitives.serialization import Encoding
 
 from shared.errors import RunError, TrustError
 from shared.trust.certificates import (
@@ -19,7 +20,15 @@ from shared.trust.certificates import (
     whole_seconds,
     write_public,
 )
-from shared.trust.revocation import check_rollback, crl_digest, crl_number, load_crl, seen_crl
+from shared.trust.revocation import (
+    check_newer,
+    check_rollback,
+    crl_digest,
+    crl_number,
+    load_crl,
+    parse_crl,
+    seen_crl,
+)
 
 
 class TrustStore:
@@ -45,14 +54,37 @@ class TrustStore:
         Raises:
             TrustError: if it is anything but a valid certificate of a site, signed by this CA.
         """
-        judge = self.judge(whole_seconds(now))
-        certificate = parse_certificate(cert_pem, "the certificate")
-        state, reason = judge.judged(certificate)
-        if state != "valid":
-            raise TrustError(f"the certificate is not installed: {reason}")
+        certificate = self.check(cert_pem, whole_seconds(now))
         path = self.folder / "sites" / file_name(certificate)
         write_public(path, pem_bytes(certificate))
-        return identity_of(path, certificate, state, reason)
+        return identity_of(path, certificate, "valid", "")
+
+    def check(self, cert_pem: bytes, now: datetime) -> x509.Certificate:
+        """Return a site's certificate that could be installed.
+
+        Raises:
+            TrustError: as for `install`.
+        """
+        certificate = parse_certificate(cert_pem, "the certificate")
+        state, reason = self.judge(whole_seconds(now)).judged(certificate)
+        if state != "valid":
+            raise TrustError(f"the certificate is not installed: {reason}")
+        return certificate
+
+    def check_list(self, pem: bytes) -> x509.CertificateRevocationList:
+        """Return a revocation list that could be installed.
+
+        Raises:
+            TrustError: if it is none of this CA's, or older than the newest that was seen here.
+        """
+        ca = load_certificate(self.folder / "ca.crt")
+        crl = parse_crl(pem, ca, "the revocation list")
+        check_newer(self.folder, crl, ca)
+        return crl
+
+    def install_list(self, crl: x509.CertificateRevocationList) -> None:
+        """Put a list into force that `check_list` returned, or that was checked likewise."""
+        write_public(self.folder / "crl.pem", crl.public_bytes(Encoding.PEM))
 
     def judge(self, now: datetime) -> Judge:
         """Return what certificates of sites are judged by at `now`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from shared.epsilons import (
@@ -37,6 +37,13 @@ def clock(time: str | datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
+def minute(time: str | datetime | float | None) -> str:
+    """Return the minute of a time, for tables whose page says that all times are UTC."""
+    if isinstance(time, int | float):
+        time = datetime.fromtimestamp(time, UTC)
+    return clock(time)[:16]
+
+
 def share(spent: float, cap: float) -> float:
     """Return how much of a cap is spent, as a part of 100; what is no number fills it."""
     return min(100.0, max(0.0, 100 * spent / cap)) if spent == spent else 100.0
@@ -49,6 +56,7 @@ FILTERS: Mapping[str, Callable[..., Any]] = {
     "delta": delta_rounded_up,
     "bytes": in_bytes,
     "clock": clock,
+    "minute": minute,
     "share": share,
     "left": lambda value: bound_rounded_down(value, 4),
     "noise": noise_rounded_down,

@@ -241,6 +241,37 @@ def test_an_attempt_says_that_its_run_is_held(
     assert submitted.state()["problem"] == str(error)
 
 
+def test_the_status_tells_what_sites_do(
+    supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt], home: CoordinatorHome
+) -> None:
+    supervisor._turn()
+    assert json.loads(home.status.read_text())["round"] is None
+    attempts[0].progress.asked(1, ["a", "b"])
+    attempts[0].progress.failed("b", "PolicyError: MARKER", replied=False)
+    supervisor._turn()
+    told = json.loads(home.status.read_text())["round"]
+    assert told == {"round": 1, "sites": {"a": "training", "b": "refused"}, "codes": {"b": "PolicyError"}}
+    assert "MARKER" not in home.status.read_text()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_job_that_was_stopped_is_resumed(
+    supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt], held: bool
+) -> None:
+    supervisor._turn()
+    attempts[0].held, attempts[0].alive = held, not held
+    supervisor._turn()  # one that is held rests from here on
+    submitted.request_stop()
+    supervisor._turn()
+    attempts[0].alive = False
+    supervisor._turn()
+    assert submitted.state()["state"] == "stopped"
+    submitted.resume()
+    supervisor._turn()
+    assert len(attempts) == 2
+    assert submitted.state()["state"] == "running"
+
+
 def test_a_job_that_was_stopped_ends_once_its_attempt_has(
     supervisor: Supervisor, submitted: Submission, attempts: list[StandInAttempt]
 ) -> None:

@@ -14,7 +14,7 @@ from fastapi import Form
 from fastapi.responses import Response
 
 from server.console.content import content_of
-from server.console.run_pages import Id, page_of, run_of
+from server.console.routes.run_pages import Id, page_of, run_of
 from server.console.runs import Run
 from shared.errors import RunError, TrustError
 from shared.web.asked import Asked, Here, Routes

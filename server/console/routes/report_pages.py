@@ -12,7 +12,7 @@ from fastapi.responses import FileResponse, Response
 
 from server.console.content import content_of
 from server.console.reports import FILES, KINDS, SIGNED
-from server.console.run_pages import Id, run_of
+from server.console.routes.run_pages import Id, run_of
 from server.console.runs import Run
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action, allowed

@@ -10,7 +10,7 @@ from fastapi import Query
 from fastapi.responses import JSONResponse, Response
 
 from server.console.content import content_of
-from server.console.run_pages import EPSILON, Metric, chart, run_of
+from server.console.routes.run_pages import EPSILON, Metric, chart, run_of
 from server.console.runs import Curves, Run
 from shared.errors import SilotuneError
 from shared.files.json_files import canonical_json
