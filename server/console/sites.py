@@ -8,6 +8,7 @@ Formal guarantees (tests: tests/server/console/test_sites.py)
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -18,12 +19,14 @@ from datetime import UTC, datetime
 from server.console.connections import Connections, Uptime
 from server.console.said import Said, Told, is_name
 from server.store.home import CoordinatorHome
+from shared.errors import SilotuneError
 from shared.service.machine import CERTIFICATE_DAYS
 from shared.trust.certificates import SiteIdentity, fingerprint
 from shared.trust.trust_store import TrustStore
 
 SOON_DAYS = 30
-_KEPT_SECONDS = 300.0
+_KEPT_SECONDS = 3600.0
+"""Ends of certificates are judged for every page; a clock that was set is seen by then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +89,10 @@ class Sites:
         self._said, self._now = said, now
         self._lock = threading.Lock()
         self._kept: tuple[object, float, list[SiteIdentity]] | None = None
+        with contextlib.suppress(
+            SilotuneError
+        ):  # so that the first page need not read everything; it tells what is wrong
+            self.some(self.names())
 
     def names(self, search: str = "") -> list[str]:
         """Return the names of all sites, or of those in which a text stands.

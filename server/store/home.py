@@ -7,6 +7,7 @@ jobs/NUMBER-NAME/  the signed job, its public evaluation data, its state and its
 audit/             the audit log
 logs/              what the coordinator wrote about itself
 coordinator.json   what the running coordinator says of itself
+console/           accounts of the console, if there ever was one; in no backup
 """
 
 from __future__ import annotations

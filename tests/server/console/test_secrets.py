@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -126,3 +128,35 @@ def _files(folder: Path) -> dict[str, bytes]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not {"console", "audit"} & {*path.parts}
     }
+
+
+@pytest.mark.parametrize("role", [Role.ENGINEER, Role.OFFICER, Role.RESEARCHER])
+def test_no_input_is_a_defect(serving: Serving, role: Role) -> None:
+    """Every route of the console's own, with what no page would send."""
+    browser = serving.signed_in(role.value)
+    token = browser.token("/account")
+    routes = [route for route in serving.app.routes if route.path.startswith(("/runs", "/sites", "/jobs"))]
+    assert len(routes) >= 25
+    fields = (
+        "kind",
+        "seen",
+        "certificate",
+        "revocations",
+        "name",
+        "training.rounds",
+        "task.labels",
+        "evaluation.columns",
+    )
+    for odd in ("", "0001-triage", EVIL, "a\x00b", "9" * 300, "=;,\n=", "\U0001f600" * 20, "../" * 9):
+        for route in routes:
+            path = re.sub(r"\{\w+\}", "0001-triage" if odd == "" else urllib.parse.quote(odd, safe=""), route.path)
+            asked = {"q": odd, "state": odd[:20], "run": [odd, odd], "metric": odd[:60], "since": odd[:100]}
+            if route.path.endswith("/events"):
+                continue  # tests/server/console/test_live.py
+            if "GET" in route.methods:
+                answer = browser.get(path, params=asked)
+            else:
+                data = {"csrf_token": token} | dict.fromkeys(fields, odd)
+                answer = browser.http.post(path, data=data, headers={"origin": serving.address})
+            assert answer.status_code < 500, (route.path, odd, answer.text[:300])
+            assert "<script>alert" not in answer.text
