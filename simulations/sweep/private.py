@@ -108,7 +108,7 @@ def plan_selection(sweep: Sweep, law: NumTrials) -> Selection:
         raise ConfigError(
             "--account-tuning takes one budget: a selection among several costs as much as the largest. Fix privacy.epsilon."
         )
-    if any(scenario.job.privacy.mechanism == "distributed" for scenario in scenarios):
+    if any(scenario.job.privacy.shares_noise for scenario in scenarios):
         raise ConfigError(
             "--account-tuning accounts for one promise, and jobs of privacy.mechanism 'distributed' make two; use 'dp-sgd'."
         )
