@@ -1,0 +1,60 @@
+"""Every route of a console with whatever its schema allows and forbids, by schemathesis (Dygalo, "Schemathesis", 2022)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+import schemathesis
+from fastapi import FastAPI
+from hypothesis import HealthCheck, given, settings
+from hypothesis import seed as from_seed
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+
+from shared.web.asked import token_of
+from shared.web.console import Console
+from shared.web.roles import Action, allowed
+
+
+def fuzz(app: FastAPI, console: Console, address: str, *, examples: int = 5) -> list[str]:
+    """Return the answers of a status from 500 on, each with what was asked; every route is asked by a role that may.
+
+    Args:
+        app: without its guard; its schema is read, `address` is asked.
+        console: with an account for each role.
+        examples: of requests to each route, in each of two ways: as its schema says, and otherwise.
+    """
+    broken: list[str] = []
+
+    def ask(case: Any) -> None:
+        action = Action(case.operation.definition.raw["tags"][0])
+        account = next(one for one in console.accounts.all() if allowed(one.role, action))
+        # One session for each, for some end theirs.
+        secret = console.sessions.begin(account.id, address="127.0.0.1", browser="schemathesis")
+        cookie = f"{console.cookie('session')}={secret}"
+        headers = {"cookie": cookie, "origin": address, "x-csrf-token": token_of(secret)}
+        answer = case.call(base_url=address, headers=headers, allow_redirects=False)
+        if answer.status_code >= 500:
+            broken.append(f"{answer.status_code} {case.method} {case.formatted_path} {case.query} {case.body!r}"[:300])
+
+    schema = app.openapi()
+    operations = list(schemathesis.openapi.from_dict(schema).get_all_operations())
+    assert len(operations) == sum(len(methods) for methods in schema["paths"].values()) > 0, "every route is asked"
+    for found in operations:
+        for mode in GenerationMode:
+            _run(found.ok().as_strategy(generation_mode=mode), ask, examples)
+    return broken
+
+
+def _run(cases: Any, ask: Callable[[Any], None], examples: int) -> None:
+    @from_seed(0)
+    @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+    @given(case=cases)
+    def one(case: Any) -> None:
+        ask(case)
+
+    # A route that takes nothing cannot be asked otherwise than its schema says.
+    with suppress(Unsatisfiable):
+        one()
