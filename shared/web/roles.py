@@ -39,6 +39,7 @@ class Action(StrEnum):
     EXPORT_RELEASES = "export releases"
     SEE_POLICY = "see policy"
     SEE_HEALTH = "see health"
+    SEE_RESULTS = "see results"  # of simulations, which nobody's budget paid for
 
 
 _ALL = frozenset(Role)
@@ -55,6 +56,7 @@ PERMISSIONS: Mapping[Action, frozenset[Role]] = MappingProxyType(
         Action.EXPORT_RELEASES: frozenset({_O}),
         Action.SEE_POLICY: frozenset({_E, _O, _A}),
         Action.SEE_HEALTH: frozenset({_E, _O, _A}),
+        Action.SEE_RESULTS: _ALL,
     }
 )
 WITHOUT_SIGN_IN = frozenset({Action.BE_A_GUEST})

@@ -72,13 +72,18 @@ def test_every_message_that_is_asked_for_is_there_and_no_other() -> None:
     assert asked <= messages
     # Those whose names are put together of two parts.
     composed = {
-        key for key in messages if key.partition(".")[0] in ("roles", "roles_about", "themes", "kinds", "nav", "units")
+        key
+        for key in messages
+        if key.partition(".")[0]
+        in ("roles", "roles_about", "themes", "kinds", "nav", "units", "units_each", "states", "arms")
     }
     composed |= {key for key in messages if re.match(r"errors\.t(itle|ext)_|unsuitable\.", key)}
     composed |= {
         key
         for key in messages
-        if re.match(r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_", key)
+        if re.match(
+            r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_|runs\.", key
+        )
     }
     composed |= {key for key in messages if re.match(r"accounts\.(en|dis)able", key)}
     assert messages - asked - composed == set()

@@ -14,8 +14,8 @@ from shared.web.roles import PERMISSIONS, Action, Role, allowed
 
 # Written out once more: whoever changes the table has to mean it.
 MAY = {
-    "viewer": {"be a guest", "own account", "see budget"},
-    "researcher": {"be a guest", "own account", "see budget"},
+    "viewer": {"be a guest", "own account", "see budget", "see results"},
+    "researcher": {"be a guest", "own account", "see budget", "see results"},
     "engineer": {
         "be a guest",
         "own account",
@@ -24,6 +24,7 @@ MAY = {
         "see releases",
         "see policy",
         "see health",
+        "see results",
     },
     "officer": {
         "be a guest",
@@ -35,8 +36,17 @@ MAY = {
         "export releases",
         "see policy",
         "see health",
+        "see results",
     },
-    "administrator": {"be a guest", "own account", "manage accounts", "see budget", "see policy", "see health"},
+    "administrator": {
+        "be a guest",
+        "own account",
+        "manage accounts",
+        "see budget",
+        "see policy",
+        "see health",
+        "see results",
+    },
 }
 
 
