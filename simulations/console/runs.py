@@ -50,7 +50,7 @@ class Arm:
     Attributes:
         metrics: of the final model; before there is one, of the last measured round.
         spreads: by metric, where there are seeds or folds.
-        diverged: it is no yardstick.
+        diverged: its loss says that nothing was learned; a baseline is no yardstick then.
     """
 
     name: str
@@ -216,9 +216,9 @@ def _read(folder: Path, reader: Reader) -> dict[str, Any]:
     names, records = _released(folder, reader, central=privacy["mechanism"] == "central")
     spreads = _spreads(folder, reader, metric)
     own = evaluation.metrics if evaluation else measured
-    arms = [
-        Arm(name=FEDERATED, private=privacy["mechanism"] != "none", metrics=own, spreads=spreads.get(FEDERATED, {}))
-    ]
+    private = privacy["mechanism"] != "none"
+    diverged = evaluation is not None and _diverged(folder, reader, evaluation, private=private)
+    arms = [Arm(name=FEDERATED, private=private, metrics=own, spreads=spreads.get(FEDERATED, {}), diverged=diverged)]
     arms += [_baseline(place, reader, spreads.get(place.name, {})) for place in reader.folders(folder / "baselines")]
     return {
         "name": printable(run.name or _text(job.get("name")) or folder.name),
@@ -329,7 +329,7 @@ def _baseline(folder: Path, reader: Reader, spreads: Mapping[str, Spread]) -> Ar
 
 
 def _diverged(folder: Path, reader: Reader, evaluation: _Evaluation, *, private: bool) -> bool:
-    """Return whether a baseline counts as diverged; the rule is the report's (`server.rounds.convergence`)."""
+    """Return whether a training counts as diverged; the rule is the report's (`server.rounds.convergence`)."""
     kept = 1 if evaluation.round is None else evaluation.round
     rounds = read_rounds(folder, reader, most=1 if kept else None)
     losses = [(record.round, loss) for record in rounds if (loss := record.metrics.get("loss")) is not None]

@@ -88,6 +88,18 @@ def test_runs_of_other_mechanisms(tmp_path: Path) -> None:
     assert runs["going"].executed == 3.0, "what its last round says"
 
 
+def test_a_training_that_diverged_is_no_yardstick(tmp_path: Path) -> None:
+    """By the rule of the report (`server.rounds.convergence`)."""
+    run = make_run(tmp_path / "run", baselines={"central-dp": 0.8, "non-private": 0.99, "federated-non-private": 0.9})
+    worse = {"metrics": {"accuracy": 0.99, "loss": 5.0}, "primary_metric": "accuracy", "round": 6}
+    write_json(run / "baselines" / "non-private" / "evaluation.json", worse)
+    write_json(make_run(tmp_path / "itself") / "evaluation.json", worse)
+    runs = by_path(Index(tmp_path).now())
+    assert [arm.name for arm in runs["run"].arms if arm.diverged] == ["non-private"]
+    assert runs["run"].open == 0.9
+    assert runs["itself"].arms[0].diverged
+
+
 def test_nothing_is_read_twice(tmp_path: Path, reads: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(index, "_AGAIN_SECONDS", 0.0)
     runs = Index(make_folder(tmp_path / "runs"))
