@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from shared.web.roles import Action
 from simulations.console.content import chosen, content_of
 from simulations.console.drawing import BOTTOM, HEIGHT, LEFT, NO_PRIVACY, RIGHT, TOP, draw
 from simulations.console.frontier import Point, Promise, metrics, of_runs, of_sweep, promises
+from simulations.console.numbers import NOTHING
 from simulations.console.pages import Form, Ids, Word, exported
 from simulations.console.runs import Run
 from simulations.console.sweeps import Sweep
@@ -75,7 +77,7 @@ def _shown(asked: Asked, ids: list[str], sweep: str, data: str, metric: str, pro
     runs = chosen(found, ids, most=_MOST) if ids else list(found.runs.values())
     datasets = _by_frequency([run for run in runs if run.value is not None])
     data = data if data in datasets else next(iter(datasets), "")
-    runs = [run for run in runs if run.data == data]
+    runs = [run for run in runs if _data(run) == data]
     names = metrics(runs)
     metric = metric if metric in names else next(iter(names), "")
     of_metric = [run for run in runs if run.metric == metric]
@@ -110,7 +112,9 @@ def _of_sweep(sweep: Sweep | None, runs: list[Run]) -> _Shown:
 
 
 def _by_frequency(runs: list[Run]) -> list[str]:
-    counts: dict[str, int] = {}
-    for run in runs:
-        counts[run.data] = counts.get(run.data, 0) + 1
-    return sorted(counts, key=lambda data: -counts[data])
+    return [data for data, _ in Counter(map(_data, runs)).most_common()]
+
+
+def _data(run: Run) -> str:
+    """Return what the data of a run are called; a federation's coordinator does not know."""
+    return run.data or NOTHING

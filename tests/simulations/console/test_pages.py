@@ -201,11 +201,14 @@ def test_epsilons_of_other_units_stand_apart(serve: Callable[[Path], Serving], t
         make_run(tmp_path / f"record-{number}", num_sites=1)
     make_run(tmp_path / "patient", num_sites=1, unit="patient")
     make_run(tmp_path / "void", num_sites=1, executed=None, randomness="injected")
+    make_run(tmp_path / "federation", num_sites=1, data="")
     browser = serve(tmp_path).signed_in()
     page = browser.page("/frontier")
     assert "record-0</a>" in page
     assert "patient</a>" not in page
     assert "1 private runs that state no epsilon are left out" in page
+    assert "federation</a>" not in page, "of data that have no name here"
+    assert "federation</a>" in browser.page("/frontier?data=–")
     page = browser.page("/frontier?promise=patient+1e-05")
     assert "record-0</a>" not in page
     assert "patient</a>" in page
