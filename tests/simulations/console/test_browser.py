@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.shared.web.accessibility import violations_everywhere
 from tests.simulations.console.conftest import EVIL, Serving
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (make install)")
@@ -18,10 +17,6 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here (Debian: chromium)")
 
-CHECK = (Path(__file__).parents[2] / "client" / "console" / "checks.js").read_text(encoding="utf-8").partition("\n")[2]
-AXE = os.environ.get("SILOTUNE_TEST_AXE")
-"""The file axe.min.js of the npm package axe-core, where somebody has it."""
-RULES = ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa", "wcag22aa", "best-practice"]
 FORGED = """<!doctype html><title>forged</title><style>p { color: rgb(1, 2, 3); }</style><p id="p">mine</p>
 <meta http-equiv="refresh" content="0;url=/sign-in"><script>document.title = "ran"</script>
 <img src=x onerror="document.title = 'ran'"><form id="f" action="/sign-out" method="post"><button>go</button></form>
@@ -62,30 +57,12 @@ def paths_of(serving: Serving) -> list[str]:
     return ["/runs", *one, f"/runs/compare?{chosen}", f"/runs/compare?{chosen}&log=1", "/frontier", sweep, "/sweeps"]
 
 
-def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving) -> None:
-    found = {}
-    for path in [*paths_of(serving), "/account"]:
-        page.goto(f"{serving.address}{path}", wait_until="networkidle")
-        for theme in ("light", "dark"):
-            page.emulate_media(color_scheme=theme)
-            for width in (360, 2560) if path == "/runs" else (360, 1280):
-                page.set_viewport_size({"width": width, "height": 900})
-                if told := page.evaluate(CHECK):
-                    found[path, theme, width] = told
-    assert found == {}
-
-
-@pytest.mark.skipif(AXE is None, reason="axe-core is not here (npm pack axe-core, then SILOTUNE_TEST_AXE=axe.min.js)")
-def test_axe_finds_nothing(page: Any, serving: Serving) -> None:
+def test_every_page_keeps_the_rules_at_every_width(page: Any, serving: Serving) -> None:
     found = {}
     for path in [*paths_of(serving), "/account", f"/{serving.links[-1]}"]:
         page.goto(f"{serving.address}{path}", wait_until="networkidle")
-        for theme in ("light", "dark"):
-            page.emulate_media(color_scheme=theme)
-            page.evaluate(f"{Path(AXE or '').read_text(encoding='utf-8')};0")
-            told = page.evaluate("rules => axe.run(document, {runOnly: rules})", RULES)["violations"]
-            if told:
-                found[path, theme] = [(one["id"], one["nodes"][0]["html"]) for one in told]
+        if told := violations_everywhere(page):
+            found[path] = told
     assert found == {}
 
 
