@@ -117,17 +117,6 @@ _LOCAL_WAYS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, float, float]
         ("training.rounds=16", "training.local_steps=1", "privacy.sample_rate=1", "training.schedule=constant"),
         (2.6, 3.0, 1.9),
     ),
-    "label-names": (
-        "that, from label names",
-        (
-            "training.rounds=16",
-            "training.local_steps=1",
-            "privacy.sample_rate=1",
-            "training.schedule=constant",
-            "task.head_start=label-names",
-        ),
-        (2.6, 3.0, 1.9),
-    ),
 }
 
 
