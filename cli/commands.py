@@ -24,6 +24,7 @@ PLACES = {
     "simulate": "simulations.commands:simulate",
     "federation": "simulations.commands:federation",
     "sweep": "simulations.commands:sweep",
+    "console": "simulations.console.commands:console",
     "small-gpt2": "simulations.commands:small_gpt2",
     "predict": "shared.tools.inference_commands:predict",
     "ensemble": "cli.reports:ensemble",

@@ -68,7 +68,9 @@ def write_report(
         str | None,
         typer.Option("--format", help="html or pdf: the compliance report; without it, report.html of the run anew."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="File; by default RUN/compliance-report.FORMAT.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="File; by default RUN/report.html, or RUN/compliance-report.FORMAT.")
+    ] = None,
     ledgers: Annotated[
         list[Path] | None, typer.Option("--ledger", help="Export of a site's ledger; may be repeated.")
     ] = None,
@@ -78,13 +80,11 @@ def write_report(
 ) -> None:
     """Write the compliance report of a run (--format), or its report.html anew. The word "write" can be left out."""
     if report_format is None:
-        if out or ledgers or sign:
-            raise ConfigError(
-                "--out, --ledger and --sign are for the compliance report; add --format html or --format pdf."
-            )
+        if ledgers or sign:
+            raise ConfigError("--ledger and --sign are for the compliance report; add --format html or --format pdf.")
         from server.reports.run import write_report as write_run_report
 
-        typer.echo(write_run_report(run))
+        typer.echo(write_run_report(run, out))
         return
     if report_format not in ("html", "pdf"):
         raise ConfigError(f"--format is {report_format!r}; expected html or pdf.")

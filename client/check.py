@@ -15,6 +15,7 @@ from client.link.client import welcome
 from client.link.handshake import tls_facts
 from client.node.node import credentials_of
 from client.policy.policy import Policy, load_policy
+from client.policy.verdicts import job_verdicts
 from client.site.approving import ApprovalDesk
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, load_identity, open_log, open_site
@@ -64,7 +65,7 @@ def check_site(
     """Yield one finding per test, in the order in which a person would mend them; releases nothing.
 
     Args:
-        job: also tell which records this job could not use.
+        job: also tell which rules of the policy this job breaks, else which records it could not use.
         public: also tell how many of the records stand in this file, such as the coordinator's evaluation records.
         connect: also connect to the coordinator; a running node of the same site would be in the way.
     """
@@ -84,7 +85,7 @@ def check_site(
     if home.approvals.exists():
         tests.append(("approvals", lambda: _approvals(home, passphrase)))
     if job is not None:
-        tests.append(("job", lambda: _job(opened(), job)))
+        tests.append(("job", lambda: _job(home, opened(), job)))
     if public is not None:
         tests.append(("public records", lambda: _public(home, public)))
     if connect:
@@ -271,7 +272,11 @@ def _public(home: SiteHome, public: DataSource) -> tuple[Outcome, str]:
     )
 
 
-def _job(site: Site, job: Job) -> tuple[Outcome, str]:
+def _job(home: SiteHome, site: Site, job: Job) -> tuple[Outcome, str]:
+    broken = [one for one in job_verdicts(load_policy(home.policy), job) if not one.kept]
+    if broken:
+        rules = "; ".join(f"{one.rule} asks {one.asked}, accepted is {one.allowed}" for one in broken)
+        return "failed", f"{job.name} would be refused: {rules}"
     left_out = site.examine(job)
     cut = (
         f"; {left_out.num_full:,} fill model.max_length {job.model.max_length} and are cut there"

@@ -291,7 +291,10 @@ def check(
     ] = False,
     job: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="A job (run file, scenario, signed job): which records could it not use?"),
+        typer.Option(
+            metavar="FILE",
+            help="A job (run file, scenario, signed job): which rules does it break, which records could it not use?",
+        ),
     ] = None,
     public: Annotated[
         Path | None,

@@ -145,7 +145,7 @@ def _privacy(run: Run) -> Privacy:
     """Return who adds this run's noise and keeps its account; the only place where that is asked."""
     if run.job.privacy.mechanism == "central":
         return CentralPrivacy(run.job, run.folder, new_randomness=run.new_randomness)
-    if run.job.privacy.mechanism == "distributed":
+    if run.job.privacy.shares_noise:
         return SecurePrivacy(run.job, run.folder)
     return LocalPrivacy(run.job)
 

@@ -75,7 +75,7 @@ def federation(
         return load_scenario(scenario, changes) if scenario else builtin_scenario("demo", changes)
 
     loaded = load(overrides or [])
-    if loaded.job.privacy.mechanism != "distributed":
+    if not loaded.job.privacy.shares_noise:
         loaded = load(["partition.num_sites=3", "federation.min_sites=3", *(overrides or [])])
     from simulations.federation.run import run_federation  # slow to import, so mistakes are told before
 

@@ -10,7 +10,6 @@ from fastapi.responses import JSONResponse, Response
 
 from client.console.budget import AccountBudget
 from client.console.content import SiteContent, content_of
-from client.console.exports import as_csv, as_json_lines
 from client.console.releases import Release
 from client.console.state import health, policy_text
 from client.ledger.account import PROMISES
@@ -20,6 +19,7 @@ from shared.trust.signing import load_verify_key
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.console import Entry
 from shared.web.entries import Line, backwards, every
+from shared.web.exports import as_csv, as_json_lines
 from shared.web.roles import Action, allowed
 
 ROUTES = Routes()

@@ -41,11 +41,15 @@ def verdicts(policy: Policy, signed: SignedJob, *, now: datetime) -> list[Verdic
         signed: a job whose signature was verified when it was read.
         now: this site's clock, with time zone.
     """
-    return list(_all(policy, signed, now))
+    return [*_of_signature(policy, signed, now), *job_verdicts(policy, signed.job)]
 
 
-def _all(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[Verdict]:
-    job = signed.job
+def job_verdicts(policy: Policy, job: Job) -> list[Verdict]:
+    """Return those of the rules that do not ask who signed a job, or when."""
+    return list(_of_job(policy, job))
+
+
+def _of_signature(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[Verdict]:
     name = policy.signer_name(signed.signer)
     yield Verdict(
         rule="signers",
@@ -54,6 +58,9 @@ def _all(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[Verdict]:
         kept=name is not None,
     )
     yield _time(signed, now)
+
+
+def _of_job(policy: Policy, job: Job) -> Iterator[Verdict]:
     tasks, kind = policy.tasks, job.task.kind
     yield Verdict(rule="tasks", asked=kind, allowed=", ".join(tasks), kept=kind in tasks)
     backbone = job.model.backbone

@@ -125,7 +125,7 @@ class OpenedFolder:
 
     def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         """Return the records that a job can use, encoded; kept until another runtime asks, or another way to add up."""
-        summed = job.privacy.mechanism == "distributed"
+        summed = job.privacy.shares_noise
         if self._prepared is None or self._prepared[0] is not runtime or self._prepared[1] != summed:
             with on_records():
                 usable = self.trained.usable(runtime, summed=summed)

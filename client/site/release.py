@@ -186,7 +186,7 @@ class Update(Release[TrainReply, LocalRound]):
 
     def _admit(self, request: TrainRequest) -> PrivacyPlan:
         job = request.job
-        if job.privacy.mechanism == "distributed":
+        if job.privacy.shares_noise:
             raise PolicyError(
                 "privacy.mechanism is 'distributed', so this site sends nothing of a round but what is masked; no update of its "
                 "own can be asked for."

@@ -93,7 +93,7 @@ class Site(OpenedFolder):
             ModelError, ConfigError: the job's model cannot be loaded here.
         """
         check_terms(self.config, job, declared_records=self.declared_records)
-        summed = job.privacy.mechanism == "distributed"
+        summed = job.privacy.shares_noise
         return self.trained.usable(load_runtime(job, self.config.compute), summed=summed).left_out
 
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:

@@ -18,7 +18,7 @@ from shared.job.job import Job
 from shared.privacy.accountant.cross_check import CrossCheck, prv_cross_check
 from shared.privacy.accounting import GaussianSteps, check_delta
 from shared.privacy.central_statement import CentralRelease, central_statement, not_covered_central
-from shared.privacy.plan import PrivacyPlan
+from shared.privacy.planned import PlannedPrivacy
 from shared.privacy.randomness import Origin
 from shared.privacy.shared_noise import SharedNoise
 from shared.privacy.statement import ACCOUNTANT, Release, SiteRelease, not_covered, relation, site_statement
@@ -177,7 +177,7 @@ class SiteRecord(PrivacyRecord):
         if self.private and self.rounds and not sum(event.steps for event in self.training):
             raise PrivacyError("updates were released, but no noisy step is recorded")
         private = self.private and job.privacy.mechanism != "none"
-        plan = PrivacyPlan.from_job(job) if private else None
+        plan = PlannedPrivacy.from_job(job) if private else None
         asked = plan is not None and bool(self.rounds or self.rounds_unanswered)
         return SiteRelease(
             site=self.site,

@@ -148,7 +148,7 @@ class Job(Section):
     def _check_distributed(self) -> Self:
         """Refuse what is more than one noisy sum of clipped gradients a round, or would tell a site's own share of the noise."""
         colluding = self.privacy.max_colluding
-        if self.privacy.mechanism != "distributed" or colluding is None:
+        if not self.privacy.shares_noise or colluding is None:
             return self
         if self.training.local_steps != 1:
             raise ValueError(
@@ -190,7 +190,7 @@ class Job(Section):
 
         A sum of gradients is taken at one adapter, so there are no products to average.
         """
-        return self.lora.train == "both" and self.privacy.mechanism != "distributed"
+        return self.lora.train == "both" and not self.privacy.shares_noise
 
     @property
     def charged_steps(self) -> int:

@@ -106,7 +106,7 @@ class PrivacyConfig(Section):
 
     def spare_attempts_for(self, rounds: int) -> int:
         """Return how many repetitions a plan of so many rounds has room for; 0 unless the mechanism is `distributed`."""
-        if self.mechanism != "distributed":
+        if not self.shares_noise:
             return 0
         return -(-rounds // 10) if self.spare_attempts is None else self.spare_attempts
 
@@ -115,9 +115,14 @@ class PrivacyConfig(Section):
         """Whether each site adds noise to what it sends and keeps an account of it."""
         return self.mechanism in ("dp-sgd", "distributed")
 
+    @property
+    def shares_noise(self) -> bool:
+        """Whether what sites send is added up under secure aggregation, each with a share of the noise."""
+        return self.mechanism == "distributed"
+
     @model_validator(mode="after")
     def _check_distributed(self) -> Self:
-        if self.mechanism != "distributed":
+        if not self.shares_noise:
             if found := [key for key in OF_SHARES if getattr(self, key) is not None]:
                 raise ValueError(
                     f"{found[0]} is for the mechanism 'distributed', but mechanism is {self.mechanism!r}; remove "

@@ -27,7 +27,7 @@ from shared.web.guarding import App, Guarded
 from shared.web.languages import load_texts
 from shared.web.pages import HERE, Pages, StaticFiles
 from shared.web.roles import Action
-from shared.web.routes import account_pages, elsewhere_pages, own_pages, sign_in_pages
+from shared.web.routes import account_pages, elsewhere_pages, link_pages, own_pages, sign_in_pages
 
 log = logging.getLogger("silotune.console")
 
@@ -57,6 +57,7 @@ def make_application(console: Console, own: Iterable[Routes]) -> tuple[App, Fast
         elsewhere_pages.ROUTES,
         own_pages.ROUTES,
         account_pages.ROUTES,
+        *([link_pages.ROUTES] if console.link else []),
         _static_routes(static),
         *own,
     ):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.web.accounts.accounts import Accounts
+from shared.web.accounts.links import OneTimeLink
 from shared.web.accounts.sessions import Sessions
 from shared.web.roles import Action
 
@@ -49,6 +50,7 @@ class Console:
         port: it listens on; names its cookies where several consoles share one host.
         filters: what its templates call, beside the shared ones.
         provider: sign-in by OpenID Connect; None: with accounts of its own only.
+        link: sign-in by a link that the terminal prints; None: there is none.
         content: what its own routes work on.
     """
 
@@ -65,6 +67,7 @@ class Console:
     port: int = 0
     filters: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     provider: Provider | None = None
+    link: OneTimeLink | None = None
     content: Any = None
 
     def cookie(self, name: str) -> str:

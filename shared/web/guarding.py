@@ -4,7 +4,8 @@ Formal guarantees (tests: tests/shared/web/test_guarding.py, tests/client/consol
     * Only requests for a name of this console are answered, so that no stranger's name that leads here can be used to read
       pages (DNS rebinding; test_another_host_is_refused).
     * Every answer, errors too, forbids scripts and styles that are not files of the console, frames, sniffing and referrers
-      (test_every_answer_has_the_headers).
+      (test_every_answer_has_the_headers). An answer may ask for one other policy, `SANDBOXED`, and for nothing else
+      (test_an_answer_chooses_between_two_policies).
     * A request of more than 64 KiB is refused before it is read (test_a_large_request_is_refused).
 """
 
@@ -31,6 +32,19 @@ POLICY = "; ".join(
         "base-uri 'none'",
     )
 )
+SANDBOXED = "; ".join(
+    (
+        "default-src 'none'",
+        "style-src 'unsafe-inline'",
+        "img-src data:",
+        "font-src data:",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+        "base-uri 'none'",
+        "sandbox",
+    )
+)
+"""Of a document that is shown as it stands, such as a report: in an origin of its own, without scripts, forms or cookies."""
 _HEADERS = {
     "content-security-policy": POLICY,
     "x-content-type-options": "nosniff",
@@ -104,8 +118,12 @@ class Guarded:
         return None
 
     def _add_headers(self, headers: MutableHeaders) -> None:
+        sandboxed = headers.get("content-security-policy") == SANDBOXED
         for name, value in _HEADERS.items():
             headers[name] = value
+        if sandboxed:
+            headers["content-security-policy"] = SANDBOXED
+            del headers["cross-origin-opener-policy"]  # browsers refuse a document that has both
         headers.setdefault("cache-control", "no-store")
         if self._secure:
             headers["strict-transport-security"] = f"max-age={_ONE_YEAR}"

@@ -46,6 +46,7 @@ class Action(StrEnum):
     SEE_SITES = "see sites"
     ADMIT_SITES = "admit sites"  # and shut them out
     MAKE_JOBS = "make jobs"
+    SEE_RESULTS = "see results"  # of simulations, which nobody's budget paid for
 
 
 _ALL = frozenset(Role)
@@ -69,6 +70,7 @@ PERMISSIONS: Mapping[Action, frozenset[Role]] = MappingProxyType(
         Action.SEE_SITES: frozenset({_E, _O}),
         Action.ADMIT_SITES: frozenset({_E}),
         Action.MAKE_JOBS: frozenset({_R}),
+        Action.SEE_RESULTS: _ALL,
     }
 )
 WITHOUT_SIGN_IN = frozenset({Action.BE_A_GUEST})

@@ -156,7 +156,7 @@ def _watch(
 def _policy(job: Job) -> dict[str, Any]:
     """Return what the sites' engineers would change in their policies for this job: the metrics, and a network for images."""
     changes: dict[str, Any] = {"metrics": list(job.site_metrics.names)}
-    if job.privacy.mechanism == "distributed":
+    if job.privacy.shares_noise:
         # One site's share may be small: what it protects by itself is capped by its own epsilon.
         changes["min_noise_multiplier"] = PrivacyPlan.from_job(job).noise_multiplier * 0.999
     if job.model.is_image_network:

@@ -55,7 +55,7 @@ def arm_changes(name: str, job: Job, *, num_records: int, num_sites: int, evalua
         changes["federation"] = {"min_sites": 1, "sites_per_round": None}
     if name == "central-dp":
         # All records at one place: its noise is no share of any.
-        return changes | ({"privacy": _all_noise(job)} if job.privacy.mechanism == "distributed" else {})
+        return changes | ({"privacy": _all_noise(job)} if job.privacy.shares_noise else {})
     alone = name != "federated-non-private"
     per_site = max(num_records if alone else num_records // num_sites, 1)
     passes = min(max(EXAMPLES / num_records, FEWEST_PASSES), MOST_PASSES)
@@ -85,7 +85,7 @@ def _without_noise(job: Job, *, records: int, passes: float, evaluate_every: int
     privacy: dict[str, Any] = {"mechanism": "none", "sample_rate": sample_rate}
     if job.privacy.central:
         privacy |= {"unit": "record", "central": None}
-    if job.privacy.mechanism == "distributed":
+    if job.privacy.shares_noise:
         privacy |= dict(_NO_SHARES)
     return {
         "privacy": privacy,

@@ -187,7 +187,7 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
     check_early_stopping(scenario, arm.job)
     if arm.job.privacy.central:
         _check_central(arm)
-    if arm.job.privacy.mechanism == "distributed":
+    if arm.job.privacy.shares_noise:
         _check_one_process(scenario)
     check_min_sites(arm)
     for name, records in arm.sites.items():
@@ -205,7 +205,7 @@ def check_arm(scenario: Scenario, arm: Arm, test: Sequence[Record]) -> None:
                 f"({', '.join(arm.job.task.labels)}). Mend the data, name the right column, or add the label."
             )
         if labels and len(labels) < 2:
-            _judge_single_label(scenario, name, summed=arm.job.privacy.mechanism == "distributed")
+            _judge_single_label(scenario, name, summed=arm.job.privacy.shares_noise)
         persons = persons_of(records, arm.job.privacy.unit)
         size = len(records) if persons is None else persons.count
         try:

@@ -236,7 +236,7 @@ def with_dropouts(grid: Grid, scenario: Scenario, job: Job, folder: Path) -> Gri
     probability = scenario.simulation.dropout_probability
     if not probability:
         return grid
-    if job.privacy.mechanism != "distributed":
+    if not job.privacy.shares_noise:
         return DropoutGrid(grid, probability, scenario.seed)
     return DropoutGrid(
         grid, probability, scenario.seed, begin_try=functools.partial(_begin_try, folder / DROPOUTS_FILE)

@@ -28,12 +28,12 @@ from shared.privacy.accounting import compose_epsilon
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.statement import RELATION
 from simulations.scenario import Scenario
+from simulations.sweep import OUTCOME
 from simulations.sweep.journal import Journal, TrialResult
 from simulations.sweep.selection import NumTrials, draw_num_trials, selection_epsilon
 from simulations.sweep.spec import EPSILON, Setting, Sweep, describe, settings_sha256
 
 FORMAT = "silotune-selection/1"
-OUTCOME = "outcome.json"
 # An adapter, its scores on public records and its job are the trial's outcome; times, ledgers and the sites' data are not.
 RELEASED = ("adapter", "evaluation.json", "job.json")
 _WORK, _STATE, _SELECTED = ".private", "state.json", "selected"
@@ -108,7 +108,7 @@ def plan_selection(sweep: Sweep, law: NumTrials) -> Selection:
         raise ConfigError(
             "--account-tuning takes one budget: a selection among several costs as much as the largest. Fix privacy.epsilon."
         )
-    if any(scenario.job.privacy.mechanism == "distributed" for scenario in scenarios):
+    if any(scenario.job.privacy.shares_noise for scenario in scenarios):
         raise ConfigError(
             "--account-tuning accounts for one promise, and jobs of privacy.mechanism 'distributed' make two; use 'dp-sgd'."
         )

@@ -16,19 +16,13 @@ from shared.errors import RunError
 from shared.files.atomic import exclusive_lock, write_bytes, write_json
 from shared.files.json_files import read_object
 from shared.files.outputs import check_own_folder, make_folder
+from simulations.sweep import FORMAT, SWEEP
 from simulations.sweep.figure import draw_frontier
 from simulations.sweep.frontier import FrontierPoint, SettingResult, by_setting, caution, frontier, utility_points
 from simulations.sweep.journal import Journal, TrialResult
 from simulations.sweep.spec import Sweep, settings_sha256
 
-FORMAT = "silotune-sweep/1"
-SWEEP, TRIALS, RUNS, FIGURE, UTILITY = (
-    "sweep.json",
-    "trials.jsonl",
-    "trials",
-    "frontier.png",
-    "utility.json",
-)
+FIGURE, UTILITY = "frontier.png", "utility.json"
 
 
 def check_place(folder: Path) -> None:

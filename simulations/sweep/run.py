@@ -17,7 +17,7 @@ from shared.tasks import Record
 from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.engine import check_arm, plan_arms
 from simulations.scenario import Scenario
-from simulations.sweep import private, results
+from simulations.sweep import RUNS, SWEEP, TRIALS, private, results
 from simulations.sweep.journal import Journal, TrialResult
 from simulations.sweep.private import Selection, plan_selection, run_selection
 from simulations.sweep.progress import SweepProgress
@@ -58,7 +58,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, law: NumTrials | None, resume: bool
         with results.locked(folder):
             results.check_folder(folder, settings, resume=resume)  # another process may have been quicker
             results.write_start(folder, sweep, settings)
-            journal = Journal(folder / results.TRIALS)
+            journal = Journal(folder / TRIALS)
             _run_trials(sweep, folder, journal, confirmation, console)
             points, notes = results.write_results(folder, sweep, settings, journal)
         if as_json:
@@ -75,7 +75,7 @@ def run_sweep(sweep: Sweep, folder: Path, *, law: NumTrials | None, resume: bool
         console.print(frontier_table(points))
         for note in notes:
             console.print(note, soft_wrap=True)
-        files = [name for name in (results.SWEEP, results.FIGURE, results.UTILITY) if (folder / name).exists()]
+        files = [name for name in (SWEEP, results.FIGURE, results.UTILITY) if (folder / name).exists()]
         console.print(f"\nwritten to {folder}: {', '.join(files)}", soft_wrap=True)
 
 
@@ -134,7 +134,7 @@ def _run_trials(sweep: Sweep, folder: Path, journal: Journal, confirmation: list
             if repeated or known is not None:
                 return journal.results[key]
             progress.started(setting, seed)
-            place = folder / results.RUNS / key
+            place = folder / RUNS / key
             result = run_trial(sweep, setting, seed, place, confirmation=confirmation, round_done=progress.round_done)
             journal.append(result)
             progress.finished(result)

@@ -113,7 +113,7 @@ def _lead(facts: Facts) -> Iterator[Block]:
 
 
 def _aggregation(job: Job) -> str:
-    if job.privacy.mechanism == "distributed":
+    if job.privacy.shares_noise:
         return "secure sum of the sites' gradients; the coordinator takes the step"
     if job.privacy.central:
         return "sum of the clipped updates with noise, divided by a declared number"
@@ -197,7 +197,7 @@ def _training(facts: Facts) -> Iterator[Block]:
     else:
         what = "A small adapter and, for a classifier, its output layer. The language model below it was not changed."
         sent = "adapter"
-    if job.privacy.mechanism == "distributed":
+    if job.privacy.shares_noise:
         way = (
             f"In each round the coordinator sent the {sent} out. Each site clipped every {job.privacy.unit}'s part of the "
             "gradient, added its share of the noise to their sum, and sent the result under masks, which cancel only in the "
@@ -222,7 +222,7 @@ def _training(facts: Facts) -> Iterator[Block]:
         ("Aggregation", _aggregation(job)),
         (
             "Updates sent in",
-            "masked words of 64 bits" if job.privacy.mechanism == "distributed" else job.federation.update_dtype,
+            "masked words of 64 bits" if job.privacy.shares_noise else job.federation.update_dtype,
         ),
         ("Took", format_seconds(facts.data.run.seconds)),
         ("Job (SHA-256)", job.sha256),
@@ -232,7 +232,7 @@ def _training(facts: Facts) -> Iterator[Block]:
 
 def _length(job: Job) -> str:
     rounds = _count(job.training.rounds, "round")
-    if job.privacy.mechanism == "distributed":
+    if job.privacy.shares_noise:
         spare = _count(job.privacy.spare_attempts_for(job.training.rounds), "spare attempt")
         return f"{rounds} of one step of the coordinator, and {spare}"
     return f"{rounds} of {_count(job.training.local_steps, 'step')} at each site"

@@ -119,7 +119,7 @@ def releases(facts: Facts) -> Iterator[Block]:
         )
         yield Paragraph(text=text)
         return
-    shares = facts.job.privacy.mechanism == "distributed"
+    shares = facts.job.privacy.shares_noise
     more = ", certificate, the public keys of its masks and its" if shares else " and"
     released = [release for release in facts.releases if release.sha256 is not None]
     others = [release for release in facts.releases if release.sha256 is None]

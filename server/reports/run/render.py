@@ -69,8 +69,8 @@ _FILTERS: dict[str, Callable[..., Any]] = {
 MAX_PRINTED_STATEMENTS = 12
 
 
-def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into a run folder and return its path.
+def write_report(run_dir: Path, out: Path | None = None) -> Path:
+    """Write a run's report to `out`, by default `report.html` in its folder, and return where it is.
 
     The run may still be going on; what is not there yet is shown as such.
 
@@ -78,8 +78,8 @@ def write_report(run_dir: Path) -> Path:
         RunError: if a required file is missing or any file is malformed; an older report is left as it was.
     """
     data = with_real_names(read_run(run_dir))
-    check_file(run_dir / REPORT_NAME, HTML_MARK, way_out="move it away")
-    path = run_dir / REPORT_NAME
+    path = out or run_dir / REPORT_NAME
+    check_file(path, HTML_MARK, way_out="move it away")
     write_bytes(path, render_page(_TEMPLATE, filters=_FILTERS, data=data, arm=data.federated, view=_view(data)))
     return path
 

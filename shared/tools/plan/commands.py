@@ -321,7 +321,7 @@ def _check_sizes(job: Job, given: str | None, ledgers: Sequence[Path]) -> None:
     """Raise `ConfigError` unless `--site-sizes` can be of this job; before anything is computed."""
     if given is None:
         return
-    if job.privacy.mechanism == "distributed":
+    if job.privacy.shares_noise:
         raise ConfigError(
             "sites that share the noise all bring as much of it, whatever their size; leave out --site-sizes."
         )

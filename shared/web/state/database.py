@@ -23,6 +23,7 @@ from alembic.script import ScriptDirectory
 from alembic.util.exc import CommandError
 from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.pool import QueuePool
 
 from shared.errors import ConfigError, RunError
 
@@ -36,6 +37,7 @@ class Database:
 
     Args:
         folder: where `console.db` lies if no `url` is given; made, private to its owner.
+            None: in memory, and gone with the process.
         url: of PostgreSQL, `postgresql://user:password@host/name`.
 
     Raises:
@@ -43,9 +45,13 @@ class Database:
         RunError: the database cannot be reached, or is of a newer version.
     """
 
-    def __init__(self, folder: Path, url: str | None = None) -> None:
-        self._engine = _sqlite(folder / FILE) if url is None else _postgresql(url)
-        self.told = str(folder / FILE) if url is None else self._engine.url.render_as_string(hide_password=True)
+    def __init__(self, folder: Path | None, url: str | None = None) -> None:
+        if url is not None:
+            self._engine = _postgresql(url)
+            self.told = self._engine.url.render_as_string(hide_password=True)
+        else:
+            self._engine = _in_memory() if folder is None else _sqlite(folder / FILE)
+            self.told = "in memory" if folder is None else str(folder / FILE)
         with _explained(self.told):
             self._bring_forwards()
 
@@ -115,7 +121,18 @@ def _sqlite(path: Path) -> Engine:
     engine = create_engine(
         URL.create("sqlite", database=str(path)), connect_args={"timeout": 10, "check_same_thread": False}
     )
+    return _prepared(engine)
 
+
+def _in_memory() -> Engine:
+    # One connection that all threads take in turn: a second one would have a memory of its own.
+    arguments = {"check_same_thread": False}
+    return _prepared(
+        create_engine("sqlite://", poolclass=QueuePool, pool_size=1, max_overflow=0, connect_args=arguments)
+    )
+
+
+def _prepared(engine: Engine) -> Engine:
     @event.listens_for(engine, "connect")
     def _prepare(connection: Any, _record: object) -> None:
         connection.isolation_level = None  # transactions are begun below

@@ -292,3 +292,16 @@ def test_site_check_tells_before_a_job_comes_what_it_could_not_use(
         assert text in found["text"]
         assert MARKER not in done.out + done.err
         assert not world.entries(Event.RECORDS_LEFT_OUT)
+
+
+def test_site_check_tells_before_a_job_comes_which_rule_it_breaks(
+    make_world: MakeWorld, private_job: Callable[..., Job], tmp_path: Path, silotune: Callable[..., Outcome]
+) -> None:
+    world, file = make_world(ROWS), tmp_path / "job.json"
+    change_toml(world.home.policy, max_steps=1, max_epsilon_per_job=0.001)
+    file.write_text(private_job(federation={"min_sites": 2}).canonical_json())
+    done = silotune("site", "check", world.home.path, "--offline", "--json", "--job", file)
+    (found,) = [finding for finding in json.loads(done.out) if finding["name"] == "job"]
+    assert (found["outcome"], done.status) == ("failed", 1)
+    assert found["text"].startswith("test would be refused: max_epsilon_per_job asks epsilon ")
+    assert "max_steps asks 6, accepted is at most 1" in found["text"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,18 @@ def test_a_server_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be used") as found:
         Database(tmp_path, "postgresql://me:secret@127.0.0.1:1/name")
     assert "secret" not in str(found.value)
+
+
+def test_in_memory_all_threads_see_one_database() -> None:
+    database, other = Database(None), Database(None)
+
+    def add(number: int) -> None:
+        values = {"id": str(number), "name": "x", "name_key": str(number), "role": "viewer", "created": 1}
+        with database.writing() as connection:
+            connection.execute(insert(ACCOUNTS).values(**values, totp_step=0, disabled=False))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(40)))
+    for each, number in ((database, 40), (other, 0)):
+        with each.reading() as connection:
+            assert len(connection.execute(select(ACCOUNTS.c.id)).all()) == number

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+from typing import Any
+
 import pytest
+from starlette.responses import Response
 
 from shared.web.asked import own_path
-from shared.web.guarding import is_named
+from shared.web.guarding import POLICY, SANDBOXED, Guarded, Message, is_named
 
 NAMES = {"console.hospital.example", "*.ward.example", "10.0.0.5"}
 
@@ -40,3 +44,23 @@ def test_own_paths(path: str) -> None:
 )
 def test_paths_that_may_lead_elsewhere(path: str | None) -> None:
     assert own_path(path) == "/"
+
+
+@pytest.mark.parametrize("asked", [None, SANDBOXED, "default-src *", f"{SANDBOXED} allow-scripts", f"{SANDBOXED}, x"])
+def test_an_answer_chooses_between_two_policies(asked: str | None) -> None:
+    headers = {} if asked is None else {"content-security-policy": asked}
+    sent: list[Any] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b""}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+    guarded = Guarded(Response("x", headers=headers), names=(), loopback=True, secure=False)
+    asyncio.run(guarded(scope, receive, send))
+    told = [(name.decode(), value.decode()) for name, value in sent[0]["headers"]]
+    chosen = SANDBOXED if asked == SANDBOXED else POLICY
+    assert [value for name, value in told if name == "content-security-policy"] == [chosen]
+    assert ("cross-origin-opener-policy" in dict(told)) is (chosen is POLICY)

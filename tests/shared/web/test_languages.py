@@ -72,14 +72,17 @@ def test_every_message_that_is_asked_for_is_there_and_no_other() -> None:
     assert asked <= messages
     # Those whose names are put together of two parts.
     composed = {
-        key for key in messages if key.partition(".")[0] in ("roles", "roles_about", "themes", "kinds", "nav", "units")
+        key
+        for key in messages
+        if key.partition(".")[0]
+        in ("roles", "roles_about", "themes", "kinds", "nav", "units", "units_each", "states", "arms")
     }
     composed |= {key for key in messages if re.match(r"errors\.t(itle|ext)_|unsuitable\.", key)}
     composed |= {
         key
         for key in messages
         if re.match(
-            r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_|runs\.(state|site)_|sites\.cert_|reports\.(failed|make|sign)_",
+            r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_|runs\.|sites\.cert_|reports\.(failed|make|sign)_",
             key,
         )
     }

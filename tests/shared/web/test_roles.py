@@ -14,8 +14,8 @@ from shared.web.roles import PERMISSIONS, Action, Role, allowed
 
 # Written out once more: whoever changes the table has to mean it.
 MAY = {
-    "viewer": {"be a guest", "own account", "see budget", "see runs"},
-    "researcher": {"be a guest", "own account", "see budget", "see runs", "make jobs"},
+    "viewer": {"be a guest", "own account", "see budget", "see runs", "see results"},
+    "researcher": {"be a guest", "own account", "see budget", "see runs", "make jobs", "see results"},
     "engineer": {
         "be a guest",
         "own account",
@@ -28,6 +28,7 @@ MAY = {
         "steer runs",
         "see sites",
         "admit sites",
+        "see results",
     },
     "officer": {
         "be a guest",
@@ -43,6 +44,7 @@ MAY = {
         "see reports",
         "sign reports",
         "see sites",
+        "see results",
     },
     "administrator": {
         "be a guest",
@@ -52,6 +54,7 @@ MAY = {
         "see policy",
         "see health",
         "see runs",
+        "see results",
     },
 }
 
