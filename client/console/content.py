@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from client.approval.policy_changes import PolicyChanges
 from client.console.budget import Budgets
 from client.console.releases import Releases
 from client.console.requests import Requests
@@ -24,6 +25,7 @@ class SiteContent:
         budgets: the accounts of its ledger.
         releases: what left it, by its audit log.
         requests: jobs that wait for its people, or were decided by them.
+        policies: changes of its policy.
     """
 
     home: SiteHome
@@ -31,6 +33,7 @@ class SiteContent:
     budgets: Budgets
     releases: Releases
     requests: Requests
+    policies: PolicyChanges
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
         """Note in the site's signed audit log what an account does; what cannot be noted is not done.

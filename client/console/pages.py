@@ -15,7 +15,7 @@ from client.console.content import SiteContent, content_of
 from client.console.entries import Line, backwards, every
 from client.console.exports import as_csv, as_json_lines
 from client.console.releases import Release
-from client.console.state import health, policy_text
+from client.console.state import health
 from client.ledger.account import PROMISES
 from shared.epsilons import (
     as_set,
@@ -158,13 +158,7 @@ def export_log(asked: Here, form: Id, search: Search = "", event: Kind = "") -> 
     return _exported(asked, "audit-log", form, _LOG_COLUMNS, map(_row, found))
 
 
-# --- policy and health ---
-
-
-@ROUTES.page("/policy", Action.SEE_POLICY)
-def policy(asked: Here) -> Response:
-    """Show what the site accepts."""
-    return asked.page("policy.html", policy=policy_text(content_of(asked).home))
+# --- health ---
 
 
 @ROUTES.page("/health", Action.SEE_HEALTH)

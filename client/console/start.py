@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from client.console import pages, request_pages
+from client.approval.policy_changes import PolicyChanges
+from client.console import pages, policy_pages, request_pages
 from client.console.budget import Budgets
 from client.console.content import SiteContent
 from client.console.pages import FILTERS, NAVIGATION
@@ -24,7 +25,7 @@ from shared.web.opening import open_accounts, seconds_now
 from shared.web.serving import Place, address_of, listen, make_server, place_at, serve
 
 FOLDER = "console"
-ROUTES = (pages.ROUTES, request_pages.ROUTES)
+ROUTES = (pages.ROUTES, request_pages.ROUTES, policy_pages.ROUTES)
 """Of its own pages."""
 
 
@@ -49,13 +50,16 @@ def open_console(
     """
     refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
     config = home.load_config()
+    log = open_log(home, passphrase=passphrase)
     content = SiteContent(
         home=home,
-        log=open_log(home, passphrase=passphrase),
+        log=log,
         budgets=Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase))),
         releases=Releases(home),
         requests=Requests(ApprovalDesk(home, passphrase=passphrase)),
+        policies=PolicyChanges(home.policy, log=log),
     )
+    content.policies.settle()  # what is in force now is kept, before anybody changes it
     accounts, sessions = open_accounts(
         home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now
     )

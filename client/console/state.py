@@ -14,11 +14,10 @@ from typing import Any
 
 from client.node.health import certificates
 from client.node.status import read_status
-from client.policy.policy import Policy
+from client.policy.policy import policy_of
 from client.site.home import SiteHome
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
-from shared.job.parsing import parse
 from shared.service.machine import CERTIFICATE_DAYS, LEAST_FREE_BYTES
 from shared.version import silotune_version
 
@@ -116,7 +115,7 @@ def policy_text(home: SiteHome) -> PolicyText:
     problem, refused, settings = "", "", []
     try:
         settings = list(_flat("", tomllib.loads(text)))
-        parse(Policy, tomllib.loads(text), source=home.policy.name)
+        policy_of(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         problem = str(error)
     except ConfigError as error:

@@ -80,6 +80,7 @@ def test_every_message_that_is_asked_for_is_there_and_no_other() -> None:
         for key in messages
         if re.match(r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_", key)
     }
+    composed |= {key for key in messages if re.match(r"policy\.(state|effect)_", key)}
     composed |= {key for key in messages if re.match(r"accounts\.(en|dis)able", key)}
     assert messages - asked - composed == set()
     assert {f"roles.{role}" for role in Role} | {f"roles_about.{role}" for role in Role} <= messages

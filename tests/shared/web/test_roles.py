@@ -23,6 +23,7 @@ MAY = {
         "see requests",
         "see releases",
         "see policy",
+        "propose policy",
         "see health",
     },
     "officer": {
@@ -34,6 +35,8 @@ MAY = {
         "see releases",
         "export releases",
         "see policy",
+        "propose policy",
+        "accept policy",
         "see health",
     },
     "administrator": {"be a guest", "own account", "manage accounts", "see budget", "see policy", "see health"},
@@ -58,6 +61,7 @@ def test_every_action_has_a_line() -> None:
 
 def test_an_administrator_does_not_decide() -> None:
     assert not allowed(Role.ADMINISTRATOR, Action.DECIDE_REQUESTS)
+    assert not allowed(Role.ADMINISTRATOR, Action.ACCEPT_POLICY)
     assert not any(allowed(role, Action.MANAGE_ACCOUNTS) for role in Role if role is not Role.ADMINISTRATOR)
 
 
