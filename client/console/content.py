@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,8 +12,11 @@ from client.console.budget import Budgets
 from client.console.releases import Releases
 from client.console.requests import Requests
 from client.site.home import SiteHome
+from shared.errors import SilotuneError
 from shared.trust.audit_log import AuditLog, Event
 from shared.web.asked import Asked
+
+log = logging.getLogger("silotune.console")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,17 @@ class SiteContent:
             TrustError: the log cannot be written.
         """
         self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
+
+    def read_ahead(self) -> None:
+        """Read what pages will show, so that the first of them need not: logs and ledgers of years take seconds once.
+
+        What is in force as policy is kept with it, before anybody changes it here. What cannot be read, its page tells.
+        """
+        for read in (self.policies.settle, self.budgets.all, self.releases.latest_round, self.requests.all):
+            try:
+                read()
+            except SilotuneError as error:
+                log.warning("%s", error)
 
 
 def content_of(asked: Asked) -> SiteContent:

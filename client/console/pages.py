@@ -121,7 +121,7 @@ def verified(asked: Here) -> Response:
     content, found, problem = content_of(asked), None, ""
     try:
         found = verify(content.home.audit, verify_head=load_verify_key(content.home.path / "log.pub"))
-        content.budgets.all()
+        content.budgets.check()
     except SilotuneError as error:
         problem = str(error)
     template = "verified.html" if asked.is_fragment else "verified-page.html"

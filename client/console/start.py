@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,7 +60,6 @@ def open_console(
         requests=Requests(ApprovalDesk(home, passphrase=passphrase)),
         policies=PolicyChanges(home.policy, log=log),
     )
-    content.policies.settle()  # what is in force now is kept, before anybody changes it
     accounts, sessions = open_accounts(
         home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now
     )
@@ -114,5 +114,6 @@ def run_console(
                     f"there is no administrator yet. Within 15 minutes, open {address}welcome and type this code:\n   {code}"
                 )
             say("stop it with Ctrl-C; the node does not depend on it.")
+            threading.Thread(target=console.content.read_ahead, name="read ahead", daemon=True).start()
 
         serve(server, listener, ready=ready, again=f"silotune site console {home.path}")
