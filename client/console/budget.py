@@ -77,6 +77,7 @@ class AccountBudget:
         delta, composition: likewise.
         is_current: it is that of the data set which `site.toml` names.
         counts: how often each mechanism was charged, where somebody counted already.
+        head: number and SHA-256 of the ledger's last entry.
     """
 
     account: Account
@@ -85,6 +86,12 @@ class AccountBudget:
     composition: Composition
     is_current: bool
     counts: Counts | None = None
+    head: tuple[int, str] = (0, "")
+
+    @property
+    def mark(self) -> tuple[object, ...]:
+        """What is another value once anything of it may be another."""
+        return self.id, self.head, *self.caps.values(), self.delta, self.composition
 
     @property
     def id(self) -> str:
@@ -145,9 +152,16 @@ class AccountBudget:
     def _held_back(self) -> dict[str, Charged]:
         return self.account.held_back(self.composition)
 
+    def steps_of(self, job: str) -> int:
+        """Return how many steps a job has charged."""
+        return self._jobs_charged[job]
+
     @cached_property
-    def _jobs_charged(self) -> set[str]:
-        return {charged.job_id for charged in self.account.charges.values()}
+    def _jobs_charged(self) -> Counter[str]:
+        found: Counter[str] = Counter()
+        for charged in self.account.charges.values():
+            found[charged.job_id] += charged.mechanism.steps
+        return found
 
     def line(self, promise: Promise) -> list[Point]:
         """Return what was spent after each charge, with the steps that are known to have run by now; many are thinned out."""
@@ -252,9 +266,21 @@ class Budgets:
                     self._kept = self._reading = None
             self.all()
 
+    def current(self) -> AccountBudget:
+        """Return the account of `site.toml`: before its first charge as it will be begun. Raises as `all`."""
+        for one in self.all():
+            if one.is_current:
+                return one
+        config = self._home.load_config()
+        caps, account = config.budget.caps(), Account(dataset=config.dataset, unit=config.budget.unit)
+        orders, orders_alone = (account.orders_for(caps, promise) for promise in PROMISES)
+        account.caps.append(account.entry_of(caps, orders=orders, orders_alone=orders_alone))
+        cap: dict[Promise, float] = {promise: caps.cap(promise) for promise in PROMISES}
+        return AccountBudget(account, cap, caps.delta, caps.composition, True)
+
     def find(self, account: str) -> AccountBudget | None:
         """Return the account of an id."""
-        return next((one for one in self.all() if one.id == account), None)
+        return next((one for one in [*self.all(), self.current()] if one.id == account), None)
 
     def _read(self, path: Path) -> Reading:
         """Return the ledger, read on from where it was left if that is still there."""
@@ -276,6 +302,7 @@ class Budgets:
     def _accounts(self, reading: Reading) -> list[AccountBudget]:
         config = self._home.load_config()
         own = (dataset_key(config.dataset), config.budget.unit)
+        head = (reading.number, reading.sha256)
         found: list[AccountBudget] = []
         for key, tally in reading.tallies.items():
             account, counts = tally.copy()
@@ -284,12 +311,12 @@ class Budgets:
             if key == own:
                 caps = config.budget.caps()
                 cap: dict[Promise, float] = {promise: caps.cap(promise) for promise in PROMISES}
-                found.insert(0, AccountBudget(account, cap, caps.delta, caps.composition, True, counts))
+                found.insert(0, AccountBudget(account, cap, caps.delta, caps.composition, True, counts, head))
             else:
                 latest = account.caps[-1]
                 cap = {"together": latest["epsilon"], "alone": latest.get("epsilon_alone", latest["epsilon"])}
                 composition: Composition = latest.get("composition", "fixed")
-                found.append(AccountBudget(account, cap, latest["delta"], composition, False, counts))
+                found.append(AccountBudget(account, cap, latest["delta"], composition, False, counts, head))
         return found
 
 

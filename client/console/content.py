@@ -9,6 +9,8 @@ from typing import Any
 
 from client.approval.policy_changes import PolicyChanges
 from client.console.budget import Budgets
+from client.console.forecast import Forecasts
+from client.console.machine import Gpus
 from client.console.releases import Releases
 from client.console.requests import Requests
 from client.site.home import SiteHome
@@ -30,6 +32,8 @@ class SiteContent:
         releases: what left it, by its audit log.
         requests: jobs that wait for its people, or were decided by them.
         policies: changes of its policy.
+        forecasts: what the budget will be.
+        gpus: of the machine.
     """
 
     home: SiteHome
@@ -38,6 +42,8 @@ class SiteContent:
     releases: Releases
     requests: Requests
     policies: PolicyChanges
+    forecasts: Forecasts
+    gpus: Gpus
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
         """Note in the site's signed audit log what an account does; what cannot be noted is not done.

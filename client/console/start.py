@@ -7,9 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from client.approval.policy_changes import PolicyChanges
-from client.console import pages, policy_pages, request_pages
+from client.console import budget_pages, pages, policy_pages, request_pages
 from client.console.budget import Budgets
 from client.console.content import SiteContent
+from client.console.forecast import Forecasts
+from client.console.machine import Gpus
 from client.console.pages import FILTERS, NAVIGATION
 from client.console.releases import Releases
 from client.console.requests import Requests
@@ -26,7 +28,7 @@ from shared.web.opening import open_accounts, seconds_now
 from shared.web.serving import Place, address_of, listen, make_server, place_at, serve
 
 FOLDER = "console"
-ROUTES = (pages.ROUTES, request_pages.ROUTES, policy_pages.ROUTES)
+ROUTES = (pages.ROUTES, budget_pages.ROUTES, request_pages.ROUTES, policy_pages.ROUTES)
 """Of its own pages."""
 
 
@@ -52,13 +54,16 @@ def open_console(
     refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
     config = home.load_config()
     log = open_log(home, passphrase=passphrase)
+    requests = Requests(ApprovalDesk(home, passphrase=passphrase))
     content = SiteContent(
         home=home,
         log=log,
         budgets=Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase))),
         releases=Releases(home),
-        requests=Requests(ApprovalDesk(home, passphrase=passphrase)),
+        requests=requests,
         policies=PolicyChanges(home.policy, log=log),
+        forecasts=Forecasts(requests),
+        gpus=Gpus(),
     )
     accounts, sessions = open_accounts(
         home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now

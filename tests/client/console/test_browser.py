@@ -60,6 +60,9 @@ def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving) -
         *(entry.path for entry in NAVIGATION if entry.key != "accounts"),
         "/releases/log",
         "/account",
+        "/policy/edit",
+        "/policy/versions/1",
+        f"/budget/{serving.console.content.budgets.current().id}/what-if",
     ]
     paths += [f"/requests/{one.request.id}" for one in serving.console.content.requests.all()]
     for path in paths:
