@@ -13,13 +13,12 @@ from client.console.forecast import Forecast
 from client.console.pages import Id, told_waiting
 from client.ledger.account import PROMISES
 from shared.errors import SilotuneError
-from shared.limits import MAX_STEPS
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action, allowed
 
 ROUTES = Routes()
 
-_LEAST_NOISE, _MOST_EPSILON = 0.3, 100.0
+_LEAST_NOISE, _MOST_EPSILON, _MOST_STEPS = 0.3, 100.0, 100_000
 """Of a job that is only imagined: outside of them accounting takes long, and says nothing."""
 
 Typed = Annotated[str, Query(max_length=20)]
@@ -108,7 +107,7 @@ def what_if(
     try:
         settings = _settings(typed, found)
     except ValueError:
-        problem = asked.texts("what_if.numbers", least=_LEAST_NOISE, most=_MOST_EPSILON, steps=MAX_STEPS)
+        problem = asked.texts("what_if.numbers", least=_LEAST_NOISE, most=_MOST_EPSILON, steps=f"{_MOST_STEPS:,}")
     else:
         try:
             asker = asked.session.label if asked.session else ""
@@ -124,7 +123,7 @@ def what_if(
         typed=typed,
         answer=answer,
         problem=asked.texts("what_if.busy") if busy else problem,
-        most_steps=max(content.requests.desk.policy().max_steps, 1),
+        most_steps=min(content.requests.desk.policy().max_steps, _MOST_STEPS),
     )
 
 
@@ -143,7 +142,7 @@ def _settings(typed: dict[str, str], budget: AccountBudget) -> dict[str, Any]:
         "privacy": privacy,
         "federation": {"min_sites": int(typed["sites"])},
     }
-    if not 1 <= steps <= MAX_STEPS or not 1e-6 <= rate <= 1:
+    if not 1 <= steps <= _MOST_STEPS or not 1e-6 <= rate <= 1:
         raise ValueError("steps or rate")
     if (value < _LEAST_NOISE) if by_noise else (not 0.01 <= value <= _MOST_EPSILON):
         raise ValueError("value")
