@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import hashlib
 import stat
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -115,7 +116,7 @@ class PolicyChanges:
 
     def __init__(self, policy: Path, *, log: AuditLog) -> None:
         self.policy, self._folder, self._log = policy, policy.parent / FOLDER, log
-        self._read_up_to, self._state = BEGINNING, _State()
+        self._read_up_to, self._state, self._alone = BEGINNING, _State(), threading.Lock()
 
     def settle(self) -> None:
         """Finish what a process that died had begun, and note a version that is in force and was not known.
@@ -225,10 +226,12 @@ class PolicyChanges:
 
     @contextmanager
     def _settled(self) -> Iterator[_State]:
-        with self._log.locked():
-            self._read_log()
-            self._finish(self._state)
-            yield self._state
+        with self._alone:
+            self._read_log()  # of a long log most of it, while others may still write
+            with self._log.locked():
+                self._read_log()
+                self._finish(self._state)
+                yield self._state
 
     def _finish(self, state: _State) -> None:
         """Bring file and log together."""

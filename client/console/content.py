@@ -9,6 +9,7 @@ from typing import Any
 
 from client.approval.policy_changes import PolicyChanges
 from client.console.budget import Budgets
+from client.console.chains import Chains
 from client.console.forecast import Forecasts
 from client.console.machine import Gpus
 from client.console.releases import Releases
@@ -34,6 +35,7 @@ class SiteContent:
         policies: changes of its policy.
         forecasts: what the budget will be.
         gpus: of the machine.
+        chains: whether log and ledger are unbroken.
     """
 
     home: SiteHome
@@ -44,6 +46,7 @@ class SiteContent:
     policies: PolicyChanges
     forecasts: Forecasts
     gpus: Gpus
+    chains: Chains
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
         """Note in the site's signed audit log what an account does; what cannot be noted is not done.

@@ -9,6 +9,7 @@ from pathlib import Path
 from client.approval.policy_changes import PolicyChanges
 from client.console import budget_pages, pages, policy_pages, request_pages
 from client.console.budget import Budgets
+from client.console.chains import Chains
 from client.console.content import SiteContent
 from client.console.forecast import Forecasts
 from client.console.machine import Gpus
@@ -55,15 +56,17 @@ def open_console(
     config = home.load_config()
     log = open_log(home, passphrase=passphrase)
     requests = Requests(ApprovalDesk(home, passphrase=passphrase))
+    budgets = Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase)))
     content = SiteContent(
         home=home,
         log=log,
-        budgets=Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase))),
+        budgets=budgets,
         releases=Releases(home),
         requests=requests,
         policies=PolicyChanges(home.policy, log=log),
         forecasts=Forecasts(requests),
         gpus=Gpus(),
+        chains=Chains(home, budgets, now=now),
     )
     accounts, sessions = open_accounts(
         home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now

@@ -103,11 +103,15 @@ class Guard:
                 # What is wrong with it is the site's own business.
                 self.log.append(Event.POLICY_UNREADABLE, reason=str(error))
                 raise PolicyError(f"site {self._site} accepts no job now: its policy cannot be read.") from None
-            try:
-                self._changes.settle()  # keeps what was written by hand
-            except SilotuneError as error:
-                service_log.warning("a version of the policy could not be kept: %s", error)
+            self.keep_policy()
         return self._policy[1]
+
+    def keep_policy(self) -> None:
+        """Keep the policy in force as a version, if it was written by hand; training does not depend on it."""
+        try:
+            self._changes.settle()
+        except SilotuneError as error:
+            service_log.warning("a version of the policy could not be kept: %s", error)
 
     def admit_job(self, signed: SignedJob | None) -> None:
         """Raise `PolicyError` unless the policy accepts this job, signed, on the backbone that it names."""
