@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from client.approval.policy_changes import PolicyChanges
+from client.console.audit.chains import Chains
+from client.console.audit.releases import Releases
 from client.console.budget import Budgets
-from client.console.chains import Chains
 from client.console.forecast import Forecasts
 from client.console.machine import Gpus
-from client.console.releases import Releases
 from client.console.requests import Requests
 from client.site.home import SiteHome
 from shared.errors import SilotuneError

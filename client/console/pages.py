@@ -10,10 +10,10 @@ from typing import Annotated, Any
 from fastapi import Path, Query
 from fastapi.responses import Response
 
+from client.console.audit.entries import Line, backwards, every
+from client.console.audit.releases import Release
 from client.console.content import SiteContent, content_of
-from client.console.entries import Line, backwards, every
 from client.console.exports import as_csv, as_json_lines
-from client.console.releases import Release
 from client.console.state import accepted_backbones, health
 from shared.epsilons import (
     as_set,

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from client.approval.policy_changes import PolicyChanges
 from client.console import budget_pages, pages, policy_pages, request_pages
+from client.console.audit.chains import Chains
+from client.console.audit.releases import Releases
 from client.console.budget import Budgets
-from client.console.chains import Chains
 from client.console.content import SiteContent
 from client.console.forecast import Forecasts
 from client.console.machine import Gpus
 from client.console.pages import FILTERS, NAVIGATION
-from client.console.releases import Releases
 from client.console.requests import Requests
 from client.site.approving import ApprovalDesk
 from client.site.home import SiteHome, open_log

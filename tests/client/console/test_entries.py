@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from client.console import entries
-from client.console.entries import backwards, every
+from client.console.audit import entries
+from client.console.audit.entries import backwards, every
 from shared.trust.audit_chain import file_numbers, log_file
 from shared.trust.audit_log import AuditLog, Event, read
 

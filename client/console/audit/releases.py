@@ -6,7 +6,7 @@ import threading
 from dataclasses import dataclass, replace
 from typing import Any
 
-from client.console.entries import Line, end_of, onwards, parsed
+from client.console.audit.entries import Line, end_of, onwards, parsed
 from client.site.home import SiteHome
 from shared.trust.audit_chain import Position
 from shared.trust.audit_log import Event
