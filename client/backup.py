@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from client.approval.policy_changes import FOLDER as POLICIES
 from client.ledger.account import CHARGING_KINDS
 from client.ledger.file import copy_of, entry_hashes
 from client.site.charged_records import RECORDS_FILE
@@ -64,6 +65,7 @@ def back_up(home: SiteHome, destination: Path) -> Contents:
             writer.facts["ledger entries"] = num_entries
         for name in (DECLARED_FILE, RECORDS_FILE):  # written before a charge that relies on it
             writer.add_file(name, home.path / name)
+        writer.add_folder(home.path / POLICIES, POLICIES)  # each text was there before the log named it
     return backup.verify(destination, "site")
 
 

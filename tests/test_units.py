@@ -12,10 +12,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 UNITS = {"coordinator": "silotune-coordinator.service", "site": "silotune-site@.service"}
 
+CONSOLE = "silotune-site-console@.service"
+
 
 def keys(side: str) -> dict[str, list[str]]:
     """Return the values of each key."""
-    text = (ROOT / "systemd" / UNITS[side]).read_text(encoding="utf-8")
+    text = (ROOT / "systemd" / UNITS.get(side, CONSOLE)).read_text(encoding="utf-8")
     found: dict[str, list[str]] = {}
     for key, value in re.findall(r"^(\w+)=(.*)$", text, flags=re.MULTILINE):
         found.setdefault(key, []).append(value)
@@ -24,11 +26,12 @@ def keys(side: str) -> dict[str, list[str]]:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="this machine has no systemd")
 def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
-    for name in UNITS.values():
+    names = [*UNITS.values(), CONSOLE]
+    for name in names:
         text = (ROOT / "systemd" / name).read_text(encoding="utf-8")
         # The one thing that this machine may lack.
         (tmp_path / name).write_text(text.replace("/opt/silotune/bin/silotune", "/bin/sh"), encoding="utf-8")
-    command = ["systemd-analyze", "verify", *(str(tmp_path / name.replace("@", "@st-anna")) for name in UNITS.values())]
+    command = ["systemd-analyze", "verify", *(str(tmp_path / name.replace("@", "@st-anna")) for name in names)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     ours = [line for line in done.stderr.splitlines() if "silotune" in line]
     assert (done.returncode, ours) == (0, [])
@@ -73,3 +76,20 @@ def test_both_units_lock_their_process_up_alike() -> None:
         "LimitNOFILE",
         "ReadWritePaths",
     }
+
+
+def test_the_console_of_a_site_gives_way_to_its_node() -> None:
+    found, node = keys("site-console"), keys("site")
+    assert found["ExecStart"] == ["/opt/silotune/bin/silotune site console /srv/silotune/%i"]
+    for key in (
+        "User",
+        "LoadCredential",
+        "ReadWritePaths",
+        "ProtectSystem",
+        "CapabilityBoundingSet",
+        "NoNewPrivileges",
+    ):
+        assert found[key] == node[key], key
+    assert int(found["Nice"][0]) > 0
+    assert "MemoryMax" in found
+    assert "Requires" not in found, "the one runs without the other"

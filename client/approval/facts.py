@@ -224,7 +224,7 @@ def facts_of(request: Request, *, policy: Policy, here: Here, last: Request | No
         steps=job.charged_steps,
         sample_rate=job.privacy.sample_rate,
         metrics=tuple(job.site_metrics.names),
-        promised=_promised(job, policy),
+        promised=promised_by(job, policy),
         budget=_budget(job, here, policy),
         rules=tuple(verdicts(policy, signed, now=now)),
         compared_with=None if last is None else (last.name, last.job),
@@ -265,7 +265,8 @@ def _too_long(job: Job, policy: Policy) -> bool:
     return job.charged_steps > policy.max_steps
 
 
-def _promised(job: Job, policy: Policy) -> Promised | None:
+def promised_by(job: Job, policy: Policy) -> Promised | None:
+    """Return what a job promises; None where no noise is added, it cannot be told, or the policy accepts no so many steps."""
     privacy = job.privacy
     if privacy.mechanism == "none" or _too_long(job, policy):
         return None
@@ -288,14 +289,21 @@ def _promised(job: Job, policy: Policy) -> Promised | None:
     )
 
 
-def _budget(job: Job, here: Here, policy: Policy) -> tuple[BudgetLine, ...]:
+def planned_charges(job: Job, policy: Policy) -> dict[Promise, Sequence[GaussianSteps]]:
+    """Return what a job would charge here if it ran to its end, as each promise counts it; nothing where that cannot be told."""
     if not job.privacy.sites_add_noise or _too_long(job, policy):
-        return ()
+        return {}
     try:
         plan = PlannedPrivacy.from_job(job)
-        summed = plan.of_sum
-        planned: dict[Promise, Sequence[GaussianSteps]] = {"together": summed.events, "alone": plan.events}
-        return tuple(_line(promise, job.sha256, planned[promise], here) for promise in PROMISES)
+        return {"together": plan.of_sum.events, "alone": plan.events}
+    except PrivacyError:
+        return {}
+
+
+def _budget(job: Job, here: Here, policy: Policy) -> tuple[BudgetLine, ...]:
+    planned = planned_charges(job, policy)
+    try:
+        return tuple(_line(promise, job.sha256, planned[promise], here) for promise in PROMISES if planned)
     except PrivacyError:
         return ()
 

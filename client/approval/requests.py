@@ -161,7 +161,7 @@ class Approvals:
             RunError: there is no such request, its time is over, it needs no further approval, or this account gave its own.
             TrustError: the requests cannot be read.
         """
-        by, reason = _account(by), _reason(reason)
+        by, reason = checked_account(by), checked_reason(reason)
         with self._store.alone():
             requests, now = self._settled(rules), self._clock()
             request = _the_one(requests, named, by_id=seen is not None)
@@ -210,7 +210,7 @@ class Approvals:
             RunError: there is no such request, or it was refused already.
             TrustError: the requests cannot be read.
         """
-        by, reason = _account(by), _reason(reason)
+        by, reason = checked_account(by), checked_reason(reason)
         if not reason:
             raise RunError(
                 "a refusal needs a reason (--reason): this site's own people will ask; nobody else reads it."
@@ -336,11 +336,13 @@ def _the_one(requests: Mapping[str, Request], named: str, *, by_id: bool = False
     return found[0]
 
 
-def _account(by: str) -> str:
+def checked_account(by: str) -> str:
+    """Return the name of an account, blanks made one; `RunError` if it is none that could stand in a log."""
     return _checked(" ".join(by.split()), "the name of the account (--by)", MOST_ACCOUNT, least=1)
 
 
-def _reason(reason: str) -> str:
+def checked_reason(reason: str) -> str:
+    """Return a reason likewise; it may be empty."""
     return _checked(" ".join(reason.split()), "the reason (--reason)", MOST_REASON)
 
 

@@ -6,16 +6,12 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Path, Query
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 
-from client.console.budget import AccountBudget
+from client.console.audit.releases import Release
 from client.console.content import SiteContent, content_of
-from client.console.releases import Release
-from client.console.state import health, policy_text
-from client.ledger.account import PROMISES
-from shared.errors import SilotuneError
-from shared.trust.audit_log import Event, verify
-from shared.trust.signing import load_verify_key
+from client.console.state import accepted_backbones, health
+from shared.trust.audit_log import Event
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.console import Entry
 from shared.web.entries import Line, backwards, every
@@ -47,45 +43,6 @@ Kind = Annotated[str, Query(max_length=40)]
 Number = Annotated[int, Query(ge=1, le=2**53)]
 
 
-# --- budget ---
-
-
-@ROUTES.page("/budget", Action.SEE_BUDGET)
-def budget(asked: Here) -> Response:
-    """Show every account of the ledger."""
-    content = content_of(asked)
-    config, waiting = content.home.load_config(), _told_waiting(asked)
-    return asked.page("budget.html", budgets=content.budgets.all(), config=config, num_waiting=waiting)
-
-
-@ROUTES.page("/budget/{account}/line.json", Action.SEE_BUDGET)
-def budget_line(asked: Here, account: Id) -> Response:
-    """Return what was spent after each charge, for the chart."""
-    found, t = _account(asked, account), asked.texts
-    series: list[dict[str, Any]] = []
-    times: list[float] = []
-    for promise in PROMISES[: 2 if found.tells_both else 1]:
-        points = found.line(promise)
-        times = [point.time for point in points]
-        series.append(
-            {
-                "label": t(f"budget.line_{promise}"),
-                "values": [point.spent for point in points],
-                "cap": found.caps[promise],
-                "cap_label": t(f"budget.cap_{promise}"),
-            }
-        )
-    return JSONResponse({"times": times, "series": series, "epsilon": t("budget.epsilon"), "time": t("budget.time")})
-
-
-@ROUTES.page("/budget/{account}/jobs", Action.SEE_BUDGET)
-def budget_jobs(asked: Here, account: Id) -> Response:
-    """Show what each job has charged; a part of the page, which comes later as it takes longer."""
-    found = _account(asked, account)
-    names = {job.job: content_of(asked).releases.name_of(job.job) for job in found.jobs}
-    return asked.page("budget-jobs.html" if asked.is_fragment else "budget-jobs-page.html", budget=found, names=names)
-
-
 # --- releases and audit ---
 
 
@@ -107,15 +64,9 @@ def releases(asked: Here, search: Search = "", page: Number = 1) -> Response:
 
 @ROUTES.page("/releases/verified", Action.SEE_RELEASES)
 def verified(asked: Here) -> Response:
-    """Check the whole audit log and the ledger now, and say what was found; a part of the page."""
-    content, found, problem = content_of(asked), None, ""
-    try:
-        found = verify(content.home.audit, verify_head=load_verify_key(content.home.path / "log.pub"))
-        content.budgets.all()
-    except SilotuneError as error:
-        problem = str(error)
+    """Show whether the whole audit log and the ledger are unbroken; a part of the page."""
     template = "verified.html" if asked.is_fragment else "verified-page.html"
-    return asked.page(template, found=found, problem=problem, now=asked.console.now())
+    return asked.page(template, checked=content_of(asked).chains.checked())
 
 
 @ROUTES.page("/releases/log", Action.SEE_RELEASES)
@@ -148,34 +99,37 @@ def export_log(asked: Here, form: Id, search: Search = "", event: Kind = "") -> 
     return _exported(asked, "audit-log", form, _LOG_COLUMNS, map(_row, found))
 
 
-# --- policy and health ---
-
-
-@ROUTES.page("/policy", Action.SEE_POLICY)
-def policy(asked: Here) -> Response:
-    """Show what the site accepts."""
-    return asked.page("policy.html", policy=policy_text(content_of(asked).home))
+# --- health ---
 
 
 @ROUTES.page("/health", Action.SEE_HEALTH)
 def site_health(asked: Here) -> Response:
     """Show how the node and its machine are."""
     content = content_of(asked)
-    latest, waiting = content.releases.latest_round(), _told_waiting(asked)
-    return asked.page("health.html", health=health(content.home), latest=latest, num_waiting=waiting)
+    latest, prepared = content.releases.latest_round(), content.releases.latest_prepared()
+    backbone = str(prepared.details.get("backbone", "")) if prepared else ""
+    return asked.page(
+        "health.html",
+        health=health(content.home),
+        latest=latest,
+        prepared=prepared,
+        backbone=backbone,
+        backbone_sha256=accepted_backbones(content.home).get(backbone, ""),
+        num_waiting=told_waiting(asked),
+    )
+
+
+@ROUTES.page("/health/gpus", Action.SEE_HEALTH)
+def gpus(asked: Here) -> Response:
+    """Show the GPUs; a part of the page, as their driver may take seconds to tell."""
+    template = "health-gpus.html" if asked.is_fragment else "health-gpus-page.html"
+    return asked.page(template, gpus=content_of(asked).gpus.all())
 
 
 # --- small parts ---
 
 
-def _account(asked: Asked, account: str) -> AccountBudget:
-    found = content_of(asked).budgets.find(account)
-    if found is None:
-        raise Denied(404, "missing")
-    return found
-
-
-def _told_waiting(asked: Asked) -> int:
+def told_waiting(asked: Asked) -> int:
     """Return how many requests wait; 0 to those who may not see any."""
     return content_of(asked).requests.num_waiting if allowed(asked.me().role, Action.SEE_REQUESTS) else 0
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from client.console import pages, request_pages
+from client.approval.policy_changes import PolicyChanges
+from client.console import budget_pages, pages, policy_pages, request_pages
+from client.console.audit.chains import Chains
+from client.console.audit.releases import Releases
 from client.console.budget import Budgets
 from client.console.content import SiteContent
+from client.console.forecast import Forecasts
+from client.console.machine import Gpus
 from client.console.pages import NAVIGATION
-from client.console.releases import Releases
 from client.console.requests import Requests
 from client.site.approving import ApprovalDesk
 from client.site.home import SiteHome, open_log
@@ -26,7 +31,7 @@ from shared.web.running import run
 from shared.web.serving import Place
 
 FOLDER = "console"
-ROUTES = (pages.ROUTES, request_pages.ROUTES)
+ROUTES = (pages.ROUTES, budget_pages.ROUTES, request_pages.ROUTES, policy_pages.ROUTES)
 """Of its own pages."""
 
 
@@ -51,12 +56,19 @@ def open_console(
     """
     refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
     config = home.load_config()
+    log = open_log(home, passphrase=passphrase)
+    requests = Requests(ApprovalDesk(home, passphrase=passphrase))
+    budgets = Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase)))
     content = SiteContent(
         home=home,
-        log=open_log(home, passphrase=passphrase),
-        budgets=Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase))),
+        log=log,
+        budgets=budgets,
         releases=Releases(home),
-        requests=Requests(ApprovalDesk(home, passphrase=passphrase)),
+        requests=requests,
+        policies=PolicyChanges(home.policy, log=log),
+        forecasts=Forecasts(requests),
+        gpus=Gpus(),
+        chains=Chains(home, budgets, now=now),
     )
     accounts, sessions = open_accounts(
         home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now
@@ -99,7 +111,9 @@ def run_console(
     """Serve a site's console until Ctrl-C or SIGTERM; `say` prints a line for whoever started it."""
 
     def opened(place: Place, bound: int) -> Console:
-        return open_console(home, place=place, port=bound, passphrase=passphrase, database=database)
+        console = open_console(home, place=place, port=bound, passphrase=passphrase, database=database)
+        threading.Thread(target=console.content.read_ahead, name="read ahead", daemon=True).start()
+        return console
 
     run(
         opened,

@@ -14,11 +14,10 @@ from typing import Any
 
 from client.node.health import certificates
 from client.node.status import read_status
-from client.policy.policy import Policy
+from client.policy.policy import load_policy, policy_of
 from client.site.home import SiteHome
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
-from shared.job.parsing import parse
 from shared.service.machine import CERTIFICATE_DAYS, LEAST_FREE_BYTES
 from shared.version import silotune_version
 
@@ -46,6 +45,8 @@ class Health:
         free, total: bytes of the disk with the site's folder.
         disk: "ok", "warning" or "failed".
         versions: of what matters here, by name.
+        clock: what the node's process noticed of the clock: `synchronized` by a time server (None: unknown), and by how many
+            seconds it was `set_by` last, `set_at` when; empty if it said nothing.
     """
 
     said: Mapping[str, Any]
@@ -54,6 +55,7 @@ class Health:
     total: int
     disk: str
     versions: Mapping[str, str]
+    clock: Mapping[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +87,13 @@ def health(home: SiteHome, *, now: datetime | None = None) -> Health:
         days = (one.until - now).days
         outcome = "failed" if days < CERTIFICATE_DAYS else "warning" if days < _SOON_DAYS else "ok"
         endings.append(Ending(kind=one.kind, until=one.until, days=days, outcome=outcome))
+    said = read_status(home)
+    clock = said.get("clock")
     usage = shutil.disk_usage(home.path)
     disk = "failed" if usage.free < LEAST_FREE_BYTES else "warning" if usage.free < 4 * LEAST_FREE_BYTES else "ok"
     return Health(
-        said=read_status(home),
+        said=said,
+        clock=clock if isinstance(clock, dict) else {},
         endings=endings,
         free=usage.free,
         total=usage.total,
@@ -99,6 +104,14 @@ def health(home: SiteHome, *, now: datetime | None = None) -> Health:
             **{name: _installed(name) for name in ("torch", "opacus", "cryptography", "grpcio")},
         },
     )
+
+
+def accepted_backbones(home: SiteHome) -> Mapping[str, str]:
+    """Return the backbones that the policy names, and the SHA-256 of each; none if it cannot be read, which its page tells."""
+    try:
+        return load_policy(home.policy).backbones
+    except ConfigError:
+        return {}
 
 
 def policy_text(home: SiteHome) -> PolicyText:
@@ -116,7 +129,7 @@ def policy_text(home: SiteHome) -> PolicyText:
     problem, refused, settings = "", "", []
     try:
         settings = list(_flat("", tomllib.loads(text)))
-        parse(Policy, tomllib.loads(text), source=home.policy.name)
+        policy_of(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         problem = str(error)
     except ConfigError as error:

@@ -125,7 +125,7 @@ class Charge:
             check_together(self.mechanism, self.together)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)  # there may be a hundred thousand
 class Charged:
     """One charge of an account.
 

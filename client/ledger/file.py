@@ -42,7 +42,7 @@ OLDEST_VERSION = 1
 LOCK_TIMEOUT = 5.0  # seconds to wait for another process that is writing
 
 _APPLICATION_ID = 0x53494C4F  # "SILO" in the file's header: this database is a ledger
-_NO_ENTRY = "0" * 64  # what the first entry names as its predecessor
+NO_ENTRY = "0" * 64  # what the first entry names as its predecessor
 _SEALED = "sealed"  # what stands in the place of the kind of a sealed entry
 _SEALED_BLOCK = 512  # sealed contents are filled up to a multiple, so that their length does not tell the kind
 _SCHEMA = (
@@ -51,7 +51,7 @@ _SCHEMA = (
     "CREATE TABLE head (num_entries INTEGER, sha256 TEXT)",
     "CREATE TRIGGER no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END",
     "CREATE TRIGGER no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END",
-    f"INSERT INTO head VALUES (0, '{_NO_ENTRY}')",  # noqa: S608 (a constant)
+    f"INSERT INTO head VALUES (0, '{NO_ENTRY}')",  # noqa: S608 (a constant)
     f"PRAGMA application_id = {_APPLICATION_ID}",
     f"PRAGMA user_version = {SCHEMA_VERSION}",
 )
@@ -124,15 +124,22 @@ class LedgerFile:
 
     def read_chain(self) -> list[Entry]:
         """Return all entries, each checked for its place, its link to the one before, and its hash."""
-        entries: list[Entry] = []
-        for sequence, kind, time, payload, link, digest in _chain(self._connection, self.path):
+        return list(self.read_on(0, NO_ENTRY))
+
+    def read_on(self, number: int, sha256: str) -> Iterator[Entry]:
+        """Yield the entries after entry `number`, checked as by `read_chain`; those up to it are taken for what they were.
+
+        Args:
+            number: of the last entry that is known; 0 for none.
+            sha256: of that entry, or `NO_ENTRY`; it must still be there, with this hash.
+        """
+        for sequence, kind, time, payload, link, digest in _chain(self._connection, self.path, number, sha256):
             kind, content = self._unpack(sequence, kind, payload)
-            entries.append(Entry(sequence, kind, time, content, link, digest))
-        return entries
+            yield Entry(sequence, kind, time, content, link, digest)
 
     def append(self, entries: Sequence[Entry], kind: str, payload: dict[str, Any]) -> Entry:
         """Write the entry that follows `entries`, and the new head; the caller holds the write lock."""
-        previous = entries[-1].entry_sha256 if entries else _NO_ENTRY
+        previous = entries[-1].entry_sha256 if entries else NO_ENTRY
         sequence = len(entries) + 1
         time = self.now()
         stored_kind, text = self._pack(sequence, kind, payload)
@@ -245,8 +252,12 @@ def entry_hashes(path: Path) -> list[str]:
         return [row[-1] for row in _chain(ledger, path)]
 
 
-def _chain(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[int, str, str, str, str, str]]:
-    """Yield every row of a ledger, checked for its place, its link to the one before, and its hash; then check the head."""
+def _chain(
+    connection: sqlite3.Connection, path: Path, number: int = 0, sha256: str = NO_ENTRY
+) -> Iterator[tuple[int, str, str, str, str, str]]:
+    """Yield every row of a ledger after `number`, checked for its place, its link to the one before, and its hash; then check the
+    head.
+    """
 
     def broken(sequence: int, what: str) -> NoReturn:
         raise LedgerError(
@@ -254,8 +265,11 @@ def _chain(connection: sqlite3.Connection, path: Path) -> Iterator[tuple[int, st
             "released. Find out who changed the file and restore its latest backup."
         )
 
-    previous, expected = _NO_ENTRY, 1
-    for row in connection.execute("SELECT * FROM entries ORDER BY sequence"):
+    previous, expected = sha256, number + 1
+    known = connection.execute("SELECT entry_sha256 FROM entries WHERE sequence = ?", (number,)).fetchall()
+    if number and known != [(sha256,)]:
+        broken(number, "is another one than when it was read before")
+    for row in connection.execute("SELECT * FROM entries WHERE sequence > ? ORDER BY sequence", (number,)):
         sequence, kind, time, payload, link, digest = row
         if sequence != expected:
             broken(expected, f"is missing; the next one found has number {sequence}")

@@ -106,6 +106,7 @@ class Node:
         over = threading.Event()
 
         def watch() -> None:
+            _guard(site).keep_policy()
             installed, looks = self._installed(), 0
             while not over.wait(_LOOK_SECONDS):
                 looks += 1
@@ -239,5 +240,9 @@ def _changed(path: os.PathLike[str]) -> int | None:
 
 def _log(site: Site) -> AuditLog:
     """Return the audit log of a site that `open_site` opened."""
+    return _guard(site).log
+
+
+def _guard(site: Site) -> Guard:
     assert isinstance(site.guard, Guard)  # noqa: S101
-    return site.guard.log
+    return site.guard

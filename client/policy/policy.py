@@ -24,7 +24,7 @@ from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounde
 from shared.errors import ConfigError, PolicyError, PrivacyError, TrustError
 from shared.job.job import Job
 from shared.job.kinds import RULES
-from shared.job.parsing import Section, load_toml, nearest, parse
+from shared.job.parsing import Section, load_toml, nearest, parse, toml_of
 from shared.job.privacy import METRICS
 from shared.job.values import SHA256_PATTERN, Name, Probability
 from shared.privacy.planned import PlannedPrivacy
@@ -86,6 +86,9 @@ class Policy(Section):
     """How many people must approve a job; `2` is four eyes: two different accounts."""
     approval_days: float = Field(default=7.0, gt=0, le=365)
     """Days after which a request that nobody decided, and an approval whose job has not begun its first round, are void."""
+    policy_approvals_needed: int = Field(default=1, ge=1, le=2)
+    """How many people must stand behind a change of this file that is made in the console: `1`, an officer; `2` is four eyes: who
+    proposes it, and an officer who is somebody else. Whoever may write the file itself is not asked."""
     limits: Limits = Limits()
 
     @field_validator("signers")
@@ -170,6 +173,15 @@ def load_policy(path: Path) -> Policy:
             f"{path} does not exist, and without a policy this site accepts no job. `silotune site init` writes one to fill in."
         )
     return parse(Policy, load_toml(path), source=str(path))
+
+
+def policy_of(text: str, *, source: str = "policy.toml") -> Policy:
+    """Return the policy that a text is, judged as `load_policy` judges a file; `source` names it in errors.
+
+    Raises:
+        ConfigError: it is none.
+    """
+    return parse(Policy, toml_of(text, source=source), source=source)
 
 
 def check_job(policy: Policy, signed: SignedJob, *, now: datetime, site: str) -> None:

@@ -84,6 +84,8 @@ max_attempts_per_round = {max_attempts_per_round}
 approval = "{approval}"
 approvals_needed = {approvals_needed}
 approval_days = {approval_days}
+# How many people a change of this file takes that is made in the console: 1, an officer; 2, who proposes it and another officer.
+policy_approvals_needed = {policy_approvals_needed}
 
 # Largest accepted difference between the coordinator's clock and this one, in seconds.
 max_clock_skew_seconds = {max_clock_skew_seconds}

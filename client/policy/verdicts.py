@@ -66,6 +66,25 @@ def _of_job(policy: Policy, job: Job) -> Iterator[Verdict]:
     backbone = job.model.backbone
     listed = backbone in policy.backbones
     yield Verdict(rule="backbones", asked=backbone, allowed="those listed by their hash", kept=listed)
+    yield from numbers(policy, job)
+    yield from _limits(policy, job)
+    if policy.hours is not None:
+        yield Verdict(
+            rule="hours", asked="rounds at any time", allowed=f"rounds that begin within {policy.hours}", kept=True
+        )
+    if names := job.site_metrics.names:
+        allowed = [name for name in names if name in policy.metrics]
+        enough = job.site_metrics.noise_multiplier >= policy.min_noise_multiplier
+        yield Verdict(
+            rule="metrics",
+            asked=", ".join(names),
+            allowed=", ".join(policy.metrics) or "none",
+            kept=len(allowed) == len(names) and enough,
+        )
+
+
+def numbers(policy: Policy, job: Job) -> Iterator[Verdict]:
+    """Yield the verdicts on what a job costs and how many take part in it; takes seconds of accounting."""
     yield from _privacy(policy, job)
     steps = job.charged_steps
     yield Verdict(
@@ -86,20 +105,6 @@ def _of_job(policy: Policy, job: Job) -> Iterator[Verdict]:
         least = policy.min_colluding
         yield Verdict(
             rule="min_colluding", asked=f"{colluding:,}", allowed=f"at least {least:,}", kept=colluding >= least
-        )
-    yield from _limits(policy, job)
-    if policy.hours is not None:
-        yield Verdict(
-            rule="hours", asked="rounds at any time", allowed=f"rounds that begin within {policy.hours}", kept=True
-        )
-    if names := job.site_metrics.names:
-        allowed = [name for name in names if name in policy.metrics]
-        enough = job.site_metrics.noise_multiplier >= policy.min_noise_multiplier
-        yield Verdict(
-            rule="metrics",
-            asked=", ".join(names),
-            allowed=", ".join(policy.metrics) or "none",
-            kept=len(allowed) == len(names) and enough,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,6 +20,7 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding
 
+from client.approval.policy_changes import PolicyChanges
 from client.approval.request import Rules
 from client.approval.requests import Approvals
 from client.approval.store import STORE_FILE
@@ -58,6 +60,8 @@ from shared.trust.signed_job import SignedJob, round_fields
 from shared.trust.signing import Purpose
 from shared.wire.messages import MetricsReply, RequestKind, TrainReply, TrainRequest, released
 
+service_log = logging.getLogger("silotune.site")
+
 
 class Guard:
     """A site's policy, log and storage key.
@@ -85,6 +89,7 @@ class Guard:
         self._site, self._clock, self._policy_file = site, clock, policy_file
         self._home = policy_file.parent
         self.approvals = Approvals(self._home / STORE_FILE, site=site, seal=seal, log=log, clock=clock)
+        self._changes = PolicyChanges(policy_file, log=log)
         self._policy = (_version(policy_file), load_policy(policy_file))
 
     @property
@@ -98,7 +103,15 @@ class Guard:
                 # What is wrong with it is the site's own business.
                 self.log.append(Event.POLICY_UNREADABLE, reason=str(error))
                 raise PolicyError(f"site {self._site} accepts no job now: its policy cannot be read.") from None
+            self.keep_policy()
         return self._policy[1]
+
+    def keep_policy(self) -> None:
+        """Keep the policy in force as a version, if it was written by hand; training does not depend on it."""
+        try:
+            self._changes.settle()
+        except SilotuneError as error:
+            service_log.warning("a version of the policy could not be kept: %s", error)
 
     def admit_job(self, signed: SignedJob | None) -> None:
         """Raise `PolicyError` unless the policy accepts this job, signed, on the backbone that it names."""

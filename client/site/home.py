@@ -11,6 +11,7 @@ ledger.db      the privacy budget, sealed
 records.sealed which records were charged under which data set's name, as keyed digests, sealed
 declared.json  the public size that the site declares
 approvals.sealed which jobs wait for people of the site, and what they said, sealed
+policies/      texts of policies that were proposed or in force; the audit log says which was when
 rounds/        stored releases and optimiser states, sealed
 audit/         the audit log
 node.json      what the running node says of itself

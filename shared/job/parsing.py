@@ -84,13 +84,26 @@ def load_toml(path: Path) -> dict[str, Any]:
         ConfigError: if it is missing, unreadable or not TOML.
     """
     try:
-        return tomllib.loads(read_named_text(path, "utf-8-sig"))
+        text = read_named_text(path, "utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; check the path.") from None
-    except RecursionError:
-        raise ConfigError(f"{path} cannot be read as TOML: it is nested too deep.") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read as TOML: {error}") from None
+    return toml_of(text, source=str(path))
+
+
+def toml_of(text: str, *, source: str) -> dict[str, Any]:
+    """Return what a TOML text holds; `source` names it in errors.
+
+    Raises:
+        ConfigError: if it is not TOML.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise ConfigError(f"{source} cannot be read as TOML: it is nested too deep.") from None
+    except ValueError as error:
+        raise ConfigError(f"{source} cannot be read as TOML: {error}") from None
 
 
 def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

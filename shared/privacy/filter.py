@@ -41,9 +41,11 @@ is no (epsilon, delta) of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from typing import Literal
 
 import numpy as np
@@ -92,10 +94,15 @@ class SpendingRule:
         check_delta(self.delta)
         check_orders(self.orders)
 
-    def epsilon(self, mechanisms: Iterable[GaussianSteps]) -> float:
-        """Return the spend of all `mechanisms` by this rule; `inf` if it cannot be bounded."""
+    def epsilon(self, mechanisms: Iterable[GaussianSteps] | Counter[GaussianSteps]) -> float:
+        """Return the spend of all `mechanisms` by this rule; `inf` if it cannot be bounded.
+
+        Args:
+            mechanisms: each as often as it was charged, in any order; or how often each was, which is the same to the last bit.
+        """
         if self.composition == "fixed":
-            return compose_epsilon(mechanisms, self.delta)
+            counted = Counter(mechanisms).items()
+            return compose_epsilon((replace(m, steps=n * m.steps) for m, n in counted), self.delta)
         return filter_epsilon(mechanisms, delta=self.delta, orders=self.orders)
 
     def affordable_steps(
@@ -144,7 +151,9 @@ def check_orders(orders: Sequence[int]) -> None:
         )
 
 
-def filter_epsilon(mechanisms: Iterable[GaussianSteps], *, delta: float, orders: Sequence[int]) -> float:
+def filter_epsilon(
+    mechanisms: Iterable[GaussianSteps] | Counter[GaussianSteps], *, delta: float, orders: Sequence[int]
+) -> float:
     """Return the spend of the filter: it stays within a cap exactly as long as the cap's guarantee holds.
 
     Args:
@@ -181,13 +190,18 @@ def _is_order(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 2 <= value <= MAX_ORDER
 
 
-def _sums(mechanisms: Iterable[GaussianSteps], orders: Sequence[int]) -> NDArray[np.float64]:
+def _sums(mechanisms: Iterable[GaussianSteps] | Counter[GaussianSteps], orders: Sequence[int]) -> NDArray[np.float64]:
     """Return the sum of the divergences of all steps, for each order."""
-    # `fsum` makes the result independent of the order of the charges, to the last bit.
-    charged = [m for m in mechanisms if m.steps]  # 0 steps of infinite divergence are still nothing
-    return np.array(
-        [math.fsum(m.steps * renyi_divergence(m.noise_multiplier, m.sample_rate, k) for m in charged) for k in orders]
-    )
+    charged = [
+        (m, n) for m, n in Counter(mechanisms).items() if m.steps
+    ]  # 0 steps of infinite divergence are still nothing
+
+    def terms(order: int) -> Iterator[float]:
+        """Yield one term a charge: `fsum` makes the sum independent of their order, to the last bit."""
+        for m, n in charged:
+            yield from repeat(m.steps * renyi_divergence(m.noise_multiplier, m.sample_rate, order), n)
+
+    return np.array([math.fsum(terms(order)) for order in orders])
 
 
 def _spend(sums: NDArray[np.float64], delta: float, orders: Sequence[int]) -> float:

@@ -81,6 +81,10 @@ class Event(StrEnum):
     APPROVAL_WITHDRAWN = "approval.withdrawn"  # somebody took the approval back, and why; its later rounds are refused
     APPROVAL_EXPIRED = "approval.expired"  # nobody decided in time, or what was approved did not begin in time
     APPROVAL_BEGUN = "approval.begun"  # the first round of an approved job begins: the approval stands until withdrawn
+    POLICY_PROPOSED = "policy.proposed"  # somebody wants another policy, and why; nothing is changed yet
+    POLICY_ACCEPTED = "policy.accepted"  # somebody accepted it, and the file is about to be replaced
+    POLICY_DECLINED = "policy.declined"  # somebody declined it, or who proposed it took it back
+    POLICY_CHANGED = "policy.changed"  # another version is in force: by a proposal, or found in the file
     POLICY_UNREADABLE = "policy.unreadable"  # the site's policy was changed and cannot be read; no job is accepted
     LEDGER_ENTRY = "ledger.entry"  # one entry of the privacy ledger, repeated here
     RELEASE_STORED = "release.stored"  # a finished update was stored; it has not left yet

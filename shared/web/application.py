@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute
 
 from shared.errors import SilotuneError, place_of
 from shared.version import silotune_version
-from shared.web.asked import Denied, Gate, NotSignedIn, Routes, asked_by, own_path
+from shared.web.asked import Denied, Gate, NotProven, NotSignedIn, Routes, asked_by, own_path
 from shared.web.console import Console
 from shared.web.guarding import App, Guarded
 from shared.web.languages import load_texts
@@ -124,6 +124,12 @@ def _not_signed_in(request: Request, _error: Exception) -> Response:
     return RedirectResponse(place, 303)
 
 
+def _not_proven(request: Request, _error: Exception) -> Response:
+    """Lead to where it is proved; what was asked for is not done, and not kept."""
+    first = request.url.path.split("/")[1]
+    return asked_by(request).to(f"/account/prove?next=/{first}")
+
+
 def _http(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 400)
     status = 404 if status == 405 else status
@@ -154,6 +160,7 @@ def _defect(request: Request, error: Exception) -> Response:
 _ANSWERS = {
     Denied: _denied,
     NotSignedIn: _not_signed_in,
+    NotProven: _not_proven,
     HTTPException: _http,
     RequestValidationError: _not_valid,
     SilotuneError: _ours,

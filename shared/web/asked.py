@@ -5,6 +5,8 @@ Formal guarantees (tests: tests/shared/web/test_roles.py, tests/client/console/t
       (test_no_route_is_without_an_action).
     * A request that changes something is refused unless the browser says that a page of this console sent it (Origin) and it
       has the token of this session (test_a_foreign_page_changes_nothing, test_a_request_without_its_token_changes_nothing).
+    * What manages accounts needs password and code within the last five minutes, in this session
+      (tests/client/console/test_proving.py).
     * The role counts that the account has now, not the one at sign-in (test_a_role_counts_at_once).
 """
 
@@ -53,6 +55,10 @@ class NotSignedIn(Exception):
     """Whoever asks has to sign in first."""
 
 
+class NotProven(Exception):
+    """Whoever asks may do it, and has to prove first that they still are who signed in."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Asked:
     """A request that the gate let in.
@@ -88,6 +94,11 @@ class Asked:
     def is_fragment(self) -> bool:
         """Whether htmx asks, for a part of a page."""
         return self.request.headers.get("hx-request") == "true"
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether the person proved to be the account's within the last minutes."""
+        return self.session is not None and self.console.sessions.is_proven(self.session)
 
     def me(self) -> Account:
         """Return the account of whoever signed in, which the gate saw to."""
@@ -138,10 +149,14 @@ class Asked:
 
 
 class Gate:
-    """Lets in who may do `action`; the dependency of every route."""
+    """Lets in who may do `action`; the dependency of every route.
 
-    def __init__(self, action: Action) -> None:
-        self.action = action
+    Args:
+        proven: only within minutes after password and code were given.
+    """
+
+    def __init__(self, action: Action, *, proven: bool = False) -> None:
+        self.action, self.proven = action, proven
 
     async def __call__(self, request: Request) -> None:
         """Judge a request.
@@ -149,6 +164,7 @@ class Gate:
         Raises:
             NotSignedIn: it needs an account.
             Denied: the account's role does not allow it, or a page of this console did not send it.
+            NotProven: it is too long ago that its person proved to be the account's.
         """
         asked = await run_in_threadpool(asked_by, request)
         if request.method not in _SAFE:
@@ -161,6 +177,8 @@ class Gate:
             if asked.account is None:
                 raise NotSignedIn
             raise Denied(403, "forbidden")
+        if self.proven and not asked.is_proven:
+            raise NotProven
         request.state.asked = asked
 
 
@@ -168,13 +186,13 @@ class Routes(APIRouter):
     """Routes of which each declares what it does."""
 
     def page(
-        self, path: str, action: Action, *, method: str = "GET"
+        self, path: str, action: Action, *, method: str = "GET", proven: bool = False
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        """Return a decorator that makes a function the answer to `method` at `path` for those who may do `action`."""
+        """Return a decorator that makes a function the answer to `method` at `path` for those who may do `action`; see `Gate`."""
         return self.api_route(
             path,
             methods=[method],
-            dependencies=[Depends(Gate(action))],
+            dependencies=[Depends(Gate(action, proven=proven))],
             response_class=HTMLResponse,
             response_model=None,
             tags=[action.value],

@@ -1,7 +1,8 @@
 """Reading an audit log for pages: from its end backwards, or on from where somebody read before.
 
-The chain is not checked here, which would take too long for a page: `shared.trust.audit_log.verify` does, and the page has
-what it said. Every line that is not an entry is left out, and `verify` names it.
+A page reads what it shows and little more, however long the log is (tests: tests/shared/web/test_entries.py). The chain is
+not checked here, which would take too long for a page: `shared.trust.audit_log.verify` does, and the page has what it said.
+Every line that is not an entry is left out, and `verify` names it.
 """
 
 from __future__ import annotations
@@ -9,10 +10,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os import SEEK_END
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from shared.trust.audit_chain import HEAD_FILE, Position, log_file, read_head
+
+_BLOCK = 256 << 10  # bytes; no line is longer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,10 +73,13 @@ def onwards(folder: Path, start: tuple[int, int], end: Position) -> Iterator[byt
         try:
             with log_file(folder, number).open("rb") as file:
                 file.seek(offset)
-                content = file.read((end.size - offset) if number == end.number else -1)
+                for line in file:
+                    offset += len(line)
+                    if number == end.number and offset > end.size:
+                        return
+                    yield line
         except OSError:
             return  # `verify` tells
-        yield from content.splitlines()
         number, offset = number + 1, 0
 
 
@@ -93,23 +100,68 @@ def parsed(line: bytes | str) -> Line | None:
 
 
 def _backwards(folder: Path, search: str, event: str, before: int | None) -> Iterator[Line]:
-    end, wanted = end_of(folder), _as_in_the_file(search).casefold()
+    end, wanted = end_of(folder), _as_in_the_file(search).casefold().encode()
+    mark = f'"event":"{event}'.encode()
     for number in range(end.number, 0, -1):
-        lines = list(onwards(folder, (number, 0), end if number == end.number else _whole(number)))
-        for line in reversed(lines):
-            text = line.decode(errors="replace")
-            if (wanted and wanted not in text.casefold()) or (event and f'"event":"{event}' not in text):
+        for block in _blocks(log_file(folder, number), end.size if number == end.number else None, before):
+            if not _may_hold(block, wanted, mark if event else b""):
                 continue
-            found = parsed(text)
-            if found is None or (before is not None and found.sequence >= before):
-                continue
-            if event and found.event != event and not found.event.startswith(f"{event}."):
-                continue
-            yield found
+            for line in reversed(block.splitlines()):
+                if not _may_hold(line, wanted, mark if event else b"") or (found := parsed(line)) is None:
+                    continue
+                if before is not None and found.sequence >= before:
+                    continue
+                if event and found.event != event and not found.event.startswith(f"{event}."):
+                    continue
+                yield found
 
 
-def _whole(number: int) -> Position:
-    return Position(sequence=1, number=number, size=1 << 40)
+def _blocks(path: Path, size: int | None, before: int | None) -> Iterator[bytes]:
+    """Yield the lines of a file, some at a time, from its end on, or from a little behind the entry `before` on."""
+    try:
+        with path.open("rb") as file:
+            place = file.seek(0, SEEK_END) if size is None else size
+            if before is not None:
+                place = _behind(file, place, before)
+            rest = b""  # the end of a line that begins further ahead
+            while place:
+                start = max(0, place - _BLOCK)
+                file.seek(start)
+                block = file.read(place - start) + rest
+                cut = block.find(b"\n") + 1 if start else 0
+                rest, place = block[:cut], start
+                yield block[cut:]
+    except OSError:
+        return  # `verify` tells
+
+
+def _behind(file: BinaryIO, size: int, before: int) -> int:
+    """Return a place from which on every entry has the number `before` or a larger one; not far behind the first of them."""
+    low, high = 0, size
+    file.seek(0)
+    if (first := parsed(file.readline())) is not None and first.sequence >= before:
+        return 0
+    while high - low > _BLOCK:
+        file.seek((low + high) // 2)
+        file.readline()
+        place = file.tell()
+        found = parsed(file.readline()) if place < high else None
+        if found is None:
+            break  # more is read than has to be
+        if found.sequence < before:
+            low = place
+        else:
+            high = place
+    return high
+
+
+def _may_hold(lines: bytes, wanted: bytes, mark: bytes) -> bool:
+    """Return whether a text in small letters, and a mark as it is, may stand in lines."""
+    if mark and mark not in lines:
+        return False
+    if not wanted:
+        return True
+    return wanted in (lines.lower() if wanted.isascii() else lines.decode(errors="replace").casefold().encode())
 
 
 def _as_in_the_file(text: str) -> str:

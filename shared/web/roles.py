@@ -38,6 +38,8 @@ class Action(StrEnum):
     SEE_RELEASES = "see releases"
     EXPORT_RELEASES = "export releases"
     SEE_POLICY = "see policy"
+    PROPOSE_POLICY = "propose policy"
+    ACCEPT_POLICY = "accept policy"
     SEE_HEALTH = "see health"
     SEE_RUNS = "see runs"
     STEER_RUNS = "steer runs"  # stop, and resume
@@ -62,6 +64,8 @@ PERMISSIONS: Mapping[Action, frozenset[Role]] = MappingProxyType(
         Action.SEE_RELEASES: frozenset({_E, _O}),
         Action.EXPORT_RELEASES: frozenset({_O}),
         Action.SEE_POLICY: frozenset({_E, _O, _A}),
+        Action.PROPOSE_POLICY: frozenset({_E, _O}),
+        Action.ACCEPT_POLICY: frozenset({_O}),
         Action.SEE_HEALTH: frozenset({_E, _O, _A}),
         Action.SEE_RUNS: _ALL,
         Action.STEER_RUNS: frozenset({_E}),

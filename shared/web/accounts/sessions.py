@@ -4,6 +4,7 @@ Formal guarantees (tests: tests/shared/web/test_sessions.py)
     * A session ends after 30 minutes without a request and 12 hours after sign-in, whatever is asked
       (test_a_session_ends_idle_and_ends_old).
     * Whoever reads the database can open none (test_the_database_opens_no_session).
+    * What needs a proof of the last five minutes has one of this very session (test_a_proof_is_of_one_session_and_ends).
     * Of an account that was disabled, or whose password or role changed, none goes on (tests/shared/web/test_accounts.py).
 """
 
@@ -20,6 +21,7 @@ from shared.web.state.database import Database
 from shared.web.state.tables import SESSIONS
 
 IDLE_SECONDS, LONGEST_SECONDS = 30 * 60, 12 * 3600
+PROVEN_SECONDS = 5 * 60
 _NOTED_EVERY = 60  # seconds; not every request is a write
 
 
@@ -32,6 +34,7 @@ class Session:
         account: id of whose it is.
         created, seen: seconds since 1970.
         address, browser: where it was begun.
+        proven: when its person last proved to be the account's, by signing in or again since.
     """
 
     label: str
@@ -40,6 +43,7 @@ class Session:
     seen: int
     address: str
     browser: str
+    proven: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,7 @@ class Sessions:
                     seen=now,
                     address=address[:64],
                     browser=browser[:200],
+                    proven=now,
                 )
             )
         return secret
@@ -86,6 +91,16 @@ class Sessions:
             with self.database.writing() as connection:
                 connection.execute(update(SESSIONS).where(where).values(seen=self.now()))
         return _session(row)
+
+    def prove(self, secret: str) -> None:
+        """Note that the person of a session has just proved to be its account's."""
+        where = (SESSIONS.c.id == _hash(secret)) & ~self._over()
+        with self.database.writing() as connection:
+            connection.execute(update(SESSIONS).where(where).values(proven=self.now()))
+
+    def is_proven(self, session: Session) -> bool:
+        """Return whether that was within the last five minutes."""
+        return 0 <= self.now() - session.proven < PROVEN_SECONDS
 
     def of(self, account: str) -> list[Session]:
         """Return an account's sessions, the newest first."""
@@ -111,7 +126,7 @@ def end_all(connection: Connection, account: str) -> None:
 
 def _session(row: object) -> Session:
     found = row._mapping  # type: ignore[attr-defined]
-    rest = {name: found[name] for name in ("account", "created", "seen", "address", "browser")}
+    rest = {name: found[name] for name in ("account", "created", "seen", "address", "browser", "proven")}
     return Session(label=found["id"][:8], **rest)
 
 

@@ -25,7 +25,7 @@ def accounts(asked: Here) -> Response:
     return _shown(asked)
 
 
-@ROUTES.page("/accounts", Action.MANAGE_ACCOUNTS, method="POST")
+@ROUTES.page("/accounts", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
 def invite(asked: Here, name: Name = "", role: GivenRole = "") -> Response:
     """Invite somebody; the code is shown once."""
     try:
@@ -35,25 +35,25 @@ def invite(asked: Here, name: Name = "", role: GivenRole = "") -> Response:
     return _shown(asked, code=code, invited=name)
 
 
-@ROUTES.page("/accounts/{account}/role", Action.MANAGE_ACCOUNTS, method="POST")
+@ROUTES.page("/accounts/{account}/role", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
 def change_role(asked: Here, account: Id, role: GivenRole = "") -> Response:
     """Give an account another role."""
     return _changed(asked, account, role=_role(role))
 
 
-@ROUTES.page("/accounts/{account}/disable", Action.MANAGE_ACCOUNTS, method="POST")
+@ROUTES.page("/accounts/{account}/disable", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
 def disable(asked: Here, account: Id) -> Response:
     """Let an account sign in no more."""
     return _changed(asked, account, disabled=True)
 
 
-@ROUTES.page("/accounts/{account}/enable", Action.MANAGE_ACCOUNTS, method="POST")
+@ROUTES.page("/accounts/{account}/enable", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
 def enable(asked: Here, account: Id) -> Response:
     """Let it sign in again."""
     return _changed(asked, account, disabled=False)
 
 
-@ROUTES.page("/accounts/{account}/reset", Action.MANAGE_ACCOUNTS, method="POST")
+@ROUTES.page("/accounts/{account}/reset", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
 def reset(asked: Here, account: Id) -> Response:
     """Invite the person of an account anew, who lost password or authenticator."""
     try:

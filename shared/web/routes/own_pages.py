@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from fastapi import Query
 from fastapi.responses import RedirectResponse, Response
 
 from shared.web.accounts.accounts import Refused
 from shared.web.accounts.attempts import TooManyAttempts
 from shared.web.accounts.passwords import LEAST_CHARACTERS, MOST_CHARACTERS, Unsuitable
-from shared.web.asked import Asked, Denied, Here, Routes
+from shared.web.asked import Asked, Denied, Here, Routes, own_path
 from shared.web.roles import Action
-from shared.web.routes.sign_in_pages import Code, Password
+from shared.web.routes.sign_in_pages import Code, Password, Place
 
 ROUTES = Routes()
 
@@ -42,6 +45,29 @@ def change_password(
     answer = RedirectResponse("/account", 303)
     asked.begin_session(answer, account)
     return answer
+
+
+@ROUTES.page("/account/prove", Action.OWN_ACCOUNT)
+def prove_form(asked: Here, place: Annotated[str, Query(alias="next", max_length=500)] = "/") -> Response:
+    """Ask for password and code again, before what not everybody who finds an open browser shall do."""
+    return asked.page("prove.html", place=own_path(place), problem=None)
+
+
+@ROUTES.page("/account/prove", Action.OWN_ACCOUNT, method="POST")
+def prove(asked: Here, password: Password = "", totp: Code = "", place: Place = "/") -> Response:
+    """Note that the person of this session still is the account's."""
+    account, texts = asked.me(), asked.texts
+    if account.elsewhere:
+        raise Denied(404, "missing")
+    try:
+        asked.console.accounts.prove(account, password, totp, address=asked.address)
+    except Refused:
+        return asked.page("prove.html", status=422, place=own_path(place), problem=texts("own.refused"))
+    except TooManyAttempts as error:
+        problem = texts("sign_in.wait", minutes=-(-error.seconds // 60))
+        return asked.page("prove.html", status=429, place=own_path(place), problem=problem)
+    asked.console.sessions.prove(asked.visit)
+    return asked.to(own_path(place))
 
 
 @ROUTES.page("/account/sign-out-everywhere", Action.OWN_ACCOUNT, method="POST")

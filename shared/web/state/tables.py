@@ -54,6 +54,7 @@ SESSIONS = Table(
     Column("seen", BigInteger, nullable=False),
     Column("address", String(64), nullable=False),
     Column("browser", String(200), nullable=False),
+    Column("proven", BigInteger, nullable=False, server_default="0"),  # when password and code were given last
 )
 ATTEMPTS = Table(
     "attempts",

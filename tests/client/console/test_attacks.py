@@ -13,7 +13,7 @@ import httpx
 import pytest
 from fastapi.routing import APIRoute
 
-from client.console import pages
+from client.console import policy_pages
 from shared.errors import DataError
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.signing import load_signing_key
@@ -425,7 +425,7 @@ def test_a_defect_shows_no_trace(
     def fail(_: object) -> None:
         raise ZeroDivisionError("the record of Mrs Haddad")
 
-    monkeypatch.setattr(pages, "policy_text", fail)
+    monkeypatch.setattr(policy_pages, "policy_text", fail)
     answer = serving.signed_in("officer").get("/policy")
     assert answer.status_code == 500
     assert "Haddad" not in answer.text
@@ -442,7 +442,7 @@ def test_what_a_person_can_mend_is_told_to_them_alone(serving: Serving, monkeypa
 
     browser, guest = serving.signed_in("officer"), serving.browser()
     token = guest.token("/sign-in")
-    monkeypatch.setattr(pages, "policy_text", fail)
+    monkeypatch.setattr(policy_pages, "policy_text", fail)
     answer = browser.get("/policy")
     assert (answer.status_code, "the disk is full; make room." in answer.text) == (503, True)
     monkeypatch.setattr(type(serving.console.accounts), "sign_in", fail)

@@ -59,6 +59,9 @@ def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving) -
         *(entry.path for entry in NAVIGATION if entry.key != "accounts"),
         "/releases/log",
         "/account",
+        "/policy/edit",
+        "/policy/versions/1",
+        f"/budget/{serving.console.content.budgets.current().id}/what-if",
     ]
     paths += [f"/requests/{one.request.id}" for one in serving.console.content.requests.all()]
     for path in paths:
@@ -102,7 +105,7 @@ def test_the_budget_is_drawn_and_the_chain_checked(page: Any, serving: Serving) 
     sign_in(page, serving, "officer")
     page.get_by_role("link", name="Budget").click()
     page.wait_for_selector(".u-wrap canvas")
-    page.get_by_role("rowheader", name="triage").wait_for()
+    page.get_by_role("rowheader", name="triage", exact=True).wait_for()
     assert page.locator(".u-legend").inner_text().count("Spent") == 1
     page.get_by_role("link", name="Releases and audit").click()
     page.get_by_text("are unbroken").wait_for()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
-from client.console.budget import AccountBudget, Budgets, _spread
-from client.ledger.account import Account, Charged
+from client.console.budget import AccountBudget, Budgets, Plan, _spread, _told
+from client.ledger.account import PROMISES, Account, Charge, Charged
 from client.site.home import SiteHome, open_site
 from shared.errors import LedgerError
 from shared.job.parsing import load_toml
@@ -64,8 +65,8 @@ def test_reading_changes_nothing(home: SiteHome) -> None:
 def test_it_is_read_anew_when_it_changed_and_only_then(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
     charge(home, jobs=["one"], rounds=2)
     found, reads = budgets(home), []
-    real: Callable[..., list[AccountBudget]] = found._read
-    monkeypatch.setattr(found, "_read", lambda entries: (reads.append(len(entries)), real(entries))[1])
+    real: Callable[..., list[AccountBudget]] = found._accounts
+    monkeypatch.setattr(found, "_accounts", lambda reading: (reads.append(reading.number), real(reading))[1])
     first = found.all()[0].spent["together"]
     found.all()
     charge(home, jobs=["two"], rounds=2, begin=datetime(2026, 11, 1, tzinfo=UTC))
@@ -73,6 +74,43 @@ def test_it_is_read_anew_when_it_changed_and_only_then(home: SiteHome, monkeypat
     change_toml(home.config, budget={**load_toml(home.config)["budget"], "epsilon": 9.0})
     assert found.all()[0].caps["together"] == 9.0
     assert len(reads) == 3
+
+
+@pytest.mark.parametrize("composition", ["adaptive", "fixed"])
+def test_what_would_be_spent_is_the_ledgers(home: SiteHome, composition: str) -> None:
+    """One job that was begun, with most of its plan to come, and one that was not: run both, and compare."""
+    change_toml(home.config, budget={**load_toml(home.config)["budget"], "composition": composition})
+    charge(home, jobs=["one"], rounds=2)
+    step = GaussianSteps(noise_multiplier=3.0, sample_rate=0.1, steps=5)
+    together = replace(step, noise_multiplier=5.0)
+    ledger = open_site(home, passphrase=None).ledger()
+    plans: dict[str, Plan] = {
+        job: {"together": [replace(together, steps=20)], "alone": [replace(step, steps=20)]} for job in "ab"
+    }
+
+    def reserve(job: str, rounds: range) -> None:
+        for number in rounds:
+            ledger.reserve(
+                Charge(
+                    job_id=job,
+                    round=number,
+                    request_sha256="ab" * 32,
+                    mechanism=step,
+                    together=together,
+                    planned_steps=20,
+                )
+            )
+
+    reserve("a", range(1))
+    (found,) = budgets(home).all()
+    told, alone = found.after(plans), found.after({"a": plans["a"]})
+    assert found.after({}) == found.spent
+    assert told["together"] > alone["together"] >= found.spent["together"]
+    reserve("a", range(1, 4))
+    assert alone == {p: ledger.spent_epsilon(promise=p) for p in PROMISES}
+    reserve("b", range(4))
+    assert told == pytest.approx({p: ledger.spent_epsilon(promise=p) for p in PROMISES}, abs=1e-12)
+    ledger.close()
 
 
 def test_an_account_of_another_data_set_is_shown_with_its_last_caps(home: SiteHome) -> None:
@@ -95,6 +133,19 @@ def test_a_changed_ledger_is_told(home: SiteHome) -> None:
         budgets(home).all()
 
 
+def test_what_was_read_before_is_checked_when_that_is_asked_for(home: SiteHome) -> None:
+    charge(home, jobs=["one"], rounds=2)
+    found = budgets(home)
+    found.check()
+    before = found.all()
+    with sqlite3.connect(home.path / "ledger.db") as connection:
+        connection.execute("DROP TRIGGER no_update")
+        connection.execute("UPDATE entries SET time = '2026-01-01' WHERE sequence = 3")
+    assert found.all() == before, "its head is the same"
+    with pytest.raises(LedgerError, match="entry 3 was changed"):
+        found.check()
+
+
 def test_a_line_of_many_charges_is_thinned_out() -> None:
     begin, step = datetime(2026, 1, 1, tzinfo=UTC), GaussianSteps(noise_multiplier=3.0, sample_rate=0.01, steps=1)
     account = Account(dataset="d", unit="record", caps=[{"epsilon": 8.0, "delta": 1e-5, "orders": [6, 9]}])
@@ -105,8 +156,25 @@ def test_a_line_of_many_charges_is_thinned_out() -> None:
         )
     found = AccountBudget(account, {"together": 8.0, "alone": 8.0}, 1e-5, "adaptive", True)
     line = found.line("together")
-    assert len(line) == 300
+    assert 150 <= len(line) <= 300, "one job, whose end is the last charge"
     assert line[0].time == begin.timestamp()
     assert line[-1].spent == pytest.approx(found.spent["together"], abs=1e-12)
     assert [point.spent for point in line] == sorted(point.spent for point in line)
     assert _spread(3, 10) == {0, 1, 2}
+    assert _spread(0, 10) == set()
+    for count in (1, 2, 299, 300, 301, 598, 599, 600, 3000, 99_999):
+        told = _spread(count, 300)
+        assert {0, count - 1} <= told
+        assert len(told) <= 300
+        assert len(_spread(count + 1, 300) - told) <= 2 or len(_spread(count + 1, 300)) < len(told)
+
+
+def test_the_ends_of_jobs_are_in_the_line() -> None:
+    step = GaussianSteps(noise_multiplier=3.0, sample_rate=0.01, steps=1)
+    one = Charged(job_id="", round=0, mechanism=step, committed=True, time="", imported=False)
+    charges = [replace(one, job_id=f"{number // 1000}") for number in range(50_000)]
+    told = _told(charges, 300)
+    assert {0, *range(999, 50_000, 1000)} <= told
+    assert len(told) <= 600
+    many = [replace(one, job_id=f"{number}") for number in range(3000)]
+    assert len(_told(many, 300)) <= 300

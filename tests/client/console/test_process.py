@@ -36,6 +36,7 @@ account = console.accounts.from_issuer(issuer="i", subject="s", name="Olga", rol
 cookies = {console.cookie("session"): console.sessions.begin(account.id, address="a", browser="b")}
 (budget,) = console.content.budgets.all()
 more = [f"/budget/{budget.id}/line.json", f"/budget/{budget.id}/jobs", "/releases/log", "/releases/verified"]
+more += [f"/budget/{budget.id}/forecast", f"/budget/{budget.id}/what-if", "/policy/edit", "/policy/versions/1", "/health/gpus"]
 (asked,) = console.content.requests.all()
 more += [f"/requests/{asked.request.id}", f"/requests/{asked.request.id}/facts"]
 with httpx.Client(base_url=f"http://127.0.0.1:{port}", cookies=cookies, timeout=30) as browser:

@@ -17,6 +17,7 @@ import pytest
 
 from client import commands
 from client.app import Signed, signed
+from client.approval.policy_changes import FOLDER
 from client.ledger.account import Budget, Charge
 from client.site.guard import Guard, NoGuard
 from client.site.home import SiteHome, open_site
@@ -378,6 +379,22 @@ def test_a_signer_that_is_struck_out_signs_nothing_any_more(world: World, asked:
     assert "which is not among this site's signers" in world.refusal(asked)
     change_toml(world.home.policy, signers={"consortium": world.signer.verify_key.text})
     assert isinstance(world.site.answer(asked), TrainReply)
+
+
+def test_a_policy_that_was_written_by_hand_is_kept_and_training_does_not_depend_on_it(
+    world: World, asked: TrainRequest
+) -> None:
+    assert isinstance(world.site.answer(asked), TrainReply)
+    change_toml(world.home.policy, max_steps=199)
+    assert isinstance(world.site.answer(asked), TrainReply)
+    (entry,) = world.entries(Event.POLICY_CHANGED)
+    kept = world.home.path / FOLDER / f"{entry.details['sha256']}.toml"
+    assert (kept.read_text(), entry.details["number"]) == (world.home.policy.read_text(), None)
+    shutil.rmtree(kept.parent)
+    kept.parent.write_text("no folder")
+    change_toml(world.home.policy, max_steps=198)
+    assert isinstance(world.site.answer(asked), TrainReply)
+    assert len(world.entries(Event.POLICY_CHANGED)) == 1
 
 
 @pytest.mark.parametrize("broken", ["tasks = [", "", None], ids=["syntax", "empty", "missing"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from tests.client.console.conftest import PASSWORD, Serving
 from tests.server.console.homes import SITES, go_on, say
+from tests.shared.web.accessibility import violations_everywhere
 
 playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (make install)")
 CHROMIUM = next(
@@ -21,8 +21,6 @@ CHROMIUM = next(
 )
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here (Debian: chromium)")
 
-CHECKS = Path(__file__).parents[2] / "client" / "console" / "checks.js"
-CHECK = CHECKS.read_text(encoding="utf-8").partition("\n")[2]
 RUN = "0004-at-hand"
 
 
@@ -73,12 +71,8 @@ def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving, r
             chart.locator(".u-wrap canvas").wait_for()
         if "/runs/" in path:
             page.get_by_text("Delta", exact=True).first.wait_for()
-        for theme in ("light", "dark"):
-            page.emulate_media(color_scheme=theme)
-            for width in (360, 1280, 2560):
-                page.set_viewport_size({"width": width, "height": 900})
-                if told := page.evaluate(CHECK):
-                    found[path, theme, width] = told
+        if told := violations_everywhere(page):
+            found[path] = told
     assert found == {}
 
 

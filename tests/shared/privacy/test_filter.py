@@ -359,3 +359,15 @@ def test_the_spend_of_one_order_is_that_of_the_closed_form_and_never_below(order
     total = num * renyi_divergence(1.5, 0.1, order)
     exact = total - math.log(order * 1e-5) / (order - 1) + math.log1p(-1 / order)
     assert 1e-10 < filter_epsilon([event], delta=1e-5, orders=(order,)) - exact < 3.1e-10
+
+
+@pytest.mark.parametrize("composition", ["adaptive", "fixed"])
+def test_how_often_each_was_charged_is_as_good_as_a_list(composition: Composition) -> None:
+    """To the last bit, however often; steps that were charged in other portions are other terms of the filter's sum."""
+    some = [GaussianSteps(noise_multiplier=0.9 + n / 7, sample_rate=0.013, steps=1 + n % 3) for n in range(7)]
+    charged = [some[n * n % 7] for n in range(900)]
+    rule = SpendingRule(composition=composition, delta=1e-5, orders=(6, 11))
+    spent = rule.epsilon(charged)
+    assert rule.epsilon(Counter(charged)) == rule.epsilon(iter(charged[::-1])) == spent > 1
+    assert rule.epsilon(Counter(charged[:-1])) < spent
+    assert rule.epsilon(Counter()) == 0.0

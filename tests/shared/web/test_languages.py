@@ -86,6 +86,7 @@ def test_every_message_that_is_asked_for_is_there_and_no_other() -> None:
             key,
         )
     }
+    composed |= {key for key in messages if re.match(r"policy\.(state|effect)_", key)}
     composed |= {key for key in messages if re.match(r"accounts\.(en|dis)able", key)}
     assert messages - asked - composed == set()
     assert {f"roles.{role}" for role in Role} | {f"roles_about.{role}" for role in Role} <= messages

@@ -23,6 +23,7 @@ MAY = {
         "see requests",
         "see releases",
         "see policy",
+        "propose policy",
         "see health",
         "see runs",
         "steer runs",
@@ -39,6 +40,8 @@ MAY = {
         "see releases",
         "export releases",
         "see policy",
+        "propose policy",
+        "accept policy",
         "see health",
         "see runs",
         "see reports",
@@ -77,6 +80,7 @@ def test_every_action_has_a_line() -> None:
 
 def test_an_administrator_does_not_decide() -> None:
     assert not allowed(Role.ADMINISTRATOR, Action.DECIDE_REQUESTS)
+    assert not allowed(Role.ADMINISTRATOR, Action.ACCEPT_POLICY)
     assert not any(allowed(role, Action.MANAGE_ACCOUNTS) for role in Role if role is not Role.ADMINISTRATOR)
 
 

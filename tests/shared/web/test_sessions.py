@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 from sqlalchemy import select
 
-from shared.web.accounts.sessions import IDLE_SECONDS, LONGEST_SECONDS, Sessions
+from shared.web.accounts.sessions import IDLE_SECONDS, LONGEST_SECONDS, PROVEN_SECONDS, Sessions
 from shared.web.state.tables import SESSIONS
 from tests.shared.web.conftest import Clock, Person
 
-ON_BOTH = ("test_a_session_ends_idle_and_ends_old",)
+ON_BOTH = ("test_a_session_ends_idle_and_ends_old", "test_a_proof_is_of_one_session_and_ends")
 
 
 def test_a_session_ends_idle_and_ends_old(sessions: Sessions, person: Callable[..., Person], clock: Clock) -> None:
@@ -50,3 +50,25 @@ def test_one_ends_and_others_go_on(sessions: Sessions, person: Callable[..., Per
     sessions.end(first)
     assert sessions.find(first) is None
     assert sessions.find(second) is not None
+
+
+def test_a_proof_is_of_one_session_and_ends(sessions: Sessions, person: Callable[..., Person], clock: Clock) -> None:
+    amal = person().account.id
+    first, second = (sessions.begin(amal, address="a", browser=name) for name in "xy")
+
+    def proven() -> list[bool]:
+        found = [sessions.find(one) for one in (first, second)]
+        return [one is not None and sessions.is_proven(one) for one in found]
+
+    assert proven() == [True, True], "signing in is a proof"
+    clock.wait(PROVEN_SECONDS - 1)
+    assert proven() == [True, True]
+    clock.wait(1)
+    assert proven() == [False, False]
+    sessions.prove(first)
+    sessions.prove("nothing")
+    assert proven() == [True, False]
+    clock.wait(-PROVEN_SECONDS - 1)
+    assert proven() == [False, False], "a clock that was set back proves nothing"
+    clock.wait(1 + 2 * PROVEN_SECONDS)
+    assert proven() == [False, False]

@@ -83,10 +83,17 @@ class Releases:
             self._read_on()
             return self._latest
 
+    def latest_prepared(self) -> Line | None:
+        """Return the entry of the last job whose model and data were loaded."""
+        with self._lock:
+            self._read_on()
+            return self._prepared
+
     def _forget(self) -> None:
         self._found: list[Release] = []
         self._names: dict[str, str] = {}
         self._latest: Line | None = None
+        self._prepared: Line | None = None
         self._pending: list[int] = []
         self._read_up_to = Position()
 
@@ -108,6 +115,8 @@ class Releases:
             self._names[str(details.get("job"))] = str(details.get("name", ""))
             if entry.event == Event.REQUEST_RECEIVED:
                 self._latest = entry
+            else:
+                self._prepared = entry
         elif entry.event == Event.RELEASE_SENT and self._pending:
             # A node answers one request after the other, so what leaves next is what was made last.
             number = self._pending.pop()

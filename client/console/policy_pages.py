@@ -1,0 +1,213 @@
+"""The pages about the site's policy: what it accepts, who wants it changed, and every version that was in force.
+
+Formal guarantees (tests: tests/client/console/test_policy_pages.py)
+    * The account that is signed in is who proposes, accepts or declines; nothing in a form can name another
+      (test_nobody_speaks_for_another).
+    * Engineers propose and officers accept; where the policy in force wants two, not their own (test_who_may_do_what,
+      test_four_eyes_are_two_accounts).
+    * A proposal is made from the file that its page showed, or not at all (test_a_page_of_before_proposes_nothing).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated
+
+from fastapi import Form, Path, Query
+from fastapi.responses import Response
+
+from client.approval.policy_changes import MOST_BYTES, PolicyChanges, Proposal, Stale, Version, checked_text
+from client.approval.request import same_account
+from client.approval.requests import MOST_REASON
+from client.console.content import content_of
+from client.console.request_pages import Reason
+from client.console.state import PolicyText, policy_text
+from client.policy.diff import SettingChange, line_diff, setting_changes
+from client.policy.policy import Policy, policy_of
+from shared.errors import ConfigError, RunError
+from shared.web.asked import Asked, Denied, Here, Routes
+from shared.web.roles import Action, allowed
+
+ROUTES = Routes()
+
+_MOST_LISTED = 50
+
+Number = Annotated[int, Path(ge=1, le=2**31)]
+Given = Annotated[int | None, Query(ge=1, le=2**31)]
+Text = Annotated[str, Form(max_length=4 * MOST_BYTES)]
+Sha256 = Annotated[str, Form(max_length=64)]
+Deed = Annotated[str, Form(max_length=20)]
+
+
+@ROUTES.page("/policy", Action.SEE_POLICY)
+def policy(asked: Here) -> Response:
+    """Show what the site accepts, what is proposed, and the versions that were in force."""
+    changes = _changes(asked)
+    versions, proposals = changes.versions(), changes.proposals()
+    return asked.page(
+        "policy.html",
+        policy=policy_text(content_of(asked).home),
+        versions=versions[:_MOST_LISTED],
+        waiting=[one for one in proposals if one.state == "open"],
+        others=[one for one in proposals if one.state != "open"][:_MOST_LISTED],
+        needed=changes.needed,
+        may_propose=allowed(asked.me().role, Action.PROPOSE_POLICY),
+    )
+
+
+@ROUTES.page("/policy/edit", Action.PROPOSE_POLICY)
+def edit(asked: Here, version: Given = None) -> Response:
+    """Show the policy, or an old version of it, to be changed."""
+    now = policy_text(content_of(asked).home)
+    if version is None:
+        return _form(asked, now, now.text)
+    return _form(asked, now, _changes(asked).text_of(_version(asked, version).sha256), version=version)
+
+
+@ROUTES.page("/policy/edit", Action.PROPOSE_POLICY, method="POST")
+def propose(asked: Here, text: Text = "", base: Sha256 = "", reason: Reason = "", do: Deed = "") -> Response:
+    """Compare what was written with the policy, or propose it."""
+    now, reason = policy_text(content_of(asked).home), " ".join(reason.split())
+    try:
+        if do != "propose":
+            return _form(asked, now, checked_text(text).decode(), reason=reason, compared=True)
+        proposal = _changes(asked).propose(text, base=base, by=asked.me().name, reason=reason)
+    except ConfigError as error:
+        return _form(asked, now, text, reason=reason, status=422, refused=str(error))
+    except Stale:
+        problem = asked.texts("policy.problem_stale")
+        return _form(asked, now, text, reason=reason, status=409, problem=problem, compared=True)
+    except RunError as error:
+        return _form(asked, now, text, reason=reason, status=409, problem=str(error))
+    return asked.to(f"/policy/proposals/{proposal.number}")
+
+
+@ROUTES.page("/policy/proposals/{number}", Action.SEE_POLICY)
+def one_proposal(asked: Here, number: Number) -> Response:
+    """Show one proposal beside the policy that it was made from."""
+    return _proposal_page(asked, _proposal(asked, number))
+
+
+@ROUTES.page("/policy/proposals/{number}/accept", Action.ACCEPT_POLICY, method="POST")
+def accept(asked: Here, number: Number, reason: Reason = "") -> Response:
+    """Put a proposal into force."""
+    found, changes, me = _proposal(asked, number), _changes(asked), asked.me()
+    if found.state == "open" and changes.needed > 1 and same_account(found.by, me.name):
+        return _proposal_page(asked, found, problem=asked.texts("policy.problem_same"), status=409)
+    return _decided(asked, number, lambda: changes.accept(number, by=me.name, reason=reason))
+
+
+@ROUTES.page("/policy/proposals/{number}/decline", Action.PROPOSE_POLICY, method="POST")
+def decline(asked: Here, number: Number, reason: Reason = "") -> Response:
+    """Decline a proposal, or take one's own back."""
+    found, me = _proposal(asked, number), asked.me()
+    if not (allowed(me.role, Action.ACCEPT_POLICY) or same_account(found.by, me.name)):
+        raise Denied(403, "forbidden")
+    return _decided(asked, number, lambda: _changes(asked).decline(number, by=me.name, reason=reason))
+
+
+@ROUTES.page("/policy/versions/{number}", Action.SEE_POLICY)
+def one_version(asked: Here, number: Number, against: Given = None) -> Response:
+    """Show one version beside another, by default the one before."""
+    changes, found = _changes(asked), _version(asked, number)
+    versions = changes.versions()
+    other = _version(asked, against) if against else next((one for one in versions if one.number == number - 1), None)
+    text = changes.text_of(found.sha256)
+    before = "" if other is None else changes.text_of(other.sha256)
+    return asked.page(
+        "policy-version.html",
+        shown=found,
+        other=other,
+        versions=[one for one in versions if one.number != number][:_MOST_LISTED],
+        text=text,
+        lines=[] if other is None else line_diff(before, text),
+        settings=[] if other is None else _settings(before, text),
+        is_latest=number == versions[0].number,
+        may_propose=allowed(asked.me().role, Action.PROPOSE_POLICY),
+    )
+
+
+def _decided(asked: Asked, number: int, act: Callable[[], object]) -> Response:
+    try:
+        act()
+    except Stale:
+        problem = asked.texts("policy.problem_changed")
+        return _proposal_page(asked, _proposal(asked, number), problem=problem, status=409)
+    except (RunError, ConfigError) as error:
+        return _proposal_page(asked, _proposal(asked, number), problem=str(error), status=409)
+    return asked.to(f"/policy/proposals/{number}")
+
+
+def _form(
+    asked: Asked,
+    now: PolicyText,
+    text: str,
+    *,
+    status: int = 200,
+    reason: str = "",
+    refused: str = "",
+    problem: str = "",
+    compared: bool = False,
+    version: int | None = None,
+) -> Response:
+    return asked.page(
+        "policy-edit.html",
+        status=status,
+        now=now,
+        text=text,
+        reason=reason,
+        refused=refused,
+        problem=problem,
+        compared=compared,
+        lines=line_diff(now.text, text) if compared else [],
+        settings=_settings(now.text, text) if compared else [],
+        brought=version,
+        keys=[(name, field.description or "") for name, field in Policy.model_fields.items()],
+        most=MOST_REASON,
+    )
+
+
+def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: int = 200) -> Response:
+    changes, me = _changes(asked), asked.me()
+    mine = same_account(found.by, me.name)
+    before, after = changes.text_of(found.base), changes.text_of(found.sha256)
+    officer = allowed(me.role, Action.ACCEPT_POLICY)
+    return asked.page(
+        "policy-proposal.html",
+        status=status,
+        proposal=found,
+        lines=line_diff(before, after),
+        settings=_settings(before, after),
+        problem=problem,
+        needed=changes.needed,
+        mine=mine,
+        may_accept=found.state == "open" and officer and (changes.needed == 1 or not mine),
+        may_decline=found.state in ("open", "stale") and (officer or mine),
+        most=MOST_REASON,
+    )
+
+
+def _settings(before: str, after: str) -> list[SettingChange]:
+    """Return the settings that differ; none where one of the two is no policy."""
+    try:
+        return setting_changes(policy_of(before), policy_of(after))
+    except ConfigError:
+        return []
+
+
+def _proposal(asked: Asked, number: int) -> Proposal:
+    found = _changes(asked).find(number)
+    if found is None:
+        raise Denied(404, "missing")
+    return found
+
+
+def _version(asked: Asked, number: int) -> Version:
+    found = next((one for one in _changes(asked).versions() if one.number == number), None)
+    if found is None:
+        raise Denied(404, "missing")
+    return found
+
+
+def _changes(asked: Asked) -> PolicyChanges:
+    return content_of(asked).policies
