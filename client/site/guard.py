@@ -110,7 +110,7 @@ class Guard:
         """Keep the policy in force as a version, if it was written by hand; training does not depend on it."""
         try:
             self._changes.settle()
-        except SilotuneError as error:
+        except (SilotuneError, OSError) as error:
             service_log.warning("a version of the policy could not be kept: %s", error)
 
     def admit_job(self, signed: SignedJob | None) -> None:
