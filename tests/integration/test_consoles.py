@@ -166,7 +166,7 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
             assert shown == [entry.path for entry in navigation if allowed(role, entry.action)], (address, role)
 
     # A job arrives, is read and refused. The coordinator's people learn that it was, not why.
-    first = federation.submit(federation_job(name="unwanted"), evaluation_records)
+    first = federation.submit(federation_job(name="unwanted", federation={"min_sites": 3}), evaluation_records)
     eventually(lambda: first.state().get("awaiting") == ["a"])
     page = desk.sign_in(at_site, "Olga", Role.OFFICER)
     page.get_by_role("link", name="unwanted").click()
@@ -180,7 +180,7 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
     federation.start_site("a")  # it is asked at once
     eventually(lambda: "a" in first.state().get("refused", {}))
     page = desk.sign_in(at_coordinator, "Eva", Role.ENGINEER)
-    page.goto(f"{at_coordinator}runs/{first.folder.name}")
+    page.goto(f"{at_coordinator}runs/{first.name}")
     row = page.get_by_role("row").filter(has=page.get_by_role("rowheader", name="a", exact=True))
     row.get_by_text("refused").wait_for()
     assert REASON not in page.content()
@@ -189,7 +189,7 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
 
     # It comes again, and two approve it.
     job = federation_job(
-        name="study", training={"rounds": 40}, federation={"min_sites": 2, "round_timeout_seconds": 20.0}
+        name="study", training={"rounds": 40}, federation={"min_sites": 3, "round_timeout_seconds": 20.0}
     )
     study = federation.submit(job, evaluation_records)
     eventually(lambda: study.state().get("awaiting") == ["a"])
@@ -203,7 +203,7 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
 
     # The run goes live: the page follows it without being loaded again.
     page = desk.sign_in(at_coordinator, "Rosa", Role.RESEARCHER)
-    page.goto(f"{at_coordinator}runs/{study.folder.name}")
+    page.goto(f"{at_coordinator}runs/{study.name}")
     page.evaluate("window.loadedOnce = true")
     gauge = page.locator("#live svg.gauge")
     eventually(lambda: "0 of" not in str(gauge.get_attribute("aria-label")) and study.state().get("round", 0) >= 2)
@@ -231,15 +231,15 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
 
     # The report is made, signed and verified by a person who trusts nobody here.
     page = desk.sign_in(at_coordinator, "Omar", Role.OFFICER)
-    page.goto(f"{at_coordinator}runs/{study.folder.name}")
+    page.goto(f"{at_coordinator}runs/{study.name}")
     page.get_by_role("button", name="The same, signed").first.click()
-    link = page.get_by_role("link", name="html").first
-    link.wait_for(timeout=120_000)
+    names = ("compliance-report.html", "compliance-report.html.sig.json")
+    page.get_by_role("link", name=names[1]).wait_for(timeout=120_000)
     desk.look("coordinator-reports")
-    with page.expect_download() as download:
-        link.click()
-    report = tmp_path / download.value.suggested_filename
-    download.value.save_as(report)
-    verified = silotune("report", "verify", report)
+    for name in names:
+        with page.expect_download() as download:
+            page.get_by_role("link", name=name, exact=True).click()
+        download.value.save_as(tmp_path / name)
+    verified = silotune("report", "verify", tmp_path / names[0], "--key", federation.coordinator.path / "round.pub")
     assert verified.status == 0, verified
     assert [line for line in desk.told if "Failed to load" not in line] == []

@@ -14,7 +14,7 @@ def test_no_request_makes_it_fail(serving: Serving) -> None:
 
 
 def test_a_route_that_fails_is_found(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "policy_text", lambda home: 1 / 0)
+    monkeypatch.setattr(pages, "health", lambda *given: 1 / 0)
     found = fuzz(serving.app, serving.console, serving.address, examples=1)
     assert found
-    assert all(one.startswith("500 GET /policy ") for one in found)
+    assert all(one.startswith("500 GET /health ") for one in found)
