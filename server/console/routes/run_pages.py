@@ -71,6 +71,13 @@ def live(asked: Here, run: Id) -> Response:
     return asked.page("run-live.html", **_live(asked, found)) if asked.is_fragment else page_of(asked, found)
 
 
+@ROUTES.page("/runs/{run}/curves", Action.SEE_RUNS)
+def curves(asked: Here, run: Id) -> Response:
+    """Show the places of the curves, once there are any; a part of its page."""
+    found = run_of(asked, run)
+    return asked.page("run-curves.html", **_live(asked, found)) if asked.is_fragment else page_of(asked, found)
+
+
 @ROUTES.page("/runs/{run}/events", Action.SEE_RUNS)
 def events(asked: Here, run: Id, since: Since = "") -> Response:
     """Say when a run changes."""
