@@ -91,11 +91,14 @@ def _model(draft: Draft) -> list[str]:
     model: list[tuple[str, Any, str]] = [("backbone", backbone.name, "")]
     model += [("revision", backbone.revision, "")] if backbone.revision else []
     model.append(("max_length", draft.max_length, draft.length_reason))
+    # What a word is shows in the last layers more than what a text is about (docs/decisions/0018).
+    of_words = draft.found.kind == "token_classification"
+    deep = of_words or backbone.model_type == "gpt2"
     lora = [
         ("rank", 8, "more ranks learn more and gather more noise"),
-        ("alpha", 8.0, "the update is scaled by alpha / rank"),
-        ("target_modules", list(draft.backbone.target_modules), ""),
-        ("last_layers", 2 if draft.backbone.model_type == "gpt2" else 1, "what lies below is frozen and computed once"),
+        ("alpha", 16.0 if of_words else 8.0, "the update is scaled by alpha / rank"),
+        ("target_modules", list(backbone.target_modules), ""),
+        ("last_layers", 2 if deep else 1, "what lies below is frozen and computed once"),
         ("train", "b", 'FFA-LoRA: exact averages; "none": the head alone, much faster'),
     ]
     return [_section("model", model), _section("lora", lora)]

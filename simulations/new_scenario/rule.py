@@ -43,21 +43,23 @@ class Rates:
         noise: standard deviation, on one trained weight, of the noise of all steps together at the learning rate.
         most: largest product of learning rate and number of steps.
         max_grad_norm: clipping bound C.
+        largest_rate: of sampling. Where LoRA does much of the work, more and smaller steps go further than few on all records.
         rounds: in which it trains; None for as many as steps, one in each.
     """
 
     noise: float
     most: float
     max_grad_norm: float
+    largest_rate: float = 1.0
     rounds: int | None = None
 
 
 RATES: Mapping[TaskKind, Rates] = {
     "sequence_classification": Rates(noise=0.11, most=128.0, max_grad_norm=1.0),
     "pair_matching": Rates(noise=0.11, most=128.0, max_grad_norm=1.0),
-    "token_classification": Rates(noise=0.065, most=128.0, max_grad_norm=0.5),
+    "token_classification": Rates(noise=0.065, most=128.0, max_grad_norm=0.5, largest_rate=0.5),
     "regression": Rates(noise=0.014, most=12.8, max_grad_norm=1.0),
-    "image_classification": Rates(noise=0.7, most=160.0, max_grad_norm=1.0, rounds=20),
+    "image_classification": Rates(noise=0.7, most=160.0, max_grad_norm=1.0, largest_rate=0.5, rounds=20),
 }
 """The others are language models: AdamW trains them, whose steps do not grow with the noise; see `settings_for`."""
 
@@ -116,11 +118,9 @@ def settings_for(counts: Counts) -> Settings:
     rates = RATES.get(counts.kind)
     if rates is None:  # few steps of AdamW, and a narrow bound, for gradients of next-token prediction are short
         return _by_adamw(counts, rounds=4, local_steps=SEVERAL_STEPS, rate=0.125, bound=0.05)
-    rate, rounds, local_steps = sample_rate(counts.sites), rates.rounds, SEVERAL_STEPS
+    rate, rounds, local_steps = min(sample_rate(counts.sites), rates.largest_rate), rates.rounds, SEVERAL_STEPS
     if rounds is None:
         rounds, local_steps = STEPS if rate == 1 else STEPS_ON_SAMPLES, 1
-    else:
-        rate = min(rate, 0.5)
     found = _by_adamw(counts, rounds=rounds, local_steps=local_steps, rate=rate, bound=rates.max_grad_norm)
     wanted = rates.noise / (found.noise_on_a_step * accumulated(found.steps, MOMENTUM))
     most = rates.most / found.steps

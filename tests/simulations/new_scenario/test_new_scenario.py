@@ -265,6 +265,7 @@ def test_words_with_tags(new: Run, tmp_path: Path) -> None:
     scenario = new(write_lines(tmp_path / "notes.jsonl", records), "--tokens", "words", "--tags", "marks")
     assert scenario.job.task.labels == ("O", "B-drug", "I-drug", "B-name", "I-name")
     assert scenario.job.privacy.max_grad_norm == RATES["token_classification"].max_grad_norm
+    assert (scenario.job.lora.last_layers, scenario.job.lora.alpha) == (2, 16.0)
 
 
 def tagged_file(path: Path, between: str = "\t", *, tag: str = "B-drug", count: int = 150) -> Path:
