@@ -87,6 +87,7 @@ def open_console(
         port=port,
         filters={**FILTERS, "spark": spark},
         provider=None if oidc is None else Provider(oidc, secret=oidc.secret(home.path / FOLDER), now=now),
+        shows_errors=False,  # they may quote what a site sent
         content=content,
     )
 

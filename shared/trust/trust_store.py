@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
@@ -83,8 +87,24 @@ class TrustStore:
         return crl
 
     def install_list(self, crl: x509.CertificateRevocationList) -> None:
-        """Put a list into force that `check_list` returned, or that was checked likewise."""
-        write_public(self.folder / "crl.pem", crl.public_bytes(Encoding.PEM))
+        """Put a list into force, unless a newer one came in meanwhile, from another process or thread.
+
+        Raises:
+            TrustError: as for `check_list`.
+        """
+        with self._alone():
+            check_newer(self.folder, crl, load_certificate(self.folder / "ca.crt"))
+            write_public(self.folder / "crl.pem", crl.public_bytes(Encoding.PEM))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Wait until nobody else installs a list here."""
+        folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def judge(self, now: datetime) -> Judge:
         """Return what certificates of sites are judged by at `now`.

@@ -141,10 +141,10 @@ def _not_valid(request: Request, _error: Exception) -> Response:
 
 
 def _ours(request: Request, error: Exception) -> Response:
-    """Tell what a person here can mend; their account may see it, a guest may not."""
+    """Tell what a person here can mend, if the console shows it to accounts at all; a guest sees nothing of it."""
     log.error("%s %s: %s", request.method, request.url.path, error)
     asked = asked_by(request)
-    return error_page(request, 503, "trouble", text=str(error) if asked.account else "")
+    return error_page(request, 503, "trouble", text=str(error) if asked.account and asked.console.shows_errors else "")
 
 
 def _defect(request: Request, error: Exception) -> Response:

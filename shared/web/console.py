@@ -51,6 +51,7 @@ class Console:
         filters: what its templates call, beside the shared ones.
         provider: sign-in by OpenID Connect; None: with accounts of its own only.
         link: sign-in by a link that the terminal prints; None: there is none.
+        shows_errors: whether people who are signed in see the texts of errors, which may quote files. Else the log has them.
         content: what its own routes work on.
     """
 
@@ -68,6 +69,7 @@ class Console:
     filters: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
     provider: Provider | None = None
     link: OneTimeLink | None = None
+    shows_errors: bool = True
     content: Any = None
 
     def cookie(self, name: str) -> str:

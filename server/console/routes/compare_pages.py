@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import hmac
+import secrets
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any
 
@@ -22,6 +24,8 @@ ROUTES = Routes()
 MOST = 6
 _MOST_CHARACTERS = 200
 _LABELS = "task.labels"
+_KEY = secrets.token_bytes(32)
+"""Of the marks of labels: without it, a guess could be tried on them."""
 
 Names = Annotated[list[str], Query(alias="run", max_length=50)]
 
@@ -81,7 +85,7 @@ def _differing(asked: Asked, runs: list[Run]) -> list[tuple[str, list[str]]]:
 
 def _told(asked: Asked, key: str, text: str) -> str:
     if key == _LABELS and text != "–":  # what a site's records are called is nobody's business here
-        return asked.texts("compare.labels", mark=hashlib.sha256(text.encode()).hexdigest()[:8])
+        return asked.texts("compare.labels", mark=hmac.new(_KEY, text.encode(), hashlib.sha256).hexdigest()[:8])
     return text if len(text) <= _MOST_CHARACTERS else f"{text[:_MOST_CHARACTERS]}…"
 
 

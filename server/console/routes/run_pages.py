@@ -72,7 +72,7 @@ def live(asked: Here, run: Id) -> Response:
 
 
 @ROUTES.page("/runs/{run}/curves", Action.SEE_RUNS)
-def curves(asked: Here, run: Id) -> Response:
+def curves_of(asked: Here, run: Id) -> Response:
     """Show the places of the curves, once there are any; a part of its page."""
     found = run_of(asked, run)
     return asked.page("run-curves.html", **_live(asked, found)) if asked.is_fragment else page_of(asked, found)
@@ -94,7 +94,7 @@ def events(asked: Here, run: Id, since: Since = "") -> Response:
 def curve(asked: Here, run: Id, metric: Metric = "") -> Response:
     """Return how a run's metric went from round to round, for a chart."""
     found = run_of(asked, run)
-    curves = content_of(asked).runs.curves(found)
+    curves = _curves(content_of(asked), found)
     values = curves.epsilon if metric == EPSILON else curves.metrics.get(metric)
     if values is None:
         raise Denied(404, "missing")
@@ -175,10 +175,7 @@ def _live(asked: Asked, run: Run) -> dict[str, Any]:
     content = content_of(asked)
     told = content.said.now()
     mark = _mark(content, run)
-    try:
-        curves = content.runs.curves(run)
-    except SilotuneError:
-        curves = Curves(rounds=[], metrics={}, epsilon=[], counted={})
+    curves = _curves(content, run)
     first = [run.metric] if run.metric in curves.metrics else []
     drawn = [*first, *(name for name in curves.metrics if name != run.metric)]
     return {
@@ -189,6 +186,15 @@ def _live(asked: Asked, run: Run) -> dict[str, Any]:
         "curves": [*drawn, *([EPSILON] if any(value is not None for value in curves.epsilon) else [])],
         "mark": mark,
     }
+
+
+def _curves(content: CoordinatorContent, run: Run) -> Curves:
+    """Return what a run's rounds say; nothing if they cannot be read."""
+    try:
+        return content.runs.curves(run)
+    except SilotuneError as error:
+        log.warning("the rounds of %s cannot be told: %s", run.id, error)
+        return Curves(rounds=[], metrics={}, epsilon=[], counted={})
 
 
 def _mark(content: CoordinatorContent, run: Run) -> str:

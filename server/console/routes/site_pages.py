@@ -99,7 +99,10 @@ def install_list(asked: Here, revocations: Pem = "") -> Response:
         return _shown(asked, problem=str(error), status=422)
     details = {"number": crl_number(found), "sites": _ended(asked, found), "address": asked.address}
     content.record(asked.me().name, "install revocation list", details)
-    content.sites.store.install_list(found)
+    try:
+        content.sites.store.install_list(found)
+    except TrustError as error:  # a newer one came in meanwhile
+        return _shown(asked, problem=str(error), status=409)
     return asked.to("/sites")
 
 

@@ -22,7 +22,7 @@ from shared.web.roles import Action
 
 ROUTES = Routes()
 
-Seen = Annotated[str, Form(max_length=20)]
+Seen = Annotated[str, Form(max_length=80)]
 
 
 @ROUTES.page("/runs/{run}/stop", Action.STEER_RUNS, method="POST")
@@ -48,7 +48,7 @@ def resume(asked: Here, run: Id, seen: Seen = "") -> Response:
 
 
 def _steered(asked: Asked, run: Run, action: str, do: Callable[[], None], seen: str) -> Response:
-    if seen != run.state:
+    if seen != run.seen:
         return page_of(asked, run, problem=asked.texts("steer.changed"), status=409)
     content_of(asked).record(asked.me().name, action, {"name": run.id, "job": run.job, "address": asked.address})
     try:

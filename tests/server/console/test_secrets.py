@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from server.console.runs import SECRET_SECONDS, Runs
 from server.store.home import CoordinatorHome
 from shared.web.roles import Role
 from tests.client.console.conftest import ROLES, Serving
@@ -160,3 +161,47 @@ def test_no_input_is_a_defect(serving: Serving, role: Role) -> None:
                 answer = browser.http.post(path, data=data, headers={"origin": serving.address})
             assert answer.status_code < 500, (route.path, odd, answer.text[:300])
             assert "<script>alert" not in answer.text
+
+
+def test_an_error_s_text_is_in_the_log_alone(serving: Serving, home: CoordinatorHome) -> None:
+    run = submit(home, job_of("torn"), 7, state="completed")
+    go_on(run, 2)
+    file = run.run_folder / "metrics.jsonl"
+    first, *rest = file.read_text().splitlines()
+    file.write_text("\n".join([first.replace('"metrics":{', f'"metrics":{{"f1 {MARKER}":"x",'), *rest]) + "\n")
+    browser = serving.signed_in("officer")
+    for path in ("/runs/0007-torn", "/runs/0007-torn/curve.json?metric=accuracy", "/runs"):
+        answer = browser.get(path)
+        assert (MARKER in answer.text, str(home.path) in answer.text) == (False, False), path
+
+
+def test_rounds_under_central_dp_are_looked_up_seldom(home: CoordinatorHome) -> None:
+    seconds = [0.0]
+    central = {
+        "mechanism": "central",
+        "epsilon": 8.0,
+        "sample_rate": 0.1,
+        "unit": "site",
+        "central": {"num_sites": 200},
+    }
+    job = job_of("trusted", privacy=central, training={"rounds": 8, "local_steps": 2}, federation={"min_sites": 100})
+    submission = submit(home, job, 8, state="running")
+    go_on(submission, 2)
+    runs = Runs(home.jobs, now=lambda: seconds[0])
+
+    def seen() -> tuple[int, str, list[int]]:
+        run = runs.find("0008-trusted")
+        assert run is not None
+        return run.num_done, run.mark, runs.curves(run).rounds
+
+    before = seen()
+    go_on(submission, 3)
+    seconds[0] = SECRET_SECONDS - 1
+    assert seen() == before
+    submission.request_stop()
+    assert runs.find("0008-trusted").is_stopping  # type: ignore[union-attr]
+    seconds[0] += 2
+    assert seen()[0] == 3
+    go_on(submission, 4)
+    submission.note("completed")
+    assert seen()[0] == 4

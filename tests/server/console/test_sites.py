@@ -121,6 +121,17 @@ def test_a_list_shuts_out_whom_the_ca_revoked(browser: Browser, folder: Path, ho
         assert browser.post("/sites/revocations", page="/sites", revocations=text).status_code == 422
 
 
+def test_the_newer_of_two_lists_that_come_at_once_stays(folder: Path, home: CoordinatorHome) -> None:
+    store = TrustStore(home.trust)
+    older = store.check_list((folder / "ca" / "crl.pem").read_bytes())
+    revoke(folder / "ca", "st-anna", passphrase=None)
+    newer = (folder / "ca" / "crl.pem").read_bytes()
+    store.install_list(store.check_list(newer))
+    with pytest.raises(TrustError, match="newer|was seen"):
+        store.install_list(older)
+    assert (home.trust / "crl.pem").read_bytes() == newer
+
+
 def test_a_broken_trust_store_is_told(serve: Callable[..., Serving], tmp_path: Path) -> None:
     home = make_home(tmp_path, ("north",))
     say(home, sites=("north",))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,6 +42,13 @@ def browser(serving: Serving) -> Browser:
     return serving.signed_in("engineer")
 
 
+def shown(browser: Browser) -> str:
+    """Return the state that the run's page shows, as its form sends it."""
+    found = re.search(r'name="seen" value="([^"]+)"', browser.get(RUN).text)
+    assert found
+    return found[1]
+
+
 def actions(home: CoordinatorHome) -> list[str]:
     """Return what accounts did, signing in left out."""
     found = [entry.details for entry in read(home.audit) if entry.event == Event.CONSOLE_ACTION]
@@ -55,10 +63,10 @@ def test_it_is_noted_first(
 
     with monkeypatch.context() as patched:
         patched.setattr(AuditLog, "append", full)
-        assert browser.post(f"{RUN}/stop", seen="running").status_code == 503
+        assert browser.post(f"{RUN}/stop", seen=shown(browser)).status_code == 503
     assert not submission.stop_requested
     before = len(actions(home))
-    assert browser.post(f"{RUN}/stop", seen="running").status_code == 303
+    assert browser.post(f"{RUN}/stop", seen=shown(browser)).status_code == 303
     assert submission.stop_requested
     assert actions(home)[before:] == ["engineer stop 0001-triage"]
     assert "is being stopped" in browser.get(RUN).text
@@ -76,9 +84,9 @@ def test_killed_between_the_note_and_the_deed_it_is_asked_again(
     before = len(actions(home))
     with monkeypatch.context() as patched:
         patched.setattr(Submission, "request_stop", die)
-        assert browser.post(f"{RUN}/stop", seen="running").status_code == 500
+        assert browser.post(f"{RUN}/stop", seen=shown(browser)).status_code == 500
     assert not submission.stop_requested
-    assert browser.post(f"{RUN}/stop", seen="running").status_code == 303
+    assert browser.post(f"{RUN}/stop", seen=shown(browser)).status_code == 303
     assert len(actions(home)) == before + 2
 
 
@@ -87,19 +95,28 @@ def test_a_run_that_was_stopped_goes_on(browser: Browser, home: CoordinatorHome,
     submission.note("stopped")  # as the coordinator does
     page = browser.get(RUN).text
     assert ("Resume this run" in page, "Stop this run" in page) == (True, False)
-    assert browser.post(f"{RUN}/resume", seen="stopped").status_code == 303
+    assert browser.post(f"{RUN}/resume", seen=shown(browser)).status_code == 303
     assert (submission.state()["state"], submission.stop_requested) == ("submitted", False)
     assert actions(home)[-1] == "engineer resume 0001-triage"
 
 
 def test_a_page_of_before_does_nothing(browser: Browser, home: CoordinatorHome, submission: Submission) -> None:
-    before = actions(home)
-    for path, seen in (("stop", "submitted"), ("stop", ""), ("resume", "stopped"), ("resume", "running")):
+    before, earlier = actions(home), shown(browser)
+    file = submission.path / "state.json"  # it was stopped and resumed since
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"since": "2026-12-01T10:00:00+00:00"}))
+    for path, seen in (
+        ("stop", "submitted"),
+        ("stop", ""),
+        ("stop", earlier),
+        ("resume", "stopped"),
+        ("resume", earlier),
+    ):
         answer = browser.post(f"{RUN}/{path}", seen=seen)
         assert (answer.status_code, "Nothing was done" in answer.text) == (409, True), path
     assert not submission.stop_requested
+    seen = shown(browser)
     submission.note("completed")
-    assert browser.post(f"{RUN}/stop", seen="running").status_code == 409
+    assert browser.post(f"{RUN}/stop", seen=seen).status_code == 409
     assert actions(home) == before
 
 
@@ -126,7 +143,7 @@ def test_a_job_whose_signature_has_expired_is_not_resumed(
     submission.note("stopped")
     with monkeypatch.context() as patched:
         patched.setattr(Submission, "check_resumable", expired)
-        answer = browser.post(f"{RUN}/resume", seen="stopped")
+        answer = browser.post(f"{RUN}/resume", seen=shown(browser))
     assert (answer.status_code, "has expired" in answer.text) == (409, True)
 
 
