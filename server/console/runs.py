@@ -27,17 +27,8 @@ from server.records.rounds import RoundRecord, read_rounds
 from server.store.submission import OPEN, Submission, submissions
 from shared.errors import RunError, SilotuneError
 from shared.files.json_files import parse_record
+from shared.job.kinds import primary_metric
 
-PRIMARY = {
-    "sequence_classification": "accuracy",
-    "token_classification": "f1",
-    "pair_matching": "mrr",
-    "regression": "mae",
-    "causal_lm": "perplexity",
-    "replies": "perplexity",
-    "image_classification": "accuracy",
-}
-"""The metric by which each kind of task is judged (`shared.tasks`, which loads PyTorch; a test compares)."""
 _METRIC = re.compile(r"[a-z0-9_]{1,40}(@[0-9]{1,4})?")
 """A metric of all records; those of one label have its name after a space."""
 _MOST_CURVES, _MOST_POINTS = 16, 1000
@@ -288,7 +279,7 @@ def _plan(path: Path) -> Plan:
 def _read(submission: Submission, plan: Plan, mark: str) -> Run:
     state = submission.state()
     num_done, last = _last_round(submission.run_folder / "metrics.jsonl")
-    metric = PRIMARY.get(plan.kind, "")
+    metric = primary_metric(plan.kind)
     metrics = state.get("metrics") or (last.metrics if last else {})
     is_open = state["state"] in OPEN
     central = plan.mechanism == "central"

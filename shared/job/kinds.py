@@ -26,6 +26,7 @@ class Rules:
 
     Attributes:
         roles: columns that a data source must declare.
+        primary_metric: by which a model is judged; the task's `higher_is_better` says which way.
         check_labels: raises ValueError for labels that will not do; None where the kind has none.
         has_classes: whether each record has one of the labels.
         keys: further settings, which this kind needs and others refuse.
@@ -33,6 +34,7 @@ class Rules:
     """
 
     roles: tuple[str, ...]
+    primary_metric: str
     check_labels: Callable[[TaskKind, tuple[str, ...]], None] | None = None
     has_classes: bool = False
     keys: tuple[str, ...] = ()
@@ -65,13 +67,24 @@ def _iob_tags(kind: TaskKind, labels: tuple[str, ...]) -> None:
 
 
 RULES: Mapping[TaskKind, Rules] = {
-    "sequence_classification": Rules(roles=("text", "label"), check_labels=_at_least_two, has_classes=True),
-    "token_classification": Rules(roles=("tokens", "tags"), check_labels=_iob_tags),
-    "pair_matching": Rules(roles=("text", "pair", "label"), check_labels=_two, has_classes=True),
-    "regression": Rules(roles=("text", "score"), keys=("target_range",)),
-    "causal_lm": Rules(roles=("text",), has_head=False),
-    "replies": Rules(roles=("prompt", "response"), has_head=False),
+    "sequence_classification": Rules(
+        roles=("text", "label"), primary_metric="accuracy", check_labels=_at_least_two, has_classes=True
+    ),
+    "token_classification": Rules(roles=("tokens", "tags"), primary_metric="f1", check_labels=_iob_tags),
+    "pair_matching": Rules(roles=("text", "pair", "label"), primary_metric="mrr", check_labels=_two, has_classes=True),
+    "regression": Rules(roles=("text", "score"), primary_metric="mae", keys=("target_range",)),
+    "causal_lm": Rules(roles=("text",), primary_metric="perplexity", has_head=False),
+    "replies": Rules(roles=("prompt", "response"), primary_metric="perplexity", has_head=False),
     "image_classification": Rules(
-        roles=("pixels", "label"), check_labels=_at_least_two, has_classes=True, keys=("image_shape", "pixel_range")
+        roles=("pixels", "label"),
+        primary_metric="accuracy",
+        check_labels=_at_least_two,
+        has_classes=True,
+        keys=("image_shape", "pixel_range"),
     ),
 }
+
+
+def primary_metric(kind: object) -> str:
+    """Return the metric by which a kind of task is judged; "" for what is none."""
+    return next((rules.primary_metric for known, rules in RULES.items() if known == kind), "")

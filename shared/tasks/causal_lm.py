@@ -25,7 +25,7 @@ class CausalLanguageModelling(Task):
     about = "language modelling: the next token of a text"
     content = "texts"
     roles: ClassVar[tuple[str, ...]] = RULES["causal_lm"].roles
-    primary_metric = "perplexity"
+    primary_metric = RULES["causal_lm"].primary_metric
     higher_is_better = False
     causal_lm = True
 

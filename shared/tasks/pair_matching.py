@@ -32,7 +32,7 @@ class PairMatching(SequenceClassification):
     about = "pairs: whether two texts belong together"
     content = "pairs of texts, each with one label"
     roles = RULES["pair_matching"].roles
-    primary_metric = "mrr"
+    primary_metric = RULES["pair_matching"].primary_metric
 
     def targets(self, records: Sequence[Record]) -> Sequence[Any]:
         """Return class and number of the first text of every pair: equal texts have one number."""

@@ -31,7 +31,7 @@ class Regression(Predicting):
     about = "scores: a number for a text"
     content = "texts, each with a number"
     roles = RULES["regression"].roles
-    primary_metric = "mae"
+    primary_metric = RULES["regression"].primary_metric
     higher_is_better = False
 
     @property

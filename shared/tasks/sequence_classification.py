@@ -28,7 +28,7 @@ class SequenceClassification(Predicting):
     about = "classification: one label for a text"
     content = "texts, each with one label"
     roles: ClassVar[tuple[str, ...]] = RULES["sequence_classification"].roles
-    primary_metric = "accuracy"
+    primary_metric = RULES["sequence_classification"].primary_metric
     higher_is_better = True
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:

@@ -35,7 +35,7 @@ class TokenClassification(Predicting):
     about = "entities: a tag for each word of a text"
     content = "texts with a tag for each word"
     roles = RULES["token_classification"].roles
-    primary_metric = "f1"
+    primary_metric = RULES["token_classification"].primary_metric
     higher_is_better = True
     by_word = True
 

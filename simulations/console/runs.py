@@ -21,12 +21,12 @@ from server.records.run import Dataset, RunRecord
 from server.rounds.convergence import constant_loss, why_diverged
 from shared.errors import RunError, printable
 from shared.files.json_files import Count, Finite, Whole, damaged, parse_object, parse_record
+from shared.job.kinds import primary_metric
 from simulations.console.files import Reader, Stamp
 
 FEDERATED = "federated"
 CENTRAL_DP = "central-dp"
 _LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
-_PRIMARY = ("accuracy", "perplexity", "macro_f1", "f1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,7 +208,7 @@ def _read(folder: Path, reader: Reader) -> dict[str, Any]:
     evaluation = reader.record(folder / "evaluation.json", _Evaluation)
     rounds = [] if over and evaluation is not None else read_rounds(folder, reader)
     measured = next((record.metrics for record in reversed(rounds) if record.metrics), {})
-    metric = evaluation.primary_metric if evaluation else next((name for name in _PRIMARY if name in measured), "loss")
+    metric = evaluation.primary_metric if evaluation else primary_metric(_at(job, "task", "kind")) or "loss"
     higher = metric not in _LOWER_IS_BETTER
     if evaluation is not None and evaluation.higher_is_better is not None:
         higher = evaluation.higher_is_better

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from server.console.runs import PRIMARY, Runs
+from server.console.runs import Runs
 from server.store.home import CoordinatorHome
-from shared.tasks import TASKS
 from shared.web.roles import Role
 from tests.client.console.conftest import Browser, Serving, text_of
 from tests.server.console.homes import copy, go_on, job_of, make_home, say, submit
@@ -129,10 +128,6 @@ def _seconds(browser: Browser, path: str) -> float:
     began = time.perf_counter()
     assert browser.get(path).status_code == 200
     return time.perf_counter() - began
-
-
-def test_each_kind_has_its_own_metric() -> None:
-    assert {kind: task.primary_metric for kind, task in TASKS.items()} == PRIMARY
 
 
 def test_a_run_that_went_away_is_forgotten(home: CoordinatorHome) -> None:
