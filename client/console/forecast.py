@@ -10,9 +10,8 @@ Formal guarantees (tests: tests/client/console/test_forecast.py)
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +25,7 @@ from client.policy.verdicts import Verdict, numbers
 from shared.errors import PrivacyError, SilotuneError
 from shared.job.job import Job
 from shared.job.parsing import parse
+from shared.web.turns import Busy, Turn
 
 MOST_JOBS = 20
 _STATES: tuple[RequestState, ...] = ("begun", "approved", "waiting")  # in the order in which they will spend
@@ -95,9 +95,9 @@ class Forecasts:
 
     def __init__(self, requests: Requests) -> None:
         self._requests = requests
-        self._lock = threading.Lock()
+        self._turn = Turn()
         self._kept: tuple[tuple[object, ...], Forecast] | None = None
-        self._turns, self._latest = threading.Lock(), dict[str, int]()
+        self._turns, self._latest = Turn(seconds=_WAIT_SECONDS), dict[str, int]()
         self._answers: dict[tuple[object, ...], WhatIf] = {}
 
     def known(self, budget: AccountBudget) -> Forecast | None:
@@ -113,8 +113,9 @@ class Forecasts:
 
         Raises:
             ConfigError, TrustError, RunError: see `ApprovalDesk`.
+            Busy: others wait for theirs.
         """
-        with self._lock:
+        with self._turn:
             queued, basis = self._queued(budget)
             if (kept := self.known(budget)) is not None:
                 return kept
@@ -145,7 +146,7 @@ class Forecasts:
         policy = self._requests.desk.policy()
         job = _imagined(policy, settings)
         key = (budget.mark, policy.model_dump_json(), job.sha256)
-        with self._turn(asker) as is_latest:
+        with self._asked(asker) as is_latest:
             if (known := self._answers.get(key)) is not None:
                 return known
             if not is_latest:
@@ -160,18 +161,21 @@ class Forecasts:
             return found
 
     @contextmanager
-    def _turn(self, asker: str) -> Iterator[bool]:
+    def _asked(self, asker: str) -> Iterator[bool]:
         """Wait until nobody computes; yield whether this is still what the asker wants to know."""
         number = self._latest[asker] = self._latest.get(asker, 0) + 1
-        if not self._turns.acquire(timeout=_WAIT_SECONDS):
-            yield False
-            return
         try:
-            yield self._latest.get(asker, number) == number
+            with ExitStack() as held:
+                try:
+                    held.enter_context(self._turns)
+                except Busy:
+                    is_latest = False
+                else:
+                    is_latest = self._latest.get(asker, number) == number
+                yield is_latest
         finally:
             if self._latest.get(asker) == number:
                 self._latest.pop(asker, None)
-            self._turns.release()
 
     def _queued(self, budget: AccountBudget) -> tuple[list[tuple[Request, RequestState, Job]], tuple[object, ...]]:
         """Return the jobs that will spend, and what is another value once the forecast may be another."""

@@ -21,6 +21,7 @@ from client.policy.policy import Policy
 from client.site.approving import ApprovalDesk
 from shared.errors import SilotuneError, TrustError
 from shared.trust.signing import VerifyKey
+from shared.web.turns import Turn
 
 log = logging.getLogger("silotune.console")
 
@@ -80,7 +81,7 @@ class Requests:
 
     def __init__(self, desk: ApprovalDesk, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
         self.desk, self._now = desk, now
-        self._lock, self._accounting = threading.Lock(), threading.Lock()
+        self._lock, self._accounting = threading.Lock(), Turn()
         self._facts: dict[tuple[object, ...], tuple[float, Facts]] = {}
         self._counted: tuple[float, int] | None = None
 
@@ -130,7 +131,10 @@ class Requests:
 
         Raises:
             ConfigError, TrustError, LedgerError, RunError: see `ApprovalDesk.facts`.
+            Busy: others wait for theirs.
         """
+        if (known := self.known_facts(shown)) is not None:
+            return known
         with self._accounting:
             basis = self.desk.basis(shown.request)
             if (kept := self._kept(basis)) is not None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shared.errors import PrivacyError
 from shared.job.job import Job
 from shared.privacy.planned import PlannedPrivacy
+from shared.web.turns import Turn
 
 MOST_STEPS = 1_000_000
 """Of a plan that is accounted for here: of billions it could take for ever."""
@@ -44,7 +45,7 @@ class Planner:
     """Computes and keeps promises; safe to use from several threads."""
 
     def __init__(self) -> None:
-        self._lock, self._accounting = threading.Lock(), threading.Lock()
+        self._lock, self._accounting = threading.Lock(), Turn()
         self._kept: OrderedDict[str, Promises | None] = OrderedDict()
 
     def of(self, job: Job) -> Promises | None:
@@ -52,7 +53,11 @@ class Planner:
 
         Raises:
             PrivacyError: no noise keeps to what the job says, or nothing can be stated for it.
+            Busy: others wait for theirs.
         """
+        with self._lock:
+            if job.sha256 in self._kept:
+                return self._kept[job.sha256]
         with self._accounting:
             with self._lock:
                 if job.sha256 in self._kept:

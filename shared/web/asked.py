@@ -5,8 +5,8 @@ Formal guarantees (tests: tests/shared/web/test_roles.py, tests/client/console/t
       (test_no_route_is_without_an_action).
     * A request that changes something is refused unless the browser says that a page of this console sent it (Origin) and it
       has the token of this session (test_a_foreign_page_changes_nothing, test_a_request_without_its_token_changes_nothing).
-    * What manages accounts needs password and code within the last five minutes, in this session
-      (tests/client/console/test_proving.py).
+    * What manages accounts needs password and code within the last five minutes, in this session, of whoever signs in elsewhere
+      a sign-in there for this purpose (tests/client/console/test_proving.py, tests/client/console/test_oidc.py).
     * The role counts that the account has now, not the one at sign-in (test_a_role_counts_at_once).
 """
 
@@ -138,12 +138,12 @@ class Asked:
             self.console.cookie(name), path="/", secure=self.console.secure, httponly=True, samesite="strict"
         )
 
-    def begin_session(self, answer: Response, account: Account) -> None:
-        """Sign in: a new session takes the place of whatever the browser held."""
+    def begin_session(self, answer: Response, account: Account, *, proven: int | None = None) -> None:
+        """Sign in: a new session takes the place of whatever the browser held; `proven` as of `Sessions.begin`."""
         if held := self.request.cookies.get(self.console.cookie("session")):
             self.console.sessions.end(held)
         browser = self.request.headers.get("user-agent", "")
-        secret = self.console.sessions.begin(account.id, address=self.address, browser=browser)
+        secret = self.console.sessions.begin(account.id, address=self.address, browser=browser, proven=proven)
         self.keep(answer, "session", secret)
         self.forget(answer, "visit")
 

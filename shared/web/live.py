@@ -6,7 +6,8 @@ browser without scripts loads the page again.
 Formal guarantees (tests: tests/server/console/test_live.py)
     * A stream ends within seconds when its session ends, or its account may see the page no more
       (test_a_stream_ends_with_its_session, test_a_role_counts_for_streams_too).
-    * One session holds a few streams, all together hold a bounded number (test_streams_are_bounded).
+    * One session holds a few streams, one account twice as many, all together a bounded number (test_streams_are_bounded,
+      test_an_account_gets_no_more_by_more_sessions).
     * Neither a stream nor what a page loads because of it keeps a session alive (test_a_stream_keeps_no_session_alive).
 """
 
@@ -15,7 +16,6 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 from fastapi.responses import Response, StreamingResponse
@@ -32,7 +32,7 @@ BEAT_SECONDS = 15.0
 """Proxies end a connection on which nothing comes, most after a minute."""
 LONGEST_SECONDS = 900.0
 """Then the browser connects anew, by itself."""
-MOST_OF_A_SESSION, MOST = 4, 64
+MOST_OF_A_SESSION, MOST_OF_AN_ACCOUNT, MOST = 4, 8, 64
 """A browser has six connections to a host for everything."""
 
 
@@ -41,7 +41,7 @@ class Streams:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._open: Counter[str] = Counter()
+        self._open: list[tuple[str, str]] = []  # session and account of each
 
     def answer(self, asked: Asked, action: Action, mark: Callable[[], str], *, since: str) -> Response:
         """Return a stream with an event whenever a mark is another one.
@@ -52,26 +52,25 @@ class Streams:
             since: the mark of the page as it was sent.
 
         Raises:
-            Denied: the session, or all together, hold as many streams as they may.
+            Denied: the session, the account, or all together, hold as many streams as they may.
         """
-        holder = asked.token
+        holder = (asked.token, asked.me().id)
         with self._lock:
-            if self._open[holder] >= MOST_OF_A_SESSION or self._open.total() >= MOST:
+            of_session, of_account = (sum(one[kind] == holder[kind] for one in self._open) for kind in (0, 1))
+            if of_session >= MOST_OF_A_SESSION or of_account >= MOST_OF_AN_ACCOUNT or len(self._open) >= MOST:
                 raise Denied(429, "wait")
-            self._open[holder] += 1
+            self._open.append(holder)
         return _Stream(_events(asked, action, mark, since), ended=lambda: self._release(holder))
 
     @property
     def num_open(self) -> int:
         """How many are open."""
         with self._lock:
-            return self._open.total()
+            return len(self._open)
 
-    def _release(self, holder: str) -> None:
+    def _release(self, holder: tuple[str, str]) -> None:
         with self._lock:
-            self._open[holder] -= 1
-            if not self._open[holder]:
-                del self._open[holder]
+            self._open.remove(holder)
 
 
 class _Stream(StreamingResponse):

@@ -10,11 +10,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from shared.errors import RunError, printable
 from shared.processes import die_with_parent
+from shared.web.turns import Turn
 from simulations.console.files import read_plain
 from simulations.console.runs import Run
 
@@ -32,7 +32,7 @@ class Reports:
     """
 
     def __init__(self, place: Path) -> None:
-        self._place, self._alone = place, threading.Lock()
+        self._place, self._alone = place, Turn()
         self._made: dict[str, Run] = {}
 
     def of(self, run: Run) -> bytes:
@@ -40,6 +40,7 @@ class Reports:
 
         Raises:
             RunError: there is none and none can be made, with the reason.
+            Busy: others wait for theirs.
         """
         if run.has_report:
             return read_plain(run.folder / NAME)

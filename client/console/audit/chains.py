@@ -6,7 +6,6 @@ minutes ago; a check of a log of years takes seconds of a processor that trainin
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from client.site.home import SiteHome
 from shared.errors import SilotuneError
 from shared.trust.audit_log import Verified, verify
 from shared.trust.signing import load_verify_key
+from shared.web.turns import Turn
 
 _KEPT_SECONDS = 600
 
@@ -44,12 +44,16 @@ class Chains:
 
     def __init__(self, home: SiteHome, budgets: Budgets, *, now: Callable[[], int]) -> None:
         self._home, self._budgets, self._now = home, budgets, now
-        self._lock = threading.Lock()
+        self._turn = Turn()
         self._kept: tuple[object, Checked] | None = None
 
     def checked(self) -> Checked:
-        """Return what was found, anew where a file was written since, or it is long ago."""
-        with self._lock:
+        """Return what was found, anew where a file was written since, or it is long ago.
+
+        Raises:
+            Busy: others wait for it.
+        """
+        with self._turn:
             files, now = self._files(), self._now()
             kept = self._kept
             if kept is None or kept[0] != files or not 0 <= now - kept[1].at < _KEPT_SECONDS:

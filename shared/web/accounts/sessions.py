@@ -34,7 +34,7 @@ class Session:
         account: id of whose it is.
         created, seen: seconds since 1970.
         address, browser: where it was begun.
-        proven: when its person last proved to be the account's, by signing in or again since.
+        proven: when its person last proved to be the account's, by signing in or again since; 0: never.
     """
 
     label: str
@@ -58,8 +58,12 @@ class Sessions:
     database: Database
     now: Callable[[], int]
 
-    def begin(self, account: str, *, address: str, browser: str) -> str:
-        """Begin a session and return what the browser shall hold, 256 random bits."""
+    def begin(self, account: str, *, address: str, browser: str, proven: int | None = None) -> str:
+        """Begin a session and return what the browser shall hold, 256 random bits.
+
+        Args:
+            proven: when the person proved to be the account's, seconds since 1970; 0: never; None: now.
+        """
         secret, now = secrets.token_urlsafe(32), self.now()
         with self.database.writing() as connection:
             connection.execute(delete(SESSIONS).where(self._over()))
@@ -71,7 +75,7 @@ class Sessions:
                     seen=now,
                     address=address[:64],
                     browser=browser[:200],
-                    proven=now,
+                    proven=now if proven is None else proven,
                 )
             )
         return secret

@@ -6,12 +6,13 @@ Formal guarantees (tests: tests/client/console/test_oidc.py, against a real prov
     * An answer counts only in the browser that began the sign-in, once, within ten minutes (test_an_answer_of_another_browser).
     * The provider is spoken to over TLS only, its discovery names itself, and no redirect is followed
       (test_a_provider_that_names_another).
+    * A provider that keeps silent keeps nobody else waiting: few requests wait for it, and none for half a minute after it
+      failed (test_a_silent_provider_shuts_nobody_out).
 """
 
 from __future__ import annotations
 
 import secrets
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,10 +27,12 @@ from joserfc.jwk import KeySet
 
 from shared.errors import SilotuneError
 from shared.web.oidc.settings import OidcConfig, is_protected
+from shared.web.turns import Busy, Places, Turn
 
 _ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 _SECONDS = 10.0
-_KEPT_SECONDS = 3600
+_KEPT_SECONDS, _FAILED_SECONDS = 3600, 30
+_MOST_WAITING = 4
 _LEEWAY = 60  # seconds between clocks
 
 
@@ -43,11 +46,13 @@ class Begun:
 
     Attributes:
         state, nonce, verifier: random, of 256 bits each.
+        proving: the person shall prove to be the account's, not just be known to the provider.
     """
 
     state: str
     nonce: str
     verifier: str
+    proving: bool
 
 
 class Provider:
@@ -62,18 +67,26 @@ class Provider:
     def __init__(self, config: OidcConfig, *, secret: str | None, now: Callable[[], int]) -> None:
         self.config, self.title = config, config.title
         self._secret, self._now = secret, now
-        self._lock = threading.Lock()
+        self._places = Places(_MOST_WAITING)
+        self._reading = Turn(places=self._places)
         self._kept: tuple[int, Mapping[str, Any], KeySet] | None = None
+        self._failed: tuple[int, str] | None = None
 
-    def begin(self, back: str) -> tuple[str, Begun]:
+    def begin(self, back: str, *, proving: bool = False) -> tuple[str, Begun]:
         """Return where to send the browser, which shall come back to `back`, and what to keep until then.
+
+        Args:
+            proving: the person shall sign in there anew, also if they did not long ago.
 
         Raises:
             ProviderError: it cannot be reached.
         """
         told, _ = self._discovered()
         begun = Begun(
-            state=secrets.token_urlsafe(32), nonce=secrets.token_urlsafe(32), verifier=secrets.token_urlsafe(48)
+            state=secrets.token_urlsafe(32),
+            nonce=secrets.token_urlsafe(32),
+            verifier=secrets.token_urlsafe(48),
+            proving=proving,
         )
         asked = {
             "response_type": "code",
@@ -85,6 +98,8 @@ class Provider:
             "code_challenge": create_s256_code_challenge(begun.verifier),
             "code_challenge_method": "S256",
         }
+        if proving:
+            asked |= {"prompt": "login", "max_age": "0"}  # with the second a token says when the person signed in
         address = told["authorization_endpoint"]
         return f"{address}{'&' if '?' in address else '?'}{urlencode(asked)}", begun
 
@@ -96,13 +111,16 @@ class Provider:
         """
         told, _ = self._discovered()
         try:
-            with OAuth2Client(
-                self.config.client_id,
-                self._secret,
-                token_endpoint_auth_method="client_secret_basic" if self._secret else "none",
-                timeout=_SECONDS,
-                follow_redirects=False,
-            ) as client:
+            with (
+                self._places,
+                OAuth2Client(
+                    self.config.client_id,
+                    self._secret,
+                    token_endpoint_auth_method="client_secret_basic" if self._secret else "none",
+                    timeout=_SECONDS,
+                    follow_redirects=False,
+                ) as client,
+            ):
                 found = client.fetch_token(
                     told["token_endpoint"],
                     grant_type="authorization_code",
@@ -110,9 +128,18 @@ class Provider:
                     redirect_uri=back,
                     code_verifier=begun.verifier,
                 )
+        except Busy:
+            raise
         except Exception as error:  # of authlib, httpx, or JSON; their texts may hold the code
             raise ProviderError(f"the provider did not take the code ({type(error).__name__}).") from None
         return self._checked(found.get("id_token"), begun.nonce)
+
+    def proven_at(self, claims: Mapping[str, Any]) -> int | None:
+        """Return when the person of a checked token gave their password to the provider; None if it does not say so."""
+        at = claims.get("auth_time")
+        if not isinstance(at, int) or isinstance(at, bool) or at > self._now() + _LEEWAY:
+            return None
+        return min(at, self._now())
 
     def _checked(self, token: object, nonce: str) -> Mapping[str, Any]:
         if not isinstance(token, str):
@@ -145,24 +172,40 @@ class Provider:
         raise AssertionError("unreachable")
 
     def _discovered(self, *, anew: bool = False) -> tuple[Mapping[str, Any], KeySet]:
-        with self._lock:
-            if anew or self._kept is None or self._now() - self._kept[0] > _KEPT_SECONDS:
-                issuer = self.config.issuer.rstrip("/")
-                told = _fetched(f"{issuer}/.well-known/openid-configuration")
-                if told.get("issuer") != self.config.issuer:
-                    raise ProviderError(
-                        f"what answers at {issuer} calls itself {str(told.get('issuer'))[:200]!r}; the issuer in "
-                        "console.toml must be written exactly so."
-                    )
-                for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
-                    if not (isinstance(told.get(name), str) and is_protected(told[name])):
-                        raise ProviderError(f"the provider's {name} is no https:// address.")
-                try:
-                    keys = KeySet.import_key_set(_fetched(told["jwks_uri"]))  # type: ignore[arg-type]
-                except (JoseError, ValueError, TypeError, KeyError):
-                    raise ProviderError("the provider's keys cannot be read.") from None
-                self._kept = (self._now(), told, keys)
+        kept = self._kept
+        if kept is not None and not anew and (self._reading.taken or self._now() - kept[0] <= _KEPT_SECONDS):
+            return kept[1], kept[2]  # what is old counts while another request reads what is new
+        with self._reading:
+            if self._kept is None or self._kept is kept:
+                self._kept = self._read()
             return self._kept[1], self._kept[2]
+
+    def _read(self) -> tuple[int, Mapping[str, Any], KeySet]:
+        if self._failed is not None and 0 <= self._now() - self._failed[0] < _FAILED_SECONDS:
+            raise ProviderError(self._failed[1])
+        try:
+            told = self._told()
+            try:
+                keys = KeySet.import_key_set(_fetched(told["jwks_uri"]))  # type: ignore[arg-type]
+            except (JoseError, ValueError, TypeError, KeyError):
+                raise ProviderError("the provider's keys cannot be read.") from None
+        except ProviderError as error:
+            self._failed = (self._now(), str(error))
+            raise
+        return self._now(), told, keys
+
+    def _told(self) -> Mapping[str, Any]:
+        issuer = self.config.issuer.rstrip("/")
+        told = _fetched(f"{issuer}/.well-known/openid-configuration")
+        if told.get("issuer") != self.config.issuer:
+            raise ProviderError(
+                f"what answers at {issuer} calls itself {str(told.get('issuer'))[:200]!r}; the issuer in "
+                "console.toml must be written exactly so."
+            )
+        for name in ("authorization_endpoint", "token_endpoint", "jwks_uri"):
+            if not (isinstance(told.get(name), str) and is_protected(told[name])):
+                raise ProviderError(f"the provider's {name} is no https:// address.")
+        return told
 
 
 def _fetched(address: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from shared.errors import TrustError
 from shared.web.accounts.accounts import Account, Refused
 from shared.web.accounts.attempts import TooManyAttempts
 from shared.web.accounts.passwords import Unsuitable
+from shared.web.accounts.sessions import PROVEN_SECONDS
 from shared.web.asked import Asked, Denied, Here, Routes, own_path
 from shared.web.oidc.provider import Begun, Provider, ProviderError
 from shared.web.roles import Action, Role
@@ -28,9 +29,11 @@ Text = Annotated[str, Query(max_length=4096)]
 
 
 @ROUTES.page("/sign-in/elsewhere", Action.BE_A_GUEST)
-def leave(asked: Here, place: Annotated[str, Query(alias="next", max_length=500)] = "/") -> Response:
-    """Send the browser to the provider."""
-    address, begun = _provider(asked).begin(_back(asked))
+def leave(
+    asked: Here, place: Annotated[str, Query(alias="next", max_length=500)] = "/", prove: bool = False
+) -> Response:
+    """Send the browser to the provider; to prove something, its person signs in there anew."""
+    address, begun = _provider(asked).begin(_back(asked), proving=prove)
     answer = RedirectResponse(address, 303)
     kept = asdict(begun) | {"place": own_path(place), "until": asked.console.now() + _SECONDS}
     sealed = asked.console.accounts.seal.seal(json.dumps(kept).encode(), context=_CONTEXT).hex()
@@ -58,6 +61,10 @@ def come_back(asked: Here, code: Text = "", state: Text = "") -> Response:
         role = provider.config.role_of(claims)
         if role is None:
             raise Denied(403, "no_role")
+        # Whom the provider just knows from before has proved nothing: the browser may have been left open.
+        proven = provider.proven_at(claims) if begun.proving else 0
+        if proven is None or (begun.proving and asked.console.now() - proven >= PROVEN_SECONDS):
+            raise Denied(403, "not_proven")
         account = _account(asked, provider, claims, role)
         accounts.attempts.succeeded(account=None, address=asked.address)
     except TooManyAttempts:
@@ -66,7 +73,7 @@ def come_back(asked: Here, code: Text = "", state: Text = "") -> Response:
         raise Denied(403, "no_role") from None
     # A page, not a redirect: cookies of SameSite=Strict come along only from a page of this console.
     answer = asked.page("signed-in.html", place=place)
-    asked.begin_session(answer, account)
+    asked.begin_session(answer, account, proven=proven)
     asked.forget(answer, "elsewhere")
     return answer
 

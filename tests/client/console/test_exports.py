@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from shared.trust.audit_log import Event, read
+from shared.web.exports import _lines
 from tests.client.console.conftest import Serving
 from tests.client.console.homes import charge, make_home
 
@@ -41,6 +42,17 @@ def test_no_spreadsheet_computes_a_name(officer: Callable[[str], str]) -> None:
     log = list(csv.DictReader(io.StringIO(officer("/releases/log/export.csv?event=request"), newline="")))
     assert all(not cell.startswith(("=", "+", "-", "@")) for row in log for cell in row.values())
     assert {row["event"] for row in log} == {"request.received", "request.refused"}
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    "name", ["a;=1+1", "a\t=1+1", "a\n=1+1", 'a;"=1+1', "a; =1+1", "\r+1", "-1;@a", '";=1+1;"', "|a;%b"]
+)
+def test_no_other_separator_makes_a_formula(name: str, separator: str) -> None:
+    (answer,) = [b"".join(_lines(["name", "more"], [{"name": name, "more": {"why": name}}]))]
+    rows = csv.reader(io.StringIO(answer.decode(), newline=""), delimiter=separator)
+    cells = [cell.lstrip(' "') for row in rows for cell in row]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "|", "%", "\t", "\r"))]
 
 
 def test_json_has_everything_as_it_stands(officer: Callable[[str], str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,9 +14,12 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 import tomli_w
+from joserfc.jwk import KeySet
 
 from shared.errors import ConfigError
 from shared.trust.audit_log import read
+from shared.web.accounts.sessions import PROVEN_SECONDS
+from shared.web.oidc.provider import Provider
 from shared.web.oidc.settings import OidcConfig, load_settings
 from shared.web.roles import Role
 from tests.client.console.conftest import Browser, Serving
@@ -42,7 +47,7 @@ def serving(openid: OpenId, serve: Callable[..., Serving], tmp_path_factory: pyt
         "client_id": CLIENT,
         "client_secret_file": "client.secret",
         "title": "the hospital",
-        "roles": {"dpo": "officer", "it": "engineer"},
+        "roles": {"dpo": "officer", "it": "engineer", "admins": "administrator"},
     }
     (folder / "console.toml").write_text(tomli_w.dumps({"oidc": oidc}))
     serving = serve(home)
@@ -156,6 +161,96 @@ def test_a_provider_that_names_another(serving: Serving, openid: OpenId) -> None
     answer = serving.browser().get("/sign-in/elsewhere")
     assert answer.status_code == 503
     openid.named = openid.address
+    assert serving.browser().get("/sign-in/elsewhere").status_code == 503, "a failure is remembered"
+    serving.clock.seconds += 31
+    assert serving.browser().get("/sign-in/elsewhere").status_code == 303
+    serving.console.provider._failed = None  # type: ignore[union-attr]
+
+
+@pytest.fixture
+def officer(serving: Serving, openid: OpenId) -> Browser:
+    browser = serving.browser()
+    assert browser.get(go(browser, openid)).status_code == 200
+    return browser
+
+
+@pytest.fixture
+def silent(serving: Serving, officer: Browser, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A provider that takes connections and says nothing, in the place of the real one."""
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as listener:
+        issuer = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = serving.console.provider.config.model_copy(update={"issuer": issuer})  # type: ignore[union-attr]
+        real = serving.console.provider
+        object.__setattr__(serving.console, "provider", Provider(config, secret=None, now=serving.clock))
+        monkeypatch.setattr("shared.web.oidc.provider._SECONDS", 3.0)
+        yield listener
+        object.__setattr__(serving.console, "provider", real)
+
+
+def test_a_silent_provider_shuts_nobody_out(serving: Serving, officer: Browser, silent: socket.socket) -> None:
+    told = list[int]()
+    guests = [
+        threading.Thread(target=lambda: told.append(serving.browser().get("/sign-in/elsewhere").status_code))
+        for _ in range(45)
+    ]
+    for guest in guests:
+        guest.start()
+    kept, _ = silent.accept()
+    began = time.monotonic()
+    assert officer.get("/account").status_code == 200
+    assert time.monotonic() - began < 2.5, "threads are left for everybody else"
+    for guest in guests:
+        guest.join(20)
+    assert told == [503] * 45
+    assert serving.console.provider._failed is not None  # type: ignore[union-attr]
+    kept.close()
+
+
+def test_old_keys_count_while_new_ones_are_read(serving: Serving, silent: socket.socket) -> None:
+    provider = serving.console.provider
+    assert provider is not None
+    told = {"authorization_endpoint": "https://id.example/there"}
+    provider._kept = (serving.clock() - 4000, told, KeySet([]))
+    reads = threading.Thread(target=lambda: serving.browser().get("/sign-in/elsewhere"))
+    reads.start()
+    kept, _ = silent.accept()
+    assert serving.browser().get("/sign-in/elsewhere").headers["location"].startswith("https://id.example/there")
+    kept.close()
+    reads.join(20)
+
+
+@pytest.fixture
+def administrator(openid: OpenId) -> dict[str, str]:
+    openid.user |= {"sub": "11", "preferred_username": "Ada", "groups": ["admins"]}
+    return {"name": "somebody", "role": "viewer"}
+
+
+def invites(browser: Browser, form: dict[str, str]) -> bool:
+    """Return whether a browser may change accounts; whoever may not is led to the proof."""
+    answer = browser.post("/accounts", page="/accounts", **form)
+    assert answer.status_code in (200, 303, 422)
+    return answer.status_code != 303
+
+
+def test_being_known_elsewhere_proves_nothing(serving: Serving, openid: OpenId, administrator: dict[str, str]) -> None:
+    """Whoever finds an open browser can sign in by a provider that still knows its person, and change no account."""
+    browser = serving.browser()
+    assert browser.get(go(browser, openid)).status_code == 200
+    assert "max_age" not in openid.asked[-1]
+    assert not invites(browser, administrator)
+    assert 'href="/sign-in/elsewhere?prove=1&amp;next=/accounts"' in browser.get("/account/prove?next=/accounts").text
+    now = serving.clock.seconds
+    for at in (now - PROVEN_SECONDS, None, str(now), True, now + 3600):
+        openid.more = {"auth_time": at}
+        answer = browser.get(go(browser, openid, prove="1", next="/accounts"))
+        assert (answer.status_code, "auth_time" in answer.text) == (403, True), at
+        assert not invites(browser, administrator)
+    openid.more = {"auth_time": now - PROVEN_SECONDS + 60}
+    assert browser.get(go(browser, openid, prove="1", next="/accounts")).status_code == 200
+    assert (openid.asked[-1]["max_age"], openid.asked[-1]["prompt"]) == ("0", "login")
+    assert invites(browser, administrator)
+    serving.clock.seconds += 60
+    assert not invites(browser, administrator), "it counts from the sign-in there, not from the way back"
 
 
 def test_a_disabled_account_stays_out(serving: Serving, openid: OpenId) -> None:

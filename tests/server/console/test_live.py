@@ -6,7 +6,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
@@ -127,6 +127,22 @@ def test_streams_are_bounded(serving: Serving) -> None:
     while serving.console.content.streams.num_open and time.monotonic() < deadline:
         time.sleep(0.05)
     assert serving.console.content.streams.num_open == 0, "what is over is given back"
+
+
+def test_an_account_gets_no_more_by_more_sessions(serving: Serving) -> None:
+    path = f"{RUN}/events"
+    sessions = [dict(serving.signed_in("viewer").http.cookies) for _ in range(3)]
+    with ExitStack() as opened:
+
+        def status(cookies: dict[str, str]) -> int:
+            client = opened.enter_context(httpx.Client(base_url=serving.address, cookies=cookies, timeout=20))
+            return opened.enter_context(client.stream("GET", path, headers=STREAM)).status_code
+
+        for number in range(live.MOST_OF_AN_ACCOUNT):
+            assert status(sessions[number % 2]) == 200
+        assert status(sessions[2]) == 429
+        with following(serving.signed_in("engineer"), path):
+            pass
 
 
 def test_a_stream_keeps_no_session_alive(serving: Serving) -> None:
