@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import resource
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -29,6 +28,7 @@ from shared.errors import RunError, TrustError
 from shared.link import tls
 from shared.link.frames import SERVICE
 from shared.link.options import SERVER
+from shared.service.machine import raise_descriptor_limit
 from shared.trust.node_keys import load_server_key, plain_pem
 
 log = logging.getLogger("silotune.coordinator")
@@ -191,7 +191,7 @@ class LinkServer:
                 started.set_exception(error)
 
     async def _serve(self, started: Future[int]) -> None:
-        _raise_descriptor_limit()
+        raise_descriptor_limit()
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
         server = grpc.aio.server(options=list(SERVER.items()))
         healthy = _Health()
@@ -233,10 +233,3 @@ class LinkServer:
         _, certificate, ca = self._certificates
         key = plain_pem(load_server_key(self._files.key, self._files.passphrase))
         return grpc.ssl_server_certificate_configuration([(key, certificate)], root_certificates=ca)
-
-
-def _raise_descriptor_limit() -> None:
-    """Use all descriptors that the system lets this process have: every connection takes one, a stranger's as well."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -4,6 +4,7 @@ it lives.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -64,6 +65,13 @@ def is_alive(said: Mapping[str, Any]) -> bool:
     except ProcessLookupError:
         return False
     return True
+
+
+def raise_descriptor_limit() -> None:
+    """Use all descriptors that the system lets this process have: every connection takes one, a stranger's as well."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def descriptors() -> dict[str, int]:

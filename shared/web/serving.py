@@ -4,10 +4,13 @@ Formal guarantees (tests: tests/client/console/test_start.py)
     * Without a certificate no other address than loopback is listened on (test_another_address_needs_tls).
     * The names by which a console beyond loopback may be called are those of its certificate
       (test_over_tls_the_certificate_names_the_console).
+    * A connection on which no whole request comes ends within seconds, however slowly something comes, and one address has a
+      bounded number of them (tests/client/console/test_connections.py).
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
@@ -15,18 +18,25 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import h11
 import uvicorn
 from cryptography import x509
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
+from shared.service.machine import raise_descriptor_limit
 from shared.stopping import orderly
 from shared.trust.certificates import MALFORMED
 from shared.web.guarding import App
 
 _MOST_BYTES = 1 << 20
+REQUEST_SECONDS, HANDSHAKE_SECONDS = 20.0, 10.0
+MOST_OF_AN_ADDRESS = 256
+"""Open connections; a browser has six, and many people may come through one gateway, or one ssh -L."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +137,7 @@ def make_server(app: App, place: Place) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         lifespan="off",
+        http=_Connection,
         ws="none",
         timeout_keep_alive=15,
         timeout_graceful_shutdown=3,
@@ -147,8 +158,57 @@ def make_server(app: App, place: Place) -> uvicorn.Server:
     return _Server(config)
 
 
+class _Connection(H11Protocol):
+    """A connection that ends unless a whole request comes within `REQUEST_SECONDS` of its begin, or of the answer before."""
+
+    _deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take a connection, unless its address has too many."""
+        super().connection_made(transport)
+        self._await_request()
+        host = self.client and self.client[0]
+        if sum((one.client and one.client[0]) == host for one in self.connections) > MOST_OF_AN_ADDRESS:
+            transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        """Take what came; only the end of a request puts the deadline off."""
+        super().data_received(data)
+        if self._deadline is not None and not self._is_waiting:
+            self._deadline.cancel()
+
+    def on_response_complete(self) -> None:
+        """Wait for the next request."""
+        super().on_response_complete()
+        self._await_request()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Forget the deadline."""
+        super().connection_lost(exc)
+        if self._deadline is not None:
+            self._deadline.cancel()
+
+    @property
+    def _is_waiting(self) -> bool:
+        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+
+    def _await_request(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._is_waiting and not self.transport.is_closing():
+            self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+
+
 class _Server(uvicorn.Server):
     """A server that leaves signals to `shared.stopping`, as all of Silotune's processes do."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen; who begins TLS has to go on soon, which uvicorn has no option for."""
+        if self.config.ssl is not None:
+            loop = asyncio.get_running_loop()
+            listening = partial(loop.create_server, ssl_handshake_timeout=HANDSHAKE_SECONDS)
+            loop.create_server = listening  # type: ignore[method-assign]
+        await super().startup(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -170,6 +230,7 @@ def serve(server: uvicorn.Server, listener: socket.socket, *, ready: Callable[[]
     def stop() -> None:
         server.should_exit = True
 
+    raise_descriptor_limit()
     with listener, orderly(stop, f"serve it again with: {again}"):
         ready()
         server.run(sockets=[listener])
