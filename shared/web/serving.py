@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import h11
 import uvicorn
 from cryptography import x509
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -190,7 +189,7 @@ class _Connection(H11Protocol):
 
     @property
     def _is_waiting(self) -> bool:
-        return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
+        return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _await_request(self) -> None:
         if self._deadline is not None:
