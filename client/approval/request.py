@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from shared.files.json_files import canonical_json
 from shared.job.parsing import Section
+from shared.names import name_key
 from shared.trust.signed_job import SignedJob
 
 if TYPE_CHECKING:
@@ -137,7 +138,4 @@ def request_id(*, job: str, signer: str, coordinator: str) -> str:
 
 def same_account(one: str, other: str) -> bool:
     """Return whether two names are one account: case, blanks and what nobody sees make no second pair of eyes."""
-    # Imported here: whoever opens a site's folder must not wait for the accountant.
-    from client.ledger.account import dataset_key
-
-    return dataset_key(one) == dataset_key(other)
+    return name_key(one) == name_key(other)

@@ -26,6 +26,7 @@ from pathlib import Path
 from client.approval.request import STATES, Approval, Refused, Request, RequestState, Rules, request_id, same_account
 from client.approval.store import SealedStore
 from shared.errors import AwaitingApproval, PolicyError, RunError, excerpt
+from shared.names import is_plain
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal
 from shared.trust.signed_job import SignedJob
@@ -337,8 +338,13 @@ def _the_one(requests: Mapping[str, Request], named: str, *, by_id: bool = False
 
 
 def checked_account(by: str) -> str:
-    """Return the name of an account, blanks made one; `RunError` if it is none that could stand in a log."""
-    return _checked(" ".join(by.split()), "the name of the account (--by)", MOST_ACCOUNT, least=1)
+    """Return the name of an account, blanks made one; `RunError` if it cannot stand in a log, or could pass for another."""
+    name = _checked(" ".join(by.split()), "the name of the account (--by)", MOST_ACCOUNT, least=1)
+    if not is_plain(name):
+        raise RunError(
+            f"the name of the account (--by) is {ascii(name)}; expected letters of one alphabet, and nothing that cannot be seen."
+        )
+    return name
 
 
 def checked_reason(reason: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
+from shared import names
 from shared.errors import SilotuneError
 from shared.trust.keystore import Seal
 from shared.web.accounts import codes, passwords
@@ -129,7 +130,7 @@ class Accounts:
         """Make an account and return the code with which its person takes it.
 
         Raises:
-            Unsuitable: the name is taken, empty, too long or holds control characters.
+            Unsuitable: the name is taken, empty, too long, or not plain, see `shared.names`.
         """
         shown = checked_name(name)
         with self.database.writing() as connection:
@@ -326,15 +327,14 @@ class Accounts:
 
 
 def name_key(name: str) -> str:
-    """Return what two spellings of one name have in common."""
-    key = unicodedata.normalize("NFKC", " ".join(name.split())).casefold()
-    return "".join(c for c in key if c.isprintable())[:128]
+    """Return what two spellings of one name have in common, as it is kept."""
+    return names.name_key(name)[:128]
 
 
 def checked_name(name: str) -> str:
     """Return a name as it is kept; raise `Unsuitable` if it cannot be one."""
     shown = unicodedata.normalize("NFC", " ".join(name.split()))
-    if not 2 <= len(shown) <= _MOST_NAME or not shown.isprintable():
+    if not 2 <= len(shown) <= _MOST_NAME or not names.is_plain(shown):
         raise Unsuitable("name_wrong")
     return shown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
 import json
 from dataclasses import asdict
@@ -82,8 +83,10 @@ def _account(asked: Asked, provider: Provider, claims: object, role: Role) -> Ac
     found = dict(claims)  # type: ignore[call-overload]
     subject = str(found["sub"])[:300]
     name = str(found.get("preferred_username") or found.get("name") or found.get("email") or subject)[:40]
+    # Whoever may choose a name there can choose one that looks like another's; digits belong to every alphabet.
+    number = int(hashlib.sha256(subject.encode()).hexdigest(), 16) % 10**8
     last: Unsuitable | None = None
-    for shown in (name, f"{name} ({subject[:12]})", f"account {subject[:32]}"):
+    for shown in (f"{name} ({number:08})", f"account {subject[:32]}"):
         try:
             return asked.console.accounts.from_issuer(
                 issuer=provider.config.issuer, subject=subject, name=shown, role=role, address=asked.address

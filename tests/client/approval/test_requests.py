@@ -17,6 +17,7 @@ from shared.trust.audit_log import Event
 from shared.trust.signed_job import SignedJob
 from shared.trust.signing import SigningKey
 from tests.client.approval.conftest import NOON, OTHER_SIGNER, Desk
+from tests.shared.test_names import LOOK_ALIKE, UNSEEN
 
 DAY = timedelta(days=1)
 
@@ -207,6 +208,14 @@ def test_four_eyes_are_two_accounts(four_eyes: Desk) -> None:
 def test_what_nobody_sees_makes_no_second_account(other: str) -> None:
     assert same_account("ada", other)
     assert not same_account("ada", "adam")
+
+
+@pytest.mark.parametrize("name", LOOK_ALIKE)
+def test_a_name_that_could_pass_for_another_says_nothing(four_eyes: Desk, name: str) -> None:
+    four_eyes.asked(four_eyes.signed())
+    with pytest.raises(RunError, match=r"\(--by\) is "):
+        approve(four_eyes, by=name)
+    assert name not in UNSEEN or same_account("officer", name), "of an approval from before"
 
 
 def test_one_of_two_can_refuse_and_both_must_then_approve(four_eyes: Desk) -> None:

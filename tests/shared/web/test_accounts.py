@@ -16,6 +16,7 @@ from shared.web.accounts.passwords import Unsuitable
 from shared.web.accounts.sessions import Sessions
 from shared.web.roles import Role
 from shared.web.state.tables import ACCOUNTS, INVITATIONS
+from tests.shared.test_names import LOOK_ALIKE, UNSEEN
 from tests.shared.web.conftest import PASSWORD, Clock, Person, Recorded, code_at
 
 Make = Callable[..., Person]
@@ -178,11 +179,12 @@ def test_names_are_one_however_they_are_spelled(accounts: Accounts, person: Make
         with pytest.raises(Unsuitable) as found:
             accounts.invite(name, Role.VIEWER, by=amal.account)
         assert found.value.key == "name_taken"
-    for name in ("", "a", "x" * 65, "a\u202eb", "a\nb\x00"):
+    for name in ("", "a", "x" * 65, "a\u202eb", "a\nb\x00", *LOOK_ALIKE):
         with pytest.raises(Unsuitable) as found:
             accounts.invite(name, Role.VIEWER, by=amal.account)
         assert found.value.key == "name_wrong"
     assert name_key("Ａmal") == "amal"
+    assert {name_key(name) for name in UNSEEN} == {"officer"}, "of an account from before"
 
 
 def test_the_last_administrator_stays(accounts: Accounts, person: Make) -> None:
