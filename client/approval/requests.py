@@ -342,7 +342,7 @@ def checked_account(by: str) -> str:
     name = _checked(" ".join(by.split()), "the name of the account (--by)", MOST_ACCOUNT, least=1)
     if not is_plain(name):
         raise RunError(
-            f"the name of the account (--by) is {ascii(name)}; expected letters of one alphabet, and nothing that cannot be seen."
+            f"the name of the account (--by) is {name!a}; expected letters of one alphabet, and nothing that cannot be seen."
         )
     return name
 

@@ -44,6 +44,8 @@ class Reports:
         """
         if run.has_report:
             return read_plain(run.folder / NAME)
+        if run.problem:
+            raise RunError(f"no report is made of a run that cannot be read: {run.problem}")
         path = self._place / f"{run.id}.html"
         with self._alone:  # PyTorch and figures take half a gigabyte
             known = self._made.get(run.id)
@@ -86,13 +88,20 @@ def _make(folder: Path, path: Path) -> None:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise `RunError` if a file from which a report is made could be one from elsewhere; homes of sites are not read."""
+    """Raise `RunError` if a file from which a report is made could be one from elsewhere.
+
+    Homes of sites and other runs are not read for it, but a link in the place of one could stand for what is.
+    """
     num_files = 0
     for parent, inner, files in os.walk(folder):
-        inner[:] = [name for name in inner if name not in ("home", "repeats", "folds")]
+        place = Path(parent)
         num_files += len(files)
-        link = next((name for name in (*inner, *files) if (Path(parent) / name).is_symlink()), None)
+        link = next((name for name in (*inner, *files) if (place / name).is_symlink()), None)
         if link is not None:
             raise RunError(f"no report is made, for {link} in this run is a link; replace it by what it leads to.")
+        if place == folder:
+            inner[:] = [name for name in inner if name not in ("repeats", "folds")]
+        elif place.parent == folder / "sites":
+            inner[:] = [name for name in inner if name != "home"]
         if num_files > _MOST_FILES:
             raise RunError("no report is made, for the folder holds too many files for a run.")
