@@ -118,10 +118,14 @@ class OpenedFolder:
         if request.order is not None:  # else it is a simulation
             self.guard.admit_decided(request.order.signed_job)
 
-    def begin(self, request: TrainRequest) -> None:
-        """Note that a round of an approved job begins, if people approve jobs here; raise if they do not any more."""
+    def begin(self, request: TrainRequest, *, charged: bool = True) -> None:
+        """Raise if people do not approve a job any more, if they approve jobs here.
+
+        Args:
+            charged: its round is about to be charged: note that it has begun, which keeps the approval from expiring.
+        """
         if request.order is not None:
-            self.guard.admit_decided(request.order.signed_job, begins=True)
+            self.guard.admit_decided(request.order.signed_job, begins=charged)
 
     def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         """Return the records that a job can use, encoded; kept until another runtime asks, or another way to add up."""

@@ -16,6 +16,8 @@ Guarantees (tests: tests/client/site/secure/)
       ledger and whom it trusts, never from a record (test_why_a_roster_is_refused_is_told).
     * The policy's hours are those in which an attempt begins. What this site said ready for in them it still sends within the
       round's time-out (test_an_attempt_that_began_within_the_hours_is_finished).
+    * An approval has begun once something is charged: getting ready, which costs nothing, keeps none from expiring
+      (tests/client/site/test_approved_jobs.py, test_both_exchanges_of_a_sum_over_sites_wait_and_stop).
     * What was drawn for one job is not kept beyond another's (test_what_was_drawn_is_dropped_once_nobody_can_ask_for_it).
 """
 
@@ -116,7 +118,7 @@ class Shares:
         start = checked_adapter(runtime, plan, request)
         request_sha256 = _request_sha256(request)
         site.check_charge(job, _charge_for(request, request_sha256, plan))
-        site.begin(request)
+        site.begin(request, charged=False)
         self._note_computation(request)
         self._forget(job.sha256)
         usable = site.usable(runtime, job)
@@ -206,6 +208,7 @@ class Shares:
             context = drawn.machine.accept(roster, min_sites=job.federation.min_sites, key_of=key_of)
         # From here on it is this roster or none.
         del self._drawn[job.sha256]
+        site.begin(request)
         reservation = self._charge(request, request_sha256, drawn.plan)
         masked = drawn.machine.masked(drawn.words, context)
         reply = reply_to(request, site, drawn.plan, masked.to_bytes(), steps=1, origin=drawn.origin)

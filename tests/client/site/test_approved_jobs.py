@@ -299,7 +299,7 @@ def test_both_exchanges_of_a_sum_over_sites_wait_and_stop(
     approve(world)
     sites = Sites(world, tmp_path / "ca", request)
     entries = sites.ready()
-    assert len(world.entries(Event.APPROVAL_BEGUN)) == 1
+    assert not world.entries(Event.APPROVAL_BEGUN), "it costs nothing, and must not keep an approval for ever"
     refuse(world)
     answer = sites.masked(entries)
     assert isinstance(answer, Refusal)
@@ -307,6 +307,7 @@ def test_both_exchanges_of_a_sum_over_sites_wait_and_stop(
     assert sites.charged() == 0
     approve(world)
     assert isinstance(sites.masked(entries), TrainReply)
+    assert (len(world.entries(Event.APPROVAL_BEGUN)), sites.charged()) == (1, 1)
 
 
 def test_what_is_told_while_it_waits_does_not_follow_from_a_record(
