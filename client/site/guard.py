@@ -95,15 +95,14 @@ class Guard:
     @property
     def policy(self) -> Policy:
         """The site's policy as it stands in the file now: a signer that was struck out signs nothing any more."""
-        version = _version(self._policy_file)
-        if version != self._policy[0]:
+        if _version(self._policy_file) != self._policy[0]:
+            self.keep_policy()  # first, for it may finish a change that somebody began
             try:
-                self._policy = (version, load_policy(self._policy_file))
+                self._policy = (_version(self._policy_file), load_policy(self._policy_file))
             except SilotuneError as error:
                 # What is wrong with it is the site's own business.
                 self.log.append(Event.POLICY_UNREADABLE, reason=str(error))
                 raise PolicyError(f"site {self._site} accepts no job now: its policy cannot be read.") from None
-            self.keep_policy()
         return self._policy[1]
 
     def keep_policy(self) -> None:
@@ -124,7 +123,7 @@ class Guard:
         """Raise unless people approved a job that no rule refuses, where the policy requires that; asked last of all.
 
         Args:
-            begins: all else is checked, and one of its rounds is about to be computed.
+            begins: all else is checked, and one of its rounds is about to be charged.
 
         Raises:
             AwaitingApproval, PolicyError, TrustError, RunError: see `client.approval.requests.Approvals.admit`.

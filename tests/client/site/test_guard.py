@@ -397,6 +397,23 @@ def test_a_policy_that_was_written_by_hand_is_kept_and_training_does_not_depend_
     assert len(world.entries(Event.POLICY_CHANGED)) == 1
 
 
+def test_a_change_that_was_begun_is_finished_before_the_policy_is_read(world: World, asked: TrainRequest) -> None:
+    guard = world.site.guard
+    assert isinstance(guard, Guard)
+    guard.keep_policy()
+    before, changes = world.home.policy.read_text(), guard._changes
+    change_toml(world.home.policy, max_steps=1)
+    after = world.home.policy.read_text()
+    world.home.policy.write_text(before)
+    base = hashlib.sha256(before.encode()).hexdigest()
+    proposal = changes.propose(after, base=base, by="eve")
+    details = {"number": proposal.number, "sha256": proposal.sha256, "base": base, "by": "olga", "reason": ""}
+    guard.log.append(Event.POLICY_ACCEPTED, **details)  # and there the console dies
+    os.utime(world.home.policy, ns=(1, 1))
+    assert "it plans" in world.refusal(asked), "by the new policy at once"
+    assert world.home.policy.read_text() == after
+
+
 @pytest.mark.parametrize("broken", ["tasks = [", "", None], ids=["syntax", "empty", "missing"])
 def test_a_policy_that_cannot_be_read_accepts_nothing_and_only_the_site_learns_why(
     world: World, asked: TrainRequest, broken: str | None
