@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,13 +90,15 @@ class SealedStore:
         self.path = path
         self._seal, self._log = seal, log
         self._read_up_to = BEGINNING
-        self._witness = _Witness()
+        self._witness, self._threads = _Witness(), threading.Lock()
 
     @contextmanager
     def alone(self) -> Iterator[None]:
         """Keep all others from reading and writing, for what belongs together."""
-        with self._log.locked():
-            yield
+        with self._threads:
+            self._read_log()  # of a long log most of it, while others may still write
+            with self._log.locked():
+                yield
 
     def read(self) -> tuple[Request, ...]:
         """Return the requests; inside `alone` only.

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -253,6 +253,19 @@ def test_a_full_disk_changes_nothing(desk: Desk, monkeypatch: pytest.MonkeyPatch
         with pytest.raises((RunError, TrustError), match="No space left"):
             desk.opened().approve("triage", desk.rules, by="ada")
     assert desk.states() == {"triage": "waiting"}
+
+
+def test_a_long_log_is_read_before_others_are_kept_waiting(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    desk.asked(desk.signed())
+    approvals, read, locked = desk.opened(), list[int](), AuditLog.locked
+
+    def lock(log: AuditLog) -> AbstractContextManager[None]:
+        read.append(approvals._store._witness.sequence)
+        return locked(log)
+
+    monkeypatch.setattr(AuditLog, "locked", lock)
+    assert approvals.listed(desk.rules)
+    assert read[0] == 1
 
 
 def test_two_that_are_open_see_each_others_changes(desk: Desk) -> None:
