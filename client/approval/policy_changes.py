@@ -12,6 +12,8 @@ Formal guarantees (tests: tests/client/approval/test_policy_changes.py)
     * Who accepted what is in the log before the file is replaced; killed anywhere, the next one to look finds the change done
       or not begun, file and log agreeing (test_a_kill_at_any_write_leaves_a_change_or_none).
     * A text that was kept is shown as it was, or not at all (test_a_kept_text_that_was_changed_is_not_shown).
+    * However much is proposed, the folder stays below a bound (test_what_was_never_in_force_is_not_kept_for_ever), and no text
+      takes long to be judged (test_a_key_of_thousands_of_parts_is_not_read).
 
 Not guaranteed: an editor that writes the file in the moment between comparing and replacing loses what it wrote; the log tells.
 """
@@ -39,7 +41,11 @@ from shared.trust.audit_log import AuditLog, Event
 FOLDER = "policies"
 MOST_BYTES, MOST_LINES = 32 << 10, 2000
 """Of a text that is proposed."""
+MOST_DOTS = 100
+"""In one line of it: a key of n parts takes the reader n * n steps."""
 MOST_OPEN = 16
+MOST_KEPT = 256
+"""Of texts that were proposed and never in force; the oldest go first."""
 _MOST_FILE_BYTES = 1 << 20
 ProposalState = Literal["open", "stale", "accepted", "declined"]
 _STATES: dict[str, ProposalState] = {Event.POLICY_ACCEPTED: "accepted", Event.POLICY_DECLINED: "declined"}
@@ -151,6 +157,10 @@ class PolicyChanges:
         """
         return self._kept(sha256).decode("utf-8-sig", errors="replace")
 
+    def has_text(self, sha256: str) -> bool:
+        """Return whether a text is kept: of what was never in force only the latest ones are."""
+        return (self._folder / f"{sha256}.toml").exists()
+
     def _kept(self, sha256: str) -> bytes:
         path = self._folder / f"{sha256}.toml"
         content, _ = read_bounded(path, "kept policy", _MOST_FILE_BYTES)
@@ -191,6 +201,7 @@ class PolicyChanges:
             self._keep(content)
             number = max(state.proposals, default=0) + 1
             self._note(Event.POLICY_PROPOSED, number=number, sha256=sha256, base=base, by=by, reason=reason)
+            self._forget(state)
             return state.proposals[number]
 
     def accept(self, number: int, *, by: str, reason: str = "") -> Version:
@@ -273,6 +284,14 @@ class PolicyChanges:
         if not path.exists() or path.read_bytes() != content:
             write_bytes(path, content)
 
+    def _forget(self, state: _State) -> None:
+        """Remove what was proposed longest ago of what was never in force and cannot be accepted any more."""
+        told = [self._told(one) for one in reversed(state.proposals.values())]
+        stay = {one.sha256 for one in state.versions} | {one.sha256 for one in told if one.state == "open"}
+        over = [one for one in dict.fromkeys(one.sha256 for one in told) if one not in stay]
+        for path in {self._folder / f"{one}.toml" for one in over[MOST_KEPT:]} & set(self._folder.iterdir()):
+            path.unlink()
+
     def _note(self, event: Event, **details: Any) -> None:
         self._log.append(event, **details)
         self._read_log()
@@ -311,7 +330,7 @@ def checked_text(text: str) -> bytes:
 
     Raises:
         ConfigError: it is no policy.
-        RunError: it is too long to be looked at.
+        RunError: it is too long to be looked at, or to be read in little time.
     """
     lines = text.replace("\r\n", "\n").replace("\r", "\n").rstrip("\n")
     content = f"{lines}\n".encode(errors="replace")
@@ -319,6 +338,10 @@ def checked_text(text: str) -> bytes:
         raise RunError(
             f"a policy that is changed here may have at most {MOST_BYTES >> 10} KiB and {MOST_LINES:,} lines; edit the file "
             "itself."
+        )
+    if any(line.count(".") > MOST_DOTS for line in lines.split("\n")):
+        raise RunError(
+            f"a policy that is changed here may have at most {MOST_DOTS} dots in one line; edit the file itself."
         )
     policy_of(content.decode())
     return content

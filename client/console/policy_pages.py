@@ -170,12 +170,14 @@ def _form(
 def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: int = 200) -> Response:
     changes, me = _changes(asked), asked.me()
     mine = same_account(found.by, me.name)
-    before, after = changes.text_of(found.base), changes.text_of(found.sha256)
+    is_kept = found.state in ("open", "accepted") or changes.has_text(found.sha256)
+    before, after = (changes.text_of(found.base), changes.text_of(found.sha256)) if is_kept else ("", "")
     officer = allowed(me.role, Action.ACCEPT_POLICY)
     return asked.page(
         "policy-proposal.html",
         status=status,
         proposal=found,
+        is_kept=is_kept,
         lines=line_diff(before, after),
         settings=_settings(before, after),
         problem=problem,

@@ -59,7 +59,7 @@ class SettingChange:
 
 def line_diff(before: str, after: str) -> list[Line]:
     """Return what a comparison of two texts shows: changed lines with some around them."""
-    old, new = before.splitlines(), after.splitlines()
+    old, new = _lines(before), _lines(after)
     groups = SequenceMatcher(None, old, new, autojunk=len(old) + len(new) > 1000).get_grouped_opcodes(_CONTEXT)
     found: list[Line] = []
     shown = 0  # of the old lines
@@ -76,6 +76,11 @@ def line_diff(before: str, after: str) -> list[Line]:
     if found and (hidden := len(old) - shown):
         found.append(Line(kind="gap", old=hidden, new=None, text=""))
     return found
+
+
+def _lines(text: str) -> list[str]:
+    """Return the lines as TOML has them: `str.splitlines` also ends one where a comment goes on."""
+    return text.replace("\r\n", "\n").removesuffix("\n").split("\n") if text else []
 
 
 def setting_changes(before: Policy, after: Policy) -> list[SettingChange]:

@@ -66,7 +66,7 @@ def read_rounds(path: Path, *, complete: bool) -> tuple[RoundRecord, ...]:
     if not complete and not path.exists():
         return ()
     text = read_text(path)
-    lines = text.splitlines() if complete or text.endswith("\n") else text.splitlines()[:-1]
+    lines = text.split("\n") if complete else text.split("\n")[:-1]
     records = [
         parse_record(line, RoundRecord, path, where=f"line {number}: ")
         for number, line in enumerate(lines, start=1)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from client.approval import policy_changes
 from client.approval.policy_changes import FOLDER, MOST_OPEN, PolicyChanges, Stale
 from client.policy.policy import load_policy
 from shared.errors import ConfigError, RunError, TrustError
@@ -167,6 +168,28 @@ def test_nobody_floods_it(changes: PolicyChanges) -> None:
         changes.propose(f"{BEFORE}# {number}", base=sha256(BEFORE), by="eve")
     with pytest.raises(RunError, match="accept or decline some first"):
         changes.propose(AFTER, base=sha256(BEFORE), by="eve")
+
+
+def test_what_was_never_in_force_is_not_kept_for_ever(changes: PolicyChanges, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_changes, "MOST_KEPT", 2)
+    changes.propose(AFTER, base=sha256(BEFORE), by="eve")
+    changes.accept(1, by="olga")
+    changes.propose(waiting := f"{AFTER}# waits\n", base=sha256(AFTER), by="eve")
+    for number in range(3, 8):
+        changes.propose(f"{AFTER}# {number}\n", base=sha256(AFTER), by="eve")
+        changes.decline(number, by="eve")
+    changes.propose(last := f"{AFTER}# last\n", base=sha256(AFTER), by="eve")
+    kept = {path.read_text() for path in (changes.policy.parent / FOLDER).iterdir()}
+    assert kept == {BEFORE, AFTER, waiting, last, f"{AFTER}# 6\n", f"{AFTER}# 7\n"}
+    assert [changes.has_text(sha256(f"{AFTER}# {number}\n")) for number in (3, 7)] == [False, True]
+    assert changes.accept(2, by="olga").sha256 == sha256(waiting)
+
+
+def test_a_key_of_thousands_of_parts_is_not_read(changes: PolicyChanges, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy_changes, "policy_of", lambda _: pytest.fail("it would take seconds"))
+    for line in (f"x{'.a' * 9000} = 1", f"[x{' .a' * 9000}]", f"x = {{ a{'.a' * 9000} = 1 }}"):
+        with pytest.raises(RunError, match="at most 100 dots in one line"):
+            changes.propose(f"{BEFORE}{line}\n", base=sha256(BEFORE), by="eve")
 
 
 def test_a_kept_text_that_was_changed_is_not_shown(changes: PolicyChanges) -> None:

@@ -286,3 +286,9 @@ def test_lines_that_stay_are_left_out() -> None:
         ("gap", 6, None),
     ]
     assert line_diff("a\n", "a") == []
+
+
+def test_a_comment_does_not_end_where_toml_goes_on() -> None:
+    for sign in "\u2028\u2029\x85\x0b\x0c":
+        text = f"# fine{sign}max_steps = 9"
+        assert [one.text for one in line_diff("a = 1\r\n", f"a = 1\n{text}\n")] == ["a = 1", text]
