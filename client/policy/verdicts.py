@@ -16,6 +16,9 @@ from shared.errors import PrivacyError, TrustError
 from shared.job.job import Job
 from shared.trust.signed_job import SignedJob
 
+METRICS_RULE = "metrics"
+"""A job that breaks it is trained all the same: the site answers the request for its metrics with a refusal."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
@@ -76,7 +79,7 @@ def _of_job(policy: Policy, job: Job) -> Iterator[Verdict]:
         allowed = [name for name in names if name in policy.metrics]
         enough = job.site_metrics.noise_multiplier >= policy.min_noise_multiplier
         yield Verdict(
-            rule="metrics",
+            rule=METRICS_RULE,
             asked=", ".join(names),
             allowed=", ".join(policy.metrics) or "none",
             kept=len(allowed) == len(names) and enough,

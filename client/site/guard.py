@@ -369,6 +369,9 @@ class NoGuard:
         """Return the whole text: nobody's budget is a secret in a simulation."""
         return str(error)
 
+    def keep_policy(self) -> None:
+        """Do nothing: there is no policy."""
+
     def admit_job(self, signed: SignedJob | None) -> None: ...
     def admit_decided(self, signed: SignedJob, *, begins: bool = False) -> None: ...
     def admit_round(self, request: TrainRequest, kind: RequestKind = "train", *, begun: bool = False) -> None: ...

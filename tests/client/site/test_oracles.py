@@ -305,3 +305,10 @@ def test_site_check_tells_before_a_job_comes_which_rule_it_breaks(
     assert (found["outcome"], done.status) == ("failed", 1)
     assert found["text"].startswith("test would be refused: max_epsilon_per_job asks epsilon ")
     assert "max_steps asks 6, accepted is at most 1" in found["text"]
+    change_toml(world.home.policy, max_steps=1900, max_epsilon_per_job=8.0, metrics=[])
+    asked = private_job(federation={"min_sites": 2}, site_metrics={"names": ["loss"], "noise_multiplier": 5.0})
+    file.write_text(asked.canonical_json())
+    done = silotune("site", "check", world.home.path, "--offline", "--json", "--job", file)
+    (found,) = [finding for finding in json.loads(done.out) if finding["name"] == "job"]
+    assert found["outcome"] == "warning"
+    assert found["text"].endswith("it would be trained, and no metrics released: metrics asks loss, accepted is none")
