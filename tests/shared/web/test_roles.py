@@ -62,7 +62,7 @@ MAY = {
 }
 
 
-@pytest.mark.parametrize(("role", "action"), itertools.product(Role, Action))
+@pytest.mark.parametrize(("role", "action"), list(itertools.product(Role, Action)))
 def test_every_role_and_action(role: Role, action: Action) -> None:
     assert allowed(role, action) == (action.value in MAY[role.value])
 
