@@ -222,3 +222,9 @@ def test_what_is_not_set_is_not_written_out() -> None:
     text = make_job(privacy=SHARES | {"epsilon": 1.0}).canonical_json()
     assert '"max_colluding":1' in text
     assert "spare_attempts" not in text
+
+
+def test_a_plan_keeps_how_many_sites_may_collude() -> None:
+    for colluding in (0, 1, 2):
+        job = make_job(privacy={**SHARES, "max_colluding": colluding, "epsilon": 4.0}, federation={"min_sites": 5})
+        assert PrivacyPlan.from_job(job).colluding == colluding

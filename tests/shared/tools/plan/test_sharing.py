@@ -22,8 +22,9 @@ from shared.job.parsing import parse
 from shared.privacy.accounting import GaussianSteps, compose_epsilon, noise_of_sum
 from shared.privacy.ledger_export import ChargedSteps, LedgerExport, save_export
 from shared.privacy.plan import PrivacyPlan
+from shared.tools.plan import sharing
 from shared.tools.plan.affordability import can_afford, spent
-from shared.tools.plan.planning import Question
+from shared.tools.plan.planning import SIGMA_DECIMALS, Question
 from shared.tools.plan.sharing import SharesPlan, Sharing, solve_shares
 from shared.tools.plan.tables import Planned
 
@@ -342,3 +343,7 @@ def test_a_small_site_is_judged_by_delta_not_by_its_noise(job_file: Callable[...
 
 def solve() -> SharesPlan:
     return solve_shares(QUESTION, SHARING)
+
+
+def test_noise_on_the_lattice_stays_there_and_other_noise_goes_up() -> None:
+    assert (sharing._up(1.25), sharing._up(1.2500001)) == (1.25, 1.25 + 10.0**-SIGMA_DECIMALS)
