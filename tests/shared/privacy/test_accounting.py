@@ -6,8 +6,10 @@ import contextlib
 import math
 
 import dp_accounting
+import numpy as np
 import pytest
 from dp_accounting.pld import pld_privacy_accountant
+from scipy import stats
 from scipy.optimize import brentq
 
 import shared.privacy.accounting as accounting
@@ -22,6 +24,8 @@ from shared.privacy.accounting import (
     calibrate_noise_multiplier,
     check_delta,
     compose_epsilon,
+    epsilon_at_sites,
+    mean_loss,
 )
 from tests.shared.privacy.counted_cells import Cells
 
@@ -452,3 +456,17 @@ def test_the_accountant_begins_where_a_step_hides_something(delta: float) -> Non
     """With less noise the exponential of a loss overflowed, and the search for epsilon failed on a number that is none."""
     assert compose_epsilon([steps(0.0499, 1e-9, 1)], delta) == math.inf
     assert compose_epsilon([steps(0.05, 1e-9, 1)], delta) == pytest.approx(0.0 if delta == 1e-5 else 300, abs=200)
+
+
+@pytest.mark.parametrize("sites", [1, 2, 3, 8])
+def test_the_mean_loss_counts_the_squares_of_all_coins(sites: int) -> None:
+    # Of so little noise the bound by convexity is the smaller one: E[K^2] / (2 sigma^2), K the number of `sites` coins.
+    sigma, numbers = 0.1, np.arange(sites + 1)
+    expected = float(stats.binom.pmf(numbers, sites, 0.125) @ numbers**2) / (2 * sigma**2)
+    assert mean_loss(steps(sigma, 0.125, 1), sites) == pytest.approx(expected)
+
+
+def test_too_little_noise_for_what_several_sites_add_is_not_accounted_for() -> None:
+    little = steps(0.06, 0.125, 1)
+    assert epsilon_at_sites([little], 1, 1e-5) < math.inf
+    assert epsilon_at_sites([little], 2, 1e-5) == math.inf

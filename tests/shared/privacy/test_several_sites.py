@@ -322,16 +322,3 @@ def test_fault_a_composition_in_place_of_the_sum() -> None:
             assert exact_divergence(claimed, sigma, rate, 2, removed=True) > 1e-5
             true = epsilon_at_sites([steps(sigma, rate, 1)], 2, 1e-5)
             assert max(exact_divergence(true, sigma, rate, 2, removed=way) for way in (True, False)) <= 1e-5
-
-
-@pytest.mark.parametrize("sites", [1, 2, 3, 8])
-def test_the_mean_loss_counts_the_squares_of_all_coins(sites: int) -> None:
-    # Of so little noise the bound by convexity is the smaller one: E[K^2] / (2 sigma^2), K the number of `sites` coins.
-    sigma, numbers = 0.1, np.arange(sites + 1)
-    expected = float(stats.binom.pmf(numbers, sites, RATE) @ numbers**2) / (2 * sigma**2)
-    assert mean_loss(steps(sigma, RATE, 1), sites) == pytest.approx(expected)
-
-
-def test_too_little_noise_for_what_several_sites_add_is_not_accounted_for() -> None:
-    assert epsilon_at_sites([steps(0.06, RATE, 1)], 1, DELTA) < math.inf
-    assert epsilon_at_sites([steps(0.06, RATE, 1)], 2, DELTA) == math.inf
