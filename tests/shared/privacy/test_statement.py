@@ -535,3 +535,12 @@ def test_the_run_of_a_site_without_protection_keeps_unit_and_what_is_not_covered
     found = run_statement([by_patient], "r", pretrained=False)
     assert found.one_site == site_statement(by_patient, "r", pretrained=False)
     assert found.not_covered == not_covered("patient", pretrained=False)
+
+
+def test_what_is_not_covered_stands_sentence_by_sentence() -> None:
+    shared = replace(RELEASE, unanswered=(), shared=SharedNoise(honest=4, colluding=1))
+    for release in (RELEASE, shared):
+        told = site_statement(release, "r").partition("Not covered: ")[2]
+        sentences = re.split(r"(?<=[.]) ", told)
+        assert len(sentences) > 3
+        assert all(one[0].isalnum() and one.endswith(".") for one in sentences), sentences
