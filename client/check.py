@@ -15,7 +15,7 @@ from client.link.client import welcome
 from client.link.handshake import tls_facts
 from client.node.node import credentials_of
 from client.policy.policy import Policy, load_policy
-from client.policy.verdicts import METRICS_RULE, job_verdicts
+from client.policy.verdicts import job_verdicts
 from client.site.approving import ApprovalDesk
 from client.site.config import SiteConfig
 from client.site.home import SiteHome, load_identity, open_log, open_site
@@ -273,24 +273,21 @@ def _public(home: SiteHome, public: DataSource) -> tuple[Outcome, str]:
 
 
 def _job(home: SiteHome, site: Site, job: Job) -> tuple[Outcome, str]:
-    broken = {
-        one.rule: f"{one.rule} asks {one.asked}, accepted is {one.allowed}"
-        for one in job_verdicts(load_policy(home.policy), job)
-        if not one.kept
-    }
-    metrics = broken.pop(METRICS_RULE, "")
-    if broken:
-        return "failed", f"{job.name} would be refused: {'; '.join(broken.values())}"
+    broken = [one for one in job_verdicts(load_policy(home.policy), job) if not one.kept]
+    refused = [one for one in broken if one.refuses]
+    told = "; ".join(f"{one.rule} asks {one.asked}, accepted is {one.allowed}" for one in refused or broken)
+    if refused:
+        return "failed", f"{job.name} would be refused: {told}"
     left_out = site.examine(job)
     cut = (
         f"; {left_out.num_full:,} fill model.max_length {job.model.max_length} and are cut there"
         if left_out.num_full
         else ""
     )
-    if metrics:
-        cut += f"; it would be trained, and no metrics released: {metrics}"
+    if broken:
+        cut += f"; it would be trained, and no metrics released: {told}"
     if not left_out:
-        outcome: Outcome = "warning" if metrics else "ok"
+        outcome: Outcome = "warning" if broken else "ok"
         return outcome, f"{job.name} can use all {left_out.num_records:,} records that are not held out{cut}"
     without = "It would be trained without them, and the" if left_out.rows else "The"
     return "warning", f"{job.name}: {left_out}. {without} coordinator is not told{cut}"

@@ -20,15 +20,11 @@ from client.site.approving import ApprovalDesk
 from client.site.home import SiteHome, open_log
 from shared.files.backup import refuse_unpacked
 from shared.trust.keystore import Seal, load_secret
-from shared.web.application import make_application
 from shared.web.console import Console
 from shared.web.filters import FILTERS
-from shared.web.guarding import App
-from shared.web.oidc.provider import Provider
-from shared.web.oidc.settings import load_settings
-from shared.web.opening import open_accounts, seconds_now
+from shared.web.opening import open_people, seconds_now
 from shared.web.running import run
-from shared.web.serving import Place
+from shared.web.serving import Place, place_at
 
 FOLDER = "console"
 ROUTES = (pages.ROUTES, budget_pages.ROUTES, request_pages.ROUTES, policy_pages.ROUTES)
@@ -70,15 +66,13 @@ def open_console(
         gpus=Gpus(),
         chains=Chains(home, budgets, now=now),
     )
-    accounts, sessions = open_accounts(
-        home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now
-    )
-    oidc = load_settings(home.path / FOLDER).oidc
+    folder = home.path / FOLDER
+    people = open_people(folder, url=database, passphrase=passphrase, record=content.record, now=now)
     return Console(
         kind="site",
         owner=config.name,
-        accounts=accounts,
-        sessions=sessions,
+        accounts=people.accounts,
+        sessions=people.sessions,
         navigation=NAVIGATION,
         folders=(Path(__file__).parent,),
         now=now,
@@ -87,14 +81,9 @@ def open_console(
         secure=place.secure,
         port=port,
         filters=FILTERS,
-        provider=None if oidc is None else Provider(oidc, secret=oidc.secret(home.path / FOLDER), now=now),
+        provider=people.provider,
         content=content,
     )
-
-
-def application(console: Console) -> App:
-    """Return what a server serves."""
-    return make_application(console, ROUTES)[0]
 
 
 def run_console(
@@ -118,11 +107,8 @@ def run_console(
     run(
         opened,
         ROUTES,
-        host=host,
-        port=port,
-        certificate=certificate,
-        key=key,
-        last="the node does not depend on it.",
+        place_at(host, port, certificate, key),
+        last="; the node does not depend on it.",
         again=f"silotune site console {home.path}",
         say=say,
     )

@@ -16,8 +16,7 @@ from shared.errors import PrivacyError, TrustError
 from shared.job.job import Job
 from shared.trust.signed_job import SignedJob
 
-METRICS_RULE = "metrics"
-"""A job that breaks it is trained all the same: the site answers the request for its metrics with a refusal."""
+_METRICS = "metrics"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +34,11 @@ class Verdict:
     asked: str
     allowed: str
     kept: bool
+
+    @property
+    def refuses(self) -> bool:
+        """Whether the job is refused for it; a job whose metrics the policy keeps back is trained all the same."""
+        return not self.kept and self.rule != _METRICS
 
 
 def verdicts(policy: Policy, signed: SignedJob, *, now: datetime) -> list[Verdict]:
@@ -79,7 +83,7 @@ def _of_job(policy: Policy, job: Job) -> Iterator[Verdict]:
         allowed = [name for name in names if name in policy.metrics]
         enough = job.site_metrics.noise_multiplier >= policy.min_noise_multiplier
         yield Verdict(
-            rule=METRICS_RULE,
+            rule=_METRICS,
             asked=", ".join(names),
             allowed=", ".join(policy.metrics) or "none",
             kept=len(allowed) == len(names) and enough,

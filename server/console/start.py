@@ -19,11 +19,9 @@ from shared.files.backup import refuse_unpacked
 from shared.web.console import Console
 from shared.web.filters import FILTERS
 from shared.web.live import Streams
-from shared.web.oidc.provider import Provider
-from shared.web.oidc.settings import load_settings
-from shared.web.opening import open_accounts, seconds_now
+from shared.web.opening import open_people, seconds_now
 from shared.web.running import run
-from shared.web.serving import Place
+from shared.web.serving import Place, place_at
 
 FOLDER = "console"
 ROUTES = (
@@ -69,15 +67,13 @@ def open_console(
         sites=Sites(home, said),
         streams=Streams(),
     )
-    accounts, sessions = open_accounts(
-        home.path / FOLDER, url=database, passphrase=passphrase, record=content.record, now=now
-    )
-    oidc = load_settings(home.path / FOLDER).oidc
+    folder = home.path / FOLDER
+    people = open_people(folder, url=database, passphrase=passphrase, record=content.record, now=now)
     return Console(
         kind="coordinator",
         owner=config.name,
-        accounts=accounts,
-        sessions=sessions,
+        accounts=people.accounts,
+        sessions=people.sessions,
         navigation=NAVIGATION,
         folders=(Path(__file__).parent,),
         now=now,
@@ -86,7 +82,7 @@ def open_console(
         secure=place.secure,
         port=port,
         filters={**FILTERS, "spark": spark},
-        provider=None if oidc is None else Provider(oidc, secret=oidc.secret(home.path / FOLDER), now=now),
+        provider=people.provider,
         shows_errors=False,  # they may quote what a site sent
         content=content,
     )
@@ -111,11 +107,8 @@ def run_console(
     run(
         opened,
         ROUTES,
-        host=host,
-        port=port,
-        certificate=certificate,
-        key=key,
-        last="the coordinator does not depend on it.",
+        place_at(host, port, certificate, key),
+        last="; the coordinator does not depend on it.",
         again=f"silotune coordinator console {home.path}",
         say=say,
     )

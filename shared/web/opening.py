@@ -8,14 +8,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from shared.trust.keystore import Seal, load_secret, new_key, save_secret
 from shared.web.accounts.accounts import Accounts, Record
 from shared.web.accounts.sessions import Sessions
+from shared.web.oidc.provider import Provider
+from shared.web.oidc.settings import load_settings
 from shared.web.state.database import Database
 
 KEY_FILE = "console.key"
+
+
+@dataclass(frozen=True, kw_only=True)
+class People:
+    """Who may use a console: their accounts and sessions, and their own provider of sign-in, or None."""
+
+    accounts: Accounts
+    sessions: Sessions
+    provider: Provider | None = None
 
 
 def seconds_now() -> int:
@@ -48,3 +60,13 @@ def open_accounts(
     seal = Seal(load_secret(key, passphrase=passphrase))
     database = Database(folder, url)
     return Accounts(database=database, seal=seal, now=now, record=record), Sessions(database=database, now=now)
+
+
+def open_people(
+    folder: Path, *, url: str | None, passphrase: str | None, record: Record, now: Callable[[], int]
+) -> People:
+    """Return whom a folder lets in; see `open_accounts`."""
+    accounts, sessions = open_accounts(folder, url=url, passphrase=passphrase, record=record, now=now)
+    oidc = load_settings(folder).oidc
+    provider = None if oidc is None else Provider(oidc, secret=oidc.secret(folder), now=now)
+    return People(accounts=accounts, sessions=sessions, provider=provider)

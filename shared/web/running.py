@@ -3,36 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 from shared.web.application import make_application
 from shared.web.asked import Routes
 from shared.web.console import Console
-from shared.web.serving import Place, address_of, listen, make_server, place_at, serve
+from shared.web.serving import Place, address_of, listen, make_server, serve
 
 
 def run(
     open_console: Callable[[Place, int], Console],
     routes: tuple[Routes, ...],
+    place: Place,
     *,
-    host: str,
-    port: int,
-    certificate: Path | None,
-    key: Path | None,
     last: str,
     again: str,
     say: Callable[[str], None],
+    greet: Callable[[Console, str], None] | None = None,
 ) -> None:
     """Serve a console until Ctrl-C or SIGTERM.
 
     Args:
         open_console: of the place, and the port that is listened on.
         routes: of its own pages.
-        last: a sentence for whoever started it.
+        last: behind the sentence that says how to stop it.
         again: the command that serves again.
-        say: prints a line for them.
+        say: prints a line for whoever started it.
+        greet: says where the console is, given it and its address; None: `invite`, with its kind and owner.
     """
-    place = place_at(host, port, certificate, key)
     listener = listen(place)
     with listener:
         bound = listener.getsockname()[1]
@@ -41,11 +38,17 @@ def run(
         address = address_of(place, bound)
 
         def ready() -> None:
-            say(f"console of {console.kind} {console.owner}: {address}")
-            if (code := console.accounts.invite_first()) is not None:
-                say(
-                    f"there is no administrator yet. Within 15 minutes, open {address}welcome and type this code:\n   {code}"
-                )
-            say(f"stop it with Ctrl-C; {last}")
+            if greet is None:
+                invite(console, f"{console.kind} {console.owner}", address, say)
+            else:
+                greet(console, address)
+            say(f"stop it with Ctrl-C{last}")
 
         serve(server, listener, ready=ready, again=again)
+
+
+def invite(console: Console, of: str, address: str, say: Callable[[str], None]) -> None:
+    """Say where a console is, and by which code its first administrator comes in, if there is none."""
+    say(f"console of {of}: {address}")
+    if (code := console.accounts.invite_first()) is not None:
+        say(f"there is no administrator yet. Within 15 minutes, open {address}welcome and type this code:\n   {code}")

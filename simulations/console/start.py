@@ -17,13 +17,10 @@ from shared.trust.signing import SigningKey, load_signing_key, save_signing_key
 from shared.web.accounts.accounts import Accounts, Record
 from shared.web.accounts.links import OneTimeLink
 from shared.web.accounts.sessions import Sessions
-from shared.web.application import make_application
 from shared.web.console import Console
-from shared.web.guarding import App
-from shared.web.oidc.provider import Provider
-from shared.web.oidc.settings import load_settings
-from shared.web.opening import open_accounts, seconds_now
-from shared.web.serving import Place, address_of, listen, make_server, place_at, serve
+from shared.web.opening import People, open_people, seconds_now
+from shared.web.running import invite, run
+from shared.web.serving import Place, address_of, place_at
 from shared.web.state.database import Database
 from simulations.console import frontier_pages, pages
 from simulations.console.content import Research
@@ -84,22 +81,20 @@ def open_console(
     """
     content = Research(index=Index(runs, told=told), reports=Reports(reports))
     content.index.now()
-    provider = None
     if accounts is None:
         database = Database(None)
-        people = Accounts(database=database, seal=Seal(new_key()), now=now, record=_to_log)
-        sessions = Sessions(database=database, now=now)
+        people = People(
+            accounts=Accounts(database=database, seal=Seal(new_key()), now=now, record=_to_log),
+            sessions=Sessions(database=database, now=now),
+        )
     else:
         accounts.mkdir(parents=True, exist_ok=True, mode=0o700)
-        record = _recorder(accounts, passphrase)
-        people, sessions = open_accounts(accounts, url=None, passphrase=passphrase, record=record, now=now)
-        oidc = load_settings(accounts).oidc
-        provider = None if oidc is None else Provider(oidc, secret=oidc.secret(accounts), now=now)
+        people = open_people(accounts, url=None, passphrase=passphrase, record=_recorder(accounts, passphrase), now=now)
     return Console(
         kind="research",
         owner=printable(runs.resolve().name) or "/",
-        accounts=people,
-        sessions=sessions,
+        accounts=people.accounts,
+        sessions=people.sessions,
         navigation=NAVIGATION,
         folders=(Path(__file__).parent,),
         now=now,
@@ -108,15 +103,10 @@ def open_console(
         secure=place.secure,
         port=port,
         filters=FILTERS,
-        provider=provider,
+        provider=people.provider,
         link=link,
         content=content,
     )
-
-
-def application(console: Console) -> App:
-    """Return what a server serves."""
-    return make_application(console, ROUTES)[0]
 
 
 def run_console(
@@ -133,38 +123,34 @@ def run_console(
     """Serve the console of a folder of runs until Ctrl-C or SIGTERM; `say` prints a line for whoever started it."""
     place = place_at(host, port, certificate, key)
     check_places(runs, place, accounts)
-    with listen(place) as listener, tempfile.TemporaryDirectory(prefix="silotune-console-") as reports:
-        bound = listener.getsockname()[1]
-        address, started = address_of(place, bound), time.monotonic()
-        link = None
-        if accounts is None:
-            link = OneTimeLink(lambda path: say(f"open this link, which counts once:\n   {address}{path}"))
-        console = open_console(
-            runs,
-            place=place,
-            port=bound,
-            reports=Path(reports),
-            link=link,
-            accounts=accounts,
-            passphrase=passphrase,
-            told=lambda number: say(f"{number:,} runs read") if number % _TOLD_EVERY == 0 else None,
-        )
-        server = make_server(application(console), place)
+    started = time.monotonic()
+
+    def greet(console: Console, address: str) -> None:
         number = len(console.content.index.now().runs)
+        say(f"{number:,} runs in {runs}, read in {time.monotonic() - started:.1f} s; nothing is written there")
+        if console.link is not None:
+            console.link.begin()
+        else:
+            invite(console, str(runs), address, say)
 
-        def ready() -> None:
-            say(f"{number:,} runs in {runs}, read in {time.monotonic() - started:.1f} s; nothing is written there")
-            if link is not None:
-                link.begin()
-            else:
-                say(f"console of {runs}: {address}")
-                if (code := console.accounts.invite_first()) is not None:
-                    say(
-                        f"there is no administrator yet. Within 15 minutes, open {address}welcome and type this code:\n   {code}"
-                    )
-            say("stop it with Ctrl-C.")
+    with tempfile.TemporaryDirectory(prefix="silotune-console-") as reports:
 
-        serve(server, listener, ready=ready, again=f"silotune console {runs}")
+        def opened(place: Place, bound: int) -> Console:
+            address, link = address_of(place, bound), None
+            if accounts is None:
+                link = OneTimeLink(lambda path: say(f"open this link, which counts once:\n   {address}{path}"))
+            return open_console(
+                runs,
+                place=place,
+                port=bound,
+                reports=Path(reports),
+                link=link,
+                accounts=accounts,
+                passphrase=passphrase,
+                told=lambda number: say(f"{number:,} runs read") if number % _TOLD_EVERY == 0 else None,
+            )
+
+        run(opened, ROUTES, place, last=".", again=f"silotune console {runs}", say=say, greet=greet)
 
 
 def _to_log(account: str, action: str, details: Mapping[str, Any]) -> None:

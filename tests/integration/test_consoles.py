@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,12 +29,11 @@ from tests.conftest import Outcome
 from tests.integration.eventually import crowding, eventually
 from tests.shared.web import postgresql
 from tests.shared.web.accessibility import violations
+from tests.shared.web.browsers import needs_chromium, running_chromium
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (make install)")
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 POSTGRESQL = postgresql.programs()
 pytestmark = [
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here (Debian: chromium)"),
+    *needs_chromium,
     pytest.mark.skipif(POSTGRESQL is None, reason="PostgreSQL is not installed here (Debian: postgresql)"),
 ]
 
@@ -86,13 +84,11 @@ def openid() -> Iterator[OpenId]:
 
 @pytest.fixture
 def desk(openid: OpenId) -> Iterator[Desk]:
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with running_chromium() as browser:
         made = Desk(browser, openid)
         yield made
         if SCREENSHOTS and made.page is not None:
             made.page.screenshot(path=Path(SCREENSHOTS) / "last.png", full_page=True)
-        browser.close()
 
 
 @pytest.fixture(scope="module")

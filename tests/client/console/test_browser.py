@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,34 +12,19 @@ from client.console.pages import NAVIGATION
 from shared.web.roles import Role
 from tests.client.console.conftest import PASSWORD, Serving, take
 from tests.client.console.homes import approvals_of, ask, make_home, want_people
+from tests.shared.web import browsers
 from tests.shared.web.accessibility import violations, violations_everywhere
+from tests.shared.web.browsers import needs_chromium, watched_page
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (make install)")
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here (Debian: chromium)")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
+pytestmark = needs_chromium
+chromium = browsers.chromium
 
 
 @pytest.fixture
 def page(chromium: Any) -> Iterator[Any]:
     """A page that must not log an error; refused scripts and styles are errors there."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    found, told = context.new_page(), []
-    found.set_default_timeout(20_000)
-    found.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
-    found.on("pageerror", lambda error: told.append(str(error)))
-    yield found
-    context.close()
-    assert told == []
+    with watched_page(chromium) as found:
+        yield found
 
 
 def sign_in(page: Any, serving: Serving, name: str) -> None:

@@ -21,8 +21,9 @@ from pathlib import Path
 import httpx
 import cli.commands, client.commands
 from client.console.pages import NAVIGATION
-from client.console.start import application, open_console
+from client.console.start import ROUTES, open_console
 from client.site.home import SiteHome
+from shared.web.application import make_application
 from shared.web.roles import Role
 from shared.web.serving import listen, make_server, place_at
 
@@ -30,7 +31,7 @@ home, place = SiteHome(Path(sys.argv[1])), place_at("127.0.0.1", 0, None, None)
 listener = listen(place)
 port = listener.getsockname()[1]
 console = open_console(home, place=place, port=port, passphrase=None)
-server = make_server(application(console), place)
+server = make_server(make_application(console, ROUTES)[0], place)
 threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True).start()
 account = console.accounts.from_issuer(issuer="i", subject="s", name="Olga", role=Role.OFFICER, address="a")
 cookies = {console.cookie("session"): console.sessions.begin(account.id, address="a", browser="b")}

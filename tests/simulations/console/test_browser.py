@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from tests.shared.web import browsers
 from tests.shared.web.accessibility import violations_everywhere
+from tests.shared.web.browsers import needs_chromium, watched_page
 from tests.simulations.console.conftest import EVIL, Serving
 
-playwright = pytest.importorskip("playwright.sync_api", reason="needs playwright (make install)")
-CHROMIUM = next(
-    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
-)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed here (Debian: chromium)")
+pytestmark = needs_chromium
+chromium = browsers.chromium
 
 FORGED = """<!doctype html><title>forged</title><style>p { color: rgb(1, 2, 3); }</style><p id="p">mine</p>
 <meta http-equiv="refresh" content="0;url=/sign-in"><script>document.title = "ran"</script>
@@ -23,29 +21,14 @@ FORGED = """<!doctype html><title>forged</title><style>p { color: rgb(1, 2, 3); 
 <iframe src="/runs"></iframe>"""
 
 
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    with playwright.sync_playwright() as running:
-        browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def page(chromium: Any, serving: Serving) -> Iterator[Any]:
     """A page that is signed in, and must not log an error; refused scripts and styles are errors there."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    found, told = context.new_page(), []
-    found.set_default_timeout(20_000)
-    found.on("console", lambda message: told.append(message.text) if message.type in ("error", "warning") else None)
-    found.on("pageerror", lambda error: told.append(str(error)))
-    found.on("dialog", lambda dialog: told.append(dialog.message))
-    found.goto(f"{serving.address}/{serving.links[-1]}")
-    found.get_by_role("button", name="Open the console").click()
-    found.wait_for_url("**/runs")
-    yield found
-    context.close()
-    assert told == []
+    with watched_page(chromium) as found:
+        found.goto(f"{serving.address}/{serving.links[-1]}")
+        found.get_by_role("button", name="Open the console").click()
+        found.wait_for_url("**/runs")
+        yield found
 
 
 def paths_of(serving: Serving) -> list[str]:
