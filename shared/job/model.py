@@ -85,10 +85,17 @@ class TaskConfig(Section):
     in which the backbone sees the labels' names. Names that say what texts are about help most with many labels and little
     budget; names are public, so it costs nothing."""
 
+    head_centre: Literal["none", "label-names"] = Field(default="none", exclude_if=lambda value: value == "none")
+    """What the head of `sequence_classification` takes off the vector of every text: nothing, or with `label-names` the mean of
+    what the backbone sees in the labels' names. All texts of a field have much in common, which tells no label from another
+    and takes its share of each clipped gradient. It helps with many labels and little budget; names are public, so it costs
+    nothing."""
+
     @model_validator(mode="after")
-    def _check_head_start(self) -> Self:
-        if self.head_start != "random" and self.kind != "sequence_classification":
-            raise ValueError(f"head_start is for sequence_classification, and kind is {self.kind!r}; remove it")
+    def _check_names(self) -> Self:
+        for key in ("head_start", "head_centre"):
+            if getattr(self, key) == "label-names" and self.kind != "sequence_classification":
+                raise ValueError(f"{key} is for sequence_classification, and kind is {self.kind!r}; remove it")
         return self
 
     @model_validator(mode="after")

@@ -21,16 +21,34 @@ class PooledClassifier(nn.Module):
 
     The pooled vector is normalised per example to mean 0 and variance 1 without trained weights: a linear head under
     clipping learns several times faster from it, and no other record takes part in the normalisation.
+
+    Attributes:
+        centre: public vector [H] that is taken off what the linear layer sees, if the job says so; else None. What all texts have
+            in common then takes no share of a clipped gradient.
     """
+
+    centre: Tensor | None
 
     def __init__(self, hidden_size: int, num_labels: int, pooling: str) -> None:
         super().__init__()
         self.linear = nn.Linear(hidden_size, num_labels)
         self.pooling = pooling
+        self.register_buffer("centre", None, persistent=False)
 
     def forward(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Return logits [B, labels] from hidden [B, T, H]."""
-        return self.linear(self.pool(hidden, attention_mask))  # type: ignore[no-any-return]
+        return self.classify(self.pool(hidden, attention_mask))
+
+    def classify(self, pooled: Tensor) -> Tensor:
+        """Return logits [B, labels] from what `pool` returns, [B, H]."""
+        return self.linear(pooled if self.centre is None else pooled - self.centre)  # type: ignore[no-any-return]
+
+    def folded(self) -> tuple[Tensor, Tensor]:
+        """Return weight [labels, H] and bias [labels] of the linear layer that does all of `classify` by itself, on the CPU."""
+        weight, bias = self.linear.weight.detach().cpu(), self.linear.bias.detach().cpu()
+        if self.centre is None:
+            return weight, bias
+        return weight, (bias.double() - weight.double() @ self.centre.cpu().double()).float()
 
     def pool(self, hidden: Tensor, attention_mask: Tensor) -> Tensor:
         """Return what the trained layer sees of each text, float32 [B, H]; nothing here is trained."""

@@ -162,7 +162,7 @@ class TunableModel(TrainedModel):
     def forward(self, batch: Batch) -> Tensor:
         """Return the head's output for every example: logits [B, classes] or [B, T, vocabulary]."""
         if batch.hidden is not None and self.pools_frozen:
-            return self.head.linear(batch.hidden[0])  # type: ignore[operator, no-any-return]
+            return self.head.classify(batch.hidden[0])  # type: ignore[operator, no-any-return]
         packing = self._packing_of(batch.attention_mask)
         hidden = self._embed_frozen(batch.input_ids, packing) if batch.hidden is None else packing.fit(batch.hidden)
         return self._finish(hidden, packing, batch.attention_mask, self.first_adapted)

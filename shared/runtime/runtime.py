@@ -25,7 +25,7 @@ from shared.models.batches import Batch, Example, collate, micro_batches_of_grou
 from shared.models.frozen_cache import FrozenCache, Told, shared_cache
 from shared.models.images import PIXEL_STEPS, ImageModel, build_features
 from shared.models.tunable import RESIDUAL, TrainedModel, TunableModel, attach_adapters
-from shared.runtime.label_names import start_from_names
+from shared.runtime.label_names import learn_from_names
 from shared.tasks import TASKS, Evaluation, Task
 from shared.tensors import adapters
 
@@ -234,8 +234,7 @@ def _language_runtime(task: Task, lora: LoraConfig, seed: int, compute: ComputeC
     head = task.build_head(backbone, config.hidden_size, seed=seed)
     peft_model, first = attach_adapters(backbone, architecture, lora, seed=seed)
     model = TunableModel(peft_model, architecture, lora, first, head)
-    if task.config.head_start == "label-names":
-        start_from_names(model, task, tokenizer)
+    learn_from_names(model, task, tokenizer)
     # To the device first: hooks that are registered before a move keep the old parameters and train nothing.
     model = model.to(device)
     model.train_mode()

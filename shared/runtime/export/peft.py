@@ -21,6 +21,7 @@ from torch import Tensor
 from shared.errors import AdapterError, RunError
 from shared.files.atomic import sync_folder
 from shared.job.job import Job
+from shared.models.heads import PooledClassifier
 from shared.models.images import ImageModel
 from shared.models.tunable import RESIDUAL, TunableModel
 from shared.runtime.calibration import CALIBRATION_FILE, save_temperature
@@ -118,6 +119,8 @@ def _write_adapter(temporary: Path, runtime: Runtime, job: Job, state: Mapping[s
         json.dumps(_peft_config(runtime, job, rank, alpha), indent=2, sort_keys=True) + "\n"
     )
     head = {n.removeprefix("head."): t.contiguous() for n, t in state.items() if n.startswith("head.")}
+    if isinstance(own := _tunable(runtime).head, PooledClassifier):
+        head["linear.weight"], head["linear.bias"] = own.folded()
     if head:
         save_file(head, temporary / HEAD_FILE, metadata={"format": "pt"})
     (temporary / "README.md").write_text(_readme(runtime, job))
