@@ -186,11 +186,13 @@ def _public_parts(run: Run) -> PublicRecords:
 
 
 def _write_unfinished(run: Run, folder: RunFolder, details: Mapping[str, Any], privacy: Privacy) -> None:
-    """Write what the sites have released so far: a run that never goes on has spent it all the same."""
-    checkpoint = folder.load_checkpoint()
-    if checkpoint is not None:
-        folder.write_privacy(checkpoint, privacy.release())
-    folder.write_run_info("stopped", details)
+    """Write what the sites may have released so far, the round that is given up too: a run that never goes on has spent it."""
+    try:
+        checkpoint = folder.load_checkpoint()
+        if checkpoint is not None:
+            folder.write_privacy(privacy.with_open_requests(checkpoint, run.authority), privacy.release())
+    finally:
+        folder.write_run_info("stopped", details)
 
 
 def _evaluation_texts(run: Run) -> dict[str, Any]:

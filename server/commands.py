@@ -280,7 +280,7 @@ def logs(
 ) -> None:
     """Print the log of a job, or of the coordinator itself."""
     place = CoordinatorHome(home)
-    path = place.log if own else find(place.jobs, job).log
+    path = place.log if own else _log_of(place, job)
     if not path.exists():
         raise RunError(f"{path} does not exist yet; it never ran.")
     text = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -293,6 +293,12 @@ def logs(
                 typer.echo(line, nl=False)
             else:
                 time.sleep(0.2)
+
+
+def _log_of(place: CoordinatorHome, job: str | None) -> Path:
+    """Return the log of a job; of the newest that ran, if none is named."""
+    ran = [submission.log for submission in submissions(place.jobs) if submission.log.exists()]
+    return ran[-1] if job is None and ran else find(place.jobs, job).log
 
 
 @coordinator_app.command()

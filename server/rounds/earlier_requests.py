@@ -109,9 +109,10 @@ class EarlierRequests:
         result = dict(releases)
         plan = PrivacyPlan.from_job(job)
         for (name, number), requests in sorted(self._requests.items()):
-            if number > job.training.rounds:
-                continue  # site metrics have an account of their own
             release = result.get(name) or unknown_release(name, self._sites[name].declared_records, plan)
+            if number > job.training.rounds:  # one release of metrics, however often it is asked for
+                result[name] = replace(release, metrics=job.site_metrics.names, metrics_mechanism=plan.metrics)
+                continue
             others = tuple(n for n in release.unanswered if n != number)
             open_requests = sum(not request.updates for request in requests)
             per_round = plan.mechanism(job.training.local_steps) if plan.private else None

@@ -48,10 +48,19 @@ class LocalPrivacy:
 
     def resume(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
         """Return the checkpoint to go on from: what was asked after it may have been executed."""
+        if authority is not None:
+            self.earlier = EarlierRequests(authority.asked_since(checkpoint.round_number))
+        return self.with_open_requests(checkpoint, authority)
+
+    def with_open_requests(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
+        """Return `checkpoint` with all that was asked after it, and so may have been executed, in the sites' accounts.
+
+        Simulated sites, which nobody signs requests to, release nothing to anybody in a round that is given up.
+        """
         if authority is None:
             return checkpoint
-        self.earlier = EarlierRequests(authority.asked_since(checkpoint.round_number))
-        return replace(checkpoint, releases=self.earlier.accounted(checkpoint.releases, self._job))
+        asked = EarlierRequests(authority.asked_since(checkpoint.round_number))
+        return replace(checkpoint, releases=asked.accounted(checkpoint.releases, self._job))
 
     def begin(self, round_number: int) -> LocalRound:
         """Return one attempt at a round."""

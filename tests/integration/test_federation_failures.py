@@ -316,6 +316,21 @@ def test_a_dead_and_a_cut_off_site_are_left_out_and_take_part_again_when_they_re
     assert all(set(charges_of(federation, name, submission).values()) == {1} for name in "abcd")
 
 
+def test_a_run_that_is_stopped_in_a_round_says_what_its_sites_may_have_spent_in_it(consortium: Consortium) -> None:
+    """Their updates may be on the way, and their ledgers have the charge: nobody resumes such a run to hear of it."""
+    federation = consortium.federation
+    submission = consortium.submit(rounds=3, local_steps=150, min_sites=4)
+    eventually(lambda: all(consortium.trains(name, submission) for name in SITES))
+    submission.request_stop()
+    eventually(lambda: not submission.is_open)
+    done = rounds_of(submission)[-1]["round"]
+    for name in SITES:
+        stated = privacy_record(submission, name)
+        assert stated is not None
+        assert stated["rounds_unanswered"] == [done + 1]
+        assert stated["epsilon_bound"] >= ledger_epsilon(federation, name, submission) * (1 - 1e-9)
+
+
 def test_a_site_that_dies_and_is_back_at_once_is_asked_again(consortium: Consortium) -> None:
     """Its node never goes offline, so nobody tells the coordinator that the request died with the process."""
     federation = consortium.federation

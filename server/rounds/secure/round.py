@@ -75,7 +75,12 @@ class SecurePrivacy(LocalPrivacy):
         self.check(checkpoint)
         resumed = super().resume(checkpoint, authority)
         self._check_noted(resumed.releases)
-        return replace(resumed, releases=_one_for_all(resumed.releases))
+        return resumed
+
+    def with_open_requests(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
+        """See `LocalPrivacy`."""
+        noted = super().with_open_requests(checkpoint, authority)
+        return replace(noted, releases=_one_for_all(noted.releases))
 
     def _check_noted(self, releases: Releases) -> None:
         """Raise `RunError` if sites were shown more rosters of a round than are noted: they take part under no such number."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,15 +17,21 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 import server.rounds.roster as roster_module
+from server.app import Run, _write_unfinished
 from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.local import LocalPrivacy
 from server.rounds.loop import Coordinator, run_rounds
 from server.rounds.observer import Observer
 from server.rounds.roster import Authority
+from server.rounds.secure.round import SecurePrivacy
+from server.runs.folder import RunFolder
 from server.store.checkpoint import Checkpoint
+from shared.errors import RunError
 from shared.job.job import Job
 from shared.job.parsing import parse
+from shared.job.privacy import SiteMetricsConfig
+from shared.privacy.plan import PrivacyPlan
 from shared.tensors.adapters import encode
 from shared.trust.certificates import spki
 from shared.trust.receipts import Receipt, sign_release
@@ -56,6 +64,15 @@ def make_job(rounds: int = 2) -> Job:
         "training": {"rounds": rounds, "local_steps": 2, "learning_rate": 1.0},
         "privacy": {"noise_multiplier": 1.0},
         "federation": {"min_sites": 1, "round_timeout_seconds": 30.0},
+    }
+    return parse(Job, raw, source="test")
+
+
+def make_shared_job() -> Job:
+    raw = make_job().model_dump(mode="json") | {
+        "training": {"rounds": 2, "local_steps": 1, "learning_rate": 1.0},
+        "privacy": {"mechanism": "distributed", "max_colluding": 0, "noise_multiplier": 1.0, "sample_rate": 0.25},
+        "federation": {"min_sites": 2},
     }
     return parse(Job, raw, source="test")
 
@@ -226,10 +243,9 @@ def test_a_release_counts_only_with_a_receipt_by_its_sites_key(sent: str) -> Non
     assert kept == []
 
 
-def interrupted(job: Job) -> Checkpoint:
-    return Checkpoint(
-        job_sha256=job.sha256, round_number=0, adapter=INITIAL, history=[RoundRecord(round=0, metrics={"loss": 0.0})]
-    )
+def interrupted(job: Job, *, round_number: int = 0) -> Checkpoint:
+    history = [RoundRecord(round=number, metrics={"loss": 0.0}) for number in range(round_number + 1)]
+    return Checkpoint(job_sha256=job.sha256, round_number=round_number, adapter=INITIAL, history=history)
 
 
 def asked(name: str, number: int, adapter: bytes, update: str | None = None, *, size: int = 8) -> Asked:
@@ -251,6 +267,66 @@ def test_what_an_earlier_process_asked_counts_until_it_is_answered() -> None:
     assert last.releases["gone"].epsilon_bound > last.releases["gone"].epsilon == 0.0
     assert last.releases["a"].unanswered == ()
     assert last.releases["a"].rounds == (1, 2)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_whoever_was_asked_in_a_round_that_was_given_up_may_have_answered(shared: bool, tmp_path: Path) -> None:
+    """A run that is stopped in a round states at once what its sites may have spent in it."""
+    job = make_shared_job() if shared else make_job()
+    privacy = SecurePrivacy(job, tmp_path) if shared else LocalPrivacy(job)
+    first = encode(INITIAL)
+    log = [asked("a", 2, first, "1" * 64), asked("b", 2, first)]
+    authority = replace(
+        make_authority(job), asked_since=lambda number: [one for one in log if one.round_number > number]
+    )
+    before = interrupted(job, round_number=1)
+    noted = privacy.with_open_requests(before, authority).releases
+    assert (noted["a"].rounds, noted["a"].unanswered) == ((2,), ())
+    assert (noted["b"].rounds, noted["b"].unanswered) == ((), (2,))
+    assert 0.0 < noted["b"].epsilon_bound == pytest.approx(noted["a"].epsilon)
+    # Nothing in it is final: what is noted twice counts once.
+    assert privacy.with_open_requests(replace(before, releases=noted), authority).releases == noted
+    assert privacy.with_open_requests(before, None).releases == {}
+
+
+def test_what_a_run_writes_when_it_is_stopped_counts_the_round_that_was_given_up(tmp_path: Path) -> None:
+    job = make_job()
+    log = [asked("a", 2, encode(INITIAL)), asked("b", 2, encode(INITIAL), "2" * 64)]
+    authority = replace(make_authority(job), asked_since=lambda number: log)
+    run = Run(job=job, folder=tmp_path / "run", public_records=[], authority=authority)
+    with RunFolder(run.folder, job, resume=False) as folder:
+        folder.write_run_info("running", {})
+        folder.save_checkpoint(interrupted(job, round_number=1))
+        _write_unfinished(run, folder, {}, LocalPrivacy(job))
+    read = {name: json.loads((run.folder / "sites" / name / "privacy.json").read_text()) for name in "ab"}
+    assert (read["a"]["rounds"], read["a"]["rounds_unanswered"]) == ([], [2])
+    assert (read["b"]["rounds"], read["b"]["rounds_unanswered"]) == ([2], [])
+    assert 0.0 < read["a"]["epsilon_bound"] == pytest.approx(read["b"]["epsilon_spent"])
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "stopped"
+    # A log that cannot be read leaves the state to be read all the same.
+    broken = replace(run, authority=replace(authority, asked_since=unreadable))
+    with RunFolder(run.folder, job, resume=True) as folder:
+        folder.write_run_info("running", {})
+        with pytest.raises(RunError, match="unreadable"):
+            _write_unfinished(broken, folder, {}, LocalPrivacy(job))
+    assert json.loads((run.folder / "run.json").read_text())["status"] == "stopped"
+
+
+def unreadable(round_number: int) -> list[Asked]:
+    raise RunError("unreadable")
+
+
+def test_metrics_that_were_asked_for_may_have_been_released() -> None:
+    job = make_job()
+    job = job.model_copy(update={"site_metrics": SiteMetricsConfig(names=("accuracy",), noise_multiplier=4.0)})
+    number = job.training.rounds + 1
+    log = [asked("a", number, encode(INITIAL)), asked("a", number, encode(INITIAL))]
+    authority = replace(make_authority(job), asked_since=lambda number: log)
+    noted = LocalPrivacy(job).with_open_requests(interrupted(job, round_number=2), authority).releases["a"]
+    assert noted.metrics == ("accuracy",)
+    assert noted.metrics_mechanism == PrivacyPlan.from_job(job).metrics
+    assert noted.unanswered == ()
+    assert noted.epsilon_bound > 0.0
 
 
 # --- a run that was put back ---
