@@ -238,6 +238,8 @@ def tiny_roberta(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 def test_int8_is_small_and_close(language: ModelFolder, tmp_path: Path) -> None:
     whole, small = (export(language, tmp_path / p, "onnx", p) for p in get_args(Precision))
+    again = export(language, tmp_path / "again", "onnx", "int8")
+    assert again.record.files[GRAPH_FILE] == small.record.files[GRAPH_FILE]
     sizes = [(made.path / GRAPH_FILE).stat().st_size for made in (whole, small)]
     assert sizes[1] < sizes[0]
     # No table and no product is left in float32.
