@@ -64,12 +64,6 @@ CASES = {
         lambda text: {"text": text},
         {"lora": {"train": "both"}},
     ),
-    "first token": Case(
-        {"kind": "sequence_classification", "labels": ["a", "b", "c"]},
-        [*LINES, LONG],
-        lambda text: {"text": text},
-        {"model": {"pooling": "first"}},
-    ),
     "entities": Case(
         {"kind": "token_classification", "labels": ["O", "B-film", "I-film"]},
         [*LINES, LONG],
