@@ -110,9 +110,12 @@ def parts_of_runtime(runtime: Runtime, job: Job) -> Parts:
         weights[name] = weights[name][:1].expand_as(weights[name]).contiguous()
     config = {key: value for key, value in model.backbone.config.to_dict().items() if key not in _OF_THE_MACHINE}  # type: ignore[operator, union-attr]
     head = None
-    if isinstance(model.head, PooledClassifier | TokenClassifier):
-        linear = model.head.linear
-        head = (linear.weight.detach().float().cpu().clone(), linear.bias.detach().float().cpu().clone())
+    if isinstance(model.head, PooledClassifier):
+        head = model.head.folded()
+    elif isinstance(model.head, TokenClassifier):
+        head = (model.head.linear.weight.detach().cpu(), model.head.linear.bias.detach().cpu())
+    if head is not None:
+        head = (head[0].float().clone(), head[1].float().clone())
     return Parts(job, config, weights, head, runtime.tokenizer)
 
 

@@ -59,7 +59,7 @@ IMAGES = {
 LONG = " ".join(LINES * 3)
 CASES = {
     "classification": Case(
-        {"kind": "sequence_classification", "labels": ["bad", "good"]},
+        {"kind": "sequence_classification", "labels": ["bad", "good"], "head_centre": "label-names"},
         [*LINES, LONG, "x", "[SEP] a [PAD] film"],
         lambda text: {"text": text},
         {"lora": {"train": "both"}},
