@@ -129,6 +129,6 @@ def _summary(folder: ModelFolder, facts: Facts) -> Summary:
         job_sha256=facts.job.sha256,
         job_signer=facts.signed_job.signer.text if facts.signed_job else None,
         data=facts.data.run.dataset.name,
-        sites=list(facts.data.site_names),
+        sites=[] if facts.central else list(facts.data.site_names),  # a trusted coordinator names none
         audits=[f"tier {audit.tier}: {audit.verdict}" for audit in facts.data.audits],
     )

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import sys
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -21,16 +22,21 @@ from safetensors.torch import save_file
 from server.registry.adding import add
 from server.registry.promotion import promote
 from server.registry.registry import Registry
+from server.registry.showing import claim
 from server.registry.verification import verify
 from server.reports.run.reading import read_run
+from server.rounds.observer import Observer
 from server.runs.folder import load_job
 from shared.epsilons import rounded_up
 from shared.errors import ConfigError, ModelError, RunError, SilotuneError, TrustError
 from shared.runtime.export.folder import ModelFolder, ModelRecord, write_model_folder
 from shared.trust.signed_folder import sign_folder
 from shared.trust.signed_job import sign_job
+from simulations.running.engine import run_scenario
+from simulations.scenario import load_scenario
 from tests.server.registry.keys import OFFICER, SIGNER, STRANGER
 
+FIXTURES = Path(__file__).parents[2] / "fixtures"
 NOW = datetime(2026, 3, 2, 9, 0, tzinfo=UTC)
 
 
@@ -92,6 +98,39 @@ def test_the_first_version_makes_a_registry_with_a_key_of_its_own(run: Path, tmp
     assert registry.own_key.stat().st_mode & 0o777 == 0o600
     promote(registry, version, "champion", registry.who(None))
     assert verify(Registry(tmp_path / "new").version("films", 1)).summary == version.manifest.summary
+
+
+OLD_RUNS = {
+    "federation/coordinator/jobs/0001-golden/run": ("record", "2.271", ["clinic", "practice"]),
+    "persons/run": ("patient", "5.598", ["site-1", "site-2", "site-3"]),
+    "images/run": ("record", "1.357", ["site-1", "site-2", "site-3"]),
+    "central/run": ("site", "0.450", []),
+}
+
+
+def test_runs_of_every_kind_and_of_older_versions_are_taken(tmp_path: Path) -> None:
+    with tarfile.open(FIXTURES / "before_rooms.tar.xz") as archive:
+        archive.extractall(tmp_path / "old", filter="data")
+    registry = Registry(tmp_path / "new")
+    for number, (place, expected) in enumerate(OLD_RUNS.items(), start=1):
+        version = add(registry, tmp_path / "old" / place, "old", signer=("sam", SIGNER))
+        summary = verify(version).summary
+        assert summary.epsilon is not None
+        assert (summary.unit, rounded_up(summary.epsilon), summary.sites) == expected
+        assert (version.number, summary.job_signer is not None) == (number, "federation" in place)
+
+
+def test_of_a_run_without_privacy_nothing_is_claimed(
+    write_scenario: Callable[..., Path], registry: Registry, tmp_path: Path
+) -> None:
+    privacy = {"mechanism": "none", "noise_multiplier": "none"}
+    path = write_scenario(tmp_path, training={"rounds": 1}, partition={"num_sites": 2}, privacy=privacy)
+    run_scenario(load_scenario(path), tmp_path / "open", observer=lambda arm: Observer())
+    version = add(registry, tmp_path / "open", "films", signer=("sam", SIGNER))
+    summary = verify(version).summary
+    assert (summary.epsilon, summary.delta, summary.unit) == (None, None, None)
+    assert claim(summary) == "not private"
+    promote(registry, version, "champion", OFFICER)
 
 
 def test_a_registry_under_a_policy_elsewhere(small_run: Path, filled: Path, tmp_path: Path) -> None:
