@@ -4,7 +4,7 @@ Formal guarantees (tests: tests/server/registry/test_intake.py)
     * A link, a device, a pipe or a file that is not of these kinds, by its name or by its content, is refused; so are too many
       and too large ones (test_hostile_folders_are_refused).
     * Of a run, its records and its adapter are copied and nothing else: no checkpoint, no ledger, no site's folder
-      (test_only_what_is_needed_is_copied).
+      (test_adding.py: test_only_what_is_needed_is_copied).
     * What is checked is the copy, so nothing can be exchanged between check and use.
 """
 
