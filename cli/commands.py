@@ -44,6 +44,7 @@ PLACES = {
     "pki": "shared.tools.pki_commands:pki_app",
     "audit-log": "shared.tools.audit_log_commands:audit_log_app",
     "report": "cli.reports:report_app",
+    "models": "server.registry.commands:models_app",
 }
 
 

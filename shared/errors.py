@@ -75,6 +75,10 @@ class DroppedOut(PolicyError):
     """A site has nothing ready for an attempt at a sum, any more or yet."""
 
 
+class RegistryError(SilotuneError):
+    """A version of a registered model is retired, or its registry's policy excludes it."""
+
+
 class LedgerError(SilotuneError):
     """The site's ledger cannot be trusted or written."""
 

@@ -70,11 +70,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
+def exclusive_lock(path: Path, busy: str | None) -> Iterator[None]:
     """Hold the lock file `path`, which is free again when this process ends, however it ends.
 
+    Args:
+        busy: what to say if another process holds it; None waits until it is free.
+
     Raises:
-        RunError: `busy`, if another process holds it; or if the file cannot be made.
+        RunError: `busy`; or if the file cannot be made.
     """
     try:
         handle = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
@@ -82,9 +85,9 @@ def exclusive_lock(path: Path, busy: str) -> Iterator[None]:
         raise RunError(f"the folder {path.parent} cannot be used: {error.strerror}; check the path.") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError(busy) from None
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if busy is None else fcntl.LOCK_NB))
+        except OSError as error:
+            raise RunError(busy or f"the folder {path.parent} cannot be locked: {error.strerror}.") from None
         yield
     finally:
         os.close(handle)

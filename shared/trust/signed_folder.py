@@ -46,7 +46,7 @@ def sign_folder(folder: Path, key: SigningKey) -> None:
         TrustError: if something below it is no plain file or cannot be read.
         RunError: if the signature cannot be written.
     """
-    signature = _FolderSignature.sign(key, files=_hashes(folder))
+    signature = _FolderSignature.sign(key, files=_signed_files(folder))
     write_json(folder / SIGNATURE_FILE, signature.model_dump())
 
 
@@ -68,7 +68,7 @@ def verify_folder(folder: Path, key: VerifyKey | None = None) -> VerifyKey:
     signature = _FolderSignature.open(content, source=str(path), key=key)
 
     # 2. Every file that is there or should be.
-    found, signed = _hashes(folder), signature.files
+    found, signed = _signed_files(folder), signature.files
     for name in sorted({*signed, *found}):
         if signed.get(name) != found.get(name):
             what = "is missing" if name not in found else "was added" if name not in signed else "was changed"
@@ -76,8 +76,16 @@ def verify_folder(folder: Path, key: VerifyKey | None = None) -> VerifyKey:
     return VerifyKey.parse(signature.signer)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    """Return the SHA-256 of every file below `folder` but its signature."""
+def _signed_files(folder: Path) -> dict[str, str]:
+    return {name: sha256 for name, sha256 in file_hashes(folder).items() if name != SIGNATURE_FILE}
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of every file below `folder`, by its place there.
+
+    Raises:
+        TrustError: if something below it is no plain file or cannot be read.
+    """
 
     def refuse(error: OSError) -> NoReturn:
         raise TrustError(f"{str(error.filename)!r} cannot be read ({error.strerror}); mend its permissions.") from None
@@ -85,10 +93,10 @@ def _hashes(folder: Path) -> dict[str, str]:
     found = {}
     for place, folders, files in os.walk(folder, onerror=refuse):
         for path in (Path(place, name) for name in (*folders, *files)):
-            name, mode = path.relative_to(folder).as_posix(), path.lstat().st_mode
-            if stat.S_ISREG(mode) and name != SIGNATURE_FILE:
-                found[name], _ = sha256_and_size(path)
-            elif not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            mode = path.lstat().st_mode
+            if stat.S_ISREG(mode):
+                found[path.relative_to(folder).as_posix()], _ = sha256_and_size(path)
+            elif not stat.S_ISDIR(mode):
                 raise TrustError(
                     f"{str(path)!r} is no plain file, which a signature cannot cover; do not use the folder."
                 )

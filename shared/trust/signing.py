@@ -53,6 +53,8 @@ class Purpose(StrEnum):
     RELEASE = "release"  # by the key of a certificate; see shared.trust.receipts
     READY = "secure-sum-ready"  # likewise; see shared.secure_sum.messages
     MASKED = "secure-sum-masked"
+    MODEL = "model"
+    MODEL_ALIAS = "model-alias"
 
 
 # --- keys ---

@@ -13,6 +13,7 @@ from pydantic_core import PydanticUndefined
 from client.policy.policy import Policy
 from client.site.config import SiteConfig
 from server.coordinator.run_file import RunSettings
+from server.registry.policy import RegistryPolicy
 from server.store.home import CoordinatorConfig
 from shared.job.job import Job
 from simulations.scenario import Scenario
@@ -28,6 +29,7 @@ def settings_table() -> str:
     run = "\n".join(_rows(RunSettings, ""))
     policy = "\n".join(_rows(Policy, ""))
     coordinator = "\n".join(_rows(CoordinatorConfig, ""))
+    registry = "\n".join(_rows(RegistryPolicy, ""))
     return (
         "# Settings\n\nMade by `silotune settings`; a test compares the two. Where a setting can be None, write the word: "
         '`last_layers = "none"` in TOML, `--set lora.last_layers=none` on the command line.\n\n'
@@ -37,7 +39,9 @@ def settings_table() -> str:
         f"## Policy: `policy.toml`, what a real site accepts\n\n{_HEAD}\n{policy}\n\n"
         "## Run file: what `silotune coordinator submit` reads\n\nThe sections of a job stand at the top level, with these "
         f"beside them.\n\n{_HEAD}\n{run}\n\n"
-        f"## Coordinator: `coordinator.toml`\n\n{_HEAD}\n{coordinator}\n"
+        f"## Coordinator: `coordinator.toml`\n\n{_HEAD}\n{coordinator}\n\n"
+        "## Registry of models: `registry.toml`, whose signatures count and what may be promoted\n\n"
+        f"{_HEAD}\n{registry}\n"
     )
 
 

@@ -6,6 +6,7 @@ Each function compares two accounts of the same thing that were written at diffe
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
 # Accountants of other versions differ in the last digits only.
 RECORD_TOLERANCE = 1e-3
+
+# Epsilon and delta as statements print them.
+_CLAIM = re.compile(r"\((\d+(?:\.\d+)?), (\d+(?:\.\d+)?(?:e-\d+)?)\)")
 
 _NAMED_JOB = "The job in the run folder is the one that the run names by its hash"
 _UNNAMED_JOB = (
@@ -243,6 +247,25 @@ def statement_discrepancies(data: RunData, statements: Sequence[Statement]) -> I
                 f"statement.json states epsilon {shown(row.epsilon)} for a person at {row.sites} sites; recomputed it is "
                 f"{shown(computed[row.sites])}."
             )
+    yield from _claims_in_words(data.statement, statements[0])
+
+
+def _claims_in_words(stated: Statement, computed: Statement) -> Iterator[str]:
+    """Do the sentences claim what is recomputed? Words differ from version to version, the numbers of a claim do not."""
+    if stated.one_site not in stated.text:
+        yield "statement.json says two different things: its text is not that for a person at one site."
+    found, expected = _CLAIM.findall(stated.one_site), _CLAIM.findall(computed.one_site)
+    same = len(found) == len(expected) and all(
+        math.isclose(float(one), float(other), rel_tol=RECORD_TOLERANCE, abs_tol=2 * RECORD_TOLERANCE)
+        and _close(float(delta), float(other_delta))
+        for (one, delta), (other, other_delta) in zip(found, expected, strict=True)
+    )
+    if not same:
+        yield f"statement.json claims {_claims(found)} in its words; recomputed it is {_claims(expected)}."
+
+
+def _claims(pairs: Sequence[tuple[str, str]]) -> str:
+    return ", ".join(f"({epsilon}, {delta})" for epsilon, delta in pairs) or "nothing"
 
 
 def log_discrepancies(log: LogFacts | None, sites: Sequence[SiteFacts]) -> Iterator[str]:

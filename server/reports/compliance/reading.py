@@ -49,8 +49,11 @@ from shared.trust.signed_job import SignedJob
 from shared.trust.signing import VerifyKey
 
 
-def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
+def read_facts(run_dir: Path, accounts: Sequence[Account] = (), *, signed: SignedJob | None = None) -> Facts:
     """Read a run folder and what belongs to it.
+
+    Args:
+        signed: the job as it was signed, of a run that no longer lies at its coordinator.
 
     Raises:
         RunError: if a required file is missing or malformed, or what a site executed cannot be accounted for.
@@ -68,7 +71,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = ()) -> Facts:
     # 2. What stands around it at a coordinator; a signature or a log that does not hold is a discrepancy.
     submission, home = _coordinator(run_dir)
     problems: list[str] = []
-    signed = _signed_job(submission, problems) if submission else None
+    signed = _signed_job(submission, problems) if submission else signed
     log = _log(home, job.sha256, problems) if home else None
     if log is not None and central is not None:
         log = log.without_participants()
