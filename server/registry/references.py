@@ -82,7 +82,7 @@ def _version(registry: Registry, name: str, alias: str | None, number: str | Non
         return registry.version(name, usable[-1]), ", the newest; none was promoted yet"
     wanted = alias or CHAMPION
     if wanted not in history.aliases:
-        raise ConfigError(f"{name} has no {wanted!r}; {nearest(wanted, list(history.aliases) or ['none yet'])}.")
+        raise ConfigError(f"{name} has no {wanted!r}; {nearest(wanted, list(history.aliases) or ['none yet'])}")
     return _named(registry, name, history.aliases[wanted]), f", its {wanted}"
 
 

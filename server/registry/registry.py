@@ -119,7 +119,7 @@ class Registry:
             return found
         known = self.names()
         hint = nearest(name, known) if known else "it holds none yet; add one with: silotune models add RUN --name NAME"
-        raise ConfigError(f"no model {excerpt(name)} in the registry {self.path}; {hint}.")
+        raise ConfigError(f"no model {excerpt(name)} in the registry {self.path}; {hint}")
 
     def version(self, name: str, number: int) -> Version:
         """Return a version, its manifest's signature and place checked.

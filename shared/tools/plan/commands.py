@@ -284,7 +284,7 @@ def parse_sweep(text: str) -> tuple[str, list[float]]:
     if not separator:
         raise ConfigError(f"--sweep {text!r} is not of the form NAME=VALUES, for example epochs=1:20 or epsilon=1,3,8.")
     if name not in known:
-        raise ConfigError(f"--sweep names {name!r}; {nearest(name, known)}.")
+        raise ConfigError(f"--sweep names {name!r}; {nearest(name, known)}")
     try:
         values = _values(spec)
     except ValueError:

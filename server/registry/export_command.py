@@ -7,12 +7,18 @@ from typing import Annotated, Literal
 
 import typer
 
+from server.registry.commands import PolicyOption, RegistryOption, open_registry
 from shared.options import JsonLineOption
 from shared.terminal import print_json
 
 
 def export(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Folder of a finished run or a model; or NAME, NAME@ALIAS or NAME:N of a registry."
+        ),
+    ],
     to: Annotated[
         Literal["merged", "onnx"],
         typer.Option(help="merged: for transformers, without PEFT. onnx: a graph for ONNX Runtime and others."),
@@ -21,17 +27,25 @@ def export(
     precision: Annotated[
         Literal["float32", "int8"], typer.Option(help="Of the weights; int8 is for onnx: smaller and faster.")
     ] = "float32",
+    registry: RegistryOption = None,
+    policy: PolicyOption = None,
     as_json: JsonLineOption = False,
 ) -> None:
-    """Write a run's model for others: weights that transformers alone loads, or ONNX, with a model card.
+    """Write a model for others: weights that transformers alone loads, or ONNX, with a model card.
 
-    No record is read, so the privacy statement holds unchanged; it stands in the card.
+    No record is read, so the privacy statement holds unchanged; it stands in the card. A version of a registry is verified first.
     """
+    from server.registry.references import resolve
+    from server.registry.verification import verify
     from shared.runtime.export.card import evaluated_on_private_records
     from shared.runtime.export.exporting import export as write
     from shared.runtime.export.folder import ModelFolder
 
-    made = write(ModelFolder.read(run), out, to, precision)
+    found = resolve(open_registry(registry, policy), model)
+    if found.version is not None:
+        verify(found.version)
+        typer.echo(f"exporting {found.how}", err=True)
+    made = write(ModelFolder.read(found.folder), out, to, precision)
     size = sum((made.path / name).stat().st_size for name in made.files)
     if evaluated_on_private_records(made.path):
         typer.echo(
