@@ -10,7 +10,7 @@ import click
 import pytest
 from typer.main import get_command
 
-from cli.commands import PLACES, app
+from cli.commands import PLACES, app, told_of
 from tests.loading import HEAVY, run_and_list
 
 
@@ -24,6 +24,21 @@ def test_every_line_leads_to_a_command_of_that_name() -> None:
         assert found is not None
         assert found.name == name
         assert found.help
+
+
+@pytest.mark.parametrize("name", PLACES)
+def test_what_is_told_of_a_command_is_its_own_help(name: str) -> None:
+    """For `silotune --help`, which runs no command's module: 0.3 s of processor time in the place of 0.8."""
+    group = get_command(app)
+    assert isinstance(group, click.Group)
+    found = group.get_command(click.Context(group), name)
+    assert found is not None
+    assert click.Command(name, help=told_of(PLACES[name])).get_short_help_str(200) == found.get_short_help_str(200)
+
+
+def test_the_list_of_commands_loads_none_of_them() -> None:
+    _, loaded = run_and_list("--help")
+    assert not {"pydantic", "cryptography", "numpy", "jinja2"} & {name.partition(".")[0] for name in loaded}
 
 
 @pytest.mark.parametrize(
