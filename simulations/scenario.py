@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from shared.data.cells import shorten
 from shared.data.datasets import PERSON_ROLE, DataSource, read_records
+from shared.data.records import FileRecord
 from shared.errors import ConfigError, DataError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -275,7 +276,12 @@ class Scenario(Section):
 
 def _without_ids(records: Sequence[Record]) -> list[Record]:
     """Return the records without the person: nothing that evaluates needs to know whose record it is."""
-    return [{role: value for role, value in record.items() if role != PERSON_ROLE} for record in records]
+    return [
+        record.without(PERSON_ROLE)
+        if isinstance(record, FileRecord)
+        else {role: value for role, value in record.items() if role != PERSON_ROLE}
+        for record in records
+    ]
 
 
 def persons_of(records: Sequence[Record], unit: str) -> Persons | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from client.training.proof import prove_trainer
 from client.training.trainer import LocalWork, per_example_hooks, train_local_rounds
 from shared.data.datasets import TEXT_ROLES
+from shared.data.records import FileRecord
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -112,7 +113,7 @@ CASES = {
     "regression": Case(
         {"target_range": [1, 5]},
         [{"text": text, "score": 1 + i % 5} for i, text in enumerate(_texts())],
-        bad=[({"score": "secret"}, "no finite number"), ({"score": float("nan")}, "no finite number")],
+        bad=[({"score": score}, "no finite number") for score in ("secret", float("nan"), "1_3", "inf", True)],
         bad_sections=[
             ({"target_range": None}, "missing"),
             ({"target_range": [5, 1]}, "must rise"),
@@ -141,6 +142,9 @@ CASES = {
         bad=[
             ({"label": "secret"}, "label"),
             ({"pixels": "1 secret 3"}, "no numbers"),
+            ({"pixels": "1_3" + " 0" * 59}, "no numbers"),
+            ({"pixels": ["1_3"] * 60}, "no numbers"),
+            ({"pixels": [True] * 60}, "no numbers"),
             ({"pixels": [{"secret": 1}] * 60}, "no numbers"),
             ({"pixels": [[1, 2], [3]]}, "no numbers"),
             ({"pixels": [10**400] * 60}, "no numbers"),
@@ -281,6 +285,9 @@ def test_bad_records_are_refused_by_row_without_their_content(runtime: Runtime, 
             runtime.encode([case[1].records[0], case[1].records[1] | change])
         assert "record 2" in str(caught.value)
         assert "secret" not in str(caught.value)
+        with pytest.raises(DataError, match=message) as caught:
+            runtime.encode([case[1].records[0], FileRecord(case[1].records[1] | change, row=101)])
+        assert str(caught.value).startswith("row 101 of the file has ")
 
 
 def test_bad_settings_are_refused(task_job: Callable[..., Job], case: tuple[str, Case]) -> None:

@@ -13,6 +13,7 @@ from client.console.forecast import Forecast
 from client.console.pages import Id, told_waiting
 from client.ledger.account import PROMISES
 from shared.errors import SilotuneError
+from shared.numbers import read_number, read_whole
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action, allowed
 
@@ -133,23 +134,23 @@ def _settings(typed: dict[str, str], budget: AccountBudget) -> dict[str, Any]:
     Raises:
         ValueError: something is no number, or beyond what is accounted for here.
     """
-    steps, rate, value = int(typed["steps"]), float(typed["rate"]), float(typed["value"])
+    steps, rate, value = read_whole(typed["steps"]), read_number(typed["rate"]), read_number(typed["value"])
     privacy: dict[str, Any] = {"sample_rate": rate, "delta": budget.delta}
     by_noise = typed["by"] == "noise"
     privacy["noise_multiplier" if by_noise else "epsilon"] = value
     settings: dict[str, Any] = {
         "training": {"rounds": steps, "local_steps": 1},
         "privacy": privacy,
-        "federation": {"min_sites": int(typed["sites"])},
+        "federation": {"min_sites": read_whole(typed["sites"])},
     }
     if not 1 <= steps <= _MOST_STEPS or not 1e-6 <= rate <= 1:
         raise ValueError("steps or rate")
     if (value < _LEAST_NOISE) if by_noise else (not 0.01 <= value <= _MOST_EPSILON):
         raise ValueError("value")
     if typed["summed"]:
-        privacy |= {"mechanism": "distributed", "max_colluding": int(typed["colluding"])}
+        privacy |= {"mechanism": "distributed", "max_colluding": read_whole(typed["colluding"])}
         if not by_noise:
-            privacy["epsilon_alone"] = float(typed["alone"] or typed["value"])
+            privacy["epsilon_alone"] = read_number(typed["alone"] or typed["value"])
             if not value <= privacy["epsilon_alone"] <= _MOST_EPSILON:
                 raise ValueError("alone")
     if budget.account.unit in ("patient", "customer"):

@@ -67,7 +67,7 @@ class PolicyText:
         settings: its keys and values, flat.
         problem: why it cannot be read as TOML; "" if it can.
         refused: why it is no policy although it is TOML; "" if it is one. Without a policy no job is accepted.
-        changed: when it was written.
+        changed: when it was written, in seconds since 1970.
         sha256: of its bytes.
     """
 
@@ -75,7 +75,7 @@ class PolicyText:
     settings: list[tuple[str, str]]
     problem: str
     refused: str
-    changed: datetime
+    changed: float
     sha256: str
 
 
@@ -134,7 +134,7 @@ def policy_text(home: SiteHome) -> PolicyText:
         problem = str(error)
     except ConfigError as error:
         refused = str(error)
-    changed = datetime.fromtimestamp(home.policy.stat().st_mtime, UTC)
+    changed = home.policy.stat().st_mtime
     sha256 = hashlib.sha256(content).hexdigest()
     return PolicyText(text=text, settings=settings, problem=problem, refused=refused, changed=changed, sha256=sha256)
 

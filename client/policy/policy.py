@@ -72,7 +72,7 @@ class Policy(Section):
     """A job of the mechanism `distributed` whose `privacy.max_colluding` is lower is refused: its epsilon would not hold if so
     many sites work together with the coordinator."""
     max_attempts_per_round: int = Field(default=3, ge=1)
-    """Most attempts at one round of such a job that this site sends a masked input for; each is charged."""
+    """Most attempts at one round of such a job that this site computes, charged or not, and sends a masked input for, charged."""
     peers: dict[Name, str] = {}
     """Sites that this site knows by another way than the CA: name, and fingerprint of their certificate's key (SHA-256). None:
     every site with a certificate of the CA counts. If some are named, no sum is entered in which one of them has another key, or

@@ -256,6 +256,10 @@ class Guard:
                     "coordinator's folder was put back to an older state, submit the job anew."
                 )
 
+    def most_attempts(self, job: Job) -> int:
+        """Return how many attempts at one round are computed, whether they are charged in the end or not."""
+        return min(job.spare_attempts + 1, self.policy.max_attempts_per_round)
+
     def admit_peers(self, job: Job, names: Collection[str]) -> None:
         """Raise `PolicyError` unless enough of the sites in a sum, this one included, are known to the policy."""
         check_peers(self.policy.peers, job, names, site=self._site)
@@ -346,6 +350,10 @@ class NoGuard:
     def peer_keys(self) -> KeyOf:
         """Return what gives the keys that the other simulated sites show."""
         return shown_key
+
+    def most_attempts(self, job: Job) -> int:
+        """Return what the job plans: there is no policy."""
+        return job.spare_attempts + 1
 
     def is_past(self, time: datetime) -> bool:
         """Return False: in a simulation nothing ends by the clock."""

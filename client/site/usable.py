@@ -31,7 +31,7 @@ PUBLIC_ERRORS = (PolicyError, BudgetExceeded, AdapterError, RosterError)
 
 _MOST_ROWS_NAMED = 5
 _MOST_REASONS_NAMED = 5
-_PLACE = re.compile(r"^record \d+ ")
+_PLACE = re.compile(r"^(record \d+|row \d+ of the file) ")
 
 
 @dataclass(frozen=True, kw_only=True)

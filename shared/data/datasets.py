@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from shared.data.cells import is_blank, shorten, value_fault
 from shared.data.deidentify.config import DeidentifyConfig, parse_short
 from shared.data.parquet import parquet_columns, read_parquet
+from shared.data.records import FileRecord
 from shared.data.rows import (
     FORMATS,
     Fault,
@@ -153,8 +154,8 @@ def read_records(
 ) -> list[dict[str, Any]]:
     """Read every row's declared columns, renamed to their role, in the order of the file.
 
-    CSV cells come as text; JSONL and Parquet keep their types, of which each role takes only its own (see
-    `shared.data.cells.value_fault`). Blank lines of CSV and JSONL are skipped.
+    Each is a `FileRecord`, which knows its row. CSV cells come as text; JSONL and Parquet keep their types, of which each role
+    takes only its own (see `shared.data.cells.value_fault`). Blank lines of CSV and JSONL are skipped.
 
     Args:
         source: the file and its columns.
@@ -172,7 +173,7 @@ def read_records(
     records: list[dict[str, Any]] = []
     gaps: dict[str, list[str]] = {}
     for row in rows_of(path, source):
-        record = {role: row.cells.get(column) for role, column in source.columns.items()}
+        record = FileRecord({role: row.cells.get(column) for role, column in source.columns.items()}, row=row.number)
         for role, value in record.items():
             fault = "is blank" if is_blank(value) else value_fault(role, value)
             if fault is not None:

@@ -8,7 +8,6 @@ Guarantees (tests: tests/shared/data/test_text_stream.py)
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +36,13 @@ from shared.data.rows import (
 )
 from shared.data.text_lines import PIECE, Line, LineReader, check_encoding
 from shared.errors import ConfigError, DataError
+from shared.numbers import read_number
 
 _START_BYTES = 64
 _MOST_PLACES = 20
 _PARQUET_ROWS = 256
+# Years 1000 to 9000: around a time within them a calendar of the years 1 to 9999 has room for a window and a figure's margin.
+EARLIEST, LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() for year in (1000, 9000))
 ENDINGS = {**dict.fromkeys(TEXT_ENDINGS, "text"), **FORMATS}
 
 
@@ -187,25 +189,27 @@ class TextReader:
 
 
 def parse_time(value: Any) -> float | None:
-    """Return seconds since 1970 of an ISO 8601 time (UTC if it names no zone) or of a number of seconds or milliseconds."""
+    """Return seconds since 1970 of an ISO 8601 time (UTC if it names no zone) or of a number of seconds or milliseconds.
+
+    None if it is neither, or not between the years 1000 and 9000.
+    """
     if isinstance(value, date):  # also with a time of day, as Parquet has them
         value = value.isoformat()
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         return None
     text = str(value).strip()
     try:
-        seconds = math.nan if re.fullmatch(r"\d{8}", text) else float(text)
+        if re.fullmatch(r"\d{8}", text):
+            raise ValueError  # the digits of a date
+        seconds = read_number(text)
+        seconds = seconds / 1000 if abs(seconds) >= 1e11 else seconds
     except ValueError:
-        seconds = math.nan
-    if math.isnan(seconds):  # not a number, or the eight digits of a date
         try:
             found = datetime.fromisoformat(text)
-            return (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
-        except (ValueError, OverflowError):
+        except ValueError:
             return None
-    seconds = seconds / 1000 if abs(seconds) >= 1e11 else seconds
-    # Within the years that a date can have.
-    return seconds if math.isfinite(seconds) and -6e10 < seconds < 2.5e11 else None
+        seconds = (found if found.tzinfo else found.replace(tzinfo=UTC)).timestamp()
+    return seconds if EARLIEST <= seconds < LATEST else None
 
 
 def read_stream(read: Callable[[int], bytes], how: TextFormat, skipped: Skipped) -> Iterator[list[Item]]:

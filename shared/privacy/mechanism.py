@@ -3,11 +3,13 @@
 Formal guarantees (relation: add or remove one record; each is checked in tests/shared/privacy/test_mechanism.py and by the
 planted faults of tests/client/training/test_faults.py)
     * `poisson_sample` includes each record independently with the same probability.
-    * `ClippedSum` changes by at most `max_grad_norm` in L2 norm, over all parameters together, when one example
-      is added or removed, however the logical batch is cut into micro-batches and whatever the gradients hold. The others'
-      part of the sum stays the same to the last bit: every clipped vector is put on a grid, and sums on a grid are exact
-      (test_the_sum_is_the_same_to_the_last_bit_in_any_order_and_cut). What the gradients themselves owe to the company is for
-      the model to rule out: `shared.models.packing` (tests/client/training/test_sensitivity.py).
+    * `ClippedSum` changes by at most `max_grad_norm` (C) in L2 norm, over all parameters together, when one example is added or
+      removed, however the logical batch is cut into micro-batches, whatever gradients in float32 or bfloat16 hold, for every C
+      that a job may ask for (`shared.limits.MIN_GRAD_NORM`). None is computed in float64: scaling its largest numbers down to
+      so small a C would leave few digits. The others' part of the sum stays the same to the last bit: every clipped vector is
+      put on a grid, and sums on a grid are exact (test_the_sum_is_the_same_to_the_last_bit_in_any_order_and_cut). What the
+      gradients themselves owe to the company is for the model to rule out: `shared.models.packing`
+      (tests/client/training/test_sensitivity.py).
     * `add_gaussian_noise` adds independent N(0, std^2) to every coordinate, drawn in float64 on the CPU.
 
 Source: DP-SGD, Abadi et al. 2016, algorithm 1, with Poisson sampling and normalisation by the expected batch size.

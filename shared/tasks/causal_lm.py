@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from shared.data.records import named
 from shared.errors import ConfigError, DataError, ModelError
 from shared.job.kinds import RULES, TaskKind
 from shared.models.backbones import ARCHITECTURES
@@ -52,7 +53,9 @@ class CausalLanguageModelling(Task):
         examples = [Example(torch.tensor([*ids, *end][:max_length], dtype=torch.int64)) for ids in encoded]
         for row, example in enumerate(examples, start=1):
             if example.length < 2:
-                raise DataError(f"record {row} has fewer than two tokens, so there is nothing to predict; remove it.")
+                raise DataError(
+                    f"{named(records[row - 1], row)} has fewer than two tokens, so there is nothing to predict; remove it."
+                )
         return examples
 
     def start(self, text: str, tokenizer: Any, max_length: int) -> list[int]:

@@ -13,11 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from shared.data.records import named
 from shared.errors import DataError
 from shared.job.kinds import RULES
 from shared.models.batches import Example
 from shared.models.heads import init_linear
 from shared.models.images import PIXEL_STEPS
+from shared.numbers import read_number
 from shared.tasks.base import Prediction, Record
 from shared.tasks.sequence_classification import SequenceClassification
 
@@ -43,31 +45,35 @@ class ImageClassification(SequenceClassification):
         """
         targets = self.targets(records)
         return [
-            Example(self._steps(record["pixels"], row), target)
+            Example(self._steps(record["pixels"], named(record, row)), target)
             for row, (record, target) in enumerate(zip(records, targets, strict=True), start=1)
         ]
 
-    def _steps(self, pixels: Any, row: int) -> Tensor:
-        """Return the pixel values of one record as steps of the range, int64 [pixels]."""
+    def _steps(self, pixels: Any, name: str) -> Tensor:
+        """Return the pixel values of one record, called `name` in errors, as steps of the range, int64 [pixels]."""
         size = self.config.num_pixels
+        cells = pixels.replace(",", " ").split() if isinstance(pixels, str) else pixels
         try:
-            values = np.asarray(pixels.replace(",", " ").split() if isinstance(pixels, str) else pixels, np.float64)
+            # NumPy, too, takes the text 1_3 for 13, and true for 1; numbers it reads by itself, for there are millions of them.
+            if isinstance(cells, list) and {*map(type, cells)} & {str, bool}:
+                cells = [*map(read_number, cells)]
+            values = np.asarray(cells, np.float64)
         except (ValueError, TypeError, OverflowError):
             # The error's text would hold a pixel value.
             raise DataError(
-                f"record {row} has pixels that are no numbers; expected a list of {size} numbers, or a text of them "
+                f"{name} has pixels that are no numbers; expected a list of {size} numbers, or a text of them "
                 "with spaces between."
             ) from None
         if values.shape != (size,):
             raise DataError(
-                f"record {row} has pixels of shape {list(values.shape)}, expected {size} numbers in one row "
+                f"{name} has pixels of shape {list(values.shape)}, expected {size} numbers in one row "
                 "(task.image_shape: channels x height x width, channel by channel and row by row)."
             )
         assert self.config.pixel_range is not None  # noqa: S101 (checked by TaskConfig)
         low, high = self.config.pixel_range
         if not ((values >= low) & (values <= high)).all():  # NaN is in no range
             raise DataError(
-                f"record {row} has a pixel outside task.pixel_range, {low:g} to {high:g}. Mend the data, or give the range of "
+                f"{name} has a pixel outside task.pixel_range, {low:g} to {high:g}. Mend the data, or give the range of "
                 "the format in the job, not that of the data."
             )
         return torch.from_numpy(np.rint((values - low) / (high - low) * PIXEL_STEPS).astype(np.int64))

@@ -6,17 +6,18 @@ number is mapped to [-1, 1], so that learning rate and clipping bound mean the s
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shared.data.records import named
 from shared.errors import DataError
 from shared.job.kinds import RULES
 from shared.models.batches import Batch, Example
 from shared.models.heads import PooledClassifier, init_linear
+from shared.numbers import read_number
 from shared.tasks.base import Evaluation, Prediction, Record
 from shared.tasks.predicting import Explained, Predicting, Read
 
@@ -52,11 +53,9 @@ class Regression(Predicting):
         targets = []
         for row, record in enumerate(records, start=1):
             try:
-                score = float(record["score"]) if "score" in record else (low + high) / 2
-            except (TypeError, ValueError):
-                score = math.nan
-            if not math.isfinite(score):
-                raise DataError(f"record {row} has a score that is no finite number; mend the data.")
+                score = read_number(record["score"]) if "score" in record else (low + high) / 2
+            except ValueError:
+                raise DataError(f"{named(record, row)} has a score that is no finite number; mend the data.") from None
             targets.append(2 * (min(max(score, low), high) - low) / (high - low) - 1)
         return targets
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.data.records import named
 from shared.errors import DataError, ModelError
 from shared.job.kinds import RULES
 from shared.models.batches import IGNORED, Batch, Example
@@ -45,7 +46,9 @@ class Replies(CausalLanguageModelling):
             prompt = prompt_tokens(text, tokenizer, max_length)
             response = tokenizer(read_part(reply, tokenizer, max_length), add_special_tokens=False)["input_ids"]
             if not response:
-                raise DataError(f"record {row} has an empty response, so there is nothing to learn; remove it.")
+                raise DataError(
+                    f"{named(records[row - 1], row)} has an empty response, so there is nothing to learn; remove it."
+                )
             ids = torch.tensor([*prompt, *response, *end][:max_length], dtype=torch.int64)
             targets = ids.clone()
             targets[: len(prompt)] = IGNORED

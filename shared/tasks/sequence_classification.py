@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from shared.data.records import named
 from shared.errors import DataError
 from shared.job.kinds import RULES, TaskKind
 from shared.limits import MAX_TABLE_LABELS
@@ -47,8 +48,8 @@ class SequenceClassification(Predicting):
             if label not in index:
                 # The label itself may be private: only its row is named.
                 raise DataError(
-                    f"record {row} has a label that is not among task.labels ({', '.join(labels)}). Mend the data or add the "
-                    "label to the job."
+                    f"{named(record, row)} has a label that is not among task.labels ({', '.join(labels)}). Mend the data "
+                    "or add the label to the job."
                 )
             targets.append(index[label])
         return targets

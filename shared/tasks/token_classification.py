@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from shared.data.cells import value_fault
+from shared.data.records import named
 from shared.errors import DataError
 from shared.job.kinds import RULES
 from shared.models.batches import IGNORED, Batch, Example
@@ -51,15 +52,17 @@ class TokenClassification(Predicting):
         index = {label: i for i, label in enumerate(labels)}
         targets = []
         for row, record in enumerate(records, start=1):
-            words = _words(record["tokens"], row)
-            tags = [OUTSIDE] * len(words) if "tags" not in record else _words(record["tags"], row)
+            words = _words(record, "tokens", row)
+            tags = [OUTSIDE] * len(words) if "tags" not in record else _words(record, "tags", row)
             if len(tags) != len(words):
-                raise DataError(f"record {row} has {len(words)} tokens but {len(tags)} tags; each word needs one.")
+                raise DataError(
+                    f"{named(record, row)} has {len(words)} tokens but {len(tags)} tags; each word needs one."
+                )
             if not index.keys() >= {*tags}:
                 # The tag itself may be private: only its row is named.
                 raise DataError(
-                    f"record {row} has a tag that is not among task.labels ({', '.join(labels)}). Mend the data or add the tag "
-                    "to the job."
+                    f"{named(record, row)} has a tag that is not among task.labels ({', '.join(labels)}). Mend the data "
+                    "or add the tag to the job."
                 )
             targets.append([index[tag] for tag in tags])
         return targets
@@ -67,7 +70,7 @@ class TokenClassification(Predicting):
     def tokenized(self, records: Sequence[Record], tokenizer: Any, max_length: int, **options: Any) -> Any:
         """Return the pieces that the tokenizer makes of words, as far as `max_length` tokens reach."""
         words = [
-            read_words(_words(record["tokens"], row), tokenizer, max_length)
+            read_words(_words(record, "tokens", row), tokenizer, max_length)
             for row, record in enumerate(records, start=1)
         ]
         return tokenizer(words, is_split_into_words=True, truncation=True, max_length=max_length, **options)
@@ -85,7 +88,7 @@ class TokenClassification(Predicting):
                 pieces[place] = own[word]
             if bool((pieces == IGNORED).all()):
                 raise DataError(
-                    f"record {row + 1} has no word that the tokenizer knows within model.max_length {max_length}; "
+                    f"{named(records[row], row + 1)} has no word that the tokenizer knows within model.max_length {max_length}; "
                     "remove it or raise model.max_length."
                 )
             examples.append(Example(torch.tensor(ids, dtype=torch.int64), pieces))
@@ -240,11 +243,15 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     return found
 
 
-def _words(value: Any, row: int) -> list[str]:
+def _words(record: Record, role: str, row: int) -> list[str]:
     """Return the words of a cell: a list, or text with spaces between them."""
-    if (fault := value_fault("tokens", value)) is not None:
-        raise DataError(f"record {row} has {fault}; mend the data.")
+    value = record[role]
+    if (fault := value_fault(role, value)) is not None:
+        raise DataError(f"{named(record, row)} has {fault}; mend the data.")
     words: list[str] = value.split() if isinstance(value, str) else list(value)
     if not words or not all(word.strip() for word in words):
-        raise DataError(f"record {row} has no words, or an empty one; expected a list of words, or text with spaces.")
+        what = "words" if role == "tokens" else role
+        raise DataError(
+            f"{named(record, row)} has no {what}, or an empty one; expected a list of {what}, or text with spaces."
+        )
     return words

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from shared.data.cells import text_fault
+from shared.data.records import named
 from shared.errors import DataError
 from shared.models.batches import IGNORED
 from shared.models.heads import sum_in_order
@@ -24,7 +25,7 @@ def texts_of(records: Sequence[Any], role: str) -> list[str]:
     """Return the texts of records; `DataError` naming the record that holds none, which is never turned into one."""
     for row, record in enumerate(records, start=1):
         if (fault := text_fault(record[role])) is not None:
-            raise DataError(f"record {row} has {fault} as its {role}; mend the data.")
+            raise DataError(f"{named(record, row)} has {fault} as its {role}; mend the data.")
     return [record[role] for record in records]
 
 

@@ -26,21 +26,20 @@ def in_bytes(value: int | None) -> str:
     return f"{value} B"
 
 
-def clock(time: str | datetime | None) -> str:
-    """Return a time of a log, or of a certificate, for people; what is none stands as it is."""
+def clock(time: str | datetime | float | None) -> str:
+    """Return a time of a log, a certificate or a file for people; what is none, or in no year of four digits, stands as it is."""
     if time is None:
         return "–"
     try:
-        moment = datetime.fromisoformat(time) if isinstance(time, str) else time
-    except ValueError:
+        moment = datetime.fromtimestamp(time, UTC) if isinstance(time, int | float) else time
+        moment = datetime.fromisoformat(moment) if isinstance(moment, str) else moment
+    except (ValueError, OverflowError, OSError):
         return str(time)
     return f"{moment:%Y-%m-%d %H:%M:%S}"
 
 
 def minute(time: str | datetime | float | None) -> str:
     """Return the minute of a time, for tables whose page says that all times are UTC."""
-    if isinstance(time, int | float):
-        time = datetime.fromtimestamp(time, UTC)
     return clock(time)[:16]
 
 

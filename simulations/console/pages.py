@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Query
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
+from shared.numbers import read_number
 from shared.web.asked import Denied, Here, Routes
 from shared.web.console import Entry
 from shared.web.exports import as_csv, as_json_lines
@@ -222,10 +223,10 @@ def _each(values: Iterable[str]) -> list[str]:
 
 def _positive(text: str) -> float | None:
     try:
-        number = float(text)
+        number = read_number(text)
     except ValueError:
         return None
-    return number if 0 <= number < float("inf") else None
+    return number if number >= 0 else None
 
 
 def _row(run: Run) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from shared.errors import DataError
 from simulations.data.archives import PackageArchive, cache_folder, sha256_of
 from simulations.data.demo_data import ARCHIVE, load_movie_reviews
 from simulations.data.downloads import PublicFile
+from simulations.data.tagged import tagged_sentences
 
 Records = list[dict[str, Any]]
 
@@ -144,26 +145,6 @@ def load_bc5cdr() -> BuiltinData:
     """Sentences of medical abstracts: `tokens` and `tags`, chemicals and diseases in IOB2."""
     train, test = (list(tagged_sentences(read_public("bc5cdr", file.name))) for file in BC5CDR)
     return BuiltinData(train, test)
-
-
-def tagged_sentences(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the sentences of lines `token <tab> tag` with a blank line after each sentence.
-
-    Raises:
-        DataError: naming the line that is otherwise.
-    """
-    tokens: list[str] = []
-    tags: list[str] = []
-    for number, line in enumerate([*text.splitlines(), ""], start=1):
-        if line.strip():
-            cells = line.split("\t")
-            if len(cells) != 2:
-                raise DataError(f"line {number}: expected a token and a tag with a tab between them.")
-            tokens.append(cells[0])
-            tags.append(cells[1])
-        elif tokens:
-            yield {"tokens": tokens, "tags": tags}
-            tokens, tags = [], []
 
 
 # --- customers' reviews in Chinese ---

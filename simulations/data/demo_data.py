@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.data.datasets import DataSource, Record, read_records, write_jsonl
 from shared.errors import DataError
+from shared.numbers import read_number
 from shared.privacy.persons import Persons
 from simulations.data.archives import Download, PackageArchive, cache_folder, make_cache, read_member, sha256_of
 
@@ -140,7 +141,7 @@ def parse_ratings(data: bytes) -> list[dict[str, Any]]:
     for number, line in enumerate(data.decode("utf-8").splitlines(), start=1):
         try:
             _, rating_text, text = line.split("\t")
-            rating = float(rating_text)
+            rating = read_number(rating_text)
         except ValueError:
             raise DataError(f"{RATINGS}, line {number}: expected an id, a rating and a text with tabs.") from None
         if not -4 <= rating <= 4 or not text.strip():

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from shared.data.datasets import PERSON_ROLE, TEXT_ROLES, Record
+from shared.data.records import named
 from shared.errors import DataError
 from shared.job.parsing import Section
 from shared.privacy.persons import Persons
@@ -220,7 +221,7 @@ def _rows_by_value(records: Sequence[Record], role: str) -> dict[Hashable, list[
         value = record.get(role)
         if value is None or not isinstance(value, Hashable):
             raise DataError(
-                f"record {index + 1} has {'no' if value is None else 'a list as'} {role!r}. Expected one "
+                f"{named(record, index + 1)} has {'no' if value is None else 'a list as'} {role!r}. Expected one "
                 "plain value, text or number, in every record; declare its column or choose another kind."
             )
         groups.setdefault(value, []).append(index)

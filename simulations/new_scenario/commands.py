@@ -12,6 +12,7 @@ from shared import terminal
 from shared.errors import ConfigError
 from shared.job.kinds import RULES, TaskKind
 from shared.job.parsing import nearest
+from shared.numbers import read_number
 from shared.options import DelimiterOption, OptionalQuotingOption
 
 _Column = str | None
@@ -122,10 +123,12 @@ def _numbers(text: str | None, option: str, count: int) -> list[float]:
     if text is None:
         return []
     try:
-        found = [float(part) for part in text.split(",")]
+        found = [read_number(part) for part in text.split(",")]
     except ValueError:
         found = []
-    if len(found) != count or any(number != number or abs(number) > 1e12 for number in found):
+    if option == "--shape" and not all(number.is_integer() for number in found):
+        found = []
+    if len(found) != count or any(abs(number) > 1e12 for number in found):
         raise ConfigError(
             f"{option} is {text!r}; expected {count} numbers with commas between, such as "
             f"{'0,255' if count == 2 else '1,28,28'}."

@@ -17,10 +17,10 @@ from pathlib import Path
 
 from shared.data.datasets import write_jsonl
 from shared.errors import ConfigError, DataError, RunError, SilotuneError
-from simulations.data.builtin_data import tagged_sentences
+from simulations.data.tagged import tagged_sentences
 from simulations.new_scenario.question import Question
 
-_TAGGED = re.compile(r"\S+[\t ]+(\S+[\t ]+)*(O|[BI]-\S+)")
+_TAGGED = re.compile(r"[^\t ]+[\t ]+([^\t ]+[\t ]+)*(O|[BI]-\S+)")
 _LINES_LOOKED_AT = 20
 MOST_BYTES = 2**30
 
@@ -104,12 +104,10 @@ def looks_like_iob(path: Path) -> bool:
 
 
 def copy_as_jsonl(path: Path, target: Path) -> int:
-    """Write the sentences of `path` to `target`, one a line, and return how many there are.
-
-    The first column is the word, the last one the tag; columns between them are left out.
+    """Write the sentences of `path` to `target`, one a line, and return how many there are; see `tagged_sentences`.
 
     Raises:
-        DataError: if it is too large, not UTF-8, or a line has no tag; messages name the line only.
+        DataError: if it is too large, not UTF-8, or a line is not like the others; messages name the line only.
         RunError: if the disk does not take it.
     """
     if path.stat().st_size > MOST_BYTES:
@@ -118,14 +116,9 @@ def copy_as_jsonl(path: Path, target: Path) -> int:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise DataError(f"{path} is not UTF-8; save it as UTF-8.") from None
-    lines = []
-    for number, line in enumerate(text.splitlines(), start=1):
-        cells = line.split()
-        if cells and cells[0] == "-DOCSTART-":
-            cells = []
-        if len(cells) == 1:
-            raise DataError(f"{path}, line {number}: a word without a tag, or a tag without a word.")
-        lines.append(f"{cells[0]}\t{cells[-1]}" if cells else "")
-    records = list(tagged_sentences("\n".join(lines)))
+    try:
+        records = list(tagged_sentences(text))
+    except DataError as error:
+        raise DataError(f"{path}, {error}") from None
     write_jsonl(target, records)
     return len(records)

@@ -6,7 +6,6 @@ id of a record. Labels, tags and the names of sites may be shown: they are what 
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -14,10 +13,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared.data.cells import shorten
 from shared.data.datasets import PERSON_ROLE, DataSource, Record, read_records
 from shared.errors import DataError
 from shared.job.kinds import TaskKind
 from shared.job.parsing import parse
+from shared.numbers import read_number
 from shared.privacy.persons import Persons
 from simulations.new_scenario.question import SITE_ROLE, Question, columns_of
 
@@ -87,7 +88,8 @@ def _classes(question: Question, found: Findings, records: Sequence[Record]) -> 
     values = [record["label"] for record in records]
     if found.kind == "sequence_classification":
         _require_text(question, found, records, "text")
-        if question.kind is None and not question.labels and (numbers := _numbers(values)):
+        numbers, wrong = _numbers(values)
+        if question.kind is None and not question.labels and not wrong:
             found = _numeric_labels(question, found, numbers)
             if found.kind == "regression":
                 return _scores(question, found, records)
@@ -117,9 +119,11 @@ def _scores(question: Question, found: Findings, records: Sequence[Record]) -> F
     _require_text(question, found, records, "text")
     columns = columns_of("regression", found.columns)
     values = [record.get("score", record.get("label")) for record in records]
-    numbers = _numbers(values)
-    if not numbers:
-        raise DataError(f"column {columns['score']!r} does not hold a number in every record; regression needs one.")
+    numbers, wrong = _numbers(values)
+    if wrong:
+        raise DataError(
+            f"column {columns['score']!r} does not hold a number in every record, not at {_rows(wrong)}; regression needs one."
+        )
     low, high = question.value_range or (min(numbers), max(numbers))
     if low >= high:
         raise DataError(
@@ -139,12 +143,11 @@ def _scores(question: Question, found: Findings, records: Sequence[Record]) -> F
 
 
 def _tags(question: Question, found: Findings, records: Sequence[Record]) -> Findings:
-    words = [_listed(record["tokens"]) for record in records]
-    tags = [_listed(record["tags"]) for record in records]
+    words, tags = _listed(records, "tokens"), _listed(records, "tags")
     column = found.columns["tags"]
-    for number, (own, marks) in enumerate(zip(words, tags, strict=True), start=1):
+    for row, (own, marks) in enumerate(zip(words, tags, strict=True), start=1):
         if len(own) != len(marks):
-            raise DataError(f"record {number} has {len(own)} tokens and {len(marks)} tags; each token needs one.")
+            raise DataError(f"row {row:,} has {len(own)} tokens and {len(marks)} tags; each token needs one.")
     seen = Counter(tag for marks in tags for tag in marks)
     if foreign := sorted(tag for tag in seen if not re.fullmatch(r"O|[BI]-.+", tag)):
         raise DataError(
@@ -156,7 +159,7 @@ def _tags(question: Question, found: Findings, records: Sequence[Record]) -> Fin
     if len(kinds) > MOST_LABELS // 2:
         raise DataError(f"column {column!r} names {len(kinds):,} kinds of entities; {MOST_LABELS // 2} are the most.")
     labels = question.labels or ("O", *(f"{mark}-{kind}" for kind in kinds for mark in "BI"))
-    _require_known(column, seen, labels)
+    _require_known(column, tags, labels)
     return replace(found, labels=tuple(labels), texts=words)
 
 
@@ -173,12 +176,18 @@ def _dialogue(question: Question, found: Findings, records: Sequence[Record]) ->
 
 def _images(question: Question, found: Findings, records: Sequence[Record]) -> Findings:
     column = found.columns["pixels"]
-    sizes = {len(_listed(record["pixels"])) for record in records}
-    if len(sizes) > 1:
-        raise DataError(f"column {column!r} holds images of {len(sizes)} sizes; scale them to one.")
-    values = [_numbers(_listed(record["pixels"])) for record in records]
-    if not all(values):
-        raise DataError(f"column {column!r} does not hold pixel values, numbers alone, in every record.")
+    images = _listed(records, "pixels")
+    if others := [row for row, image in enumerate(images, start=1) if len(image) != len(images[0])]:
+        raise DataError(
+            f"column {column!r} holds images of {len({*map(len, images)})} sizes, another one than in row 1 at {_rows(others)}; "
+            "scale them to one."
+        )
+    found_numbers = [_numbers(image) for image in images]
+    if wrong := [row for row, (_, bad) in enumerate(found_numbers, start=1) if bad]:
+        raise DataError(
+            f"column {column!r} does not hold pixel values, numbers alone, in every record, not at {_rows(wrong)}."
+        )
+    values = [numbers for numbers, _ in found_numbers]
     low, high = question.value_range or _pixel_range(min(map(min, values)), max(map(max, values)))
     labels = _labels(question, found.columns["label"], [record["label"] for record in records], records)
     return replace(found, labels=labels, value_range=(low, high), texts=[values[0]])
@@ -242,7 +251,7 @@ def _labels(question: Question, column: str, values: Sequence[Any], records: Seq
             + _score_instead(column, values)
         )
     if question.labels:
-        _require_known(column, counts, question.labels)
+        _require_known(column, [[str(value)] for value in values], question.labels)
         return question.labels
     return tuple(sorted(counts))
 
@@ -256,11 +265,13 @@ def _score_instead(column: str, values: Sequence[Any]) -> str:
     return f" It holds numbers: if they are ratings or amounts, name it by --score {column} instead of --label{rest}."
 
 
-def _require_known(column: str, counts: Mapping[str, int], labels: Sequence[str]) -> None:
-    if unknown := sorted(set(counts) - set(labels)):
+def _require_known(column: str, cells: Sequence[Sequence[str]], labels: Sequence[str]) -> None:
+    """Refuse values that were not declared; `cells` has those of each row."""
+    if unknown := {value for cell in cells for value in cell} - {*labels}:
+        rows = [row for row, cell in enumerate(cells, start=1) if not unknown.isdisjoint(cell)]
         raise DataError(
-            f"column {column!r} holds {len(unknown)} values that --labels does not name; the first is on "
-            f"{counts[unknown[0]]:,} records. Add them, or mend the data."
+            f"column {column!r} holds {len(unknown)} values that --labels does not name, at {_rows(rows)}. Add them, or mend "
+            "the data."
         )
 
 
@@ -338,27 +349,28 @@ def _with_sites(question: Question, found: Findings, records: Sequence[Record]) 
 # --- values ---
 
 
-def _numbers(values: Sequence[Any]) -> list[float]:
-    """Return the values as finite numbers; [] if one is none."""
-    found = []
-    for value in values:
+def _numbers(values: Sequence[Any]) -> tuple[list[float], list[int]]:
+    """Return the finite numbers among the values, and the places, from 1, of those that are none."""
+    found, wrong = [], []
+    for place, value in enumerate(values, start=1):
         try:
-            number = math.nan if isinstance(value, bool) else float(value)
-        except (TypeError, ValueError, OverflowError):
-            return []
-        if not math.isfinite(number):
-            return []
-        found.append(number)
-    return found
+            found.append(read_number(value))
+        except ValueError:
+            wrong.append(place)
+    return found, wrong
 
 
-def _listed(value: Any) -> list[Any]:
-    """Return a list as it is, text cut at its spaces."""
-    if isinstance(value, str):
-        return list(value.split())
-    if isinstance(value, list | tuple):
-        return list(value)
-    raise DataError("tokens, tags and pixels are lists, or texts with spaces between; found something else.")
+def _listed(records: Sequence[Record], role: str) -> list[list[Any]]:
+    """Return the lists of a column as they are, texts cut at their spaces."""
+    values = [record[role] for record in records]
+    if wrong := [row for row, value in enumerate(values, start=1) if not isinstance(value, str | list | tuple)]:
+        raise DataError(f"{role} are lists, or texts with spaces between; found something else at {_rows(wrong)}.")
+    return [value.split() if isinstance(value, str) else list(value) for value in values]
+
+
+def _rows(rows: Sequence[int]) -> str:
+    """Return the first of these rows; the records are all rows of the file, in its order."""
+    return f"row {shorten([f'{row:,}' for row in rows], _MOST_SHOWN)}"
 
 
 def _pixel_range(low: float, high: float) -> tuple[float, float]:

@@ -22,6 +22,7 @@ from shared.files.json_files import canonical_json
 from shared.job.parsing import Section, apply_overrides, nearest, parse, toml_value
 from shared.job.privacy import OF_SHARES
 from shared.job.values import Name
+from shared.numbers import read_number, read_whole
 from simulations.scenario import Scenario, build_scenario, load_scenario_file
 
 Search = Literal["grid", "optuna"]
@@ -314,14 +315,14 @@ def parse_axis(text: str) -> tuple[str, Any]:
 
 def _numbers(parts: Sequence[str]) -> list[float] | None:
     try:
-        return [float(part) for part in parts]
+        return [read_number(part) for part in parts]
     except ValueError:
         return None
 
 
 def _parse_seeds(text: str) -> list[int]:
     try:
-        return [int(part) for part in text.split(",")]
+        return [read_whole(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"--seeds {text!r} is not a list of whole numbers, for example 0,1,2.") from None
 

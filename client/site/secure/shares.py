@@ -232,7 +232,7 @@ class Shares:
         return PrivacyPlan.from_job(job)
 
     def _note_computation(self, request: TrainRequest) -> None:
-        """Refuse to compute, which is not charged and can be watched from outside, more often than the job has use for.
+        """Refuse to compute, which is not charged and can be watched from outside, more often than job and policy say.
 
         Raises:
             PolicyError: a round before the last one, another adapter for the same, or too many attempts at it.
@@ -246,9 +246,9 @@ class Shares:
                 f"{' from another adapter' if number == last else ''}; rounds go forward only, each from one adapter."
             )
         computed = asked.computed + 1 if number == last else 1
-        if computed > (most := request.job.spare_attempts + 1):
+        if computed > (most := self._site.guard.most_attempts(request.job)):
             raise PolicyError(
-                f"this site has computed {most} attempts at round {number}, as many as the job plans for one."
+                f"this site has computed {most} attempts at round {number}, as many as the job plans and its policy allows."
             )
         if request.order is not None:  # the same job may have been signed more than once
             end = request.order.signed_job.not_after

@@ -32,6 +32,8 @@ _MONDAY = 4 * 86_400
 """Seconds of the first Monday after 1970 began: weeks begin on one."""
 MOST = 10**9
 """Of windows, and of texts in one."""
+MOST_SECONDS = 1000 * 7 * 86_400
+"""Of a window of time, 1,000 weeks: it ends in a year that a date can have, whenever its texts are from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,8 +72,8 @@ class MonitorSettings:
             raise ConfigError(
                 f"--window, --baseline-windows and --horizon go up to {MOST:,}; found {excerpt(largest)}."
             )
-        if self.every is not None and not 1 <= self.every < math.inf:
-            raise ConfigError(f"--every is {self.every:g} seconds; give one second or more.")
+        if self.every is not None and not 1 <= self.every <= MOST_SECONDS:
+            raise ConfigError(f"--every is {self.every:g} seconds; give one second or more, up to 1,000 weeks.")
         if not 0 < self.alpha < 1:
             raise ConfigError(f"--alpha is {self.alpha:g}; give a probability, such as 0.05.")
         if not 0 <= self.min_shift < 1:

@@ -23,6 +23,7 @@ from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.parsing import nearest, parse
+from shared.numbers import read_number
 from shared.options import OnlyJsonOption
 from shared.tools.plan.figure import UtilityFile, UtilityPoint, draw
 from shared.tools.plan.tables import Planned, print_answers, print_shares
@@ -305,15 +306,13 @@ def parse_sweep(text: str) -> tuple[str, list[float]]:
 
 def _values(spec: str) -> list[float]:
     if ":" not in spec:
-        values = [float(part) for part in spec.split(",")]
+        values = [read_number(part) for part in spec.split(",")]
     else:
-        first, last, step = [*(float(part) for part in spec.split(":")), 1.0][:3]
+        first, last, step = [*(read_number(part) for part in spec.split(":")), 1.0][:3]
         if not (math.isfinite(first + last + step) and step > 0 and last >= first) or spec.count(":") > 2:
             raise ValueError(spec)
         count = min(math.floor((last - first) / step + 1e-9), MAX_POINTS)  # one point too many is refused later
         values = [round(first + step * k, 12) for k in range(count + 1)]
-    if not all(map(math.isfinite, values)):
-        raise ValueError(spec)
     return values
 
 

@@ -133,6 +133,8 @@ def test_what_if_is_what_a_request_would_say(served: Serving) -> None:
     "typed",
     [
         {"steps": "x"},
+        {"steps": "1_3"},
+        {"value": "1_3"},
         {"steps": "0"},
         {"steps": "999999999999"},
         {"rate": "nan"},

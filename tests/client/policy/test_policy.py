@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from datetime import UTC, datetime, time, timedelta
+from datetime import UTC, datetime, time, timedelta, timezone
 from pathlib import Path
 from typing import Any
 
@@ -352,6 +352,10 @@ def test_clock() -> None:
         check_clock(policy, NOW + timedelta(seconds=61), NOW)
     with pytest.raises(PolicyError, match="7,200 seconds behind"):
         check_clock(policy, NOW - timedelta(hours=2), NOW)
+    east, west = (timezone(timedelta(hours=hours)) for hours in (14, -14))
+    for far in (datetime.min.replace(tzinfo=east), datetime.max.replace(tzinfo=west)):  # in UTC they are in no calendar
+        with pytest.raises(PolicyError, match=r"seconds (ahead of|behind)"):
+            check_clock(policy, far, NOW)
 
 
 def test_backbone() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +113,29 @@ def test_a_header_that_lacks_a_column_is_named_but_not_shown(raw: bytes, how: di
         ("1772366400", datetime(2026, 3, 1, 12, tzinfo=UTC)),
         (1772366400000, datetime(2026, 3, 1, 12, tzinfo=UTC)),
         ("1772366400.0", datetime(2026, 3, 1, 12, tzinfo=UTC)),
+        (datetime(2026, 3, 1, 12), datetime(2026, 3, 1, 12, tzinfo=UTC)),
+        ("1000-01-01", datetime(1000, 1, 1, tzinfo=UTC)),
+        ("8999-12-31T23:59:59Z", datetime(8999, 12, 31, 23, 59, 59, tzinfo=UTC)),
     ],
 )
 def test_times(value: object, expected: datetime) -> None:
     assert parse_time(value) == expected.timestamp()
 
 
-@pytest.mark.parametrize("value", [None, True, "", "soon", "nan", "inf", "2026-13-01", 1e300, [], {}])
+NO_TIMES = [None, True, "", "soon", "nan", "inf", "2026-13-01", 1e300, [], {}, "1_772_366_400"]
+TOO_FAR = ["9999-12-31T23:59:59Z", "0001-01-01", "0001-01-01T00:00:00+14:00", "9000-01-01", "0999-12-31", datetime.max]
+
+
+@pytest.mark.parametrize("value", [*NO_TIMES, *TOO_FAR, date.min, -4e10, 9e14])
 def test_what_is_no_time(value: object) -> None:
     assert parse_time(value) is None
+
+
+def test_a_row_from_beyond_the_calendar_is_left_out_and_counted() -> None:
+    raw = b"text,when\nx,9999-12-31T23:59:59Z\ny,2026-03-01\nz,0001-01-01\n"
+    items, skipped = read("csv", raw, 100, time="when")
+    assert [item.text for item in items] == ["y"]
+    assert skipped.counts == {"without a readable time": 2}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from dp_accounting.pld.pld_pmf import DensePLDPmf
 from dp_accounting.pld.privacy_loss_distribution import PrivacyLossDistribution, from_gaussian_mechanism
 from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
 from numpy.typing import NDArray
+from scipy.optimize import brentq
 from scipy.special import ndtr
 
 from shared.privacy.accountant.loss_distribution import (
@@ -191,6 +192,74 @@ def test_sampled_steps_lie_between_losses_rounded_down_and_up(
     least = composed_directly(sigma, rate, steps, delta, cell, 0)
     assert least <= found <= composed_directly(sigma, rate, steps, delta, cell, 1)
     assert found - least > 0
+
+
+# --- against an integral along a line, in which losses stand as they are, on no grid ---
+
+
+def integrated_epsilon(
+    sigma: float, rate: float, steps: int, delta: float, near: float, *, removed: bool, points: int = 1200
+) -> float:
+    """Epsilon of many small losses L, from the moments M(s) = E[exp(s L)] of one step at complex s.
+
+    What a loss counts, 1 - exp(epsilon - L) above epsilon, is a Laplace integral over exp(s (L - epsilon)) / (s (s + 1)), so that
+    delta is one over M(s)^steps exp(-s epsilon) / (s (s + 1)) along any line s = tilt + i t, tilt > 0. Both it and the moments
+    are sums of smooth functions that vanish at their ends, at equal distances: their error falls exponentially.
+    """
+    noise = np.arange(-13 * sigma, 13 * sigma + 1, sigma / 16)
+    ratio = rate * np.expm1((2 * noise - 1) / (2 * sigma**2))  # likelihood ratio, less 1
+    mass = np.exp(-0.5 * (noise / sigma) ** 2) / 16 / math.sqrt(2 * math.pi)
+    loss = np.log1p(ratio) if removed else -np.log1p(ratio)
+    mass = mass * (1 + ratio) if removed else mass
+    tilt = 1 / near
+    tilted = mass * np.exp(tilt * loss) / (mass @ np.exp(tilt * loss))
+    deviation = math.sqrt(steps * (tilted @ (loss - tilted @ loss) ** 2))
+    line = tilt + 1j * np.linspace(0, 12 / deviation, points)
+    moments = steps * np.log1p(np.expm1(np.multiply.outer(line, loss)) @ mass)
+
+    def excess(epsilon: float) -> float:
+        parts = (np.exp(moments - line * epsilon) / (line * (line + 1))).real
+        return float(np.trapezoid(parts, line.imag)) / math.pi - delta
+
+    return float(brentq(excess, near / 3, near * 3, xtol=1e-12))
+
+
+@pytest.mark.parametrize(
+    ("sigma", "rate", "steps", "delta"),
+    [
+        (5.0, 0.001, 5000, 1e-5),  # where cells of 1e-4 are half of what a step loses
+        (5.0, 0.001, 5000, 1e-9),
+        (10.0, 1e-3, 20_000, 1e-5),
+        (20.0, 1e-4, 100_000, 1e-9),
+        (1.5, 0.01, 3000, 1e-5),
+        (2.0, 0.01, 1000, 1e-6),
+        (8.0, 0.3, 400, 1e-8),
+    ],
+)
+def test_many_small_steps_are_just_above_an_integral_over_no_grid(
+    sigma: float, rate: float, steps: int, delta: float
+) -> None:
+    found = of(sigma, rate, steps, delta)
+    exact = max(integrated_epsilon(sigma, rate, steps, delta, found, removed=way) for way in (True, False))
+    assert exact <= found <= 1.03 * exact
+
+
+def test_the_integral_is_exact_and_so_are_fine_grids() -> None:
+    """Twice the points and another line change nothing; dp-accounting's finest grids close in on it from both sides."""
+    exact = integrated_epsilon(5.0, 0.001, 5000, 1e-5, 0.04, removed=True)
+    assert integrated_epsilon(5.0, 0.001, 5000, 1e-5, 0.02, removed=True, points=2400) == pytest.approx(exact, rel=1e-8)
+    low, high = (
+        from_gaussian_mechanism(
+            5.0, sampling_prob=0.001, value_discretization_interval=1e-6, pessimistic_estimate=way, use_connect_dots=way
+        )
+        .self_compose(5000)
+        .get_epsilon_for_delta(1e-5)
+        for way in (False, True)
+    )
+    assert 0.9 * exact < low <= exact <= high < 1.0001 * exact
+    # A whole Gaussian, too, is such a sum.
+    exact = exact_epsilon(mpmath.sqrt(1000) / mpmath.mpf(100), 1e-5)
+    assert integrated_epsilon(100.0, 1.0, 1000, 1e-5, exact, removed=True) == pytest.approx(exact, rel=1e-8)
 
 
 @functools.lru_cache

@@ -274,6 +274,16 @@ def test_no_vector_is_longer_than_any_bound_that_a_job_may_ask_for(bound: float,
     assert float((total.sums[0] / bound).norm()) <= 1.0
 
 
+@pytest.mark.parametrize("bound", [MIN_GRAD_NORM, 8e-12, MAX_GRAD_NORM])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_nor_is_one_of_the_largest_gradients_there_are(bound: float, dtype: torch.dtype, size: int) -> None:
+    """Of float64 gradients of 1.7e308 it was, at 8e-12, 1.00002 times as long: none are computed in float64."""
+    total = ClippedSum([torch.Size([size])], bound)
+    total.add([torch.full((1, size), torch.finfo(dtype).max, dtype=dtype)])
+    assert 1 - 2e-5 < float((total.sums[0] / bound).norm()) <= 1.0
+
+
 @pytest.mark.parametrize("bound", [1e-314, 1e-13, 1e13])
 def test_a_job_cannot_ask_for_another_bound(bound: float) -> None:
     with pytest.raises(ValidationError, match="max_grad_norm"):

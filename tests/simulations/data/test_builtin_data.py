@@ -11,7 +11,7 @@ import pytest
 from shared.errors import DataError
 from shared.tasks.token_classification import entities
 from simulations.data import builtin_data
-from simulations.data.builtin_data import BUILTIN, BuiltinData, data_folders, tagged_sentences
+from simulations.data.builtin_data import BUILTIN, BuiltinData, data_folders
 from simulations.data.commands import LICENCES
 
 
@@ -144,12 +144,3 @@ def test_the_table_tells_the_truth() -> None:
         data = load(name)
         assert described.num_records == len(data.train) + len(data.test or ()), name
         assert described.licence in LICENCES
-
-
-def test_tagged_sentences() -> None:
-    assert list(tagged_sentences("a\tO\nb\tB-x\n\n\nc\tO")) == [
-        {"tokens": ["a", "b"], "tags": ["O", "B-x"]},
-        {"tokens": ["c"], "tags": ["O"]},
-    ]
-    with pytest.raises(DataError, match="line 2: expected a token and a tag"):
-        list(tagged_sentences("a\tO\nsecret"))

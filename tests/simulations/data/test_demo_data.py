@@ -163,7 +163,7 @@ def test_members_are_read_in_memory_and_only_regular_files() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["1\t2.0", "1\ttwo\tfine", "1\t4.1\tfine", "1\tnan\tfine", "1\t2\t ", "1\t2\ta\tb", ""]
+    "line", ["1\t2.0", "1\ttwo\tfine", "1\t4.1\tfine", "1\t0_3\tfine", "1\tnan\tfine", "1\t2\t ", "1\t2\ta\tb", ""]
 )
 def test_parse_names_the_line_only(line: str) -> None:
     with pytest.raises(DataError, match=r"GroundTruth\.txt, line 2: expected") as caught:

@@ -314,6 +314,67 @@ def test_a_file_of_tagged_words(new: Run, refused: Run, tmp_path: Path, between:
     assert "is there already" in refused(data)
 
 
+def test_a_tagged_word_with_a_space_stays_whole_or_its_line_is_named(new: Run, refused: Run, tmp_path: Path) -> None:
+    data = tagged_file(tmp_path / "corpus.iob")
+    text = data.read_text(encoding="utf-8")
+    assert f", line {len(text.splitlines()) + 1} has 3 columns, line 3 has 2" in refused_with(
+        refused, data, text + "a\tb\tO\n"
+    )
+    data.write_text(text + "\nNew York\tB-drug\nNew\xa0York\tO\n", encoding="utf-8")
+    new(data)
+    last = json.loads((tmp_path / "mine.data.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    assert last == {"tokens": ["New York", "New\xa0York"], "tags": ["B-drug", "O"]}
+
+
+def refused_with(refused: Run, data: Path, text: str) -> str:
+    data.write_text(text, encoding="utf-8")
+    return str(refused(data))
+
+
+@pytest.mark.parametrize(
+    ("column", "wrong", "options", "said"),
+    [
+        (
+            "stars",
+            "1_3",
+            ("--text", "note", "--score", "stars", "--range", "0,20"),
+            r"a number in every record, not at row 7, 9;",
+        ),
+        (
+            "triage",
+            "secret",
+            ("--text", "note", "--label", "triage", "--labels", "routine,urgent"),
+            r"not name, at row 7, 9\.",
+        ),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_by_its_rows(
+    refused: Run, tmp_path: Path, column: str, wrong: str, options: tuple[str, ...], said: str
+) -> None:
+    records = [record | ({column: wrong} if number in (7, 9) else {}) for number, record in enumerate(rows(), start=1)]
+    message = refused(write_csv(tmp_path / "notes.csv", records), *options)
+    assert re.search(said, message)
+    assert wrong not in message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ([1] * 63 + ["1_3"], "numbers alone, in every record, not at row 7."),
+        ([1] * 60, "images of 2 sizes, another one than in row 1 at row 7;"),
+        (5, "found something else at row 7."),
+    ],
+)
+def test_an_image_that_does_not_fit_is_named_by_its_row(refused: Run, tmp_path: Path, wrong: object, said: str) -> None:
+    records: list[dict[str, Any]] = [{"scan": [i % 17] * 64, "finding": str(i % 3)} for i in range(150)]
+    records[6]["scan"] = wrong
+    data = write_lines(tmp_path / "scans.jsonl", records)
+    options = ("--pixels", "scan", "--label", "finding", "--shape", "1,8,8")
+    assert said in refused(data, *options)
+    assert "expected 3 numbers" in refused(data, *options[:-1], "1.7,8,8")
+    assert "expected 3 numbers" in refused(data, *options[:-1], "1,8,8,")
+
+
 def test_pairs(new: Run, tmp_path: Path) -> None:
     records = [{"q": sentence(i), "a": sentence(i * 7 + 1), "fits": ["yes", "no"][i % 2]} for i in range(200)]
     data = write_csv(tmp_path / "pairs.csv", records)

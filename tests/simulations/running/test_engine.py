@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import dp_accounting
 import pytest
+import tomli_w
 from dp_accounting.pld import pld_privacy_accountant
 
 from client.ledger.ledger import Budget, Ledger
@@ -117,6 +119,28 @@ def test_a_mistake_is_found_before_anything_is_written(
     with pytest.raises(error) as refused:
         run(scenario_file(**sections), tmp_path / "run")
     assert message in str(refused.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"privacy": {"unit": "patient", "records_per_person": 1}}, {"data": {"num_test": 47}}]
+)
+def test_a_record_that_does_not_fit_is_named_by_its_row_in_the_file(
+    scenario_file: MakeScenario, tmp_path: Path, changes: dict[str, dict[str, Any]]
+) -> None:
+    """Whichever site has it, in whatever place, and also if it was held out."""
+    scenario = scenario_file(task={"kind": "token_classification", "labels": ["O", "B-x"]}, **changes)
+    records = [{"words": [f"a{row}", "film"], "marks": ["O", "B-x"], "who": f"p{row}"} for row in range(60)]
+    records[36]["words"] = ["a", " "]
+    (tmp_path / "words.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    raw = tomllib.loads(scenario.read_text())
+    columns = {"tokens": "words", "tags": "marks"} | ({"person": "who"} if "privacy" in changes else {})
+    raw["data"]["train"] = {"path": "words.jsonl", "columns": columns}
+    scenario.write_text(tomli_w.dumps(raw))
+    with pytest.raises(
+        DataError, match=r"^(site-\d|the evaluation data): row 37 of the file has no words, or an empty one"
+    ):
+        run(scenario, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

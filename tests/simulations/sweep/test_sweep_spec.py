@@ -154,6 +154,7 @@ def test_a_bad_axis_is_refused(scenario: Path, axes: list[str], message: str) ->
         ({"search": "random"}, "search"),
         ({"seeds": "0,0"}, "distinct"),
         ({"seeds": "0,a"}, "--seeds"),
+        ({"seeds": "0,1_3"}, "--seeds"),
         ({"search": "optuna", "trials": 2, "axes": ["privacy.epsilon=1,2"]}, "besides privacy.epsilon"),
         ({"search": "optuna", "trials": 2, "axes": ["privacy.epsilon=1:2"]}, "not a range"),
         ({"search": "optuna", "trials": 2, "axes": ["training.learning_rate=0:2:log"]}, "logarithmic"),

@@ -150,6 +150,18 @@ def test_a_roster_of_the_consortium_is_answered(sites: Sites) -> None:
     assert sites.charged() == 1
 
 
+def test_the_policy_caps_what_is_computed_and_not_charged(sites: Sites) -> None:
+    """However many attempts the job plans, for others wrote it."""
+    job, world = sites.request.job, sites.world
+    privacy = job.privacy.model_copy(update={"spare_attempts": 100})
+    sites.request = replace(sites.request, job=job.model_copy(update={"privacy": privacy}))
+    change_toml(world.home.policy, max_attempts_per_round=2)
+    for attempt in (1, 2):
+        sites.ready(attempt)
+    told = reason(world, ordered(world, replace(sites.request, attempt=3)))
+    assert "has computed 2 attempts at round 1, as many as the job plans and its policy allows" in told
+
+
 def revoked(sites: Sites, entries: list[Ready]) -> None:
     revoke(sites.ca, "west", passphrase=None, now=sites.world.now)
     publish(sites.ca, sites.world.home.path)

@@ -221,7 +221,13 @@ def test_durations_and_periods() -> None:
     for wrong in ("0d", "1", "1y", "-1d", "1.5h"):
         with pytest.raises(ConfigError, match="--every"):
             _duration(wrong)
-    for wrong in ("2026-01-01", "a/b", "2026-01-01/2026-02-01/2026-03-01"):
+    for wrong in (
+        "2026-01-01",
+        "a/b",
+        "2026-01-01/2026-02-01/2026-03-01",
+        "0001-01-01/2026-01-01",
+        "2026-01-01/9999-12-31",
+    ):
         with pytest.raises(ConfigError, match="FROM/TO"):
             _period(wrong)
 

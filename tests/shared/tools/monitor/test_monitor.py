@@ -5,14 +5,26 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import warnings
 from typing import Any
 
 import numpy as np
 import pytest
 
+from shared.data.text_stream import EARLIEST, LATEST
 from shared.errors import ConfigError, DataError
 from shared.intervals import wilson
-from shared.tools.monitor.monitor import MAX_WINDOWS, Monitor, MonitorSettings, Window, fisher_p_value
+from shared.tools.monitor.figure import draw_monitor
+from shared.tools.monitor.monitor import (
+    MAX_WINDOWS,
+    MOST_SECONDS,
+    Monitor,
+    MonitorSettings,
+    Window,
+    fisher_p_value,
+    utc,
+)
+from shared.tools.monitor.report import window_line
 
 DAY = 86_400.0
 MONDAY = 4 * DAY  # 1970-01-05
@@ -195,6 +207,18 @@ def test_memory_is_bounded_in_an_endless_stream() -> None:
         assert monitor.num_tested == count - 1
 
 
+@pytest.mark.parametrize("every", [1.0, MOST_SECONDS])
+def test_windows_at_both_ends_of_the_calendar_are_told_and_drawn(every: float) -> None:
+    monitor = Monitor(settings(every=every))
+    run(monitor, [0, 1], [EARLIEST, LATEST - 1])
+    lines = [window_line(window, monitor.settings.labels, (0, 1)) for window in monitor.windows]
+    assert len(lines) == 2
+    assert (utc(monitor.windows[0].begin or 0) < "1001", utc(monitor.windows[1].end or 0) >= "9000") == (True, True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert draw_monitor(monitor, (1,), name="ends", adjust=None).startswith(b"\x89PNG")
+
+
 def test_too_many_windows_at_once_are_refused() -> None:
     monitor = Monitor(settings(every=1.0))
     with pytest.raises(ConfigError, match="give longer ones"):
@@ -208,6 +232,8 @@ def test_too_many_windows_at_once_are_refused() -> None:
         ({"baseline_windows": 0}, "at least 1"),
         ({"horizon": 0}, "at least 1"),
         ({"every": 0.0}, "--every"),
+        ({"every": MOST_SECONDS + 1.0}, "up to 1,000 weeks"),
+        ({"every": math.nan}, "--every"),
         ({"alpha": 0.0}, "--alpha"),
         ({"alpha": 1.0}, "--alpha"),
         ({"min_shift": 1.0}, "--min-shift"),

@@ -247,6 +247,7 @@ def test_sweeps(text: str, name: str, values: list[float]) -> None:
         ((*NUMBERS, "--sweep", "epsilon=3:1"), ConfigError, "holds no values"),
         ((*NUMBERS, "--sweep", "epsilon=1:2:3:4"), ConfigError, "holds no values"),
         ((*NUMBERS, "--sweep", "epsilon=1,nan"), ConfigError, "holds no values"),
+        ((*NUMBERS, "--sweep", "epsilon=1,1_3"), ConfigError, "holds no values"),
         ((*NUMBERS, "--sweep", "epsilon=1:1e9"), ConfigError, "at most 100 are computed"),
         ((*NUMBERS, "--epsilon", 1, "--sweep", "parameters=1.5,2"), ConfigError, "parameters is a whole number"),
         ((*NUMBERS, "--sweep", "epsilon=0,1"), ConfigError, "at epsilon=0 of --sweep: --epsilon is 0"),
