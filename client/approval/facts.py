@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -187,10 +187,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def facts_of(request: Request, *, policy: Policy, here: Here, last: Request | None, now: datetime) -> Facts:
+def facts_of(
+    request: Request,
+    *,
+    policy: Policy,
+    here: Here,
+    last: Request | None,
+    now: datetime,
+    lines: Callable[[Job, Policy], tuple[BudgetLine, ...]] | None = None,
+) -> Facts:
     """Return what is to be known of a request; takes seconds of accounting.
 
     Args:
+        lines: tells what the job does to the budget, in the place of the account that is `here`.
         last: the last approved request of the same signer, if there is one.
         now: this site's clock, with time zone.
 
@@ -225,7 +234,7 @@ def facts_of(request: Request, *, policy: Policy, here: Here, last: Request | No
         sample_rate=job.privacy.sample_rate,
         metrics=tuple(job.site_metrics.names),
         promised=promised_by(job, policy),
-        budget=_budget(job, here, policy),
+        budget=_budget(job, here, policy) if lines is None else lines(job, policy),
         rules=tuple(verdicts(policy, signed, now=now)),
         compared_with=None if last is None else (last.name, last.job),
         changes=() if last is None else tuple(changes(last.signed(), signed)),

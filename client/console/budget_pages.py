@@ -8,7 +8,7 @@ from fastapi import Query
 from fastapi.responses import JSONResponse, Response
 
 from client.console.budget import AccountBudget
-from client.console.content import content_of
+from client.console.content import being_read, content_of
 from client.console.forecast import Forecast
 from client.console.pages import Id, told_waiting
 from client.ledger.account import PROMISES
@@ -27,6 +27,8 @@ Typed = Annotated[str, Query(max_length=20)]
 @ROUTES.page("/budget", Action.SEE_BUDGET)
 def budget(asked: Here) -> Response:
     """Show every account of the ledger."""
+    if (later := being_read(asked)) is not None:
+        return later
     content = content_of(asked)
     current = content.budgets.current()
     return asked.page(

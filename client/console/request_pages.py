@@ -15,7 +15,7 @@ from fastapi import Form, Path
 from fastapi.responses import Response
 
 from client.approval.requests import MOST_REASON, Changed
-from client.console.content import content_of
+from client.console.content import being_read, content_of
 from client.console.requests import Requests, Shown
 from shared.errors import RunError, SilotuneError
 from shared.web.asked import Asked, Denied, Here, Routes
@@ -31,6 +31,8 @@ Mark = Annotated[str, Form(max_length=64)]
 @ROUTES.page("/requests", Action.SEE_REQUESTS)
 def requests(asked: Here) -> Response:
     """Show all requests, those that wait first."""
+    if (later := being_read(asked)) is not None:
+        return later
     found = _requests(asked)
     shown = found.all()
     return asked.page(
@@ -44,6 +46,8 @@ def requests(asked: Here) -> Response:
 @ROUTES.page("/requests/{request}", Action.SEE_REQUESTS)
 def one_request(asked: Here, request: Id) -> Response:
     """Show one request; what takes long comes later, if it is not known yet."""
+    if (later := being_read(asked)) is not None:
+        return later
     return _page(asked, _found(asked, request))
 
 

@@ -12,14 +12,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from client.approval.facts import Facts
+from client.approval.facts import BudgetLine, Facts, planned_charges
 from client.approval.request import Approval, Request, RequestState, Rules, same_account
+from client.console.budget import Budgets
 from client.policy.policy import Policy
 from client.site.approving import ApprovalDesk
 from shared.errors import SilotuneError, TrustError
+from shared.job.job import Job
 from shared.trust.signing import VerifyKey
 from shared.web.turns import Turn
 
@@ -76,11 +78,14 @@ class Requests:
 
     Args:
         desk: decides and tells.
+        budgets: what is spent.
         now: this site's clock, with time zone.
     """
 
-    def __init__(self, desk: ApprovalDesk, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self.desk, self._now = desk, now
+    def __init__(
+        self, desk: ApprovalDesk, budgets: Budgets, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self.desk, self._budgets, self._now = desk, budgets, now
         self._lock, self._accounting = threading.Lock(), Turn()
         self._facts: dict[tuple[object, ...], tuple[float, Facts]] = {}
         self._counted: tuple[float, int] | None = None
@@ -139,13 +144,16 @@ class Requests:
             basis = self.desk.basis(shown.request)
             if (kept := self._kept(basis)) is not None:
                 return kept
-            found = self.desk.facts(shown.request.id, by_id=True)
-            found = replace(found, here=replace(found.here, account=None))  # as long as the ledger
+            found = self.desk.facts(shown.request.id, by_id=True, lines=self._lines)
             with self._lock:
                 while len(self._facts) >= _MOST_KEPT:
                     del self._facts[next(iter(self._facts))]
                 self._facts[basis] = (time.monotonic(), found)
             return found
+
+    def _lines(self, job: Job, policy: Policy) -> tuple[BudgetLine, ...]:
+        """Return what the desk would say of the budget, without a whole ledger in memory."""
+        return self._budgets.current().lines(job.sha256, planned_charges(job, policy))
 
     def _kept(self, basis: tuple[object, ...]) -> Facts | None:
         with self._lock:

@@ -67,6 +67,7 @@ class PolicyText:
         settings: its keys and values, flat.
         problem: why it cannot be read as TOML; "" if it can.
         refused: why it is no policy although it is TOML; "" if it is one. Without a policy no job is accepted.
+        uneven: whether a job takes more people than the rules that it is judged by.
         changed: when it was written.
         sha256: of its bytes.
     """
@@ -75,6 +76,7 @@ class PolicyText:
     settings: list[tuple[str, str]]
     problem: str
     refused: str
+    uneven: bool
     changed: datetime
     sha256: str
 
@@ -126,17 +128,19 @@ def policy_text(home: SiteHome) -> PolicyText:
         text = content.decode("utf-8-sig")  # as `load_toml` reads it
     except UnicodeDecodeError:
         raise ConfigError(f"{home.policy} is not UTF-8 text; write it anew.") from None
-    problem, refused, settings = "", "", []
+    problem, refused, uneven, settings = "", "", False, []
     try:
         settings = list(_flat("", tomllib.loads(text)))
-        policy_of(text)
+        uneven = bool(policy_of(text).uneven_eyes)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         problem = str(error)
     except ConfigError as error:
         refused = str(error)
     changed = datetime.fromtimestamp(home.policy.stat().st_mtime, UTC)
     sha256 = hashlib.sha256(content).hexdigest()
-    return PolicyText(text=text, settings=settings, problem=problem, refused=refused, changed=changed, sha256=sha256)
+    return PolicyText(
+        text=text, settings=settings, problem=problem, refused=refused, uneven=uneven, changed=changed, sha256=sha256
+    )
 
 
 def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

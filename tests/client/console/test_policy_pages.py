@@ -160,6 +160,21 @@ def test_four_eyes_are_two_accounts(asked: Serving) -> None:
     assert olga.post(f"{path}/accept").status_code == 303, "one officer is enough now"
 
 
+def test_nobody_lowers_four_eyes_alone(asked: Serving) -> None:
+    home, olga = asked.home, asked.signed_in("officer")
+    want(home, 1)
+    text = re.sub('approval = ".*"', 'approval = "required"', home.policy.read_text())
+    home.policy.write_text(re.sub(r"(?m)^approvals_needed = .", "approvals_needed = 2", text))
+    assert "Only a change by which people decide" in text_of(olga.get("/policy").text)
+    path = proposed(olga, re.sub(r"(?m)^approvals_needed = 2", "approvals_needed = 1", home.policy.read_text()))
+    assert "/accept" not in olga.get(path).text
+    answer = olga.post(f"{path}/accept")
+    assert (answer.status_code, "wants somebody else" in answer.text) == (409, True)
+    assert load_policy(home.policy).approvals_needed == 2
+    assert asked.signed_in("Jan").post(f"{path}/accept").status_code == 303
+    assert "Only a change by which people decide" not in text_of(olga.get("/policy").text)
+
+
 def test_a_page_of_before_proposes_nothing(asked: Serving) -> None:
     eve, before = asked.signed_in("engineer"), base_of(asked.home)
     path = proposed(eve, changed(asked.home))

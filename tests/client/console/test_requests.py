@@ -12,6 +12,7 @@ import pytest
 
 from client.approval.request import Request
 from client.approval.words import told
+from client.ledger.ledger import Ledger
 from client.site.approving import ApprovalDesk
 from shared.epsilons import rounded_up
 from shared.errors import AwaitingApproval, LedgerError, PolicyError
@@ -83,6 +84,16 @@ def test_what_waits_comes_first(asked: Serving, request_of: Request) -> None:
     assert "refused by Ruth" in words
     assert "no board yet" not in words, "a reason stands on the request's own page"
     assert "consortium" in words
+
+
+def test_facts_open_no_ledger(asked: Serving, request_of: Request, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger of years opened as the node has it takes half a gigabyte, and most of a minute."""
+    whole = ApprovalDesk(asked.home, passphrase=None).facts(request_of.id, by_id=True)
+    monkeypatch.setattr(Ledger, "__init__", lambda *_, **__: pytest.fail("the whole ledger was opened"))
+    requests = asked.console.content.requests
+    requests._facts.clear()
+    found = requests.facts(next(one for one in requests.all() if one.request.id == request_of.id))
+    assert (found.budget, found.rules) == (whole.budget, whole.rules)
 
 
 def test_a_page_shows_the_facts_of_the_engine(asked: Serving, request_of: Request) -> None:
