@@ -90,7 +90,9 @@ def one_proposal(asked: Here, number: Number) -> Response:
     return _proposal_page(asked, _proposal(asked, number))
 
 
-@ROUTES.page("/policy/proposals/{number}/accept", Action.ACCEPT_POLICY, method="POST")
+@ROUTES.page(
+    "/policy/proposals/{number}/accept", Action.ACCEPT_POLICY, method="POST", proven="/policy/proposals/{number}"
+)
 def accept(asked: Here, number: Number, reason: Reason = "") -> Response:
     """Put a proposal into force."""
     found, changes, me = _proposal(asked, number), _changes(asked), asked.me()

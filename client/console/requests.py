@@ -12,15 +12,16 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 from client.approval.facts import BudgetLine, Facts, planned_charges
 from client.approval.request import Approval, Request, RequestState, Rules, same_account
 from client.console.budget import Budgets
 from client.policy.policy import Policy
 from client.site.approving import ApprovalDesk
-from shared.errors import SilotuneError, TrustError
+from shared.errors import ConfigError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.trust.signing import VerifyKey
 from shared.web.turns import Turn
@@ -29,6 +30,8 @@ log = logging.getLogger("silotune.console")
 
 _KEPT_SECONDS, _MOST_KEPT = 600, 32
 _COUNTED_SECONDS = 15
+WITHOUT_POLICY = Rules(needed=2, valid=timedelta(days=7))
+"""What requests are shown by while nobody can tell; nothing is decided by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,13 +94,16 @@ class Requests:
         self._counted: tuple[float, int] | None = None
 
     def all(self) -> list[Shown]:
-        """Return all of them, those that wait first.
+        """Return all of them, those that wait first; while the policy cannot be read, as `WITHOUT_POLICY` has it.
 
         Raises:
             ConfigError, TrustError, RunError: see `ApprovalDesk`.
         """
-        policy, now = self.desk.policy(), self._now()
-        found = [_shown(request, state, policy, now) for request, state in self.desk.requests()]
+        now, policy = self._now(), None
+        with suppress(ConfigError):
+            policy = self.desk.policy()
+        rules = WITHOUT_POLICY if policy is None else Rules.of(policy)
+        found = [_shown(request, state, policy, rules, now) for request, state in self.desk.requests(rules)]
         with self._lock:
             self._counted = (time.monotonic(), sum(one.state == "waiting" for one in found))
         return found
@@ -161,12 +167,10 @@ class Requests:
             return found if found is not None and time.monotonic() < since + _KEPT_SECONDS else None
 
 
-def _shown(request: Request, state: RequestState, policy: Policy, now: datetime) -> Shown:
-    rules = Rules.of(policy)
-    try:
-        signer_name = policy.signer_name(VerifyKey.parse(request.signer))
-    except TrustError:
-        signer_name = None
+def _shown(request: Request, state: RequestState, policy: Policy | None, rules: Rules, now: datetime) -> Shown:
+    signer_name = None
+    with suppress(TrustError):
+        signer_name = None if policy is None else policy.signer_name(VerifyKey.parse(request.signer))
     return Shown(
         request=request,
         state=state,

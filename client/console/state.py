@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from client.node.health import certificates
+from client.node.health import certificates, is_connected
 from client.node.status import read_status
 from client.policy.policy import load_policy, policy_of
 from client.site.home import SiteHome
@@ -56,6 +56,12 @@ class Health:
     disk: str
     versions: Mapping[str, str]
     clock: Mapping[str, Any]
+
+    @property
+    def since(self) -> str | None:
+        """Since when the node is connected, or not: a request that it works at is no other connection."""
+        found = (self.said.get("connected_since") if is_connected(self.said) else None) or self.said.get("since")
+        return None if found is None else str(found)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,9 +53,9 @@ class ApprovalDesk:
         """What the policy says of approvals now."""
         return Rules.of(self.policy())
 
-    def requests(self) -> list[tuple[Request, RequestState]]:
-        """Return all requests and where they stand, those that wait first."""
-        return self._approvals.listed(self.rules)
+    def requests(self, rules: Rules | None = None) -> list[tuple[Request, RequestState]]:
+        """Return all requests and where they stand, those that wait first; by the policy's rules or by others."""
+        return self._approvals.listed(rules or self.rules)
 
     def nothing(self) -> str:
         """Return why there may be no request."""

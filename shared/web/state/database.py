@@ -16,11 +16,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, make_url, text
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Engine,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from shared.errors import ConfigError, RunError
+from shared.web.state.tables import METADATA
 
 if TYPE_CHECKING:  # alembic is imported only where there is something to bring forwards: it takes ten megabytes
     from alembic.config import Config
@@ -76,8 +90,21 @@ class Database:
         with self.writing() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-            if _version(connection) != NEWEST:
+            found = _version(connection)
+            if found is None:
+                _make_new(connection)
+            elif found != NEWEST:
                 upgrade(connection, NEWEST)
+
+
+def _make_new(connection: Connection) -> None:
+    """Make a new database as all migrations would leave it (tests/shared/web/test_database.py,
+    test_a_new_database_is_what_migrations_make).
+    """
+    METADATA.create_all(connection)
+    version = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
+    version.create(connection)
+    connection.execute(version.insert().values(version_num=NEWEST))
 
 
 def upgrade(connection: Connection, version: str) -> None:
