@@ -133,8 +133,8 @@ def _policy(home: SiteHome) -> tuple[Outcome, str]:
             else ""
         )
     )
-    too_much = _unfinished(home, policy)
-    return ("warning", f"{text}; {too_much}") if too_much else ("ok", text)
+    minded = [one for one in (policy.uneven_eyes, _unfinished(home, policy)) if one]
+    return ("warning", "; ".join([text, *minded])) if minded else ("ok", text)
 
 
 def _approvals(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:

@@ -414,6 +414,8 @@ def policy(home: HomeArgument) -> None:
 
     loaded = load_policy(SiteHome(home).policy)
     typer.echo(json.dumps(loaded.model_dump(mode="json"), indent=2, ensure_ascii=False))
+    if loaded.uneven_eyes:
+        typer.echo(f"warning: {loaded.uneven_eyes}", err=True)
 
 
 def _public_source(home: SiteHome, file: Path, columns: Sequence[str]) -> DataSource:

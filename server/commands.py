@@ -19,7 +19,7 @@ from server.console.commands import start_console
 from server.coordinator.health import troubles
 from server.store.backup import back_up, put_back, verify_backup
 from server.store.home import CoordinatorConfig, CoordinatorHome
-from server.store.submission import Submission, find, submissions
+from server.store.submission import OPEN, Submission, find, submissions
 from shared import terminal
 from shared.errors import ConfigError, RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
@@ -396,7 +396,7 @@ def _print_status(said: dict[str, Any], alive: bool, jobs: list[dict[str, Any]])
         for key in ("waiting", "problem"):
             if state.get(key) and (key == "problem" or state["state"] == "running"):
                 console.print(f"  {key}: {state[key]}", soft_wrap=True, style="yellow")
-        for site in state.get("awaiting") or []:
+        for site in (state.get("awaiting") or []) if state["state"] in OPEN else []:
             console.print(f"  {site} is waiting for approval", soft_wrap=True, style="yellow")
         for site, reason in (state.get("refused") or {}).items():
             console.print(f"  {site} refused: {reason}", soft_wrap=True, style="yellow")

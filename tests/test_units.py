@@ -12,12 +12,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 UNITS = {"coordinator": "silotune-coordinator.service", "site": "silotune-site@.service"}
 
-CONSOLE = "silotune-site-console@.service"
+CONSOLES = {"site": "silotune-site-console@.service", "coordinator": "silotune-coordinator-console.service"}
 
 
 def keys(side: str) -> dict[str, list[str]]:
     """Return the values of each key."""
-    text = (ROOT / "systemd" / UNITS.get(side, CONSOLE)).read_text(encoding="utf-8")
+    name = CONSOLES[side.removesuffix("-console")] if side.endswith("-console") else UNITS[side]
+    text = (ROOT / "systemd" / name).read_text(encoding="utf-8")
     found: dict[str, list[str]] = {}
     for key, value in re.findall(r"^(\w+)=(.*)$", text, flags=re.MULTILINE):
         found.setdefault(key, []).append(value)
@@ -26,7 +27,7 @@ def keys(side: str) -> dict[str, list[str]]:
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="this machine has no systemd")
 def test_systemd_finds_nothing_wrong(tmp_path: Path) -> None:
-    names = [*UNITS.values(), CONSOLE]
+    names = [*UNITS.values(), *CONSOLES.values()]
     for name in names:
         text = (ROOT / "systemd" / name).read_text(encoding="utf-8")
         # The one thing that this machine may lack.
@@ -78,9 +79,11 @@ def test_both_units_lock_their_process_up_alike() -> None:
     }
 
 
-def test_the_console_of_a_site_gives_way_to_its_node() -> None:
-    found, node = keys("site-console"), keys("site")
-    assert found["ExecStart"] == ["/opt/silotune/bin/silotune site console /srv/silotune/%i"]
+@pytest.mark.parametrize("side", CONSOLES)
+def test_a_console_gives_way_to_what_it_shows(side: str) -> None:
+    found, node = keys(f"{side}-console"), keys(side)
+    folder = "/srv/silotune/" + {"coordinator": "coordinator", "site": "%i"}[side]
+    assert found["ExecStart"] == [f"/opt/silotune/bin/silotune {side} console {folder}"]
     for key in (
         "User",
         "LoadCredential",

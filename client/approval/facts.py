@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -31,6 +31,7 @@ from shared.privacy.planned import PlannedPrivacy
 from shared.trust.signed_job import SignedJob
 
 _MOST_CHARACTERS = 120  # of one value that changed
+_MOST_LABELS, _MOST_LABEL = 20, 40  # how many are named, and characters of each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +123,8 @@ class Facts:
         begun, approvals, needed, refused: what was said to it.
         signer_name, signer, coordinator, issued, not_after: of the signed job; the name is the policy's, None if it has none.
         here: what the site brings.
-        task, num_labels, backbone, rounds, local_steps, steps, sample_rate, metrics: what it asks for; the steps with spare
-            attempts.
+        task, num_labels, labels, backbone, rounds, local_steps, steps, sample_rate, metrics: what it asks for; the first labels
+            only, and the steps with spare attempts.
         promised: None where no noise is added, or it cannot be accounted for.
         budget: both caps; empty where the job is not charged here.
         rules: the verdict of every rule.
@@ -149,6 +150,7 @@ class Facts:
     here: Here
     task: str
     num_labels: int
+    labels: tuple[str, ...]
     backbone: str
     rounds: int
     local_steps: int
@@ -187,10 +189,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def facts_of(request: Request, *, policy: Policy, here: Here, last: Request | None, now: datetime) -> Facts:
+def facts_of(
+    request: Request,
+    *,
+    policy: Policy,
+    here: Here,
+    last: Request | None,
+    now: datetime,
+    lines: Callable[[Job, Policy], tuple[BudgetLine, ...]] | None = None,
+) -> Facts:
     """Return what is to be known of a request; takes seconds of accounting.
 
     Args:
+        lines: tells what the job does to the budget, in the place of the account that is `here`.
         last: the last approved request of the same signer, if there is one.
         now: this site's clock, with time zone.
 
@@ -217,6 +228,7 @@ def facts_of(request: Request, *, policy: Policy, here: Here, last: Request | No
         not_after=signed.not_after,
         here=here,
         task=job.task.kind,
+        labels=tuple(_bounded(label, _MOST_LABEL) for label in job.task.labels[:_MOST_LABELS]),
         num_labels=len(job.task.labels),
         backbone=job.model.backbone,
         rounds=job.training.rounds,
@@ -225,7 +237,7 @@ def facts_of(request: Request, *, policy: Policy, here: Here, last: Request | No
         sample_rate=job.privacy.sample_rate,
         metrics=tuple(job.site_metrics.names),
         promised=promised_by(job, policy),
-        budget=_budget(job, here, policy),
+        budget=_budget(job, here, policy) if lines is None else lines(job, policy),
         rules=tuple(verdicts(policy, signed, now=now)),
         compared_with=None if last is None else (last.name, last.job),
         changes=() if last is None else tuple(changes(last.signed(), signed)),
@@ -247,6 +259,10 @@ def _flat(section: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flat(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
+
+
+def _bounded(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most - 3]}..."
 
 
 def _shown(settings: Mapping[str, Any], setting: str) -> str:

@@ -6,9 +6,10 @@ the folder can write `policy.toml` as well, so neither is sealed: what is found 
 Formal guarantees (tests: tests/client/approval/test_policy_changes.py)
     * Nothing is put into force that this program would not read as a policy (test_what_is_no_policy_is_not_proposed).
     * A proposal holds once as many accounts stand behind it as the policy in force asks for, not the one that is proposed
-      (test_the_policy_in_force_says_how_many, test_four_eyes_are_two_accounts); a file that is no policy asks for two.
+      (test_the_policy_in_force_says_how_many, test_four_eyes_are_two_accounts); a file that is no policy asks for two. By
+      which people decide less strictly, that takes as many as decide on a job (test_nobody_lowers_four_eyes_alone).
     * A proposal is for the file as its proposer saw it: once that has changed, it cannot be accepted
-      (test_a_proposal_on_another_file_is_stale).
+      (test_a_proposal_on_another_file_is_stale), nor when it is put back (test_what_was_overtaken_stays_so).
     * Who accepted what is in the log before the file is replaced; killed anywhere, the next one to look finds the change done
       or not begun, file and log agreeing (test_a_kill_at_any_write_leaves_a_change_or_none).
     * A text that was kept is shown as it was, or not at all (test_a_kept_text_that_was_changed_is_not_shown).
@@ -31,6 +32,7 @@ from typing import Any, Literal
 
 from client.approval.request import same_account
 from client.approval.requests import checked_account, checked_reason
+from client.policy.diff import people_needed
 from client.policy.policy import load_policy, policy_of
 from shared.errors import ConfigError, RunError, TrustError
 from shared.files.atomic import require_file_or_nothing, write_bytes
@@ -72,7 +74,8 @@ class Proposal:
         number: 1, 2, ... in this site.
         sha256, base: of the text that is proposed, and of the file that it was made from.
         by, at, reason: who proposed it, when, why.
-        state: as the log has it; whether an open one is stale depends on the file.
+        version: number of the policy that was in force then.
+        state: as the log has it; whether an open one is stale depends on the file, and on what was in force since.
         said: who accepted or declined it; None while it is open.
     """
 
@@ -82,6 +85,7 @@ class Proposal:
     by: str
     at: str
     reason: str
+    version: int
     state: ProposalState = "open"
     said: Said | None = None
 
@@ -141,13 +145,13 @@ class PolicyChanges:
     def proposals(self) -> list[Proposal]:
         """Return every proposal, the newest first; an open one that is stale says so. Raises as `settle`."""
         with self._settled() as state:
-            return [self._told(one) for one in reversed(state.proposals.values())]
+            return [self._told(state, one) for one in reversed(state.proposals.values())]
 
     def find(self, number: int) -> Proposal | None:
         """Return the proposal of a number; raises as `settle`."""
         with self._settled() as state:
             found = state.proposals.get(number)
-            return None if found is None else self._told(found)
+            return None if found is None else self._told(state, found)
 
     def text_of(self, sha256: str) -> str:
         """Return a text that was kept.
@@ -176,6 +180,17 @@ class PolicyChanges:
         except ConfigError:
             return 2
 
+    def needed_for(self, proposal: Proposal) -> int:
+        """Return how many must stand behind this one, see `people_needed`; two where one of both cannot be read.
+
+        Raises:
+            TrustError: its text is not there, or is not that text any more.
+        """
+        try:
+            return people_needed(load_policy(self.policy), policy_of(self.text_of(proposal.sha256)))
+        except ConfigError:
+            return 2
+
     def propose(self, text: str, *, base: str, by: str, reason: str = "") -> Proposal:
         """Note, durably, that an account wants another policy.
 
@@ -196,7 +211,7 @@ class PolicyChanges:
                 raise Stale("the policy was changed meanwhile; compare what you wrote with how it stands now.")
             if sha256 == base:
                 raise RunError("this is the policy as it stands; nothing would change.")
-            if sum(self._told(one).state == "open" for one in state.proposals.values()) >= MOST_OPEN:
+            if sum(self._told(state, one).state == "open" for one in state.proposals.values()) >= MOST_OPEN:
                 raise RunError(f"{MOST_OPEN} proposals wait already; accept or decline some first.")
             self._keep(content)
             number = max(state.proposals, default=0) + 1
@@ -216,7 +231,7 @@ class PolicyChanges:
         by, reason = checked_account(by), checked_reason(reason)
         with self._settled() as state:
             found = self._open(state, number)
-            if self.needed > 1 and same_account(found.by, by):
+            if self.needed_for(found) > 1 and same_account(found.by, by):
                 raise RunError(f"{by} proposed it; the policy in force wants somebody else to accept it.")
             policy_of(self.text_of(found.sha256))
             require_file_or_nothing(self.policy)
@@ -265,12 +280,13 @@ class PolicyChanges:
         found = state.proposals.get(number)
         if found is None or found.state != "open":
             raise Stale("somebody decided on it meanwhile.")
-        if found.base != self._sha256():
+        if self._told(state, found).state == "stale":
             raise Stale("the policy was changed since it was proposed; propose it anew on what stands now.")
         return found
 
-    def _told(self, one: Proposal) -> Proposal:
-        return replace(one, state="stale") if one.state == "open" and one.base != self._sha256() else one
+    def _told(self, state: _State, one: Proposal) -> Proposal:
+        overtaken = one.version != len(state.versions) or one.base != self._sha256()
+        return replace(one, state="stale") if one.state == "open" and overtaken else one
 
     def _content(self) -> bytes:
         return read_bounded(self.policy, "policy", _MOST_FILE_BYTES)[0] if self.policy.exists() else b""
@@ -286,7 +302,7 @@ class PolicyChanges:
 
     def _forget(self, state: _State) -> None:
         """Remove what was proposed longest ago of what was never in force and cannot be accepted any more."""
-        told = [self._told(one) for one in reversed(state.proposals.values())]
+        told = [self._told(state, one) for one in reversed(state.proposals.values())]
         stay = {one.sha256 for one in state.versions} | {one.sha256 for one in told if one.state == "open"}
         over = [one for one in dict.fromkeys(one.sha256 for one in told) if one not in stay]
         for path in {self._folder / f"{one}.toml" for one in over[MOST_KEPT:]} & set(self._folder.iterdir()):
@@ -313,7 +329,15 @@ def _take(state: _State, entry: Entry) -> None:
     found = state.proposals.get(number) if isinstance(number, int) else None
     if entry.event == Event.POLICY_PROPOSED and isinstance(number, int) and found is None:
         base = str(details.get("base", ""))
-        state.proposals[number] = Proposal(number=number, sha256=sha256, base=base, by=by, at=entry.time, reason=reason)
+        state.proposals[number] = Proposal(
+            number=number,
+            sha256=sha256,
+            base=base,
+            by=by,
+            at=entry.time,
+            reason=reason,
+            version=len(state.versions),
+        )
     elif entry.event in _STATES and found is not None and found.sha256 == sha256 and found.state == "open":
         said = Said(by=by, at=entry.time, reason=reason)
         state.proposals[found.number] = replace(found, state=_STATES[entry.event], said=said)

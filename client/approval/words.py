@@ -47,7 +47,8 @@ def _lines(facts: Facts) -> Iterator[str]:
     yield f"  signed by {name} ({facts.signer}) on {_time(facts.issued)}, valid until {_time(facts.not_after)}"
     yield f"  for the coordinator with the key {facts.coordinator}"
     yield "what is asked"
-    labels = f", {facts.num_labels:,} labels" if facts.num_labels else ""
+    more = ", ..." if facts.num_labels > len(facts.labels) else ""
+    labels = f", {facts.num_labels:,} labels ({', '.join(facts.labels)}{more})" if facts.num_labels else ""
     yield f"  {facts.task}{labels}, on the backbone {facts.backbone}"
     columns = ", ".join(f"{column} as {role}" for role, column in here.columns.items())
     yield f"  on the data set {here.dataset} ({columns}), which is read here and stays here"
@@ -103,14 +104,14 @@ def _promise(promised: Promised | None) -> Iterator[str]:
             if promised.mechanism == "central"
             else ""
         )
-        yield f"  epsilon {rounded_up(promised.epsilon)} at delta {delta}, with noise multiplier {noise}{by}"
+        yield f"  epsilon {rounded_up(promised.epsilon, 4)} at delta {delta}, with noise multiplier {noise}{by}"
         return
     yield (
-        f"  epsilon {rounded_up(promised.epsilon)} at delta {delta} against the coordinator and up to {promised.colluding} sites "
-        "that work with it, as long as secure aggregation holds"
+        f"  epsilon {rounded_up(promised.epsilon, 4)} at delta {delta} against the coordinator and up to {promised.colluding} "
+        "sites that work with it, as long as secure aggregation holds"
     )
     yield (
-        f"  epsilon {rounded_up(promised.alone)} at delta {delta} for what this site sends by itself, if secure aggregation "
+        f"  epsilon {rounded_up(promised.alone, 4)} at delta {delta} for what this site sends by itself, if secure aggregation "
         f"fails and all others work together: its own share of the noise, multiplier {noise}"
     )
 

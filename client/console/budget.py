@@ -19,11 +19,12 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from client.approval.facts import BudgetLine
 from client.console.budget_reading import Counts, Reading
 from client.ledger.account import PROMISES, Account, Charged, Promise, counting, dataset_key
-from client.ledger.file import LedgerFile, entry_hashes, head_of
+from client.ledger.file import LedgerFile, checked_hash, head_of
 from client.site.home import SiteHome
-from shared.errors import LedgerError
+from shared.errors import LedgerError, PrivacyError
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.filter import Composition, SpendingRule
 from shared.trust.keystore import Seal
@@ -122,6 +123,19 @@ class AccountBudget:
                 counts.update(plan[promise])
             found[promise] = max(self.spent[promise], self._rule(promise).epsilon(counts))
         return found
+
+    def lines(self, job: str, plan: Plan) -> tuple[BudgetLine, ...]:
+        """Return what a job would do to each cap; none where it charges nothing, or what it costs cannot be told."""
+        try:
+            after = self.after({job: plan}) if plan else None
+        except PrivacyError:
+            after = None
+        if after is None:
+            return ()
+        return tuple(
+            BudgetLine(promise=promise, spent=self.spent[promise], after=after[promise], cap=self.caps[promise])
+            for promise in PROMISES
+        )
 
     @property
     def tells_both(self) -> bool:
@@ -259,10 +273,10 @@ class Budgets:
             ConfigError, LedgerError: see `all`.
         """
         if self.is_begun:
-            hashes = entry_hashes(self._home.path / LEDGER_FILE)
+            known = self._reading
+            found = checked_hash(self._home.path / LEDGER_FILE, 0 if known is None else known.number)
             with self._lock:
-                known = self._reading
-                if known is not None and hashes[known.number - 1 : known.number] != [known.sha256]:
+                if known is not None and found != known.sha256 and self._reading is known:
                     self._kept = self._reading = None
             self.all()
 

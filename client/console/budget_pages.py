@@ -8,11 +8,11 @@ from fastapi import Query
 from fastapi.responses import JSONResponse, Response
 
 from client.console.budget import AccountBudget
-from client.console.content import content_of
+from client.console.content import SiteContent, being_read, content_of
 from client.console.forecast import Forecast
 from client.console.pages import Id, told_waiting
 from client.ledger.account import PROMISES
-from shared.errors import SilotuneError
+from shared.errors import ConfigError, SilotuneError
 from shared.numbers import read_number, read_whole
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action, allowed
@@ -28,6 +28,8 @@ Typed = Annotated[str, Query(max_length=20)]
 @ROUTES.page("/budget", Action.SEE_BUDGET)
 def budget(asked: Here) -> Response:
     """Show every account of the ledger."""
+    if (later := being_read(asked)) is not None:
+        return later
     content = content_of(asked)
     current = content.budgets.current()
     return asked.page(
@@ -124,8 +126,16 @@ def what_if(
         typed=typed,
         answer=answer,
         problem=asked.texts("what_if.busy") if busy else problem,
-        most_steps=min(content.requests.desk.policy().max_steps, _MOST_STEPS),
+        most_steps=_most_steps(content),
     )
+
+
+def _most_steps(content: SiteContent) -> int:
+    """Return how many steps a job may have; of a policy that cannot be read the answer tells."""
+    try:
+        return min(content.requests.desk.policy().max_steps, _MOST_STEPS)
+    except ConfigError:
+        return _MOST_STEPS
 
 
 def _settings(typed: dict[str, str], budget: AccountBudget) -> dict[str, Any]:

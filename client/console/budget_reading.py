@@ -29,11 +29,14 @@ class Tally:
 
     account: Account
     counts: Counts = field(default_factory=lambda: {promise: Counter() for promise in PROMISES})
+    _handed_out: bool = False
     _mechanisms: dict[GaussianSteps, GaussianSteps] = field(default_factory=dict)
     _jobs: dict[str, str] = field(default_factory=dict)
 
     def take(self, entry: Entry) -> None:
         """Take in the next entry; raises as `Account.take`."""
+        if self._handed_out:
+            self.account.charges, self._handed_out = dict(self.account.charges), False
         charges = self.account.charges
         committed = entry.kind == "commit"
         number = entry.payload["reservation"] if committed else entry.sequence
@@ -52,10 +55,8 @@ class Tally:
 
     def copy(self) -> tuple[Account, Counts]:
         """Return account and counts as they are now, whatever is taken in later."""
-        account = self.account
-        kept = Account(
-            dataset=account.dataset, unit=account.unit, caps=list(account.caps), charges=dict(account.charges)
-        )
+        account, self._handed_out = self.account, True
+        kept = Account(dataset=account.dataset, unit=account.unit, caps=list(account.caps), charges=account.charges)
         return kept, {promise: Counter(counts) for promise, counts in self.counts.items()}
 
     def _slim(self, charged: Charged) -> Charged:

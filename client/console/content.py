@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from fastapi.responses import Response
 
 from client.approval.policy_changes import PolicyChanges
 from client.console.audit.chains import Chains
@@ -18,8 +21,18 @@ from client.site.home import SiteHome
 from shared.errors import SilotuneError
 from shared.trust.audit_log import AuditLog, Event
 from shared.web.asked import Asked
+from shared.web.turns import MOST_SECONDS, Places
 
 log = logging.getLogger("silotune.console")
+
+_SHORTLY = 0.3  # seconds in which most sites are read
+_WAITING = Places(4)
+
+
+def _set() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +49,7 @@ class SiteContent:
         forecasts: what the budget will be.
         gpus: of the machine.
         chains: whether log and ledger are unbroken.
+        is_read: set unless `read_ahead` is at work.
     """
 
     home: SiteHome
@@ -47,6 +61,7 @@ class SiteContent:
     forecasts: Forecasts
     gpus: Gpus
     chains: Chains
+    is_read: threading.Event = field(default_factory=_set)
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
         """Note in the site's signed audit log what an account does; what cannot be noted is not done.
@@ -61,11 +76,35 @@ class SiteContent:
 
         What is in force as policy is kept with it, before anybody changes it here. What cannot be read, its page tells.
         """
-        for read in (self.policies.settle, self.budgets.all, self.releases.latest_round, self.requests.all):
-            try:
-                read()
-            except SilotuneError as error:
-                log.warning("%s", error)
+        self.is_read.clear()
+        try:
+            for read in (self._read_budgets, self.policies.settle, self.releases.latest_round, self.requests.all):
+                try:
+                    read()
+                except SilotuneError as error:
+                    log.warning("%s", error)
+        finally:
+            self.is_read.set()
+
+    def _read_budgets(self) -> None:
+        for one in self.budgets.all():
+            _ = one.spent
+
+
+def being_read(asked: Asked) -> Response | None:
+    """Return what stands in for a page while what it shows is read for the first time; None: it can be shown.
+
+    A browser with scripts asks again by itself and loads the page once that is done; without, one follows the link, and waits.
+    """
+    reading, query = content_of(asked).is_read, asked.request.query_params
+    if "waits" in query:
+        with _WAITING:
+            reading.wait(MOST_SECONDS)
+        return None
+    is_read = reading.wait(0 if asked.is_fragment else _SHORTLY)
+    if asked.is_fragment and "asks-again" in query:
+        return Response(status_code=204, headers={"HX-Refresh": "true"} if is_read else {})
+    return None if is_read or asked.is_fragment else asked.page("being-read.html")
 
 
 def content_of(asked: Asked) -> SiteContent:

@@ -19,7 +19,7 @@ from client.approval.facts import BudgetLine, Promised, planned_charges, promise
 from client.approval.request import Request, RequestState
 from client.console.budget import AccountBudget, Plan
 from client.console.requests import Requests
-from client.ledger.account import PROMISES, Promise
+from client.ledger.account import Promise
 from client.policy.policy import Policy
 from client.policy.verdicts import Verdict, numbers
 from shared.errors import PrivacyError, SilotuneError
@@ -152,9 +152,12 @@ class Forecasts:
             if not is_latest:
                 return None
             plan = planned_charges(job, policy)
-            after = _after(budget, {"": plan}) if plan else None
-            lines = () if after is None else tuple(_line(budget, promise, after) for promise in PROMISES)
-            found = WhatIf(job=job, promised=promised_by(job, policy), lines=lines, rules=tuple(numbers(policy, job)))
+            found = WhatIf(
+                job=job,
+                promised=promised_by(job, policy),
+                lines=budget.lines("", plan),
+                rules=tuple(numbers(policy, job)),
+            )
             while len(self._answers) >= _MOST_KEPT:
                 del self._answers[next(iter(self._answers))]
             self._answers[key] = found
@@ -203,10 +206,6 @@ def _after(budget: AccountBudget, plans: dict[str, Plan]) -> dict[Promise, float
         return budget.after(plans)
     except PrivacyError:
         return None
-
-
-def _line(budget: AccountBudget, promise: Promise, after: dict[Promise, float]) -> BudgetLine:
-    return BudgetLine(promise=promise, spent=budget.spent[promise], after=after[promise], cap=budget.caps[promise])
 
 
 def _imagined(policy: Policy, settings: dict[str, Any]) -> Job:

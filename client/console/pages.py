@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from fastapi import Path, Query
 from fastapi.responses import Response
 
-from client.console.audit.releases import Release
-from client.console.content import SiteContent, content_of
+from client.console.audit.packed import Release
+from client.console.content import SiteContent, being_read, content_of
 from client.console.state import accepted_backbones, health
 from shared.trust.audit_log import Event
 from shared.web.asked import Asked, Denied, Here, Routes
@@ -22,7 +22,7 @@ ROUTES = Routes()
 
 
 def _num_waiting(content: SiteContent) -> int:
-    return content.requests.num_waiting
+    return content.requests.num_waiting if content.is_read.is_set() else 0
 
 
 NAVIGATION = (
@@ -49,14 +49,15 @@ Number = Annotated[int, Query(ge=1, le=2**53)]
 @ROUTES.page("/releases", Action.SEE_RELEASES)
 def releases(asked: Here, search: Search = "", page: Number = 1) -> Response:
     """Show what left the site."""
-    found = content_of(asked).releases.all(search)
-    shown = found[(page - 1) * _A_PAGE : page * _A_PAGE]
+    if (later := being_read(asked)) is not None:
+        return later
+    shown, count = content_of(asked).releases.page(search, first=(page - 1) * _A_PAGE, most=_A_PAGE)
     return asked.page(
         "releases.html",
         releases=shown,
-        num_found=len(found),
+        num_found=count,
         page=page,
-        num_pages=max(1, -(-len(found) // _A_PAGE)),
+        num_pages=max(1, -(-count // _A_PAGE)),
         search=search,
         may_export=_may_export(asked),
     )
@@ -105,6 +106,8 @@ def export_log(asked: Here, form: Id, search: Search = "", event: Kind = "") -> 
 @ROUTES.page("/health", Action.SEE_HEALTH)
 def site_health(asked: Here) -> Response:
     """Show how the node and its machine are."""
+    if (later := being_read(asked)) is not None:
+        return later
     content = content_of(asked)
     latest, prepared = content.releases.latest_round(), content.releases.latest_prepared()
     backbone = str(prepared.details.get("backbone", "")) if prepared else ""
@@ -131,7 +134,7 @@ def gpus(asked: Here) -> Response:
 
 def told_waiting(asked: Asked) -> int:
     """Return how many requests wait; 0 to those who may not see any."""
-    return content_of(asked).requests.num_waiting if allowed(asked.me().role, Action.SEE_REQUESTS) else 0
+    return _num_waiting(content_of(asked)) if allowed(asked.me().role, Action.SEE_REQUESTS) else 0
 
 
 def _may_export(asked: Asked) -> bool:

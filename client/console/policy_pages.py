@@ -3,8 +3,8 @@
 Formal guarantees (tests: tests/client/console/test_policy_pages.py)
     * The account that is signed in is who proposes, accepts or declines; nothing in a form can name another
       (test_nobody_speaks_for_another).
-    * Engineers propose and officers accept; where the policy in force wants two, not their own (test_who_may_do_what,
-      test_four_eyes_are_two_accounts).
+    * Engineers propose and officers accept; where the policy in force wants two, or two for each job that the change would let
+      in with fewer, not their own (test_who_may_do_what, test_four_eyes_are_two_accounts, test_nobody_lowers_four_eyes_alone).
     * A proposal is made from the file that its page showed, or not at all (test_a_page_of_before_proposes_nothing).
 """
 
@@ -19,7 +19,7 @@ from fastapi.responses import Response
 from client.approval.policy_changes import MOST_BYTES, PolicyChanges, Proposal, Stale, Version, checked_text
 from client.approval.request import same_account
 from client.approval.requests import MOST_REASON
-from client.console.content import content_of
+from client.console.content import being_read, content_of
 from client.console.request_pages import Reason
 from client.console.state import PolicyText, policy_text
 from client.policy.diff import SettingChange, line_diff, setting_changes
@@ -42,6 +42,8 @@ Deed = Annotated[str, Form(max_length=20)]
 @ROUTES.page("/policy", Action.SEE_POLICY)
 def policy(asked: Here) -> Response:
     """Show what the site accepts, what is proposed, and the versions that were in force."""
+    if (later := being_read(asked)) is not None:
+        return later
     changes = _changes(asked)
     versions, proposals = changes.versions(), changes.proposals()
     return asked.page(
@@ -88,11 +90,13 @@ def one_proposal(asked: Here, number: Number) -> Response:
     return _proposal_page(asked, _proposal(asked, number))
 
 
-@ROUTES.page("/policy/proposals/{number}/accept", Action.ACCEPT_POLICY, method="POST")
+@ROUTES.page(
+    "/policy/proposals/{number}/accept", Action.ACCEPT_POLICY, method="POST", proven="/policy/proposals/{number}"
+)
 def accept(asked: Here, number: Number, reason: Reason = "") -> Response:
     """Put a proposal into force."""
     found, changes, me = _proposal(asked, number), _changes(asked), asked.me()
-    if found.state == "open" and changes.needed > 1 and same_account(found.by, me.name):
+    if found.state == "open" and changes.needed_for(found) > 1 and same_account(found.by, me.name):
         return _proposal_page(asked, found, problem=asked.texts("policy.problem_same"), status=409)
     return _decided(asked, number, lambda: changes.accept(number, by=me.name, reason=reason))
 
@@ -173,6 +177,7 @@ def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: 
     is_kept = found.state in ("open", "accepted") or changes.has_text(found.sha256)
     before, after = (changes.text_of(found.base), changes.text_of(found.sha256)) if is_kept else ("", "")
     officer = allowed(me.role, Action.ACCEPT_POLICY)
+    needed = changes.needed_for(found) if is_kept else changes.needed
     return asked.page(
         "policy-proposal.html",
         status=status,
@@ -181,9 +186,9 @@ def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: 
         lines=line_diff(before, after),
         settings=_settings(before, after),
         problem=problem,
-        needed=changes.needed,
+        needed=needed,
         mine=mine,
-        may_accept=found.state == "open" and officer and (changes.needed == 1 or not mine),
+        may_accept=found.state == "open" and officer and (needed == 1 or not mine),
         may_decline=found.state in ("open", "stale") and (officer or mine),
         most=MOST_REASON,
     )

@@ -5,19 +5,20 @@ Who decided stands in the site's audit log by the decision itself, under the acc
 Formal guarantees (tests: tests/client/console/test_requests.py)
     * The account that is signed in is who approves; nothing in a form can name another (test_nobody_approves_for_another).
     * Two approvals are two accounts (test_four_eyes_are_two_accounts).
+    * Approving is offered beside the facts, and never without (tests/client/console/test_deciding.py).
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Form, Path
 from fastapi.responses import Response
 
 from client.approval.requests import MOST_REASON, Changed
-from client.console.content import content_of
+from client.console.content import being_read, content_of
 from client.console.requests import Requests, Shown
-from shared.errors import RunError, SilotuneError
+from shared.errors import ConfigError, RunError, SilotuneError
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action, allowed
 
@@ -31,19 +32,28 @@ Mark = Annotated[str, Form(max_length=64)]
 @ROUTES.page("/requests", Action.SEE_REQUESTS)
 def requests(asked: Here) -> Response:
     """Show all requests, those that wait first."""
+    if (later := being_read(asked)) is not None:
+        return later
     found = _requests(asked)
-    shown = found.all()
+    shown, problem, asks_people = found.all(), "", True
+    try:
+        asks_people = found.desk.policy().approval == "required"
+    except ConfigError as error:
+        problem = str(error).replace(str(content_of(asked).home.policy), "policy.toml")
     return asked.page(
         "requests.html",
         waiting=[one for one in shown if one.state == "waiting"],
         others=[one for one in shown if one.state != "waiting"],
-        asks_people=found.desk.policy().approval == "required",
+        asks_people=asks_people,
+        problem=problem,
     )
 
 
 @ROUTES.page("/requests/{request}", Action.SEE_REQUESTS)
 def one_request(asked: Here, request: Id) -> Response:
     """Show one request; what takes long comes later, if it is not known yet."""
+    if (later := being_read(asked)) is not None:
+        return later
     return _page(asked, _found(asked, request))
 
 
@@ -51,17 +61,17 @@ def one_request(asked: Here, request: Id) -> Response:
 def facts(asked: Here, request: Id) -> Response:
     """Show what is to be known of a request; a part of its page."""
     shown = _found(asked, request)
-    template = "request-facts.html" if asked.is_fragment else "request-facts-page.html"
+    template = "request-facts-part.html" if asked.is_fragment else "request-facts-page.html"
     try:
         found, problem = _requests(asked).facts(shown), ""
     except SilotuneError as error:
         if not asked.is_fragment:
             raise
         found, problem = None, str(error)
-    return asked.page(template, shown=shown, facts=found, problem=problem)
+    return asked.page(template, shown=shown, facts=found, problem=problem, **_deciding(asked, shown))
 
 
-@ROUTES.page("/requests/{request}/approve", Action.DECIDE_REQUESTS, method="POST")
+@ROUTES.page("/requests/{request}/approve", Action.DECIDE_REQUESTS, method="POST", proven="/requests/{request}")
 def approve(asked: Here, request: Id, reason: Reason = "", seen: Mark = "") -> Response:
     """Note that the account approves a request."""
     shown = _found(asked, request)
@@ -101,18 +111,25 @@ def _decided(asked: Asked, shown: Shown, decision: str, reason: str, seen: str) 
 
 
 def _page(asked: Asked, shown: Shown, *, problem: str = "", status: int = 200, typed: str = "") -> Response:
-    me = asked.me()
     return asked.page(
         "request.html",
         status=status,
         shown=shown,
         facts=_known(asked, shown),
         problem=problem,
-        typed=typed,
-        may_decide=allowed(me.role, Action.DECIDE_REQUESTS),
-        is_mine=shown.approved_by(me.name),
-        most=MOST_REASON,
+        **_deciding(asked, shown, typed=typed),
     )
+
+
+def _deciding(asked: Asked, shown: Shown, *, typed: str = "") -> dict[str, Any]:
+    """Return what the forms to decide are made from."""
+    me = asked.me()
+    return {
+        "typed": typed,
+        "may_decide": allowed(me.role, Action.DECIDE_REQUESTS),
+        "is_mine": shown.approved_by(me.name),
+        "most": MOST_REASON,
+    }
 
 
 def _known(asked: Asked, shown: Shown) -> object:

@@ -12,14 +12,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 
-from client.approval.facts import Facts
+from client.approval.facts import BudgetLine, Facts, planned_charges
 from client.approval.request import Approval, Request, RequestState, Rules, same_account
+from client.console.budget import Budgets
 from client.policy.policy import Policy
 from client.site.approving import ApprovalDesk
-from shared.errors import SilotuneError, TrustError
+from shared.errors import ConfigError, SilotuneError, TrustError
+from shared.job.job import Job
 from shared.trust.signing import VerifyKey
 from shared.web.turns import Turn
 
@@ -27,6 +30,8 @@ log = logging.getLogger("silotune.console")
 
 _KEPT_SECONDS, _MOST_KEPT = 600, 32
 _COUNTED_SECONDS = 15
+WITHOUT_POLICY = Rules(needed=2, valid=timedelta(days=7))
+"""What requests are shown by while nobody can tell; nothing is decided by it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,23 +81,29 @@ class Requests:
 
     Args:
         desk: decides and tells.
+        budgets: what is spent.
         now: this site's clock, with time zone.
     """
 
-    def __init__(self, desk: ApprovalDesk, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
-        self.desk, self._now = desk, now
+    def __init__(
+        self, desk: ApprovalDesk, budgets: Budgets, *, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+    ) -> None:
+        self.desk, self._budgets, self._now = desk, budgets, now
         self._lock, self._accounting = threading.Lock(), Turn()
         self._facts: dict[tuple[object, ...], tuple[float, Facts]] = {}
         self._counted: tuple[float, int] | None = None
 
     def all(self) -> list[Shown]:
-        """Return all of them, those that wait first.
+        """Return all of them, those that wait first; while the policy cannot be read, as `WITHOUT_POLICY` has it.
 
         Raises:
             ConfigError, TrustError, RunError: see `ApprovalDesk`.
         """
-        policy, now = self.desk.policy(), self._now()
-        found = [_shown(request, state, policy, now) for request, state in self.desk.requests()]
+        now, policy = self._now(), None
+        with suppress(ConfigError):
+            policy = self.desk.policy()
+        rules = WITHOUT_POLICY if policy is None else Rules.of(policy)
+        found = [_shown(request, state, policy, rules, now) for request, state in self.desk.requests(rules)]
         with self._lock:
             self._counted = (time.monotonic(), sum(one.state == "waiting" for one in found))
         return found
@@ -139,13 +150,16 @@ class Requests:
             basis = self.desk.basis(shown.request)
             if (kept := self._kept(basis)) is not None:
                 return kept
-            found = self.desk.facts(shown.request.id, by_id=True)
-            found = replace(found, here=replace(found.here, account=None))  # as long as the ledger
+            found = self.desk.facts(shown.request.id, by_id=True, lines=self._lines)
             with self._lock:
                 while len(self._facts) >= _MOST_KEPT:
                     del self._facts[next(iter(self._facts))]
                 self._facts[basis] = (time.monotonic(), found)
             return found
+
+    def _lines(self, job: Job, policy: Policy) -> tuple[BudgetLine, ...]:
+        """Return what the desk would say of the budget, without a whole ledger in memory."""
+        return self._budgets.current().lines(job.sha256, planned_charges(job, policy))
 
     def _kept(self, basis: tuple[object, ...]) -> Facts | None:
         with self._lock:
@@ -153,12 +167,10 @@ class Requests:
             return found if found is not None and time.monotonic() < since + _KEPT_SECONDS else None
 
 
-def _shown(request: Request, state: RequestState, policy: Policy, now: datetime) -> Shown:
-    rules = Rules.of(policy)
-    try:
-        signer_name = policy.signer_name(VerifyKey.parse(request.signer))
-    except TrustError:
-        signer_name = None
+def _shown(request: Request, state: RequestState, policy: Policy | None, rules: Rules, now: datetime) -> Shown:
+    signer_name = None
+    with suppress(TrustError):
+        signer_name = None if policy is None else policy.signer_name(VerifyKey.parse(request.signer))
     return Shown(
         request=request,
         state=state,

@@ -53,8 +53,8 @@ def open_console(
     refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
     config = home.load_config()
     log = open_log(home, passphrase=passphrase)
-    requests = Requests(ApprovalDesk(home, passphrase=passphrase))
     budgets = Budgets(home, Seal(load_secret(home.storage_key, passphrase=passphrase)))
+    requests = Requests(ApprovalDesk(home, passphrase=passphrase), budgets)
     content = SiteContent(
         home=home,
         log=log,
@@ -101,6 +101,7 @@ def run_console(
 
     def opened(place: Place, bound: int) -> Console:
         console = open_console(home, place=place, port=bound, passphrase=passphrase, database=database)
+        console.content.is_read.clear()
         threading.Thread(target=console.content.read_ahead, name="read ahead", daemon=True).start()
         return console
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from client.node.health import certificates
+from client.node.health import certificates, is_connected
 from client.node.status import read_status
 from client.policy.policy import load_policy, policy_of
 from client.site.home import SiteHome
@@ -57,6 +57,12 @@ class Health:
     versions: Mapping[str, str]
     clock: Mapping[str, Any]
 
+    @property
+    def since(self) -> str | None:
+        """Since when the node is connected, or not: a request that it works at is no other connection."""
+        found = (self.said.get("connected_since") if is_connected(self.said) else None) or self.said.get("since")
+        return None if found is None else str(found)
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicyText:
@@ -67,6 +73,7 @@ class PolicyText:
         settings: its keys and values, flat.
         problem: why it cannot be read as TOML; "" if it can.
         refused: why it is no policy although it is TOML; "" if it is one. Without a policy no job is accepted.
+        uneven: whether a job takes more people than the rules that it is judged by.
         changed: when it was written, in seconds since 1970.
         sha256: of its bytes.
     """
@@ -75,6 +82,7 @@ class PolicyText:
     settings: list[tuple[str, str]]
     problem: str
     refused: str
+    uneven: bool
     changed: float
     sha256: str
 
@@ -126,17 +134,19 @@ def policy_text(home: SiteHome) -> PolicyText:
         text = content.decode("utf-8-sig")  # as `load_toml` reads it
     except UnicodeDecodeError:
         raise ConfigError(f"{home.policy} is not UTF-8 text; write it anew.") from None
-    problem, refused, settings = "", "", []
+    problem, refused, uneven, settings = "", "", False, []
     try:
         settings = list(_flat("", tomllib.loads(text)))
-        policy_of(text)
+        uneven = bool(policy_of(text).uneven_eyes)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         problem = str(error)
     except ConfigError as error:
         refused = str(error)
     changed = home.policy.stat().st_mtime
     sha256 = hashlib.sha256(content).hexdigest()
-    return PolicyText(text=text, settings=settings, problem=problem, refused=refused, changed=changed, sha256=sha256)
+    return PolicyText(
+        text=text, settings=settings, problem=problem, refused=refused, uneven=uneven, changed=changed, sha256=sha256
+    )
 
 
 def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

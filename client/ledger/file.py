@@ -252,6 +252,12 @@ def entry_hashes(path: Path) -> list[str]:
         return [row[-1] for row in _chain(ledger, path)]
 
 
+def checked_hash(path: Path, number: int) -> str | None:
+    """Check every entry likewise, and return the hash of one, None if it is not there. Raises as `entry_hashes`."""
+    with _explained(path), closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as ledger:
+        return max((row[-1] for row in _chain(ledger, path) if row[0] == number), default=None)
+
+
 def _chain(
     connection: sqlite3.Connection, path: Path, number: int = 0, sha256: str = NO_ENTRY
 ) -> Iterator[tuple[int, str, str, str, str, str]]:

@@ -36,6 +36,8 @@ class StatusFile:
             beat = state is None and not facts
             if beat:
                 self._facts["looked"] = _now()
+            if not was_connected and is_connected(self._facts):
+                self._facts["connected_since"] = _now()  # "since" is of the state, and each request is one
             if was_connected != is_connected(self._facts) or (was_connected and beat):
                 self._facts["last_connected"] = _now()
             # A full disk must not end a node that only wants to say so.

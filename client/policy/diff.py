@@ -27,6 +27,8 @@ _MORE_BY_LARGER = (
 _MORE_BY_SMALLER = ("min_noise_multiplier", "min_sites", "min_colluding", "approvals_needed", "policy_approvals_needed")
 _MORE_BY_MEMBERS = ("signers", "tasks", "backbones", "metrics")
 
+_OF_DECISIONS = ("approval", "approvals_needed", "approval_days", "policy_approvals_needed")
+
 Effect = Literal["more", "less", "other"]
 """Of a change on what a site accepts: more than before, less, or what only its people can tell."""
 
@@ -98,6 +100,16 @@ def setting_changes(before: Policy, after: Policy) -> list[SettingChange]:
         for setting in old
         if old[setting] != new[setting]
     ]
+
+
+def people_needed(before: Policy, after: Policy) -> int:
+    """Return how many people a change made in the console takes, by the policy in force, which is `before`.
+
+    As many as its `policy_approvals_needed`; one by which people decide less strictly takes as many as decide on a job, too:
+    else one of two could let in alone what the other would refuse.
+    """
+    looser = any(one.effect == "more" for one in setting_changes(before, after) if one.setting in _OF_DECISIONS)
+    return max(before.policy_approvals_needed, before.approvals_needed if looser else 1)
 
 
 def _flat(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

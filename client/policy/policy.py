@@ -88,7 +88,8 @@ class Policy(Section):
     """Days after which a request that nobody decided, and an approval whose job has not begun its first round, are void."""
     policy_approvals_needed: int = Field(default=1, ge=1, le=2)
     """How many people must stand behind a change of this file that is made in the console: `1`, an officer; `2` is four eyes: who
-    proposes it, and an officer who is somebody else. Whoever may write the file itself is not asked."""
+    proposes it, and an officer who is somebody else. A change by which people decide less strictly takes `approvals_needed`
+    people at least. Whoever may write the file itself is not asked."""
     limits: Limits = Limits()
 
     @field_validator("signers")
@@ -128,6 +129,16 @@ class Policy(Section):
     def largest_epsilon_alone(self) -> float:
         """`max_epsilon_alone`, or what holds where it is not set."""
         return self.max_epsilon_per_job if self.max_epsilon_alone is None else self.max_epsilon_alone
+
+    @property
+    def uneven_eyes(self) -> str:
+        """What is to be minded if a job takes more people than the rules that it is judged by; "" if not."""
+        if self.approvals_needed <= self.policy_approvals_needed:
+            return ""
+        return (
+            f"a job takes {self.approvals_needed} people, but one officer alone may change the rules for jobs in the console, "
+            f"such as who signs them and what they may spend: set policy_approvals_needed = {self.approvals_needed}"
+        )
 
     def signer_name(self, key: VerifyKey) -> str | None:
         """Return the name of whoever signs with this key; None if it may sign nothing here."""

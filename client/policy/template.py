@@ -85,6 +85,7 @@ approval = "{approval}"
 approvals_needed = {approvals_needed}
 approval_days = {approval_days}
 # How many people a change of this file takes that is made in the console: 1, an officer; 2, who proposes it and another officer.
+# With approvals_needed = 2 write 2 here as well, or one officer alone may change what jobs are judged by.
 policy_approvals_needed = {policy_approvals_needed}
 
 # Largest accepted difference between the coordinator's clock and this one, in seconds.

@@ -6,7 +6,7 @@ finds nothing wrong with it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -17,6 +17,43 @@ from shared.job.job import Job
 from shared.trust.signed_job import SignedJob
 
 _METRICS = "metrics"
+WORDS: Mapping[str, str] = {
+    "signed_by": "signed by {name} ({signer})",
+    "signed_by_nobody": "signed by somebody unknown here ({signer})",
+    "signed_for": "signed for {since} to {until} UTC",
+    "now": "the time now, {time}",
+    "listed": "those listed by their hash",
+    "any_time": "rounds at any time",
+    "within": "rounds that begin within {hours}",
+    "none": "none",
+    "at_most": "at most {most}",
+    "at_least": "at least {least}",
+    "no_noise": "no noise, so no epsilon",
+    "left_to_site": "left to site.toml",
+    "unknown": "cannot be told: {reason}",
+    "epsilon": "epsilon {epsilon} at delta {delta}",
+    "epsilon_cut": "epsilon {epsilon} at delta {delta}, cut to {steps} steps",
+}
+"""What is said in words, in English; consoles have the same in their languages."""
+
+
+class Told(str):
+    """A text that is one of `WORDS` with its values, so that it can be said in another language; `key` is "" of what is none."""
+
+    __slots__ = ("given", "key")
+    key: str
+    given: Mapping[str, str]
+
+    def __new__(cls, text: str, key: str = "", given: Mapping[str, str] | None = None) -> Told:
+        """Return a text as it is."""
+        told = super().__new__(cls, text)
+        told.key, told.given = key, given or {}
+        return told
+
+    @classmethod
+    def of(cls, key: str, **given: str) -> Told:
+        """Return one of `WORDS`."""
+        return cls(WORDS[key].format(**given), key, given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +97,9 @@ def _of_signature(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
     name = policy.signer_name(signed.signer)
     yield Verdict(
         rule="signers",
-        asked=f"signed by {name or 'somebody unknown here'} ({signed.signer.text})",
+        asked=Told.of("signed_by", name=name, signer=signed.signer.text)
+        if name
+        else Told.of("signed_by_nobody", signer=signed.signer.text),
         allowed=", ".join(policy.signers),
         kept=name is not None,
     )
@@ -72,20 +111,18 @@ def _of_job(policy: Policy, job: Job) -> Iterator[Verdict]:
     yield Verdict(rule="tasks", asked=kind, allowed=", ".join(tasks), kept=kind in tasks)
     backbone = job.model.backbone
     listed = backbone in policy.backbones
-    yield Verdict(rule="backbones", asked=backbone, allowed="those listed by their hash", kept=listed)
+    yield Verdict(rule="backbones", asked=backbone, allowed=Told.of("listed"), kept=listed)
     yield from numbers(policy, job)
     yield from _limits(policy, job)
     if policy.hours is not None:
-        yield Verdict(
-            rule="hours", asked="rounds at any time", allowed=f"rounds that begin within {policy.hours}", kept=True
-        )
+        yield Verdict(rule="hours", asked=Told.of("any_time"), allowed=Told.of("within", hours=policy.hours), kept=True)
     if names := job.site_metrics.names:
         allowed = [name for name in names if name in policy.metrics]
         enough = job.site_metrics.noise_multiplier >= policy.min_noise_multiplier
         yield Verdict(
             rule=_METRICS,
             asked=", ".join(names),
-            allowed=", ".join(policy.metrics) or "none",
+            allowed=", ".join(policy.metrics) or Told.of("none"),
             kept=len(allowed) == len(names) and enough,
         )
 
@@ -95,23 +132,32 @@ def numbers(policy: Policy, job: Job) -> Iterator[Verdict]:
     yield from _privacy(policy, job)
     steps = job.charged_steps
     yield Verdict(
-        rule="max_steps", asked=f"{steps:,}", allowed=f"at most {policy.max_steps:,}", kept=steps <= policy.max_steps
+        rule="max_steps",
+        asked=f"{steps:,}",
+        allowed=Told.of("at_most", most=f"{policy.max_steps:,}"),
+        kept=steps <= policy.max_steps,
     )
     rate = job.privacy.sample_rate
     yield Verdict(
         rule="max_sample_rate",
         asked=as_set(rate),
-        allowed=f"at most {as_set(policy.max_sample_rate)}",
+        allowed=Told.of("at_most", most=as_set(policy.max_sample_rate)),
         kept=not exceeds(rate, policy.max_sample_rate),
     )
     sites = job.federation.min_sites
     yield Verdict(
-        rule="min_sites", asked=f"{sites:,}", allowed=f"at least {policy.min_sites:,}", kept=sites >= policy.min_sites
+        rule="min_sites",
+        asked=f"{sites:,}",
+        allowed=Told.of("at_least", least=f"{policy.min_sites:,}"),
+        kept=sites >= policy.min_sites,
     )
     if (colluding := job.privacy.max_colluding) is not None:
         least = policy.min_colluding
         yield Verdict(
-            rule="min_colluding", asked=f"{colluding:,}", allowed=f"at least {least:,}", kept=colluding >= least
+            rule="min_colluding",
+            asked=f"{colluding:,}",
+            allowed=Told.of("at_least", least=f"{least:,}"),
+            kept=colluding >= least,
         )
 
 
@@ -121,45 +167,48 @@ def _time(signed: SignedJob, now: datetime) -> Verdict:
         kept = True
     except TrustError:
         kept = False
-    asked = f"signed for {signed.issued:%Y-%m-%d %H:%M} to {signed.not_after:%Y-%m-%d %H:%M} UTC"
-    return Verdict(rule="validity", asked=asked, allowed=f"the time now, {now:%Y-%m-%d %H:%M %Z}", kept=kept)
+    asked = Told.of("signed_for", since=f"{signed.issued:%Y-%m-%d %H:%M}", until=f"{signed.not_after:%Y-%m-%d %H:%M}")
+    return Verdict(rule="validity", asked=asked, allowed=Told.of("now", time=f"{now:%Y-%m-%d %H:%M %Z}"), kept=kept)
 
 
 def _privacy(policy: Policy, job: Job) -> Iterator[Verdict]:
     if job.privacy.mechanism == "none":
-        yield Verdict(
-            rule="max_epsilon_per_job", asked="no noise, so no epsilon", allowed="left to site.toml", kept=True
-        )
+        yield Verdict(rule="max_epsilon_per_job", asked=Told.of("no_noise"), allowed=Told.of("left_to_site"), kept=True)
         return
-    allowed = f"at most {as_set(policy.max_epsilon_per_job)}"
+    allowed = Told.of("at_most", most=as_set(policy.max_epsilon_per_job))
     try:
         judged = judged_plan(policy, job)
     except PrivacyError as error:
-        yield Verdict(rule="max_epsilon_per_job", asked=f"cannot be told: {error}", allowed=allowed, kept=False)
+        yield Verdict(
+            rule="max_epsilon_per_job", asked=Told.of("unknown", reason=str(error)), allowed=allowed, kept=False
+        )
         return
     yield Verdict(
         rule="max_epsilon_per_job",
-        asked=_told(judged, judged.epsilon),
+        asked=_cost(policy, judged, judged.epsilon),
         allowed=allowed,
         kept=not exceeds(judged.epsilon, policy.max_epsilon_per_job),
     )
     if judged.plan.honest is not None:
         yield Verdict(
             rule="max_epsilon_alone",
-            asked=_told(judged, judged.alone),
-            allowed=f"at most {as_set(policy.largest_epsilon_alone)}",
+            asked=_cost(policy, judged, judged.alone),
+            allowed=Told.of("at_most", most=as_set(policy.largest_epsilon_alone)),
             kept=not exceeds(judged.alone, policy.largest_epsilon_alone),
         )
     yield Verdict(
         rule="min_noise_multiplier",
         asked=noise_rounded_down(judged.plan.noise_multiplier),
-        allowed=f"at least {as_set(policy.min_noise_multiplier)}",
+        allowed=Told.of("at_least", least=as_set(policy.min_noise_multiplier)),
         kept=judged.plan.noise_multiplier >= policy.min_noise_multiplier,
     )
 
 
-def _told(judged: JudgedPlan, epsilon: float) -> str:
-    return f"epsilon {rounded_up(epsilon)} at delta {delta_rounded_up(judged.plan.delta)}{judged.cut.rstrip(',')}"
+def _cost(policy: Policy, judged: JudgedPlan, epsilon: float) -> Told:
+    told = {"epsilon": rounded_up(epsilon, 4), "delta": delta_rounded_up(judged.plan.delta)}
+    if judged.cut:
+        return Told.of("epsilon_cut", **told, steps=f"{policy.max_steps:,}")
+    return Told.of("epsilon", **told)
 
 
 def _limits(policy: Policy, job: Job) -> Iterator[Verdict]:
@@ -169,4 +218,4 @@ def _limits(policy: Policy, job: Job) -> Iterator[Verdict]:
         ("limits.max_rank", job.lora.rank, limits.max_rank),
         ("limits.max_length", job.model.max_length, limits.max_length),
     ):
-        yield Verdict(rule=rule, asked=f"{asked:,}", allowed=f"at most {most:,}", kept=asked <= most)
+        yield Verdict(rule=rule, asked=f"{asked:,}", allowed=Told.of("at_most", most=f"{most:,}"), kept=asked <= most)

@@ -20,7 +20,7 @@ from shared.job.job import Job
 from shared.trust.keystore import Seal, load_secret
 
 if TYPE_CHECKING:
-    from client.approval.facts import Facts
+    from client.approval.facts import BudgetLine, Facts
     from client.policy.policy import Policy
     from client.site.config import SiteConfig
     from shared.privacy.ledger_export import LedgerExport
@@ -53,9 +53,9 @@ class ApprovalDesk:
         """What the policy says of approvals now."""
         return Rules.of(self.policy())
 
-    def requests(self) -> list[tuple[Request, RequestState]]:
-        """Return all requests and where they stand, those that wait first."""
-        return self._approvals.listed(self.rules)
+    def requests(self, rules: Rules | None = None) -> list[tuple[Request, RequestState]]:
+        """Return all requests and where they stand, those that wait first; by the policy's rules or by others."""
+        return self._approvals.listed(rules or self.rules)
 
     def nothing(self) -> str:
         """Return why there may be no request."""
@@ -78,12 +78,19 @@ class ApprovalDesk:
             *(_stamp(path) for path in files),
         )
 
-    def facts(self, named: str, *, by_id: bool = False) -> Facts:
+    def facts(
+        self,
+        named: str,
+        *,
+        by_id: bool = False,
+        lines: Callable[[Job, Policy], tuple[BudgetLine, ...]] | None = None,
+    ) -> Facts:
         """Return one request, whole; takes seconds of accounting.
 
         Args:
             named: the job's name, or the beginning of its SHA-256 or of the request's id.
             by_id: it is the whole id and nothing else.
+            lines: of the budget, see `client.approval.facts.facts_of`; the ledger is then not read.
 
         Raises:
             RunError: it means none, or more than one.
@@ -100,11 +107,11 @@ class ApprovalDesk:
             unit=config.budget.unit,
             columns=config.data.columns,
             budget=config.budget.caps(),
-            account=self._account(config),
+            account=None if lines is not None else self._account(config),
             settings=self._settings(config, request.signed().job),
         )
         last = self._approvals.last_approved(request, rules)
-        return facts_of(request, policy=policy, here=here, last=last, now=self._clock())
+        return facts_of(request, policy=policy, here=here, last=last, now=self._clock(), lines=lines)
 
     def approve(
         self, named: str, *, by: str, reason: str = "", seen: str | None = None

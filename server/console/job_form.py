@@ -43,6 +43,8 @@ FIRST = (
     "federation.min_sites",
 )
 """What every job has to think of; the rest stands folded below."""
+_OFFERED = {"federation.min_sites": "2"}
+"""What a field begins with where most sites refuse the default: no policy of the template lets an update stand alone."""
 _FIXED = ("schema_version",)
 _OPTIONAL = {
     "training.early_stopping": "training.early_stopping.patience",
@@ -61,6 +63,7 @@ class Entry:
         choices: the values that it can have; empty if it is typed.
         is_list: several values, one a line.
         default: as it would be typed; "" if there is none.
+        offered: what stands in the field at first.
         is_required: there is none.
         about: what the setting means, in English, by its own documentation.
     """
@@ -69,6 +72,7 @@ class Entry:
     choices: tuple[str, ...]
     is_list: bool
     default: str
+    offered: str
     is_required: bool
     about: str
 
@@ -99,7 +103,7 @@ class Filled:
 
     def value(self, entry: Entry) -> str:
         """Return what stands in a field."""
-        return self.typed.get(entry.key, entry.default)
+        return self.typed.get(entry.key, entry.offered)
 
 
 def _entries(model: type[BaseModel], prefix: str = "") -> Iterator[Entry]:
@@ -126,6 +130,7 @@ def _entry(key: str, info: FieldInfo, *, optional: bool) -> Entry:
         choices=choices,
         is_list=any(get_origin(option) is tuple for option in _options(info.annotation)),
         default=text,
+        offered=_OFFERED.get(key, text),
         is_required=is_required,
         about=re.sub(r"\s+", " ", info.description or "").replace("`", ""),
     )

@@ -10,7 +10,18 @@ from server.console.runs import Run
 from server.console.said import Told
 
 SiteState = Literal[
-    "lost", "approval", "refused", "training", "ready", "sent", "dropped", "waiting", "connected", "away", "part"
+    "lost",
+    "approval",
+    "undecided",
+    "refused",
+    "training",
+    "ready",
+    "sent",
+    "dropped",
+    "waiting",
+    "connected",
+    "away",
+    "part",
 ]
 
 
@@ -20,7 +31,8 @@ class SiteOfRun:
 
     Attributes:
         name: in its certificate.
-        state: "lost": it took part and is not connected now; "approval": the job waits for its people; "waiting": it takes
+        state: "lost": it took part and is not connected now; "approval": the job waits for its people; "undecided":
+            it waited for them until the run was over; "waiting": it takes
             part, and was asked nothing yet; "connected" and "away": it may take part and does not, or not yet; "part": it took
             part, and the run is not at hand.
         code: of a refusal; "" else.
@@ -37,7 +49,7 @@ class SiteOfRun:
 
 def sites_of(run: Run, told: Told, counted: Mapping[str, int]) -> list[SiteOfRun]:
     """Return every site that has to do with a run, by name; with all that may connect while it is at hand."""
-    central, at_hand = run.plan.mechanism == "central", told.job == run.id
+    central, at_hand = run.plan.mechanism == "central", run.is_open and told.job == run.id
     doing = told.doing if at_hand and not central else {}
     names = {*run.sites, *run.awaiting, *run.refused, *doing, *counted} | ({*told.online} if at_hand else set())
     found = []
@@ -58,8 +70,8 @@ def sites_of(run: Run, told: Told, counted: Mapping[str, int]) -> list[SiteOfRun
 def _state(name: str, run: Run, told: Told, doing: Mapping[str, str], *, at_hand: bool) -> tuple[SiteState, str]:
     if at_hand and not told.online.get(name, False):
         return ("lost" if name in run.sites or name in doing else "away"), ""
-    if name in run.awaiting:
-        return "approval", ""
+    if name in run.awaiting and (run.is_open or name not in run.sites):
+        return ("approval" if run.is_open else "undecided"), ""
     if name in run.refused:
         return "refused", run.refused[name]
     if name in doing:

@@ -114,6 +114,11 @@ class Run:
         return f"{self.state} {self.since or ''}".strip()
 
     @property
+    def steered(self) -> str:
+        """Names what can be asked of it now: likewise, and whether it is stopping."""
+        return f"{self.seen}{' stopping' if self.is_stopping else ''}"
+
+    @property
     def is_open(self) -> bool:
         """Whether the coordinator still has to work on it."""
         return self.state in OPEN

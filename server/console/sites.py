@@ -103,6 +103,17 @@ class Sites:
         wanted = search.casefold()
         return sorted({one.name for one in self._identities() if wanted in one.name.casefold() and is_name(one.name)})
 
+    def num_admitted(self, search: str = "") -> int:
+        """Return how many of them may connect; raises as `names`."""
+        wanted, now = search.casefold(), self._now()
+        return len(
+            {
+                one.name
+                for one in self._identities()
+                if wanted in one.name.casefold() and is_name(one.name) and _counts(one, now)
+            }
+        )
+
     def some(self, names: list[str]) -> list[Site]:
         """Return what is known of some sites, in this order."""
         now, told = self._now(), self._said.now()
@@ -151,6 +162,10 @@ def admitted(one: SiteIdentity, now: datetime) -> Admitted:
     outcome = "failed" if failed else "warning" if days is not None and days < SOON_DAYS else "ok"
     printed = "" if one.public_key is None else fingerprint(one.public_key)
     return Admitted(fingerprint=printed, until=one.not_after, days=days, state=state, outcome=outcome)
+
+
+def _counts(one: SiteIdentity, now: datetime) -> bool:
+    return admitted(one, now).state == "valid"
 
 
 def _seconds(time: str | None) -> float | None:

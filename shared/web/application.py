@@ -10,6 +10,7 @@ import logging
 import secrets
 from collections.abc import Iterable
 from typing import Annotated
+from urllib.parse import urlencode
 
 from fastapi import FastAPI, Path
 from fastapi.exceptions import RequestValidationError
@@ -31,7 +32,7 @@ from shared.web.routes import account_pages, elsewhere_pages, link_pages, own_pa
 
 log = logging.getLogger("silotune.console")
 
-_KEYS = {400: "wrong", 404: "missing", 405: "missing", 422: "wrong"}
+_KEYS = {400: "wrong", 404: "missing", 405: "method", 422: "wrong"}
 
 
 def make_application(console: Console, own: Iterable[Routes]) -> tuple[App, FastAPI]:
@@ -124,16 +125,27 @@ def _not_signed_in(request: Request, _error: Exception) -> Response:
     return RedirectResponse(place, 303)
 
 
-def _not_proven(request: Request, _error: Exception) -> Response:
-    """Lead to where it is proved; what was asked for is not done, and not kept."""
-    first = request.url.path.split("/")[1]
-    return asked_by(request).to(f"/account/prove?next=/{first}")
+def _not_proven(request: Request, error: Exception) -> Response:
+    """Lead to where it is proved, and from there back to the page; what was asked for is not done."""
+    assert isinstance(error, NotProven)  # noqa: S101 (this handler's own kind)
+    place = own_path(error.place)
+    if place == "/":  # too long to be carried
+        place = own_path(error.place.partition("?")[0])
+    return asked_by(request).to(f"/account/prove?{urlencode({'next': place})}")
 
 
 def _http(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 400)
-    status = 404 if status == 405 else status
-    return error_page(request, status, _KEYS.get(status, "wrong"))
+    answer = error_page(request, status, _KEYS.get(status, "wrong"))
+    if status == 405:  # which of a path's routes was asked is not known here, so what each of them takes is told
+        answer.headers["allow"] = ", ".join(sorted(_methods(request)))
+    return answer
+
+
+def _methods(request: Request) -> set[str]:
+    """Return with what a path may be asked."""
+    routes = [route for route in request.app.routes if isinstance(route, APIRoute)]
+    return {method for route in routes if route.path_regex.match(request.url.path) for method in route.methods or ()}
 
 
 def _not_valid(request: Request, _error: Exception) -> Response:

@@ -5,8 +5,9 @@ Formal guarantees (tests: tests/shared/web/test_roles.py, tests/client/console/t
       (test_no_route_is_without_an_action).
     * A request that changes something is refused unless the browser says that a page of this console sent it (Origin) and it
       has the token of this session (test_a_foreign_page_changes_nothing, test_a_request_without_its_token_changes_nothing).
-    * What manages accounts needs password and code within the last five minutes, in this session, of whoever signs in elsewhere
-      a sign-in there for this purpose (tests/client/console/test_proving.py, tests/client/console/test_oidc.py).
+    * What manages accounts, lets a job in or puts a policy into force needs password and code within the last five minutes, in
+      this session, of whoever signs in elsewhere a sign-in there for this purpose (tests/client/console/test_proving.py,
+      tests/client/console/test_oidc.py).
     * The role counts that the account has now, not the one at sign-in (test_a_role_counts_at_once).
 """
 
@@ -18,6 +19,7 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlencode
 
 from fastapi import APIRouter, Depends
 from fastapi.responses import HTMLResponse, RedirectResponse, Response
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 
 _SAFE = ("GET", "HEAD")
 _PREFERRED_SECONDS = 365 * 86_400
+MOST_PLACE = 500
 THEMES = ("auto", "light", "dark")
 
 
@@ -56,7 +59,15 @@ class NotSignedIn(Exception):
 
 
 class NotProven(Exception):
-    """Whoever asks may do it, and has to prove first that they still are who signed in."""
+    """Whoever asks may do it, and has to prove first that they still are who signed in.
+
+    Attributes:
+        place: the page to come back to.
+    """
+
+    def __init__(self, place: str) -> None:
+        super().__init__(place)
+        self.place = place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +100,11 @@ class Asked:
     def token(self) -> str:
         """What a form of this visit must hold; only who knows the cookie can compute it."""
         return token_of(self.visit)
+
+    @property
+    def device(self) -> str:
+        """The cookie by which this browser may be known; "" if it holds none."""
+        return self.request.cookies.get(self.console.cookie("device"), "")
 
     @property
     def is_fragment(self) -> bool:
@@ -145,6 +161,8 @@ class Asked:
         browser = self.request.headers.get("user-agent", "")
         secret = self.console.sessions.begin(account.id, address=self.address, browser=browser, proven=proven)
         self.keep(answer, "session", secret)
+        if not account.elsewhere:
+            self.keep(answer, "device", self.console.accounts.known(account, self.device), preferred=True)
         self.forget(answer, "visit")
 
 
@@ -152,11 +170,12 @@ class Gate:
     """Lets in who may do `action`; the dependency of every route.
 
     Args:
-        proven: only within minutes after password and code were given.
+        proven: only within minutes after password and code were given; the path of the page to come back to after that.
+        carried: fields of the form that this page can begin with; its address is then in the browser's history.
     """
 
-    def __init__(self, action: Action, *, proven: bool = False) -> None:
-        self.action, self.proven = action, proven
+    def __init__(self, action: Action, *, proven: str | None = None, carried: tuple[str, ...] = ()) -> None:
+        self.action, self.proven, self.carried = action, proven, carried
 
     async def __call__(self, request: Request) -> None:
         """Judge a request.
@@ -177,22 +196,34 @@ class Gate:
             if asked.account is None:
                 raise NotSignedIn
             raise Denied(403, "forbidden")
-        if self.proven and not asked.is_proven:
-            raise NotProven
+        if self.proven is not None and not asked.is_proven:
+            raise NotProven(await self._place(request, self.proven))
         request.state.asked = asked
+
+    async def _place(self, request: Request, path: str) -> str:
+        form = await request.form(max_files=0, max_fields=100) if request.method not in _SAFE else {}
+        typed = {name: value for name in self.carried if isinstance(value := form.get(name), str) and value}
+        place = path.format(**request.path_params)
+        return f"{place}?{urlencode(typed)}" if typed else place
 
 
 class Routes(APIRouter):
     """Routes of which each declares what it does."""
 
     def page(
-        self, path: str, action: Action, *, method: str = "GET", proven: bool = False
+        self,
+        path: str,
+        action: Action,
+        *,
+        method: str = "GET",
+        proven: str | None = None,
+        carried: tuple[str, ...] = (),
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Return a decorator that makes a function the answer to `method` at `path` for those who may do `action`; see `Gate`."""
         return self.api_route(
             path,
             methods=[method],
-            dependencies=[Depends(Gate(action, proven=proven))],
+            dependencies=[Depends(Gate(action, proven=proven, carried=carried))],
             response_class=HTMLResponse,
             response_model=None,
             tags=[action.value],
@@ -237,7 +268,7 @@ def token_of(visit: str) -> str:
 
 def own_path(text: str | None) -> str:
     """Return a path of this console to go on with after sign-in; "/" for anything that could lead elsewhere."""
-    if not text or len(text) > 500 or not text.startswith("/") or text.startswith("//"):
+    if not text or len(text) > MOST_PLACE or not text.startswith("/") or text.startswith("//"):
         return "/"
     return text if all("!" <= c <= "~" and c not in '\\"<>^`{|}' for c in text) else "/"
 

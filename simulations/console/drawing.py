@@ -41,13 +41,13 @@ class Drawing:
     steps: list[tuple[float, float, float, float]]
 
 
-def draw(points: Sequence[Point]) -> Drawing | None:
-    """Return where everything stands; None without points."""
+def draw(points: Sequence[Point], *, most: float | None = None) -> Drawing | None:
+    """Return where everything stands; None without points. Values from 0 to `most` are all that there can be."""
     if not points:
         return None
     across = _Log([one for point in points for one in (point.executed, point.planned) if one is not None])
     spread = [(point.value - (point.sd or 0.0), point.value + (point.sd or 0.0)) for point in points]
-    down = _Linear(min(low for low, _ in spread), max(high for _, high in spread))
+    down = _Linear(min(low for low, _ in spread), max(high for _, high in spread), most)
     marks = [
         Mark(
             point=point,
@@ -94,11 +94,14 @@ class _Log:
 class _Linear:
     """Values of a metric, with room above and below."""
 
-    def __init__(self, low: float, high: float) -> None:
+    def __init__(self, low: float, high: float, most: float | None) -> None:
         room = (high - low) * 0.08 or abs(high) * 0.05 or 0.5
         self._low, self._high = low - room, high + room
+        if most is not None:
+            self._low, self._high = max(self._low, 0.0), min(self._high, most)
 
     def at(self, value: float) -> float:
+        value = min(max(value, self._low), self._high)  # a spread may go beyond what there can be
         return round(BOTTOM - (BOTTOM - TOP) * (value - self._low) / (self._high - self._low), 2)
 
     def ticks(self) -> list[float]:

@@ -40,7 +40,7 @@ class Point:
         planned: epsilon of the plan, where that is another one.
         value, sd: of the metric; None with one seed.
         num: seeds.
-        front: no point with as small an epsilon is as good.
+        front: no point is better with as small an epsilon, or as good with a smaller one.
     """
 
     label: str
@@ -114,14 +114,16 @@ def of_sweep(sweep: Sweep, known: Iterable[Run]) -> list[Point]:
 
 
 def with_front(points: Sequence[Point], *, higher: bool) -> list[Point]:
-    """Return points by epsilon, those on the Pareto front marked: of equal values that of the smallest epsilon."""
-    sign, best = (1 if higher else -1), -math.inf
+    """Return points by epsilon, those on the Pareto front marked: of equal values those of the smallest epsilon."""
+    sign, best, at = (1 if higher else -1), -math.inf, None
     found = []
     for point in sorted(
         points, key=lambda one: (math.inf if one.executed is None else one.executed, -sign * one.value)
     ):
-        front = sign * point.value > best
-        best = max(best, sign * point.value)
+        value = sign * point.value
+        front = value > best or (value == best and point.executed == at)
+        if value > best:
+            best, at = value, point.executed
         found.append(replace(point, front=front))
     return found
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastapi.responses import Response
 
+from server.records.metrics import is_share
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action
 from simulations.console.content import chosen, content_of
@@ -46,7 +47,7 @@ def frontier(
         "frontier.html",
         shown=shown,
         ids=ids,
-        drawing=draw(shown.points[:_MOST]),
+        drawing=draw(shown.points[:_MOST], most=1.0 if is_share(shown.metric) else None),
         more=max(0, len(shown.points) - _MOST),
         names={run.id: run for run in content_of(asked).index.now().runs.values()},
         place={"height": HEIGHT, "top": TOP, "bottom": BOTTOM, "left": LEFT, "right": RIGHT, "none": NO_PRIVACY},

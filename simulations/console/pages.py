@@ -8,8 +8,9 @@ from typing import Annotated, Any
 from fastapi import Depends, Path, Query
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 
+from shared.errors import RunError
 from shared.numbers import read_number
-from shared.web.asked import Denied, Here, Routes
+from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.console import Entry
 from shared.web.exports import as_csv, as_json_lines
 from shared.web.guarding import SANDBOXED
@@ -174,9 +175,14 @@ def export_curves(asked: Here, form: Form, ids: Ids) -> Response:
 def one_run(asked: Here, run_id: Id) -> Response:
     """Show one run."""
     found = content_of(asked).index.now()
-    run = _run(found, run_id)
+    return _page(asked, found, _run(found, run_id))
+
+
+def _page(asked: Asked, found: Found, run: Run, *, problem: str = "", status: int = 200) -> Response:
     return asked.page(
         "run.html",
+        status=status,
+        problem=problem,
         run=run,
         sweep=found.sweeps.get(run.sweep),
         settings={} if run.problem else comparing.settings(run),
@@ -188,7 +194,12 @@ def one_run(asked: Here, run_id: Id) -> Response:
 def report(asked: Here, run_id: Id) -> Response:
     """Show the report of a run, which somebody else may have made: as a document without scripts, in an origin of its own."""
     content = content_of(asked)
-    document = content.reports.of(_run(content.index.now(), run_id))
+    found = content.index.now()
+    run = _run(found, run_id)
+    try:
+        document = content.reports.of(run)
+    except RunError as error:
+        return _page(asked, found, run, problem=str(error), status=409)
     return HTMLResponse(document, headers={"content-security-policy": SANDBOXED})
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from client.console.audit.packed import PackedReleases, Release
 from client.site.home import SiteHome
 from shared.trust.audit_chain import Position
 from shared.trust.audit_log import Event
@@ -21,33 +23,6 @@ _WANTED = (
 _MARKS = tuple(f'"event":"{event}"'.encode() for event in _WANTED)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Release:
-    """An update or metrics that left the site, or is about to.
-
-    Attributes:
-        sequence: number of the entry that tells of it.
-        time: when it was stored, UTC, ISO 8601.
-        sent: when it left; None if no entry tells that it did.
-        job, name: hash and name of the job; the name is what the coordinator calls it.
-        round: of the job.
-        bytes, sha256: of the release.
-        epsilon: what the account had spent then; None for a job without privacy.
-        repeated: it was made before and left again for the same request; it costs nothing.
-    """
-
-    sequence: int
-    time: str
-    sent: str | None
-    job: str
-    name: str
-    round: int | None
-    bytes: int | None
-    sha256: str
-    epsilon: float | None
-    repeated: bool
-
-
 class Releases:
     """The releases of a site, the newest first; safe to use from several threads."""
 
@@ -56,7 +31,7 @@ class Releases:
         self._lock = threading.Lock()
         self._forget()
 
-    def all(self, search: str = "") -> list[Release]:
+    def all(self, search: str = "") -> Iterator[Release]:
         """Return all of them, or those in whose job or hash a text stands.
 
         Raises:
@@ -64,12 +39,21 @@ class Releases:
         """
         with self._lock:
             self._read_on()
-            wanted = search.casefold()
-            return [
-                one
-                for one in reversed(self._found)
-                if not wanted or any(wanted in text.casefold() for text in (one.name, one.job, one.sha256))
-            ]
+            found, count = self._found, len(self._found)
+        return _searched(found, count, search.casefold())
+
+    def page(self, search: str = "", *, first: int, most: int) -> tuple[list[Release], int]:
+        """Return some of them, and how many there are; raises as `all`."""
+        if search:
+            shown, count = [], 0
+            for count, one in enumerate(self.all(search), start=1):
+                if first < count <= first + most:
+                    shown.append(one)
+            return shown, count
+        with self._lock:
+            self._read_on()
+            count = len(self._found)
+            return [self._found[count - 1 - number] for number in range(first, min(first + most, count))], count
 
     def name_of(self, job: str) -> str:
         """Return the name of a job by its hash; "" if the log does not tell."""
@@ -90,7 +74,7 @@ class Releases:
             return self._prepared
 
     def _forget(self) -> None:
-        self._found: list[Release] = []
+        self._found = PackedReleases()
         self._names: dict[str, str] = {}
         self._latest: Line | None = None
         self._prepared: Line | None = None
@@ -121,10 +105,18 @@ class Releases:
             # A node answers one request after the other, so what leaves next is what was made last.
             number = self._pending.pop()
             self._pending.clear()
-            self._found[number] = replace(self._found[number], sent=entry.time)
+            declined = details.get("declined") is True
+            self._found[number] = replace(self._found[number], sent=entry.time, declined=declined)
         elif entry.event in (Event.RELEASE_STORED, Event.RELEASE_REPEATED):
             self._pending.append(len(self._found))
             self._found.append(_release(entry, self._names.get(str(details.get("job")), "")))
+
+
+def _searched(found: PackedReleases, count: int, wanted: str) -> Iterator[Release]:
+    for number in range(count - 1, -1, -1):
+        one = found[number]
+        if not wanted or any(wanted in text.casefold() for text in (one.name, one.job, one.sha256)):
+            yield one
 
 
 def _release(entry: Line, name: str) -> Release:

@@ -65,10 +65,13 @@ def one_run(asked: Here, run: Id) -> Response:
 
 
 @ROUTES.page("/runs/{run}/live", Action.SEE_RUNS)
-def live(asked: Here, run: Id) -> Response:
-    """Show what changes of a run; a part of its page."""
+def live(asked: Here, run: Id, seen: Since = "") -> Response:
+    """Show what changes of a run; a part of its page, with what can be asked of it if that is not as it was `seen`."""
     found = run_of(asked, run)
-    return asked.page("run-live.html", **_live(asked, found)) if asked.is_fragment else page_of(asked, found)
+    if not asked.is_fragment:
+        return page_of(asked, found)
+    may_steer = allowed(asked.me().role, Action.STEER_RUNS)
+    return asked.page("run-live-part.html", seen=seen, may_steer=may_steer, **_live(asked, found))
 
 
 @ROUTES.page("/runs/{run}/curves", Action.SEE_RUNS)
@@ -181,7 +184,7 @@ def _live(asked: Asked, run: Run) -> dict[str, Any]:
     return {
         "run": run,
         "told": told,
-        "at_hand": told.job == run.id,
+        "at_hand": run.is_open and told.job == run.id,
         "sites": sites_of(run, told, curves.counted),
         "curves": [*drawn, *([EPSILON] if any(value is not None for value in curves.epsilon) else [])],
         "mark": mark,

@@ -139,9 +139,10 @@ def _shown(
     told, mark = content.said.now(), content.sites.mark
     try:
         names, is_trusted = content.sites.names(search), True
+        num_admitted = content.sites.num_admitted(search)
         shown = content.sites.some(names[(page - 1) * A_PAGE : page * A_PAGE])
     except TrustError:
-        names, shown, is_trusted = [], [], False
+        names, shown, is_trusted, num_admitted = [], [], False, 0
     return asked.page(
         template,
         status=status,
@@ -149,6 +150,7 @@ def _shown(
         told=told,
         is_trusted=is_trusted,
         num_found=len(names),
+        num_admitted=num_admitted,
         num_online=sum(told.online.get(name, False) for name in names),
         page=page,
         num_pages=max(1, -(-len(names) // A_PAGE)),

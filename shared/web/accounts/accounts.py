@@ -24,7 +24,7 @@ from sqlalchemy.exc import IntegrityError
 from shared import names
 from shared.errors import SilotuneError
 from shared.trust.keystore import Seal
-from shared.web.accounts import codes, passwords
+from shared.web.accounts import codes, devices, passwords
 from shared.web.accounts.attempts import Attempts
 from shared.web.accounts.passwords import Unsuitable
 from shared.web.accounts.sessions import end_all
@@ -199,15 +199,19 @@ class Accounts:
             connection.execute(_of(account).values(**taken))
             return _locked(connection, account)
 
-    def sign_in(self, name: str, password: str, totp: str, *, address: str) -> Account:
+    def sign_in(self, name: str, password: str, totp: str, *, address: str, cookie: str = "") -> Account:
         """Return the account of whoever proves to be its person.
+
+        Args:
+            cookie: by which a browser may be known, see `shared.web.accounts.devices`.
 
         Raises:
             Refused: they do not.
             TooManyAttempts: by this name or address.
         """
         key = name_key(name)
-        blocked = self.attempts.begin(account=key, address=address)
+        device = self._device(key, cookie)
+        blocked = self.attempts.begin(account=key, address=address, device=device)
         with self.database.reading() as connection:
             row = connection.execute(select(ACCOUNTS).where(ACCOUNTS.c.name_key == key)).one_or_none()
         fits = passwords.fits(password, None if row is None else row.password)
@@ -215,20 +219,21 @@ class Accounts:
             if blocked:  # what was typed may be a password, so only a name that is an account's is noted
                 self.record("-", "sign-in.blocked", {"name": None if row is None else row.name, "address": address})
             raise Refused("name, password or code are not right")
-        self.attempts.succeeded(account=key, address=address)
+        self.attempts.succeeded(account=key, address=address, device=device)
         account = _account(row)
         self.record(account.name, "sign-in", {"address": address})
         return account
 
-    def prove(self, account: Account, password: str, totp: str, *, address: str) -> None:
+    def prove(self, account: Account, password: str, totp: str, *, address: str, cookie: str = "") -> None:
         """Check password and code of somebody who is signed in; raises as `sign_in`."""
         key = name_key(account.name)
-        self.attempts.begin(account=key, address=address)
+        device = self._device(key, cookie)
+        self.attempts.begin(account=key, address=address, device=device)
         with self.database.reading() as connection:
             row = connection.execute(select(ACCOUNTS).where(ACCOUNTS.c.id == account.id)).one()
         if not passwords.fits(password, row.password) or not self._use(row, totp):
             raise Refused("password or code are not right")
-        self.attempts.succeeded(account=key, address=address)
+        self.attempts.succeeded(account=key, address=address, device=device)
 
     def change_password(self, account: Account, password: str) -> None:
         """Set another password; every session of the account ends.
@@ -291,6 +296,17 @@ class Accounts:
             now = {"issuer": issuer, "subject": subject, "role": role.value, "signed_in": self.now()}
             connection.execute(_of(account).values(**now))
             return _locked(connection, account)
+
+    def known(self, account: Account, cookie: str) -> str:
+        """Return the cookie by which the browser of an account that has just signed in is known."""
+        return devices.cookie_of(self.seal, cookie, account.id, now=self.now())
+
+    def _device(self, key: str, cookie: str) -> str | None:
+        if not cookie:
+            return None
+        with self.database.reading() as connection:
+            account = connection.execute(select(ACCOUNTS.c.id).where(ACCOUNTS.c.name_key == key)).scalar()
+        return None if account is None else devices.device_of(self.seal, cookie, account, now=self.now())
 
     def _use(self, row: Any, totp: str) -> bool:
         """Use up an authenticator's code; return whether it is right and was not used before."""

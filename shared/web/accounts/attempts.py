@@ -1,9 +1,14 @@
 """How often somebody may try to sign in: by account and by address, in the database, so that a restart forgives nothing.
 
+A browser that an account signed in with before has a count of its own (`shared/web/accounts/devices.py`): what others try
+under the name, or from the same address, keeps its person waiting nowhere else.
+
 Formal guarantees (tests: tests/shared/web/test_attempts.py)
     * An attempt counts before it is judged, so that many at once are no more than one after the other
       (test_attempts_at_once_all_count).
     * A name that no account has is held back like one that an account has (test_unknown_names_are_held_back_alike).
+    * Whoever guesses elsewhere does not keep a known browser from signing in, and one that is known may guess no more often
+      (test_a_known_browser_has_its_own_count).
     * What is kept does not grow without end (test_old_attempts_are_forgotten).
 """
 
@@ -20,10 +25,10 @@ from shared.errors import SilotuneError
 from shared.web.state.database import Database
 from shared.web.state.tables import ATTEMPTS
 
-_FREE = {"account": 5, "address": 30}
+_FREE = {"account": 5, "address": 30, "device": 5}
 """Failures before the first wait; behind one address there may be a ward."""
 _FIRST_WAIT, _LONGEST_WAIT = 30, 900
-_FORGOTTEN_AFTER = {"account": 86_400, "address": 900}
+_FORGOTTEN_AFTER = {"account": 86_400, "address": 900, "device": 86_400}
 """Seconds without an attempt; through one address, such as that of a tunnel, may come everybody."""
 
 
@@ -51,16 +56,17 @@ class Attempts:
     database: Database
     now: Callable[[], int]
 
-    def begin(self, *, account: str | None, address: str) -> bool:
+    def begin(self, *, account: str | None, address: str, device: str | None = None) -> bool:
         """Count an attempt as failed, before it is judged; return whether whoever fails now has to wait for the first time.
 
         Args:
             account: the name's key, whether there is such an account or not; None where none is named.
+            device: names the account's browser, which then counts alone; None if it is not known.
 
         Raises:
             TooManyAttempts: nothing was counted.
         """
-        kinds = [("address", address), *([("account", account)] if account is not None else [])]
+        kinds = _kinds(account, address, device)
         now, blocked = self.now(), False
         with self.database.writing() as connection:
             for kind, seconds in _FORGOTTEN_AFTER.items():
@@ -79,13 +85,22 @@ class Attempts:
                     blocked |= failures == _FREE[kind]
         return blocked
 
-    def succeeded(self, *, account: str | None, address: str) -> None:
+    def succeeded(self, *, account: str | None, address: str, device: str | None = None) -> None:
         """Take back the attempt that was counted: the account's failures are forgotten, of the address's this one only."""
         with self.database.writing() as connection:
-            if account is not None:
-                connection.execute(delete(ATTEMPTS).where(ATTEMPTS.c.who == _key("account", account)))
-            where = ATTEMPTS.c.who == _key("address", address)
-            connection.execute(update(ATTEMPTS).where(where).values(failures=ATTEMPTS.c.failures - 1, blocked_until=0))
+            for kind, what in _kinds(account, address, device):
+                where = ATTEMPTS.c.who == _key(kind, what)
+                if kind == "address":
+                    less = {"failures": ATTEMPTS.c.failures - 1, "blocked_until": 0}
+                    connection.execute(update(ATTEMPTS).where(where).values(**less))
+                else:
+                    connection.execute(delete(ATTEMPTS).where(where))
+
+
+def _kinds(account: str | None, address: str, device: str | None) -> list[tuple[str, str]]:
+    if device is not None:
+        return [("device", device)]
+    return [("address", address), *([("account", account)] if account is not None else [])]
 
 
 def _waiting_since(connection: Connection, who: str) -> int:

@@ -15,19 +15,15 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
-
-import httpx
-from authlib.integrations.httpx_client import OAuth2Client
-from authlib.oauth2.rfc7636 import create_s256_code_challenge
-from joserfc import jwt
-from joserfc.errors import JoseError
-from joserfc.jwk import KeySet
 
 from shared.errors import SilotuneError
 from shared.web.oidc.settings import OidcConfig, is_protected
 from shared.web.turns import Busy, Places, Turn
+
+if TYPE_CHECKING:  # authlib, httpx and joserfc are imported where they are used: few consoles have a provider
+    from joserfc.jwk import KeySet
 
 _ALGORITHMS = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 _SECONDS = 10.0
@@ -81,6 +77,8 @@ class Provider:
         Raises:
             ProviderError: it cannot be reached.
         """
+        from authlib.oauth2.rfc7636 import create_s256_code_challenge
+
         told, _ = self._discovered()
         begun = Begun(
             state=secrets.token_urlsafe(32),
@@ -109,6 +107,8 @@ class Provider:
         Raises:
             ProviderError: the provider does not take the code, or its token does not hold.
         """
+        from authlib.integrations.httpx_client import OAuth2Client
+
         told, _ = self._discovered()
         try:
             with (
@@ -142,6 +142,9 @@ class Provider:
         return min(at, self._now())
 
     def _checked(self, token: object, nonce: str) -> Mapping[str, Any]:
+        from joserfc import jwt
+        from joserfc.errors import JoseError
+
         if not isinstance(token, str):
             raise ProviderError("the provider gave no token that says who came.")
         registry = jwt.JWTClaimsRegistry(
@@ -181,6 +184,9 @@ class Provider:
             return self._kept[1], self._kept[2]
 
     def _read(self) -> tuple[int, Mapping[str, Any], KeySet]:
+        from joserfc.errors import JoseError
+        from joserfc.jwk import KeySet
+
         if self._failed is not None and 0 <= self._now() - self._failed[0] < _FAILED_SECONDS:
             raise ProviderError(self._failed[1])
         try:
@@ -209,6 +215,8 @@ class Provider:
 
 
 def _fetched(address: str) -> dict[str, Any]:
+    import httpx
+
     try:
         answer = httpx.get(address, timeout=_SECONDS, follow_redirects=False).raise_for_status()
         found = answer.json()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from fastapi import Form, Path
+from fastapi import Form, Path, Query
 from fastapi.responses import Response
 
 from shared.web.accounts.accounts import Gone
@@ -17,43 +17,45 @@ ROUTES = Routes()
 
 Id = Annotated[str, Path(max_length=64)]
 GivenRole = Annotated[str, Form(max_length=20)]
+TypedName = Annotated[str, Query(alias="name", max_length=200)]
+TypedRole = Annotated[str, Query(alias="role", max_length=20)]
 
 
 @ROUTES.page("/accounts", Action.MANAGE_ACCOUNTS)
-def accounts(asked: Here) -> Response:
-    """Show all accounts."""
-    return _shown(asked)
+def accounts(asked: Here, name: TypedName = "", role: TypedRole = "") -> Response:
+    """Show all accounts; the form begins with what was typed before one had to prove something."""
+    return _shown(asked, name=name, role=role)
 
 
-@ROUTES.page("/accounts", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
+@ROUTES.page("/accounts", Action.MANAGE_ACCOUNTS, method="POST", proven="/accounts", carried=("name", "role"))
 def invite(asked: Here, name: Name = "", role: GivenRole = "") -> Response:
     """Invite somebody; the code is shown once."""
     try:
         code = asked.console.accounts.invite(name, _role(role), by=asked.me())
     except Unsuitable as error:
-        return _shown(asked, problem=error, name=name)
+        return _shown(asked, problem=error, name=name, role=role)
     return _shown(asked, code=code, invited=name)
 
 
-@ROUTES.page("/accounts/{account}/role", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
+@ROUTES.page("/accounts/{account}/role", Action.MANAGE_ACCOUNTS, method="POST", proven="/accounts")
 def change_role(asked: Here, account: Id, role: GivenRole = "") -> Response:
     """Give an account another role."""
     return _changed(asked, account, role=_role(role))
 
 
-@ROUTES.page("/accounts/{account}/disable", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
+@ROUTES.page("/accounts/{account}/disable", Action.MANAGE_ACCOUNTS, method="POST", proven="/accounts")
 def disable(asked: Here, account: Id) -> Response:
     """Let an account sign in no more."""
     return _changed(asked, account, disabled=True)
 
 
-@ROUTES.page("/accounts/{account}/enable", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
+@ROUTES.page("/accounts/{account}/enable", Action.MANAGE_ACCOUNTS, method="POST", proven="/accounts")
 def enable(asked: Here, account: Id) -> Response:
     """Let it sign in again."""
     return _changed(asked, account, disabled=False)
 
 
-@ROUTES.page("/accounts/{account}/reset", Action.MANAGE_ACCOUNTS, method="POST", proven=True)
+@ROUTES.page("/accounts/{account}/reset", Action.MANAGE_ACCOUNTS, method="POST", proven="/accounts")
 def reset(asked: Here, account: Id) -> Response:
     """Invite the person of an account anew, who lost password or authenticator."""
     try:
@@ -83,7 +85,13 @@ def _role(text: str) -> Role:
 
 
 def _shown(
-    asked: Asked, *, problem: Unsuitable | None = None, name: str = "", code: str | None = None, invited: str = ""
+    asked: Asked,
+    *,
+    problem: Unsuitable | None = None,
+    name: str = "",
+    role: str = "",
+    code: str | None = None,
+    invited: str = "",
 ) -> Response:
     text = None
     if problem is not None:
@@ -95,6 +103,7 @@ def _shown(
         roles=list(Role),
         problem=text,
         name=name,
+        role=role if role in set(Role) else Role.VIEWER,
         code=code,
         invited=invited,
     )

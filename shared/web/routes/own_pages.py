@@ -34,7 +34,7 @@ def change_password(
     if password != again:
         return _shown(asked, texts("welcome.differ"))
     try:
-        accounts.prove(account, old, totp, address=asked.address)
+        accounts.prove(account, old, totp, address=asked.address, cookie=asked.device)
         accounts.change_password(account, password)
     except Refused:
         return _shown(asked, texts("own.refused"))
@@ -60,7 +60,7 @@ def prove(asked: Here, password: Password = "", totp: Code = "", place: Place = 
     if account.elsewhere:
         raise Denied(404, "missing")
     try:
-        asked.console.accounts.prove(account, password, totp, address=asked.address)
+        asked.console.accounts.prove(account, password, totp, address=asked.address, cookie=asked.device)
     except Refused:
         return asked.page("prove.html", status=422, place=own_path(place), problem=texts("own.refused"))
     except TooManyAttempts as error:

@@ -45,7 +45,7 @@ def sign_in_form(asked: Here, place: Annotated[str, Query(alias="next", max_leng
 def sign_in(asked: Here, name: Name = "", password: Password = "", code: Code = "", place: Place = "/") -> Response:
     """Sign in, or show the form again with one text for whatever was wrong."""
     try:
-        account = asked.console.accounts.sign_in(name, password, code, address=asked.address)
+        account = asked.console.accounts.sign_in(name, password, code, address=asked.address, cookie=asked.device)
     except Refused:
         problem = asked.texts("sign_in.refused")
         return asked.page("sign-in.html", status=401, place=own_path(place), name=name, problem=problem)

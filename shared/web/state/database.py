@@ -14,20 +14,33 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from alembic import command
-from alembic.config import Config
-from alembic.runtime.migration import MigrationContext
-from alembic.script import ScriptDirectory
-from alembic.util.exc import CommandError
-from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, text
+from sqlalchemy import (
+    URL,
+    Column,
+    Connection,
+    Engine,
+    MetaData,
+    String,
+    Table,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DBAPIError
 from sqlalchemy.pool import QueuePool
 
 from shared.errors import ConfigError, RunError
+from shared.web.state.tables import METADATA
+
+if TYPE_CHECKING:  # alembic is imported only where there is something to bring forwards: it takes ten megabytes
+    from alembic.config import Config
 
 FILE = "console.db"
+NEWEST = "0003"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 0x53494C4F  # of PostgreSQL, while a database is brought forwards
 
@@ -77,7 +90,21 @@ class Database:
         with self.writing() as connection:
             if connection.dialect.name == "postgresql":
                 connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-            upgrade(connection, "head")
+            found = _version(connection)
+            if found is None:
+                _make_new(connection)
+            elif found != NEWEST:
+                upgrade(connection, NEWEST)
+
+
+def _make_new(connection: Connection) -> None:
+    """Make a new database as all migrations would leave it (tests/shared/web/test_database.py,
+    test_a_new_database_is_what_migrations_make).
+    """
+    METADATA.create_all(connection)
+    version = Table("alembic_version", MetaData(), Column("version_num", String(32), primary_key=True))
+    version.create(connection)
+    connection.execute(version.insert().values(version_num=NEWEST))
 
 
 def upgrade(connection: Connection, version: str) -> None:
@@ -86,8 +113,11 @@ def upgrade(connection: Connection, version: str) -> None:
     Raises:
         RunError: it is of a version that this program does not know.
     """
-    config = _config()
-    found = MigrationContext.configure(connection).get_current_revision()
+    from alembic import command
+    from alembic.script import ScriptDirectory
+    from alembic.util.exc import CommandError
+
+    config, found = _config(), _version(connection)
     if found is not None:
         try:
             ScriptDirectory.from_config(config).get_revision(found)
@@ -102,10 +132,21 @@ def upgrade(connection: Connection, version: str) -> None:
 
 def versions() -> list[str]:
     """Return all versions of the database, the first one first."""
+    from alembic.script import ScriptDirectory
+
     return [script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()][::-1]
 
 
+def _version(connection: Connection) -> str | None:
+    """Return the version of a database; None of a new one."""
+    if not inspect(connection).has_table("alembic_version"):
+        return None
+    return connection.execute(text("SELECT version_num FROM alembic_version")).scalar()
+
+
 def _config() -> Config:
+    from alembic.config import Config
+
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS).replace("%", "%%"))
     config.set_main_option("path_separator", "os")

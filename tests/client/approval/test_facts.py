@@ -85,7 +85,7 @@ def test_what_is_promised_is_what_the_plan_says() -> None:
     assert found.promised is not None
     assert (found.promised.epsilon, found.promised.alone) == (plan.epsilon(), None)
     assert (found.promised.delta, found.promised.noise_multiplier) == (1e-5, 1.0)
-    assert f"epsilon {rounded_up(plan.epsilon())} at delta 1e-05, with noise multiplier 1" in text(found)
+    assert f"epsilon {rounded_up(plan.epsilon(), 4)} at delta 1e-05, with noise multiplier 1" in text(found)
     assert (found.rounds, found.local_steps, found.steps) == (10, 4, 40)
     assert "10 rounds of 4 steps; each record enters a step with probability 0.05" in text(found)
 
@@ -100,9 +100,10 @@ def test_both_promises_of_a_sum_over_sites_are_told() -> None:
     assert (found.promised.honest, found.promised.colluding) == (4, 1)
     lines = text(found)
     assert (
-        f"epsilon {rounded_up(plan.of_sum.epsilon())} at delta 1e-05 against the coordinator and up to 1 sites" in lines
+        f"epsilon {rounded_up(plan.of_sum.epsilon(), 4)} at delta 1e-05 against the coordinator and up to 1 sites"
+        in lines
     )
-    assert f"epsilon {rounded_up(plan.epsilon())} at delta 1e-05 for what this site sends by itself" in lines
+    assert f"epsilon {rounded_up(plan.epsilon(), 4)} at delta 1e-05 for what this site sends by itself" in lines
     assert [line.promise for line in found.budget] == ["together", "alone"]
     assert found.budget[0].after < found.budget[1].after
     assert "with each masked input by itself" in lines

@@ -147,6 +147,48 @@ def test_a_proposal_on_another_file_is_stale(changes: PolicyChanges) -> None:
         changes.accept(1, by="olga")
 
 
+def test_what_was_overtaken_stays_so(changes: PolicyChanges) -> None:
+    """What was decided on since may be why it was not accepted; the same bytes do not take that back."""
+    changes.propose(AFTER, base=sha256(BEFORE), by="eve")
+    changes.policy.write_text(BEFORE.replace("8.0", "4.0"))
+    changes.settle()
+    changes.policy.write_text(BEFORE)
+    for one in (changes, opened(changes.policy.parent)):
+        assert [(one.state, one.version) for one in one.proposals()] == [("stale", 1)]
+        with pytest.raises(Stale):
+            one.accept(1, by="olga")
+    assert changes.policy.read_text() == BEFORE
+    changes.propose(AFTER, base=sha256(BEFORE), by="eve")
+    assert changes.accept(2, by="olga").number == 4
+
+
+@pytest.mark.parametrize(
+    ("what", "to"),
+    [
+        ("approvals_needed = 2", "approvals_needed = 1"),
+        ('approval = "required"\napprovals_needed = 2', 'approval = "none"'),
+        ("approval_days = 7.0", "approval_days = 8.0"),
+    ],
+)
+def test_nobody_lowers_four_eyes_alone(tmp_path: Path, what: str, to: str) -> None:
+    eyes = f'approval = "required"\napprovals_needed = 2\napproval_days = 7.0\n{BEFORE}'
+    changes = begun(tmp_path, eyes)
+    changes.propose(eyes.replace(what, to), base=sha256(eyes), by="otto")
+    with pytest.raises(RunError, match="somebody else"):
+        changes.accept(1, by="otto")
+    assert changes.policy.read_text() == eyes
+    assert changes.accept(1, by="olga").number == 2
+
+
+def test_stricter_decisions_and_other_rules_take_what_the_policy_says(tmp_path: Path) -> None:
+    eyes = f'approval = "required"\napprovals_needed = 2\n{BEFORE}'
+    changes, stricter = begun(tmp_path, eyes), f"approval_days = 3.0\n{eyes}"
+    changes.propose(stricter, base=sha256(eyes), by="otto")
+    assert changes.accept(1, by="otto").number == 2
+    changes.propose(stricter.replace("200", "300"), base=sha256(stricter), by="otto")
+    assert changes.accept(2, by="otto").number == 3
+
+
 def test_a_proposal_is_decided_once(changes: PolicyChanges) -> None:
     changes.propose(AFTER, base=sha256(BEFORE), by="eve")
     other = opened(changes.policy.parent)

@@ -114,7 +114,7 @@ def test_cookies_are_out_of_reach(serving: Serving) -> None:
     browser = serving.browser()
     answer = browser.sign_in("viewer", PASSWORD, serving.code("viewer"))
     set_cookies = answer.headers.get_list("set-cookie")
-    assert len(set_cookies) == 2
+    assert len(set_cookies) == 3, "session, device, and the visit that ends"
     for cookie in set_cookies:
         assert "HttpOnly" in cookie
         assert "SameSite=strict" in cookie
@@ -461,3 +461,32 @@ def test_a_role_counts_at_once(serving: Serving) -> None:
     browser = serving.signed_in("engineer")
     assert browser.get("/policy").status_code == 403
     accounts.change(engineer.id, by=administrator, role=Role.ENGINEER)
+
+
+def test_other_methods_are_told_to_be_wrong(serving: Serving) -> None:
+    browser = serving.signed_in("officer")
+    for method, path, allowed in (
+        ("PUT", "/requests", "GET"),
+        ("DELETE", "/requests", "GET"),
+        ("HEAD", "/requests", "GET"),
+        ("PATCH", "/policy/edit", "GET, POST"),
+        ("GET", "/sign-out", "POST"),
+    ):
+        answer = browser.http.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed), (method, path)
+        assert answer.headers["content-security-policy"] == POLICY
+    assert browser.http.request("PUT", "/nothing").status_code == 404
+
+
+def test_a_browser_that_signed_in_before_is_not_kept_out(serving: Serving) -> None:
+    browser = serving.signed_in("engineer")
+    name = serving.console.cookie("device")
+    answer = browser.sign_in("engineer", PASSWORD, serving.code("engineer"))
+    (kept,) = [one for one in answer.headers.get_list("set-cookie") if one.startswith(f"{name}=")]
+    assert {"HttpOnly", "SameSite=strict", "Path=/"} <= {part.strip() for part in kept.split(";")}
+    stranger, code = serving.browser(), serving.code("engineer")
+    told = [stranger.sign_in("engineer", "a guess", "000000").status_code for _ in range(7)]
+    assert told[-1] == 429
+    assert stranger.sign_in("engineer", PASSWORD, code).status_code == 429
+    known = serving.browser(cookies={name: browser.http.cookies[name]})
+    assert known.sign_in("engineer", PASSWORD, code).status_code == 303

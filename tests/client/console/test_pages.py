@@ -18,6 +18,7 @@ from shared.trust.signing import load_verify_key
 from shared.web.asked import Gate
 from shared.web.roles import Action, Role, allowed
 from tests.client.console.conftest import ROLES, Serving, files_of, text_of
+from tests.client.console.homes import say
 
 
 def action_of(route: Any) -> Action:
@@ -191,6 +192,17 @@ def test_health_and_policy(serving: Serving) -> None:
     policy = browser.get("/policy").text
     assert "max_epsilon_per_job" in text_of(policy)
     assert "# What this site accepts" in policy
+
+
+def test_a_request_is_no_other_connection(serving: Serving) -> None:
+    browser, connected, asked = serving.signed_in("engineer"), "2026-12-01T07:00:00+00:00", "2026-12-02T09:30:00+00:00"
+    try:
+        say(serving.home, state="working", since=asked, connected_since=connected)
+        assert "Since 2026-12-01 07:00:00" in text_of(browser.get("/health").text)
+        say(serving.home, state="waiting", since=asked, connected_since=connected)
+        assert "Since 2026-12-02 09:30:00" in text_of(browser.get("/health").text)
+    finally:
+        say(serving.home)
 
 
 def test_a_node_that_does_not_run_is_told(serving: Serving) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from client.check import check_site
 from client.console.content import SiteContent
 from client.policy.diff import line_diff, setting_changes
 from client.policy.policy import Policy, load_policy, policy_of
@@ -19,6 +20,7 @@ from shared.trust.audit_log import Event, read
 from shared.web.roles import Role
 from tests.client.console.conftest import Browser, Serving, take, text_of
 from tests.client.console.homes import make_home
+from tests.conftest import Outcome
 
 Serve = Callable[..., Serving]
 MARKS = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -158,6 +160,38 @@ def test_four_eyes_are_two_accounts(asked: Serving) -> None:
     assert load_policy(asked.home.policy).policy_approvals_needed == 1
     path = proposed(olga, changed(asked.home))
     assert olga.post(f"{path}/accept").status_code == 303, "one officer is enough now"
+
+
+def test_nobody_lowers_four_eyes_alone(asked: Serving) -> None:
+    home, olga = asked.home, asked.signed_in("officer")
+    want(home, 1)
+    text = re.sub('approval = ".*"', 'approval = "required"', home.policy.read_text())
+    home.policy.write_text(re.sub(r"(?m)^approvals_needed = .", "approvals_needed = 2", text))
+    assert "Only a change by which people decide" in text_of(olga.get("/policy").text)
+    path = proposed(olga, re.sub(r"(?m)^approvals_needed = 2", "approvals_needed = 1", home.policy.read_text()))
+    assert "/accept" not in olga.get(path).text
+    answer = olga.post(f"{path}/accept")
+    assert (answer.status_code, "wants somebody else" in answer.text) == (409, True)
+    assert load_policy(home.policy).approvals_needed == 2
+    assert asked.signed_in("Jan").post(f"{path}/accept").status_code == 303
+    assert "Only a change by which people decide" not in text_of(olga.get("/policy").text)
+
+
+def test_the_command_line_warns_of_uneven_eyes(asked: Serving, silotune: Callable[..., Outcome]) -> None:
+    home = asked.home
+
+    def warned() -> list[bool]:
+        policy = next(one for one in check_site(home, passphrase=None, connect=False) if one.name == "policy")
+        told = silotune("site", "policy", home.path)
+        says = "set policy_approvals_needed = 2"
+        assert told.status == 0
+        return [says in policy.text and policy.outcome == "warning", says in told.err]
+
+    text = re.sub('approval = ".*"', 'approval = "required"', home.policy.read_text())
+    for jobs, changes, expected in ((2, 1, True), (2, 2, False), (1, 1, False), (1, 2, False)):
+        one = re.sub(r"(?m)^approvals_needed = .", f"approvals_needed = {jobs}", text)
+        home.policy.write_text(re.sub("policy_approvals_needed = .", f"policy_approvals_needed = {changes}", one))
+        assert warned() == [expected] * 2, (jobs, changes)
 
 
 def test_a_page_of_before_proposes_nothing(asked: Serving) -> None:

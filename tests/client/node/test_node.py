@@ -107,6 +107,21 @@ def raising(error: Exception) -> ClientApp:
     return make_client_app(open_site)
 
 
+def test_a_request_is_no_other_connection(home: SiteHome, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = (f"2026-10-05T08:00:{second:02}+00:00" for second in range(60))
+    monkeypatch.setattr("client.node.status._now", lambda: next(times))
+    status = StatusFile(home)
+    status.say("connected")
+    (first, state) = (status.facts()[name] for name in ("connected_since", "since"))
+    status.say("working")
+    status.say("connected")
+    assert status.facts()["connected_since"] == first
+    assert status.facts()["since"] > state, "each request is a state"
+    status.say("waiting")
+    status.say("connected")
+    assert status.facts()["connected_since"] > first
+
+
 @pytest.mark.parametrize(
     "error", [ValueError(CONFIDENTIAL), KeyError(CONFIDENTIAL), RuntimeError(CONFIDENTIAL), OSError(5, CONFIDENTIAL)]
 )

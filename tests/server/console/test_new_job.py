@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from client.policy.policy import Policy
 from server.console.job_form import BY_KEY, ENTRIES, FIRST, filled, run_file
 from server.console.promises import promises_of
 from server.coordinator.run_file import read_run_settings
@@ -61,6 +62,15 @@ def test_every_setting_has_a_field(browser: Browser) -> None:
     assert {*re.findall(r' name="([a-z_]+(?:\.[a-z_]+)*)"', page)} >= {*BY_KEY}
     assert {*FIRST} <= {*BY_KEY}
     assert all(entry.about for entry in ENTRIES)
+
+
+def test_the_form_begins_with_what_sites_accept(browser: Browser) -> None:
+    page = browser.get("/jobs/new").text
+    assert 'name="federation.min_sites" value="2"' in page
+    least = Policy.model_fields["min_sites"].default
+    assert int(BY_KEY["federation.min_sites"].offered) >= least, "as every policy of the template wants it"
+    typed = browser.post("/jobs/new", page="/jobs/new", **{"federation.min_sites": "1"}).text
+    assert 'name="federation.min_sites" value="1"' in typed
 
 
 def test_what_is_not_typed_is_the_default() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def actions(home: CoordinatorHome) -> list[dict[str, object]]:
 def test_the_roster_is_the_trust_stores(browser: Browser) -> None:
     page = browser.get("/sites").text
     text = text_of(page)
-    assert "3 in all, 1 connected" in text
+    assert "3 in all, 3 may connect, 1 connected" in text
     for name in SITES:
         assert name in text
     assert "north connected" in text
@@ -113,7 +114,10 @@ def test_a_list_shuts_out_whom_the_ca_revoked(browser: Browser, folder: Path, ho
     assert (home.trust / "crl.pem").read_text() == old, "a look changes nothing"
     assert browser.post("/sites/revocations", page="/sites", revocations=newer).status_code == 303
     assert load_crl(home.trust / "crl.pem", TrustStore(home.trust).judge(_now()).ca) is not None
-    assert "charite may not connect" in text_of(browser.get("/sites").text)
+    text = text_of(browser.get("/sites").text)
+    assert "charite may not connect" in text
+    (known, admitted) = re.findall(r"Known sites (\d+) in all, (\d+) may connect", text)[0]
+    assert int(known) == int(admitted) + 1, "who was shut out is known, and no more than that"
     assert actions(home)[-1]["sites"] == ["charite"]
     answer = browser.post("/sites/revocations", page="/sites", revocations=old)
     assert (answer.status_code, "was seen before" in answer.text) == (422, True), "an older list is refused"

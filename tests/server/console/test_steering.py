@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +16,7 @@ from server.store.submission import Submission
 from shared.errors import RunError, TrustError
 from shared.trust.audit_log import AuditLog, Event, read
 from shared.web.roles import Role
-from tests.client.console.conftest import Browser, Serving
+from tests.client.console.conftest import Browser, Serving, text_of
 from tests.conftest import Outcome
 from tests.server.console.homes import go_on, job_of, make_home, say, submit
 
@@ -169,3 +171,39 @@ def test_a_broken_signature_is_told(tmp_path: Path) -> None:
     with pytest.raises(TrustError):
         submission.resume()
     assert submission.state()["state"] == "stopped"
+
+
+def test_a_run_that_ended_is_not_stopped(browser: Browser, serving: Serving, submission: Submission) -> None:
+    """What can be asked of a run follows it, and only then: a form that is swapped takes the keyboard's place with it."""
+
+    def part(browser: Browser, page: str) -> str:
+        found = re.search(r'id="live" hx-get="([^"]+)"', page)
+        assert found
+        return browser.get(html.unescape(found[1]), headers={"hx-request": "true"}).text
+
+    page = browser.get(RUN).text
+    assert "Stop this run" in page.partition('id="steer"')[2]
+    assert "hx-swap-oob" not in part(browser, page)
+    submission.request_stop()
+    assert "is being stopped" in part(browser, page).partition('<div id="steer" hx-swap-oob="true">')[2]
+    submission.note("stopped")
+    assert "Resume this run" in part(browser, page).partition('<div id="steer" hx-swap-oob="true">')[2]
+    viewer = serving.signed_in("viewer")
+    page = viewer.get(RUN).text
+    submission.note("completed")
+    found = part(browser, page)
+    assert '<div id="steer" hx-swap-oob="true">' in found
+    for text in (found, part(viewer, page)):
+        assert "this run</button>" not in text
+
+
+def test_nobody_is_waited_for_once_a_run_is_over(browser: Browser, submission: Submission, silotune: Any) -> None:
+    submission.note("running", awaiting=["north", "west"], sites=["north"])
+    assert "north waiting for approval" in text_of(browser.get(RUN).text)
+    home = str(submission.path.parents[1])
+    assert "west is waiting for approval" in silotune("coordinator", "status", home).out
+    submission.note("completed")
+    words = text_of(browser.get(RUN).text)
+    assert "waiting for approval" not in words
+    assert "west not approved while it ran" in words
+    assert "waiting for approval" not in silotune("coordinator", "status", home).out

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from sqlalchemy import select
 
+from shared.trust.keystore import Seal, new_key
 from shared.web.accounts.accounts import Accounts, Refused
 from shared.web.accounts.attempts import Attempts, TooManyAttempts
+from shared.web.accounts.devices import SECONDS, cookie_of, device_of
 from shared.web.state.database import Database
 from shared.web.state.tables import ATTEMPTS
 from tests.shared.web.conftest import PASSWORD, Clock, Person
@@ -110,3 +113,45 @@ def test_unknown_names_are_held_back_alike(accounts: Accounts, person: Callable[
         accounts.sign_in("Amal", PASSWORD, amal.code(), address="z")
     clock.wait(30)
     accounts.sign_in("Amal", PASSWORD, amal.code(), address="z")
+
+
+def test_a_known_browser_has_its_own_count(accounts: Accounts, person: Callable[..., Person], clock: Clock) -> None:
+    """Whoever reaches the page and knows a name keeps its person from signing in nowhere they signed in before."""
+    amal = person()
+    cookie = accounts.known(amal.account, "")
+    for _ in range(6):
+        with suppress(Refused, TooManyAttempts):
+            accounts.sign_in("Amal", "a guess", "000000", address="10.0.0.66")
+    with pytest.raises(TooManyAttempts):
+        accounts.sign_in("Amal", PASSWORD, amal.code(), address="10.0.0.9")
+    clock.wait(30)
+    for number in range(40):  # through a tunnel all addresses are one
+        with suppress(Refused, TooManyAttempts):
+            accounts.sign_in(f"nobody {number}", "a guess", "000000", address="10.0.0.9")
+    assert accounts.sign_in("Amal", PASSWORD, amal.code(), address="10.0.0.9", cookie=cookie).name == "Amal"
+    clock.wait(60)
+    accounts.prove(amal.account, PASSWORD, amal.code(), address="10.0.0.9", cookie=cookie)
+    for _ in range(5):
+        with pytest.raises(Refused):
+            accounts.sign_in("Amal", "a guess", "000000", address="10.0.0.9", cookie=cookie)
+    with pytest.raises(TooManyAttempts):
+        accounts.sign_in("Amal", PASSWORD, amal.code(), address="10.0.0.9", cookie=cookie)
+
+
+def test_a_cookie_of_another_knows_nobody(accounts: Accounts, person: Callable[..., Person]) -> None:
+    amal = person()
+    seal, mine, now = accounts.seal, amal.account.id, accounts.now()
+    cookie = accounts.known(amal.account, "")
+    device = device_of(seal, cookie, mine, now=now)
+    assert device is not None
+    assert device_of(seal, cookie, "another", now=now) is None
+    for forged in ("", "00", "zz", cookie[:-2], Seal(new_key()).seal(b'["x", {}]', context="known device").hex()):
+        assert device_of(seal, forged, mine, now=now) is None
+    assert device_of(seal, seal.seal(b"[]", context="elsewhere").hex(), mine, now=now) is None
+    assert device_of(seal, cookie, mine, now=now + SECONDS) is None
+    both = cookie_of(seal, cookie, "another", now=now + 1)
+    assert device_of(seal, both, mine, now=now) == device, "one browser of several people is one"
+    for number in range(9):
+        both = cookie_of(seal, both, f"{number:032}", now=now + 2)
+    assert device_of(seal, both, mine, now=now) is None, "the last five are kept"
+    assert len(both) < 1500

@@ -9,15 +9,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import MetaData, insert, inspect, select, text
+from sqlalchemy import Connection, MetaData, insert, inspect, select, text
 
 from shared.errors import ConfigError, RunError
 from shared.web.state import database as module
-from shared.web.state.database import Database, upgrade, versions
+from shared.web.state.database import NEWEST, Database, upgrade, versions
 from shared.web.state.tables import ACCOUNTS, METADATA, SESSIONS
 
 ON_BOTH = (
     "test_every_version_is_brought_forwards",
+    "test_a_new_database_is_what_migrations_make",
     "test_the_newest_version_has_the_tables_that_the_code_reads",
     "test_a_transaction_is_all_or_nothing",
     "test_two_starts_at_once",
@@ -59,6 +60,43 @@ def test_every_version_is_brought_forwards(
         assert connection.execute(select(SESSIONS.c.seen)).scalar_one() == 2
         assert connection.execute(text("SELECT version_num FROM alembic_version")).scalar_one() == known[-1]
     again.close()
+
+
+def shape(connection: Connection) -> dict[str, object]:
+    """Return all that a database says of its tables."""
+    found = inspect(connection)
+    return {
+        name: (
+            {one["name"]: (str(one["type"]), one["nullable"], one["default"]) for one in found.get_columns(name)},
+            found.get_pk_constraint(name)["constrained_columns"],
+            sorted((one["constrained_columns"], one["options"]) for one in found.get_foreign_keys(name)),
+            sorted((str(one["name"]), one["column_names"], bool(one["unique"])) for one in found.get_indexes(name)),
+            sorted(one["column_names"] for one in found.get_unique_constraints(name)),
+        )
+        for name in found.get_table_names()
+    }
+
+
+def test_a_new_database_is_what_migrations_make(
+    tmp_path: Path, database_url: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new one is made without Alembic, which takes ten megabytes of a console's memory."""
+    assert versions()[-1] == NEWEST
+    new = Database(tmp_path / "new", database_url)
+    with new.reading() as connection:
+        made = shape(connection)
+        assert connection.execute(text("SELECT version_num FROM alembic_version")).all() == [(NEWEST,)]
+    with new.writing() as connection:
+        for table in reversed(METADATA.sorted_tables):
+            table.drop(connection)
+        connection.execute(text("DROP TABLE alembic_version"))
+    new.close()
+    migrated = empty(tmp_path / "migrated", database_url, monkeypatch)
+    with migrated.writing() as connection:
+        upgrade(connection, NEWEST)
+    with migrated.reading() as connection:
+        assert shape(connection) == made
+    migrated.close()
 
 
 def test_the_newest_version_has_the_tables_that_the_code_reads(database: Database) -> None:

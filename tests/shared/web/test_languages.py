@@ -88,6 +88,7 @@ def test_every_message_that_is_asked_for_is_there_and_no_other() -> None:
     }
     composed |= {key for key in messages if re.match(r"policy\.(state|effect)_", key)}
     composed |= {key for key in messages if re.match(r"accounts\.(en|dis)able", key)}
+    composed |= {key for key in messages if key.startswith("verdicts.")}  # tests/client/console/test_deciding.py
     assert messages - asked - composed == set()
     assert {f"roles.{role}" for role in Role} | {f"roles_about.{role}" for role in Role} <= messages
 

@@ -51,7 +51,7 @@ def test_every_page_keeps_the_rules_at_every_width(page: Any, serving: Serving) 
 
 def test_runs_are_chosen_and_drawn(page: Any) -> None:
     page.get_by_label("Words").fill("movie-reviews")
-    page.get_by_label("Sweep").select_option("no trials of sweeps")
+    page.get_by_label("Sweep", exact=True).select_option("no trials of sweeps")
     page.keyboard.press("Enter")
     page.get_by_text("5 of 20").wait_for()
     for box in page.get_by_role("checkbox").all()[:3]:

@@ -8,6 +8,7 @@ import io
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from fastapi.routing import APIRoute
 
 from shared.web.guarding import POLICY
+from simulations.console.drawing import BOTTOM, TOP, draw
+from simulations.console.frontier import Point, with_front
 from tests.simulations.console.conftest import EVIL, Browser, Serving, files_of, make_folder
 from tests.simulations.console.folders import make_run, write_json
 
@@ -196,6 +199,42 @@ def test_the_frontier_of_a_sweep(serving: Serving, browser: Browser) -> None:
     assert len(rows(browser.page(f"/runs?sweep={sweep}"))) == 12
 
 
+def test_of_equal_points_none_is_said_to_be_worse() -> None:
+    def point(executed: float | None, value: float) -> Point:
+        return Point(label="", runs=(), executed=executed, planned=None, value=value)
+
+    points = [point(1.0, 0.5), point(1.0, 0.5), point(2.0, 0.5), point(2.0, 0.7), point(None, 0.7), point(None, 0.9)]
+    lower = [replace(one, value=-one.value) for one in points]
+    assert [(one.executed, one.value, one.front) for one in with_front(points, higher=True)] == [
+        (1.0, 0.5, True),
+        (1.0, 0.5, True),
+        (2.0, 0.7, True),
+        (2.0, 0.5, False),
+        (None, 0.9, True),
+        (None, 0.7, False),
+    ]
+    fronts = [[one.front for one in with_front(some, higher=one)] for some, one in ((points, True), (lower, False))]
+    assert fronts[0] == fronts[1]
+
+
+def test_no_axis_of_shares_goes_beyond_what_there_can_be() -> None:
+    for values in ((0.2, 1.0), (1.0, 1.0), (0.0, 0.0), (0.98, 0.99)):
+        points = [Point(label="", runs=(), executed=1.0, planned=None, value=value, sd=0.05, num=3) for value in values]
+        drawing = draw(points, most=1.0)
+        assert drawing is not None
+        assert all(0.0 <= tick <= 1.0 for _, tick in drawing.down)
+        assert all(TOP <= place <= BOTTOM for mark in drawing.marks for place in (mark.y, mark.low, mark.high))
+    free = draw([Point(label="", runs=(), executed=1.0, planned=None, value=value) for value in (0.2, 1.0)])
+    assert free is not None
+    assert max(tick for _, tick in free.down) >= 1.0
+
+
+def test_boxes_of_runs_with_one_name_are_told_apart(browser: Browser) -> None:
+    page = browser.page("/runs")
+    named = re.findall(r'type="checkbox"[^>]*aria-label="([^"]*)"', page)
+    assert len(named) == len(set(named)) > 5
+
+
 def test_epsilons_of_other_units_stand_apart(serve: Callable[[Path], Serving], tmp_path: Path) -> None:
     for number in range(2):
         make_run(tmp_path / f"record-{number}", num_sites=1)
@@ -206,7 +245,7 @@ def test_epsilons_of_other_units_stand_apart(serve: Callable[[Path], Serving], t
     page = browser.page("/frontier")
     assert "record-0</a>" in page
     assert "patient</a>" not in page
-    assert "1 private runs that state no epsilon are left out" in page
+    assert "1 private run that states no epsilon is left out" in page
     assert "federation</a>" not in page, "of data that have no name here"
     assert "federation</a>" in browser.page("/frontier?data=–")
     page = browser.page("/frontier?promise=patient+1e-05")

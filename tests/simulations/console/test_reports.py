@@ -96,5 +96,18 @@ def test_what_cannot_be_reported_is_told(
     failed = CompletedProcess([], 1, "", "error: statement.json is missing; <b>where</b> is it\x1b[2J?\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: failed)
     answer = serving.signed_in().get(f"/runs/{found}/report")
-    assert answer.status_code == 503
+    assert answer.status_code == 409
     assert "the report cannot be made: statement.json is missing; &lt;b&gt;where&lt;/b&gt; is it [2J?" in answer.text
+
+
+def test_a_report_that_is_a_link_is_no_fault_of_the_console(serve: Callable[[Path], Serving], tmp_path: Path) -> None:
+    (tmp_path / "elsewhere.html").write_text("<p>a secret</p>")
+    run = make_run(tmp_path / "runs" / "run", num_sites=1)
+    (run / "report.html").unlink(missing_ok=True)
+    (run / "report.html").symlink_to(tmp_path / "elsewhere.html")
+    serving = serve(tmp_path / "runs")
+    (found,) = serving.console.content.index.now().runs
+    answer = serving.signed_in().get(f"/runs/{found}/report")
+    assert answer.status_code == 409
+    assert "is a link" in answer.text
+    assert "secret" not in answer.text
