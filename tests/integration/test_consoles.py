@@ -199,6 +199,10 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
         page = desk.sign_in(at_site, name, Role.OFFICER)
         page.get_by_role("link", name="study").click()
         page.get_by_role("button", name="Approve the job").click()
+        # Whom the provider just knows has proved nothing: it is asked for another sign-in, and leads back.
+        desk.openid.more = {"auth_time": int(time.time())}
+        page.get_by_role("link", name="Sign in again").click()
+        page.get_by_role("button", name="Approve the job").click()
         page.get_by_text(told).first.wait_for()
     federation.kill("a")
     federation.start_site("a")
