@@ -29,6 +29,7 @@ PLACES = {
     "predict": "shared.tools.inference_commands:predict",
     "ensemble": "cli.reports:ensemble",
     "generate": "shared.tools.inference_commands:generate",
+    "export": "cli.export:export",
     "audit": "simulations.audit.commands:audit",
     "settings": "simulations.commands:settings",
     "version": "cli.commands:version",

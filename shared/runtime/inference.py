@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,8 +15,11 @@ from torch import Tensor
 from shared.errors import ConfigError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
+from shared.job.job_file import load_job
 from shared.models.batches import Example
 from shared.runtime.calibration import load_temperature
+from shared.runtime.export.exported import Exported, load_exported
+from shared.runtime.export.folder import MODEL_FILE, ModelFolder
 from shared.runtime.export.peft import load_state
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.tasks.base import Prediction
@@ -83,7 +87,21 @@ def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
     return runtime
 
 
-def predict(runtime: Runtime, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
+def load_model(path: Path, compute: ComputeConfig) -> Runtime | Exported:
+    """Return what a run folder or an exported model folder holds, ready to predict or to generate.
+
+    Args:
+        compute: of a run; an exported model runs on the processor in its own precision.
+
+    Raises:
+        SilotuneError: see `load_tuned` and `load_exported`.
+    """
+    if os.path.lexists(path / MODEL_FILE):
+        return load_exported(ModelFolder.read(path))
+    return load_tuned(path, load_job(path), compute)
+
+
+def predict(runtime: Runtime | Exported, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
     """Return what the model says of every text or image, in order: a label, entities, a score, or whether a pair matches.
 
     Args:
@@ -107,8 +125,10 @@ def predict(runtime: Runtime, texts: Sequence[str], *, outputs: Outputs | None =
     return [task.answer(record, example, row) for record, example, row in zip(records, examples, rows, strict=True)]
 
 
-def head_outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
+def head_outputs(runtime: Runtime | Exported, examples: Sequence[Example]) -> list[Tensor]:
     """Return the head's output of every example, in order, on the CPU; of tokens [T or more, classes]."""
+    if isinstance(runtime, Exported):
+        return runtime.outputs(examples)
     # Sorted by length as micro-batches are, so that the outputs come in this order.
     order = sorted(range(len(examples)), key=lambda index: examples[index].length)
     outputs = (row for batch, _ in runtime.outputs([examples[index] for index in order]) for row in batch.cpu())
@@ -116,12 +136,12 @@ def head_outputs(runtime: Runtime, examples: Sequence[Example]) -> list[Tensor]:
     return [found[index] for index in range(len(examples))]
 
 
-def generate(runtime: Runtime, text: str, decoding: Decoding) -> list[str]:
+def generate(runtime: Runtime | Exported, text: str, decoding: Decoding) -> list[str]:
     """Return `decoding.num_sequences` continuations of one text; see `generate_all`."""
     return generate_all(runtime, [text], decoding)[0]
 
 
-def generate_all(runtime: Runtime, texts: Sequence[str], decoding: Decoding) -> list[list[str]]:
+def generate_all(runtime: Runtime | Exported, texts: Sequence[str], decoding: Decoding) -> list[list[str]]:
     """Return `decoding.num_sequences` continuations of each text, or responses to it, without the text itself.
 
     Raises:
@@ -180,7 +200,7 @@ def choose_tokens(logits: Tensor, decoding: Decoding, generator: torch.Generator
     return torch.multinomial(scaled.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-def next_logits(runtime: Runtime, sequences: Sequence[Sequence[int]]) -> Tensor:
+def next_logits(runtime: Runtime | Exported, sequences: Sequence[Sequence[int]]) -> Tensor:
     """Return the logits after the last token of every sequence, float32 [sequences, vocabulary] on the CPU.
 
     Args:

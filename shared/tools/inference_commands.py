@@ -47,7 +47,7 @@ def predict(
     from shared.data.text_stream import TextFormat, file_texts, given_texts
     from shared.job.job_file import load_job
     from shared.runtime.ensembles import Ensemble, Member
-    from shared.runtime.inference import load_tuned
+    from shared.runtime.inference import load_model
     from shared.runtime.inference import predict as label
     from shared.tasks import task_of
 
@@ -60,7 +60,7 @@ def predict(
     if others:
         predictions = Ensemble(members, ComputeConfig()).predict(given.texts)
     else:
-        predictions = label(load_tuned(run, job, ComputeConfig()), given.texts)
+        predictions = label(load_model(run, ComputeConfig()), given.texts)
     for row, prediction in zip(given.rows, predictions, strict=True):
         if as_json:
             print_json({"row": row, **prediction})
@@ -86,7 +86,7 @@ def generate(
     """Continue texts, or answer prompts, with the GPT-2 adapter of a run; of several the share of different words is told."""
     from shared.data.text_stream import given_texts
     from shared.job.job_file import load_job
-    from shared.runtime.inference import Decoding, distinct, generate_all, load_tuned
+    from shared.runtime.inference import Decoding, distinct, generate_all, load_model
     from shared.tasks import task_of
 
     job = load_job(run)
@@ -99,7 +99,7 @@ def generate(
         seed=seed,
     )
     given = given_texts(texts, sys.stdin.buffer.read)
-    found = generate_all(load_tuned(run, job, ComputeConfig()), given.texts, decoding)
+    found = generate_all(load_model(run, ComputeConfig()), given.texts, decoding)
     for row, text, continuations in zip(given.rows, given.texts, found, strict=True):
         for continuation in continuations:
             prediction = {"text": text, "continuation": continuation}

@@ -1,0 +1,44 @@
+"""`silotune export`: a run, or a version of a registry, as a folder that others run without Silotune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from shared.options import JsonLineOption
+from shared.terminal import print_json
+
+
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.")],
+    to: Annotated[
+        Literal["merged", "onnx"],
+        typer.Option(help="merged: for transformers, without PEFT. onnx: a graph for ONNX Runtime and others."),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="New folder for the model.")],
+    precision: Annotated[
+        Literal["float32", "int8"], typer.Option(help="Of the weights; int8 is for onnx: smaller and faster.")
+    ] = "float32",
+    as_json: JsonLineOption = False,
+) -> None:
+    """Write a run's model for others: weights that transformers alone loads, or ONNX, with a model card.
+
+    No record is read, so the privacy statement holds unchanged; it stands in the card.
+    """
+    from shared.runtime.export.card import evaluated_on_private_records
+    from shared.runtime.export.exporting import export as write
+    from shared.runtime.export.folder import ModelFolder
+
+    made = write(ModelFolder.read(run), out, to, precision)
+    size = sum((made.path / name).stat().st_size for name in made.files)
+    if evaluated_on_private_records(made.path):
+        typer.echo(
+            "evaluation.json in the folder holds metrics on records that were declared private: keep it where it is.",
+            err=True,
+        )
+    if as_json:
+        print_json({"folder": str(made.path), "format": made.format, "precision": made.precision, "bytes": size})
+        return
+    typer.echo(f"{made.path}: {made.format}, {made.precision}, {size / 1e6:.1f} MB; README.md is its model card")

@@ -1,0 +1,127 @@
+"""An exported model behind the same questions and answers as a run's: `silotune predict MODEL_FOLDER`.
+
+Texts become records and outputs become answers by the run's own task (`shared.tasks`); only what computes the outputs differs,
+and there is no PEFT and no backbone to look for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.errors import ConfigError, ModelError
+from shared.models.batches import Batch, Example, collate
+from shared.models.images import PIXEL_STEPS
+from shared.runtime.export.folder import ModelFolder
+from shared.runtime.export.merged import CLASSES
+from shared.runtime.export.onnx import GRAPH_FILE, new_session, require_onnx
+from shared.tasks import Task, task_of
+
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A model of format `merged` or `onnx`, loaded.
+
+    Attributes:
+        task, tokenizer, max_length: as those of `shared.runtime.runtime.Runtime`.
+        compute: returns the outputs of one batch, [B, ...].
+    """
+
+    task: Task
+    tokenizer: Any
+    max_length: int
+    compute: Callable[[Batch], Tensor]
+
+    def encode(self, records: Sequence[Any]) -> list[Example]:
+        """Encode records as the run did."""
+        return self.task.encode(records, self.tokenizer, self.max_length)
+
+    def outputs(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Return the head's output of every example, in order, as `shared.runtime.inference.head_outputs` does."""
+        order = sorted(range(len(examples)), key=lambda index: examples[index].length)
+        found: dict[int, Tensor] = {}
+        for begin in range(0, len(order), _AT_ONCE):
+            rows = order[begin : begin + _AT_ONCE]
+            found |= zip(rows, self.compute(collate([examples[row] for row in rows])), strict=True)
+        return [found[index] for index in range(len(examples))]
+
+
+def load_exported(folder: ModelFolder, *, threads: int = 0) -> Exported:
+    """Load a model of format `merged` or `onnx`.
+
+    Args:
+        threads: of ONNX Runtime for one batch; 0 is one for each core.
+
+    Raises:
+        ConfigError: if it is an adapter, or what runs it is not installed.
+        ModelError: if a file was changed or cannot be loaded.
+    """
+    folder.check()
+    job, task = folder.job, task_of(folder.job)
+    if folder.format == "adapter":
+        raise ConfigError(f"{folder.path} holds an adapter, which `shared.runtime.inference.load_tuned` loads.")
+    try:
+        compute = _session(folder, threads) if folder.format == "onnx" else _transformer(folder)
+        tokenizer = None if job.model.is_image_network else _tokenizer(folder)
+    except ConfigError:
+        raise
+    except Exception as error:  # a damaged file can fail anywhere inside the libraries
+        raise ModelError(f"the model in {folder.path} cannot be loaded: {error}") from None
+    if job.task.target_range is not None:
+        compute = _in_head_units(compute, *job.task.target_range)
+    return Exported(task, tokenizer, folder.record.max_length, compute)
+
+
+def _tokenizer(folder: ModelFolder) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder.path, local_files_only=True, split_special_tokens=True)
+
+
+def _transformer(folder: ModelFolder) -> Callable[[Batch], Tensor]:
+    import transformers
+
+    model = getattr(transformers, CLASSES[folder.record.task]).from_pretrained(
+        folder.path, local_files_only=True, use_safetensors=True, dtype=torch.float32
+    )
+    model.eval()
+
+    def compute(batch: Batch) -> Tensor:
+        with torch.no_grad():
+            found: Tensor = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()).logits
+        return found
+
+    return compute
+
+
+def _session(folder: ModelFolder, threads: int) -> Callable[[Batch], Tensor]:
+    require_onnx()
+    session = new_session(folder.path / GRAPH_FILE, threads)
+    caches = [one for one in folder.record.inputs if one.name.startswith("past_key_values")]
+    pixel_range = folder.job.task.pixel_range
+
+    def compute(batch: Batch) -> Tensor:
+        feed: dict[str, NDArray[Any]]
+        if pixel_range is not None:
+            low, high = pixel_range
+            feed = {"pixels": (low + batch.input_ids.double() / PIXEL_STEPS * (high - low)).float().numpy()}
+        else:
+            feed = {"input_ids": batch.input_ids.numpy(), "attention_mask": batch.attention_mask.long().numpy()}
+        for one in caches:
+            feed[one.name] = np.zeros((len(batch.input_ids), int(one.shape[1]), 0, int(one.shape[3])), np.float32)
+        return torch.from_numpy(session.run(["logits"], feed)[0])
+
+    return compute
+
+
+def _in_head_units(compute: Callable[[Batch], Tensor], low: float, high: float) -> Callable[[Batch], Tensor]:
+    """Return scores on the scale of the run's head, -1 to 1, which the task's answers expect."""
+    return lambda batch: 2 * (compute(batch) - low) / (high - low) - 1
