@@ -66,6 +66,7 @@ LONG: dict[str, Callable[[Tell], Findings]] = {
     "accuracy-demo": _module("accuracy", "run_as_the_demo"),
     "simulation-pairs": _module("simulation", "run_pairs"),
     "rounds": _rounds,
+    "serving": _module("serving"),
 }
 """What runs by name or with --all."""
 

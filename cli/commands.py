@@ -47,6 +47,8 @@ PLACES = {
     "audit-log": "shared.tools.audit_log_commands:audit_log_app",
     "report": "cli.reports:report_app",
     "models": "server.registry.commands:models_app",
+    "serve": "server.serving.commands:serve",
+    "tokens": "server.serving.access.token_commands:tokens_app",
 }
 
 

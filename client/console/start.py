@@ -19,12 +19,12 @@ from client.console.requests import Requests
 from client.site.approving import ApprovalDesk
 from client.site.home import SiteHome, open_log
 from shared.files.backup import refuse_unpacked
+from shared.http.serving import Place, place_at
 from shared.trust.keystore import Seal, load_secret
 from shared.web.console import Console
 from shared.web.filters import FILTERS
 from shared.web.opening import open_people, seconds_now
 from shared.web.running import run
-from shared.web.serving import Place, place_at
 
 FOLDER = "console"
 ROUTES = (pages.ROUTES, budget_pages.ROUTES, request_pages.ROUTES, policy_pages.ROUTES)

@@ -16,12 +16,12 @@ from server.console.said import Said
 from server.console.sites import Sites
 from server.store.home import CoordinatorHome
 from shared.files.backup import refuse_unpacked
+from shared.http.serving import Place, place_at
 from shared.web.console import Console
 from shared.web.filters import FILTERS
 from shared.web.live import Streams
 from shared.web.opening import open_people, seconds_now
 from shared.web.running import run
-from shared.web.serving import Place, place_at
 
 FOLDER = "console"
 ROUTES = (

@@ -172,6 +172,11 @@ def load_runtime(job: Job, compute: ComputeConfig) -> Runtime:
     return _load_runtime(job.model, job.lora, job.task, job.seed, compute)
 
 
+def load_own_runtime(job: Job, compute: ComputeConfig) -> Runtime:
+    """Return a runtime of `job` that nobody else has, so that two versions of a model can stand side by side."""
+    return _load_runtime.__wrapped__(job.model, job.lora, job.task, job.seed, compute)
+
+
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer.model")
 
 

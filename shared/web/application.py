@@ -21,10 +21,11 @@ from starlette.requests import Request
 from starlette.routing import BaseRoute
 
 from shared.errors import SilotuneError, place_of
+from shared.http.asgi import App
 from shared.version import silotune_version
 from shared.web.asked import Denied, Gate, NotProven, NotSignedIn, Routes, asked_by, own_path
 from shared.web.console import Console
-from shared.web.guarding import App, Guarded
+from shared.web.guarding import Guarded
 from shared.web.languages import load_texts
 from shared.web.pages import HERE, Pages, StaticFiles
 from shared.web.roles import Action

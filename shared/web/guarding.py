@@ -11,13 +11,13 @@ Formal guarantees (tests: tests/shared/web/test_guarding.py, tests/client/consol
 
 from __future__ import annotations
 
-import ipaddress
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any
+from collections.abc import Collection
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
+
+from shared.http.asgi import App, Message, Receive, Send, is_named
 
 MOST_BYTES = 64 << 10
 POLICY = "; ".join(
@@ -55,11 +55,6 @@ _HEADERS = {
     "cross-origin-resource-policy": "same-origin",
 }
 _ONE_YEAR = 31_536_000
-
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
-App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Guarded:
@@ -127,20 +122,6 @@ class Guarded:
         headers.setdefault("cache-control", "no-store")
         if self._secure:
             headers["strict-transport-security"] = f"max-age={_ONE_YEAR}"
-
-
-def is_named(host: str, names: Collection[str], *, loopback: bool) -> bool:
-    """Return whether a Host header names this console; a port does not matter, as the port was reached."""
-    name = host.strip().lower()
-    name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-    if name in names or f"*.{name.partition('.')[2]}" in names:
-        return True
-    if not loopback:
-        return False
-    try:
-        return name == "localhost" or ipaddress.ip_address(name).is_loopback
-    except ValueError:
-        return False
 
 
 class _TooLarge(Exception):

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from shared.http.serving import Place, address_of, listen, make_server, serve
 from shared.web.application import make_application
 from shared.web.asked import Routes
 from shared.web.console import Console
-from shared.web.serving import Place, address_of, listen, make_server, serve
 
 
 def run(

@@ -11,6 +11,7 @@ from typing import Any
 
 from shared.errors import ConfigError, printable
 from shared.files.atomic import write_text
+from shared.http.serving import Place, address_of, place_at
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal, new_key
 from shared.trust.signing import SigningKey, load_signing_key, save_signing_key
@@ -20,7 +21,6 @@ from shared.web.accounts.sessions import Sessions
 from shared.web.console import Console
 from shared.web.opening import People, open_people, seconds_now
 from shared.web.running import invite, run
-from shared.web.serving import Place, address_of, place_at
 from shared.web.state.database import Database
 from simulations.console import frontier_pages, pages
 from simulations.console.content import Research

@@ -24,7 +24,7 @@ from shared.runtime.export.merged import WEIGHTS_FILE, check_mergeable, read_mer
 from shared.runtime.export.onnx import OPSET, require_onnx, write_graph, write_image_graph
 from shared.runtime.export.parts import Parts, parts_of_runtime
 from shared.runtime.export.peft import load_state
-from shared.runtime.runtime import load_runtime
+from shared.runtime.runtime import load_own_runtime
 
 Target = Literal["merged", "onnx"]
 _CARRIED = ("task", "labels", "max_length", "pooling", "name", "job_sha256", "temperature", "notes")
@@ -52,7 +52,7 @@ def export(source: ModelFolder, out: Path, to: Target, precision: Precision = "f
 
 def _tuned(source: ModelFolder) -> Parts | ImageModel:
     """Return what a run trained."""
-    runtime = load_runtime(source.job, _PLAIN)
+    runtime = load_own_runtime(source.job, _PLAIN)  # what others have loaded stays as it is
     runtime.load(load_state(source.path / ADAPTER_FOLDER, runtime, source.job))
     return runtime.model if isinstance(runtime.model, ImageModel) else parts_of_runtime(runtime, source.job)
 

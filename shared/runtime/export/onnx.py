@@ -82,6 +82,8 @@ def new_session(path: Path, threads: int = 0) -> Any:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Threads wait busily within a run, where that is faster; between two runs somebody else may want the core.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if _may_overflow():
         options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])

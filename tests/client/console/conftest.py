@@ -17,11 +17,11 @@ from argon2 import PasswordHasher
 
 from client.console.start import ROUTES, open_console
 from client.site.home import SiteHome
+from shared.http.serving import Place, listen, make_server, place_at
 from shared.web.accounts import passwords
 from shared.web.application import make_application
 from shared.web.console import Console
 from shared.web.roles import Role
-from shared.web.serving import Place, listen, make_server, place_at
 from tests.client.console.homes import ask, charge, make_home, say
 
 PASSWORD = "a long sentence of mine"  # noqa: S105

@@ -24,7 +24,7 @@ from joserfc import jwt
 from joserfc.jwk import OctKey, RSAKey
 from starlette.requests import Request
 
-from shared.web.serving import listen, place_at
+from shared.http.serving import listen, place_at
 
 CLIENT, SECRET = "silotune console", "a secret of the client"
 

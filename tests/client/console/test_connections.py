@@ -14,10 +14,10 @@ from typing import Any
 import httpx
 import pytest
 
+from shared.http import serving as served
+from shared.http.serving import place_at
 from shared.service.machine import raise_descriptor_limit
-from shared.web import serving as served
 from shared.web.accounts.accounts import Accounts
-from shared.web.serving import place_at
 from tests.client.console.conftest import Serving
 from tests.client.console.homes import make_home
 from tests.client.console.test_start import certificate

@@ -26,7 +26,7 @@ from client.console.start import ROUTES, open_console
 from client.site.home import SiteHome
 from shared.web.application import make_application
 from shared.web.roles import Role
-from shared.web.serving import listen, make_server, place_at
+from shared.http.serving import listen, make_server, place_at
 
 home, place = SiteHome(Path(sys.argv[1])), place_at("127.0.0.1", 0, None, None)
 listener = listen(place)

@@ -23,8 +23,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 
 from shared.errors import ConfigError, TrustError
+from shared.http.serving import address_of, place_at
 from shared.web import require_web
-from shared.web.serving import address_of, place_at
 from tests.client.console.conftest import PASSWORD, Serving
 from tests.client.console.homes import make_home
 from tests.conftest import Outcome

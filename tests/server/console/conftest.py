@@ -10,9 +10,9 @@ from argon2 import PasswordHasher
 
 from server.console.start import ROUTES, open_console
 from server.store.home import CoordinatorHome
+from shared.http.serving import listen, make_server, place_at
 from shared.web.accounts import passwords
 from shared.web.application import make_application
-from shared.web.serving import listen, make_server, place_at
 from tests.client.console.conftest import Clock, Serving, make_accounts
 from tests.server.console.homes import go_on, job_of, make_home, say, submit
 

@@ -52,11 +52,13 @@ def fuzz(app: FastAPI, console: Console, address: str, *, examples: int = 5) -> 
     assert len(operations) == sum(len(methods) for methods in schema["paths"].values()) > 0, "every route is asked"
     for found in operations:
         for mode in GenerationMode:
-            _run(found.ok().as_strategy(generation_mode=mode), ask, examples)
+            run_cases(found.ok().as_strategy(generation_mode=mode), ask, examples)
     return broken
 
 
-def _run(cases: Any, ask: Callable[[Any], None], examples: int) -> None:
+def run_cases(cases: Any, ask: Callable[[Any], None], examples: int) -> None:
+    """Ask so many requests of a strategy."""
+
     @from_seed(0)
     @settings(max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(case=cases)

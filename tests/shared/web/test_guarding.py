@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from starlette.responses import Response
 
+from shared.http.asgi import Message, is_named
 from shared.web.asked import own_path
-from shared.web.guarding import POLICY, SANDBOXED, Guarded, Message, is_named
+from shared.web.guarding import POLICY, SANDBOXED, Guarded
 
 NAMES = {"console.hospital.example", "*.ward.example", "10.0.0.5"}
 

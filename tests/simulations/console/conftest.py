@@ -12,10 +12,10 @@ from typing import Any
 import httpx
 import pytest
 
+from shared.http.serving import listen, make_server, place_at
 from shared.web.accounts.links import OneTimeLink
 from shared.web.application import make_application
 from shared.web.console import Console
-from shared.web.serving import listen, make_server, place_at
 from simulations.console import index
 from simulations.console.start import ROUTES, open_console
 from tests.simulations.console.folders import make_run, make_sweep

@@ -16,10 +16,10 @@ import httpx
 import pytest
 
 from shared.errors import ConfigError
+from shared.http.serving import place_at
 from shared.trust.audit_log import read, verify
 from shared.trust.signing import load_verify_key
 from shared.web.roles import Role
-from shared.web.serving import place_at
 from simulations.console.start import check_places, open_console
 from tests.client.console.test_start import certificate
 from tests.conftest import Outcome

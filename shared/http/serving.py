@@ -1,4 +1,4 @@
-"""The process that serves a console: on loopback by plain HTTP, on any other address over TLS or not at all.
+"""The process that serves consoles, and tuned models: on loopback by plain HTTP, on any other address over TLS or not at all.
 
 Formal guarantees (tests: tests/client/console/test_start.py)
     * Without a certificate no other address than loopback is listened on (test_another_address_needs_tls).
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import uvicorn
 from cryptography import x509
@@ -27,10 +28,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
+from shared.http.asgi import App
 from shared.service.machine import raise_descriptor_limit
 from shared.stopping import orderly
 from shared.trust.certificates import MALFORMED
-from shared.web.guarding import App
 
 _MOST_BYTES = 1 << 20
 REQUEST_SECONDS, HANDSHAKE_SECONDS = 20.0, 10.0
@@ -39,13 +40,27 @@ MOST_OF_AN_ADDRESS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
+class Connections:
+    """How many connections there may be, and how long.
+
+    Attributes:
+        of_an_address, together: open at a time, at most.
+        request_seconds: in which a whole request must come.
+    """
+
+    of_an_address: int
+    together: int
+    request_seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Place:
-    """Where a console is served.
+    """Where something is served.
 
     Attributes:
         host, port: to listen on; port 0 is any that is free.
         certificate, key: PEM files of TLS; None: plain HTTP.
-        names: by which the console may be called, beside the machine's own names on loopback.
+        names: by which it may be called, beside the machine's own names on loopback.
     """
 
     host: str
@@ -82,7 +97,7 @@ def place_at(host: str, port: int, certificate: Path | None, key: Path | None) -
         raise ConfigError("--certificate and --key belong together; give both, or none.")
     if certificate is None and not address.is_loopback:
         raise ConfigError(
-            f"{address} can be reached from other machines, and without TLS they could read passwords on the way. Give "
+            f"{address} can be reached from other machines, and without TLS they could read on the way what is sent. Give "
             "--certificate and --key, or leave --host out: then it is reached from this machine only, for example through ssh -L."
         )
     names = frozenset[str]() if certificate is None else names_of(_loaded(certificate)) | {str(address)}
@@ -116,15 +131,21 @@ def listen(place: Place) -> socket.socket:
 
 
 def address_of(place: Place, port: int) -> str:
-    """Return what to type into a browser."""
+    """Return the address of what is served, as typed into a browser."""
     host = f"[{place.host}]" if ":" in place.host else place.host
     if place.secure and not place.loopback:
         host = min((name for name in place.names if "*" not in name and not _is_address(name)), default=host)
     return f"{'https' if place.secure else 'http'}://{host}:{port}/"
 
 
-def make_server(app: App, place: Place) -> uvicorn.Server:
+def make_server(
+    app: App, place: Place, *, connections: Connections | None = None, grace_seconds: int = 3
+) -> uvicorn.Server:
     """Return the server, which `serve` runs; it believes no header that a proxy adds.
+
+    Args:
+        connections: None: those of a console.
+        grace_seconds: for answers at hand once the process is told to end.
 
     Raises:
         ConfigError: certificate and key do not belong together or cannot be read.
@@ -136,10 +157,10 @@ def make_server(app: App, place: Place) -> uvicorn.Server:
         server_header=False,
         proxy_headers=False,
         lifespan="off",
-        http=_Connection,
+        http=partial(_Connection, connections),  # type: ignore[arg-type]
         ws="none",
         timeout_keep_alive=15,
-        timeout_graceful_shutdown=3,
+        timeout_graceful_shutdown=grace_seconds,
         h11_max_incomplete_event_size=16 << 10,
         ssl_certfile=place.certificate,
         ssl_keyfile=None if place.key is None else str(place.key),
@@ -158,16 +179,23 @@ def make_server(app: App, place: Place) -> uvicorn.Server:
 
 
 class _Connection(H11Protocol):
-    """A connection that ends unless a whole request comes within `REQUEST_SECONDS` of its begin, or of the answer before."""
+    """A connection that ends unless a whole request comes in time after its begin, or after the answer before."""
 
     _deadline: asyncio.TimerHandle | None = None
 
+    def __init__(self, bounds: Connections | None, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named)
+        self._bounds = bounds or Connections(
+            of_an_address=MOST_OF_AN_ADDRESS, together=1 << 20, request_seconds=REQUEST_SECONDS
+        )
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, unless its address has too many."""
+        """Take a connection, unless its address has too many, or all together."""
         super().connection_made(transport)
         self._await_request()
         host = self.client and self.client[0]
-        if sum((one.client and one.client[0]) == host for one in self.connections) > MOST_OF_AN_ADDRESS:
+        own = sum((one.client and one.client[0]) == host for one in self.connections)
+        if own > self._bounds.of_an_address or len(self.connections) > self._bounds.together:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
@@ -195,7 +223,7 @@ class _Connection(H11Protocol):
         if self._deadline is not None:
             self._deadline.cancel()
         if self._is_waiting and not self.transport.is_closing():
-            self._deadline = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
+            self._deadline = self.loop.call_later(self._bounds.request_seconds, self.transport.abort)
 
 
 class _Server(uvicorn.Server):

@@ -1,0 +1,339 @@
+"""`silotune serve` under load from another process, beside PyTorch one by one and bare ONNX Runtime, in one run.
+
+Every figure is measured in a process of its own, one at a time, with all cores for everybody: the service shares them with who
+asks. Texts have 25 tokens; requests have 1 to 16 texts. Bare ONNX Runtime computes the very batches that the service made, and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, Self
+
+from benchmarks.harness import Findings, Tell, calm_environment, in_own_process
+
+TOKENS, SECONDS, RUNS = 25, 3.0, 12
+SIZES = (1, 2, 4, 8, 16)
+CONNECTIONS = 6
+"""That ask at the same time; each waits for its answer, then asks again."""
+_WORDS = "the film is a quiet joy from start to end and a dull plot what bright funny cast warm clever very well made"
+
+
+def run(tell: Tell) -> Findings:
+    """Measure; every ratio is of neighbours in time, whose order changes."""
+    with tempfile.TemporaryDirectory(prefix="silotune-bench-") as temporary, ExitStack() as open_ones:
+        folder = Path(temporary)
+        tell("making a MiniLM classifier")
+        in_own_process(make_models, folder=str(folder))
+        # All processes stay, and one at a time has work.
+        services = {one: open_ones.enter_context(_Service(folder, one)) for one in ("float32", "int8")}
+        asking, torch_alone = (open_ones.enter_context(_Worker()) for _ in range(2))
+        bare = {one: open_ones.enter_context(_Worker()) for one in services}
+        rounds = _Rounds(folder, services, bare, asking, torch_alone)
+        rounds.measure(-1)  # everything is loaded and warm then
+        rounds.found.clear()
+        rounds.details.clear()
+        for number in range(RUNS):
+            tell(f"round {number + 1} of {RUNS}")
+            rounds.measure(number)
+        return Findings(rounds.found, {"texts of 25 tokens": rounds.details})
+
+
+@dataclass
+class _Rounds:
+    """What is measured in turns, and what was found."""
+
+    folder: Path
+    services: Mapping[str, _Service]
+    bare: Mapping[str, _Worker]
+    asking: _Worker
+    torch_alone: _Worker
+    found: dict[str, list[float]] = field(default_factory=dict)
+    details: dict[str, list[float]] = field(default_factory=dict)
+
+    def measure(self, number: int) -> None:
+        """Measure everything once; in odd rounds in the other order, but a replay needs its batches first."""
+        order = list(self.services) if number % 2 == 0 else list(self.services)[::-1]
+        one_by_one = self._torch() if number % 2 else 0.0
+        served, alone = dict[str, dict[str, float]](), dict[str, float]()
+        for precision in order:
+            served[precision], shapes = self._served(precision)
+            alone[precision] = self.bare[precision].call(
+                bare_runtime, folder=str(self.folder / precision), shapes=shapes, seconds=SECONDS
+            )
+        one_by_one = one_by_one or self._torch()
+        float32, int8 = served["float32"], served["int8"]
+        for key, value in {
+            "serving_speedup_vs_torch": float32["texts"] / one_by_one,
+            "serving_p99_ms": float32["p99_ms"],
+            "serving_vs_bare_onnxruntime": float32["texts"] / alone["float32"],
+            "serving_int8_speedup": int8["texts"] / float32["texts"],
+        }.items():
+            self.found.setdefault(key, []).append(value)
+        for name, value in {
+            "PyTorch one by one, texts/s": one_by_one,
+            **{f"served {one}, {name}": value for one, values in served.items() for name, value in values.items()},
+            **{f"bare ONNX Runtime {one}, texts/s": value for one, value in alone.items()},
+            "int8 served / bare": int8["texts"] / alone["int8"],
+            "int8 / float32, bare": alone["int8"] / alone["float32"],
+        }.items():
+            self.details.setdefault(name, []).append(value)
+
+    def _served(self, precision: str) -> tuple[dict[str, float], list[list[int]]]:
+        service = self.services[precision]
+        service.new_batches()
+        asked = {"port": service.port, "seconds": SECONDS, "connections": CONNECTIONS, "texts": texts_in(self.folder)}
+        found: dict[str, float] = self.asking.call(ask, **asked)
+        shapes = service.new_batches()
+        found["texts a batch"] = sum(count for count, _ in shapes) / len(shapes)
+        return found, shapes
+
+    def _torch(self) -> float:
+        return float(self.torch_alone.call(torch_one_by_one, folder=str(self.folder / "run"), seconds=SECONDS))
+
+
+class _Process:
+    """A process of this module's own that answers lines with lines, until the block ends."""
+
+    def __init__(self, function: str, *arguments: str) -> None:
+        self._command = [sys.executable, "-c", f"from benchmarks.serving import {function}; {function}()", *arguments]
+
+    def __enter__(self) -> Self:
+        path = os.pathsep.join(filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self._command[2]} ended before its answer")
+        return line
+
+
+class _Worker(_Process):
+    """Calls functions of this module in a process of its own, which keeps what they load."""
+
+    def __init__(self) -> None:
+        super().__init__("work")
+
+    def call(self, function: Callable[..., Any], **arguments: Any) -> Any:
+        """Return what the function returns, as JSON has it."""
+        assert self._process.stdin is not None
+        print(json.dumps([function.__name__, arguments]), file=self._process.stdin, flush=True)
+        return json.loads(self._line())
+
+
+class _Service(_Process):
+    """A service, and the shapes of its batches."""
+
+    def __init__(self, folder: Path, precision: str) -> None:
+        self._batches, self._read = folder / f"{precision}.batches", 0
+        super().__init__("serve_watched", str(folder / precision), str(self._batches))
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.port = int(self._line())
+        return self
+
+    def new_batches(self) -> list[list[int]]:
+        """Return number and longest of the texts of each batch since the last call."""
+        lines = self._batches.read_text(encoding="ascii").splitlines()
+        new, self._read = lines[self._read :], len(lines)
+        return [json.loads(line) for line in new]
+
+
+def work() -> None:
+    """Answer calls of `_Worker`."""
+    calm_environment()
+    for line in sys.stdin:
+        name, arguments = json.loads(line)
+        print(json.dumps(globals()[name](**arguments)), flush=True)
+
+
+def serve_watched() -> None:
+    """Serve the model folder argv[1], and write the shapes of its batches to argv[2]."""
+    from server.serving.application import Application
+    from server.serving.engine import Batching
+    from server.serving.limits import Limits
+    from server.serving.models import Plan
+    from server.serving.serving import ROUTES, Start, close, open_service
+    from shared.http.serving import listen, make_server, place_at, serve
+
+    model, batches = map(Path, sys.argv[1:])
+    place, limits = place_at("127.0.0.1", 0, None, None), Limits()
+    start = Start(
+        reference=str(model), registry=model / "none", policy=None, place=place, plan=Plan(), limits=limits, tokens=None
+    )
+    with batches.open("w", buffering=1) as shapes, listen(place) as listener:
+        service = open_service(start)
+        assert isinstance(service.engine, Batching)
+        service.engine.watch = lambda examples: print([len(examples), max(one.length for one in examples)], file=shapes)
+        port = listener.getsockname()[1]
+        serve(
+            make_server(Application(service, ROUTES), place), listener, ready=lambda: print(port, flush=True), again=""
+        )
+        close(service)
+
+
+def ask(port: int, seconds: float, connections: int, texts: list[str], token: str = "") -> dict[str, float]:
+    """Ask from so many connections at once; return texts a second, and quantiles of the milliseconds of a request."""
+    bodies = [_request(texts, size, seed, token) for seed in range(8) for size in SIZES]
+    latencies: list[float] = []
+    answered = 0
+
+    async def one(number: int, begin: float, end: float) -> None:
+        nonlocal answered
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        chosen = random.Random(number)
+        while (now := time.perf_counter()) < end:
+            size, body = chosen.choice(bodies)
+            writer.write(body)
+            head = await reader.readuntil(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200"), head
+            await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
+            if now >= begin and (done := time.perf_counter()) < end:
+                latencies.append(done - now)
+                answered += size
+        writer.close()
+
+    async def all_of_them() -> None:
+        begin = time.perf_counter() + 1.0
+        await asyncio.gather(*(one(number, begin, begin + seconds) for number in range(connections)))
+
+    asyncio.run(all_of_them())
+    ordered = sorted(latencies)
+    return {
+        "texts": answered / seconds,
+        "p50_ms": 1000 * ordered[len(ordered) // 2],
+        "p99_ms": 1000 * ordered[int(0.99 * len(ordered))],
+    }
+
+
+def _request(texts: list[str], size: int, seed: int, token: str) -> tuple[int, bytes]:
+    body = json.dumps({"texts": random.Random(seed).choices(texts, k=size)}).encode()
+    lines = (
+        "POST /v1/predict HTTP/1.1",
+        "Host: localhost",
+        "Content-Type: application/json",
+        f"Authorization: Bearer {token}",
+        f"Content-Length: {len(body)}",
+    )
+    return size, "\r\n".join((*lines, "", "")).encode() + body
+
+
+def bare_runtime(folder: str, shapes: list[list[int]], seconds: float) -> float:
+    """Compute the same batches with ONNX Runtime alone, from the begin again if there is time; return texts a second."""
+    import numpy as np
+
+    session, draw = _session(folder), np.random.default_rng(0)
+    feeds = {
+        shape: {"input_ids": draw.integers(1000, 20000, shape), "attention_mask": np.ones(shape, np.int64)}
+        for shape in {(count, length) for count, length in shapes}
+    }
+    for feed in feeds.values():
+        session.run(None, feed)
+    texts, began = 0, time.perf_counter()
+    while True:
+        for count, length in shapes:
+            session.run(None, feeds[count, length])
+            texts += count
+            if (passed := time.perf_counter() - began) > seconds:
+                return texts / passed
+
+
+@cache
+def _session(folder: str) -> Any:
+    from shared.runtime.export.onnx import GRAPH_FILE, new_session
+
+    return new_session(Path(folder) / GRAPH_FILE)
+
+
+def torch_one_by_one(folder: str, seconds: float) -> float:
+    """Label one text after another with PyTorch, as `silotune predict` does, on all cores; return texts a second."""
+    from shared.runtime.inference import predict
+
+    runtime, texts = _runtime(folder), texts_in(Path(folder).parent)
+    predict(runtime, texts[:4])
+    count, began = 0, time.perf_counter()
+    while (passed := time.perf_counter() - began) < seconds:
+        predict(runtime, [texts[count % len(texts)]])
+        count += 1
+    return count / passed
+
+
+@cache
+def _runtime(folder: str) -> Any:
+    import torch
+
+    from shared.job.compute import ComputeConfig
+    from shared.job.job_file import load_job
+    from shared.runtime.inference import load_tuned
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    path = Path(folder)
+    return load_tuned(path, load_job(path), ComputeConfig(device="cpu", precision="float32"))
+
+
+def make_models(folder: str) -> None:
+    """Write a run of MiniLM with a drawn adapter (speed does not depend on values), and its graphs."""
+    import torch
+
+    from shared.files.atomic import write_json, write_text
+    from shared.job.compute import ComputeConfig
+    from shared.runtime.export.exporting import export
+    from shared.runtime.export.folder import ModelFolder
+    from shared.runtime.export.peft import save_peft_folder
+    from shared.runtime.runtime import load_runtime
+    from simulations.scenario import load_scenario
+
+    root = Path(folder)
+    job = load_scenario(Path(__file__).resolve().parents[1] / "simulations" / "demo.toml").job
+    runtime = load_runtime(job, ComputeConfig(device="cpu", precision="float32"))
+    drawn = torch.Generator().manual_seed(0)
+    state = {name: 0.05 * torch.randn(shape, generator=drawn) for name, shape in runtime.global_shapes(False).items()}
+    save_peft_folder(root / "run" / "adapter", runtime, job, state, temperature=1.0)
+    write_text(root / "run" / "job.json", job.canonical_json())
+    write_json(root / "run" / "run.json", {"status": "completed"})
+    for precision in ("float32", "int8"):
+        export(ModelFolder.read(root / "run"), root / precision, "onnx", precision)
+    write_json(root / "texts.json", _texts_of(runtime))
+
+
+def _texts_of(runtime: Any) -> list[str]:
+    """Return texts of exactly `TOKENS` tokens, the tokenizer's own marks included."""
+    draw, found = random.Random(0), list[str]()
+    while len(found) < 200:
+        text = " ".join(draw.choices(_WORDS.split(), k=TOKENS - 2))
+        if runtime.encode([{"text": text}])[0].length == TOKENS:
+            found.append(text)
+    return found
+
+
+def texts_in(folder: Path) -> list[str]:
+    """Return the texts that `make_models` wrote."""
+    found: list[str] = json.loads((folder / "texts.json").read_text(encoding="utf-8"))
+    return found

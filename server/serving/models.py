@@ -1,0 +1,218 @@
+"""A model from a reference to one that answers: copied where nobody else writes, verified there, loaded from there.
+
+Formal guarantees (tests: tests/server/serving/test_models.py)
+    * A version of a registry answers only after `server.registry.verification.verify` passed on the very bytes that are loaded:
+      both work on a private copy (test_what_is_loaded_is_what_was_verified, test_a_changed_version_is_not_served).
+    * A retired version is not loaded (test_a_retired_version_is_not_served).
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from server.registry.references import Resolved
+from server.registry.verification import verify
+from server.serving.growing import Cached, Growing, Recomputed
+from shared.errors import ConfigError, ModelError, SilotuneError
+from shared.job.compute import ComputeConfig
+from shared.job.kinds import TaskKind
+from shared.models.batches import Example, collate
+from shared.runtime.calibration import load_temperature
+from shared.runtime.export.exported import Exported, load_exported
+from shared.runtime.export.exporting import export
+from shared.runtime.export.folder import ADAPTER_FOLDER, ModelFolder, Precision
+from shared.runtime.export.onnx import GRAPH_FILE, new_session
+from shared.runtime.export.peft import load_state
+from shared.runtime.inference import head_outputs
+from shared.runtime.runtime import Runtime, load_own_runtime
+from shared.tasks import Task
+from shared.tasks.causal_lm import CausalLanguageModelling
+from shared.tasks.predicting import Predicting
+
+EngineName = Literal["auto", "onnx", "torch"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How models are to be run.
+
+    Attributes:
+        engine: `auto` is ONNX Runtime where it is installed, else PyTorch.
+        precision: None: as the model is; float32 of an adapter.
+        threads: of the engine; 0 is one for each core.
+    """
+
+    engine: EngineName = "auto"
+    precision: Precision | None = None
+    threads: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A loaded model, ready to answer; it is used by the engine's thread alone, but for `question` and `answer`.
+
+    Attributes:
+        version: NAME:N, or of a folder its name.
+        engine: `onnx` or `torch`.
+        manifest_sha256: of the version; "" of a folder.
+        session: of ONNX Runtime, for texts that are continued; else None.
+    """
+
+    version: str
+    engine: Literal["onnx", "torch"]
+    precision: Precision
+    manifest_sha256: str
+    runtime: Runtime | Exported
+    session: Any = None
+    caches: tuple[tuple[str, int, int], ...] = ()
+
+    @property
+    def task(self) -> Task:
+        """What it answers."""
+        return self.runtime.task
+
+    @property
+    def kind(self) -> TaskKind:
+        """Of its task."""
+        return self.runtime.task.kind
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that it reads at once."""
+        return self.runtime.max_length
+
+    def outputs(self, examples: Sequence[Example]) -> list[Tensor]:
+        """Return the head's output of every example of one batch, in order."""
+        if isinstance(self.runtime, Exported):
+            return list(self.runtime.compute(collate(examples)))
+        return head_outputs(self.runtime, examples)
+
+    def growing(self) -> Growing:
+        """Return an empty group of texts that are continued together."""
+        if self.session is not None:
+            return Cached(self.session, self.caches)
+        return Recomputed(self.runtime)
+
+
+def load(resolved: Resolved, plan: Plan) -> Model:
+    """Copy, verify and load the model that a reference led to, and let it answer once.
+
+    Raises:
+        TrustError, ModelError, RunError: if it does not verify, or cannot be loaded.
+        ConfigError: if it cannot be had as planned, or what runs it is not installed.
+    """
+    with tempfile.TemporaryDirectory(prefix="silotune-serve-") as temporary:
+        private = Path(temporary)
+        version = resolved.version
+        if version is None:
+            folder = ModelFolder.read(_copied(ModelFolder.read(resolved.folder), private / "model"))
+            folder.check()
+            name, manifest = resolved.folder.resolve().name, ""
+        else:
+            with _readable(version.path):
+                shutil.copytree(version.path, private / "version", symlinks=True)
+            folder = verify(replace(version, path=private / "version")).folder
+            name, manifest = version.reference, version.manifest_sha256
+        try:
+            model = _loaded(folder, private, plan, name, manifest)
+            _warm(model)
+        except SilotuneError:
+            raise
+        except Exception as error:  # a damaged file can fail anywhere inside the libraries
+            raise ModelError(
+                f"{name} cannot be loaded ({type(error).__name__}); make it anew, or restore its backbone."
+            ) from None
+    return model
+
+
+def _loaded(folder: ModelFolder, private: Path, plan: Plan, name: str, manifest: str) -> Model:
+    engine = _engine(folder, plan)
+    if engine == "onnx" and folder.format != "onnx":
+        folder = export(folder, private / "exported", "onnx", plan.precision or "float32")
+    if plan.precision is not None and folder.precision != plan.precision:
+        raise ConfigError(
+            f"{name} is {folder.precision}; --precision {plan.precision} is made from a run, or from a version that holds its "
+            "adapter, with --engine onnx."
+        )
+    if folder.format == "adapter":
+        runtime = _adapted(folder, plan)
+        return Model(name, engine, "float32", manifest, runtime)
+    exported = load_exported(folder, threads=plan.threads)
+    names = tuple(
+        (one.name, int(one.shape[1]), int(one.shape[3]))
+        for one in folder.record.inputs
+        if one.name.startswith("past_key_values")
+    )
+    session = new_session(folder.path / GRAPH_FILE, plan.threads) if names else None
+    return Model(name, engine, folder.precision, manifest, exported, session, names)
+
+
+def _engine(folder: ModelFolder, plan: Plan) -> Literal["onnx", "torch"]:
+    """Return what runs the model; ONNX Runtime computes on the processor alone, so with a GPU `auto` is PyTorch."""
+    if plan.engine == "auto":
+        if folder.format == "onnx":
+            return "onnx"
+        known = find_spec("onnxruntime") is not None and find_spec("onnx") is not None
+        return "onnx" if known and (plan.precision == "int8" or not torch.cuda.is_available()) else "torch"
+    if plan.engine == "torch" and folder.format == "onnx":
+        raise ConfigError(f"{folder.path.name} is an ONNX graph, which PyTorch does not run; leave --engine out.")
+    if plan.engine == "torch" and plan.precision == "int8":
+        raise ConfigError("--precision int8 goes with --engine onnx.")
+    return plan.engine
+
+
+def _adapted(folder: ModelFolder, plan: Plan) -> Runtime:
+    if plan.threads:
+        torch.set_num_threads(plan.threads)
+    adapter = folder.path / ADAPTER_FOLDER
+    runtime = load_own_runtime(folder.job, ComputeConfig(precision="float32", cache_frozen_layers=False))
+    runtime.load(load_state(adapter, runtime, folder.job), temperature=load_temperature(adapter))
+    return runtime
+
+
+def _warm(model: Model) -> None:
+    """Let the model compute something, which also proves that it can.
+
+    Raises:
+        ModelError: if what comes out are no numbers.
+    """
+    ids = (
+        torch.arange(1, 3) if model.kind != "image_classification" else torch.zeros(model.max_length, dtype=torch.int64)
+    )
+    if isinstance(model.task, CausalLanguageModelling):
+        found = [model.growing().join([ids.tolist()])]
+    else:
+        found = model.outputs([Example(ids)]) + model.outputs([Example(ids), Example(ids)])
+    if not all(bool(torch.isfinite(one).all()) for one in found):
+        raise ModelError(f"{model.version} computes what is no number; do not use it.")
+    assert isinstance(model.task, Predicting | CausalLanguageModelling)  # noqa: S101 (there are no others)
+
+
+def _copied(folder: ModelFolder, to: Path) -> Path:
+    """Copy the files that belong to a model, and no others that lie there."""
+    with _readable(folder.path):
+        for name in folder.files:
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(folder.path / name, to / name, follow_symlinks=False)
+    return to
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or "a file of it cannot be read"
+        raise ModelError(
+            f"{path} could not be copied to be verified ({reason}); free space, or mend the folder."
+        ) from None

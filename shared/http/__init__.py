@@ -1,0 +1,1 @@
+"""What consoles and the service of models share: sockets, TLS, connections that end, names of hosts."""

@@ -1,0 +1,150 @@
+"""Continuations: stops, seeds, streams, and the openai client."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.serving.completing import Completing, certain_length
+from server.serving.models import Plan
+from shared.job.compute import ComputeConfig
+from shared.runtime.inference import Decoding, generate, load_model
+from tests.server.serving.live import Live, events, live
+
+PROMPT = "the film is"
+
+
+@pytest.fixture(scope="module")
+def client(writer: Live) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{writer.address}/v1", api_key="none", max_retries=0) as found:
+        yield found
+
+
+@given(st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.text("abc", max_size=12))
+def test_text_is_handed_out_only_when_no_stop_can_take_it_back(stops: list[str], text: str) -> None:
+    if any(stop in text for stop in stops):
+        return
+    certain = certain_length(text, stops)
+    for stop in stops:
+        for more in range(1, len(stop)):
+            found = (text + stop[more:]).find(stop)
+            if found >= 0 and text.endswith(stop[:more]):
+                assert certain <= found
+    assert certain_length("half \N{REPLACEMENT CHARACTER}", ()) == 5
+
+
+def test_greedy_text_is_what_generate_gives(client: openai.OpenAI, writer_run: Path) -> None:
+    runtime = load_model(writer_run, ComputeConfig(device="cpu", precision="float32"))
+    (expected,) = generate(runtime, PROMPT, Decoding(max_new_tokens=12, temperature=0))
+    found = client.completions.create(model="writer", prompt=PROMPT, max_tokens=12, temperature=0)
+    assert found.choices[0].text == expected
+    assert found.usage is not None
+    assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
+    assert found.system_fingerprint == "writer"
+
+
+def test_a_stream_is_the_same_text_piece_by_piece(client: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "writer", "prompt": PROMPT, "max_tokens": 20, "seed": 3, "n": 2}
+    whole = client.completions.create(**asked)
+    texts, ends, usage = ["", ""], [None, None], None
+    for piece in client.completions.create(**asked, stream=True, stream_options={"include_usage": True}):
+        for choice in piece.choices:
+            texts[choice.index] += choice.text
+            ends[choice.index] = choice.finish_reason  # type: ignore[call-overload]
+        usage = piece.usage or usage
+    assert texts == [choice.text for choice in whole.choices]
+    assert ends == [choice.finish_reason for choice in whole.choices]
+    assert usage == whole.usage
+    assert texts[0] != texts[1]
+
+
+def test_a_seed_makes_a_text_repeatable_in_any_company(client: openai.OpenAI, writer: Live) -> None:
+    asked: dict[str, Any] = {"model": "writer", "prompt": PROMPT, "max_tokens": 30, "seed": 11}
+    alone = client.completions.create(**asked).choices[0].text
+    with writer.client() as http:
+        # It begins, and others join: one longer, one that is gone after a moment.
+        streams = [
+            http.stream("POST", "/v1/completions", json={"prompt": "a" * k, "max_tokens": 40, "stream": True})
+            for k in (1, 9)
+        ]
+        with streams[0] as first, streams[1]:
+            next(first.iter_raw())
+            assert client.completions.create(**asked).choices[0].text == alone
+
+
+def test_a_stop_sequence_ends_the_text_before_it(client: openai.OpenAI, writer: Live) -> None:
+    asked: dict[str, Any] = {"model": "writer", "prompt": PROMPT, "max_tokens": 40, "seed": 5}
+    text = client.completions.create(**asked).choices[0].text
+    stop = text[7:10]
+    expected = text[: text.index(stop)]
+    found = client.completions.create(**asked, stop=[stop, "never this"])
+    assert (found.choices[0].text, found.choices[0].finish_reason) == (expected, "stop")
+    pieces = events(writer.post("/v1/completions", {**asked, "stop": stop, "stream": True}))
+    assert "".join(piece["choices"][0]["text"] for piece in pieces[:-1]) == expected
+    assert pieces[-1] == "[DONE]"
+
+
+def test_several_prompts_are_answered_in_their_order(client: openai.OpenAI) -> None:
+    prompts = ["a dull plot", "warm", "what a bright and funny"]
+    asked: dict[str, Any] = {"model": "writer", "max_tokens": 5, "temperature": 0}
+    found = client.completions.create(prompt=prompts, **asked)
+    alone = [client.completions.create(prompt=prompt, **asked).choices[0].text for prompt in prompts]
+    assert [choice.text for choice in found.choices] == alone
+    assert [choice.index for choice in found.choices] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code"),
+    [
+        ({"max_tokens": 64}, "context_length_exceeded"),
+        ({"prompt": "x " * 500}, "context_length_exceeded"),
+        ({"prompt": [[1, 2, 3]]}, "invalid_request"),
+        ({"temperature": 3}, "invalid_request"),
+        ({"logprobs": 5}, "invalid_request"),
+        ({"echo": True}, "invalid_request"),
+        ({"n": 100, "prompt": ["a", "b", "c"]}, "too_many_texts"),
+        ({"stop": [""]}, "invalid_request"),
+        ({"stop": ["a", "b", "c", "d", "e"]}, "invalid_request"),
+    ],
+)
+def test_what_cannot_be_is_a_bad_request_in_openais_shape(
+    client: openai.OpenAI, wrong: dict[str, Any], code: str
+) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(**{"model": "writer", "prompt": PROMPT, **wrong})
+    assert refused.value.code == code
+    assert refused.value.type == "invalid_request_error"
+
+
+def test_another_model_is_not_found(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt=PROMPT)
+    assert [one.id for one in client.models.list()] == ["writer"]
+
+
+def test_whoever_leaves_is_computed_no_further(writer_run: Path) -> None:
+    with live(str(writer_run), writer_run.parent, plan=Plan("torch")) as slow:
+        engine = slow.service.engine
+        assert isinstance(engine, Completing)
+        asked = {"prompt": "a", "max_tokens": 60, "n": 100, "stream": True, "seed": 1}
+        with slow.client() as http, http.stream("POST", "/v1/completions", json=asked) as response:
+            next(response.iter_raw())
+        end = time.monotonic() + 10
+        while engine._groups or engine.waiting:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        assert engine.told.tokens < 60 * 100, "it was left before its end"
+
+
+def test_more_than_the_caches_hold_waits_its_turn(writer_run: Path) -> None:
+    with live(str(writer_run), writer_run.parent, plan=Plan("onnx"), cache_tokens=100) as narrow:
+        asked = {"prompt": ["a", "b"], "max_tokens": 30, "n": 4, "seed": 1}
+        found = narrow.post("/v1/completions", asked).json()
+        assert len(found["choices"]) == 8

@@ -1,0 +1,136 @@
+"""Aliases move under load, versions that do not verify, and retirement."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from server.registry import promotion
+from server.registry.adding import add
+from server.registry.references import require_version
+from server.registry.registry import Registry
+from server.serving import following as following_module
+from server.serving.following import Following
+from server.serving.models import Plan
+from shared.runtime.export.exporting import export
+from shared.runtime.export.folder import ModelFolder
+from tests.server.registry.keys import OFFICER, SIGNER
+from tests.server.serving.live import Live, live
+
+
+@pytest.fixture(autouse=True)
+def _looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following_module, "LOOK_SECONDS", 0.05)
+
+
+def promote(registry: Registry, reference: str, alias: str = "champion") -> None:
+    promotion.promote(registry, require_version(registry, reference), alias, OFFICER)
+
+
+def wait(registry: Registry, following: Following, version: str) -> None:
+    for _ in range(400):
+        if following.model.version == version:
+            return
+        threading.Event().wait(0.05)
+    raise AssertionError(f"{following.model.version} goes on: {following.trouble}")
+
+
+@contextmanager
+def load_on(found: Live, clients: int = 3) -> Iterator[list[tuple[int, str]]]:
+    """Ask from several clients all the time; gives status and version of every answer."""
+    seen: list[tuple[int, str]] = []
+    end = threading.Event()
+
+    def ask() -> None:
+        with found.client() as client:
+            while not end.is_set():
+                response = client.post("/v1/predict", json={"texts": ["a quiet film", "a dull plot"]})
+                seen.append((response.status_code, response.json().get("version", response.text)))
+
+    threads = [threading.Thread(target=ask) for _ in range(clients)]
+    for one in threads:
+        one.start()
+    try:
+        yield seen
+    finally:
+        end.set()
+        for one in threads:
+            one.join(30)
+
+
+@pytest.mark.parametrize("reference", ["films", "films@candidate"])
+def test_an_alias_changes_under_load(registry: Registry, reference: str) -> None:
+    alias = "champion" if reference == "films" else "candidate"
+    promote(registry, "films:1", alias)
+    with live(reference, registry.path) as found, load_on(found) as seen:
+        for version in ("films:2", "films:1", "films:2"):
+            promote(registry, version, alias)
+            wait(registry, found.service.following, version)
+            before = len(seen)
+            while len(seen) < before + 10:
+                threading.Event().wait(0.01)
+            assert {one[1] for one in seen[before + 4 :]} == {version}
+    assert {status for status, _ in seen} == {200}
+    assert found.service.following.changes == 3
+    assert found.service.following.name == reference
+
+
+def test_what_does_not_verify_is_refused_and_the_old_one_goes_on(
+    registry: Registry, caplog: pytest.LogCaptureFixture
+) -> None:
+    promote(registry, "films:1")
+    with live("films", registry.path) as found:
+        following = found.service.following
+        following.close()  # looked at by hand below
+        promote(registry, "films:2")
+        state = require_version(registry, "films:2").model / "adapter" / "silotune_state.safetensors"
+        state.write_bytes(state.read_bytes()[:-1] + b"x")
+        for _ in range(3):
+            following.look()
+        assert following.model.version == "films:1"
+        assert caplog.text.count("films:2 is not served") == 1
+        assert found.post("/v1/predict", {"texts": ["a"]}).json()["version"] == "films:1"
+        with found.client() as client:
+            assert "silotune_model_refused 1.0" in client.get("/metrics").text
+            assert client.get("/healthz").status_code == 200, "it can answer"
+
+
+def test_a_retired_version_stops(registry: Registry) -> None:
+    with live("films:1", registry.path) as found:
+        assert found.post("/v1/predict", {"texts": ["a"]}).status_code == 200
+        promotion.retire(registry, require_version(registry, "films:1"), OFFICER)
+        following = found.service.following
+        for _ in range(200):
+            if following.withdrawn:
+                break
+            threading.Event().wait(0.05)
+        response = found.post("/v1/predict", {"texts": ["a"]})
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "model_withdrawn")
+        with found.client() as client:
+            assert client.get("/healthz").status_code == 503
+
+
+def test_another_engine_or_task_is_followed_or_refused(registry: Registry, small_run: Path, tmp_path: Path) -> None:
+    promote(registry, "films:1")
+    following = Following(lambda: Registry(registry.path), "films", Plan())
+    following.close()
+    made = export(ModelFolder.read(small_run), tmp_path / "int8", "onnx", "int8")
+    promote(registry, add(registry, made.path, "films", signer=("sam", SIGNER)).reference)
+    following.look()
+    assert (following.model.version, following.model.precision) == ("films:3", "int8")
+
+
+def test_a_registry_that_is_gone_for_a_moment_changes_nothing(registry: Registry) -> None:
+    following = Following(lambda: Registry(registry.path), "films", Plan("torch"))
+    following.close()
+    registry.path.rename(registry.path.with_name("away"))
+    following.look()
+    assert following.trouble is not None
+    assert following.withdrawn is None
+    registry.path.with_name("away").rename(registry.path)
+    following.look()
+    assert following.trouble is None
