@@ -34,7 +34,8 @@ ROUNDS_FILE = "metrics.jsonl"
 """Which updates were aggregated; without it no record of a site would be missed. Reasons of sites stand in it, so it is no part
 of a model folder that is handed on."""
 _DRAFT = ".draft-"
-_MAY_DIFFER = ("evaluation.json",)  # a smaller model is measured anew
+EVALUATION_FILE = "evaluation.json"
+_MAY_DIFFER = (EVALUATION_FILE,)  # a smaller model is measured anew
 _MOST_NOTE = 1000
 
 
@@ -187,13 +188,20 @@ def _source(registry: Registry, folder: ModelFolder, parent: Version | Path | No
         run = ModelFolder.read(found)
         _check_same_run(folder, run)
         signed = examine(found).signed
-        made_from = Parent(reference=None, manifest_sha256=None, model_sha256=folder.record.made_from_sha256)
+        made_from = Parent(
+            reference=None,
+            manifest_sha256=None,
+            model_sha256=folder.record.made_from_sha256,
+            same_evaluation=_same_evaluation(folder, run),
+        )
         return Source(folder=folder, rounds=found, signed=signed, parent=made_from)
-    _check_same_run(folder, ModelFolder.read(found.model))
+    origin = ModelFolder.read(found.model)
+    _check_same_run(folder, origin)
     made_from = Parent(
         reference=found.reference,
         manifest_sha256=found.manifest_sha256,
         model_sha256=folder.record.made_from_sha256,
+        same_evaluation=_same_evaluation(folder, origin),
     )
     return Source(folder=folder, rounds=found.model, signed=read_signed_job(found), parent=made_from)
 
@@ -213,6 +221,10 @@ def _parent_of(registry: Registry, folder: ModelFolder) -> Version:
         f"{folder.path} was made from a model (SHA-256 {made_from[:12]}…) that is not in this registry, and has no record of its "
         "rounds itself. Add the run first, or name it with --parent RUN."
     )
+
+
+def _same_evaluation(folder: ModelFolder, origin: ModelFolder) -> bool:
+    return folder.lineage.get(EVALUATION_FILE) == origin.lineage.get(EVALUATION_FILE)
 
 
 def _check_same_run(folder: ModelFolder, origin: ModelFolder) -> None:

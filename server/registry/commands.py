@@ -73,6 +73,7 @@ def add(
     """Check a model, copy it with the records of its run, and sign it as a new version."""
     from server.registry import adding
     from server.registry.references import resolve
+    from shared.runtime.export.card import evaluated_on_private_records
 
     place = open_registry(registry, policy)
     origin: Version | Path | None = None
@@ -84,6 +85,11 @@ def add(
         terminal.print_json(_row(place, version))
         return
     typer.echo(f"added {version.reference}: {_claim(version)}; signed by {version.signer}")
+    if evaluated_on_private_records(version.model):
+        typer.echo(
+            "Its metrics are on records that were declared private, and whoever may read the registry reads them.",
+            err=True,
+        )
     if version.number == 1 and version.signer == "this-registry":
         typer.echo(f"{place.path / 'registry.toml'} says whose signatures count and what may be promoted.")
 
@@ -348,4 +354,7 @@ def _rows(place: Registry, name: str) -> list[dict[str, Any]]:
 def _print_rows(rows: list[dict[str, Any]]) -> None:
     from server.registry.showing import table_of
 
-    terminal.console(width=140).print(table_of(rows))
+    console = terminal.console(width=140)
+    console.print(table_of(rows))
+    for problem in dict.fromkeys(one["problem"] for one in rows if not one["trusted"]):
+        console.print(f"\n{problem}", soft_wrap=True, style="red")

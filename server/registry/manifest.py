@@ -22,6 +22,7 @@ class Summary(BaseModel):
         task: kind of task.
         metric, value, higher_is_better: the primary metric on public records; None where there is none.
         epsilon, delta, unit: as the statement has them; None where it states no privacy.
+        epsilon_alone: the statement's second promise, if secure aggregation fails; None where noise is not shared.
         job, job_sha256: name and hash of the job.
         job_signer: the key that signed the job; None of a simulation.
         data, sites: what the run calls its data, and its sites.
@@ -37,6 +38,7 @@ class Summary(BaseModel):
     value: float | None
     higher_is_better: bool | None
     epsilon: float | None
+    epsilon_alone: float | None
     delta: float | None
     unit: str | None
     job: str
@@ -54,6 +56,7 @@ class Parent(BaseModel):
         reference: NAME:N; None of a run that is not registered.
         manifest_sha256: of that version's manifest.
         model_sha256: of the model that it was made from.
+        same_evaluation: whether the metric is the one that was measured on that model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -61,6 +64,7 @@ class Parent(BaseModel):
     reference: str | None
     manifest_sha256: str | None
     model_sha256: str | None
+    same_evaluation: bool
 
 
 class Manifest(SignedDocument):

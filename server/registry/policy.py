@@ -30,9 +30,12 @@ class RegistryPolicy(Section):
     open_aliases: tuple[Name, ...] = ("candidate",)
     """Aliases that signers may set as well, within the same limits."""
     max_epsilon: Epsilon | None = None
-    """A version is promoted only if its statement has an epsilon, and one that is not larger."""
+    """A version is promoted only if its statement has an epsilon, and one that is not larger: of two promises the first."""
+    max_epsilon_alone: Epsilon | None = None
+    """Likewise of the second promise of a run whose sites share the noise, if secure aggregation fails. None: `max_epsilon`."""
     min_metric: Value | None = None
-    """A version is promoted only if its primary metric is at least this good: not below it; of a loss or an error, not above."""
+    """A version is promoted only if its primary metric is at least this good: not below it; of a loss or an error, not above.
+    One that was measured on another model, as int8 exports have it from their run, does not count."""
     require_audit: Literal["any", "consistent"] | None = None
     """A version is promoted only if its run was audited: with whatever result but `violated`, or with `consistent`."""
     signers: dict[Name, str] = Field(min_length=1)
@@ -87,6 +90,7 @@ def policy_template(name: str, key: VerifyKey) -> str:
 promotion_by = ["officer"]  # who may set aliases and retire versions
 open_aliases = ["candidate"]  # a signer may set these as well
 # max_epsilon = 8.0
+# max_epsilon_alone = 8.0  # the second promise of shared noise
 # min_metric = 0.8
 # require_audit = "any"
 

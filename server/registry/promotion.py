@@ -13,7 +13,7 @@ import re
 from datetime import UTC, datetime
 
 from server.registry.history import History, HistoryEntry
-from server.registry.manifest import Summary
+from server.registry.manifest import Manifest
 from server.registry.policy import RegistryPolicy
 from server.registry.registry import Registry, Version
 from server.registry.verification import verify
@@ -47,7 +47,8 @@ def promote(
         )
     _check_reason(why)
     registry.trusted(key, *registry.policy.may_set(alias))
-    check_limits(verify(version).summary, registry.policy, version.reference)
+    verify(version)
+    check_limits(version.manifest, registry.policy)
     with registry.locked(version.manifest.name):
         history = _history_with(registry, version)
         current = history.aliases.get(alias)
@@ -78,24 +79,29 @@ def retire(
         return _append(history, version, key, why, now, action="retire", alias=None, former=None)
 
 
-def check_limits(summary: Summary, policy: RegistryPolicy, reference: str) -> None:
+def check_limits(manifest: Manifest, policy: RegistryPolicy) -> None:
     """Raise `RegistryError` if the policy of the registry excludes a version from promotion."""
-    refused = list(_excluded(summary, policy))
+    refused = list(_excluded(manifest, policy))
     if refused:
-        raise RegistryError(f"{reference} cannot be promoted here: {'; '.join(refused)}.")
+        raise RegistryError(f"{manifest.name}:{manifest.version} cannot be promoted here: {'; '.join(refused)}.")
 
 
-def _excluded(summary: Summary, policy: RegistryPolicy) -> list[str]:
-    found = []
+def _excluded(manifest: Manifest, policy: RegistryPolicy) -> list[str]:
+    found, summary = [], manifest.summary
     if policy.max_epsilon is not None and (summary.epsilon is None or summary.epsilon > policy.max_epsilon):
         epsilon = "no epsilon is stated" if summary.epsilon is None else f"epsilon is {rounded_up(summary.epsilon)}"
         found.append(f"{epsilon}, max_epsilon is {as_set(policy.max_epsilon)}")
+    most_alone = policy.max_epsilon if policy.max_epsilon_alone is None else policy.max_epsilon_alone
+    if most_alone is not None and summary.epsilon_alone is not None and summary.epsilon_alone > most_alone:
+        key = "max_epsilon" if policy.max_epsilon_alone is None else "max_epsilon_alone"
+        found.append(f"its epsilon alone is {rounded_up(summary.epsilon_alone)}, {key} is {as_set(most_alone)}")
     if policy.min_metric is not None:
+        borrowed = manifest.parent is not None and manifest.parent.same_evaluation and summary.precision != "float32"
         good = summary.value is not None and (
             summary.value >= policy.min_metric if summary.higher_is_better else summary.value <= policy.min_metric
         )
-        if not good:
-            value = "not measured" if summary.value is None else f"{summary.value:.4g}"
+        if borrowed or not good:
+            value = "not measured" if summary.value is None or borrowed else f"{summary.value:.4g}"
             found.append(f"{summary.metric or 'its metric'} is {value}, min_metric is {policy.min_metric:g}")
     if policy.require_audit is not None:
         verdicts = {audit.rpartition(": ")[2] for audit in summary.audits}

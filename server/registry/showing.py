@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from server.registry.history import History, HistoryEntry
-from server.registry.manifest import Summary
+from server.registry.manifest import Manifest, Summary
 from server.registry.registry import Registry, Version
 from shared.epsilons import delta_rounded_up, rounded_up
 from shared.files.json_files import read_if_there
@@ -26,7 +26,7 @@ def claim(summary: Summary) -> str:
     """Return the guarantee of a version in a few words; the statement has all of them."""
     if summary.epsilon is None or summary.delta is None:
         return "not private"
-    return f"epsilon {rounded_up(summary.epsilon)}, delta {delta_rounded_up(summary.delta)}, for one {summary.unit}"
+    return f"epsilon {_epsilon(summary)}, delta {delta_rounded_up(summary.delta)}, for one {summary.unit}"
 
 
 def statement_of(version: Version) -> str | None:
@@ -56,8 +56,10 @@ def row(version: Version, history: History) -> dict[str, Any]:
         "task": summary.task,
         "metric": summary.metric,
         "value": summary.value,
-        "metric_text": _metric(summary),
+        "metric_text": _metric(manifest),
         "epsilon": summary.epsilon,
+        "epsilon_alone": summary.epsilon_alone,
+        "epsilon_text": _epsilon(summary),
         "delta": summary.delta,
         "unit": summary.unit,
         "signer": version.signer,
@@ -77,14 +79,14 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     for one in rows:
         reference = f"{one['model']}:{one['version']}"
         if not one["trusted"]:
-            table.add_row(reference, "DOES NOT VERIFY", one["problem"])
+            table.add_row(reference, "DOES NOT VERIFY", "see below")
             continue
         table.add_row(
             reference,
             "retired" if one["retired"] else ", ".join(one["aliases"]),
             one["format"] if one["precision"] == "float32" else f"{one['format']} {one['precision']}",
             one["metric_text"],
-            "none" if one["epsilon"] is None else rounded_up(one["epsilon"]),
+            one["epsilon_text"],
             one["signer"],
             one["added"][:10],
             _size(one["num_bytes"]),
@@ -93,10 +95,21 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _metric(summary: Summary) -> str:
+def _epsilon(summary: Summary) -> str:
+    """Return both promises where there are two."""
+    if summary.epsilon is None:
+        return "none"
+    alone = "" if summary.epsilon_alone is None else f" (alone {rounded_up(summary.epsilon_alone)})"
+    return rounded_up(summary.epsilon) + alone
+
+
+def _metric(manifest: Manifest) -> str:
+    """Return the metric, and on which model it was measured where that is another one."""
+    summary, parent = manifest.summary, manifest.parent
     if summary.metric is None:
         return "not measured"
-    return f"{summary.metric} {'not defined' if summary.value is None else f'{summary.value:.4g}'}"
+    measured_on = f" of {parent.reference or 'its run'}" if parent is not None and parent.same_evaluation else ""
+    return f"{summary.metric} {'not defined' if summary.value is None else f'{summary.value:.4g}'}{measured_on}"
 
 
 def _size(num_bytes: int) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from server.records.privacy import SiteRecord
 from server.registry.manifest import MANIFEST_FILE, Summary
 from server.registry.registry import Version
 from server.reports.compliance.facts import Facts
@@ -123,6 +124,7 @@ def _summary(folder: ModelFolder, facts: Facts) -> Summary:
         higher_is_better=facts.data.higher_is_better if evaluation else None,
         # As it was stated: it agrees with what was recomputed, and the last digit is that of the statement.
         epsilon=arm.epsilon if headline else None,
+        epsilon_alone=_alone(facts) if headline else None,
         delta=headline.delta if headline else None,
         unit=headline.unit if headline else None,
         job=facts.job.name,
@@ -132,3 +134,9 @@ def _summary(folder: ModelFolder, facts: Facts) -> Summary:
         sites=[] if facts.central else list(facts.data.site_names),  # a trusted coordinator names none
         audits=[f"tier {audit.tier}: {audit.verdict}" for audit in facts.data.audits],
     )
+
+
+def _alone(facts: Facts) -> float | None:
+    """Return the largest epsilon of what one site sends by itself, as it was stated; None where noise is not shared."""
+    stated = (site.epsilon_alone for site in facts.data.federated.sites if isinstance(site, SiteRecord))
+    return max((epsilon for epsilon in stated if epsilon is not None), default=None)

@@ -193,8 +193,12 @@ def _limits(job: Job, record: ModelRecord) -> list[str]:
         )
     if record.precision == "int8":
         found.append(
-            "int8 is exact on processors with VNNI or ARM's dot products. On x86 without VNNI set ONNX Runtime's session option "
-            "`session.x64quantprecision` to `1`, which is slower; otherwise sums can overflow."
+            "int8 rounds by ranges that are taken over a whole batch, so an answer can change a little with the texts beside it; "
+            "for one that does not, give one text a call."
+        )
+        found.append(
+            "Sums of int8 do not overflow on processors with VNNI or ARM's dot products. On x86 without VNNI set ONNX Runtime's "
+            "session option `session.x64quantprecision` to `1`, which is slower."
         )
     if job.privacy.mechanism == "none":
         found.append("It was trained without noise: texts of its training may be found in it.")

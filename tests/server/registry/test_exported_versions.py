@@ -27,6 +27,7 @@ def test_from_a_version_to_an_export_to_a_version(
         version = registry.version("films", number)  # the first two are the same model
         assert version.manifest.parent is not None
         assert version.manifest.parent.reference == "films:2"
+        assert row["metric_text"].endswith(" of films:2")
         assert verify(version).summary.epsilon == registry.version("films", 1).manifest.summary.epsilon
     missing = silotune("export", "film", "--to", "onnx", "--out", tmp_path / "x", *where)
     assert missing.status == 2

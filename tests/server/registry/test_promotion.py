@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from server.registry.adding import add
-from server.registry.promotion import promote, retire
+from server.registry.manifest import Parent
+from server.registry.policy import load_policy
+from server.registry.promotion import check_limits, promote, retire
 from server.registry.references import resolve
 from server.registry.registry import Registry
+from server.registry.showing import claim
 from shared.errors import ConfigError, RegistryError, TrustError
 from tests.server.registry.keys import OFFICER, SIGNER, STRANGER
 
@@ -94,6 +97,28 @@ def test_limits_of_the_policy(line: str, registry: Registry) -> None:
     with pytest.raises(RegistryError, match=LIMITS[line]):
         promote(registry, registry.version("films", 1), "champion", OFFICER)
     assert registry.history("films").entries == ()
+
+
+def test_both_promises_and_only_measured_metrics_count(registry: Registry) -> None:
+    manifest = registry.version("films", 1).manifest
+    two_promises = manifest.model_copy(update={"summary": manifest.summary.model_copy(update={"epsilon_alone": 8.5})})
+    parent = Parent(reference="films:1", manifest_sha256=None, model_sha256=None, same_evaluation=True)
+    int8 = manifest.model_copy(
+        update={"summary": manifest.summary.model_copy(update={"precision": "int8"}), "parent": parent}
+    )
+    line = "[signers]\nsam = '" + SIGNER.verify_key.text + "'\n"
+    for text, found, problem in (
+        ("max_epsilon = 4.0\n", two_promises, "its epsilon alone is 8.500, max_epsilon is 4"),
+        ("max_epsilon = 4.0\nmax_epsilon_alone = 8.0\n", two_promises, "8.500, max_epsilon_alone is 8"),
+        ("min_metric = 0.0\n", int8, "accuracy is not measured, min_metric is 0"),
+    ):
+        registry.policy_file.write_text(text + line)
+        with pytest.raises(RegistryError, match=problem):
+            check_limits(found, load_policy(registry.policy_file))
+        check_limits(manifest, load_policy(registry.policy_file))
+    registry.policy_file.write_text("max_epsilon = 4.0\nmax_epsilon_alone = 9.0\n" + line)
+    check_limits(two_promises, load_policy(registry.policy_file))
+    assert claim(two_promises.summary).startswith("epsilon 3.333 (alone 8.500), delta")
 
 
 @pytest.mark.parametrize(("verdict", "wanted"), [("consistent", "consistent"), ("inconclusive", "any")])
