@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from server.records.run import RunRecord
 from server.reports.run import write_report_if_possible
 from server.rounds.central import CentralPrivacy
+from server.rounds.earlier_requests import Asked
 from server.rounds.early_stopping import is_over, require_public_records
 from server.rounds.local import LocalPrivacy
 from server.rounds.loop import Coordinator, Privacy, run_rounds
@@ -35,6 +37,8 @@ from shared.runtime.calibration import calibrate
 from shared.runtime.runtime import Runtime, load_runtime, on_cpu
 from shared.tasks import Evaluation, Record, task_of
 from shared.tensors import adapters
+
+log = logging.getLogger("silotune.coordinator")
 
 
 @dataclass
@@ -108,7 +112,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         **_evaluation_texts(run),
     }
     with RunFolder(run.folder, run.job, resume=run.resume) as folder:
-        privacy = _privacy(run)
+        privacy = privacy_of(run.job, run.folder, new_randomness=run.new_randomness)
         run.prepare()
         folder.write_run_info("running", details)
         runtime.warm_cache([*examples, *deciding], run.observer.preparing)
@@ -124,7 +128,9 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         except BaseException:
             # What went wrong first is what matters, for example a full disk.
             with contextlib.suppress(Exception):
-                _write_unfinished(run, folder, details, privacy)
+                folder.write_run_info("stopped", details)
+            with contextlib.suppress(Exception):
+                write_spent(folder, privacy, run.authority.asked_since if run.authority else _nothing_asked)
             raise
         folder.write_privacy(checkpoint, privacy.release())
         folder.write_site_metrics(checkpoint)
@@ -141,13 +147,15 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         return checkpoint
 
 
-def _privacy(run: Run) -> Privacy:
-    """Return who adds this run's noise and keeps its account; the only place where that is asked."""
-    if run.job.privacy.mechanism == "central":
-        return CentralPrivacy(run.job, run.folder, new_randomness=run.new_randomness)
-    if run.job.privacy.shares_noise:
-        return SecurePrivacy(run.job, run.folder)
-    return LocalPrivacy(run.job)
+def privacy_of(
+    job: Job, folder: Path, *, new_randomness: Callable[[], SiteRandomness] = SiteRandomness.from_os
+) -> Privacy:
+    """Return who adds a run's noise and keeps its account; the only place where that is asked."""
+    if job.privacy.mechanism == "central":
+        return CentralPrivacy(job, folder, new_randomness=new_randomness)
+    if job.privacy.shares_noise:
+        return SecurePrivacy(job, folder)
+    return LocalPrivacy(job)
 
 
 class _Evaluator:
@@ -185,14 +193,31 @@ def _public_parts(run: Run) -> PublicRecords:
     return hold_back(run.public_records, task_of(run.job).roles[0])
 
 
-def _write_unfinished(run: Run, folder: RunFolder, details: Mapping[str, Any], privacy: Privacy) -> None:
-    """Write what the sites may have released so far, the round that is given up too: a run that never goes on has spent it."""
+def write_spent(folder: RunFolder, privacy: Privacy, asked_since: Callable[[int], Sequence[Asked]]) -> None:
+    """Write what the sites may have released so far, the round that was given up too: a run that never goes on has spent it.
+
+    Args:
+        asked_since: see `Authority`.
+
+    Raises:
+        SilotuneError: what was asked cannot be read; what is complete is written.
+    """
+    checkpoint = folder.load_checkpoint()
+    if checkpoint is None:
+        return
+    folder.write_privacy(checkpoint, privacy.release())
     try:
-        checkpoint = folder.load_checkpoint()
-        if checkpoint is not None:
-            folder.write_privacy(privacy.with_open_requests(checkpoint, run.authority), privacy.release())
-    finally:
-        folder.write_run_info("stopped", details)
+        asked = asked_since(checkpoint.round_number)
+    except Exception:
+        log.exception("what was asked after round %d is not in the statement", checkpoint.round_number)
+        raise
+    if asked:
+        folder.write_privacy(privacy.with_open_requests(checkpoint, asked), privacy.release())
+
+
+def _nothing_asked(round_number: int) -> Sequence[Asked]:
+    """What a simulation asks of sites that nobody signs requests to."""
+    return ()
 
 
 def _evaluation_texts(run: Run) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from server.coordinator.progress import code_of
 from server.records.rounds import RoundRecord, read_rounds
 from server.store.submission import OPEN, Submission, submissions
 from shared.errors import RunError, SilotuneError
-from shared.files.json_files import parse_record
+from shared.files.json_files import parse_record, read_if_there
 from shared.job.kinds import primary_metric
 
 _METRIC = re.compile(r"[a-z0-9_]{1,40}(@[0-9]{1,4})?")
@@ -300,7 +301,7 @@ def _read(submission: Submission, plan: Plan, mark: str) -> Run:
         stopped_early=state.get("stopped_early"),
         metric=metric if metric in metrics else "",
         value=metrics.get(metric),
-        spent=last.epsilon_max if last else None,
+        spent=_spent(submission.run_folder, last, is_open=is_open),
         since=None if central and not is_open else state.get("since"),
         started=state.get("started"),
         last=None if central or written is None else written[0] / 1e9,
@@ -313,6 +314,29 @@ def _read(submission: Submission, plan: Plan, mark: str) -> Run:
         signer=str(state.get("signer") or ""),
         mark=mark,
     )
+
+
+@dataclass(frozen=True)
+class _AtSites:
+    sites: int
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """What is read of `statement.json`; its own type computes epsilons, which takes seconds to load."""
+
+    up_to_m_sites: tuple[_AtSites, ...] = ()
+
+
+def _spent(run: Path, last: RoundRecord | None, *, is_open: bool) -> float | None:
+    """Return the largest epsilon of a site so far; once nobody goes on, as it is stated: with what was given up."""
+    known = [] if last is None or last.epsilon_max is None else [last.epsilon_max]
+    if not is_open:
+        with suppress(SilotuneError):
+            stated = read_if_there(run / "statement.json", _Stated)
+            known += [row.epsilon for row in stated.up_to_m_sites if row.sites == 1] if stated else []
+    return max(known, default=None)
 
 
 def _last_round(path: Path) -> tuple[int, RoundRecord | None]:

@@ -6,11 +6,12 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, RecordDict
 
-from server.app import Run, make_server_app
+from server.app import Run, make_server_app, privacy_of, write_spent
 from server.coordinator.progress import Progress
 from server.coordinator.run_file import evaluation_records, settings_of
 from server.link.grid import LinkGrid
@@ -18,6 +19,7 @@ from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.observer import Observer
 from server.rounds.roster import Authority
+from server.runs.folder import RunFolder
 from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
@@ -81,6 +83,42 @@ def run_submission(
     submission.note("completed", problem=None, waiting=None)
 
 
+def write_spent_of(submission: Submission, audit: Path) -> None:
+    """State what the sites of a run that nobody goes on with may have spent, by its checkpoint and the audit log alone.
+
+    A process that died in a round, or was told to end before it had loaded its model, stated nothing of it.
+
+    Raises:
+        SilotuneError: something of it cannot be read; what is complete is written.
+    """
+    path, job = submission.run_folder, submission.signed_job().job
+    if not (path / "job.json").exists():
+        return  # nobody was asked for anything
+    with RunFolder(path, job, resume=True) as folder:
+        folder.mark_stopped()
+        write_spent(folder, privacy_of(job, path), lambda number: asked_after(audit, job.sha256, number))
+
+
+def asked_after(audit: Path, job_sha256: str, round_number: int) -> list[Asked]:
+    """Return what was asked of sites for rounds after the given one and what came, oldest first, from the audit log."""
+    found: list[Asked] = []
+    latest: dict[tuple[str, int], int] = {}
+    for entry in read(audit):
+        details = entry.details
+        if details.get("job") != job_sha256 or not (details.get("round") or 0) > round_number:
+            continue
+        number = int(details["round"])
+        if entry.event == Event.ROUND_ASKED:
+            for name, size in zip(details["sites"], details["declared_records"], strict=True):
+                site = SiteDescription(site=name, declared_records=size, version="")
+                latest[name, number] = len(found)
+                found.append(Asked(site=site, round_number=number, adapter_sha256=details["adapter_sha256"]))
+        elif entry.event == Event.UPDATE_ACCEPTED and (details["site"], number) in latest:
+            place = latest[details["site"], number]
+            found[place] = replace(found[place], update_sha256=details["sha256"])
+    return found
+
+
 class _Recorder(Observer):
     """Writes what happens to the job's state and to the audit log, and reads there what an earlier process was at."""
 
@@ -96,23 +134,8 @@ class _Recorder(Observer):
         self._doubted: dict[str, str] = dict(submission.state().get("doubted") or {})
 
     def asked_since(self, round_number: int) -> list[Asked]:
-        """Return what earlier processes asked of sites for later rounds and what came, from the audit log."""
-        found: list[Asked] = []
-        latest: dict[tuple[str, int], int] = {}
-        for entry in read(self._log.folder):
-            details = entry.details
-            if details.get("job") != self._job_sha256 or not (details.get("round") or 0) > round_number:
-                continue
-            number = int(details["round"])
-            if entry.event == Event.ROUND_ASKED:
-                for name, size in zip(details["sites"], details["declared_records"], strict=True):
-                    site = SiteDescription(site=name, declared_records=size, version="")
-                    latest[name, number] = len(found)
-                    found.append(Asked(site=site, round_number=number, adapter_sha256=details["adapter_sha256"]))
-            elif entry.event == Event.UPDATE_ACCEPTED and (details["site"], number) in latest:
-                place = latest[details["site"], number]
-                found[place] = replace(found[place], update_sha256=details["sha256"])
-        return found
+        """Return what earlier processes asked of sites for later rounds and what came."""
+        return asked_after(self._log.folder, self._job_sha256, round_number)
 
     def _note(self, event: Event, **details: Any) -> None:
         """Note in the audit log what happened to this job."""

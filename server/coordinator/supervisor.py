@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 from server.coordinator import metrics
@@ -254,6 +255,8 @@ class Supervisor:
         )
 
     def _finish(self, submission: Submission, state: Any) -> None:
+        if state != "completed":
+            _state_spent(submission, self.home.audit)
         submission.note(state)
         known = submission.state()
         log.info("job %s: %s", submission.name, state, extra={"job": submission.name})
@@ -334,3 +337,16 @@ def check_server_certificate(home: CoordinatorHome, passphrase: str | None) -> N
     key = load_server_key(home.server_key, passphrase)
     if key.public_key() != certificate.public_key():
         raise TrustError(f"{home.server_certificate} was made for another key than {home.server_key}.")
+
+
+def _state_spent(submission: Submission, audit: Path) -> None:
+    """Have it stated what the sites of a run that is given up may have spent; that it cannot be is no reason to go on with it."""
+    from server.coordinator.production import write_spent_of  # loads PyTorch
+
+    try:
+        write_spent_of(submission, audit)
+    except Exception as error:
+        log.error("what job %s has spent could not all be stated: %s", submission.name, error, exc_info=True)
+        problem = f"what its sites spent could not all be stated ({type(error).__name__}); their own ledgers have it"
+        with contextlib.suppress(SilotuneError):
+            submission.note(problem=problem)

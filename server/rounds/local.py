@@ -8,14 +8,14 @@ for the site may have answered it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from server.aggregation import Adapter, Aggregation
 from server.records.rounds import RoundRecord
-from server.rounds.earlier_requests import EarlierRequests
+from server.rounds.earlier_requests import Asked, EarlierRequests
 from server.rounds.releases import Made, Releases, unknown_release, with_update
 from server.rounds.roster import Authority
 from server.rounds.updates import Arrived, AtHand, collect_updates
@@ -48,19 +48,16 @@ class LocalPrivacy:
 
     def resume(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
         """Return the checkpoint to go on from: what was asked after it may have been executed."""
-        if authority is not None:
-            self.earlier = EarlierRequests(authority.asked_since(checkpoint.round_number))
-        return self.with_open_requests(checkpoint, authority)
+        asked = authority.asked_since(checkpoint.round_number) if authority is not None else ()
+        self.earlier = EarlierRequests(asked)
+        return self.with_open_requests(checkpoint, asked)
 
-    def with_open_requests(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
-        """Return `checkpoint` with all that was asked after it, and so may have been executed, in the sites' accounts.
+    def with_open_requests(self, checkpoint: Checkpoint, asked: Iterable[Asked]) -> Checkpoint:
+        """Return `checkpoint` with what was asked after it, and so may have been executed, in the sites' accounts.
 
         Simulated sites, which nobody signs requests to, release nothing to anybody in a round that is given up.
         """
-        if authority is None:
-            return checkpoint
-        asked = EarlierRequests(authority.asked_since(checkpoint.round_number))
-        return replace(checkpoint, releases=asked.accounted(checkpoint.releases, self._job))
+        return replace(checkpoint, releases=EarlierRequests(asked).accounted(checkpoint.releases, self._job))
 
     def begin(self, round_number: int) -> LocalRound:
         """Return one attempt at a round."""

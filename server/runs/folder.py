@@ -32,7 +32,7 @@ from server.rounds.site_metrics import site_metrics_record
 from server.store.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from shared.errors import RunError
 from shared.files.atomic import write_json, write_text
-from shared.files.json_files import read_if_there
+from shared.files.json_files import read_if_there, read_object
 from shared.files.outputs import check_own_folder
 from shared.job.job import Job
 from shared.job.job_file import load_job as load_job
@@ -159,6 +159,12 @@ class RunFolder:
         if self.job.privacy.central:
             info |= {"finished": None, "seconds": None, "seconds_before": 0.0, "peak_rss_mb": None}
         write_json(path, info | {key: value for key, value in details.items() if key != "machine"})
+
+    def mark_stopped(self) -> None:
+        """Say in `run.json` of a run whose process ended without a word that it does not run; nothing else in it changes."""
+        path = self.path / "run.json"
+        if path.exists() and (content := read_object(path)).get("status") == "running":
+            write_json(path, content | {"status": "stopped"})
 
     def write_privacy(self, checkpoint: Checkpoint, central: CentralRelease | None = None) -> None:
         """Write every site's `privacy.json` and the run's `statement.json` from the executed mechanisms.

@@ -268,10 +268,19 @@ def _claims(pairs: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"({epsilon}, {delta})" for epsilon, delta in pairs) or "nothing"
 
 
-def log_discrepancies(log: LogFacts | None, sites: Sequence[SiteFacts]) -> Iterator[str]:
-    """Does the coordinator's audit log name the same updates as the privacy records?"""
+def log_discrepancies(log: LogFacts | None, sites: Sequence[SiteFacts], job: Job) -> Iterator[str]:
+    """Does the coordinator's audit log name the same updates as the privacy records, and no request that these forgot?"""
     if log is None:
         return
+    judged = {(entry.round, entry.site) for entry in log.updates}
+    for number, name in sorted(log.asked - judged):
+        release = next((site.release for site in sites if site.release.site == name), None)
+        known = release is not None and number in {*release.rounds, *release.unanswered}
+        if number <= job.training.rounds and not known:
+            yield (
+                f"Site {name}, round {number}: by the audit log it was asked, and nothing says what came of it. It may have "
+                "released an update that is not counted; its own ledger knows. Let the coordinator end or resume the run."
+            )
     accepted = {(entry.round, entry.site, entry.sha256) for entry in log.updates if entry.accepted}
     counted = {
         (number, site.release.site, sha256)

@@ -37,16 +37,18 @@ class LogFacts:
         job_entries: number of entries that speak of this job; None if it is not to be told. Nor is that of all entries ever: of
             another job, it could tell how many sites were drawn in secret.
         updates: every judged update of this job.
+        asked: (round, site) of every request for one; of site metrics the round after the last.
     """
 
     sha256: str
     signature_checked: bool
     job_entries: int | None
     updates: tuple[JudgedUpdate, ...]
+    asked: frozenset[tuple[int, str]] = frozenset()
 
     def without_participants(self) -> LogFacts:
         """Return what may be told where sites are drawn in secret: an entry for each update is also a count of them."""
-        return replace(self, job_entries=None, updates=())
+        return replace(self, job_entries=None, updates=(), asked=frozenset())
 
 
 def read_log(home: CoordinatorHome, job_sha256: str) -> LogFacts | None:
@@ -76,5 +78,11 @@ def read_log(home: CoordinatorHome, job_sha256: str) -> LogFacts | None:
             )
             for entry in own
             if entry.event in (Event.UPDATE_ACCEPTED, Event.UPDATE_REFUSED)
+        ),
+        asked=frozenset(
+            (int(entry.details["round"]), str(name))
+            for entry in own
+            if entry.event == Event.ROUND_ASKED
+            for name in entry.details["sites"]
         ),
     )

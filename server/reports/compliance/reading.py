@@ -82,7 +82,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = (), *, signed: Signe
     problems += checks.site_discrepancies(data, job, sites)
     problems += checks.central_discrepancies(central, job)
     problems += checks.statement_discrepancies(data, [guarantee.statement for guarantee in guarantees])
-    problems += checks.log_discrepancies(log, sites)
+    problems += checks.log_discrepancies(log, sites, job)
     problems += checks.other_discrepancies(job, ledgers, data.audits)
     return Facts(
         data=data,

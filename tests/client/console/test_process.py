@@ -72,3 +72,32 @@ def test_it_loads_nothing_of_training_and_stays_small(tmp_path: Path) -> None:
     }
     assert [name for name in FORBIDDEN if name in found["modules"]] == []
     assert found["megabytes"] < MOST_MEGABYTES
+
+
+TRYING = """
+import threading
+from pathlib import Path
+from shared.web.accounts import passwords
+def resident():
+    return int(Path("/proc/self/status").read_text().partition("VmRSS:")[2].split()[0]) / 1024
+passwords.fits("a long enough password", None)
+before = resident()
+for _ in range(2):
+    threads = [threading.Thread(target=passwords.fits, args=("a long enough password", None)) for _ in range(26)]
+    for thread in threads: thread.start()
+    for thread in threads: thread.join()
+print(resident() - before)
+"""
+
+
+def test_many_who_try_passwords_leave_no_memory_behind() -> None:
+    """What argon2 took would stay with each thread that served somebody: half a gigabyte for 26."""
+    done = subprocess.run(
+        [sys.executable, "-c", TRYING],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 45

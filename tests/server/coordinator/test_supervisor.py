@@ -11,16 +11,20 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 import server.coordinator.journal as journal_module
 import server.coordinator.supervisor as supervisor_module
 from server.coordinator.attempt import Attempt, lasts
 from server.coordinator.journal import Journal
+from server.coordinator.production import _Recorder
 from server.coordinator.progress import Progress
 from server.coordinator.run_file import RunSettings, submit
 from server.coordinator.supervisor import Supervisor
 from server.link.admission import SiteFacts
 from server.link.server import SiteState
+from server.records.rounds import RoundRecord
+from server.runs.folder import RunFolder
 from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
@@ -600,3 +604,38 @@ def test_a_coordinator_gives_signs_of_life_only_while_its_link_answers(
         patched.setattr(supervisor._journal, "write", lambda: (_ for _ in ()).throw(TrustError("no space left")))
         supervisor._turn()
     assert len(signs) == 2
+
+
+def test_a_stop_after_the_coordinator_died_states_what_was_asked(
+    supervisor: Supervisor, submitted: Submission, home: CoordinatorHome, attempts: list[StandInAttempt]
+) -> None:
+    """Nobody attempts such a run again, so nobody else would state it."""
+    job, key = submitted.signed_job().job, home.load_round_key(None)
+    recorder = _Recorder(submitted, job, home.open_log(key))
+    recorder.roster([SiteDescription(site=name, declared_records=64, version="1") for name in "ab"])
+    before = Checkpoint(
+        job_sha256=job.sha256,
+        round_number=0,
+        adapter={"w": torch.zeros(2)},
+        history=[RoundRecord(round=0, metrics={"loss": 0.0})],
+    )
+    with RunFolder(submitted.run_folder, job, resume=False) as folder:
+        folder.write_run_info("running", {"mode": "federation"})
+        folder.save_checkpoint(before)
+        recorder.round_started(1, ["a", "b"], b"adapter")
+    submitted.note("running")
+    submitted.request_stop()
+    supervisor._drive()
+    assert submitted.state()["state"] == "stopped"
+    assert not attempts
+    run = json.loads((submitted.run_folder / "run.json").read_text())
+    assert (run["status"], run["mode"]) == ("stopped", "federation")
+    for name in "ab":
+        stated = json.loads((submitted.run_folder / "sites" / name / "privacy.json").read_text())
+        assert stated["rounds_unanswered"] == [1]
+        assert stated["epsilon_bound"] > 0.0
+    # What cannot be read keeps nobody from giving it up, and is told.
+    submitted.note("running", problem=None)
+    (submitted.run_folder / "checkpoint.safetensors").write_bytes(b"x")
+    supervisor._finish(submitted, "stopped")
+    assert "could not all be stated" in submitted.state()["problem"]

@@ -625,11 +625,19 @@ def test_updates_that_only_one_side_knows_are_discrepancies(facts: Facts) -> Non
 
     def found(updates: list[JudgedUpdate]) -> list[str]:
         log = LogFacts(sha256="", signature_checked=True, job_entries=9, updates=tuple(updates))
-        return list(checks.log_discrepancies(log, facts.sites))
+        return list(checks.log_discrepancies(log, facts.sites, facts.job))
 
     assert found(counted) == []
     assert "not in the coordinator's audit log" in found(counted[1:])[0]
     assert "which is not counted" in found([*counted, lost])[0]
+
+
+def test_a_request_that_the_account_forgot_is_a_discrepancy(facts: Facts) -> None:
+    log = LogFacts(sha256="", signature_checked=True, job_entries=9, updates=(), asked=frozenset({(5, "a"), (9, "a")}))
+    job = facts.job.model_copy(update={"training": facts.job.training.model_copy(update={"rounds": 8})})
+    # Round 9 is that of site metrics.
+    (told,) = checks.log_discrepancies(log, [], job)
+    assert told.startswith("Site a, round 5: by the audit log it was asked")
 
 
 # How it looks

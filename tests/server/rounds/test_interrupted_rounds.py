@@ -17,7 +17,7 @@ from flwr.app import Context, Error, Message
 from flwr.clientapp import ClientApp
 
 import server.rounds.roster as roster_module
-from server.app import Run, _write_unfinished
+from server.app import write_spent
 from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
 from server.rounds.local import LocalPrivacy
@@ -276,40 +276,31 @@ def test_whoever_was_asked_in_a_round_that_was_given_up_may_have_answered(shared
     privacy = SecurePrivacy(job, tmp_path) if shared else LocalPrivacy(job)
     first = encode(INITIAL)
     log = [asked("a", 2, first, "1" * 64), asked("b", 2, first)]
-    authority = replace(
-        make_authority(job), asked_since=lambda number: [one for one in log if one.round_number > number]
-    )
     before = interrupted(job, round_number=1)
-    noted = privacy.with_open_requests(before, authority).releases
+    noted = privacy.with_open_requests(before, log).releases
     assert (noted["a"].rounds, noted["a"].unanswered) == ((2,), ())
     assert (noted["b"].rounds, noted["b"].unanswered) == ((), (2,))
     assert 0.0 < noted["b"].epsilon_bound == pytest.approx(noted["a"].epsilon)
     # Nothing in it is final: what is noted twice counts once.
-    assert privacy.with_open_requests(replace(before, releases=noted), authority).releases == noted
-    assert privacy.with_open_requests(before, None).releases == {}
+    assert privacy.with_open_requests(replace(before, releases=noted), log).releases == noted
+    assert privacy.with_open_requests(before, ()).releases == {}
 
 
 def test_what_a_run_writes_when_it_is_stopped_counts_the_round_that_was_given_up(tmp_path: Path) -> None:
     job = make_job()
     log = [asked("a", 2, encode(INITIAL)), asked("b", 2, encode(INITIAL), "2" * 64)]
-    authority = replace(make_authority(job), asked_since=lambda number: log)
-    run = Run(job=job, folder=tmp_path / "run", public_records=[], authority=authority)
-    with RunFolder(run.folder, job, resume=False) as folder:
-        folder.write_run_info("running", {})
+    with RunFolder(tmp_path / "run", job, resume=False) as folder:
         folder.save_checkpoint(interrupted(job, round_number=1))
-        _write_unfinished(run, folder, {}, LocalPrivacy(job))
-    read = {name: json.loads((run.folder / "sites" / name / "privacy.json").read_text()) for name in "ab"}
+        write_spent(folder, LocalPrivacy(job), lambda number: log)
+    read = {name: json.loads((folder.path / "sites" / name / "privacy.json").read_text()) for name in "ab"}
     assert (read["a"]["rounds"], read["a"]["rounds_unanswered"]) == ([], [2])
     assert (read["b"]["rounds"], read["b"]["rounds_unanswered"]) == ([2], [])
     assert 0.0 < read["a"]["epsilon_bound"] == pytest.approx(read["b"]["epsilon_spent"])
-    assert json.loads((run.folder / "run.json").read_text())["status"] == "stopped"
-    # A log that cannot be read leaves the state to be read all the same.
-    broken = replace(run, authority=replace(authority, asked_since=unreadable))
-    with RunFolder(run.folder, job, resume=True) as folder:
-        folder.write_run_info("running", {})
-        with pytest.raises(RunError, match="unreadable"):
-            _write_unfinished(broken, folder, {}, LocalPrivacy(job))
-    assert json.loads((run.folder / "run.json").read_text())["status"] == "stopped"
+    # Without the log what is complete is written all the same.
+    (folder.path / "statement.json").unlink()
+    with RunFolder(folder.path, job, resume=True) as folder, pytest.raises(RunError, match="unreadable"):
+        write_spent(folder, LocalPrivacy(job), unreadable)
+    assert (folder.path / "statement.json").exists()
 
 
 def unreadable(round_number: int) -> list[Asked]:
@@ -321,8 +312,7 @@ def test_metrics_that_were_asked_for_may_have_been_released() -> None:
     job = job.model_copy(update={"site_metrics": SiteMetricsConfig(names=("accuracy",), noise_multiplier=4.0)})
     number = job.training.rounds + 1
     log = [asked("a", number, encode(INITIAL)), asked("a", number, encode(INITIAL))]
-    authority = replace(make_authority(job), asked_since=lambda number: log)
-    noted = LocalPrivacy(job).with_open_requests(interrupted(job, round_number=2), authority).releases["a"]
+    noted = LocalPrivacy(job).with_open_requests(interrupted(job, round_number=2), log).releases["a"]
     assert noted.metrics == ("accuracy",)
     assert noted.metrics_mechanism == PrivacyPlan.from_job(job).metrics
     assert noted.unanswered == ()
