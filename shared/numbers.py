@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable
 
 _NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?\s*")
+_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d*,\d+\s*")
 _WHOLE = re.compile(r"\s*[+-]?\d+\s*")
 
 
@@ -29,6 +31,12 @@ def read_number(value: object) -> float:
     if not math.isfinite(number):
         raise ValueError("no number")
     return number
+
+
+def comma_hint(values: Iterable[object]) -> str:
+    """Return what an error about values that are no numbers adds if one is written as 3,5; it holds nothing of the value."""
+    found = any(isinstance(value, str) and _DECIMAL_COMMA.fullmatch(value) for value in values)
+    return " (a decimal comma? write a point)" if found else ""
 
 
 def read_whole(text: str) -> int:

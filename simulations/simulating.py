@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from server.records.privacy import CoordinatorRecord, read_sites
 from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
 from server.reports.run import read_arm, write_report_if_possible
+from server.reports.run.trivial import trivial
 from server.rounds.early_stopping import is_over, stopped_early
 from server.runs.folder import check_place, peak_rss_mb
 from shared import terminal
@@ -50,6 +51,7 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
         if evaluation.exists():
             value = read_evaluation(evaluation).metrics[metric]
             result[f"{metric}_{name}"] = None if value is None else round(value, 4)
+    result |= _beside_trivial(arms)
     spreads: dict[tuple[str, str], tuple[float, ...]] = {}
     if (repeats := read_if_there(folder / REPEATS_FILE, Repeats)) is not None:
         spreads |= {(arm, ""): values for arm, values in repeats.arms.items()}
@@ -97,6 +99,16 @@ def _largest(epsilons: Iterable[float | None]) -> float | None:
     return float(rounded_up(max(known), 4)) if known else None
 
 
+def _beside_trivial(arms: Mapping[str, Path]) -> dict[str, Any]:
+    """Return how the trivial predictor does, where it is known, and what is said of the arms that are no better."""
+    paths = {name: path for name, folder in arms.items() if (path := folder / "evaluation.json").exists()}
+    found = {name: one for name, path in paths.items() if (one := trivial(read_evaluation(path))) is not None}
+    # The same of every arm, for it depends on the records alone.
+    return {one.key: round(one.value, 4) for one in found.values()} | {
+        "no_better_than_trivial": {name: one.warning for name, one in found.items() if one.warning}
+    }
+
+
 def _calibration(folder: Path) -> dict[str, float]:
     """Return the run's temperature and what it did to the expected calibration error, where it has one."""
     path = folder / "evaluation.json"
@@ -141,6 +153,8 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
     if as_json:
         terminal.print_json(figures)
         return
+    for name, warning in figures.pop("no_better_than_trivial").items():
+        console.print(f"warning: {name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for name, reason in figures.pop("diverged").items():
         console.print(f"warning: {name} diverged: {reason}", style="yellow", soft_wrap=True)
     figures["seconds"] = (

@@ -113,7 +113,8 @@ CASES = {
     "regression": Case(
         {"target_range": [1, 5]},
         [{"text": text, "score": 1 + i % 5} for i, text in enumerate(_texts())],
-        bad=[({"score": score}, "no finite number") for score in ("secret", float("nan"), "1_3", "inf", True)],
+        bad=[({"score": score}, "no finite number") for score in ("secret", float("nan"), "1_3", "inf", True)]
+        + [({"score": "3,57"}, r"no finite number \(a decimal comma\? write a point\); mend")],
         bad_sections=[
             ({"target_range": None}, "missing"),
             ({"target_range": [5, 1]}, "must rise"),

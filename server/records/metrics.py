@@ -14,7 +14,7 @@ from shared.files.json_files import Finite
 _SHARES = frozenset({"accuracy", "balanced_accuracy", "f1", "macro_f1", "micro_f1", "precision", "recall", "auc"})
 _RANGES = {
     **dict.fromkeys((*_SHARES, "mrr"), (0.0, 1.0)),
-    **dict.fromkeys(("loss", "perplexity", "mae", "rmse"), (0.0, math.inf)),
+    **dict.fromkeys(("loss", "perplexity", "mae", "mae_of_mean", "rmse"), (0.0, math.inf)),
     "r2": (-math.inf, 1.0),
 }
 _ROUNDING = 1e-6

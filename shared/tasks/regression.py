@@ -17,7 +17,7 @@ from shared.errors import DataError
 from shared.job.kinds import RULES
 from shared.models.batches import Batch, Example
 from shared.models.heads import PooledClassifier, init_linear
-from shared.numbers import read_number
+from shared.numbers import comma_hint, read_number
 from shared.tasks.base import Evaluation, Prediction, Record
 from shared.tasks.predicting import Explained, Predicting, Read
 
@@ -55,7 +55,10 @@ class Regression(Predicting):
             try:
                 score = read_number(record["score"]) if "score" in record else (low + high) / 2
             except ValueError:
-                raise DataError(f"{named(record, row)} has a score that is no finite number; mend the data.") from None
+                hint = comma_hint([record["score"]])
+                raise DataError(
+                    f"{named(record, row)} has a score that is no finite number{hint}; mend the data."
+                ) from None
             targets.append(2 * (min(max(score, low), high) - low) / (high - low) - 1)
         return targets
 
@@ -97,19 +100,23 @@ class Regression(Predicting):
         return self._unmapped(outputs[:, 0].float().clamp(-1, 1))
 
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
-        """Return the loss, and MAE, RMSE and R^2 in the job's own unit, of predictions and labels within its range."""
+        """Return the loss, and MAE, RMSE and R^2 in the job's own unit, of predictions and labels within its range.
+
+        Beside them the MAE of answering with the mean of these labels alone, which a model has to beat.
+        """
         losses, found, true = [], [], []
         for outputs, batch in parts:
             losses.append(self.per_example_loss(outputs, batch))
             found.append(self.scores(outputs))
             true.append(self._unmapped(batch.targets))
         predicted, targets = torch.cat(found).double().cpu(), torch.cat(true).double().cpu()
-        errors = predicted - targets
-        spread = float((targets - targets.mean()).square().sum())
+        errors, distances = predicted - targets, targets - targets.mean()
+        spread = float(distances.square().sum())
         return Evaluation(
             metrics={
                 "loss": float(torch.cat(losses).mean()),
                 "mae": float(errors.abs().mean()),
+                "mae_of_mean": float(distances.abs().mean()),
                 "rmse": float(errors.square().mean().sqrt()),
                 "r2": 1 - float(errors.square().sum()) / spread if spread else None,
             },

@@ -12,6 +12,7 @@ NOTHING = "–"
 _NAMES = {
     "auc": "AUC",
     "mae": "MAE",
+    "mae_of_mean": "MAE of the mean",
     "rmse": "RMSE",
     "r2": "R²",
     "mrr": "MRR",

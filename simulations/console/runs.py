@@ -26,7 +26,7 @@ from simulations.console.files import Reader, Stamp
 
 FEDERATED = "federated"
 CENTRAL_DP = "central-dp"
-_LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
+_LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "mae_of_mean", "rmse"})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,7 @@ from shared.errors import printable
 from shared.job.kinds import RULES
 from simulations.new_scenario.lengths import Backbone
 from simulations.new_scenario.looking import Findings
-from simulations.new_scenario.question import SITE_ROLE, Question
+from simulations.new_scenario.question import SITE_ROLE, USUAL_EPSILON, Question
 from simulations.new_scenario.rule import Settings
 
 _COMMENT_COLUMN = 38
@@ -48,10 +48,10 @@ class Draft:
     num_sites: int | None
 
 
-def document(draft: Draft) -> str:
-    """Return the TOML text."""
+def document(draft: Draft, remarks: Iterable[str] = ()) -> str:
+    """Return the TOML text, with `remarks` on its files in the header."""
     sections = [
-        _head(draft),
+        _head(draft, remarks),
         *_model(draft),
         _task(draft),
         _training(draft),
@@ -64,7 +64,7 @@ def document(draft: Draft) -> str:
     return "\n".join(sections)
 
 
-def _head(draft: Draft) -> str:
+def _head(draft: Draft, remarks: Iterable[str]) -> str:
     question = draft.question
     if question.declared_only:
         origin = "No record was read for it: labels, lengths and sizes are what was declared."
@@ -77,7 +77,7 @@ def _head(draft: Draft) -> str:
             "sizes tell little, but read [task] before this file leaves the house, or declare everything (`silotune new "
             "--declared`)."
         )
-    said += draft.found.remarks
+    said += [*remarks, *draft.found.remarks]
     comments = "".join(
         textwrap.fill(printable(one, "?"), _WIDTH, initial_indent="# ", subsequent_indent="# ") + "\n" for one in said
     )
@@ -145,12 +145,14 @@ def _privacy(draft: Draft) -> str:
     settings, question = draft.settings, draft.question
     unit = question.unit or "record"
     why_delta = f"below 1 / (10 x number of {unit}s)" if question.delta is None else "asked for (--delta)"
+    # True of whoever asks for the default, too.
+    why_epsilon = "the default; --epsilon" if question.epsilon == USUAL_EPSILON else "asked for (--epsilon)"
     noise = f"clipping bound; noise multiplier {noise_rounded_down(settings.noise_multiplier, 2)} follows"
     why_sample = f"large samples: the same noise for more {unit}s"
     if settings.sample_rate == 1:
         why_sample = f"all {unit}s in every step: the same noise for more of them"
     rows: list[tuple[str, Any, str]] = [
-        ("epsilon", question.epsilon, "asked for (--epsilon); each site's promise for the whole run"),
+        ("epsilon", question.epsilon, f"{why_epsilon}; each site's promise for the whole run"),
         ("delta", draft.delta, why_delta),
         ("unit", unit, "what the promise protects"),
     ]

@@ -10,7 +10,7 @@ import dataclasses
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,10 +32,14 @@ class Copies:
     Attributes:
         places: where each is -> where it goes.
         folder: name of the folder that they wait in.
+        remarks: what the scenario says of them.
+        told: what the terminal says of them, with how many sentences there are.
     """
 
     places: Mapping[Path, Path] = field(default_factory=dict)
     folder: str = ""
+    remarks: Sequence[str] = ()
+    told: Sequence[str] = ()
 
     def settled(self, text: str) -> str:
         """Return a scenario's text with the copies where they go."""
@@ -79,17 +83,30 @@ def copied_words(question: Question, *, force: bool) -> Iterator[tuple[Question,
     with waiting as folder:
         copies = {part: Path(folder) / target.name for part, target in targets.items()}
         try:
-            for part, path in given.items():
-                copy_as_jsonl(path, copies[part])
+            counts = {part: copy_as_jsonl(path, copies[part]) for part, path in given.items()}
             columns = {"tokens": "tokens", "tags": "tags"}
             asked = dataclasses.replace(question, columns=columns, data=copies["data"], test=copies.get("test"))
             places = {copies[part]: target for part, target in targets.items()}
-            yield asked, Copies(places=places, folder=Path(folder).name)
+            yield (
+                asked,
+                Copies(
+                    places=places,
+                    folder=Path(folder).name,
+                    remarks=[_said(targets[part], "all sentences", path) for part, path in given.items()],
+                    told=[
+                        _said(targets[part], f"all {counts[part]:,} sentences", path) for part, path in given.items()
+                    ],
+                ),
+            )
         except SilotuneError as error:
             said = str(error)
             for part, path in given.items():
                 said = said.replace(str(copies[part]), str(path))
             raise type(error)(said) from None
+
+
+def _said(copy: Path, what: str, original: Path) -> str:
+    return f"{copy.name}: a copy of {what} in the format that scenarios read; it is as private as {original.name}"
 
 
 def looks_like_iob(path: Path) -> bool:

@@ -18,7 +18,7 @@ from shared.data.datasets import PERSON_ROLE, DataSource, Record, read_records
 from shared.errors import DataError
 from shared.job.kinds import TaskKind
 from shared.job.parsing import parse
-from shared.numbers import read_number
+from shared.numbers import comma_hint, read_number
 from shared.privacy.persons import Persons
 from simulations.new_scenario.question import SITE_ROLE, Question, columns_of
 
@@ -121,8 +121,10 @@ def _scores(question: Question, found: Findings, records: Sequence[Record]) -> F
     values = [record.get("score", record.get("label")) for record in records]
     numbers, wrong = _numbers(values)
     if wrong:
+        hint = comma_hint(values[row - 1] for row in wrong)
         raise DataError(
-            f"column {columns['score']!r} does not hold a number in every record, not at {_rows(wrong)}; regression needs one."
+            f"column {columns['score']!r} does not hold a number in every record, not at {_rows(wrong)}{hint}; regression "
+            "needs one."
         )
     low, high = question.value_range or (min(numbers), max(numbers))
     if low >= high:

@@ -16,6 +16,8 @@ from shared.tasks import TASKS
 
 SITE_ROLE = "site"
 """Role of the column whose values name the sites."""
+USUAL_EPSILON = 8.0
+"""Where --epsilon does not say it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +48,7 @@ class Question:
     kind: TaskKind | None = None
     backbone: str | None = None
     revision: str | None = None
-    epsilon: float = 8.0
+    epsilon: float = USUAL_EPSILON
     delta: float | None = None
     unit: Literal["record", "patient", "customer"] | None = None
     sites: int | None = None

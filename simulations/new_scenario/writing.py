@@ -51,15 +51,15 @@ def new_scenario(question: Question, *, force: bool, console: Console) -> Path:
         RunError: if the disk does not take it.
     """
     with copied_words(question, force=force) as (asked, copies):
-        draft, text = _written(asked, force=force)
+        draft, text = _written(asked, force=force, remarks=copies.remarks)
         copies.publish()
         write_text(question.out, copies.settled(text))
-    _tell(draft, console)
+    _tell(draft, console, copies.told)
     return question.out
 
 
-def _written(question: Question, *, force: bool) -> tuple[Draft, str]:
-    """Return the scenario that `question` asks for, checked, and its text; nothing is written."""
+def _written(question: Question, *, force: bool, remarks: Sequence[str]) -> tuple[Draft, str]:
+    """Return the scenario that `question` asks for, checked, and its text, with these `remarks` first; nothing is written."""
     check_question(question)
     _check_target(question, force=force)
     kind = kind_of(question)
@@ -76,7 +76,7 @@ def _written(question: Question, *, force: bool) -> tuple[Draft, str]:
     else:
         found, records = look(question, kind)
     draft = _draft(question, found, records, backbone)
-    text = document(draft)
+    text = document(draft, remarks)
     base = question.out.resolve().parent
     scenario = build_scenario(_with_whole_paths(tomllib.loads(text), base), source="the new scenario", base=base)
     if records:
@@ -228,7 +228,7 @@ def _usual_backbone(kind: TaskKind) -> str:
     return "cache:small-gpt2" if TASKS[kind].causal_lm else "embedded:all-minilm-l6-v2"
 
 
-def _tell(draft: Draft, console: Console) -> None:
+def _tell(draft: Draft, console: Console, copies: Sequence[str]) -> None:
     question, settings, found = draft.question, draft.settings, draft.found
     sites = draft.num_sites or len(found.units_at_sites) or question.sites
     what = f"{len(found.labels)} labels" if found.labels else "no labels"
@@ -241,6 +241,8 @@ def _tell(draft: Draft, console: Console) -> None:
         f"{settings.learning_rate:g}, noise multiplier {noise_rounded_down(settings.noise_multiplier, 2)}; nothing "
         f"left this machine"
     )
+    for copy in copies:
+        console.print(copy, highlight=False, markup=False)
     for remark in found.remarks:
         console.print(f"note: {remark}")
     console.print(f"next: silotune simulate {question.out}")

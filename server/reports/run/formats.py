@@ -27,10 +27,11 @@ NOT_RECORDED = "not recorded"
 NOT_EVALUATED = "not evaluated"
 """Of a metric that was not measured, or not yet."""
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "rmse"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "mae", "mae_of_mean", "rmse"})
 _ABBREVIATIONS = {
     "auc": "AUC",
     "mae": "MAE",
+    "mae_of_mean": "MAE of the mean",
     "rmse": "RMSE",
     "r2": "R²",
     "mrr": "MRR",

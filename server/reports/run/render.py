@@ -43,6 +43,7 @@ from server.reports.run.tables import (
     site_statements,
     total,
 )
+from server.reports.run.trivial import trivial
 from shared.files.atomic import write_bytes
 from shared.files.outputs import HTML_MARK, check_file
 from shared.pages import render_page
@@ -113,6 +114,7 @@ def _quality(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
         "value": formats.format_metric(metric, arm.final(metric)),
         "interval": interval(metric, arm, data.run.test_records),
         "comparison": [comparison_row(data, title, one) for title, one in zip(titles, data.arms, strict=True)],
+        "trivial": _trivial(data, titles),
         "cards": cards(data),
         "repeats": repeat_rows(data),
         "folds": fold_rows(data),
@@ -122,6 +124,27 @@ def _quality(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
         "fitted": [title_of(one) for one in data.arms if fitted(one)],
         "confusion": confusion(arm),
         "all_metrics": all_metrics(data),
+    }
+
+
+def _trivial(data: RunData, titles: Sequence[str]) -> dict[str, Any] | None:
+    """What one answer to every record reaches, and the trainings that are no better; None where it is not known."""
+    found = trivial(data.federated.evaluation)
+    if found is None:
+        return None
+    each = [(title, arm, trivial(arm.evaluation)) for title, arm in zip(titles, data.arms, strict=True)]
+    return {
+        "title": found.title,
+        "value": formats.format_metric(found.metric, found.value),
+        "no_better": [
+            {
+                "title": title,
+                "warning": one.warning,
+                "value": formats.format_metric(found.metric, arm.final(found.metric)),
+            }
+            for title, arm, one in each
+            if one is not None and one.warning
+        ],
     }
 
 

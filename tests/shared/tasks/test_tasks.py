@@ -178,6 +178,7 @@ def test_metrics_are_in_the_job_s_own_unit() -> None:
     found = task.evaluate([(torch.tensor([[-0.8], [0.0], [3.0]]), batch)])
     assert found.pairs == [[0, pytest.approx(1)], [5, 5], [10, 10]]  # a guess beyond the range counts as its border
     assert found.metrics["mae"] == pytest.approx(1 / 3)
+    assert found.metrics["mae_of_mean"] == pytest.approx(10 / 3)
     assert found.metrics["rmse"] == pytest.approx((1 / 3) ** 0.5)
     assert found.metrics["r2"] == pytest.approx(1 - 1 / 50)
 

@@ -239,6 +239,10 @@ def test_scores(new: Run, refused: Run, tmp_path: Path) -> None:
     assert new(data, "--text", "note", "--score", "stars", "--range", "0,5").job.task.target_range == (0, 5)
     looked_up = new(data, "--text", "note", "--score", "stars", "--public", "--force")
     assert looked_up.job.task.target_range == (0, 3)
+    german = [row | {"stars": f"{row['stars']:.2f}".replace(".", ",")} for row in rows()]
+    said = refused(write_csv(tmp_path / "german.csv", german), "--text", "note", "--score", "stars", "--force")
+    assert "(a decimal comma? write a point)" in said
+    assert "1,50" not in said
 
 
 def test_labels_that_are_numbers(new: Run, refused: Run, tmp_path: Path) -> None:
@@ -302,6 +306,21 @@ def test_a_refused_file_of_tagged_words_leaves_nothing_and_replaces_nothing(
     assert {path.name: path.read_bytes() for path in tmp_path.glob("mine.*")} == kept
 
 
+def test_the_copy_of_tagged_words_is_told(silotune: Run, tmp_path: Path, tiny_bert: Path) -> None:
+    data = tagged_file(tmp_path / "corpus.iob")
+    done = silotune("new", data, "--test", data, "--backbone", tiny_bert, "--out", tmp_path / "mine.toml")
+    for part in ("data", "test"):
+        copy = f"mine.{part}.jsonl: a copy of all 150 sentences in the format that scenarios read"
+        assert f"{copy}; it is as private as corpus.iob\n" in done.out
+
+
+@pytest.mark.parametrize("options", [(), ("--epsilon", 8), ("--epsilon", 3)])
+def test_the_default_epsilon_is_not_said_to_be_asked_for(new: Run, tmp_path: Path, options: tuple[object, ...]) -> None:
+    new(write_csv(tmp_path / "notes.csv", rows()), "--text", "note", "--label", "triage", *options)
+    line = next(line for line in (tmp_path / "mine.toml").read_text().splitlines() if line.startswith("epsilon"))
+    assert ("# asked for (--epsilon);" if 3 in options else "# the default; --epsilon;") in line
+
+
 @pytest.mark.parametrize("between", ["\t", " ", "\tNN\tx\t"])
 def test_a_file_of_tagged_words(new: Run, refused: Run, tmp_path: Path, between: str) -> None:
     data = tagged_file(tmp_path / "corpus.iob", between)
@@ -310,6 +329,7 @@ def test_a_file_of_tagged_words(new: Run, refused: Run, tmp_path: Path, between:
     assert sum(map(len, scenario.load_data())) == 150
     assert (tmp_path / "mine.data.jsonl").exists()
     assert 'path = "mine.data.jsonl"' in (tmp_path / "mine.toml").read_text()
+    assert "it is as private as corpus.iob" in " ".join((tmp_path / "mine.toml").read_text().split("\n# "))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
     assert "is there already" in refused(data)
 

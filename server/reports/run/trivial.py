@@ -1,0 +1,82 @@
+"""The trivial predictor: one answer to every record, which a model has to beat before its figures mean anything."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from server.records.results import EvaluationRecord
+from server.reports.run.formats import printable, shorten
+
+_LONGEST = 40
+"""Letters of a label that are shown."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trivial:
+    """The best that one answer does on the evaluation records, by the primary metric.
+
+    Attributes:
+        metric: the primary metric.
+        value: of that answer.
+        title: what it answers, for people.
+        key: of `value` in the JSON line of a simulation.
+        warning: what is said of a model that is no better; None of one that is.
+    """
+
+    metric: str
+    value: float
+    title: str
+    key: str
+    warning: str | None
+
+
+def trivial(found: EvaluationRecord | None) -> Trivial | None:
+    """Return how the trivial predictor does on the records of an evaluation.
+
+    None where the file does not tell (of versions before, or of a metric without such a predictor), and where all records
+    have one and the same label or score, so that nothing could be better.
+    """
+    if found is None or found.primary is None:
+        return None
+    if found.primary_metric == "mae":
+        return _mean(found, found.primary)
+    return _most_frequent(found, found.primary) if found.primary_metric == "accuracy" else None
+
+
+def _mean(found: EvaluationRecord, mae: float) -> Trivial | None:
+    value = found.metrics.get("mae_of_mean")
+    if not value:
+        return None
+    return Trivial(
+        metric="mae",
+        value=value,
+        title="the mean alone",
+        key="mae_of_mean",
+        warning="this model predicts worse than the mean of the scores alone" if mae > value else None,
+    )
+
+
+def _most_frequent(found: EvaluationRecord, accuracy: float) -> Trivial | None:
+    counts = _records_by_label(found)
+    total, most = sum(counts.values()), max(counts, key=lambda label: counts[label], default=0)
+    if not total or counts[most] == total:
+        return None
+    value = counts[most] / total
+    label = f"{shorten(printable(found.labels[most]), _LONGEST)!r}" if found.labels else f"label {most + 1}"
+    return Trivial(
+        metric="accuracy",
+        value=value,
+        title=f"always saying {label}",
+        key="accuracy_of_most_frequent_label",
+        warning=f"this model is no better than always saying {label}" if accuracy <= value else None,
+    )
+
+
+def _records_by_label(found: EvaluationRecord) -> dict[int, int]:
+    """Return how many of the evaluation records have each label, by its number."""
+    if found.confusion is not None:
+        return {label: sum(row) for label, row in enumerate(found.confusion)}
+    counts: dict[int, int] = {}
+    for label, _, count in found.confusion_cells or ():
+        counts[label] = counts.get(label, 0) + count
+    return counts

@@ -1,0 +1,66 @@
+"""A model that is no better than one answer to every record is called that, in the report and in the terminal's figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.records.results import EvaluationRecord
+from server.reports.run.trivial import trivial
+from simulations.simulating import _beside_trivial
+from tests.server.reports.test_report import Page, build_run, render, write
+
+SCORES = {"metrics": {"loss": 0.2, "mae": 0.893, "mae_of_mean": 0.7, "r2": -0.615}, "primary_metric": "mae"}
+LABELS = {"metrics": {"loss": 0.7, "accuracy": 0.6}, "primary_metric": "accuracy", "labels": ["no", "yes"]}
+WORSE = "this model predicts worse than the mean of the scores alone"
+NO_BETTER = "this model is no better than always saying 'no'"
+
+
+def scores(**metrics: float) -> dict[str, Any]:
+    return SCORES | {"metrics": SCORES["metrics"] | metrics}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "value", "warning"),
+    [
+        (SCORES, 0.7, WORSE),
+        (scores(mae=0.7), 0.7, None),
+        (scores(mae_of_mean=0.0), None, None),  # all scores are equal
+        ({"metrics": {"loss": 0.2, "mae": 0.9}, "primary_metric": "mae"}, None, None),  # of a version before
+        (LABELS | {"confusion": [[6, 0], [4, 0]]}, 0.6, NO_BETTER),
+        (LABELS | {"confusion_cells": [[0, 0, 6], [1, 0, 4]]}, 0.6, NO_BETTER),
+        (LABELS | {"confusion": [[3, 2], [2, 3]]}, 0.5, None),
+        (LABELS | {"confusion": [[6, 4], [0, 0]]}, None, None),  # all records have one label
+        (LABELS, None, None),
+        ({"metrics": {"loss": 0.7, "accuracy": 0.1, "f1": 0.1}, "primary_metric": "f1"}, None, None),
+    ],
+)
+def test_what_one_answer_reaches(evaluation: dict[str, Any], value: float | None, warning: str | None) -> None:
+    found = trivial(EvaluationRecord(**evaluation))
+    assert (found and found.value, found and found.warning) == (value, warning)
+
+
+def test_report_and_terminal_warn_of_scores_worse_than_their_mean(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    write(run / "evaluation.json", {"metrics": {"loss": 0.2, "mae": 0.893}, "primary_metric": "mae"})
+    assert "One answer to every record" not in Page(render(run)).text
+    write(run / "evaluation.json", SCORES)
+    write(run / "baselines" / "non-private" / "evaluation.json", scores(mae=0.5))
+    text = Page(render(run)).text
+    assert "the mean alone: 0.700" in text
+    assert f"Federated DP: {WORSE} (0.893; the mean alone: 0.700)." in text
+    assert text.count(WORSE) == 1
+    arms = {"federated_dp": run, "non_private": run / "baselines" / "non-private"}
+    assert _beside_trivial(arms) == {"mae_of_mean": 0.7, "no_better_than_trivial": {"federated_dp": WORSE}}
+
+
+def test_report_and_terminal_warn_of_a_classifier_that_always_says_one_label(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run", baselines=False)
+    write(run / "evaluation.json", LABELS | {"confusion": [[6, 0], [4, 0]]})
+    assert f"Federated DP: {NO_BETTER} (60.0 %; always saying 'no': 60.0 %)." in Page(render(run)).text
+    assert _beside_trivial({"federated_dp": run}) == {
+        "accuracy_of_most_frequent_label": 0.6,
+        "no_better_than_trivial": {"federated_dp": NO_BETTER},
+    }
