@@ -14,7 +14,7 @@ from client.ledger.largest_job import unfinished
 from client.link.client import welcome
 from client.link.handshake import tls_facts
 from client.node.node import credentials_of
-from client.policy.policy import Policy, load_policy
+from client.policy.policy import load_policy
 from client.policy.verdicts import job_verdicts
 from client.site.approving import ApprovalDesk
 from client.site.config import SiteConfig
@@ -122,18 +122,21 @@ def _settings(home: SiteHome) -> tuple[Outcome, str]:
 
 def _policy(home: SiteHome) -> tuple[Outcome, str]:
     policy = load_policy(home.policy)
+    config = _readable(home)
+    others = len(policy.peers.keys() - ({config.name} if config else set()))
     alone = "" if policy.max_epsilon_alone is None else f" ({as_set(policy.max_epsilon_alone)} by masked inputs alone)"
     text = (
         f"jobs signed by {', '.join(policy.signers)}; epsilon at most {as_set(policy.max_epsilon_per_job)}{alone} a job, "
         f"{len(policy.backbones)} backbones, at least {policy.min_sites} sites"
-        + (f", {len(policy.peers)} of them known by their keys" if policy.peers else "")
+        + (f"; [peers] names {others:,} other site{'s' * (others != 1)}" if policy.peers else "")
         + (
             f"; each job needs {policy.approvals_needed} approvals of people here"
             if policy.approval == "required"
             else ""
         )
     )
-    minded = [one for one in (policy.uneven_eyes, _unfinished(home, policy)) if one]
+    too_much = unfinished(config.budget.caps(), policy.model_dump()) if config else ""
+    minded = [one for one in (policy.uneven_eyes, too_much) if one]
     return ("warning", "; ".join([text, *minded])) if minded else ("ok", text)
 
 
@@ -144,13 +147,12 @@ def _approvals(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
     return ("warning", f"{text}; see: silotune site requests {home.path}") if waiting else ("ok", text)
 
 
-def _unfinished(home: SiteHome, policy: Policy) -> str:
-    """Return what `client.ledger.largest_job` says of the policy; "" also of settings that cannot be read, told elsewhere."""
+def _readable(home: SiteHome) -> SiteConfig | None:
+    """Return the site's settings; None if they cannot be read, which is told elsewhere."""
     try:
-        caps = home.load_config().budget.caps()
+        return home.load_config()
     except SilotuneError:
-        return ""
-    return unfinished(caps, policy.model_dump())
+        return None
 
 
 def _keys(home: SiteHome, passphrase: str | None) -> tuple[Outcome, str]:
@@ -273,9 +275,9 @@ def _public(home: SiteHome, public: DataSource) -> tuple[Outcome, str]:
 
 
 def _job(home: SiteHome, site: Site, job: Job) -> tuple[Outcome, str]:
-    broken = [one for one in job_verdicts(load_policy(home.policy), job) if not one.kept]
+    broken = [one for one in job_verdicts(load_policy(home.policy), job, site=site.config.name) if not one.kept]
     refused = [one for one in broken if one.refuses]
-    told = "; ".join(f"{one.rule} asks {one.asked}, accepted is {one.allowed}" for one in refused or broken)
+    told = "; ".join(one.sentence for one in refused or broken)
     if refused:
         return "failed", f"{job.name} would be refused: {told}"
     left_out = site.examine(job)

@@ -1,4 +1,4 @@
-"""Confidence intervals of counted shares."""
+"""Confidence intervals of counted shares, and whether two of them differ."""
 
 from __future__ import annotations
 
@@ -15,3 +15,16 @@ def wilson(count: int, total: int) -> tuple[float, float]:
 
     low, high = binomtest(count, total).proportion_ci(0.95, method="wilson")
     return float(low), float(high)
+
+
+@lru_cache(maxsize=65_536)
+def may_be_chance(count: int, other: int, total: int) -> bool:
+    """Return whether two shares, each counted over `total` records, do not differ at 5 %: Fisher's exact test, two-sided.
+
+    The test takes the two samples to be independent. Of two models on the same records, which mostly err on the same ones, it
+    is conservative: it calls rather too many differences chance.
+    """
+    from scipy.stats import fisher_exact
+
+    table = [[count, total - count], [other, total - other]]
+    return bool(fisher_exact(table).pvalue > 0.05)

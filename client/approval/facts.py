@@ -238,7 +238,7 @@ def facts_of(
         metrics=tuple(job.site_metrics.names),
         promised=promised_by(job, policy),
         budget=_budget(job, here, policy) if lines is None else lines(job, policy),
-        rules=tuple(verdicts(policy, signed, now=now)),
+        rules=tuple(verdicts(policy, signed, now=now, site=here.site)),
         compared_with=None if last is None else (last.name, last.job),
         changes=() if last is None else tuple(changes(last.signed(), signed)),
     )

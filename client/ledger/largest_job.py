@@ -18,28 +18,32 @@ from shared.privacy.filter import SpendingRule, filter_orders
 
 
 def unfinished(budget: Budget, policy: Mapping[str, Any]) -> str:
-    """Return a sentence if a job at all of the policy's limits at once costs more than a whole cap of the budget; else "".
+    """Return a clause for each cap of the budget that a job at all of the policy's limits at once costs more than; else "".
 
     Args:
         budget: of a site that has spent nothing.
         policy: `max_epsilon_per_job`, `max_steps`, `max_sample_rate`, `min_noise_multiplier` and, if set, `max_epsilon_alone` of
             policy.toml; the job is at the budget's delta.
     """
-    per_job = policy["max_epsilon_per_job"]
-    alone = policy.get("max_epsilon_alone") or per_job
-    limits: tuple[tuple[Promise, str, str, float], ...] = (
-        ("together", "max_epsilon_per_job", "epsilon", per_job),
-        ("alone", "max_epsilon_alone", "epsilon_alone", alone),
+    limits: tuple[tuple[Promise, str, str], ...] = (
+        ("together", "max_epsilon_per_job", "epsilon"),
+        ("alone", "max_epsilon_alone", "epsilon_alone"),
     )
-    for promise, limit, setting, epsilon in limits:
+    found = []
+    for promise, limit, setting in limits:
+        if (epsilon := policy.get(limit)) is None:
+            continue  # as much as max_epsilon_per_job, of a budget that is no smaller
         cap, cost = budget.cap(promise), _cost(budget, budget.cap(promise), policy, epsilon)
         if cost > cap:
-            return (
+            unset = promise == "alone" and budget.epsilon_alone is None
+            found.append(
                 f"a job of {setting} {as_set(epsilon)}, which policy.toml accepts, may need {rounded_up(cost, 2)} of the budget "
-                f"({budget.composition} composition), which is {as_set(cap)}, and would stop before its last round: lower "
-                f"{limit}, or raise budget.{setting} in site.toml"
+                f"({budget.composition} composition), which is {as_set(cap)}"
+                + (", as budget.epsilon_alone is not set" if unset else "")
+                + f", and would stop before its last round: lower {limit}, or {'set' if unset else 'raise'} budget.{setting} in "
+                "site.toml"
             )
-    return ""
+    return "; ".join(found)
 
 
 def _cost(budget: Budget, cap: float, policy: Mapping[str, Any], epsilon: float) -> float:

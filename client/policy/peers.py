@@ -6,7 +6,8 @@ are known by another way: their fingerprints were told by telephone.
 Guarantees (tests: tests/client/policy/test_peers.py)
     * With `[peers]`, no sum is entered in which fewer than `federation.min_sites` are named, this site included: as many as the
       plan's noise counts on, and those who may collude.
-    * A refusal speaks of names that all sites of the sum see, so it may be sent to the coordinator.
+    * A job for whose sums too few are named is refused before anything is loaded for it.
+    * A refusal speaks of names that all sites of the sum see, or says how many are named, so it may be sent to the coordinator.
 """
 
 from __future__ import annotations
@@ -38,6 +39,16 @@ def pinned(peers: Mapping[str, str]) -> dict[str, str]:
             )
         names[digits] = name
     return {name: digits for digits, name in names.items()}
+
+
+def num_known(peers: Collection[str], site: str) -> int:
+    """Return how many sites are known where `peers` are named: these and the site itself, which may be among them."""
+    return len({*peers, site})
+
+
+def knows_enough(peers: Collection[str], job: Job, *, site: str) -> bool:
+    """Return whether there may be a sum of this job in which enough sites are known; without any `peers`, always."""
+    return not (peers and job.privacy.shares_noise) or num_known(peers, site) >= job.federation.min_sites
 
 
 def check_peers(peers: Mapping[str, str], job: Job, names: Collection[str], *, site: str) -> None:

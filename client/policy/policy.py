@@ -19,7 +19,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from client.policy.limits import Limits, broken_limits
-from client.policy.peers import pinned
+from client.policy.peers import knows_enough, num_known, pinned
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.errors import ConfigError, PolicyError, PrivacyError, TrustError
 from shared.job.job import Job
@@ -210,7 +210,7 @@ def check_job(policy: Policy, signed: SignedJob, *, now: datetime, site: str) ->
     Raises:
         PolicyError: a rule is broken.
     """
-    broken = list(_broken_rules(policy, signed, now))
+    broken = list(_broken_rules(policy, signed, now, site))
     if broken:
         raise PolicyError(f"site {site} refuses the job {signed.job.name}:\n" + "\n".join(f"  - {b}" for b in broken))
 
@@ -313,7 +313,7 @@ def check_spend(policy: Policy, epsilon_after: float, alone_after: float) -> Non
         )
 
 
-def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[str]:
+def _broken_rules(policy: Policy, signed: SignedJob, now: datetime, site: str) -> Iterator[str]:
     job, training = signed.job, signed.job.training
     known_signer = policy.signer_name(signed.signer) is not None
     if not known_signer:
@@ -352,6 +352,11 @@ def _broken_rules(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
         yield (
             f"its privacy.max_colluding is {colluding}; this site takes part only if at least {policy.min_colluding} may work "
             "together with the coordinator. Raise it; the same epsilon then takes more noise, or more sites."
+        )
+    if not knows_enough(policy.peers, job, site=site):
+        yield (
+            f"its federation.min_sites is {job.federation.min_sites}, and this site knows {num_known(policy.peers, site)} sites, "
+            "itself included. Its engineer names those that are known under [peers] in policy.toml."
         )
     yield from broken_limits(policy.limits, job)
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 
+from client.policy.peers import knows_enough, num_known
 from client.policy.policy import JudgedPlan, Policy, exceeds, judged_plan
 from shared.epsilons import as_set, delta_rounded_up, noise_rounded_down, rounded_up
 from shared.errors import PrivacyError, TrustError
@@ -27,7 +28,10 @@ WORDS: Mapping[str, str] = {
     "within": "rounds that begin within {hours}",
     "none": "none",
     "at_most": "at most {most}",
+    "at_most_unset": "at most {most} (max_epsilon_per_job, because max_epsilon_alone is not set)",
     "at_least": "at least {least}",
+    "known": "{needed} sites that are known here",
+    "named": "[peers] names {known} with this one",
     "no_noise": "no noise, so no epsilon",
     "left_to_site": "left to site.toml",
     "unknown": "cannot be told: {reason}",
@@ -73,24 +77,34 @@ class Verdict:
     kept: bool
 
     @property
+    def sentence(self) -> str:
+        """Both beside each other, for a line of text."""
+        if self.rule == "peers":
+            return f"the job needs {self.asked}, {self.allowed}"
+        if self.rule == "max_epsilon_alone":
+            return f"the job's masked inputs alone cost {self.asked}, this site accepts {self.allowed}"
+        return f"{self.rule} asks {self.asked}, accepted is {self.allowed}"
+
+    @property
     def refuses(self) -> bool:
         """Whether the job is refused for it; a job whose metrics the policy keeps back is trained all the same."""
         return not self.kept and self.rule != _METRICS
 
 
-def verdicts(policy: Policy, signed: SignedJob, *, now: datetime) -> list[Verdict]:
+def verdicts(policy: Policy, signed: SignedJob, *, now: datetime, site: str) -> list[Verdict]:
     """Return the verdict of every rule on a job, in the order of policy.toml; takes seconds of accounting.
 
     Args:
         signed: a job whose signature was verified when it was read.
         now: this site's clock, with time zone.
+        site: name of this site.
     """
-    return [*_of_signature(policy, signed, now), *job_verdicts(policy, signed.job)]
+    return [*_of_signature(policy, signed, now), *job_verdicts(policy, signed.job, site=site)]
 
 
-def job_verdicts(policy: Policy, job: Job) -> list[Verdict]:
+def job_verdicts(policy: Policy, job: Job, *, site: str) -> list[Verdict]:
     """Return those of the rules that do not ask who signed a job, or when."""
-    return list(_of_job(policy, job))
+    return list(_of_job(policy, job, site))
 
 
 def _of_signature(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[Verdict]:
@@ -106,13 +120,20 @@ def _of_signature(policy: Policy, signed: SignedJob, now: datetime) -> Iterator[
     yield _time(signed, now)
 
 
-def _of_job(policy: Policy, job: Job) -> Iterator[Verdict]:
+def _of_job(policy: Policy, job: Job, site: str) -> Iterator[Verdict]:
     tasks, kind = policy.tasks, job.task.kind
     yield Verdict(rule="tasks", asked=kind, allowed=", ".join(tasks), kept=kind in tasks)
     backbone = job.model.backbone
     listed = backbone in policy.backbones
     yield Verdict(rule="backbones", asked=backbone, allowed=Told.of("listed"), kept=listed)
     yield from numbers(policy, job)
+    if policy.peers and job.privacy.shares_noise:
+        yield Verdict(
+            rule="peers",
+            asked=Told.of("known", needed=f"{job.federation.min_sites:,}"),
+            allowed=Told.of("named", known=f"{num_known(policy.peers, site):,}"),
+            kept=knows_enough(policy.peers, job, site=site),
+        )
     yield from _limits(policy, job)
     if policy.hours is not None:
         yield Verdict(rule="hours", asked=Told.of("any_time"), allowed=Told.of("within", hours=policy.hours), kept=True)
@@ -193,7 +214,10 @@ def _privacy(policy: Policy, job: Job) -> Iterator[Verdict]:
         yield Verdict(
             rule="max_epsilon_alone",
             asked=_cost(policy, judged, judged.alone),
-            allowed=Told.of("at_most", most=as_set(policy.largest_epsilon_alone)),
+            allowed=Told.of(
+                "at_most_unset" if policy.max_epsilon_alone is None else "at_most",
+                most=as_set(policy.largest_epsilon_alone),
+            ),
             kept=not exceeds(judged.alone, policy.largest_epsilon_alone),
         )
     yield Verdict(

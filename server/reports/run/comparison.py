@@ -9,7 +9,7 @@ from typing import Any
 
 from server.reports.run import formats
 from server.reports.run.run_data import Arm, RunData
-from shared.intervals import wilson
+from shared.intervals import may_be_chance, wilson
 
 _ARM_TITLES = {
     "central-dp": "Central DP",
@@ -31,25 +31,28 @@ def title_of(arm: Arm) -> str:
     return known or formats.printable(arm.name).replace("-", " ").replace("_", " ").strip().capitalize() or "Baseline"
 
 
-def _bounds(metric: str, arm: Arm, num_records: int | None) -> tuple[float, float] | None:
-    """The 95 % interval of the final accuracy; other metrics are not shares of counted records."""
+def _num_right(metric: str, arm: Arm, num_records: int | None) -> int | None:
+    """How many records the final model gets right; other metrics are not shares of counted records."""
     value = arm.final(metric)
     if metric != "accuracy" or value is None or not 0 <= value <= 1 or not num_records:
         return None
-    return wilson(round(value * num_records), num_records)
+    return round(value * num_records)
 
 
 def interval(metric: str, arm: Arm, num_records: int | None) -> str | None:
     """The 95 % interval of the final accuracy in words, where there is one."""
-    bounds = _bounds(metric, arm, num_records)
-    return None if bounds is None else f"{100 * bounds[0]:.1f} to {100 * bounds[1]:.1f} %"
+    right = _num_right(metric, arm, num_records)
+    if right is None or not num_records:
+        return None
+    low, high = wilson(right, num_records)
+    return f"{100 * low:.1f} to {100 * high:.1f} %"
 
 
-def _may_be_chance(data: RunData, arm: Arm, gap: float) -> bool:
-    """Whether the gap is smaller than one of the two intervals is wide, where there are intervals."""
-    arms = (data.federated, arm)
-    found = [_bounds(data.primary_metric, one, data.run.test_records) for one in arms]
-    return any(bounds is not None and abs(gap) < bounds[1] - bounds[0] for bounds in found)
+def _may_be_chance(data: RunData, arm: Arm) -> bool:
+    """Whether the two shares of records do not differ by a test; other metrics have none, and nothing is said of them."""
+    total = data.run.test_records
+    own, theirs = (_num_right(data.primary_metric, one, total) for one in (data.federated, arm))
+    return own is not None and theirs is not None and bool(total) and may_be_chance(own, theirs, total or 0)
 
 
 def comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
@@ -70,7 +73,7 @@ def comparison_row(data: RunData, title: str, arm: Arm) -> dict[str, Any]:
         "interval": interval(metric, arm, data.run.test_records),
         "gap": formats.format_gap(metric, own, theirs),
         "verdict": verdict,
-        "chance": bool(verdict) and _may_be_chance(data, arm, gap),
+        "chance": bool(verdict) and _may_be_chance(data, arm),
         "epsilon": arm.epsilon,
         "void": arm.private and any(site.randomness == "injected" for site in arm.sites),
         "rounds_done": arm.rounds_done,

@@ -83,6 +83,12 @@ def test_of_two_caps_the_one_that_is_too_small_is_named() -> None:
     assert "lower max_epsilon_alone, or raise budget.epsilon_alone" in unfinished(caps, policy(max_epsilon_alone=20.0))
     both = unfinished(replace(caps, epsilon=8.0), policy(max_epsilon_alone=20.0))
     assert "lower max_epsilon_per_job, or raise budget.epsilon " in both
+    assert "a job of epsilon_alone 20, which policy.toml accepts" in both, "each cap has its own clause"
+    unset = unfinished(replace(caps, epsilon_alone=None), policy(max_epsilon_alone=15.0))
+    assert "which is 9, as budget.epsilon_alone is not set, and would stop" in unset
+    assert "lower max_epsilon_alone, or set budget.epsilon_alone in site.toml" in unset
+    once = unfinished(replace(caps, epsilon=8.0, epsilon_alone=None), policy(max_epsilon_alone=None))
+    assert once.count("which policy.toml accepts") == 1
 
 
 def test_site_init_and_site_check_say_so(tmp_path: Path, silotune: Callable[..., Outcome]) -> None:

@@ -414,7 +414,7 @@ def test_check_tells_of_both_caps(installed: SiteHome, silotune: Command) -> Non
     found = findings(silotune("site", "check", installed.path, "--offline", "--json"))
     assert "budget epsilon 8 (30 with each masked input by itself) at delta 1e-05" in found["settings"][1]
     assert "epsilon at most 8 (25 by masked inputs alone) a job" in found["policy"][1]
-    assert "at least 2 sites, 2 of them known by their keys; a job of epsilon 8, which" in found["policy"][1]
+    assert "at least 2 sites; [peers] names 2 other sites; a job of epsilon 8, which" in found["policy"][1]
     text = (
         f"epsilon {rounded_up(spent['together'])} of 8 spent, {rounded_up(spent['alone'])} of 30 with each masked input"
     )

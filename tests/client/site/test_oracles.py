@@ -312,3 +312,19 @@ def test_site_check_tells_before_a_job_comes_which_rule_it_breaks(
     (found,) = [finding for finding in json.loads(done.out) if finding["name"] == "job"]
     assert found["outcome"] == "warning"
     assert found["text"].endswith("it would be trained, and no metrics released: metrics asks loss, accepted is none")
+
+
+def test_site_check_refuses_a_sum_in_which_too_few_sites_are_known(
+    make_world: MakeWorld, private_job: Callable[..., Job], tmp_path: Path, silotune: Callable[..., Outcome]
+) -> None:
+    world, file = make_world(ROWS), tmp_path / "job.json"
+    peers = {name: f"{number:064x}" for number, name in enumerate(("south", "west"))}
+    change_toml(world.home.policy, peers=peers, max_epsilon_per_job=900.0)
+    shared = {"mechanism": "distributed", "max_colluding": 1, "noise_multiplier": 1.0}
+    asked = private_job(federation={"min_sites": 7}, privacy=shared, training={"rounds": 2, "local_steps": 1})
+    file.write_text(asked.canonical_json())
+    done = silotune("site", "check", world.home.path, "--offline", "--json", "--job", file)
+    (found,) = [finding for finding in json.loads(done.out) if finding["name"] == "job"]
+    assert (found["outcome"], done.status) == ("failed", 1)
+    told = "would be refused: the job needs 7 sites that are known here, [peers] names 3 with this one"
+    assert found["text"].endswith(told)

@@ -825,7 +825,7 @@ def test_figures_name_the_file_that_they_are_of(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "chance"), [(120, True), (100_000, False)])
-def test_a_gap_smaller_than_an_interval_is_wide_may_be_chance(tmp_path: Path, count: int, chance: bool) -> None:
+def test_a_gap_that_a_test_does_not_find_may_be_chance(tmp_path: Path, count: int, chance: bool) -> None:
     run = build_run(tmp_path / "run")
     info = json.loads((run / "run.json").read_text())
     info.pop("public_records", None)
@@ -833,3 +833,14 @@ def test_a_gap_smaller_than_an_interval_is_wide_may_be_chance(tmp_path: Path, co
     text = Page(render(run)).text
     assert (", worse, may be chance" in text) == chance
     assert ("; may be chance" in text) == chance
+    assert "held back to decide" not in text
+
+
+def test_how_many_evaluation_records_decided_stands_at_the_table(tmp_path: Path) -> None:
+    run = build_run(tmp_path / "run")
+    info = json.loads((run / "run.json").read_text())
+    write(run / "run.json", info | {"public_records": {"reported": 683, "deciding": 171}})
+    assert (
+        "Of 854 evaluation records, 171 were held back to decide by; no figure here is of them"
+        in Page(render(run)).text
+    )
