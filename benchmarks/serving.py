@@ -25,6 +25,8 @@ from typing import Any, Self
 from benchmarks.harness import Findings, Tell, calm_environment, in_own_process
 
 TOKENS, SECONDS, RUNS = 25, 3.0, 12
+THREADS = 0
+"""Of whatever computes; 0 is one for each core."""
 SIZES = (1, 2, 4, 8, 16)
 CONNECTIONS = 6
 """That ask at the same time; each waits for its answer, then asks again."""
@@ -67,12 +69,15 @@ class _Rounds:
         """Measure everything once; in odd rounds in the other order, but a replay needs its batches first."""
         order = list(self.services) if number % 2 == 0 else list(self.services)[::-1]
         one_by_one = self._torch() if number % 2 else 0.0
-        served, alone = dict[str, dict[str, float]](), dict[str, float]()
+        served, alone, cost = dict[str, dict[str, float]](), dict[str, float](), dict[str, float]()
         for precision in order:
             served[precision], shapes = self._served(precision)
+            used = self.bare[precision].processor_seconds
             alone[precision] = self.bare[precision].call(
-                bare_runtime, folder=str(self.folder / precision), shapes=shapes, seconds=SECONDS
+                bare_runtime, folder=str(self.folder / precision), shapes=shapes, seconds=SECONDS, threads=THREADS
             )
+            used = self.bare[precision].processor_seconds - used
+            cost[precision] = 1000 * used / (alone[precision] * SECONDS)
         one_by_one = one_by_one or self._torch()
         float32, int8 = served["float32"], served["int8"]
         for key, value in {
@@ -86,6 +91,8 @@ class _Rounds:
             "PyTorch one by one, texts/s": one_by_one,
             **{f"served {one}, {name}": value for one, values in served.items() for name, value in values.items()},
             **{f"bare ONNX Runtime {one}, texts/s": value for one, value in alone.items()},
+            **{f"bare ONNX Runtime {one}, processor ms a text": value for one, value in cost.items()},
+            "processor time, bare / served, float32": cost["float32"] / float32["processor ms a text"],
             "int8 served / bare": int8["texts"] / alone["int8"],
             "int8 / float32, bare": alone["int8"] / alone["float32"],
         }.items():
@@ -95,13 +102,17 @@ class _Rounds:
         service = self.services[precision]
         service.new_batches()
         asked = {"port": service.port, "seconds": SECONDS, "connections": CONNECTIONS, "texts": texts_in(self.folder)}
+        used = service.processor_seconds
         found: dict[str, float] = self.asking.call(ask, **asked)
+        used = service.processor_seconds - used
         shapes = service.new_batches()
-        found["texts a batch"] = sum(count for count, _ in shapes) / len(shapes)
+        texts = sum(count for count, _ in shapes)
+        found |= {"texts a batch": texts / len(shapes), "processor ms a text": 1000 * used / texts}
         return found, shapes
 
     def _torch(self) -> float:
-        return float(self.torch_alone.call(torch_one_by_one, folder=str(self.folder / "run"), seconds=SECONDS))
+        arguments = {"folder": str(self.folder / "run"), "seconds": SECONDS, "threads": THREADS}
+        return float(self.torch_alone.call(torch_one_by_one, **arguments))
 
 
 class _Process:
@@ -125,6 +136,12 @@ class _Process:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+    @property
+    def processor_seconds(self) -> float:
+        """What it used so far; unlike seconds, this hardly depends on what else the machine does."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def _line(self) -> str:
         assert self._process.stdout is not None
@@ -152,7 +169,7 @@ class _Service(_Process):
 
     def __init__(self, folder: Path, precision: str) -> None:
         self._batches, self._read = folder / f"{precision}.batches", 0
-        super().__init__("serve_watched", str(folder / precision), str(self._batches))
+        super().__init__("serve_watched", str(folder / precision), str(self._batches), str(THREADS))
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -175,7 +192,7 @@ def work() -> None:
 
 
 def serve_watched() -> None:
-    """Serve the model folder argv[1], and write the shapes of its batches to argv[2]."""
+    """Serve the model folder argv[1] with argv[3] threads, and write the shapes of its batches to argv[2]."""
     from server.serving.application import Application
     from server.serving.engine import Batching
     from server.serving.limits import Limits
@@ -183,10 +200,10 @@ def serve_watched() -> None:
     from server.serving.serving import ROUTES, Start, close, open_service
     from shared.http.serving import listen, make_server, place_at, serve
 
-    model, batches = map(Path, sys.argv[1:])
+    model, batches, plan = Path(sys.argv[1]), Path(sys.argv[2]), Plan(threads=int(sys.argv[3]))
     place, limits = place_at("127.0.0.1", 0, None, None), Limits()
     start = Start(
-        reference=str(model), registry=model / "none", policy=None, place=place, plan=Plan(), limits=limits, tokens=None
+        reference=str(model), registry=model / "none", policy=None, place=place, plan=plan, limits=limits, tokens=None
     )
     with batches.open("w", buffering=1) as shapes, listen(place) as listener:
         service = open_service(start)
@@ -245,17 +262,18 @@ def _request(texts: list[str], size: int, seed: int, token: str) -> tuple[int, b
     return size, "\r\n".join((*lines, "", "")).encode() + body
 
 
-def bare_runtime(folder: str, shapes: list[list[int]], seconds: float) -> float:
+def bare_runtime(folder: str, shapes: list[list[int]], seconds: float, threads: int) -> float:
     """Compute the same batches with ONNX Runtime alone, from the begin again if there is time; return texts a second."""
     import numpy as np
 
-    session, draw = _session(folder), np.random.default_rng(0)
+    session, draw = _session(folder, threads), np.random.default_rng(0)
     feeds = {
         shape: {"input_ids": draw.integers(1000, 20000, shape), "attention_mask": np.ones(shape, np.int64)}
         for shape in {(count, length) for count, length in shapes}
     }
-    for feed in feeds.values():
-        session.run(None, feed)
+    for shape in feeds.keys() - _warm:
+        session.run(None, feeds[shape])
+        _warm.add(shape)
     texts, began = 0, time.perf_counter()
     while True:
         for count, length in shapes:
@@ -265,18 +283,22 @@ def bare_runtime(folder: str, shapes: list[list[int]], seconds: float) -> float:
                 return texts / passed
 
 
+_warm = set[tuple[int, int]]()
+"""Shapes of batches that this process computed already."""
+
+
 @cache
-def _session(folder: str) -> Any:
+def _session(folder: str, threads: int) -> Any:
     from shared.runtime.export.onnx import GRAPH_FILE, new_session
 
-    return new_session(Path(folder) / GRAPH_FILE)
+    return new_session(Path(folder) / GRAPH_FILE, threads)
 
 
-def torch_one_by_one(folder: str, seconds: float) -> float:
+def torch_one_by_one(folder: str, seconds: float, threads: int) -> float:
     """Label one text after another with PyTorch, as `silotune predict` does, on all cores; return texts a second."""
     from shared.runtime.inference import predict
 
-    runtime, texts = _runtime(folder), texts_in(Path(folder).parent)
+    runtime, texts = _runtime(folder, threads), texts_in(Path(folder).parent)
     predict(runtime, texts[:4])
     count, began = 0, time.perf_counter()
     while (passed := time.perf_counter() - began) < seconds:
@@ -286,14 +308,14 @@ def torch_one_by_one(folder: str, seconds: float) -> float:
 
 
 @cache
-def _runtime(folder: str) -> Any:
+def _runtime(folder: str, threads: int) -> Any:
     import torch
 
     from shared.job.compute import ComputeConfig
     from shared.job.job_file import load_job
     from shared.runtime.inference import load_tuned
 
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(threads or os.cpu_count() or 1)
     path = Path(folder)
     return load_tuned(path, load_job(path), ComputeConfig(device="cpu", precision="float32"))
 

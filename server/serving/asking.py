@@ -1,12 +1,13 @@
 """From the body of a request to examples and prompts, and from outputs to answers, by the task's own functions.
 
-One thread does all of it, in parts that take milliseconds: tokenizers are not made for two threads, and a large request must
-not hold up a small one.
+One thread at a time does that, for tokenizers are not made for two. A small request is read where it came, which takes less time
+than handing it over; of a large one a thread reads parts of milliseconds, so that it holds up nobody.
 """
 
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.predicting import Predicting
 
 _PART_TEXTS, _PART_CHARACTERS = 64, 32_768
+_SMALL_TEXTS, _SMALL_CHARACTERS = 32, 4096
 _INPUTS = {"pair_matching": "pairs", "image_classification": "images"}
 T = TypeVar("T")
 
@@ -46,10 +48,10 @@ class Question:
 
 
 class Desk:
-    """The thread that reads and writes texts."""
+    """Reads and writes texts."""
 
     def __init__(self, limits: Limits) -> None:
-        self._limits = limits
+        self._limits, self._tokenizer = limits, threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="texts")
 
     def close(self) -> None:
@@ -71,7 +73,7 @@ class Desk:
         records: list[Record] = []
         examples: list[Example] = []
         for begin, end in _parts(texts):
-            new = await self._do(partial(_read, model, task, texts[begin:end], begin), kind)
+            new = await self._do(partial(_read, model, task, texts[begin:end], begin), kind, is_small(texts))
             records += new[0]
             examples += new[1]
         tokens = len(examples) if kind == "images" else sum(example.length for example in examples)
@@ -81,7 +83,8 @@ class Desk:
         """Return what the model says of each text, without the text, which whoever asked has."""
         found: list[Prediction] = []
         for begin in range(0, len(outputs), _PART_TEXTS):
-            found += await self._do(partial(_answers, question, outputs, begin, begin + _PART_TEXTS), "texts")
+            part = partial(_answers, question, outputs, begin, begin + _PART_TEXTS)
+            found += await self._do(part, "texts", len(outputs) <= _SMALL_TEXTS)
         return found
 
     async def prompts(self, model: Model, asked: CompletionRequest) -> list[list[int]]:
@@ -97,7 +100,7 @@ class Desk:
         self._check_sizes(texts, "prompt", times=asked.n)
         tokenizer = model.runtime.tokenizer
         read = partial(task.start, tokenizer=tokenizer, max_length=model.max_length)
-        found = [await self._do(partial(read, text), "prompt") for text in texts]
+        found = [await self._do(partial(read, text), "prompt", is_small(texts)) for text in texts]
         longest = max(map(len, found))
         if longest + asked.max_tokens > model.max_length:
             raise Refused(
@@ -109,11 +112,20 @@ class Desk:
             )
         return found
 
-    async def _do(self, work: Callable[[], T], param: str) -> T:
+    async def _do(self, work: Callable[[], T], param: str, small: bool) -> T:
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            if small and self._tokenizer.acquire(blocking=False):
+                try:
+                    return work()
+                finally:
+                    self._tokenizer.release()
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._locked, work)
         except SilotuneError as error:  # names the text by its number and never quotes it
             raise Refused(400, "invalid_input", str(error), param=param) from None
+
+    def _locked(self, work: Callable[[], T]) -> T:
+        with self._tokenizer:
+            return work()
 
     def _check_sizes(self, texts: Sequence[str], param: str, times: int = 1) -> None:
         limits = self._limits
@@ -133,6 +145,11 @@ class Desk:
                 f"a text has {longest:,} characters; at most {limits.characters:,} are read. Cut it.",
                 param=param,
             )
+
+
+def is_small(texts: Sequence[str]) -> bool:
+    """Return whether texts are read in less than about a millisecond."""
+    return len(texts) <= _SMALL_TEXTS and sum(map(len, texts)) <= _SMALL_CHARACTERS
 
 
 def _texts(asked: PredictRequest, kind: str) -> list[str]:

@@ -8,6 +8,7 @@ Formal guarantees (tests: tests/server/serving/test_models.py)
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +32,6 @@ from shared.runtime.calibration import load_temperature
 from shared.runtime.export.exported import Exported, load_exported
 from shared.runtime.export.exporting import export
 from shared.runtime.export.folder import ADAPTER_FOLDER, ModelFolder, Precision
-from shared.runtime.export.onnx import GRAPH_FILE, new_session
 from shared.runtime.export.peft import load_state
 from shared.runtime.inference import head_outputs
 from shared.runtime.runtime import Runtime, load_own_runtime
@@ -65,7 +65,7 @@ class Model:
         version: NAME:N, or of a folder its name.
         engine: `onnx` or `torch`.
         manifest_sha256: of the version; "" of a folder.
-        session: of ONNX Runtime, for texts that are continued; else None.
+        caches: of a graph that continues texts, see `Cached`; else none.
     """
 
     version: str
@@ -73,7 +73,6 @@ class Model:
     precision: Precision
     manifest_sha256: str
     runtime: Runtime | Exported
-    session: Any = None
     caches: tuple[tuple[str, int, int], ...] = ()
 
     @property
@@ -99,8 +98,8 @@ class Model:
 
     def growing(self) -> Growing:
         """Return an empty group of texts that are continued together."""
-        if self.session is not None:
-            return Cached(self.session, self.caches)
+        if isinstance(self.runtime, Exported) and self.caches:
+            return Cached(self.runtime.session, self.caches)
         return Recomputed(self.runtime)
 
 
@@ -147,14 +146,14 @@ def _loaded(folder: ModelFolder, private: Path, plan: Plan, name: str, manifest:
     if folder.format == "adapter":
         runtime = _adapted(folder, plan)
         return Model(name, engine, "float32", manifest, runtime)
-    exported = load_exported(folder, threads=plan.threads)
+    # By their number, not as 0: ONNX Runtime then pins no thread to a core that others need as well.
+    exported = load_exported(folder, threads=plan.threads or len(os.sched_getaffinity(0)))
     names = tuple(
         (one.name, int(one.shape[1]), int(one.shape[3]))
         for one in folder.record.inputs
         if one.name.startswith("past_key_values")
     )
-    session = new_session(folder.path / GRAPH_FILE, plan.threads) if names else None
-    return Model(name, engine, folder.precision, manifest, exported, session, names)
+    return Model(name, engine, folder.precision, manifest, exported, names)
 
 
 def _engine(folder: ModelFolder, plan: Plan) -> Literal["onnx", "torch"]:

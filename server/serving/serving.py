@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,6 +92,7 @@ def run(start: Start, say: Callable[[str], None]) -> None:
 
 def open_service(start: Start) -> Service:
     """Return a service whose model is verified and loaded."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take the engine's cores
     accounts = None if start.tokens is None else Accounts(start.tokens)
     following = Following(registry_opener(start.registry, start.policy), start.reference, start.plan)
     continues = following.model.kind in ("causal_lm", "replies")

@@ -20,7 +20,7 @@ from shared.models.batches import Batch, Example, collate
 from shared.models.images import PIXEL_STEPS
 from shared.runtime.export.folder import ModelFolder
 from shared.runtime.export.merged import CLASSES
-from shared.runtime.export.onnx import GRAPH_FILE, new_session, require_onnx
+from shared.runtime.export.onnx import GRAPH_FILE, new_session
 from shared.tasks import Task, task_of
 
 _AT_ONCE = 32
@@ -33,12 +33,14 @@ class Exported:
     Attributes:
         task, tokenizer, max_length: as those of `shared.runtime.runtime.Runtime`.
         compute: returns the outputs of one batch, [B, ...].
+        session: of ONNX Runtime; None of other formats.
     """
 
     task: Task
     tokenizer: Any
     max_length: int
     compute: Callable[[Batch], Tensor]
+    session: Any = None
 
     def encode(self, records: Sequence[Any]) -> list[Example]:
         """Encode records as the run did."""
@@ -69,7 +71,8 @@ def load_exported(folder: ModelFolder, *, threads: int = 0) -> Exported:
     if folder.format == "adapter":
         raise ConfigError(f"{folder.path} holds an adapter, which `shared.runtime.inference.load_tuned` loads.")
     try:
-        compute = _session(folder, threads) if folder.format == "onnx" else _transformer(folder)
+        session = _session(folder, threads) if folder.format == "onnx" else None
+        compute = _transformer(folder) if session is None else _graph(folder, session)
         tokenizer = None if job.model.is_image_network else _tokenizer(folder)
     except ConfigError:
         raise
@@ -77,7 +80,7 @@ def load_exported(folder: ModelFolder, *, threads: int = 0) -> Exported:
         raise ModelError(f"the model in {folder.path} cannot be loaded: {error}") from None
     if job.task.target_range is not None:
         compute = _in_head_units(compute, *job.task.target_range)
-    return Exported(task, tokenizer, folder.record.max_length, compute)
+    return Exported(task, tokenizer, folder.record.max_length, compute, session)
 
 
 def _tokenizer(folder: ModelFolder) -> Any:
@@ -102,9 +105,14 @@ def _transformer(folder: ModelFolder) -> Callable[[Batch], Tensor]:
     return compute
 
 
-def _session(folder: ModelFolder, threads: int) -> Callable[[Batch], Tensor]:
-    require_onnx()
-    session = new_session(folder.path / GRAPH_FILE, threads)
+def _session(folder: ModelFolder, threads: int) -> Any:
+    try:
+        return new_session(folder.path / GRAPH_FILE, threads)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"a graph needs the package {error.name}: pip install 'silotune[export]'") from None
+
+
+def _graph(folder: ModelFolder, session: Any) -> Callable[[Batch], Tensor]:
     caches = [one for one in folder.record.inputs if one.name.startswith("past_key_values")]
     pixel_range = folder.job.task.pixel_range
 

@@ -44,9 +44,10 @@ def ask(found: Live, path: str, token: str | None) -> httpx.Response:
     return found.ask(ROUTES[path].method, path, token, json=ASK.get(path))
 
 
-def test_predictions_are_those_of_the_run(films: Live, small_run: Path) -> None:
+@pytest.mark.parametrize("times", [1, 12], ids=["small", "large"])
+def test_predictions_are_those_of_the_run(films: Live, small_run: Path, times: int) -> None:
     runtime = load_model(small_run, ComputeConfig(device="cpu", precision="float32"))
-    texts = [*LINES, "x", " ".join(LINES)]
+    texts = [*LINES, "x", " ".join(LINES)] * times
     found = films.post("/v1/predict", {"texts": texts, "model": "films"}).json()
     assert (found["model"], found["version"]) == ("films", "films:2")
     for one, expected in zip(found["predictions"], predict(runtime, texts), strict=True):
