@@ -91,9 +91,10 @@ def write_spent_of(submission: Submission, audit: Path) -> None:
     Raises:
         SilotuneError: something of it cannot be read; what is complete is written.
     """
-    path, job = submission.run_folder, submission.signed_job().job
+    path = submission.run_folder
     if not (path / "job.json").exists():
         return  # nobody was asked for anything
+    job = submission.signed_job().job
     with RunFolder(path, job, resume=True) as folder:
         folder.mark_stopped()
         write_spent(folder, privacy_of(job, path), lambda number: asked_after(audit, job.sha256, number))

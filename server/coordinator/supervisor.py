@@ -349,4 +349,5 @@ def _state_spent(submission: Submission, audit: Path) -> None:
         log.error("what job %s has spent could not all be stated: %s", submission.name, error, exc_info=True)
         problem = f"what its sites spent could not all be stated ({type(error).__name__}); their own ledgers have it"
         with contextlib.suppress(SilotuneError):
-            submission.note(problem=problem)
+            if not submission.state().get("problem"):  # why it ended comes first
+                submission.note(problem=problem)

@@ -48,7 +48,9 @@ class LocalPrivacy:
 
     def resume(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
         """Return the checkpoint to go on from: what was asked after it may have been executed."""
-        asked = authority.asked_since(checkpoint.round_number) if authority is not None else ()
+        if authority is None:
+            return self.with_open_requests(checkpoint, ())
+        asked = authority.asked_since(checkpoint.round_number)
         self.earlier = EarlierRequests(asked)
         return self.with_open_requests(checkpoint, asked)
 
