@@ -17,7 +17,7 @@ from torch import Tensor
 from server.records.run import RunRecord
 from server.reports.run import write_report_if_possible
 from server.rounds.central import CentralPrivacy
-from server.rounds.earlier_requests import Asked
+from server.rounds.earlier_requests import Asked, EarlierRequests
 from server.rounds.early_stopping import is_over, require_public_records
 from server.rounds.local import LocalPrivacy
 from server.rounds.loop import Coordinator, Privacy, run_rounds
@@ -128,9 +128,9 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         except BaseException:
             # What went wrong first is what matters, for example a full disk.
             with contextlib.suppress(Exception):
-                folder.write_run_info("stopped", details)
+                write_spent(folder, privacy, run.authority.asked_since if run.authority else None)
             with contextlib.suppress(Exception):
-                write_spent(folder, privacy, run.authority.asked_since if run.authority else _nothing_asked)
+                folder.write_run_info("stopped", details)
             raise
         folder.write_privacy(checkpoint, privacy.release())
         folder.write_site_metrics(checkpoint)
@@ -193,11 +193,11 @@ def _public_parts(run: Run) -> PublicRecords:
     return hold_back(run.public_records, task_of(run.job).roles[0])
 
 
-def write_spent(folder: RunFolder, privacy: Privacy, asked_since: Callable[[int], Sequence[Asked]]) -> None:
+def write_spent(folder: RunFolder, privacy: Privacy, asked_since: Callable[[int], Sequence[Asked]] | None) -> None:
     """Write what the sites may have released so far, the round that was given up too: a run that never goes on has spent it.
 
     Args:
-        asked_since: see `Authority`.
+        asked_since: see `Authority`; None of a simulation, which signs requests to nobody.
 
     Raises:
         SilotuneError: what was asked cannot be read; what is complete is written.
@@ -205,19 +205,14 @@ def write_spent(folder: RunFolder, privacy: Privacy, asked_since: Callable[[int]
     checkpoint = folder.load_checkpoint()
     if checkpoint is None:
         return
-    folder.write_privacy(checkpoint, privacy.release())
     try:
-        asked = asked_since(checkpoint.round_number)
+        asked = EarlierRequests(asked_since(checkpoint.round_number) if asked_since else ())
+        checkpoint = privacy.with_open_requests(checkpoint, asked)
     except Exception:
         log.exception("what was asked after round %d is not in the statement", checkpoint.round_number)
         raise
-    if asked:
-        folder.write_privacy(privacy.with_open_requests(checkpoint, asked), privacy.release())
-
-
-def _nothing_asked(round_number: int) -> Sequence[Asked]:
-    """What a simulation asks of sites that nobody signs requests to."""
-    return ()
+    finally:
+        folder.write_privacy(checkpoint, privacy.release())
 
 
 def _evaluation_texts(run: Run) -> dict[str, Any]:

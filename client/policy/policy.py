@@ -29,7 +29,7 @@ from shared.job.privacy import METRICS
 from shared.job.values import SHA256_PATTERN, Name, Probability
 from shared.privacy.planned import PlannedPrivacy
 from shared.trust.signed_job import SignedJob
-from shared.trust.signing import VerifyKey
+from shared.trust.signing import VerifyKey, check_keys
 
 TASK_KINDS: tuple[str, ...] = tuple(RULES)
 SIGNER_PLACEHOLDER = "ed25519:PUT-THE-KEY-HERE"
@@ -95,20 +95,13 @@ class Policy(Section):
     @field_validator("signers")
     @classmethod
     def _check_signers(cls, signers: dict[str, str]) -> dict[str, str]:
-        names: dict[VerifyKey, str] = {}
         for name, text in signers.items():
             if text == SIGNER_PLACEHOLDER:
                 raise ValueError(
                     f"{name!r} still holds the placeholder of the template. Replace it by the public key (ed25519:...) of "
                     "whoever signs the jobs; ask them for it by telephone or in person, not through the coordinator"
                 )
-            try:
-                key = VerifyKey.parse(text)
-            except TrustError as error:
-                raise ValueError(f"{name!r} is not a public key: {error}") from None
-            if key in names:
-                raise ValueError(f"{name!r} and {names[key]!r} are the same key; removing one name would not revoke it")
-            names[key] = name
+        check_keys(signers)
         return signers
 
     @field_validator("peers")

@@ -91,13 +91,12 @@ def write_spent_of(submission: Submission, audit: Path) -> None:
     Raises:
         SilotuneError: something of it cannot be read; what is complete is written.
     """
-    path = submission.run_folder
-    if not (path / "job.json").exists():
-        return  # nobody was asked for anything
-    job = submission.signed_job().job
+    path, job = submission.run_folder, submission.signed_job().job
     with RunFolder(path, job, resume=True) as folder:
-        folder.mark_stopped()
-        write_spent(folder, privacy_of(job, path), lambda number: asked_after(audit, job.sha256, number))
+        try:
+            write_spent(folder, privacy_of(job, path), lambda number: asked_after(audit, job.sha256, number))
+        finally:
+            folder.mark_stopped()
 
 
 def asked_after(audit: Path, job_sha256: str, round_number: int) -> list[Asked]:

@@ -341,6 +341,8 @@ def check_server_certificate(home: CoordinatorHome, passphrase: str | None) -> N
 
 def _state_spent(submission: Submission, audit: Path) -> None:
     """Have it stated what the sites of a run that is given up may have spent; that it cannot be is no reason to go on with it."""
+    if not (submission.run_folder / "job.json").exists():
+        return  # nobody was asked for anything
     from server.coordinator.production import write_spent_of  # loads PyTorch
 
     try:

@@ -34,8 +34,8 @@ ROUNDS_FILE = "metrics.jsonl"
 """Which updates were aggregated; without it no record of a site would be missed. Reasons of sites stand in it, so it is no part
 of a model folder that is handed on."""
 _DRAFT = ".draft-"
-EVALUATION_FILE = "evaluation.json"
-_MAY_DIFFER = (EVALUATION_FILE,)  # a smaller model is measured anew
+_EVALUATION_FILE = "evaluation.json"
+_MAY_DIFFER = (_EVALUATION_FILE,)  # a smaller model is measured anew
 _MOST_NOTE = 1000
 
 
@@ -224,7 +224,7 @@ def _parent_of(registry: Registry, folder: ModelFolder) -> Version:
 
 
 def _same_evaluation(folder: ModelFolder, origin: ModelFolder) -> bool:
-    return folder.lineage.get(EVALUATION_FILE) == origin.lineage.get(EVALUATION_FILE)
+    return folder.lineage.get(_EVALUATION_FILE) == origin.lineage.get(_EVALUATION_FILE)
 
 
 def _check_same_run(folder: ModelFolder, origin: ModelFolder) -> None:

@@ -12,10 +12,9 @@ from typing import Literal
 
 from pydantic import Field, field_validator
 
-from shared.errors import TrustError
 from shared.job.parsing import Section, load_toml, parse
 from shared.job.values import Epsilon, Name, Value
-from shared.trust.signing import VerifyKey
+from shared.trust.signing import VerifyKey, check_keys
 
 POLICY_FILE = "registry.toml"
 
@@ -49,15 +48,7 @@ class RegistryPolicy(Section):
     @field_validator("signers", "officers", "former")
     @classmethod
     def _check_keys(cls, keys: dict[str, str]) -> dict[str, str]:
-        names: dict[VerifyKey, str] = {}
-        for name, text in keys.items():
-            try:
-                key = VerifyKey.parse(text)
-            except TrustError as error:
-                raise ValueError(f"{name!r} is not a public key: {error}") from None
-            if key in names:
-                raise ValueError(f"{name!r} and {names[key]!r} are the same key; removing one name would not revoke it")
-            names[key] = name
+        check_keys(keys)
         return keys
 
     def name_of(self, key: VerifyKey, *roles: Role) -> str | None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from server.aggregation import Adapter, apply_update
 from server.records.rounds import RoundRecord
-from server.rounds.earlier_requests import Asked, EarlierRequests
+from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.releases import Made, Releases
 from server.rounds.roster import Authority
 from server.rounds.updates import AtHand, Updates, collect_updates
@@ -165,7 +165,7 @@ class CentralPrivacy:
         self.check(checkpoint)
         return checkpoint
 
-    def with_open_requests(self, checkpoint: Checkpoint, asked: Iterable[Asked]) -> Checkpoint:
+    def with_open_requests(self, checkpoint: Checkpoint, asked: EarlierRequests) -> Checkpoint:
         """Return `checkpoint`: a round that was given up is in the account from when its noise was drawn, and before released
         nothing."""
         return checkpoint

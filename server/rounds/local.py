@@ -8,14 +8,14 @@ for the site may have answered it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from server.aggregation import Adapter, Aggregation
 from server.records.rounds import RoundRecord
-from server.rounds.earlier_requests import Asked, EarlierRequests
+from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.releases import Made, Releases, unknown_release, with_update
 from server.rounds.roster import Authority
 from server.rounds.updates import Arrived, AtHand, collect_updates
@@ -49,17 +49,16 @@ class LocalPrivacy:
     def resume(self, checkpoint: Checkpoint, authority: Authority | None) -> Checkpoint:
         """Return the checkpoint to go on from: what was asked after it may have been executed."""
         if authority is None:
-            return self.with_open_requests(checkpoint, ())
-        asked = authority.asked_since(checkpoint.round_number)
-        self.earlier = EarlierRequests(asked)
-        return self.with_open_requests(checkpoint, asked)
+            return self.with_open_requests(checkpoint, EarlierRequests())
+        self.earlier = EarlierRequests(authority.asked_since(checkpoint.round_number))
+        return self.with_open_requests(checkpoint, self.earlier)
 
-    def with_open_requests(self, checkpoint: Checkpoint, asked: Iterable[Asked]) -> Checkpoint:
+    def with_open_requests(self, checkpoint: Checkpoint, asked: EarlierRequests) -> Checkpoint:
         """Return `checkpoint` with what was asked after it, and so may have been executed, in the sites' accounts.
 
         Simulated sites, which nobody signs requests to, release nothing to anybody in a round that is given up.
         """
-        return replace(checkpoint, releases=EarlierRequests(asked).accounted(checkpoint.releases, self._job))
+        return replace(checkpoint, releases=asked.accounted(checkpoint.releases, self._job))
 
     def begin(self, round_number: int) -> LocalRound:
         """Return one attempt at a round."""

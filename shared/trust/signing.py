@@ -112,6 +112,23 @@ class VerifyKey:
         return f"VerifyKey({self.text})"
 
 
+def check_keys(keys: Mapping[str, str]) -> None:
+    """Check public keys by the names of their owners, as policies hold them.
+
+    Raises:
+        ValueError: one is no public key, or two names have the same.
+    """
+    names: dict[VerifyKey, str] = {}
+    for name, text in keys.items():
+        try:
+            key = VerifyKey.parse(text)
+        except TrustError as error:
+            raise ValueError(f"{name!r} is not a public key: {error}") from None
+        if key in names:
+            raise ValueError(f"{name!r} and {names[key]!r} are the same key; removing one name would not revoke it")
+        names[key] = name
+
+
 class SigningKey:
     """A private key; its `repr` shows only the public one."""
 

@@ -16,7 +16,7 @@ Guarantees (tests: tests/server/rounds/secure/test_round.py)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from flwr.app import Message
 
 from server.aggregation import Adapter
 from server.aggregation.gradient import gradient_step
-from server.rounds.earlier_requests import Asked, EarlierRequests
+from server.rounds.earlier_requests import EarlierRequests
 from server.rounds.exchange import Question, collect
 from server.rounds.local import LocalPrivacy, LocalRound, select_sites
 from server.rounds.releases import Made, Releases
@@ -77,7 +77,7 @@ class SecurePrivacy(LocalPrivacy):
         self._check_noted(resumed.releases)
         return resumed
 
-    def with_open_requests(self, checkpoint: Checkpoint, asked: Iterable[Asked]) -> Checkpoint:
+    def with_open_requests(self, checkpoint: Checkpoint, asked: EarlierRequests) -> Checkpoint:
         """See `LocalPrivacy`."""
         noted = super().with_open_requests(checkpoint, asked)
         return replace(noted, releases=_one_for_all(noted.releases))

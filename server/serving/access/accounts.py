@@ -124,7 +124,7 @@ class Accounts:
             if refunds:
                 self._writing.refund(refunds)
             days = self._writing.charge([job for job, _ in charges]) if charges else []
-        except (SilotuneError, Exception) as error:
+        except Exception as error:
             log.error("use could not be booked: %s", error if isinstance(error, SilotuneError) else place_of(error))
             for _, found in charges:
                 _resolve(found, error)

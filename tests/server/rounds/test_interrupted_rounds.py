@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 import server.rounds.roster as roster_module
 from server.app import write_spent
 from server.records.rounds import RoundRecord
-from server.rounds.earlier_requests import Asked
+from server.rounds.earlier_requests import Asked, EarlierRequests
 from server.rounds.local import LocalPrivacy
 from server.rounds.loop import Coordinator, run_rounds
 from server.rounds.observer import Observer
@@ -277,13 +277,13 @@ def test_whoever_was_asked_in_a_round_that_was_given_up_may_have_answered(shared
     first = encode(INITIAL)
     log = [asked("a", 2, first, "1" * 64), asked("b", 2, first)]
     before = interrupted(job, round_number=1)
-    noted = privacy.with_open_requests(before, log).releases
+    noted = privacy.with_open_requests(before, EarlierRequests(log)).releases
     assert (noted["a"].rounds, noted["a"].unanswered) == ((2,), ())
     assert (noted["b"].rounds, noted["b"].unanswered) == ((), (2,))
     assert 0.0 < noted["b"].epsilon_bound == pytest.approx(noted["a"].epsilon)
     # Nothing in it is final: what is noted twice counts once.
-    assert privacy.with_open_requests(replace(before, releases=noted), log).releases == noted
-    assert privacy.with_open_requests(before, ()).releases == {}
+    assert privacy.with_open_requests(replace(before, releases=noted), EarlierRequests(log)).releases == noted
+    assert privacy.with_open_requests(before, EarlierRequests()).releases == {}
 
 
 def test_what_a_run_writes_when_it_is_stopped_counts_the_round_that_was_given_up(tmp_path: Path) -> None:
@@ -312,7 +312,7 @@ def test_metrics_that_were_asked_for_may_have_been_released() -> None:
     job = job.model_copy(update={"site_metrics": SiteMetricsConfig(names=("accuracy",), noise_multiplier=4.0)})
     number = job.training.rounds + 1
     log = [asked("a", number, encode(INITIAL)), asked("a", number, encode(INITIAL))]
-    noted = LocalPrivacy(job).with_open_requests(interrupted(job, round_number=2), log).releases["a"]
+    noted = LocalPrivacy(job).with_open_requests(interrupted(job, round_number=2), EarlierRequests(log)).releases["a"]
     assert noted.metrics == ("accuracy",)
     assert noted.metrics_mechanism == PrivacyPlan.from_job(job).metrics
     assert noted.unanswered == ()

@@ -5,10 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import requests
-import schemathesis
-from schemathesis import GenerationMode
 
-from tests.shared.web.fuzzing import run_cases
+from tests.shared.web.fuzzing import ask_every_route
 
 
 def fuzz(schema: dict[str, Any], address: str, *, examples: int) -> list[str]:
@@ -21,9 +19,5 @@ def fuzz(schema: dict[str, Any], address: str, *, examples: int) -> list[str]:
             if answer.status_code >= 500:
                 broken.append(f"{answer.status_code} {case.method} {case.formatted_path} {case.body!r}"[:300])
 
-    operations = list(schemathesis.openapi.from_dict(schema).get_all_operations())
-    assert len(operations) == sum(len(methods) for methods in schema["paths"].values()) > 0, "every route is asked"
-    for found in operations:
-        for mode in GenerationMode:
-            run_cases(found.ok().as_strategy(generation_mode=mode), ask, examples)
+    ask_every_route(schema, ask, examples)
     return broken

@@ -47,16 +47,20 @@ def fuzz(app: FastAPI, console: Console, address: str, *, examples: int = 5) -> 
         if status >= 500:
             broken.append(f"{status} {case.method} {case.formatted_path} {case.query} {case.body!r}"[:300])
 
-    schema = app.openapi()
+    ask_every_route(app.openapi(), ask, examples)
+    return broken
+
+
+def ask_every_route(schema: dict[str, Any], ask: Callable[[Any], None], examples: int) -> None:
+    """Ask so many requests of each route that its schema allows, and as many that it forbids."""
     operations = list(schemathesis.openapi.from_dict(schema).get_all_operations())
     assert len(operations) == sum(len(methods) for methods in schema["paths"].values()) > 0, "every route is asked"
     for found in operations:
         for mode in GenerationMode:
-            run_cases(found.ok().as_strategy(generation_mode=mode), ask, examples)
-    return broken
+            _run_cases(found.ok().as_strategy(generation_mode=mode), ask, examples)
 
 
-def run_cases(cases: Any, ask: Callable[[Any], None], examples: int) -> None:
+def _run_cases(cases: Any, ask: Callable[[Any], None], examples: int) -> None:
     """Ask so many requests of a strategy."""
 
     @from_seed(0)
