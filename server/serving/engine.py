@@ -170,14 +170,9 @@ class Batching(Engine):
             asked.future.set_result([])
             return asked.future
         with self._changed:
+            self._take_on(len(examples))
             self._queue += [(asked, index) for index in range(len(examples))]
             self._tokens += sum(example.length for example in examples)
-            try:
-                self._take_on(len(examples))
-            except QueueFull:
-                del self._queue[-len(examples) :]
-                self._tokens -= sum(example.length for example in examples)
-                raise
         return asked.future
 
     def _ready(self) -> bool:
