@@ -33,6 +33,7 @@ PRECISIONS = ["float32", "bfloat16"]
 STRENGTHS = [0.0, 1.0, 1e3, 1e6, 1e8]
 C = 0.5
 WITH_A_HEAD = [kind for kind in CASES if RULES[kind].has_head and kind != "image_classification"]  # type: ignore[index]
+CENTRED = {"head_centre": "label-names"}
 EMBEDDED = {"backbone": "embedded:all-minilm-l6-v2", "max_length": 64}
 
 Sums = Callable[..., list[Tensor]]
@@ -94,7 +95,7 @@ def job_of(task_job: Callable[..., Job], kind: str, *, sample_rate: float = 1.0,
     case = CASES[kind]
     privacy = {"noise_multiplier": 1.0, "sample_rate": sample_rate, "max_grad_norm": C}
     return task_job(
-        {"kind": kind, **case.section},
+        {"kind": kind, **case.section, **sections.pop("task", {})},
         **{
             **case.sections,
             "training": {"rounds": 1, "local_steps": 1},
@@ -172,6 +173,41 @@ def test_a_head_alone_learns_of_a_record_what_it_is_alone(
         (alone,) = sums_of(other, job, start, [examples[14:]])
         assert 0 < float(alone.norm()) <= C
         assert torch.equal(whole - without, alone)
+
+
+@pytest.mark.parametrize("train", ["b", "none"])
+@pytest.mark.parametrize("sample_rate", [1.0, 0.6])
+@pytest.mark.parametrize("strength", [0.0, 1e3, 1e8])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_a_centre_that_is_taken_off_changes_nothing_of_it(
+    task_job: Callable[..., Job], sums_of: Sums, precision: str, strength: float, sample_rate: float, train: str
+) -> None:
+    """It follows from the names of labels in the job, so it is the same for every record, cached or not, and side by side."""
+    lora = {**CASES["sequence_classification"].sections.get("lora", {}), "train": train}
+    job, alone_job = (
+        job_of(task_job, "sequence_classification", sample_rate=rate, task=CENTRED, lora=lora)
+        for rate in (sample_rate, 1.0)
+    )
+    examples = runtime_of(job, precision).encode(CASES["sequence_classification"].records)
+    moved = 0
+    for cached in (False, True):
+        runtime = replace(runtime_of(job, precision, cached=cached), cache=FrozenCache())
+        start = hostile(runtime, strength)
+        for number in (3, 6, 14):
+            runtime.warm_cache(examples[:number])
+            (without,) = sums_of(runtime, job, start, [examples[:number]])
+            (with_it,) = sums_of(runtime, job, start, [examples[: number + 1]])
+            change = with_it - without
+            assert float(change.norm()) <= C
+            if float(change.norm()):
+                moved += 1
+                assert torch.equal(change, sums_of(runtime, alone_job, start, [examples[number : number + 1]])[0])
+    if not strength and sample_rate == 1:
+        assert moved == 6
+    sites = [examples[:4], examples[4:5]]
+    before, after = (sums_of(runtime, job, start, [*sites, others]) for others in (examples[5:9], examples[5:12]))
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
 
 
 @pytest.mark.parametrize("strength", [0.0, 1e6])
