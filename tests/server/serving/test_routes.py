@@ -264,6 +264,8 @@ def test_whoever_leaves_is_not_computed_and_a_full_queue_is_503(filled: Path, mo
         # Whoever left makes room as soon as the engine comes round; until then the queue is full.
         assert refused.status_code == 503
         assert int(refused.headers["retry-after"]) >= 1
+        # The service hears of it by the connection, some time after the client closed it.
+        _until(lambda: [asked.future.cancelled() for asked, _ in engine._queue] == [True] * 4)
         go.set()
         held.join(20)
         _until(lambda: engine.waiting == 0)
