@@ -111,13 +111,14 @@ CASES = {
         alike=[{"text": text, "pair": text, "label": "match"} for text in LINES],
     ),
     "regression": Case(
-        {"target_range": [1, 5]},
+        {"target_range": [1, 5], "head_offset": 0.25},
         [{"text": text, "score": 1 + i % 5} for i, text in enumerate(_texts())],
         bad=[({"score": score}, "no finite number") for score in ("secret", float("nan"), "1_3", "inf", True)]
         + [({"score": "3,57"}, r"no finite number \(a decimal comma\? write a point\); mend")],
         bad_sections=[
             ({"target_range": None}, "missing"),
             ({"target_range": [5, 1]}, "must rise"),
+            ({"head_offset": -0.1}, "head_offset"),
             ({"labels": ["a", "b"]}, "takes no labels"),
         ],
         alike=[{"text": text, "score": 9 + i} for i, text in enumerate(LINES)],

@@ -91,6 +91,17 @@ class TaskConfig(Section):
     and takes its share of each clipped gradient. It helps with many labels and little budget; names are public, so it costs
     nothing."""
 
+    head_offset: float = Field(default=0.0, ge=0, le=1, exclude_if=lambda value: value == 0)
+    """Added to every value of the vector that the head of `regression` sees. Those vectors have mean 0 and variance 1, so it does
+    what a larger bias does: clipped steps get to the scores' own mean sooner where that is not the middle of `target_range`.
+    `silotune new` takes 0.25; public, so it costs nothing."""
+
+    @model_validator(mode="after")
+    def _check_offset(self) -> Self:
+        if self.head_offset and self.kind != "regression":
+            raise ValueError(f"head_offset is for regression, and kind is {self.kind!r}; remove it")
+        return self
+
     @model_validator(mode="after")
     def _check_names(self) -> Self:
         for key in ("head_start", "head_centre"):

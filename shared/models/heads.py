@@ -24,7 +24,7 @@ class PooledClassifier(nn.Module):
 
     Attributes:
         centre: public vector [H] that is taken off what the linear layer sees, if the job says so; else None. What all texts have
-            in common then takes no share of a clipped gradient.
+            in common then takes no share of a clipped gradient; or, the other way round, a bias takes more of it.
     """
 
     centre: Tensor | None

@@ -16,7 +16,7 @@ from shared.data.records import named
 from shared.errors import DataError
 from shared.job.kinds import RULES
 from shared.models.batches import Batch, Example
-from shared.models.heads import PooledClassifier, init_linear
+from shared.models.heads import PooledClassifier
 from shared.numbers import comma_hint, read_number
 from shared.tasks.base import Evaluation, Prediction, Record
 from shared.tasks.predicting import Explained, Predicting, Read
@@ -42,9 +42,15 @@ class Regression(Predicting):
         return self.config.target_range
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
-        """Return a pooled linear map to one number, drawn from the public seed."""
+        """Return a pooled linear map to one number that answers the middle of the range: every weight is 0.
+
+        Drawn weights would answer at random, +-0.4 of half the range, and clipped steps that take that back learn nothing else.
+        """
         head = PooledClassifier(hidden_size, 1, self.model.pooling)
-        init_linear(head.linear, seed=seed, name="head.linear")
+        nn.init.zeros_(head.linear.weight)
+        nn.init.zeros_(head.linear.bias)
+        if self.config.head_offset:
+            head.centre = torch.full((hidden_size,), -self.config.head_offset)
         return head
 
     def targets(self, records: Sequence[Record]) -> Sequence[Any]:

@@ -18,7 +18,7 @@ from shared.job.kinds import RULES
 from simulations.new_scenario.lengths import Backbone
 from simulations.new_scenario.looking import Findings
 from simulations.new_scenario.question import SITE_ROLE, USUAL_EPSILON, Question
-from simulations.new_scenario.rule import Settings
+from simulations.new_scenario.rule import HEAD_OFFSET, Settings
 
 _COMMENT_COLUMN = 38
 _WIDTH = 110
@@ -114,6 +114,7 @@ def _task(draft: Draft) -> str:
     if "target_range" in keys:
         why = "declared" if question.value_range else "lowest and highest in the file"
         rows.append(("target_range", _range(found), f"{why}; what lies outside is clipped"))
+        rows.append(("head_offset", HEAD_OFFSET, "a larger bias: the scores' own mean is found sooner"))
     if "image_shape" in keys:
         rows.append(("image_shape", list(question.image_shape or ()), "channels, height, width"))
         rows.append(("pixel_range", _range(found), "of the format, not of these images"))

@@ -175,3 +175,5 @@ def test_only_where_it_is_asked_for(classification_job: Callable[..., Job], task
     for key in ("head_start", "head_centre"):
         with pytest.raises(ConfigError, match=f"{key} is for sequence_classification"):
             task_job({"kind": "causal_lm", key: "label-names"})
+    with pytest.raises(ConfigError, match="head_offset is for regression"):
+        task_job({"kind": "causal_lm", "head_offset": 0.25})

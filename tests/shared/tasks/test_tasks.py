@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from shared.errors import ConfigError, DataError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.model import ModelConfig, TaskConfig
 from shared.models.batches import IGNORED, Batch, collate
+from shared.models.heads import PooledClassifier
 from shared.runtime.inference import Decoding, choose_tokens, generate, predict
 from shared.runtime.runtime import Runtime, load_runtime
 from shared.tasks.pair_matching import ranking_metrics
@@ -172,6 +174,26 @@ def test_scores_are_clipped_to_the_declared_range(task_job: Callable[..., Job]) 
     assert [example.target for example in runtime.encode(records)] == [-1, -1, -0.5, 0, 1, 1]
 
 
+def test_an_untrained_head_answers_the_middle_of_the_range(task_job: Callable[..., Job]) -> None:
+    runtime = load_runtime(task_job({"kind": "regression", "target_range": [1, 5]}), CPU)
+    runtime.load(runtime.initial)
+    assert [one["score"] for one in predict(runtime, ["a film", "a dull plot and a worse script"])] == [3.0, 3.0]
+
+
+def test_an_offset_is_a_larger_bias(task_job: Callable[..., Job]) -> None:
+    plain, wide = (
+        load_runtime(task_job({"kind": "regression", "target_range": [1, 5], **more}), CPU).model.head
+        for more in ({}, {"head_offset": 0.25})
+    )
+    assert isinstance(plain, PooledClassifier)
+    assert isinstance(wide, PooledClassifier)
+    size = plain.linear.in_features
+    pooled = nn.functional.layer_norm(torch.randn(3, size, generator=torch.Generator().manual_seed(0)), (size,))
+    for head in (plain, wide):
+        nn.init.constant_(head.linear.weight, 0.5)
+    assert torch.allclose(wide.classify(pooled), plain.classify(pooled) + 0.25 * 0.5 * size, atol=1e-4)
+
+
 def test_metrics_are_in_the_job_s_own_unit() -> None:
     task = Regression(TaskConfig(kind="regression", target_range=(0, 10)), ModelConfig())
     batch = Batch(torch.zeros(3, 1), torch.ones(3, 1, dtype=torch.bool), torch.tensor([-1.0, 0.0, 1.0]))
@@ -186,7 +208,8 @@ def test_metrics_are_in_the_job_s_own_unit() -> None:
 def test_scores_are_predicted_in_order(task_job: Callable[..., Job]) -> None:
     job = task_job({"kind": "regression", "target_range": [1, 5]})
     runtime = load_runtime(job, CPU)
-    runtime.load(runtime.initial)
+    drawn = torch.Generator().manual_seed(1)
+    runtime.load({name: 0.1 * torch.randn(tensor.shape, generator=drawn) for name, tensor in runtime.initial.items()})
     texts = ["a dull plot and a worse script", "film", "what a bright cast"]
     together, alone = predict(runtime, texts), [predict(runtime, [text])[0] for text in texts]
     for found, expected in zip(together, alone, strict=True):

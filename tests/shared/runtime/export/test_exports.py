@@ -74,7 +74,11 @@ CASES = {
         [f"{first}\t{second}" for first, second in pairwise(LINES)] + [f"{LONG}\t{LINES[0]}"],
         lambda pair: {"text": pair[0], "pair": pair[1]},
     ),
-    "ratings": Case({"kind": "regression", "target_range": [1.0, 5.0]}, [*LINES, LONG], lambda text: {"text": text}),
+    "ratings": Case(
+        {"kind": "regression", "target_range": [1.0, 5.0], "head_offset": 0.25},
+        [*LINES, LONG],
+        lambda text: {"text": text},
+    ),
 }
 
 
