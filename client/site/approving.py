@@ -63,6 +63,12 @@ class ApprovalDesk:
             return "no job was asked for"
         return 'no job was asked for; policy.toml has approval = "none", so its rules alone decide'
 
+    def seen(self, named: str) -> tuple[Request, str]:
+        """Return one request, and what a decision on it as it stands now names (`Request.mark`); raises as `facts`."""
+        rules = self.rules
+        request, _ = self._approvals.find(named, rules)
+        return request, request.mark(rules, self._clock())
+
     def basis(self, request: Request) -> tuple[object, ...]:
         """Return what is another value once a request's facts may be others, but for its state and the time; quick."""
         from client.ledger.file import head_of

@@ -46,7 +46,7 @@ def test_one_job_is_as_its_request_says(serve: Serve, tmp_path_factory: pytest.T
     found = content(serve(home))
     budget = found.budgets.current()
     (shown,) = found.requests.all()
-    facts = found.requests.facts(shown)
+    facts = found.requests.facts(shown).facts
     told = found.forecasts.of(budget)
     assert {line.promise: line.after for line in facts.budget} == pytest.approx(told.after, abs=1e-12)
     assert [(one.request.id, one.state, one.after) for one in told.jobs] == [(shown.request.id, "waiting", told.after)]
