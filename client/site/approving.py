@@ -49,6 +49,11 @@ class ApprovalDesk:
         self._approvals = Approvals(home.approvals, site=site, seal=self._seal, log=self._log, clock=clock)
 
     @property
+    def site(self) -> str:
+        """Name of the site."""
+        return self._home.load_config().name
+
+    @property
     def rules(self) -> Rules:
         """What the policy says of approvals now."""
         return Rules.of(self.policy())
