@@ -61,7 +61,7 @@ def test_the_page_shows_it_as_anothers(serve: Serve, tmp_path_factory: pytest.Te
     serving = serve(make_home(folder), sweep=make_sweep(folder / "sweep", name="<b>other</b>"))
     page = what_if(serving.signed_in("viewer"), steps="8", rate="0.1", value="2").text
     words = text_of(page)
-    assert "0.9990 0.595 ±0.007 the next smaller epsilon" in words
+    assert "0.9990 0.595 ±0.007 next smaller" in words
     assert "7.9920 0.745 ±0.007 –" in words
     assert "without noise 0.845" in words
     assert "on another data set" in words
