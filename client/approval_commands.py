@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -77,10 +78,24 @@ def approve(
     job: JobArgument,
     by: ByOption = None,
     reason: Annotated[str, typer.Option("--reason", help="For the audit log of this site.")] = "",
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask once the request was shown.")] = False,
 ) -> None:
-    """Approve a job that waits; the running node lets it begin when the coordinator asks again, within a minute."""
-    desk = _desk(home)
-    found, state = desk.approve(job, by=_account(by), reason=reason)
+    """Show a request, as `request` does, and approve it; the running node lets the job begin within a minute."""
+    from client.approval.words import told
+
+    desk, account = _desk(home), _account(by)
+    request, seen = desk.seen(job)
+    before = desk.basis(request)
+    console = terminal.console(soft_wrap=True)
+    for line in told(desk.facts(request.id, by_id=True)):
+        console.print(line)
+    if not yes and sys.stdin.isatty():
+        typer.confirm("Approve it?", abort=True)
+    if desk.basis(request) != before:
+        raise RunError(
+            "the budget, the policy or the settings changed meanwhile, so nothing was approved; read it again."
+        )
+    found, state = desk.approve(request.id, by=account, reason=reason, seen=seen)
     name = printable(f"{found.name} ({found.job[:12]})")
     if state == "approved":
         until = found.ends(desk.rules, datetime.now(UTC))

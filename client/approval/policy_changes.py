@@ -7,7 +7,8 @@ Formal guarantees (tests: tests/client/approval/test_policy_changes.py)
     * Nothing is put into force that this program would not read as a policy (test_what_is_no_policy_is_not_proposed).
     * A proposal holds once as many accounts stand behind it as the policy in force asks for, not the one that is proposed
       (test_the_policy_in_force_says_how_many, test_four_eyes_are_two_accounts); a file that is no policy asks for two. By
-      which people decide less strictly, that takes as many as decide on a job (test_nobody_lowers_four_eyes_alone).
+      which people decide less strictly, that takes as many as decide on a job (test_nobody_lowers_four_eyes_alone), each of
+      whom may decide on one (test_four_eyes_of_officers_are_lowered_by_officers).
     * A proposal is for the file as its proposer saw it: once that has changed, it cannot be accepted
       (test_a_proposal_on_another_file_is_stale), nor when it is put back (test_what_was_overtaken_stays_so).
     * Who accepted what is in the log before the file is replaced; killed anywhere, the next one to look finds the change done
@@ -32,7 +33,7 @@ from typing import Any, Literal
 
 from client.approval.request import same_account
 from client.approval.requests import checked_account, checked_reason
-from client.policy.diff import people_needed
+from client.policy.diff import officers_needed, people_needed
 from client.policy.policy import load_policy, policy_of
 from shared.errors import ConfigError, RunError, TrustError
 from shared.files.atomic import require_file_or_nothing, write_bytes
@@ -74,6 +75,7 @@ class Proposal:
         number: 1, 2, ... in this site.
         sha256, base: of the text that is proposed, and of the file that it was made from.
         by, at, reason: who proposed it, when, why.
+        officer: whether that account decided on jobs then; of versions that did not note it, not.
         version: number of the policy that was in force then.
         state: as the log has it; whether an open one is stale depends on the file, and on what was in force since.
         said: who accepted or declined it; None while it is open.
@@ -86,6 +88,7 @@ class Proposal:
     at: str
     reason: str
     version: int
+    officer: bool = False
     state: ProposalState = "open"
     said: Said | None = None
 
@@ -191,11 +194,23 @@ class PolicyChanges:
         except ConfigError:
             return 2
 
-    def propose(self, text: str, *, base: str, by: str, reason: str = "") -> Proposal:
+    def lacks_officer(self, proposal: Proposal) -> bool:
+        """Return whether it takes two who decide on jobs, and its proposer is none (`officers_needed`); raises as `needed_for`.
+
+        Of a file that cannot be read nobody can tell what it would lower, and two people mend it.
+        """
+        try:
+            officers = officers_needed(load_policy(self.policy), policy_of(self.text_of(proposal.sha256)))
+        except ConfigError:
+            return False
+        return officers > 1 and not proposal.officer
+
+    def propose(self, text: str, *, base: str, by: str, reason: str = "", officer: bool = False) -> Proposal:
         """Note, durably, that an account wants another policy.
 
         Args:
             base: SHA-256 of the file that it was made from.
+            officer: whether the account may decide on jobs.
 
         Raises:
             ConfigError: the text is no policy.
@@ -215,16 +230,18 @@ class PolicyChanges:
                 raise RunError(f"{MOST_OPEN} proposals wait already; accept or decline some first.")
             self._keep(content)
             number = max(state.proposals, default=0) + 1
-            self._note(Event.POLICY_PROPOSED, number=number, sha256=sha256, base=base, by=by, reason=reason)
+            self._note(
+                Event.POLICY_PROPOSED, number=number, sha256=sha256, base=base, by=by, reason=reason, officer=officer
+            )
             self._forget(state)
             return state.proposals[number]
 
     def accept(self, number: int, *, by: str, reason: str = "") -> Version:
-        """Put a proposal into force, durably; whether an account may accept at all is for the caller to say.
+        """Put a proposal into force, durably; whether an account may accept, and so decides on jobs, is for the caller to say.
 
         Raises:
             Stale: it is not open, or the file is another one by now.
-            RunError: the policy in force wants another account than that of its proposer.
+            RunError: the policy in force wants another account than that of its proposer, or two who decide on jobs.
             ConfigError: this version of the program does not read it as a policy.
             TrustError: log or files cannot be read or written.
         """
@@ -233,6 +250,11 @@ class PolicyChanges:
             found = self._open(state, number)
             if self.needed_for(found) > 1 and same_account(found.by, by):
                 raise RunError(f"{by} proposed it; the policy in force wants somebody else to accept it.")
+            if self.lacks_officer(found):
+                raise RunError(
+                    "by it people decide on jobs less strictly, which takes as many officers as decide on one, and "
+                    f"{found.by}, who proposed it, is none; an officer proposes it anew, and another one accepts it."
+                )
             policy_of(self.text_of(found.sha256))
             require_file_or_nothing(self.policy)
             self._note(Event.POLICY_ACCEPTED, number=number, sha256=found.sha256, base=found.base, by=by, reason=reason)
@@ -337,6 +359,7 @@ def _take(state: _State, entry: Entry) -> None:
             at=entry.time,
             reason=reason,
             version=len(state.versions),
+            officer=details.get("officer") is True,
         )
     elif entry.event in _STATES and found is not None and found.sha256 == sha256 and found.state == "open":
         said = Said(by=by, at=entry.time, reason=reason)

@@ -127,6 +127,7 @@ def what_if(
         answer=answer,
         problem=asked.texts("what_if.busy") if busy else problem,
         most_steps=_most_steps(content),
+        accuracy=content.accuracy,
     )
 
 

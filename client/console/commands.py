@@ -17,6 +17,12 @@ def start_console(
     certificate: CertificateOption = None,
     key: KeyOption = None,
     database: DatabaseOption = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of a sweep (`silotune sweep`): What if shows what each epsilon reached there; read only."
+        ),
+    ] = None,
 ) -> None:
     """Serve the site's console, pages for a browser, until it is stopped; the node runs with or without it."""
     from shared.web import require_web
@@ -33,6 +39,7 @@ def start_console(
         certificate=certificate,
         key=key,
         database=database,
+        sweep=sweep,
         passphrase=passphrase_from_environment(),
         say=typer.echo,
     )

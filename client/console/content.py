@@ -15,6 +15,7 @@ from client.console.audit.chains import Chains
 from client.console.audit.releases import Releases
 from client.console.budget import Budgets
 from client.console.forecast import Forecasts
+from client.console.known_accuracy import KnownAccuracy
 from client.console.machine import Gpus
 from client.console.requests import Requests
 from client.site.home import SiteHome
@@ -49,6 +50,7 @@ class SiteContent:
         forecasts: what the budget will be.
         gpus: of the machine.
         chains: whether log and ledger are unbroken.
+        accuracy: what a sweep elsewhere found; None where none was given.
         is_read: set unless `read_ahead` is at work.
     """
 
@@ -61,6 +63,7 @@ class SiteContent:
     forecasts: Forecasts
     gpus: Gpus
     chains: Chains
+    accuracy: KnownAccuracy | None = None
     is_read: threading.Event = field(default_factory=_set)
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:

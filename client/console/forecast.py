@@ -21,7 +21,7 @@ from client.console.budget import AccountBudget, Plan
 from client.console.requests import Requests
 from client.ledger.account import Promise
 from client.policy.policy import Policy
-from client.policy.verdicts import Verdict, numbers
+from client.policy.verdicts import Verdict, beside_numbers, numbers
 from shared.errors import PrivacyError, SilotuneError
 from shared.job.job import Job
 from shared.job.parsing import parse
@@ -72,12 +72,14 @@ class WhatIf:
         promised: None where it cannot be told.
         lines: of both caps; none where it cannot be told.
         rules: of the policy, as far as they judge numbers.
+        unjudged: names of the others.
     """
 
     job: Job
     promised: Promised | None
     lines: tuple[BudgetLine, ...]
     rules: tuple[Verdict, ...]
+    unjudged: tuple[str, ...]
 
     @property
     def told_apart(self) -> tuple[BudgetLine, ...]:
@@ -143,9 +145,9 @@ class Forecasts:
         Raises:
             ConfigError: there can be no such job.
         """
-        policy = self._requests.desk.policy()
+        policy, site = self._requests.desk.policy(), self._requests.desk.site
         job = _imagined(policy, settings)
-        key = (budget.mark, policy.model_dump_json(), job.sha256)
+        key = (budget.mark, policy.model_dump_json(), site, job.sha256)
         with self._asked(asker) as is_latest:
             if (known := self._answers.get(key)) is not None:
                 return known
@@ -156,7 +158,8 @@ class Forecasts:
                 job=job,
                 promised=promised_by(job, policy),
                 lines=budget.lines("", plan),
-                rules=tuple(numbers(policy, job)),
+                rules=tuple(numbers(policy, job, site=site)),
+                unjudged=beside_numbers(policy),
             )
             while len(self._answers) >= _MOST_KEPT:
                 del self._answers[next(iter(self._answers))]

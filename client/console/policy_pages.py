@@ -4,7 +4,8 @@ Formal guarantees (tests: tests/client/console/test_policy_pages.py)
     * The account that is signed in is who proposes, accepts or declines; nothing in a form can name another
       (test_nobody_speaks_for_another).
     * Engineers propose and officers accept; where the policy in force wants two, or two for each job that the change would let
-      in with fewer, not their own (test_who_may_do_what, test_four_eyes_are_two_accounts, test_nobody_lowers_four_eyes_alone).
+      in with fewer, not their own (test_who_may_do_what, test_four_eyes_are_two_accounts, test_nobody_lowers_four_eyes_alone);
+      then an engineer is none of the two (test_an_engineer_and_an_officer_do_not_lower_four_eyes).
     * A proposal is made from the file that its page showed, or not at all (test_a_page_of_before_proposes_nothing).
 """
 
@@ -58,9 +59,12 @@ def policy(asked: Here) -> Response:
 
 
 @ROUTES.page("/policy/edit", Action.PROPOSE_POLICY)
-def edit(asked: Here, version: Given = None) -> Response:
-    """Show the policy, or an old version of it, to be changed."""
+def edit(asked: Here, version: Given = None, proposal: Given = None) -> Response:
+    """Show the policy, an old version of it or what somebody proposed, to be changed."""
     now = policy_text(content_of(asked).home)
+    if proposal is not None:
+        found = _proposal(asked, proposal)
+        return _form(asked, now, _changes(asked).text_of(found.sha256), compared=True)
     if version is None:
         return _form(asked, now, now.text)
     return _form(asked, now, _changes(asked).text_of(_version(asked, version).sha256), version=version)
@@ -73,7 +77,9 @@ def propose(asked: Here, text: Text = "", base: Sha256 = "", reason: Reason = ""
     try:
         if do != "propose":
             return _form(asked, now, checked_text(text).decode(), reason=reason, compared=True)
-        proposal = _changes(asked).propose(text, base=base, by=asked.me().name, reason=reason)
+        me = asked.me()
+        officer = allowed(me.role, Action.DECIDE_REQUESTS)
+        proposal = _changes(asked).propose(text, base=base, by=me.name, reason=reason, officer=officer)
     except ConfigError as error:
         return _form(asked, now, text, reason=reason, status=422, refused=str(error))
     except Stale:
@@ -98,6 +104,8 @@ def accept(asked: Here, number: Number, reason: Reason = "") -> Response:
     found, changes, me = _proposal(asked, number), _changes(asked), asked.me()
     if found.state == "open" and changes.needed_for(found) > 1 and same_account(found.by, me.name):
         return _proposal_page(asked, found, problem=asked.texts("policy.problem_same"), status=409)
+    if found.state == "open" and changes.lacks_officer(found):
+        return _proposal_page(asked, found, problem=asked.texts("policy.officers"), status=409)
     return _decided(asked, number, lambda: changes.accept(number, by=me.name, reason=reason))
 
 
@@ -178,6 +186,7 @@ def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: 
     before, after = (changes.text_of(found.base), changes.text_of(found.sha256)) if is_kept else ("", "")
     officer = allowed(me.role, Action.ACCEPT_POLICY)
     needed = changes.needed_for(found) if is_kept else changes.needed
+    lacks_officer = found.state == "open" and changes.lacks_officer(found)
     return asked.page(
         "policy-proposal.html",
         status=status,
@@ -188,7 +197,9 @@ def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: 
         problem=problem,
         needed=needed,
         mine=mine,
-        may_accept=found.state == "open" and officer and (needed == 1 or not mine),
+        lacks_officer=lacks_officer,
+        may_accept=found.state == "open" and officer and not lacks_officer and (needed == 1 or not mine),
+        may_propose=officer,
         may_decline=found.state in ("open", "stale") and (officer or mine),
         most=MOST_REASON,
     )

@@ -5,7 +5,8 @@ Who decided stands in the site's audit log by the decision itself, under the acc
 Formal guarantees (tests: tests/client/console/test_requests.py)
     * The account that is signed in is who approves; nothing in a form can name another (test_nobody_approves_for_another).
     * Two approvals are two accounts (test_four_eyes_are_two_accounts).
-    * Approving is offered beside the facts, and never without (tests/client/console/test_deciding.py).
+    * Approving is offered beside the facts, and never without; an approval that does not name the facts of this job, with the
+      budget as it is, does nothing (tests/client/console/test_deciding.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fastapi.responses import Response
 
 from client.approval.requests import MOST_REASON, Changed
 from client.console.content import being_read, content_of
-from client.console.requests import Requests, Shown
+from client.console.requests import Known, Requests, Shown
 from shared.errors import ConfigError, RunError, SilotuneError
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action, allowed
@@ -68,15 +69,17 @@ def facts(asked: Here, request: Id) -> Response:
         if not asked.is_fragment:
             raise
         found, problem = None, str(error)
-    return asked.page(template, shown=shown, facts=found, problem=problem, **_deciding(asked, shown))
+    return asked.page(template, shown=shown, problem=problem, **_deciding(asked, shown, found))
 
 
 @ROUTES.page("/requests/{request}/approve", Action.DECIDE_REQUESTS, method="POST", proven="/requests/{request}")
-def approve(asked: Here, request: Id, reason: Reason = "", seen: Mark = "") -> Response:
-    """Note that the account approves a request."""
+def approve(asked: Here, request: Id, reason: Reason = "", seen: Mark = "", read: Mark = "") -> Response:
+    """Note that the account approves a request, whose facts it read as they are now."""
     shown = _found(asked, request)
     if shown.mark == seen and shown.approved_by(asked.me().name):
         return _page(asked, shown, problem=asked.texts("requests.problem_same"), status=409)
+    if shown.mark == seen and not _requests(asked).are_read(shown, read):
+        return _page(asked, shown, problem=asked.texts("requests.problem_unread"), status=409, typed=reason)
     return _decided(asked, shown, "approve", reason, seen)
 
 
@@ -115,16 +118,17 @@ def _page(asked: Asked, shown: Shown, *, problem: str = "", status: int = 200, t
         "request.html",
         status=status,
         shown=shown,
-        facts=_known(asked, shown),
         problem=problem,
-        **_deciding(asked, shown, typed=typed),
+        **_deciding(asked, shown, _known(asked, shown), typed=typed),
     )
 
 
-def _deciding(asked: Asked, shown: Shown, *, typed: str = "") -> dict[str, Any]:
-    """Return what the forms to decide are made from."""
+def _deciding(asked: Asked, shown: Shown, known: Known | None, *, typed: str = "") -> dict[str, Any]:
+    """Return what the facts and the forms to decide are made from."""
     me = asked.me()
     return {
+        "facts": known.facts if known else None,
+        "read": known.mark if known else "",
         "typed": typed,
         "may_decide": allowed(me.role, Action.DECIDE_REQUESTS),
         "is_mine": shown.approved_by(me.name),
@@ -132,7 +136,7 @@ def _deciding(asked: Asked, shown: Shown, *, typed: str = "") -> dict[str, Any]:
     }
 
 
-def _known(asked: Asked, shown: Shown) -> object:
+def _known(asked: Asked, shown: Shown) -> Known | None:
     try:
         return _requests(asked).known_facts(shown)
     except SilotuneError:

@@ -2,13 +2,19 @@
 
 Guarantees (tests: tests/client/console/test_requests.py)
     * A decision holds for the request as its page showed it, or does nothing (test_a_decision_on_a_page_of_before_does_nothing).
+    * An approval names the facts that its page showed: of another job, or of another state of budget, policy and settings, or
+      of a page that showed none, it is not told as read (tests/client/console/test_deciding.py,
+      test_nobody_approves_what_was_not_computed).
     * What is shown follows from policy, settings and ledger as they are: facts are computed anew when one of them changed, and
       after ten minutes (test_facts_are_computed_once_and_anew_after_a_change).
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -76,6 +82,19 @@ class Shown:
         return self.state != "refused" and any(same_account(one.by, account) for one in self.approvals)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """Facts that were computed.
+
+    Attributes:
+        facts: of one request.
+        mark: what an approval names; only pages that show these facts hold it.
+    """
+
+    facts: Facts
+    mark: str
+
+
 class Requests:
     """The requests of a site; safe to use from several threads.
 
@@ -90,7 +109,8 @@ class Requests:
     ) -> None:
         self.desk, self._budgets, self._now = desk, budgets, now
         self._lock, self._accounting = threading.Lock(), Turn()
-        self._facts: dict[tuple[object, ...], tuple[float, Facts]] = {}
+        self._facts: dict[tuple[object, ...], tuple[float, Known]] = {}
+        self._secret = secrets.token_bytes(32)
         self._counted: tuple[float, int] | None = None
 
     def all(self) -> list[Shown]:
@@ -133,11 +153,15 @@ class Requests:
         with self._lock:
             self._counted = None
 
-    def known_facts(self, shown: Shown) -> Facts | None:
+    def known_facts(self, shown: Shown) -> Known | None:
         """Return the facts of a request if they need not be computed."""
         return self._kept(self.desk.basis(shown.request))
 
-    def facts(self, shown: Shown) -> Facts:
+    def are_read(self, shown: Shown, mark: str) -> bool:
+        """Return whether a page showed the facts of this request as they are now; raises as `ApprovalDesk.basis`."""
+        return hmac.compare_digest(self._mark(self.desk.basis(shown.request)).encode(), mark.encode())
+
+    def facts(self, shown: Shown) -> Known:
         """Return the facts of a request; they take seconds of accounting, one at a time, unless they are known.
 
         Raises:
@@ -150,7 +174,8 @@ class Requests:
             basis = self.desk.basis(shown.request)
             if (kept := self._kept(basis)) is not None:
                 return kept
-            found = self.desk.facts(shown.request.id, by_id=True, lines=self._lines)
+            facts = self.desk.facts(shown.request.id, by_id=True, lines=self._lines)
+            found = Known(facts=facts, mark=self._mark(basis))
             with self._lock:
                 while len(self._facts) >= _MOST_KEPT:
                     del self._facts[next(iter(self._facts))]
@@ -161,7 +186,10 @@ class Requests:
         """Return what the desk would say of the budget, without a whole ledger in memory."""
         return self._budgets.current().lines(job.sha256, planned_charges(job, policy))
 
-    def _kept(self, basis: tuple[object, ...]) -> Facts | None:
+    def _mark(self, basis: tuple[object, ...]) -> str:
+        return hmac.new(self._secret, repr(basis).encode(), hashlib.sha256).hexdigest()
+
+    def _kept(self, basis: tuple[object, ...]) -> Known | None:
         with self._lock:
             since, found = self._facts.get(basis, (0.0, None))
             return found if found is not None and time.monotonic() < since + _KEPT_SECONDS else None

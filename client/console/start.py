@@ -13,6 +13,7 @@ from client.console.audit.releases import Releases
 from client.console.budget import Budgets
 from client.console.content import SiteContent
 from client.console.forecast import Forecasts
+from client.console.known_accuracy import known_accuracy
 from client.console.machine import Gpus
 from client.console.pages import NAVIGATION
 from client.console.requests import Requests
@@ -38,6 +39,7 @@ def open_console(
     port: int,
     passphrase: str | None,
     database: str | None = None,
+    sweep: Path | None = None,
     now: Callable[[], int] = seconds_now,
 ) -> Console:
     """Return the console of a site's folder.
@@ -46,6 +48,7 @@ def open_console(
         place, port: where it will be served.
         passphrase: of the site's keys.
         database: URL of PostgreSQL; None: a file in the folder.
+        sweep: folder of a sweep elsewhere, whose accuracy is shown beside what a job would cost.
 
     Raises:
         ConfigError, RunError, TrustError: as their texts say.
@@ -65,6 +68,7 @@ def open_console(
         forecasts=Forecasts(requests),
         gpus=Gpus(),
         chains=Chains(home, budgets, now=now),
+        accuracy=None if sweep is None else known_accuracy(sweep),
     )
     folder = home.path / FOLDER
     people = open_people(folder, url=database, passphrase=passphrase, record=content.record, now=now)
@@ -94,13 +98,14 @@ def run_console(
     certificate: Path | None,
     key: Path | None,
     database: str | None,
+    sweep: Path | None,
     passphrase: str | None,
     say: Callable[[str], None],
 ) -> None:
-    """Serve a site's console until Ctrl-C or SIGTERM; `say` prints a line for whoever started it."""
+    """Serve what `open_console` opens until Ctrl-C or SIGTERM; `say` prints a line for whoever started it."""
 
     def opened(place: Place, bound: int) -> Console:
-        console = open_console(home, place=place, port=bound, passphrase=passphrase, database=database)
+        console = open_console(home, place=place, port=bound, passphrase=passphrase, database=database, sweep=sweep)
         console.content.is_read.clear()
         threading.Thread(target=console.content.read_ahead, name="read ahead", daemon=True).start()
         return console

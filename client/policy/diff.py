@@ -105,11 +105,19 @@ def setting_changes(before: Policy, after: Policy) -> list[SettingChange]:
 def people_needed(before: Policy, after: Policy) -> int:
     """Return how many people a change made in the console takes, by the policy in force, which is `before`.
 
-    As many as its `policy_approvals_needed`; one by which people decide less strictly takes as many as decide on a job, too:
-    else one of two could let in alone what the other would refuse.
+    As many as its `policy_approvals_needed`; one by which people decide less strictly as many as `officers_needed`, too.
+    """
+    return max(before.policy_approvals_needed, officers_needed(before, after))
+
+
+def officers_needed(before: Policy, after: Policy) -> int:
+    """Return how many of these must be people who decide on jobs.
+
+    One; of a change by which people decide less strictly as many as decide on a job: else one of two could let in alone, or with
+    somebody who decides on no job, what the other would refuse.
     """
     looser = any(one.effect == "more" for one in setting_changes(before, after) if one.setting in _OF_DECISIONS)
-    return max(before.policy_approvals_needed, before.approvals_needed if looser else 1)
+    return before.approvals_needed if looser else 1
 
 
 def _flat(section: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -89,7 +89,7 @@ class Policy(Section):
     policy_approvals_needed: int = Field(default=1, ge=1, le=2)
     """How many people must stand behind a change of this file that is made in the console: `1`, an officer; `2` is four eyes: who
     proposes it, and an officer who is somebody else. A change by which people decide less strictly takes `approvals_needed`
-    people at least. Whoever may write the file itself is not asked."""
+    officers at least. Whoever may write the file itself is not asked."""
     limits: Limits = Limits()
 
     @field_validator("signers")

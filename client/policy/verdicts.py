@@ -126,14 +126,7 @@ def _of_job(policy: Policy, job: Job, site: str) -> Iterator[Verdict]:
     backbone = job.model.backbone
     listed = backbone in policy.backbones
     yield Verdict(rule="backbones", asked=backbone, allowed=Told.of("listed"), kept=listed)
-    yield from numbers(policy, job)
-    if policy.peers and job.privacy.shares_noise:
-        yield Verdict(
-            rule="peers",
-            asked=Told.of("known", needed=f"{job.federation.min_sites:,}"),
-            allowed=Told.of("named", known=f"{num_known(policy.peers, site):,}"),
-            kept=knows_enough(policy.peers, job, site=site),
-        )
+    yield from numbers(policy, job, site=site)
     yield from _limits(policy, job)
     if policy.hours is not None:
         yield Verdict(rule="hours", asked=Told.of("any_time"), allowed=Told.of("within", hours=policy.hours), kept=True)
@@ -148,7 +141,13 @@ def _of_job(policy: Policy, job: Job, site: str) -> Iterator[Verdict]:
         )
 
 
-def numbers(policy: Policy, job: Job) -> Iterator[Verdict]:
+def beside_numbers(policy: Policy) -> tuple[str, ...]:
+    """Return the rules that `numbers` does not judge: on who signs a job, when, what it is on, and who is in its sums."""
+    hours = ("hours",) if policy.hours is not None else ()
+    return ("signers", "validity", "tasks", "backbones", "limits", *hours, _METRICS)
+
+
+def numbers(policy: Policy, job: Job, *, site: str) -> Iterator[Verdict]:
     """Yield the verdicts on what a job costs and how many take part in it; takes seconds of accounting."""
     yield from _privacy(policy, job)
     steps = job.charged_steps
@@ -179,6 +178,13 @@ def numbers(policy: Policy, job: Job) -> Iterator[Verdict]:
             asked=f"{colluding:,}",
             allowed=Told.of("at_least", least=f"{least:,}"),
             kept=colluding >= least,
+        )
+    if policy.peers and job.privacy.shares_noise:
+        yield Verdict(
+            rule="peers",
+            asked=Told.of("known", needed=f"{sites:,}"),
+            allowed=Told.of("named", known=f"{num_known(policy.peers, site):,}"),
+            kept=knows_enough(policy.peers, job, site=site),
         )
 
 

@@ -49,6 +49,11 @@ class ApprovalDesk:
         self._approvals = Approvals(home.approvals, site=site, seal=self._seal, log=self._log, clock=clock)
 
     @property
+    def site(self) -> str:
+        """Name of the site."""
+        return self._home.load_config().name
+
+    @property
     def rules(self) -> Rules:
         """What the policy says of approvals now."""
         return Rules.of(self.policy())
@@ -62,6 +67,12 @@ class ApprovalDesk:
         if self.policy().approval == "required":
             return "no job was asked for"
         return 'no job was asked for; policy.toml has approval = "none", so its rules alone decide'
+
+    def seen(self, named: str) -> tuple[Request, str]:
+        """Return one request, and what a decision on it as it stands now names (`Request.mark`); raises as `facts`."""
+        rules = self.rules
+        request, _ = self._approvals.find(named, rules)
+        return request, request.mark(rules, self._clock())
 
     def basis(self, request: Request) -> tuple[object, ...]:
         """Return what is another value once a request's facts may be others, but for its state and the time; quick."""

@@ -103,9 +103,14 @@ def asked_after(audit: Path, job_sha256: str, round_number: int) -> list[Asked]:
     """Return what was asked of sites for rounds after the given one and what came, oldest first, from the audit log."""
     found: list[Asked] = []
     latest: dict[tuple[str, int], int] = {}
+    tested: set[str] = set()
     for entry in read(audit):
         details = entry.details
-        if details.get("job") != job_sha256 or not (details.get("round") or 0) > round_number:
+        if details.get("job") != job_sha256:
+            continue
+        if details.get("randomness") == "injected":
+            tested.add(details["site"])
+        if not (details.get("round") or 0) > round_number:
             continue
         number = int(details["round"])
         if entry.event == Event.ROUND_ASKED:
@@ -116,7 +121,7 @@ def asked_after(audit: Path, job_sha256: str, round_number: int) -> list[Asked]:
         elif entry.event == Event.UPDATE_ACCEPTED and (details["site"], number) in latest:
             place = latest[details["site"], number]
             found[place] = replace(found[place], update_sha256=details["sha256"])
-    return found
+    return [replace(one, randomness="injected") if one.site.site in tested else one for one in found]
 
 
 class _Recorder(Observer):
@@ -243,7 +248,8 @@ class _Recorder(Observer):
         """See `Observer`."""
         if reply is not None:
             self._progress.answered(site, "sent")
-            self._note(Event.METRICS_ACCEPTED, site=site, **_sha256_and_size(reply.canonical()))
+            facts = _sha256_and_size(reply.canonical())
+            self._note(Event.METRICS_ACCEPTED, site=site, randomness=reply.randomness, **facts)
         else:
             self._progress.failed(site, problem or "", replied=False)
             log.warning("metrics of site %s: %s", site, problem, extra={"site": site})
@@ -251,7 +257,7 @@ class _Recorder(Observer):
 
     def update_judged(self, round_number: int, site: str, reply: TrainReply | None, problem: str | None) -> None:
         """See `Observer`."""
-        facts = {} if reply is None else _sha256_and_size(reply.update)
+        facts = {} if reply is None else _sha256_and_size(reply.update) | {"randomness": reply.randomness}
         if problem is None:
             self._progress.answered(site, "sent")
             self._note(Event.UPDATE_ACCEPTED, round=round_number, site=site, **facts)

@@ -6,7 +6,8 @@ sites answered this time, that is another release with another charge. The audit
 knows what was asked and what came.
 
 Guarantee (tests: tests/server/rounds/test_interrupted_rounds.py): `epsilon_bound` counts every release that a request in the
-log may have led to, of however many timelines; what came and was accepted counts as executed, once for each different update.
+log may have led to, of however many timelines; what came and was accepted counts as executed, once for each different update. A
+site that said of any of it that its randomness was a test's has no epsilon for that.
 
 Not guaranteed: a log that was put back as well, or a checkpoint of a timeline that was itself put back and left. The sites' own
 ledgers still have every charge.
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from server.rounds.releases import unknown_release, with_update
 from shared.job.job import Job
 from shared.privacy.plan import PrivacyPlan
+from shared.privacy.randomness import Origin
 from shared.privacy.statement import SiteRelease
 from shared.wire.messages import KEPT_ROUNDS, SiteDescription
 
@@ -33,12 +35,14 @@ class Asked:
         round_number: for which round; the one after the last for site metrics.
         adapter_sha256: what it had to start from.
         update_sha256: of the update that came and was accepted; None if none is known of.
+        randomness: "injected" if anything that came from the site was made with a test's; else as of all that nobody saw.
     """
 
     site: SiteDescription
     round_number: int
     adapter_sha256: str
     update_sha256: str | None = None
+    randomness: Origin = "os"
 
 
 @dataclass
@@ -56,12 +60,15 @@ class EarlierRequests:
     def __init__(self, asked: Iterable[Asked] = ()) -> None:
         self._sites: dict[str, SiteDescription] = {}
         self._requests: dict[tuple[str, int], list[_Request]] = {}
+        self._injected: set[str] = set()
         for one in asked:
             self._take(one)
 
     def _take(self, one: Asked) -> None:
         name, number = one.site.site, one.round_number
         self._sites[name] = one.site
+        if one.randomness == "injected":
+            self._injected.add(name)
         same_round = self._requests.setdefault((name, number), [])
         for (other, earlier), requests in self._requests.items():
             for request in requests:
@@ -110,6 +117,8 @@ class EarlierRequests:
         plan = PrivacyPlan.from_job(job)
         for (name, number), requests in sorted(self._requests.items()):
             release = result.get(name) or unknown_release(name, self._sites[name].declared_records, plan)
+            if name in self._injected:
+                release = replace(release, randomness="injected")
             if number > job.training.rounds:  # one release of metrics, however often it is asked for
                 result[name] = replace(release, metrics=job.site_metrics.names, metrics_mechanism=plan.metrics)
                 continue

@@ -268,10 +268,16 @@ def _claims(pairs: Sequence[tuple[str, str]]) -> str:
     return ", ".join(f"({epsilon}, {delta})" for epsilon, delta in pairs) or "nothing"
 
 
-def log_discrepancies(log: LogFacts | None, sites: Sequence[SiteFacts], job: Job) -> Iterator[str]:
-    """Does the coordinator's audit log name the same updates as the privacy records, and no request that these forgot?"""
+def log_discrepancies(
+    log: LogFacts | None, sites: Sequence[SiteFacts], job: Job, *, at_hand: int | None = None
+) -> Iterator[str]:
+    """Does the coordinator's audit log name the same updates as the privacy records, and no request that these forgot?
+
+    Of a round `at_hand` the privacy records say nothing before it is over.
+    """
     if log is None:
         return
+    log = log.before(at_hand)
     judged = {(entry.round, entry.site) for entry in log.updates}
     for number, name in sorted(log.asked - judged):
         release = next((site.release for site in sites if site.release.site == name), None)

@@ -131,7 +131,7 @@ class Release:
 
     Attributes:
         sha256, num_bytes: of the update; None if not recorded.
-        outcome: "accepted", "not counted", "refused", "failed" or "never answered".
+        outcome: "accepted", "round at hand", "not counted", "refused", "failed" or "never answered".
         reason: why it does not count, or how it does.
     """
 
@@ -158,6 +158,7 @@ class Facts:
         adapter_signer: the key that signed the adapter's folder, every file checked; None if it is not signed.
         sources: every file that was read, with its hash.
         discrepancies: what does not fit together, in sentences.
+        at_hand: number of the round that was going on; None of a run that is over, and of simulations.
     """
 
     data: RunData
@@ -173,6 +174,7 @@ class Facts:
     adapter_signer: str | None
     sources: tuple[FileHash, ...]
     discrepancies: tuple[str, ...]
+    at_hand: int | None = None
 
     def called(self, site: str) -> str:
         """What people call a site, for a page; see `RunData.called`."""

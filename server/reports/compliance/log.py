@@ -46,6 +46,13 @@ class LogFacts:
     updates: tuple[JudgedUpdate, ...]
     asked: frozenset[tuple[int, str]] = frozenset()
 
+    def before(self, at_hand: int | None) -> LogFacts:
+        """Return what it says of the rounds before the one at hand; all of it if there is none."""
+        if at_hand is None:
+            return self
+        updates = tuple(one for one in self.updates if one.round < at_hand)
+        return replace(self, updates=updates, asked=frozenset(one for one in self.asked if one[0] < at_hand))
+
     def without_participants(self) -> LogFacts:
         """Return what may be told where sites are drawn in secret: an entry for each update is also a count of them."""
         return replace(self, job_entries=None, updates=(), asked=frozenset())

@@ -59,7 +59,12 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = (), *, signed: Signe
         RunError: if a required file is missing or malformed, or what a site executed cannot be accounted for.
     """
     # 1. What the run wrote, and what each site executed.
+    submission, home = _coordinator(run_dir)
+    goes_on = submission is not None and _goes_on(
+        submission
+    )  # first: what it writes meanwhile is more than is expected
     data, job = read_run(run_dir), load_job(run_dir)
+    at_hand = max((record.round for record in data.federated.rounds), default=0) + 1 if goes_on else None
     sites = _sites(run_dir, job, stopped_early=data.stopped_early)
     central = read_central(run_dir / "privacy.json") if job.privacy.central else None
     if central is None:
@@ -69,7 +74,6 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = (), *, signed: Signe
     ledgers = tuple(ledger_facts(account, job.sha256, [site.release for site in sites]) for account in accounts)
 
     # 2. What stands around it at a coordinator; a signature or a log that does not hold is a discrepancy.
-    submission, home = _coordinator(run_dir)
     problems: list[str] = []
     signed = _signed_job(submission, problems) if submission else signed
     log = _log(home, job.sha256, problems) if home else None
@@ -82,7 +86,7 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = (), *, signed: Signe
     problems += checks.site_discrepancies(data, job, sites)
     problems += checks.central_discrepancies(central, job)
     problems += checks.statement_discrepancies(data, [guarantee.statement for guarantee in guarantees])
-    problems += checks.log_discrepancies(log, sites, job)
+    problems += checks.log_discrepancies(log, sites, job, at_hand=at_hand)
     problems += checks.other_discrepancies(job, ledgers, data.audits)
     return Facts(
         data=data,
@@ -92,12 +96,13 @@ def read_facts(run_dir: Path, accounts: Sequence[Account] = (), *, signed: Signe
         sites=sites,
         central=central,
         guarantees=guarantees,
-        releases=_releases(data, sites, log),
+        releases=_releases(data, sites, log, at_hand),
         ledgers=ledgers,
         log=log,
         adapter_signer=signer,
         sources=_sources(run_dir, submission, accounts, data),
         discrepancies=tuple(map(data.named, problems)),
+        at_hand=at_hand,
     )
 
 
@@ -223,6 +228,14 @@ def _coordinator(run_dir: Path) -> tuple[Submission | None, CoordinatorHome | No
     return Submission(folder), home
 
 
+def _goes_on(submission: Submission) -> bool:
+    """Return whether the coordinator works on a run, or will again; not where it cannot be told."""
+    try:
+        return submission.is_open
+    except RunError:
+        return False
+
+
 def _signed_job(submission: Submission, problems: list[str]) -> SignedJob | None:
     try:
         return submission.signed_job()
@@ -249,7 +262,9 @@ def _adapter_signer(folder: Path, coordinator: VerifyKey | None, problems: list[
         return None
 
 
-def _releases(data: RunData, sites: Sequence[SiteFacts], log: LogFacts | None) -> tuple[Release, ...]:
+def _releases(
+    data: RunData, sites: Sequence[SiteFacts], log: LogFacts | None, at_hand: int | None
+) -> tuple[Release, ...]:
     """Return every release by round and site: what the run counts, what it does not, and what never arrived."""
     judged = {(entry.round, entry.site, entry.sha256): entry for entry in log.updates} if log else {}
     found: dict[tuple[int, str, str | None], Release] = {}
@@ -273,7 +288,8 @@ def _releases(data: RunData, sites: Sequence[SiteFacts], log: LogFacts | None) -
             add(data.federated.rounds_planned + 1, release.site, outcome, reason, arrived)
     for key, entry in judged.items():
         if key not in found:
-            outcome = "not counted" if entry.accepted else "refused" if entry.sha256 else "failed"
+            uncounted = "round at hand" if at_hand is not None and entry.round >= at_hand else "not counted"
+            outcome = uncounted if entry.accepted else "refused" if entry.sha256 else "failed"
             add(entry.round, entry.site, outcome, entry.reason, entry.sha256)
     told = {(number, name) for number, name, _ in found}
     for record in data.federated.rounds:

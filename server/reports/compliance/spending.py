@@ -145,6 +145,11 @@ def releases(facts: Facts) -> Iterator[Block]:
         )
     if not facts.releases:
         yield Paragraph(text="Nothing was released yet.")
+    if facts.at_hand is not None and facts.at_hand <= facts.job.training.rounds:
+        yield Paragraph(
+            text=f"The run goes on: round {facts.at_hand:,} is the round at hand. What sites send in it is counted once it is "
+            "complete, or given up."
+        )
 
 
 def _what_left(facts: Facts) -> str:

@@ -6,6 +6,8 @@ Formal guarantees (tests: tests/shared/web/test_accounts.py)
     * A code of an authenticator counts once (test_a_code_counts_once), also if it is sent twice at one moment.
     * An invitation counts once and for a limited time (test_an_invitation_counts_once, test_an_invitation_ends).
     * There is always an administrator who can sign in (test_the_last_administrator_stays).
+    * Where somebody else may have been signed in, no session and no known browser is left: after another password, an
+      invitation anew, disabling, and when an administrator says so (test_known_browsers_end).
     * Everything that changes an account is recorded before it holds; what cannot be recorded does not happen
       (test_what_cannot_be_recorded_does_not_happen).
 """
@@ -153,7 +155,7 @@ class Accounts:
             self.record(by.name, "account.reset", {"name": found.name})
             connection.execute(_of(account).values(password=None, totp=None))
             connection.execute(delete(INVITATIONS).where(INVITATIONS.c.account == account))
-            end_all(connection, account)
+            _end_everywhere(connection, account)
             return self._invite(connection, account, INVITED_SECONDS)
 
     def invitation(self, code: str, *, address: str) -> Invitation:
@@ -163,10 +165,10 @@ class Accounts:
             Gone: it is none, or not any more.
             TooManyAttempts: of this address.
         """
-        self.attempts.begin(account=None, address=address)
+        self.attempts.begin(account=None, address=address, purpose="invitation")
         with self.database.reading() as connection:
             found = self._invitation(connection, code)
-        self.attempts.succeeded(account=None, address=address)
+        self.attempts.succeeded(account=None, address=address, purpose="invitation")
         return found
 
     def take(self, code: str, *, name: str | None, password: str, totp: str, address: str) -> Account:
@@ -245,16 +247,27 @@ class Accounts:
         with self.database.writing() as connection:
             self.record(account.name, "account.password", {})
             connection.execute(_of(account.id).values(password=kept))
-            end_all(connection, account.id)
+            _end_everywhere(connection, account.id)
 
     def end_sessions(self, account: Account) -> None:
         """Sign out everywhere."""
         with self.database.writing() as connection:
             self.record(account.name, "sign-out.everywhere", {})
-            end_all(connection, account.id)
+            _end_everywhere(connection, account.id)
+
+    def sign_out(self, account: str, *, by: Account) -> None:
+        """End every session and known browser of an account.
+
+        Raises:
+            Gone: there is no such account.
+        """
+        with self.database.writing() as connection:
+            found = _locked(connection, account)
+            self.record(by.name, "account.signed-out", {"name": found.name})
+            _end_everywhere(connection, account)
 
     def change(self, account: str, *, by: Account, role: Role | None = None, disabled: bool | None = None) -> Account:
-        """Give another role, disable or enable; sessions end.
+        """Give another role, disable or enable; sessions end, of an account that is disabled known browsers, too.
 
         Raises:
             Gone: there is no such account.
@@ -273,7 +286,7 @@ class Accounts:
                 _keep_one(connection, found)
             self.record(by.name, "account.changed", {"name": found.name, **changes})
             connection.execute(_of(account).values(**changes))
-            end_all(connection, account)
+            (_end_everywhere if disabled else end_all)(connection, account)
             return _locked(connection, account)
 
     def from_issuer(self, *, issuer: str, subject: str, name: str, role: Role, address: str) -> Account:
@@ -299,14 +312,19 @@ class Accounts:
 
     def known(self, account: Account, cookie: str) -> str:
         """Return the cookie by which the browser of an account that has just signed in is known."""
-        return devices.cookie_of(self.seal, cookie, account.id, now=self.now())
+        where = ACCOUNTS.c.id == account.id
+        with self.database.reading() as connection:
+            ended = connection.execute(select(ACCOUNTS.c.browsers_ended).where(where)).scalar_one()
+        return devices.cookie_of(self.seal, cookie, devices.known_as(account.id, ended), now=self.now())
 
     def _device(self, key: str, cookie: str) -> str | None:
         if not cookie:
             return None
         with self.database.reading() as connection:
-            account = connection.execute(select(ACCOUNTS.c.id).where(ACCOUNTS.c.name_key == key)).scalar()
-        return None if account is None else devices.device_of(self.seal, cookie, account, now=self.now())
+            row = connection.execute(select(ACCOUNTS).where(ACCOUNTS.c.name_key == key)).one_or_none()
+        if row is None:
+            return None
+        return devices.device_of(self.seal, cookie, devices.known_as(row.id, row.browsers_ended), now=self.now())
 
     def _use(self, row: Any, totp: str) -> bool:
         """Use up an authenticator's code; return whether it is right and was not used before."""
@@ -368,6 +386,12 @@ def _new(connection: Connection, name: str, role: Role, now: int) -> str:
 
 def _of(account: str) -> Any:
     return update(ACCOUNTS).where(ACCOUNTS.c.id == account)
+
+
+def _end_everywhere(connection: Connection, account: str) -> None:
+    """End every session and known browser of an account, in the transaction at hand."""
+    end_all(connection, account)
+    connection.execute(_of(account).values(browsers_ended=ACCOUNTS.c.browsers_ended + 1))
 
 
 def _locked(connection: Connection, account: str) -> Account:

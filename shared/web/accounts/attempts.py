@@ -1,5 +1,7 @@
 """How often somebody may try to sign in: by account and by address, in the database, so that a restart forgives nothing.
 
+Through one address may come everybody, so what is tried there for one purpose holds back nobody who comes for another.
+
 A browser that an account signed in with before has a count of its own (`shared/web/accounts/devices.py`): what others try
 under the name, or from the same address, keeps its person waiting nowhere else.
 
@@ -9,6 +11,7 @@ Formal guarantees (tests: tests/shared/web/test_attempts.py)
     * A name that no account has is held back like one that an account has (test_unknown_names_are_held_back_alike).
     * Whoever guesses elsewhere does not keep a known browser from signing in, and one that is known may guess no more often
       (test_a_known_browser_has_its_own_count).
+    * Wrong invitations keep nobody from signing in, nor does the reverse (test_purposes_are_counted_apart).
     * What is kept does not grow without end (test_old_attempts_are_forgotten).
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from sqlalchemy import Connection, delete, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -25,10 +29,13 @@ from shared.errors import SilotuneError
 from shared.web.state.database import Database
 from shared.web.state.tables import ATTEMPTS
 
-_FREE = {"account": 5, "address": 30, "device": 5}
+Purpose = Literal["sign-in", "invitation", "elsewhere"]
+"""With a password, with an invitation's code, or back from an OpenID provider."""
+_BY_ADDRESS: dict[Purpose, str] = {"sign-in": "address", "invitation": "invitation", "elsewhere": "elsewhere"}
+_FREE = {"account": 5, "device": 5} | dict.fromkeys(_BY_ADDRESS.values(), 30)
 """Failures before the first wait; behind one address there may be a ward."""
 _FIRST_WAIT, _LONGEST_WAIT = 30, 900
-_FORGOTTEN_AFTER = {"account": 86_400, "address": 900, "device": 86_400}
+_FORGOTTEN_AFTER = {"account": 86_400, "device": 86_400} | dict.fromkeys(_BY_ADDRESS.values(), 900)
 """Seconds without an attempt; through one address, such as that of a tunnel, may come everybody."""
 
 
@@ -56,17 +63,20 @@ class Attempts:
     database: Database
     now: Callable[[], int]
 
-    def begin(self, *, account: str | None, address: str, device: str | None = None) -> bool:
+    def begin(
+        self, *, account: str | None, address: str, device: str | None = None, purpose: Purpose = "sign-in"
+    ) -> bool:
         """Count an attempt as failed, before it is judged; return whether whoever fails now has to wait for the first time.
 
         Args:
             account: the name's key, whether there is such an account or not; None where none is named.
             device: names the account's browser, which then counts alone; None if it is not known.
+            purpose: what is tried; an address has a count for each.
 
         Raises:
             TooManyAttempts: nothing was counted.
         """
-        kinds = _kinds(account, address, device)
+        kinds = _kinds(account, address, device, purpose)
         now, blocked = self.now(), False
         with self.database.writing() as connection:
             for kind, seconds in _FORGOTTEN_AFTER.items():
@@ -85,22 +95,24 @@ class Attempts:
                     blocked |= failures == _FREE[kind]
         return blocked
 
-    def succeeded(self, *, account: str | None, address: str, device: str | None = None) -> None:
+    def succeeded(
+        self, *, account: str | None, address: str, device: str | None = None, purpose: Purpose = "sign-in"
+    ) -> None:
         """Take back the attempt that was counted: the account's failures are forgotten, of the address's this one only."""
         with self.database.writing() as connection:
-            for kind, what in _kinds(account, address, device):
+            for kind, what in _kinds(account, address, device, purpose):
                 where = ATTEMPTS.c.who == _key(kind, what)
-                if kind == "address":
+                if kind in _BY_ADDRESS.values():
                     less = {"failures": ATTEMPTS.c.failures - 1, "blocked_until": 0}
                     connection.execute(update(ATTEMPTS).where(where).values(**less))
                 else:
                     connection.execute(delete(ATTEMPTS).where(where))
 
 
-def _kinds(account: str | None, address: str, device: str | None) -> list[tuple[str, str]]:
+def _kinds(account: str | None, address: str, device: str | None, purpose: Purpose) -> list[tuple[str, str]]:
     if device is not None:
         return [("device", device)]
-    return [("address", address), *([("account", account)] if account is not None else [])]
+    return [(_BY_ADDRESS[purpose], address), *([("account", account)] if account is not None else [])]
 
 
 def _waiting_since(connection: Connection, who: str) -> int:

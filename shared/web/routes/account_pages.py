@@ -68,6 +68,16 @@ def reset(asked: Here, account: Id) -> Response:
     return _shown(asked, code=code, invited=name)
 
 
+@ROUTES.page("/accounts/{account}/end-sessions", Action.MANAGE_ACCOUNTS, method="POST", proven="/accounts")
+def sign_out(asked: Here, account: Id) -> Response:
+    """End every session and known browser of an account."""
+    try:
+        asked.console.accounts.sign_out(account, by=asked.me())
+    except Gone:
+        raise Denied(404, "missing") from None
+    return asked.to("/accounts")
+
+
 def _changed(asked: Asked, account: str, *, role: Role | None = None, disabled: bool | None = None) -> Response:
     try:
         asked.console.accounts.change(account, by=asked.me(), role=role, disabled=disabled)

@@ -57,7 +57,7 @@ def come_back(asked: Here, code: Text = "", state: Text = "") -> Response:
     provider, accounts = _provider(asked), asked.console.accounts
     begun, place = _begun(asked, state)
     try:
-        accounts.attempts.begin(account=None, address=asked.address)
+        accounts.attempts.begin(account=None, address=asked.address, purpose="elsewhere")
         claims = provider.finish(begun, code=code, back=_back(asked))
         role = provider.config.role_of(claims)
         if role is None:
@@ -67,7 +67,7 @@ def come_back(asked: Here, code: Text = "", state: Text = "") -> Response:
         if proven is None or (begun.proving and asked.console.now() - proven >= PROVEN_SECONDS):
             raise Denied(403, "not_proven")
         account = _account(asked, provider, claims, role)
-        accounts.attempts.succeeded(account=None, address=asked.address)
+        accounts.attempts.succeeded(account=None, address=asked.address, purpose="elsewhere")
     except TooManyAttempts:
         raise Denied(429, "wait") from None
     except Refused:

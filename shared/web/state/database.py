@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # alembic is imported only where there is something to bring 
     from alembic.config import Config
 
 FILE = "console.db"
-NEWEST = "0003"
+NEWEST = "0004"
 _MIGRATIONS = Path(__file__).parent / "migrations"
 _LOCK = 0x53494C4F  # of PostgreSQL, while a database is brought forwards
 

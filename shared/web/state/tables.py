@@ -35,6 +35,9 @@ ACCOUNTS = Table(
     Column("signed_in", BigInteger),
     Column("issuer", String(300)),  # of an account that signs in elsewhere (OpenID Connect)
     Column("subject", String(300)),
+    Column(
+        "browsers_ended", Integer, nullable=False, server_default="0"
+    ),  # how often those that were known were forgotten
     Index("ix_accounts_subject", "issuer", "subject", unique=True),
 )
 INVITATIONS = Table(
@@ -59,7 +62,7 @@ SESSIONS = Table(
 ATTEMPTS = Table(
     "attempts",
     METADATA,
-    Column("who", String(80), primary_key=True),  # "account:" or "address:", and a hash
+    Column("who", String(80), primary_key=True),  # such as "account:" or "address:", and a hash
     Column("failures", Integer, nullable=False),
     Column("latest", BigInteger, nullable=False),
     Column("blocked_until", BigInteger, nullable=False),

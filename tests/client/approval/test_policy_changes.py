@@ -173,11 +173,27 @@ def test_what_was_overtaken_stays_so(changes: PolicyChanges) -> None:
 def test_nobody_lowers_four_eyes_alone(tmp_path: Path, what: str, to: str) -> None:
     eyes = f'approval = "required"\napprovals_needed = 2\napproval_days = 7.0\n{BEFORE}'
     changes = begun(tmp_path, eyes)
-    changes.propose(eyes.replace(what, to), base=sha256(eyes), by="otto")
+    changes.propose(eyes.replace(what, to), base=sha256(eyes), by="otto", officer=True)
     with pytest.raises(RunError, match="somebody else"):
         changes.accept(1, by="otto")
     assert changes.policy.read_text() == eyes
     assert changes.accept(1, by="olga").number == 2
+
+
+def test_four_eyes_of_officers_are_lowered_by_officers(tmp_path: Path) -> None:
+    """Whoever decides on no job is no second pair of eyes where jobs take two; not in a later process either."""
+    eyes = f'approval = "required"\napprovals_needed = 2\npolicy_approvals_needed = 2\n{BEFORE}'
+    changes, one = begun(tmp_path, eyes), eyes.replace("approvals_needed = 2\n", "approvals_needed = 1\n", 1)
+    changes.propose(one, base=sha256(eyes), by="eve, an engineer")
+    changes.propose(one, base=sha256(eyes), by="otto", officer=True)
+    again = opened(tmp_path)
+    assert [again.lacks_officer(found) for found in again.proposals()] == [False, True]
+    with pytest.raises(RunError, match="as many officers as decide on one"):
+        again.accept(1, by="olga")
+    assert again.policy.read_text() == eyes
+    assert again.accept(2, by="olga").number == 2
+    changes.propose(eyes, base=sha256(one), by="eve, an engineer")
+    assert changes.accept(3, by="olga").number == 3, "stricter again: who proposes it, and an officer"
 
 
 def test_stricter_decisions_and_other_rules_take_what_the_policy_says(tmp_path: Path) -> None:

@@ -111,12 +111,12 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
     """Return a function that serves the console of a home, with an account for each role."""
     ends: list[Callable[[], None]] = []
 
-    def begin(home: SiteHome, place: Place | None = None) -> Serving:
+    def begin(home: SiteHome, place: Place | None = None, **options: Any) -> Serving:
         place = place or place_at("127.0.0.1", 0, None, None)
         listener = listen(place)
         port = listener.getsockname()[1]
         clock = Clock(1_800_000_000)
-        console = open_console(home, place=place, port=port, passphrase=None, now=clock)
+        console = open_console(home, place=place, port=port, passphrase=None, now=clock, **options)
         guarded, app = make_application(console, ROUTES)
         server = make_server(guarded, place)
         thread = threading.Thread(target=_run, args=(server, listener), daemon=True)

@@ -346,7 +346,13 @@ def test_ids_of_nothing_all_look_alike(serving: Serving) -> None:
     administrator, viewer = serving.signed_in("administrator"), serving.signed_in("viewer")
     account = serving.console.accounts.all()[0].id
     ids = ("0" * 32, "..", "%2e%2e%2f", "%00", "' OR 1=1 --", "a" * 63, "\u2603")
-    for path in ("/accounts/{}/role", "/accounts/{}/disable", "/accounts/{}/reset", "/accounts/{}/enable"):
+    for path in (
+        "/accounts/{}/role",
+        "/accounts/{}/disable",
+        "/accounts/{}/reset",
+        "/accounts/{}/enable",
+        "/accounts/{}/end-sessions",
+    ):
         told = {administrator.post(path.format(one), role="viewer").status_code for one in ids}
         assert told == {404}, path
         told = {viewer.post(path.format(one), role="viewer").status_code for one in (account, "0" * 32)}

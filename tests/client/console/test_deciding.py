@@ -17,7 +17,7 @@ from shared.epsilons import rounded_up
 from shared.web.accounts.sessions import PROVEN_SECONDS
 from tests.client.console.conftest import PASSWORD, Serving, text_of
 from tests.client.console.homes import ask, charge, make_home, say, want_people
-from tests.client.console.test_requests import MARKS, decide, said_of, seen_on, state_of
+from tests.client.console.test_requests import MARKS, decide, read_on, said_of, seen_on, state_of
 
 
 @pytest.fixture(scope="module")
@@ -73,19 +73,38 @@ def test_nobody_is_asked_to_approve_what_is_not_shown(asked: Serving, request_of
     assert form in browser.get(path).text
 
 
+def test_nobody_approves_what_was_not_computed(asked: Serving, request_of: Request) -> None:
+    """A form that somebody made up, or of a page from before, names no facts of this job with the budget as it is."""
+    browser, path = asked.signed_in("officer"), f"/requests/{request_of.id}"
+    seen = seen_on(browser.get(path).text)  # before what it costs is known
+    other = ask(asked.home, "another-one")
+    strange = read_on(browser.get(f"/requests/{other.id}/facts").text)
+    earlier = read_on(browser.get(f"{path}/facts").text)
+    charge(asked.home, jobs=["meanwhile"], rounds=1)
+    for read in ("", "0" * 64, "é", strange, earlier):
+        answer = browser.post(f"{path}/approve", page=path, seen=seen, read=read, reason="as agreed")
+        assert (answer.status_code, "Nothing was approved: read it here first" in answer.text) == (409, True), read
+    assert state_of(asked, request_of) == "waiting"
+    assert said_of(asked, request_of) == [("approval.asked", None, None)]
+    now = read_on(browser.get(f"{path}/facts").text)
+    assert now != earlier
+    assert browser.post(f"{path}/approve", page=path, seen=seen, read=now).status_code == 303
+
+
 def test_approving_needs_a_proof_and_refusing_none(asked: Serving, request_of: Request) -> None:
     browser, path = asked.signed_in("officer"), f"/requests/{request_of.id}"
-    seen = seen_on(browser.get(f"{path}/facts").text)
+    page = browser.get(f"{path}/facts").text
+    marks = {"seen": seen_on(page), "read": read_on(page)}
     asked.clock.seconds += PROVEN_SECONDS
     page = browser.get(path).text
     assert f'href="/account/prove?next={quote(path, safe="")}"' in page
-    answer = browser.post(f"{path}/approve", page=path, seen=seen)
+    answer = browser.post(f"{path}/approve", page=path, **marks)
     assert (answer.status_code, answer.headers["location"]) == (303, f"/account/prove?next={quote(path, safe='')}")
     assert state_of(asked, request_of) == "waiting"
     assert said_of(asked, request_of) == [("approval.asked", None, None)]
     given = {"password": PASSWORD, "totp": asked.code("officer"), "next": path}
     assert browser.post("/account/prove", page="/account/prove", **given).headers["location"] == path
-    assert browser.post(f"{path}/approve", page=path, seen=seen).status_code == 303
+    assert browser.post(f"{path}/approve", page=path, **marks).status_code == 303
     asked.clock.seconds += PROVEN_SECONDS
     assert decide(browser, request_of, "refuse", reason="no").status_code == 303
 
@@ -117,7 +136,7 @@ def test_rules_are_told_in_the_readers_language(asked: Serving, request_of: Requ
 
 
 def test_a_number_is_written_the_same_wherever_it_stands(asked: Serving, request_of: Request) -> None:
-    facts = asked.console.content.requests.facts(asked.console.content.requests.find(request_of.id))
+    facts = asked.console.content.requests.facts(asked.console.content.requests.find(request_of.id)).facts
     words = text_of(asked.signed_in("officer").get(f"/requests/{request_of.id}/facts").text)
     assert f"epsilon {rounded_up(facts.promised.epsilon, 4)} at delta" in words
     assert f"epsilon {rounded_up(facts.promised.epsilon, 4)} at delta" in "\n".join(told(facts))
@@ -129,5 +148,5 @@ def test_facts_open_no_ledger(asked: Serving, request_of: Request, monkeypatch: 
     monkeypatch.setattr(Ledger, "__init__", lambda *_, **__: pytest.fail("the whole ledger was opened"))
     requests = asked.console.content.requests
     requests._facts.clear()
-    found = requests.facts(next(one for one in requests.all() if one.request.id == request_of.id))
+    found = requests.facts(next(one for one in requests.all() if one.request.id == request_of.id)).facts
     assert (found.budget, found.rules) == (whole.budget, whole.rules)

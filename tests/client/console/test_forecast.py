@@ -46,7 +46,7 @@ def test_one_job_is_as_its_request_says(serve: Serve, tmp_path_factory: pytest.T
     found = content(serve(home))
     budget = found.budgets.current()
     (shown,) = found.requests.all()
-    facts = found.requests.facts(shown)
+    facts = found.requests.facts(shown).facts
     told = found.forecasts.of(budget)
     assert {line.promise: line.after for line in facts.budget} == pytest.approx(told.after, abs=1e-12)
     assert [(one.request.id, one.state, one.after) for one in told.jobs] == [(shown.request.id, "waiting", told.after)]
@@ -127,6 +127,26 @@ def test_what_if_is_what_a_request_would_say(served: Serving) -> None:
     words = text_of(page.text)
     assert "min_colluding 1 at least 1 kept" in words
     assert "By itself" in words
+
+
+def test_what_if_judges_whom_the_site_knows(served: Serving) -> None:
+    before, browser = served.home.policy.read_text(), served.signed_in("viewer")
+    typed = {"steps": "20", "rate": "0.1", "value": "2", "summed": "yes", "colluding": "1", "alone": "6"}
+    try:
+        named = f'[peers]\nsouth = "{1:064x}"\nwest = "{2:064x}"\n'
+        served.home.policy.write_text(before.replace("[peers]\n", named))
+        known = text_of(what_if(browser, **typed, sites="3").text)
+        unknown = text_of(what_if(browser, **typed, sites="4").text)
+        alone = text_of(what_if(browser, **(typed | {"summed": ""}), sites="4").text)
+    finally:
+        served.home.policy.write_text(before)
+    assert "peers 3 sites that are known here [peers] names 3 with this one kept" in known
+    assert "peers 4 sites that are known here [peers] names 3 with this one broken" in unknown
+    assert "This site would refuse it" not in known
+    assert "This site would refuse it" in unknown
+    assert "is seen, and judged by peers, when each round begins" in known
+    assert "[peers]" not in alone
+    assert "signers , validity , tasks , backbones , limits , metrics ." in alone
 
 
 @pytest.mark.parametrize(

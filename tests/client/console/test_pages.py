@@ -140,16 +140,17 @@ def test_everything_that_is_done_stands_in_the_signed_log(serving: Serving) -> N
     assert answer.status_code == 200
     (code,) = re.findall(r"<code class=\"secret\">([A-Z0-9-]{19})</code>", answer.text)
     (zoe,) = [one for one in serving.console.accounts.all() if one.name == "Zoë"]
-    for path, data in (("role", {"role": "officer"}), ("disable", {}), ("enable", {})):
+    for path, data in (("role", {"role": "officer"}), ("disable", {}), ("enable", {}), ("end-sessions", {})):
         assert browser.post(f"/accounts/{zoe.id}/{path}", **data).status_code == 303
     officer = serving.signed_in("officer")
     assert officer.get("/releases/export.csv").status_code == 200
     told = [entry.details for entry in read(serving.home.audit) if entry.event == Event.CONSOLE_ACTION]
-    assert [(one["account"], one["action"]) for one in told][-6:] == [
+    assert [(one["account"], one["action"]) for one in told][-7:] == [
         ("administrator", "account.invited"),
         ("administrator", "account.changed"),
         ("administrator", "account.changed"),
         ("administrator", "account.changed"),
+        ("administrator", "account.signed-out"),
         ("officer", "sign-in"),
         ("officer", "export"),
     ]

@@ -177,6 +177,31 @@ def test_nobody_lowers_four_eyes_alone(asked: Serving) -> None:
     assert "Only a change by which people decide" not in text_of(olga.get("/policy").text)
 
 
+def test_an_engineer_and_an_officer_do_not_lower_four_eyes(asked: Serving) -> None:
+    """Approvals of jobs are officers' alone (`shared.web.roles`), so an engineer stands for none of the two that a job takes."""
+    home, olga, jan = asked.home, asked.signed_in("officer"), asked.signed_in("Jan")
+    want(home, 2)
+    text = re.sub('approval = ".*"', 'approval = "required"', home.policy.read_text())
+    home.policy.write_text(re.sub(r"(?m)^approvals_needed = .", "approvals_needed = 2", text))
+    lower = re.sub(r"(?m)^approvals_needed = 2", "approvals_needed = 1", home.policy.read_text())
+    path = proposed(asked.signed_in("engineer"), lower)
+    page = olga.get(path).text
+    assert "so it takes two officers here" in text_of(page)
+    assert f"{path}/accept" not in page
+    answer = olga.post(f"{path}/accept")
+    assert (answer.status_code, "so it takes two officers here" in answer.text) == (409, True)
+    assert load_policy(home.policy).approvals_needed == 2
+    number = path.rpartition("/")[2]
+    assert f'href="/policy/edit?proposal={number}"' in page
+    form = olga.get(f"/policy/edit?proposal={number}").text
+    assert "approvals_needed = 1" in html.unescape(form)
+    assert olga.get("/policy/edit?proposal=99999").status_code == 404
+    own = proposed(olga, lower)
+    assert f"{own}/accept" not in olga.get(own).text
+    assert jan.post(f"{own}/accept").status_code == 303
+    assert load_policy(home.policy).approvals_needed == 1
+
+
 def test_the_command_line_warns_of_uneven_eyes(asked: Serving, silotune: Callable[..., Outcome]) -> None:
     home = asked.home
 

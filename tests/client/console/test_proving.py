@@ -26,6 +26,7 @@ def deeds(serving: Serving) -> dict[str, dict[str, str]]:
         f"/accounts/{viewer.id}/disable": {},
         f"/accounts/{viewer.id}/enable": {},
         f"/accounts/{viewer.id}/reset": {},
+        f"/accounts/{viewer.id}/end-sessions": {},
     }
 
 
@@ -129,5 +130,5 @@ def test_no_form_is_forgotten(serving: Serving, action: Action) -> None:
         if isinstance(gate, Gate) and gate.action is action
     ]
     without = {path for path, proven in found if proven is None}
-    assert len(found) == {Action.MANAGE_ACCOUNTS: 5, Action.ACCEPT_POLICY: 1, Action.DECIDE_REQUESTS: 2}[action]
+    assert len(found) == {Action.MANAGE_ACCOUNTS: 6, Action.ACCEPT_POLICY: 1, Action.DECIDE_REQUESTS: 2}[action]
     assert without == ({"/requests/{request}/refuse"} if action is Action.DECIDE_REQUESTS else set())

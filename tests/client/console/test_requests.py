@@ -50,11 +50,17 @@ def seen_on(page: str) -> str:
     return found.pop()
 
 
+def read_on(page: str) -> str:
+    """Return the mark of the facts that a page shows; "" where it offers no approval beside them."""
+    return "".join(set(re.findall(r'name="read" value="([0-9a-f]{64})"', page)))
+
+
 def decide(browser: Browser, request: Request, what: str, *, seen: str | None = None, **data: str) -> Any:
     path = f"/requests/{request.id}"
+    page = browser.get(f"{path}/facts").text
     if seen is None:
-        seen = seen_on(browser.get(path).text + browser.get(f"{path}/facts").text)
-    return browser.post(f"{path}/{what}", page=path, seen=seen, **data)
+        seen = seen_on(browser.get(path).text + page)
+    return browser.post(f"{path}/{what}", page=path, seen=seen, read=read_on(page), **data)
 
 
 def state_of(serving: Serving, request: Request) -> str:

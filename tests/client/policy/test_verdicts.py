@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from client.policy.policy import check_job
-from client.policy.verdicts import job_verdicts, verdicts
+from client.policy.verdicts import beside_numbers, job_verdicts, numbers, verdicts
 from shared.errors import PolicyError
 from shared.job.job import Job
 from shared.job.parsing import parse
@@ -30,6 +30,17 @@ def test_a_job_within_the_policy_keeps_every_rule() -> None:
     assert all(verdict.kept for verdict in found)
     assert [v.rule for v in found] == ["signers", "validity", *RULES, *(f"limits.max_{of}" for of in LIMITS)]
     assert found[0].asked == f"signed by hospital ({SIGNER.verify_key.text})"
+
+
+def test_every_rule_is_judged_by_numbers_or_named_as_not() -> None:
+    policy = a_policy(peers=NAMED, hours="20:00-06:00", metrics=("accuracy",), max_epsilon_alone=900.0)
+    asked = shares(noise=0.5).job.model_dump(mode="json")
+    metrics = {"names": ["accuracy"], "noise_multiplier": 9.0}
+    asks = signed(parse(Job, asked | {"site_metrics": metrics}, source="test job"))
+    judged = {verdict.rule for verdict in numbers(policy, asks.job, site="north")}
+    every = {verdict.rule.partition(".")[0] for verdict in verdicts(policy, asks, now=NOW, site="north")}
+    assert judged | set(beside_numbers(policy)) == every
+    assert judged & set(beside_numbers(policy)) == set()
 
 
 NAMED = {name: f"{number:064x}" for number, name in enumerate("abcd")}

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import getpass
 import json
+import sys
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
+import click
 import pytest
+import typer
 
 from client.site.home import SiteHome
 from shared.job.job import Job
@@ -106,6 +110,34 @@ def test_four_eyes(world: World, ask: Callable[..., SignedJob], silotune: Comman
     assert isinstance(world.site.accept(signed), Refusal)
     assert "is approved" in said(silotune("site", "approve", home, "triage", "--by", "bob"))
     assert isinstance(world.site.accept(signed), SiteDescription)
+
+
+def test_what_is_approved_is_shown_first(
+    world: World, ask: Callable[..., SignedJob], silotune: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask()
+    home, answers = world.home.path, list[Callable[[], None]]()
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+
+    def confirm(*_: object, abort: bool) -> None:
+        assert (abort, world.entries(Event.APPROVAL_GIVEN)) == (True, [])
+        answers.pop()()
+
+    def no() -> None:
+        raise click.Abort
+
+    monkeypatch.setattr(typer, "confirm", confirm)
+    answers.append(no)
+    outcome = silotune("site", "approve", home, "triage", "--by", "ada")
+    assert outcome.status == 1
+    assert "epsilon 0.0000 of 50 is spent" in outcome.out
+    answers.append(lambda: change_toml(world.home.policy, max_steps=199))
+    refused(silotune("site", "approve", home, "triage", "--by", "ada"), "changed meanwhile, so nothing was approved")
+    answers.append(lambda: said(silotune("site", "refuse", home, "triage", "--by", "bob", "--reason", "no")))
+    assert silotune("site", "approve", home, "triage", "--by", "ada").status == 1
+    assert world.entries(Event.APPROVAL_GIVEN) == []
+    shown = said(silotune("site", "approve", home, "triage", "--by", "ada", "--yes"))
+    assert shown.index("epsilon 0.0000 of 50 is spent") < shown.index("is approved")
 
 
 def test_without_a_name_it_is_the_user_who_is_logged_in(

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, ClassVar
@@ -566,6 +567,15 @@ def test_the_recorder_finds_in_the_log_what_an_earlier_process_was_at(
     assert [one.update_sha256 for one in found] == [None, None, hashlib.sha256(reply.update).hexdigest(), None]
     assert second.asked_since(1) == found[2:]
     assert second.asked_since(2) == []
+    # Of an update the log says where its randomness came from, so nobody guesses it of a round that was given up.
+    assert {one.randomness for one in found} == {"os"}
+    first.update_judged(1, "b", replace(reply, randomness="injected"), None)
+    assert [(one.site.site, one.randomness) for one in second.asked_since(0)] == [
+        ("a", "os"),
+        ("b", "injected"),
+        ("a", "os"),
+        ("a", "os"),
+    ]
     second.resumed(checkpoint_after(1))
     second.resumed(checkpoint_after(1))
     completed = [entry for entry in audit_log.read(home.audit) if entry.event == Event.ROUND_COMPLETED]

@@ -27,6 +27,7 @@ from server.reports.compliance.ledgers import ledger_facts
 from server.reports.compliance.log import JudgedUpdate, LogFacts
 from server.reports.compliance.pdf import render_pdf
 from server.reports.compliance.reading import central_guarantee, read_central, read_facts
+from server.reports.run.reading import read_run
 from server.rounds.observer import Observer
 from server.runs.folder import load_job
 from server.store.home import CoordinatorHome
@@ -638,6 +639,28 @@ def test_a_request_that_the_account_forgot_is_a_discrepancy(facts: Facts) -> Non
     # Round 9 is that of site metrics.
     (told,) = checks.log_discrepancies(log, [], job)
     assert told.startswith("Site a, round 5: by the audit log it was asked")
+
+
+def test_a_run_that_goes_on_has_a_round_at_hand(coordinator: CoordinatorHome) -> None:
+    """What sites were asked for and sent in it is in no record yet, and is no finding; of a run that is over it is one."""
+    place = coordinator.jobs / "0001-small"
+    job = load_job(place / "run")
+    last = read_run(place / "run").federated.rounds[-1].round
+    log = coordinator.open_log(SigningKey.from_bytes(bytes(range(32))))
+    log.append(Event.ROUND_ASKED, job=job.sha256, round=last + 1, sites=["a", "b"])
+    log.append(Event.UPDATE_ACCEPTED, job=job.sha256, round=last + 1, site="a", sha256="a" * 64, bytes=1234)
+    state = place / "state.json"
+    state.write_text(json.dumps({"state": "running", "job_sha256": job.sha256, "since": NOW.isoformat()}))
+    facts = read_facts(place / "run")
+    assert (facts.at_hand, facts.discrepancies) == (last + 1, ())
+    page = text_of(render_html(compose(facts), NOW))
+    assert "not counted" not in page
+    edit(state, state="failed")
+    over = read_facts(place / "run")
+    assert over.at_hand is None
+    assert any("which is not counted" in problem for problem in over.discrepancies)
+    assert {one.outcome for one in facts.releases if one.round > last} == {"round at hand"}
+    assert {one.outcome for one in over.releases if one.round > last} == {"not counted"}
 
 
 # How it looks

@@ -307,6 +307,24 @@ def unreadable(round_number: int) -> list[Asked]:
     raise RunError("unreadable")
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_a_round_that_was_given_up_was_made_of_is_no_guess(shared: bool, tmp_path: Path) -> None:
+    """An update that came and was accepted said what its noise was drawn from; of a test's there is no epsilon to state."""
+    job = make_shared_job() if shared else make_job()
+    privacy = SecurePrivacy(job, tmp_path) if shared else LocalPrivacy(job)
+    log = [asked(name, 2, encode(INITIAL), "1" * 64) for name in "ab"]
+    before = interrupted(job, round_number=1)
+
+    def made_by(log: list[Asked]) -> dict[str, str]:
+        noted = privacy.with_open_requests(before, EarlierRequests(log)).releases
+        return {name: release.randomness for name, release in noted.items()}
+
+    assert made_by(log) == {"a": "os", "b": "os"}
+    # Of one sum it is the noise of all.
+    of_a = "injected" if shared else "os"
+    assert made_by([log[0], replace(log[1], randomness="injected")]) == {"a": of_a, "b": "injected"}
+
+
 def test_metrics_that_were_asked_for_may_have_been_released() -> None:
     job = make_job()
     job = job.model_copy(update={"site_metrics": SiteMetricsConfig(names=("accuracy",), noise_multiplier=4.0)})

@@ -221,11 +221,38 @@ def test_whatever_changes_an_account_ends_its_sessions(accounts: Accounts, sessi
         accounts.sign_in("Ben", "another long sentence", ben.code(), address="a")
 
 
+def test_known_browsers_end(accounts: Accounts, sessions: Sessions, person: Make, recorded: Recorded) -> None:
+    """Of an account that somebody else may have used, whatever browser it is; of all others nothing."""
+    first, ben = person(), person("Ben", Role.OFFICER)
+    kept = accounts.known(first.account, "")
+    ends: list[Callable[[], object]] = [
+        lambda: accounts.sign_out(ben.account.id, by=first.account),
+        lambda: accounts.end_sessions(ben.account),
+        lambda: accounts.change_password(ben.account, "another long one"),
+        lambda: accounts.change(ben.account.id, by=first.account, disabled=True),
+        lambda: accounts.change(ben.account.id, by=first.account, disabled=False),
+        lambda: accounts.invite_again(ben.account.id, by=first.account),
+    ]
+    for number, end in enumerate(ends):
+        cookie = accounts.known(ben.account, kept)
+        secret = sessions.begin(ben.account.id, address="x", browser="y")
+        assert accounts._device("ben", cookie) is not None
+        end()
+        assert sessions.find(secret) is None
+        assert (accounts._device("ben", cookie) is None) == (number != 4), "enabling forgets nothing"
+        assert accounts._device("amal", cookie) == accounts._device("amal", kept), "the same browser, another account"
+        assert accounts._device("ben", accounts.known(ben.account, cookie)) is not None, (
+            "until somebody signs in there again"
+        )
+    assert ("Amal", "account.signed-out", {"name": "Ben"}) in recorded.lines
+
+
 def test_an_account_that_is_not_there(accounts: Accounts, person: Make) -> None:
     amal = person()
     for attempt in (
         lambda: accounts.change("0" * 32, by=amal.account, disabled=True),
         lambda: accounts.invite_again("' OR 1=1", by=amal.account),
+        lambda: accounts.sign_out("' OR 1=1", by=amal.account),
     ):
         with pytest.raises(Gone):
             attempt()
@@ -238,6 +265,7 @@ def test_what_cannot_be_recorded_does_not_happen(accounts: Accounts, person: Mak
     attempts: list[Callable[[], object]] = [
         lambda: accounts.invite("Carol", Role.VIEWER, by=amal.account),
         lambda: accounts.invite_again(ben.account.id, by=amal.account),
+        lambda: accounts.sign_out(ben.account.id, by=amal.account),
         lambda: accounts.change(ben.account.id, by=amal.account, role=Role.OFFICER),
         lambda: accounts.change_password(ben.account, "another long sentence"),
         lambda: accounts.from_issuer(issuer="i", subject="s", name="Dan", role=Role.VIEWER, address="a"),

@@ -11,8 +11,8 @@ import pytest
 from sqlalchemy import select
 
 from shared.trust.keystore import Seal, new_key
-from shared.web.accounts.accounts import Accounts, Refused
-from shared.web.accounts.attempts import Attempts, TooManyAttempts
+from shared.web.accounts.accounts import Accounts, Gone, Refused
+from shared.web.accounts.attempts import Attempts, Purpose, TooManyAttempts
 from shared.web.accounts.devices import SECONDS, cookie_of, device_of
 from shared.web.state.database import Database
 from shared.web.state.tables import ATTEMPTS
@@ -56,6 +56,37 @@ def test_an_address_is_held_back(attempts: Attempts) -> None:
     with pytest.raises(TooManyAttempts):
         attempts.begin(account=None, address="10.0.0.9")
     attempts.begin(account="name 31", address="10.0.0.10")
+
+
+@pytest.mark.parametrize("tried", ["sign-in", "invitation", "elsewhere"])
+def test_purposes_are_counted_apart(attempts: Attempts, clock: Clock, tried: Purpose) -> None:
+    for number in range(30):
+        attempts.begin(account=f"name {number}", address="x", purpose=tried)
+    with pytest.raises(TooManyAttempts):
+        attempts.begin(account=None, address="x", purpose=tried)
+    others: set[Purpose] = {"sign-in", "invitation", "elsewhere"} - {tried}
+    for purpose in others:
+        attempts.begin(account="mine", address="x", purpose=purpose)
+        attempts.succeeded(account="mine", address="x", purpose=purpose)
+    with pytest.raises(TooManyAttempts):
+        attempts.begin(account=None, address="x", purpose=tried)
+    clock.wait(901)
+    attempts.begin(account=None, address="x", purpose=tried)
+
+
+def test_wrong_invitations_keep_nobody_from_signing_in(accounts: Accounts, person: Callable[..., Person]) -> None:
+    amal = person()
+    for _ in range(31):
+        with suppress(Gone, TooManyAttempts):
+            accounts.invitation("AAAA-AAAA", address="10.0.0.9")
+    with pytest.raises(TooManyAttempts):
+        accounts.invitation("AAAA-AAAA", address="10.0.0.9")
+    assert accounts.sign_in("Amal", PASSWORD, amal.code(), address="10.0.0.9").name == "Amal"
+    for number in range(31):
+        with suppress(Refused, TooManyAttempts):
+            accounts.sign_in(f"nobody {number}", "a guess", "000000", address="10.0.0.8")
+    with pytest.raises(Gone):
+        accounts.invitation("AAAA-AAAA", address="10.0.0.8")
 
 
 def test_success_forgets_the_accounts_failures_and_not_the_addresses(attempts: Attempts) -> None:

@@ -26,7 +26,7 @@ from tests.conftest import Outcome
 from tests.simulations.console.conftest import files_of, make_folder
 
 ROOT = Path(__file__).parents[3]
-FORBIDDEN = ("torch", "transformers", "peft", "opacus", "flwr", "grpc", "matplotlib")
+FORBIDDEN = ("torch", "transformers", "peft", "opacus", "flwr", "grpc", "matplotlib", "dp_accounting", "scipy.stats")
 
 # The console as the command starts it, with every page asked once; it tells what it loaded and how much memory it took.
 SCRIPT = """
