@@ -91,7 +91,7 @@ $(BIN)/.docs: $(BIN)/.installed locks/docs.txt
 # The pages lie in one tree as they do here, so that their links hold in both places.
 docs: $(BIN)/.docs
 	rm -rf build/pages && mkdir -p build/pages
-	tar -cf - README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CODE_OF_CONDUCT.md docker/README.md docs | tar -xf - -C build/pages
+	tar -cf - README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CODE_OF_CONDUCT.md docker/README.md charts/README.md docs | tar -xf - -C build/pages
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 	@echo "site/index.html"
 

@@ -6,7 +6,8 @@
 
 Every file of a folder is code or read by it (templates, style sheets), so all are copied. The Dockerfiles and
 tests/integration/test_docker.py share this list, so what is tested is what is shipped: a site gets neither `server/` nor
-`simulations/`, a coordinator no `client/`, and nobody tests or data. It needs only the standard library, since it runs
+`simulations/`, a coordinator and a service of models no `client/`, and nobody tests or
+data. It needs only the standard library, since it runs
 before anything is installed.
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import sys
 import tomllib
@@ -23,8 +25,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 # Folders of code by image.
-IMAGES = {"site": ("cli", "client", "shared"), "coordinator": ("cli", "server", "shared")}
-# Files of the repository root that both have.
+IMAGES = {
+    "site": ("cli", "client", "shared"),
+    "coordinator": ("cli", "server", "shared"),
+    "serve": ("cli", "server", "shared"),
+}
+# Files of the repository root that all have.
 ROOT_FILES = ("LICENSE",)
 # What a folder of code may hold that is no part of it.
 LEFT_OUT = (".pyc", ".pyo", ".swp", ".orig", ".rej")
@@ -42,7 +48,9 @@ def requirements(extras: Sequence[str], root: Path = ROOT) -> str:
     known = {path.stem: path for path in sorted((root / "locks").glob("*.txt"))}
     if unknown := set(extras) - set(known):
         raise SystemExit(f"error: no such extra: {', '.join(sorted(unknown))}; there are {', '.join(known)}.")
-    return "".join(known[name].read_text(encoding="utf-8") for name in ("base", *extras))
+    lines = "".join(known[name].read_text(encoding="utf-8") for name in ("base", *extras)).splitlines(keepends=True)
+    blocks = re.split(r"^(?=\S)", "".join(line for line in lines if line[0] != "#"), flags=re.MULTILINE)
+    return "".join(dict.fromkeys(blocks))  # extras may share a package, at the same version and hashes
 
 
 def image_pyproject(image: str, root: Path = ROOT) -> str:

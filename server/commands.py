@@ -25,6 +25,7 @@ from shared.errors import ConfigError, RunError, TrustError
 from shared.files.atomic import write_bytes, write_text
 from shared.files.backup import told
 from shared.files.outputs import check_new_files
+from shared.job.parsing import parse
 from shared.options import BackupArgument, JsonOption, NoPassphraseOption
 from shared.service.logs import log_file, set_up
 from shared.service.machine import is_alive
@@ -52,12 +53,24 @@ def init(
     host: Annotated[list[str], typer.Option("--host", help="Name or address under which sites reach this machine.")],
     listen_host: Annotated[str, typer.Option(help="Address to listen on for sites.")] = "0.0.0.0",  # noqa: S104
     listen_port: Annotated[int, typer.Option(help="Port for sites, the only one that listens.")] = 9092,
+    metrics_listen: Annotated[
+        str, typer.Option(help="Where /metrics and /healthz are served, without a password; `off` for nowhere.")
+    ] = "127.0.0.1:9492",
 ) -> None:
     """Make the folder, the keys and the certificate request."""
     place = CoordinatorHome(home)
     if place.config.exists():
         raise RunError(f"{home} is a coordinator's folder already; choose another, or remove it first.")
-    config = CoordinatorConfig(hosts=tuple(host), listen_host=listen_host, listen_port=listen_port)
+    config = parse(
+        CoordinatorConfig,
+        {
+            "hosts": host,
+            "listen_host": listen_host,
+            "listen_port": listen_port,
+            "metrics_listen": metrics_listen,
+        },
+        source="the options",
+    )
     made = (place.server_key, place.round_key, home / "round.pub", home / "server.csr")
     passphrase = passphrase_from_environment()
     check_new_files(home, [path.relative_to(home).as_posix() for path in made])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tools.release import FILES, ROOT, git, main, release
+from tools.release import CHARTS, FILES, ROOT, git, main, release
 
 TODAY = datetime.date(2027, 1, 2)
 NEXT = "98.7.6"
@@ -18,12 +18,13 @@ NEXT = "98.7.6"
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A repository with the three files as they are here and one entry under "Unreleased"."""
+    """A repository with the files as they are here and one entry under "Unreleased"."""
     for role in ("AUTHOR", "COMMITTER"):
         monkeypatch.setenv(f"GIT_{role}_NAME", "somebody")
         monkeypatch.setenv(f"GIT_{role}_EMAIL", "somebody@example.org")
     monkeypatch.setenv("GIT_CONFIG_GLOBAL", "/dev/null")
     for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes((ROOT / name).read_bytes())
     text = (tmp_path / "CHANGELOG.md").read_text()
     (tmp_path / "CHANGELOG.md").write_text(text.replace("## Unreleased\n", "## Unreleased\n\n- One thing more.\n", 1))
@@ -37,11 +38,14 @@ def commit(root: Path, message: str) -> None:
     git(root, "commit", "--quiet", "--allow-empty", "--message", message)
 
 
-def test_a_version_is_in_all_three_files_and_in_one_commit(project: Path) -> None:
+def test_a_version_is_in_all_files_and_in_one_commit(project: Path) -> None:
     release(project, NEXT, TODAY)
     assert git(project, "log", "--format=%s").splitlines() == [f"Version {NEXT}", "before"]
     assert set(git(project, "show", "--name-only", "--format=").split()) == set(FILES)
     assert tomllib.loads((project / "pyproject.toml").read_text())["project"]["version"] == NEXT
+    for name in CHARTS:
+        chart = yaml.safe_load((project / name).read_text())
+        assert (chart["version"], chart["appVersion"]) == (NEXT, NEXT)
     citation = yaml.safe_load((project / "CITATION.cff").read_text())
     assert (citation["version"], citation["date-released"]) == (NEXT, TODAY)
     assert f"## Unreleased\n\n## {NEXT} (2027-01-02)\n\n- One thing more.\n" in (project / "CHANGELOG.md").read_text()

