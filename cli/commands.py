@@ -20,6 +20,8 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
+from shared.tools.models import resolve_by
+
 # In the order of `silotune --help`.
 PLACES = {
     "demo": "simulations.commands:demo",
@@ -147,6 +149,15 @@ def _root(
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     if not verbose:
         _quiet_libraries()
+    if importlib.util.find_spec("server"):
+        resolve_by(_from_registry)
+
+
+def _from_registry(reference: str, registry: Path | None, policy: Path | None) -> Path:
+    """Return the folder of a model; of a name the registry is opened, which loads half of what Silotune needs."""
+    from server.registry.references import verified_folder
+
+    return verified_folder(reference, registry, policy)
 
 
 def _quiet_libraries() -> None:

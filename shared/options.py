@@ -11,6 +11,23 @@ import typer
 from shared.errors import ConfigError, SilotuneError
 
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
+ModelArgument = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder of a run or a model; or NAME, NAME@ALIAS or NAME:N of a registry."),
+]
+RegistryOption = Annotated[
+    Path | None,
+    typer.Option("--registry", envvar="SILOTUNE_MODELS", help="The registry's folder; by default ~/.silotune/models."),
+]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--policy",
+        envvar="SILOTUNE_MODELS_POLICY",
+        help="Whose signatures count and what may be promoted; by default registry.toml in the registry.",
+    ),
+]
+"""Of the registry of models."""
 OverridesOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the scenario, for example training.rounds=10."),

@@ -9,7 +9,7 @@ import typer
 
 from shared import terminal
 from shared.errors import SilotuneError, TrustError
-from shared.options import JsonOption
+from shared.options import JsonOption, PolicyOption, RegistryOption
 
 if TYPE_CHECKING:
     from server.registry.history import History
@@ -24,18 +24,6 @@ models_app = typer.Typer(
     no_args_is_help=True,
 )
 
-RegistryOption = Annotated[
-    Path | None,
-    typer.Option("--registry", envvar="SILOTUNE_MODELS", help="The registry's folder; by default ~/.silotune/models."),
-]
-PolicyOption = Annotated[
-    Path | None,
-    typer.Option(
-        "--policy",
-        envvar="SILOTUNE_MODELS_POLICY",
-        help="Whose signatures count and what may be promoted; by default registry.toml in the registry.",
-    ),
-]
 ReferenceArgument = Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME:N.")]
 AsOption = Annotated[
     Path | None,

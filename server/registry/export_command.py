@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from server.registry.commands import PolicyOption, RegistryOption, open_registry
-from shared.options import JsonLineOption
+from server.registry.commands import open_registry
+from shared.options import JsonLineOption, PolicyOption, RegistryOption
 from shared.terminal import print_json
 
 

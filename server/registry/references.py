@@ -95,3 +95,22 @@ def _named(registry: Registry, name: str, entry: HistoryEntry) -> Version:
             "another. Do not use it; restore the version from a backup, or promote another."
         )
     return version
+
+
+def verified_folder(reference: str, registry: Path | None, policy: Path | None) -> Path:
+    """Return the folder of the model that a reference names, for commands that load it; a version is verified before.
+
+    A path that leads nowhere is returned as it is: whoever reads a folder says best what is missing in it.
+
+    Raises:
+        SilotuneError: as `resolve` and `server.registry.verification.verify`.
+    """
+    from server.registry.verification import verify
+
+    place = Registry(registry or Path.home() / ".silotune" / "models", policy)
+    if _REFERENCE.fullmatch(reference) is None or not place.path.is_dir():
+        return Path(reference)
+    found = resolve(place, reference)
+    if found.version is not None:
+        verify(found.version)
+    return found.folder

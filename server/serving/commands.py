@@ -7,8 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from server.registry.commands import PolicyOption, RegistryOption
-from shared.options import CertificateOption, KeyOption, PortOption
+from shared.options import CertificateOption, KeyOption, PolicyOption, PortOption, RegistryOption
 
 TokensOption = Annotated[
     Path | None,

@@ -10,7 +10,15 @@ import typer
 
 from shared.errors import ConfigError
 from shared.job.compute import ComputeConfig
-from shared.options import DelimiterOption, EncodingOption, OptionalQuotingOption, RunArgument, how_to_read
+from shared.options import (
+    DelimiterOption,
+    EncodingOption,
+    ModelArgument,
+    OptionalQuotingOption,
+    PolicyOption,
+    RegistryOption,
+    how_to_read,
+)
 from shared.terminal import print_json, shown_text
 
 if TYPE_CHECKING:
@@ -18,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    run: RunArgument,
+    model: ModelArgument,
     texts: Annotated[
         list[str] | None, typer.Argument(help="Texts or images to label; standard input, one a line, if none is given.")
     ] = None,
@@ -34,13 +42,15 @@ def predict(
     encoding: EncodingOption = None,
     quoting: OptionalQuotingOption = None,
     others: Annotated[
-        list[Path] | None,
+        list[str] | None,
         typer.Option(
             "--with",
-            metavar="RUN",
-            help="Another run, repeatable: average their outputs. Privacy is then the composition of all runs.",
+            metavar="MODEL",
+            help="Another model, repeatable: average their outputs. Privacy is then the composition of all runs.",
         ),
     ] = None,
+    registry: RegistryOption = None,
+    policy: PolicyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per text.")] = False,
 ) -> None:
     """Label texts or images (pixel values) with what a run trained; find entities, rate, match pairs (text, tab, text)."""
@@ -50,13 +60,16 @@ def predict(
     from shared.runtime.inference import load_model
     from shared.runtime.inference import predict as label
     from shared.tasks import task_of
+    from shared.tools.models import model_folder
 
+    run = model_folder(model, registry, policy)
     job = load_job(run)
     if file is not None and texts:
         raise ConfigError("--file and texts were both given; give one of them.")
     reading = how_to_read("--file", file, text=column, delimiter=delimiter, encoding=encoding, quoting=quoting)
     given = given_texts(texts, sys.stdin.buffer.read) if file is None else file_texts(file, TextFormat(**reading))
-    members = [Member(run=run, job=job), *(Member(run=other, job=load_job(other)) for other in others or [])]
+    folders = [run, *(model_folder(other, registry, policy) for other in others or [])]
+    members = [Member(run=folder, job=load_job(folder)) for folder in folders]
     if others:
         predictions = Ensemble(members, ComputeConfig()).predict(given.texts)
     else:
@@ -70,7 +83,7 @@ def predict(
 
 
 def generate(
-    run: RunArgument,
+    model: ModelArgument,
     texts: Annotated[
         list[str] | None,
         typer.Argument(help="Texts to continue, or prompts; standard input, one a line, if none is given."),
@@ -81,6 +94,8 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0 is all.")] = 50,
     top_p: Annotated[float, typer.Option(help="And among the likeliest with this probability together.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="Makes the choice repeatable.")] = None,
+    registry: RegistryOption = None,
+    policy: PolicyOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON line per continuation.")] = False,
 ) -> None:
     """Continue texts, or answer prompts, with the GPT-2 adapter of a run; of several the share of different words is told."""
@@ -88,7 +103,9 @@ def generate(
     from shared.job.job_file import load_job
     from shared.runtime.inference import Decoding, distinct, generate_all, load_model
     from shared.tasks import task_of
+    from shared.tools.models import model_folder
 
+    run = model_folder(model, registry, policy)
     job = load_job(run)
     decoding = Decoding(
         max_new_tokens=max_new_tokens,

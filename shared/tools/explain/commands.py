@@ -15,11 +15,11 @@ from shared.errors import DataError
 from shared.files.atomic import write_bytes
 from shared.files.outputs import HTML_MARK, check_file
 from shared.job.compute import ComputeConfig
-from shared.options import OnlyJsonOption, RunArgument
+from shared.options import ModelArgument, OnlyJsonOption, PolicyOption, RegistryOption
 
 
 def explain(
-    run: RunArgument,
+    model: ModelArgument,
     text: Annotated[
         str | None,
         typer.Argument(help="The text; standard input if it is left out. Of a pair, both with a tab between."),
@@ -37,6 +37,8 @@ def explain(
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write a page that stands alone; it holds the text.")
     ] = None,
+    registry: RegistryOption = None,
+    policy: PolicyOption = None,
     as_json: OnlyJsonOption = False,
 ) -> None:
     """Show which words moved a prediction, by integrated gradients; whatever they add up to is printed and checked.
@@ -49,9 +51,11 @@ def explain(
     from shared.tools.explain.attributions import explain as attribute
     from shared.tools.explain.report import as_json as content
     from shared.tools.explain.report import print_explanation, render_html
+    from shared.tools.models import model_folder
 
     if html is not None:
         check_file(html, HTML_MARK)
+    run = model_folder(model, registry, policy)
     job = load_job(run)
     given = _whole_input() if text is None else text
     if not given.strip():

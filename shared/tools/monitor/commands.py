@@ -23,7 +23,7 @@ from shared.files.json_files import parse_object
 from shared.files.outputs import JSON_MARK, PNG_MARK, check_file
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
-from shared.options import DelimiterOption, QuotingOption
+from shared.options import DelimiterOption, ModelArgument, PolicyOption, QuotingOption, RegistryOption
 
 if TYPE_CHECKING:
     from shared.data.text_stream import Item, Skipped, TextFormat
@@ -39,7 +39,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 7 * 86_400}
 
 
 def monitor(
-    run: Annotated[Path, typer.Argument(help="Run folder of a sequence classification.")],
+    model: ModelArgument,
     inputs: Annotated[
         list[str] | None,
         typer.Argument(
@@ -81,6 +81,8 @@ def monitor(
     poll: Annotated[float, typer.Option(metavar="SECONDS", help="Of --follow: how often to look.")] = 1.0,
     out: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Write monitor.json and monitor.png.")] = None,
     fail_on_alert: Annotated[bool, typer.Option(help="End with status 4 if there was an alert.")] = False,
+    registry: RegistryOption = None,
+    policy: PolicyOption = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON line for each window, alert and the summary.")
     ] = False,
@@ -94,11 +96,13 @@ def monitor(
     from shared.data.text_stream import Files, Skipped, TextFormat
     from shared.job.job_file import load_job
     from shared.runtime.inference import load_tuned
+    from shared.tools.models import model_folder
     from shared.tools.monitor.monitor import Monitor, MonitorSettings
 
     how = TextFormat(format=text_format, text=text, time=times, delimiter=delimiter, encoding=encoding, quoting=quoting)
     sources = [] if inputs in (None, [], ["-"]) else [Path(place) for place in inputs or []]
     _check_options(sources, how, follow=follow, every=every, period=baseline_period, file=baseline_file, poll=poll)
+    run = model_folder(model, registry, policy)
     job = load_job(run)
     if job.task.kind != "sequence_classification":
         raise ConfigError(
