@@ -67,6 +67,7 @@ LONG: dict[str, Callable[[Tell], Findings]] = {
     "simulation-pairs": _module("simulation", "run_pairs"),
     "rounds": _rounds,
     "serving": _module("serving"),
+    "compression": _module("compression"),
 }
 """What runs by name or with --all."""
 

@@ -34,6 +34,7 @@ PLACES = {
     "ensemble": "cli.reports:ensemble",
     "generate": "shared.tools.inference_commands:generate",
     "export": "server.registry.export_command:export",
+    "compress": "server.compression.commands:compress",
     "audit": "simulations.audit.commands:audit",
     "settings": "simulations.commands:settings",
     "version": "cli.commands:version",

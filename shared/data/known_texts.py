@@ -39,29 +39,43 @@ class ContentSum:
 
 
 class KnownTexts:
-    """Compares a stream with the texts of a run, as it passes."""
+    """Compares a stream with the texts of a run, as it passes.
+
+    Attributes:
+        trained: how many texts so far are among those that it was trained on.
+    """
 
     def __init__(self, run: Path) -> None:
         self._evaluation = _evaluation_of(run)
         self._training = {_short(_digest(text)) for text in _training_of(run)}
-        self._all, self._trained = ContentSum(), 0
+        self._all, self.trained = ContentSum(), 0
+
+    @property
+    def has_training(self) -> bool:
+        """True if there are training texts to compare with."""
+        return bool(self._training)
+
+    @property
+    def are_evaluation(self) -> bool:
+        """True if all texts so far together are the run's public evaluation records."""
+        return self._evaluation is not None and self._all.as_dict() == self._evaluation
 
     def add(self, texts: Iterable[str]) -> None:
         """Take the next texts of the stream."""
         for text in texts:
             digest = _digest(text)
             self._all.add(digest)
-            self._trained += _short(digest) in self._training
+            self.trained += _short(digest) in self._training
 
     def warnings(self) -> list[str]:
         """Return what whoever reads the shares must know."""
         found = []
-        if self._all.count and self._trained >= SHARE * self._all.count:
+        if self._all.count and self.trained >= SHARE * self._all.count:
             found.append(
-                f"{self._trained:,} of {self._all.count:,} texts are among those that this run was trained on. A model is surer, "
+                f"{self.trained:,} of {self._all.count:,} texts are among those that this run was trained on. A model is surer, "
                 "and more often right, on these than on new texts: give texts that came later."
             )
-        if self._evaluation is not None and self._all.as_dict() == self._evaluation:
+        if self.are_evaluation:
             found.append(
                 "these texts are the public evaluation records of this run, by which its figures were measured and its "
                 "temperature may have been fitted: adjusted shares are right on them by construction. Give other texts."

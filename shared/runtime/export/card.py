@@ -17,6 +17,7 @@ from shared.files.json_files import Count, Finite, read_if_there
 from shared.job.job import Job
 from shared.job.kinds import TaskKind
 from shared.privacy.statement import Statement
+from shared.runtime.export.compression import Compression, compression_of
 from shared.runtime.export.folder import ModelFolder, ModelRecord
 from shared.runtime.export.snippets import snippet
 from shared.tasks import TASKS
@@ -77,6 +78,7 @@ def model_card(source: ModelFolder, record: ModelRecord, tokenizer: Any) -> str:
         "## How to use\n\nThese lines run in the model's folder"
         f" with {_needs(record)} alone.\n\n```python\n{snippet(job, record, tokenizer)}```",
         "## Evaluation\n\n" + _evaluation(source.path, record),
+        *(["## Compression\n\n" + _compression(compression)] if (compression := compression_of(record)) else []),
         "## Privacy\n\n" + _privacy(source.path),
         "## Training data\n\n" + _data(source),
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(job, record)),
@@ -155,7 +157,21 @@ def _evaluation(folder: Path, record: ModelRecord) -> str:
         else ""
     )
     table = "\n".join(["| metric | value |", "| --- | --- |", *rows])
-    return f"The tuned model{of} on the run's evaluation records, measured before the export.{int8}\n\n{table}"
+    before = "the export"
+    if compression_of(record) is not None:
+        before = (
+            "it was compressed: **these are not the figures of this smaller model**; measure it on records of yours"
+        )
+    return f"The tuned model{of} on the run's evaluation records, measured before {before}.{int8}\n\n{table}"
+
+
+def _compression(note: Compression) -> str:
+    return (
+        f"{len(note.layers_kept)} of {note.layers_before} layers are left, with feed-forward parts of {note.intermediate:,} of "
+        f"{note.intermediate_before:,}. They learned from the larger model what it says of {note.public_texts:,} texts, public "
+        f"ones by the word of whoever made this (file with SHA-256 `{note.public_texts_sha256}`); no record of a site was read. "
+        f"On {note.public_texts_held_out:,} of them, held out, it answers like the larger model: {note.agreement}."
+    )
 
 
 def _privacy(folder: Path) -> str:

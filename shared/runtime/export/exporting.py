@@ -46,12 +46,14 @@ def export(source: ModelFolder, out: Path, to: Target, precision: Precision = "f
     check_new_model_folder(out)
     _check(source, to, precision)
     source.check()
-    model = read_merged(source) if source.format == "merged" else _tuned(source)
-    return write_model_folder(out, source, lambda folder: _write(folder, source, model, to, precision))
+    model = read_model(source)
+    return write_model_folder(out, source, lambda folder: write_model(folder, source, model, to, precision))
 
 
-def _tuned(source: ModelFolder) -> Parts | ImageModel:
-    """Return what a run trained."""
+def read_model(source: ModelFolder) -> Parts | ImageModel:
+    """Return the model of a folder of format `adapter` or `merged`; errors as in `export`."""
+    if source.format == "merged":
+        return read_merged(source)
     runtime = load_own_runtime(source.job, _PLAIN)  # what others have loaded stays as it is
     runtime.load(load_state(source.path / ADAPTER_FOLDER, runtime, source.job))
     return runtime.model if isinstance(runtime.model, ImageModel) else parts_of_runtime(runtime, source.job)
@@ -73,10 +75,20 @@ def _check(source: ModelFolder, to: Target, precision: Precision) -> None:
         check_mergeable(source.record.task)
 
 
-def _write(
-    folder: Path, source: ModelFolder, model: Parts | ImageModel, to: Target, precision: Precision
+def origin_of(source: ModelFolder) -> tuple[str, str]:
+    """Return the file that holds what is made into something else, by its place in `source`, and its SHA-256."""
+    made_from = source.record.made_from if source.format == "adapter" else WEIGHTS_FILE
+    return made_from, source.record.files.get(made_from, source.record.made_from_sha256)
+
+
+def write_model(
+    folder: Path, source: ModelFolder, model: Parts | ImageModel, to: Target, precision: Precision = "float32"
 ) -> ModelRecord:
-    """Write the model's files and card into `folder`; return what describes them."""
+    """Write the model's files and card into `folder`; return what describes them.
+
+    Args:
+        source: what `model` was made from; its temperature, notes and records hold for it.
+    """
     temperature, tokenizer = source.record.temperature, None
     inputs: tuple[TensorSpec, ...] = ()
     outputs: tuple[TensorSpec, ...] = ()
@@ -89,11 +101,11 @@ def _write(
             save_tokenizer(folder, model)
         else:
             write_merged(folder, model, temperature)
-    made_from = source.record.made_from if source.format == "adapter" else WEIGHTS_FILE
+    made_from, sha256 = origin_of(source)
     record = ModelRecord(
         **{key: getattr(source.record, key) for key in _CARRIED},
         made_from=made_from,
-        made_from_sha256=source.record.files.get(made_from, source.record.made_from_sha256),
+        made_from_sha256=sha256,
         format=to,
         precision=precision,
         made_by=versions("torch", "transformers", *(("onnx", "onnxruntime") if to == "onnx" else ())),
