@@ -8,7 +8,7 @@ stream.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +97,17 @@ def _training_of(run: Path) -> Iterator[str]:
         try:
             with path.open(encoding="utf-8") as lines:
                 for line in lines:
-                    if isinstance(text := parse_object(line).get("text"), str):
+                    if text := _text_of(parse_object(line)):
                         yield text
         except (OSError, ValueError):
             continue
+
+
+def _text_of(record: Mapping[str, Any]) -> str:
+    """Return a record's text as users give one: both texts of a pair or a reply with a tab between them, words with spaces."""
+    texts = [record[role] for role in ("text", "pair", "prompt", "response") if isinstance(record.get(role), str)]
+    words = record.get("tokens")
+    return "\t".join(texts) or (" ".join(map(str, words)) if isinstance(words, list) else "")
 
 
 def _digest(text: str) -> bytes:

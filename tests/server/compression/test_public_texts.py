@@ -47,6 +47,25 @@ def _trained_on(run: ModelFolder, texts: list[str]) -> None:
     (home / "data.jsonl").write_text("".join(rows), encoding="utf-8")
 
 
+@pytest.mark.parametrize("kind", ["pairs", "replies", "entities"])
+def test_training_texts_of_every_shape_are_refused(kind: str, task_job: Callable[..., Job], tmp_path: Path) -> None:
+    source, lines = new_run(tmp_path / "run", kind, task_job), public_lines(kind)
+    parts = read_model(source)
+    assert isinstance(parts, Parts)
+    first, second = ("text", "pair") if kind == "pairs" else ("prompt", "response")
+    records = [
+        {"tokens": line.split()} if kind == "entities" else dict(zip((first, second), line.split("\t"), strict=True))
+        for line in lines
+    ]
+    home = source.path / "sites" / "north" / "home"
+    home.mkdir(parents=True)
+    (home / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records), encoding="utf-8")
+    path = tmp_path / "public.txt"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match="records that a site of this run trained on"):
+        read_public_texts(path, TextFormat(), parts, source.path, seed=0)
+
+
 def test_training_texts_are_refused(run: ModelFolder, read: Reading) -> None:
     lines = public_lines()
     _trained_on(run, [line.upper() for line in lines[:8]])
