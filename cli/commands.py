@@ -155,10 +155,13 @@ def _root(
 
 
 def _from_registry(reference: str, registry: Path | None, policy: Path | None) -> Path:
-    """Return the folder of a model; of a name the registry is opened, which loads half of what Silotune needs."""
+    """Return the folder of a model; which version it is stands on standard error.
+
+    Of a name the registry is opened, which loads half of what Silotune needs.
+    """
     from server.registry.references import verified_folder
 
-    return verified_folder(reference, registry, policy)
+    return verified_folder(reference, registry, policy, lambda line: typer.echo(line, err=True))
 
 
 def _quiet_libraries() -> None:

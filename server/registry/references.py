@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -97,10 +98,15 @@ def _named(registry: Registry, name: str, entry: HistoryEntry) -> Version:
     return version
 
 
-def verified_folder(reference: str, registry: Path | None, policy: Path | None) -> Path:
+def verified_folder(
+    reference: str, registry: Path | None, policy: Path | None, say: Callable[[str], None] = lambda line: None
+) -> Path:
     """Return the folder of the model that a reference names, for commands that load it; a version is verified before.
 
     A path that leads nowhere is returned as it is: whoever reads a folder says best what is missing in it.
+
+    Args:
+        say: is told which version was taken.
 
     Raises:
         SilotuneError: as `resolve` and `server.registry.verification.verify`.
@@ -113,4 +119,5 @@ def verified_folder(reference: str, registry: Path | None, policy: Path | None) 
     found = resolve(place, reference)
     if found.version is not None:
         verify(found.version)
+        say(f"taking {found.how}, verified")
     return found.folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +12,7 @@ import typer
 from shared import terminal
 from shared.data.cells import value_fault
 from shared.data.text_lines import LineReader
-from shared.errors import DataError
+from shared.errors import ConfigError, DataError
 from shared.files.atomic import write_bytes
 from shared.files.outputs import HTML_MARK, check_file
 from shared.job.compute import ComputeConfig
@@ -47,6 +48,7 @@ def explain(
     """
 
     from shared.job.job_file import load_job
+    from shared.runtime.export.folder import MODEL_FILE
     from shared.runtime.inference import load_tuned
     from shared.tools.explain.attributions import explain as attribute
     from shared.tools.explain.report import as_json as content
@@ -56,6 +58,10 @@ def explain(
     if html is not None:
         check_file(html, HTML_MARK)
     run = model_folder(model, registry, policy)
+    if os.path.lexists(run / MODEL_FILE):
+        raise ConfigError(
+            f"{run} holds an exported model, through which no gradients run; give the run, or a version that holds its adapter."
+        )
     job = load_job(run)
     given = _whole_input() if text is None else text
     if not given.strip():

@@ -27,6 +27,7 @@ from shared.options import DelimiterOption, ModelArgument, PolicyOption, Quoting
 
 if TYPE_CHECKING:
     from shared.data.text_stream import Item, Skipped, TextFormat
+    from shared.runtime.export.exported import Exported
     from shared.runtime.runtime import Runtime
     from shared.tools.monitor.monitor import Monitor, Window
     from shared.tools.monitor.quantification import AdjustedCount
@@ -95,7 +96,7 @@ def monitor(
     from shared.data.known_texts import KnownTexts
     from shared.data.text_stream import Files, Skipped, TextFormat
     from shared.job.job_file import load_job
-    from shared.runtime.inference import load_tuned
+    from shared.runtime.inference import load_model
     from shared.tools.models import model_folder
     from shared.tools.monitor.monitor import Monitor, MonitorSettings
 
@@ -125,7 +126,7 @@ def monitor(
         check_file(out / "monitor.png", PNG_MARK, way_out="choose another folder")
     skipped = Skipped()
     files = Files(sources, how, skipped) if sources else None
-    label = _labeller(load_tuned(run, job, ComputeConfig()), job)
+    label = _labeller(load_model(run, ComputeConfig()), job)
     reference = None
     if baseline_file is not None:
         reference = _count(label, Files([baseline_file], how, skipped), len(job.task.labels))
@@ -201,7 +202,7 @@ def _period(spec: str) -> tuple[float, float]:
     return parts[0], parts[1]
 
 
-def _labeller(runtime: Runtime, job: Job) -> Callable[[Sequence[str]], list[int]]:
+def _labeller(runtime: Runtime | Exported, job: Job) -> Callable[[Sequence[str]], list[int]]:
     """Return the function from texts to their classes."""
     from shared.runtime.inference import predict
 

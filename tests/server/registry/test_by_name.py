@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from server.registry.promotion import promote
 from server.registry.registry import Registry
+from tests.server.registry.keys import OFFICER
 
 TEXTS = ["a quiet film", "a dull plot"]
 
@@ -64,3 +66,43 @@ def test_a_folder_is_a_folder_where_there_is_no_registry(
     assert silotune("predict", small_run.name, TEXTS[0], *nowhere).status == 0
     missing = silotune("predict", "films", TEXTS[0], *nowhere)
     assert (missing.status > 0, "Traceback" in missing.err) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("reference", "how"),
+    [
+        ("films", "taking films:2, the newest; none was promoted yet, verified"),
+        ("films:1", "taking films:1, verified"),
+        ("films@candidate", "taking films:1, its candidate, verified"),
+    ],
+)
+def test_which_version_was_taken_is_told(
+    reference: str, how: str, registry: Registry, silotune: Callable[..., Any], small_run: Path
+) -> None:
+    if reference == "films@candidate":
+        promote(registry, registry.version("films", 1), "candidate", OFFICER)
+    assert silotune("predict", reference, TEXTS[0], "--registry", registry.path).err.strip() == how
+    assert silotune("predict", small_run, TEXTS[0], "--registry", registry.path).err == ""
+
+
+def test_an_exported_version_is_watched_and_not_explained(
+    registry: Registry,
+    key_files: dict[str, Path],
+    silotune: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("SILOTUNE_MODELS", str(registry.path))
+    out, texts = tmp_path / "onnx", tmp_path / "texts.txt"
+    texts.write_text("".join(f"{text}\n" for text in TEXTS * 10))
+    assert silotune("export", "films:2", "--to", "onnx", "--out", out).status == 0
+    assert silotune("models", "add", out, "--name", "films", "--signer", key_files["sam"]).status == 0
+    windows = []
+    for reference in ("films:2", "films:3"):
+        told = silotune("monitor", reference, texts, "--window", 10, "--json")
+        assert told.status == 0, told.err
+        windows.append([row["labels"] for row in map(json.loads, told.out.splitlines()) if row["event"] == "window"])
+    assert len(windows[0]) == 2
+    assert windows[0] == windows[1]
+    refused = silotune("explain", "films:3", TEXTS[0])
+    assert (refused.status, "no gradients" in refused.err) == (2, True)
