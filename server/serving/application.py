@@ -18,7 +18,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -30,12 +30,16 @@ from server.serving.completing import Completing
 from server.serving.engine import Batching, Failed, QueueFull
 from server.serving.following import Following
 from server.serving.limits import Limits
-from server.serving.metrics import Counts, page
 from server.serving.models import Model
+from server.serving.monitoring.drift import Drift
+from server.serving.monitoring.metrics import Counts, page
 from server.serving.refusals import Refused, busy
 from server.serving.schemas import PredictRequest, openapi, read
 from shared.errors import SilotuneError, place_of
 from shared.http.asgi import Message, Receive, Send, is_named
+
+if TYPE_CHECKING:
+    from server.serving.explaining import Explaining
 
 log = logging.getLogger("silotune.serving")
 
@@ -50,6 +54,8 @@ class Service:
     Attributes:
         accounts: None: whoever reaches it may ask; it is on loopback then.
         names: the hosts by which it may be called without tokens, beside the machine's own.
+        drift: counts labels; None: nobody wants them.
+        explaining: says why; None: nobody may ask.
         began: seconds since 1970.
     """
 
@@ -59,6 +65,8 @@ class Service:
     limits: Limits
     accounts: Accounts | None
     names: frozenset[str] = frozenset()
+    drift: Drift | None = None
+    explaining: Explaining | None = None
     counts: Counts = field(default_factory=Counts)
     began: float = field(default_factory=time.time)
 
@@ -318,6 +326,8 @@ async def predict(service: Service, asked: Asked) -> Response:
         raise refused_of(error) from None
     answers = await service.desk.answers(question, outputs)
     settle(service, asked, used)
+    if service.drift is not None:
+        await service.drift.count(service.following.model, model, answers)
     found = {
         "model": service.following.name,
         "version": model.version,

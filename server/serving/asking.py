@@ -19,7 +19,7 @@ from torch import Tensor
 from server.serving.limits import Limits
 from server.serving.models import Model
 from server.serving.refusals import Refused
-from server.serving.schemas import CompletionRequest, PredictRequest
+from server.serving.schemas import CompletionRequest, ExplainRequest, PredictRequest
 from shared.errors import DataError, SilotuneError
 from shared.models.batches import Example
 from shared.runtime.inference import Decoding
@@ -139,12 +139,31 @@ class Desk:
         # Of images the numbers count, as they were written; the body's limit bounds them.
         longest = 0 if param == "images" else max(map(len, texts))
         if longest > limits.characters:
-            raise Refused(
-                400,
-                "text_too_long",
-                f"a text has {longest:,} characters; at most {limits.characters:,} are read. Cut it.",
-                param=param,
-            )
+            raise _too_long(longest, limits, param)
+
+
+def _too_long(characters: int, limits: Limits, param: str) -> Refused:
+    return Refused(
+        400,
+        "text_too_long",
+        f"a text has {characters:,} characters; at most {limits.characters:,} are read. Cut it.",
+        param=param,
+    )
+
+
+def single_text(model: Model, asked: ExplainRequest, limits: Limits) -> str:
+    """Return the text of a request to explain, as `Predicting.question` takes it.
+
+    Raises:
+        Refused: 400, if it does not fit the model's task or the limits.
+    """
+    texts = None if asked.text is None else [asked.text]
+    pairs = None if asked.pair is None else [asked.pair]
+    kind = _INPUTS.get(model.kind, "texts")
+    (text,) = _texts(PredictRequest(texts=texts, pairs=pairs), kind)
+    if len(text) > limits.characters:
+        raise _too_long(len(text), limits, "text")
+    return text
 
 
 def is_small(texts: Sequence[str]) -> bool:

@@ -51,6 +51,13 @@ def serve(
     connections: Annotated[int, typer.Option(help="Open at a time; one address may have a quarter.")] = 1024,
     request_seconds: Annotated[float, typer.Option(help="In which a whole request must come.")] = 20.0,
     answer_seconds: Annotated[float, typer.Option(help="In which an answer must be complete.")] = 120.0,
+    drift_window: Annotated[
+        int | None, typer.Option(help="Compare the labels of so many texts with a baseline, for /metrics.")
+    ] = None,
+    drift_baseline: Annotated[
+        str, typer.Option(metavar="auto|FILE", help="auto: a version's first window; or monitor.json of `monitor`.")
+    ] = "auto",
+    explain: Annotated[bool, typer.Option("--explain", help="Answer /v1/explain, for tokens of that scope.")] = False,
     log_format: Annotated[Literal["text", "json"], typer.Option(help="Of the log, on standard error.")] = "text",
 ) -> None:
     """Serve a tuned model over HTTP: /v1/predict for labels, entities and scores, /v1/completions for GPT-2.
@@ -63,12 +70,15 @@ def serve(
     try:
         from server.serving.limits import Limits
         from server.serving.models import Plan
+        from server.serving.monitoring.drift import DriftPlan
         from server.serving.serving import Start, place_of_service, run
     except ModuleNotFoundError as error:
         if error.name not in ("starlette", "uvicorn"):
             raise
         raise ConfigError(f"serving needs the package {error.name}: pip install 'silotune[serve]'") from None
 
+    if drift_window is None and drift_baseline != "auto":
+        raise ConfigError("--drift-baseline goes with --drift-window, the texts that are compared with it at a time.")
     limits = Limits(
         batch_tokens=batch_tokens,
         batch_wait_ms=batch_wait_ms,
@@ -86,9 +96,10 @@ def serve(
         registry=registry or Path.home() / ".silotune" / "models",
         policy=policy,
         place=place_of_service(host, port, certificate, key, tokens),
-        plan=Plan(engine, precision, threads),
+        plan=Plan(engine, precision, threads, explain),
         limits=limits,
         tokens=tokens,
+        drift=None if drift_window is None else DriftPlan(drift_window, drift_baseline),
     )
     set_up(log_format)
     run(start, typer.echo)

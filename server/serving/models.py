@@ -50,11 +50,13 @@ class Plan:
         engine: `auto` is ONNX Runtime where it is installed, else PyTorch.
         precision: None: as the model is; float32 of an adapter.
         threads: of the engine; 0 is one for each core.
+        explain: whether answers can be explained, which takes the adapter in PyTorch beside the engine.
     """
 
     engine: EngineName = "auto"
     precision: Precision | None = None
     threads: int = 0
+    explain: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +68,7 @@ class Model:
         engine: `onnx` or `torch`.
         manifest_sha256: of the version; "" of a folder.
         caches: of a graph that continues texts, see `Cached`; else none.
+        explaining: the same model in PyTorch, for the thread that explains; None without `Plan.explain`.
     """
 
     version: str
@@ -74,6 +77,7 @@ class Model:
     manifest_sha256: str
     runtime: Runtime | Exported
     caches: tuple[tuple[str, int, int], ...] = ()
+    explaining: Runtime | None = None
 
     @property
     def task(self) -> Task:
@@ -124,6 +128,8 @@ def load(resolved: Resolved, plan: Plan) -> Model:
             name, manifest = version.reference, version.manifest_sha256
         try:
             model = _loaded(folder, private, plan, name, manifest)
+            if plan.explain:
+                model = replace(model, explaining=_explaining(folder, plan, name))
             _warm(model)
         except SilotuneError:
             raise
@@ -177,6 +183,18 @@ def _adapted(folder: ModelFolder, plan: Plan) -> Runtime:
     runtime = load_own_runtime(folder.job, ComputeConfig(precision="float32", cache_frozen_layers=False))
     runtime.load(load_state(adapter, runtime, folder.job), temperature=load_temperature(adapter))
     return runtime
+
+
+def _explaining(folder: ModelFolder, plan: Plan, name: str) -> Runtime:
+    """Return the model with gradients, apart from the one that the engine's thread uses."""
+    if folder.format != "adapter" or folder.job.task.kind in ("causal_lm", "replies", "image_classification"):
+        raise ConfigError(
+            f"{name} is {folder.format} and its task {folder.job.task.kind}; --explain is for versions that hold their adapter "
+            "and read texts. Serve such a one, or leave --explain out."
+        )
+    if find_spec("captum") is None:
+        raise ConfigError("--explain needs the package captum: pip install 'silotune[explain]'")
+    return _adapted(folder, plan)
 
 
 def _warm(model: Model) -> None:

@@ -36,6 +36,19 @@ class PredictRequest(_Body):
     )
 
 
+class ExplainRequest(_Body):
+    """Of which text to say why: one of `text` and `pair`, as the model's task is."""
+
+    model: str | None = Field(default=None, description="The model's name, as /v1/models has it; may be left out.")
+    text: str | None = None
+    pair: Annotated[list[str], Field(min_length=2, max_length=2)] | None = None
+    label: str | None = Field(default=None, description="Explain this label; by default the predicted one.")
+    word: Annotated[int, Field(ge=1, le=1 << 20)] | None = Field(
+        default=None, description="Of token classification: number of the word; by default of the first entity."
+    )
+    baseline: Literal["pad", "mask"] = Field(default="pad", description="The token that stands for an absent word.")
+
+
 class StreamOptions(_Body):
     """Of a stream."""
 
@@ -87,6 +100,32 @@ class PredictResponse(BaseModel):
     model: str
     version: str = Field(description="Which version answered.")
     predictions: list[Prediction]
+    usage: PredictUsage
+
+
+class WordAttribution(BaseModel):
+    """What a word adds to the number that is explained."""
+
+    text: int = Field(description="0, or 1 for the second text of a pair.")
+    begin: int
+    end: int = Field(description="Its place in that text is from `begin` to before `end`.")
+    attribution: float
+
+
+class ExplainResponse(BaseModel):
+    """Integrated gradients of one number: words add up to `output` minus `baseline_output`, but for `gap`."""
+
+    model: str
+    version: str = Field(description="Which version answered.")
+    prediction: str
+    target: str = Field(description="What is explained.")
+    output: float
+    baseline_output: float
+    baseline: str
+    steps: int
+    gap: float
+    words: list[WordAttribution]
+    unread: list[int] = Field(description="Texts that go on beyond what the model read.")
     usage: PredictUsage
 
 
@@ -219,6 +258,8 @@ def openapi() -> dict[str, Any]:
     kinds: list[type[BaseModel]] = [
         PredictRequest,
         PredictResponse,
+        ExplainRequest,
+        ExplainResponse,
         CompletionRequest,
         CompletionResponse,
         ModelList,
@@ -241,6 +282,9 @@ def openapi() -> dict[str, Any]:
         "paths": {
             "/v1/predict": {
                 "post": _operation("Predict", _described("predictions", PredictResponse), *asking, body=PredictRequest)
+            },
+            "/v1/explain": {
+                "post": _operation("Explain", _described("why", ExplainResponse), *asking, body=ExplainRequest)
             },
             "/v1/completions": {"post": _operation("Continue", streamed, *asking, body=CompletionRequest)},
             "/v1/models": {"get": _operation("List models", _described("models", ModelList), *seen)},

@@ -16,9 +16,11 @@ from server.serving.asking import Desk
 from server.serving.completing import Completing
 from server.serving.completions import completions
 from server.serving.engine import Batching
+from server.serving.explaining import Explaining, explain
 from server.serving.following import Following, registry_opener
 from server.serving.limits import Limits
 from server.serving.models import Plan
+from server.serving.monitoring.drift import Drift, DriftPlan
 from shared.errors import ConfigError, place_of
 from shared.http.serving import Place, address_of, listen, make_server, place_at, serve
 from shared.service.manager import ServiceManager
@@ -28,6 +30,7 @@ log = logging.getLogger("silotune.serving")
 _GRACE_SECONDS = 30
 ROUTES = {
     "/v1/predict": Route("POST", predict, "predict"),
+    "/v1/explain": Route("POST", explain, "explain"),
     "/v1/completions": Route("POST", completions, "completions"),
     "/v1/models": Route("GET", models),
     "/healthz": Route("GET", healthz, open=True),
@@ -47,6 +50,7 @@ class Start:
     plan: Plan
     limits: Limits
     tokens: Path | None
+    drift: DriftPlan | None = None
 
 
 def place_of_service(host: str, port: int, certificate: Path | None, key: Path | None, tokens: Path | None) -> Place:
@@ -95,9 +99,19 @@ def open_service(start: Start) -> Service:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads would take the engine's cores
     accounts = None if start.tokens is None else Accounts(start.tokens)
     following = Following(registry_opener(start.registry, start.policy), start.reference, start.plan)
+    drift = None if start.drift is None else Drift(start.drift, following.model)
     continues = following.model.kind in ("causal_lm", "replies")
     engine = Completing(start.limits) if continues else Batching(start.limits)
-    return Service(following, engine, Desk(start.limits), start.limits, accounts, start.place.names)
+    return Service(
+        following,
+        engine,
+        Desk(start.limits),
+        start.limits,
+        accounts,
+        start.place.names,
+        drift=drift,
+        explaining=Explaining() if start.plan.explain else None,
+    )
 
 
 def close(service: Service) -> None:
@@ -105,6 +119,10 @@ def close(service: Service) -> None:
     service.following.close()
     service.engine.close()
     service.desk.close()
+    if service.explaining is not None:
+        service.explaining.close()
+    if service.drift is not None:
+        service.drift.close()
     if service.accounts is not None:
         service.accounts.close()
 

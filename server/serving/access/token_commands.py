@@ -39,7 +39,7 @@ def add(
         list[str] | None,
         typer.Option(
             "--scope",
-            click_type=click.Choice(["predict", "completions", "metrics"]),
+            click_type=click.Choice(["predict", "completions", "explain", "metrics"]),
             help="What it may ask for, repeatable; by default predict and completions.",
         ),
     ] = None,

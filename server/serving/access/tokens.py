@@ -32,7 +32,7 @@ from shared.files.atomic import require_file_or_nothing
 from shared.job.parsing import nearest
 from shared.job.values import NAME_PATTERN
 
-Scope = Literal["predict", "completions", "metrics"]
+Scope = Literal["predict", "completions", "explain", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 _MARK = "slt_"
 _VERSION = 1

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from shared.errors import printable
-from shared.tools.explain.attributions import Explanation, Word
+from shared.runtime.attributions import Explanation, Word
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -28,8 +28,8 @@ from shared.options import DelimiterOption, ModelArgument, PolicyOption, Quoting
 if TYPE_CHECKING:
     from shared.data.text_stream import Item, Skipped, TextFormat
     from shared.runtime.export.exported import Exported
+    from shared.runtime.monitoring import Monitor, Window
     from shared.runtime.runtime import Runtime
-    from shared.tools.monitor.monitor import Monitor, Window
     from shared.tools.monitor.quantification import AdjustedCount
 
 _T = TypeVar("_T")
@@ -97,8 +97,8 @@ def monitor(
     from shared.data.text_stream import Files, Skipped, TextFormat
     from shared.job.job_file import load_job
     from shared.runtime.inference import load_model
+    from shared.runtime.monitoring import Monitor, MonitorSettings
     from shared.tools.models import model_folder
-    from shared.tools.monitor.monitor import Monitor, MonitorSettings
 
     how = TextFormat(format=text_format, text=text, time=times, delimiter=delimiter, encoding=encoding, quoting=quoting)
     sources = [] if inputs in (None, [], ["-"]) else [Path(place) for place in inputs or []]

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from shared.fonts import readable_figures
 from shared.intervals import wilson
-from shared.tools.monitor.monitor import Monitor, Window, utc
+from shared.runtime.monitoring import Monitor, Window, utc
 from shared.tools.monitor.quantification import AdjustedCount
 
 SHARE, BASELINE, ALERT, ADJUSTED = "#0072B2", "#4b5563", "#D55E00", "#009E73"

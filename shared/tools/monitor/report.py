@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.data.text_stream import Skipped, left_out
 from shared.intervals import wilson
-from shared.tools.monitor.monitor import MAX_WINDOWS, Monitor, Window, utc
+from shared.runtime.monitoring import MAX_WINDOWS, Monitor, Window, utc
 
 if TYPE_CHECKING:
     from rich.table import Table

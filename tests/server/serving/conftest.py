@@ -36,6 +36,14 @@ def films(filled: Path) -> Iterator[Live]:  # noqa: F811
 
 
 @pytest.fixture(scope="module")
+def explaining(filled: Path) -> Iterator[Live]:  # noqa: F811
+    """A service of `films` that explains."""
+    pytest.importorskip("captum")
+    with live("films", filled, plan=Plan("torch", explain=True)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
 def writer(writer_run: Path) -> Iterator[Live]:
     """A service of a small GPT-2, as a graph."""
     with live(str(writer_run), writer_run.parent, plan=Plan("onnx")) as found:

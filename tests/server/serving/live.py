@@ -15,6 +15,7 @@ import httpx
 from server.serving.application import Application, Service
 from server.serving.limits import Limits
 from server.serving.models import Plan
+from server.serving.monitoring.drift import DriftPlan
 from server.serving.serving import ROUTES, Start, close, open_service, quiet
 from shared.http.serving import listen, make_server, place_at
 
@@ -55,12 +56,20 @@ def live(
     *,
     tokens: Path | None = None,
     plan: Plan = Plan("torch"),  # noqa: B008 (frozen)
+    drift: DriftPlan | None = None,
     **limits: Any,
 ) -> Iterator[Live]:
     """Serve a model while the block lasts."""
     place, bounds = place_at("127.0.0.1", 0, None, None), Limits(**limits)
     start = Start(
-        reference=reference, registry=registry, policy=None, place=place, plan=plan, limits=bounds, tokens=tokens
+        reference=reference,
+        registry=registry,
+        policy=None,
+        place=place,
+        plan=plan,
+        limits=bounds,
+        tokens=tokens,
+        drift=drift,
     )
     service = open_service(start)
     with listen(place) as listener:

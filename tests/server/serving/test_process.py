@@ -109,5 +109,7 @@ def test_what_cannot_be_served_is_told_without_a_traceback(
     assert silotune("serve", "films:1", *at, "--tokens", tmp_path / "none.db").status == 2
     assert silotune("serve", "films", *at, "--host", "0.0.0.0").status == 2  # noqa: S104
     assert silotune("serve", "films", *at, "--queue", "0").status == 2
+    assert silotune("serve", "films", *at, "--drift-window", "10").status == 2
+    assert silotune("serve", "films", *at, "--drift-baseline", "monitor.json").status == 2
     shutil.rmtree(registry.path)
     assert silotune("serve", "films", *at).status == 2

@@ -29,14 +29,15 @@ from tests.server.serving.fuzzing import fuzz
 from tests.server.serving.live import Live, live
 from tests.shared.runtime.export.runs import finished_run
 
-ASK = {"/v1/predict": {"texts": ["a film"]}, "/v1/completions": {"prompt": "a"}}
+ASK = {"/v1/predict": {"texts": ["a film"]}, "/v1/completions": {"prompt": "a"}, "/v1/explain": {"text": "a film"}}
 
 
 @pytest.fixture(scope="module")
 def guarded(filled: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Live, TokenFile]]:
     path = tmp_path_factory.mktemp("tokens") / "tokens.db"
     file = TokenFile(path, create=True)
-    with live("films", filled, tokens=path, body_bytes=20_000, texts=50, characters=5_000) as found:
+    plan = Plan("torch", explain=True)
+    with live("films", filled, tokens=path, plan=plan, body_bytes=20_000, texts=50, characters=5_000) as found:
         yield found, file
 
 
@@ -290,7 +291,7 @@ def test_metrics_hold_numbers_and_no_names(guarded: tuple[Live, TokenFile]) -> N
     assert not any(word in text for word in ("watcher", "negative", "bad", "good", "a film"))
 
 
-@pytest.mark.parametrize("kind", ["films", "writer"])
+@pytest.mark.parametrize("kind", ["films", "writer", "explaining"])
 def test_schemathesis_finds_no_500(kind: str, request: pytest.FixtureRequest) -> None:
     found: Live = request.getfixturevalue(kind)
     assert fuzz(openapi(), found.address, examples=8) == []

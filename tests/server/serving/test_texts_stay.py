@@ -12,6 +12,7 @@ import pytest
 from server.serving.access.tokens import TokenFile
 from server.serving.application import Service
 from server.serving.completing import Completing
+from server.serving.models import Plan
 from shared.models.batches import Example
 from tests.server.serving.live import Live, live
 
@@ -39,8 +40,15 @@ def bodies() -> list[Any]:
 
 
 def everything(found: Live, token: str) -> None:
-    for path in ("/v1/predict", "/v1/completions", f"/{MARKER}"):
-        for body in [*bodies(), {"prompt": MARKER}, {"prompt": MARKER, "stream": True, "stop": MARKER}]:
+    for path in ("/v1/predict", "/v1/completions", "/v1/explain", f"/{MARKER}"):
+        for body in [
+            *bodies(),
+            {"text": MARKER},
+            {"text": MARKER, "label": MARKER},
+            {"pair": [MARKER, MARKER]},
+            {"prompt": MARKER},
+            {"prompt": MARKER, "stream": True, "stop": MARKER},
+        ]:
             found.post(path, body, token)
         found.ask("GET", f"{path}?{MARKER}={MARKER}", MARKER)
     with socket.create_connection(("127.0.0.1", found.port), timeout=5) as connection:
@@ -58,8 +66,8 @@ def test_no_text_is_in_any_log(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = TokenFile(tmp_path / "tokens.db", create=True)
-    token = file.add("any", scopes=("predict", "completions"))
-    with live("films", filled, tokens=file.path) as found:
+    token = file.add("any", scopes=("predict", "completions", "explain"))
+    with live("films", filled, tokens=file.path, plan=Plan("torch", explain=True)) as found:
         if broken:
             _break(found.service, monkeypatch)
         everything(found, token)

@@ -14,8 +14,7 @@ import pytest
 from shared.data.text_stream import EARLIEST, LATEST
 from shared.errors import ConfigError, DataError
 from shared.intervals import wilson
-from shared.tools.monitor.figure import draw_monitor
-from shared.tools.monitor.monitor import (
+from shared.runtime.monitoring import (
     MAX_WINDOWS,
     MOST_SECONDS,
     Monitor,
@@ -24,6 +23,7 @@ from shared.tools.monitor.monitor import (
     fisher_p_value,
     utc,
 )
+from shared.tools.monitor.figure import draw_monitor
 from shared.tools.monitor.report import window_line
 
 DAY = 86_400.0

@@ -5,7 +5,7 @@ mask token, if asked for; by the end of text where there is neither, as in GPT-2
 for labels the log-odds of one of them, log(p / (1 - p)); for a score the score. The attributions of the words add up to what that
 number is for the text minus what it is for the baseline.
 
-Guarantees (tests: tests/shared/tools/explain/test_attributions.py)
+Guarantees (tests: tests/shared/runtime/test_attributions.py)
     * *Completeness*: the gap between that sum and that difference is returned, and is at most `MOST_GAP` of the sum of all
       absolute attributions; the number of steps is doubled until it is, and an explanation that does not get there is refused.
     * A linear model's attributions are its weights times the input minus the baseline.
@@ -113,6 +113,8 @@ def explain(
     word: int | None = None,
     baseline: Baseline = "pad",
     steps: int = 32,
+    most_steps: int = MOST_STEPS,
+    before_each: Callable[[], None] = lambda: None,
 ) -> Explanation:
     """Return which words moved the prediction of one text.
 
@@ -123,6 +125,8 @@ def explain(
         word: for `token_classification` the number of the word, from 1; by default the first of the first entity.
         baseline: which token stands for an absent word, where the tokenizer has it.
         steps: to begin with.
+        most_steps: to which they are doubled.
+        before_each: called before each pass of the model; what it raises ends the explanation.
 
     Raises:
         ConfigError: if the task has nothing to attribute, Captum is absent, or an option does not fit.
@@ -137,6 +141,7 @@ def explain(
     ids = read.example.input_ids[None].to(model.device)
 
     def outputs_of(embeddings: Tensor) -> Tensor:
+        before_each()
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         return model.from_embeddings(embeddings, mask) / runtime.temperature
 
@@ -148,6 +153,7 @@ def explain(
         model.embeddings(ids),
         model.embeddings(replaced),
         steps=steps,
+        most_steps=most_steps,
         at_once=max(1, runtime.compute.micro_batch_tokens // ids.shape[1]),
     )
     return Explanation(
@@ -176,14 +182,20 @@ def _check_options(task: Predicting, *, label: str | None, word: int | None, ste
 
 
 def integrate(
-    forward: Callable[[Tensor], Tensor], inputs: Tensor, baseline: Tensor, *, steps: int, at_once: int = 64
+    forward: Callable[[Tensor], Tensor],
+    inputs: Tensor,
+    baseline: Tensor,
+    *,
+    steps: int,
+    most_steps: int = MOST_STEPS,
+    at_once: int = 64,
 ) -> Integrated:
     """Return integrated gradients of `forward` on the straight path from `baseline` to `inputs`, by Gauss-Legendre quadrature.
 
     Args:
         forward: from embeddings [S, T, H] to one number each, [S].
         inputs, baseline: [1, T, H].
-        steps: to begin with; doubled until the gap is small enough, up to `MOST_STEPS`.
+        steps: to begin with; doubled until the gap is small enough, up to `most_steps`.
         at_once: points of the path in one call of `forward`.
 
     Raises:
@@ -198,12 +210,12 @@ def integrate(
         allowed = max(MOST_GAP * float(found.attributions.abs().sum()), _ROUNDING * max(1.0, abs(output), abs(before)))
         if abs(found.gap) <= allowed:
             return found
-        if steps >= MOST_STEPS:
+        if steps >= most_steps:
             raise ModelError(
                 f"with {steps} steps the attributions add up to {output - before + found.gap:.4g} where the output changes by "
                 f"{output - before:.4g}; {allowed:.2g} may be missing. They would not be faithful. Try another --baseline."
             )
-        steps = min(2 * steps, MOST_STEPS)
+        steps = min(2 * steps, most_steps)
 
 
 def baseline_token(tokenizer: Any, wanted: Baseline) -> tuple[int, str]:

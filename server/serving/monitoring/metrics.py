@@ -86,4 +86,6 @@ def _all(service: Service) -> Iterable[Metric]:
     yield counter("tokens", "Tokens that were computed.", told.tokens)
     yield counter("padded_tokens", "The same, padding included.", told.padded)
     yield counter("compute_seconds", "Seconds in which the engine computed.", told.seconds)
+    if service.drift is not None:
+        yield from service.drift.families()
     yield from service.counts.families()

@@ -23,10 +23,10 @@ from shared.errors import ConfigError, DataError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Example, collate
+from shared.runtime.attributions import MOST_GAP, Explanation, Word, explain, integrate
 from shared.runtime.export.peft import save_peft_folder
 from shared.runtime.inference import load_tuned, predict
 from shared.runtime.runtime import Runtime, load_runtime
-from shared.tools.explain.attributions import MOST_GAP, Explanation, Word, explain, integrate
 from shared.tools.explain.report import (
     as_json,
     level_of,

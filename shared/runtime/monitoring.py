@@ -1,6 +1,6 @@
 """Shares of labels over time, and alerts when they differ from a baseline: counts only, no text is kept.
 
-Formal guarantees (tests: tests/shared/tools/monitor/test_monitor.py)
+Formal guarantees (tests: tests/shared/runtime/test_monitoring.py)
     * *False alarms*: if texts are independent and their labels as likely as in the baseline, any `horizon` windows together raise
       a false alarm with probability at most `alpha`. Each label of each window is compared with the baseline by Fisher's exact
       test, two-sided, at level alpha / (horizon x labels): Bonferroni over windows and labels (Dunn 1961). That bound needs no
