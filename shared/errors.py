@@ -7,6 +7,8 @@ without a traceback; anything that is not a `SilotuneError` is a defect and keep
 from __future__ import annotations
 
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 
 def excerpt(value: object, most: int = 80) -> str:
@@ -113,3 +115,23 @@ def place_of(error: BaseException) -> str:
         told.append(f"{type(found).__name__}{places}")
         found = found.__cause__ or found.__context__
     return "\nled to by ".join(told)
+
+
+class Panicked(Exception):
+    """A library written in Rust, such as tokenizers, panicked."""
+
+
+@contextmanager
+def panics_as_errors() -> Iterator[None]:
+    """Raise `Panicked` where a library panics: Python has that as a `BaseException`, which ends threads that others wait for.
+
+    For code that waits for nothing: a cancelled task is a `BaseException` as well.
+
+    Its words may quote a text; `place_of` does not repeat them.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        raise Panicked(type(error).__name__) from error

@@ -78,8 +78,9 @@ def orderly(stop: Callable[[], None], how_to_go_on: str) -> Iterator[None]:
         asked.append(number)
         if len(asked) > 1:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
-        os.write(2, b"stopping after the work at hand; once more stops at once\n")
         stop()
+        with contextlib.suppress(OSError):  # whoever read it may be gone
+            os.write(2, b"stopping after the work at hand; once more stops at once\n")
 
     before = {number: signal.signal(number, ask) for number in STATUS}
     try:

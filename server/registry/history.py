@@ -2,7 +2,8 @@
 
 Formal guarantees (tests: tests/server/registry/test_attacks.py)
     * An entry that was changed, removed, added, moved or signed by a key without the role is found whenever the history is read
-      (test_a_rewritten_history_is_found).
+      (test_a_rewritten_history_is_found). A role that was taken back since is no fault where somebody with the role of
+      `promotion_by` has signed a later entry, and so all before it (test_rules_that_were_tightened_hold_from_then_on).
     * An alias names a version by the hash of its manifest, so that another one in its folder is found
       (test_a_swapped_version_is_found).
 
@@ -128,12 +129,23 @@ def read_history(path: Path, model: str, policy: RegistryPolicy) -> History:
     if content.keys() != {"format", "entries"} or content["format"] != _FORMAT or not isinstance(raw, list):
         raise TrustError(f"{path} is not the history of a model; restore it from a backup.")
     history = History(path, model)
+    without_role: str | None = None
     for number, fields in enumerate(raw, start=1):
         source = f"entry {number} of {path}"
         entry = HistoryEntry.open(canonical_json(fields).encode(), source=source)
         if problem := _problem(entry, history, policy):
             raise TrustError(f"{source} {problem}. {HistoryEntry.advice}")
+        signer = VerifyKey.parse(entry.signer)
+        if policy.name_of(signer, *policy.promotion_by, "former") is not None:
+            without_role = None
+        elif policy.name_of(signer, *policy.may_set(entry.alias)) is None:
+            without_role = f"{source} was signed by {entry.signer}, whose key may not do that here"
         history = History(path, model, (*history.entries, entry))
+    if without_role is not None:
+        raise TrustError(
+            f"{without_role}. If registry.toml was tightened since, put the rule back, let somebody of promotion_by set an "
+            f"alias, and tighten it then. If not: {HistoryEntry.advice}"
+        )
     return history
 
 
@@ -144,7 +156,7 @@ def _problem(entry: HistoryEntry, before: History, policy: RegistryPolicy) -> st
         return f"was signed for the model {entry.model!r}"
     if entry.number != len(entries) + 1 or entry.previous != (entries[-1].sha256 if entries else None):
         return "does not follow the entry before it: the history was rewritten"
-    if policy.name_of(VerifyKey.parse(entry.signer), *policy.may_set(entry.alias), "former") is None:
+    if policy.name_of(VerifyKey.parse(entry.signer), "signer", "officer", "former") is None:
         return f"was signed by {entry.signer}, whose key may not do that here"
     current = before.aliases.get(entry.alias) if entry.alias is not None else None
     if (entry.action == "promote") != (entry.alias is not None) or entry.former != (current and current.version):

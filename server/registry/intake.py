@@ -134,6 +134,8 @@ def _check_of(path: Path) -> Callable[[Path, Path], None]:
         ModelError: if no such file may come in.
     """
     name, suffix = path.name, path.suffix
+    if name.endswith(".index.json"):
+        raise _refused(path, "it names other files to be read as weights, also outside the folder")
     if not name.startswith("."):
         if name in _SENTENCEPIECE or name.endswith((".onnx.data", ".onnx_data")):
             return _check_binary

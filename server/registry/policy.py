@@ -42,8 +42,9 @@ class RegistryPolicy(Section):
     officers: dict[Name, str] = {}
     """Who may promote and retire; see `promotion_by`."""
     former: dict[Name, str] = {}
-    """Keys of people who left: what they signed stays valid, and these commands sign nothing new with them. A key that was stolen
-    does not belong here: leave it out, and add and promote anew."""
+    """Keys of people who left: what they signed stays valid, whatever their role was, and these commands sign nothing new with
+    them. Nothing tells when something was signed: whoever keeps such a key and may write the folder can still sign for it. A key
+    that was stolen does not belong here: leave it out, and add and promote anew."""
 
     @field_validator("signers", "officers", "former")
     @classmethod

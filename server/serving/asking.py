@@ -20,7 +20,7 @@ from server.serving.limits import Limits
 from server.serving.models import Model
 from server.serving.refusals import Refused
 from server.serving.schemas import CompletionRequest, ExplainRequest, PredictRequest
-from shared.errors import DataError, SilotuneError
+from shared.errors import DataError, SilotuneError, panics_as_errors
 from shared.models.batches import Example
 from shared.runtime.inference import Decoding
 from shared.tasks.base import Prediction, Record
@@ -116,7 +116,8 @@ class Desk:
         try:
             if small and self._tokenizer.acquire(blocking=False):
                 try:
-                    return work()
+                    with panics_as_errors():
+                        return work()
                 finally:
                     self._tokenizer.release()
             return await asyncio.get_running_loop().run_in_executor(self._thread, self._locked, work)
@@ -124,7 +125,7 @@ class Desk:
             raise Refused(400, "invalid_input", str(error), param=param) from None
 
     def _locked(self, work: Callable[[], T]) -> T:
-        with self._tokenizer:
+        with self._tokenizer, panics_as_errors():
             return work()
 
     def _check_sizes(self, texts: Sequence[str], param: str, times: int = 1) -> None:

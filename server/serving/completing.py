@@ -22,7 +22,7 @@ from server.serving.engine import Engine, Failed
 from server.serving.growing import Growing
 from server.serving.limits import Limits
 from server.serving.models import Model
-from shared.errors import SilotuneError, place_of
+from shared.errors import SilotuneError, panics_as_errors, place_of
 from shared.runtime.inference import Decoding, choose_tokens
 
 log = logging.getLogger("silotune.serving")
@@ -181,11 +181,12 @@ class Completing(Engine):
         """Compute logits of the last `count` rows, choose their next tokens, and let those go that end."""
         group, began = self._groups[model], time.perf_counter()
         try:
-            logits = logits_of()
-            chosen = [
-                int(choose_tokens(one[None], row.decoding, row.generator)[0])
-                for one, row in zip(logits, group.rows[-count:], strict=True)
-            ]
+            with panics_as_errors():
+                logits = logits_of()
+                chosen = [
+                    int(choose_tokens(one[None], row.decoding, row.generator)[0])
+                    for one, row in zip(logits, group.rows[-count:], strict=True)
+                ]
         except Exception as error:
             log.error("a step of %s failed: %s", model.version, place_of(error))
             self._end(self._groups.pop(model).rows, Failed("the model could not go on; the log says where"))

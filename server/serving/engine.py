@@ -22,7 +22,7 @@ from torch import Tensor
 
 from server.serving.limits import Limits
 from server.serving.models import Model
-from shared.errors import SilotuneError, place_of
+from shared.errors import SilotuneError, panics_as_errors, place_of
 from shared.models.batches import Example
 
 log = logging.getLogger("silotune.serving")
@@ -109,7 +109,8 @@ class Engine(ABC):
                 if self._closed:
                     break
             try:
-                self._turn()
+                with panics_as_errors():
+                    self._turn()
             except Exception as error:  # a defect must not end the thread that everybody waits for
                 log.error("a turn of the engine failed: %s", place_of(error))
                 self._fail(Failed("the engine failed; the log says where"))
@@ -196,7 +197,8 @@ class Batching(Engine):
             self.watch(examples)
         began = time.perf_counter()
         try:
-            outputs = model.outputs(examples)
+            with panics_as_errors():
+                outputs = model.outputs(examples)
         except Exception as error:
             log.error("a batch of %s failed: %s", model.version, place_of(error))
             for asked in {id(asked): asked for asked, _ in batch}.values():

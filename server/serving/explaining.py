@@ -27,7 +27,7 @@ from server.serving.asking import single_text
 from server.serving.models import Model
 from server.serving.refusals import Refused, busy
 from server.serving.schemas import ExplainRequest, read
-from shared.errors import ConfigError, DataError, ModelError, place_of
+from shared.errors import ConfigError, DataError, ModelError, panics_as_errors, place_of
 from shared.job.parsing import nearest
 from shared.runtime.attributions import Explanation
 from shared.runtime.attributions import explain as attribute
@@ -93,18 +93,19 @@ def _explained(model: Model, asked: ExplainRequest, text: str, left: threading.E
         go_on()
         task = runtime.task
         assert isinstance(task, Predicting)  # noqa: S101 (see `server.serving.models`)
-        record = task.question(text, "the text", runtime.tokenizer, runtime.max_length)
-        tokens = sum(example.length for example in runtime.encode([record]))
-        found = attribute(
-            runtime,
-            text,
-            label=asked.label,
-            word=asked.word,
-            baseline=asked.baseline,
-            steps=_STEPS,
-            most_steps=_MOST_STEPS,
-            before_each=go_on,
-        )
+        with panics_as_errors():
+            record = task.question(text, "the text", runtime.tokenizer, runtime.max_length)
+            tokens = sum(example.length for example in runtime.encode([record]))
+            found = attribute(
+                runtime,
+                text,
+                label=asked.label,
+                word=asked.word,
+                baseline=asked.baseline,
+                steps=_STEPS,
+                most_steps=_MOST_STEPS,
+                before_each=go_on,
+            )
     except (ConfigError, DataError) as error:
         raise Refused(400, "invalid_input", str(error).replace("--", "")) from None
     except ModelError as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 from server.registry.references import Resolved, resolve
 from server.registry.registry import Registry
 from server.serving.models import Model, Plan, load
-from shared.errors import ModelError, SilotuneError, place_of
+from shared.errors import ModelError, SilotuneError, panics_as_errors, place_of
 
 log = logging.getLogger("silotune.serving")
 
@@ -116,7 +116,8 @@ class Following:
     def _watch(self) -> None:
         while not self._stop.wait(LOOK_SECONDS):
             try:
-                self.look()
+                with panics_as_errors():
+                    self.look()
             except Exception as error:  # a defect must not end what follows retirements
                 self._tell(f"the registry could not be looked at: {place_of(error)}")
 

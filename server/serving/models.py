@@ -24,7 +24,7 @@ from torch import Tensor
 from server.registry.references import Resolved
 from server.registry.verification import verify
 from server.serving.growing import Cached, Growing, Recomputed
-from shared.errors import ConfigError, ModelError, SilotuneError
+from shared.errors import ConfigError, ModelError, SilotuneError, panics_as_errors
 from shared.job.compute import ComputeConfig
 from shared.job.kinds import TaskKind
 from shared.models.batches import Example, collate
@@ -127,10 +127,11 @@ def load(resolved: Resolved, plan: Plan) -> Model:
             folder = verify(replace(version, path=private / "version")).folder
             name, manifest = version.reference, version.manifest_sha256
         try:
-            model = _loaded(folder, private, plan, name, manifest)
-            if plan.explain:
-                model = replace(model, explaining=_explaining(folder, plan, name))
-            _warm(model)
+            with panics_as_errors():
+                model = _loaded(folder, private, plan, name, manifest)
+                if plan.explain:
+                    model = replace(model, explaining=_explaining(folder, plan, name))
+                _warm(model)
         except SilotuneError:
             raise
         except Exception as error:  # a damaged file can fail anywhere inside the libraries

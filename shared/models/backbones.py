@@ -138,6 +138,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
             attn_implementation=PACKED,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except Exception as error:  # a damaged file can fail anywhere inside transformers

@@ -223,7 +223,9 @@ def _language_runtime(task: Task, lora: LoraConfig, seed: int, compute: ComputeC
         )
     try:
         # What a person wrote is text, also where it looks like a control token: only tasks and tokenizer add those.
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, split_special_tokens=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, split_special_tokens=True
+        )
     except Exception as error:  # a damaged file can fail anywhere inside transformers
         raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
     if len(tokenizer) > config.vocab_size:

@@ -113,7 +113,7 @@ def measure(backbone: Backbone, texts: Sequence[Any]) -> Measured:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(backbone.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a damaged file can fail anywhere inside transformers
         raise ModelError(f"no usable tokenizer in {backbone.folder}: {error}") from None
     if isinstance(texts[0], tuple):

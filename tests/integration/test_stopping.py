@@ -212,3 +212,20 @@ def test_a_coordinator_ends_in_an_orderly_way_and_says_how_to_go_on(tmp_path: Pa
     assert "Traceback" not in log
     assert log.strip().endswith(f"stopped; go on with: silotune coordinator start {home.path}; its jobs resume then")
     assert home.read_status()["state"] == "stopped"
+
+
+def test_a_signal_counts_where_nobody_reads_what_is_said() -> None:
+    code = (
+        "import threading\nfrom shared.stopping import orderly\nasked = threading.Event()\n"
+        "with orderly(asked.set, ''):\n    print('ready', flush=True)\n    raise SystemExit(0 if asked.wait(20) else 1)"
+    )
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=writing, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    ) as process:
+        os.close(reading)
+        os.close(writing)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0

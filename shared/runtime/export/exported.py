@@ -19,7 +19,7 @@ from shared.errors import ConfigError, ModelError
 from shared.models.batches import Batch, Example, collate
 from shared.models.images import PIXEL_STEPS
 from shared.runtime.export.folder import ModelFolder
-from shared.runtime.export.merged import CLASSES
+from shared.runtime.export.merged import CLASSES, WEIGHTS_FILE
 from shared.runtime.export.onnx import GRAPH_FILE, new_session
 from shared.tasks import Task, task_of
 
@@ -74,7 +74,7 @@ def load_exported(folder: ModelFolder, *, threads: int = 0) -> Exported:
         session = _session(folder, threads) if folder.format == "onnx" else None
         compute = _transformer(folder) if session is None else _graph(folder, session)
         tokenizer = None if job.model.is_image_network else _tokenizer(folder)
-    except ConfigError:
+    except (ConfigError, ModelError):
         raise
     except Exception as error:  # a damaged file can fail anywhere inside the libraries
         raise ModelError(f"the model in {folder.path} cannot be loaded: {error}") from None
@@ -86,14 +86,18 @@ def load_exported(folder: ModelFolder, *, threads: int = 0) -> Exported:
 def _tokenizer(folder: ModelFolder) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder.path, local_files_only=True, split_special_tokens=True)
+    return AutoTokenizer.from_pretrained(
+        folder.path, local_files_only=True, trust_remote_code=False, split_special_tokens=True
+    )
 
 
 def _transformer(folder: ModelFolder) -> Callable[[Batch], Tensor]:
     import transformers
 
+    if WEIGHTS_FILE not in folder.files:  # an index of several files could name one outside the folder
+        raise ModelError(f"{folder.path} lists no {WEIGHTS_FILE}, the weights as Silotune writes them; make it anew.")
     model = getattr(transformers, CLASSES[folder.record.task]).from_pretrained(
-        folder.path, local_files_only=True, use_safetensors=True, dtype=torch.float32
+        folder.path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
     )
     model.eval()
 

@@ -110,7 +110,9 @@ def read_merged(folder: ModelFolder) -> Parts:
         stored = load_file(folder.path / WEIGHTS_FILE)
         begin = _PREFIXES[config["model_type"]]
         weights = {name.removeprefix(begin): value.float() for name, value in stored.items() if name.startswith(begin)}
-        tokenizer = AutoTokenizer.from_pretrained(folder.path, local_files_only=True, split_special_tokens=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder.path, local_files_only=True, trust_remote_code=False, split_special_tokens=True
+        )
         if job.task.kind in ("causal_lm", "replies"):
             return Parts(job, config, weights, None, tokenizer)
         config["num_hidden_layers"] -= 1

@@ -181,6 +181,25 @@ def test_a_rewritten_history_is_found(case: str, registry: Registry) -> None:
         promote(registry, registry.version("films", 2), "champion", OFFICER)
 
 
+def test_rules_that_were_tightened_hold_from_then_on(registry: Registry) -> None:
+    promote(registry, registry.version("films", 1), "candidate", SIGNER)
+    open_rules = registry.policy_file.read_text()
+    tight = open_rules.replace('open_aliases = ["candidate"]', "open_aliases = []")
+    assert tight != open_rules
+    registry.policy_file.write_text(tight)
+    with pytest.raises(TrustError, match="put the rule back"):
+        Registry(registry.path).history("films")
+    registry.policy_file.write_text(open_rules)
+    promote(registry, registry.version("films", 1), "champion", OFFICER)
+    registry.policy_file.write_text(tight)
+    found = Registry(registry.path)
+    assert resolve(found, "films").how == "films:1, its champion"
+    assert found.history("films").aliases.keys() == {"candidate", "champion"}
+    rewritten(found, forged(SIGNER, alias="candidate", former=1, version=2))
+    with pytest.raises(TrustError, match="may not do that here"):
+        found.history("films")
+
+
 def test_a_retired_version_does_not_come_back(registry: Registry) -> None:
     retire(registry, registry.version("films", 1), OFFICER)
     rewritten(registry, lambda entries: entries.clear())

@@ -95,6 +95,32 @@ def test_no_prompt_is_in_any_log(
     assert "a step of writer failed" in caplog.text
 
 
+class Panic(BaseException):
+    """As a panic of a library in Rust reaches Python."""
+
+
+def test_a_panic_ends_no_thread_and_says_nothing(
+    filled: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def panic(*given: Any) -> Any:
+        raise Panic(f"byte index 3 is not a char boundary; it is inside {given!r} {MARKER}")
+
+    with live("films", filled, plan=Plan("torch")) as found:
+        model = found.service.following.model
+        for place, name in ((type(model.task), "encode"), (type(model), "outputs")):
+            with monkeypatch.context() as patched:
+                patched.setattr(place, name, panic)
+                for texts in ([MARKER], [MARKER * 9] * 40):
+                    answer = found.post("/v1/predict", {"texts": texts})
+                    assert answer.status_code == 500
+                    assert answer.json()["error"]["code"]
+        assert found.post("/v1/predict", {"texts": ["a film"]}).status_code == 200
+        assert found.ask("GET", "/healthz").status_code == 200
+    written, errors = capfd.readouterr()
+    assert MARKER not in caplog.text + written + errors
+    assert "Panicked" in caplog.text
+
+
 def _break(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let encoding fail at one text, and computing at the others, with errors that quote what they got."""
 
