@@ -18,7 +18,7 @@ from server.serving.following import Following
 from server.serving.models import Plan
 from shared.runtime.export.exporting import export
 from shared.runtime.export.folder import ModelFolder
-from tests.server.registry.keys import OFFICER, SIGNER
+from tests.server.registry.keys import OFFICER, SIGNER, STRANGER
 from tests.server.serving.live import Live, live
 
 
@@ -134,3 +134,74 @@ def test_a_registry_that_is_gone_for_a_moment_changes_nothing(registry: Registry
     registry.path.with_name("away").rename(registry.path)
     following.look()
     assert following.trouble is None
+
+
+def _by_hand(registry: Registry) -> Following:
+    following = Following(lambda: Registry(registry.path), "films", Plan("torch"))
+    following.close()
+    return following
+
+
+def _spoilt(registry: Registry, reference: str) -> tuple[Path, bytes]:
+    state = require_version(registry, reference).model / "adapter" / "silotune_state.safetensors"
+    whole = state.read_bytes()
+    state.write_bytes(whole[:-1] + b"x")
+    return state, whole
+
+
+def test_a_retired_version_stops_also_where_its_successor_is_refused(registry: Registry) -> None:
+    promote(registry, "films:1")
+    following = _by_hand(registry)
+    promote(registry, "films:2")
+    _spoilt(registry, "films:2")
+    following.look()
+    assert following.withdrawn is None
+    promotion.retire(registry, require_version(registry, "films:1"), OFFICER)
+    following.look()
+    assert following.withdrawn == "films:1 was retired"
+    assert "films:2 is not served" in str(following.trouble)
+
+
+def test_what_was_mended_is_taken(registry: Registry) -> None:
+    promote(registry, "films:1")
+    following = _by_hand(registry)
+    promote(registry, "films:2")
+    state, whole = _spoilt(registry, "films:2")
+    following.look()
+    state.write_bytes(whole)
+    following.look()
+    assert following.model.version == "films:1", "not at once"
+    end = threading.Event()
+    for _ in range(100):
+        end.wait(0.05)
+        following.look()
+        if following.model.version == "films:2":
+            break
+    assert (following.model.version, following.trouble) == ("films:2", None)
+
+
+def test_whose_key_was_taken_out_stops(registry: Registry) -> None:
+    promote(registry, "films:1")
+    following = _by_hand(registry)
+    rules = registry.policy_file.read_text()
+    registry.policy_file.write_text(rules.replace(SIGNER.verify_key.text, STRANGER.verify_key.text))
+    following.look()
+    assert following.withdrawn == "films:1 was signed by a key that is trusted no longer"
+    registry.policy_file.write_text(rules)
+    following.look()
+    assert following.withdrawn is None
+
+
+def test_a_history_that_was_put_back(registry: Registry) -> None:
+    promote(registry, "films:1")
+    file = registry.path / "films" / "aliases.json"
+    before = file.read_bytes()
+    promote(registry, "films:2")
+    following = _by_hand(registry)
+    file.write_bytes(before)
+    following.look()
+    assert (following.model.version, following.withdrawn) == ("films:2", None)
+    assert "does not continue what was followed" in str(following.trouble)
+    file.unlink()
+    following.look()
+    assert following.model.version == "films:2"
