@@ -74,6 +74,8 @@ class Service:
     def troubles(self) -> list[str]:
         """What somebody should look at; while there is something that keeps it from answering, it is not healthy."""
         found = [self.following.withdrawn, None if self.engine.alive else "the engine's thread ended"]
+        if self.accounts is not None and self.accounts.trouble() is not None:
+            found.append("the token file cannot be used; the log says why")
         return [trouble for trouble in found if trouble is not None]
 
     def model(self) -> Model:
@@ -284,7 +286,7 @@ async def book(service: Service, asked: Asked, use: Use) -> None:
     try:
         asked.booked = await service.accounts.charge(asked.token, service.following.base, use)
     except QuotaExceeded as error:
-        raise Refused(429, "insufficient_quota", f"{error}.") from None
+        raise busy("insufficient_quota", f"{error}.", error.seconds, status=429) from None
     except SilotuneError:
         raise busy("tokens_unreadable", "use cannot be booked at the moment; try again.", 5) from None
 

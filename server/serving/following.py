@@ -25,7 +25,7 @@ from server.registry.history import History
 from server.registry.references import Resolved, resolve
 from server.registry.registry import Registry
 from server.serving.models import Model, Plan, load
-from shared.errors import ModelError, SilotuneError, TrustError, panics_as_errors, place_of
+from shared.errors import ConfigError, ModelError, SilotuneError, TrustError, panics_as_errors, place_of
 from shared.trust.signing import VerifyKey
 
 log = logging.getLogger("silotune.serving")
@@ -55,6 +55,11 @@ class Following:
         self._open, self._reference, self._plan = open_registry, reference, plan
         found = resolve(open_registry(), reference)
         version = found.version
+        if version is None and "/" not in reference:
+            # A registry that is empty for a moment must not lead to what nobody signed.
+            raise ConfigError(
+                f"{reference} is no model of the registry. A folder of that name is served as ./{reference}; nobody signed it."
+            )
         self.how = found.how
         self.name = reference if version else found.folder.resolve().name
         self.base = version.manifest.name if version else self.name

@@ -70,6 +70,14 @@ class Accounts:
         """See `TokenFile.find`."""
         return self._reading.find(secret)
 
+    def trouble(self) -> str | None:
+        """Return why no token can be looked up now; None if one can."""
+        try:
+            self._reading.find("")
+        except SilotuneError as error:
+            return str(error)
+        return None
+
     def check_rate(self, token: Token) -> None:
         """Count a request; raise `TooFast` if it is one too many in a minute (a token bucket of a minute's size)."""
         most, now = token.requests_per_minute, self._clock()

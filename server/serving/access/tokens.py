@@ -113,10 +113,11 @@ class Use:
 
 
 class QuotaExceeded(Exception):
-    """A request would go beyond what a token may use on a day; `what` names it."""
+    """A request would go beyond what a token may use on a day; `what` names it, and `seconds` is when the next day begins."""
 
-    def __init__(self, what: str, most: int) -> None:
+    def __init__(self, what: str, most: int, seconds: int) -> None:
         super().__init__(f"this token may use {most:,} {what} a day (UTC), which is used up or would be")
+        self.seconds = seconds
 
 
 class TokenFile:
@@ -136,8 +137,7 @@ class TokenFile:
             if create and not path.exists():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
-            self._database = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
-            self._open()
+            self._connect()
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from None
 
@@ -261,18 +261,54 @@ class TokenFile:
             (token.id, day),
         ).fetchall()
         if token.requests_per_day is not None and row["requests"] + use.requests > token.requests_per_day:
-            return QuotaExceeded("requests", token.requests_per_day)
+            return QuotaExceeded("requests", token.requests_per_day, self._to_midnight())
         if token.tokens_per_day is not None and row["tokens"] + use.tokens > token.tokens_per_day:
-            return QuotaExceeded("tokens", token.tokens_per_day)
+            return QuotaExceeded("tokens", token.tokens_per_day, self._to_midnight())
         return None
 
     def _book(self, token: Token, model: str, day: str, use: Use, *, sign: int) -> None:
         self._database.execute(
-            "INSERT INTO usage VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (token, day, model) DO UPDATE SET"
+            # Of the same person: another file may have been put in the place of the one in which the token was found.
+            "INSERT INTO usage SELECT ?, ?, ?, ?, ?, ? WHERE EXISTS (SELECT 1 FROM tokens WHERE id = ? AND name = ?)"
+            " ON CONFLICT (token, day, model) DO UPDATE SET"
             " requests = requests + excluded.requests, read_tokens = read_tokens + excluded.read_tokens,"
             " written_tokens = written_tokens + excluded.written_tokens",
-            (token.id, day, model, sign * use.requests, sign * use.read_tokens, sign * use.written_tokens),
+            (
+                token.id,
+                day,
+                model,
+                sign * use.requests,
+                sign * use.read_tokens,
+                sign * use.written_tokens,
+                token.id,
+                token.name,
+            ),
         )
+
+    def _connect(self) -> None:
+        self._file = self._identity()
+        self._database = sqlite3.connect(
+            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+        )
+        self._open()
+
+    def _identity(self) -> tuple[int, int]:
+        found = self.path.stat()
+        return found.st_dev, found.st_ino
+
+    def _at_hand(self) -> sqlite3.Connection:
+        """Return the file that is there now: one that was put in its place, such as a backup, is opened anew.
+
+        SQLite would go on with the one that it opened, and a token that is revoked in the new one would count.
+        """
+        try:
+            if self._identity() != self._file:
+                self._database.close()
+                self._connect()
+        except (sqlite3.Error, OSError) as error:
+            self._file = (-1, -1)  # whatever comes next is opened anew
+            raise self._unusable(error) from None
+        return self._database
 
     def _open(self) -> None:
         self._database.row_factory = sqlite3.Row
@@ -290,6 +326,7 @@ class TokenFile:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
+        self._at_hand()
         try:
             self._database.execute("BEGIN IMMEDIATE")
             try:
@@ -304,8 +341,9 @@ class TokenFile:
             raise self._unusable(error) from None
 
     def _rows(self, query: str, values: Sequence[object] = ()) -> list[sqlite3.Row]:
+        database = self._at_hand()
         try:
-            return self._database.execute(query, values).fetchall()
+            return database.execute(query, values).fetchall()
         except sqlite3.Error as error:
             raise self._unusable(error) from None
 
@@ -313,6 +351,10 @@ class TokenFile:
         return RunError(
             f"the token file {self.path} cannot be used ({error}); free space, or restore it from a backup."
         )
+
+    def _to_midnight(self) -> int:
+        """Return the seconds until the next day of UTC, at least one."""
+        return max(1, 86_400 - int(self._now()) % 86_400)
 
     def _moment(self, seconds_from_now: float = 0) -> str:
         return datetime.fromtimestamp(self._now() + seconds_from_now, UTC).isoformat(timespec="seconds")

@@ -16,6 +16,7 @@ from server.registry.registry import Registry
 from server.serving import following as following_module
 from server.serving.following import Following
 from server.serving.models import Plan
+from shared.errors import ConfigError
 from shared.runtime.export.exporting import export
 from shared.runtime.export.folder import ModelFolder
 from tests.server.registry.keys import OFFICER, SIGNER, STRANGER
@@ -205,3 +206,11 @@ def test_a_history_that_was_put_back(registry: Registry) -> None:
     file.unlink()
     following.look()
     assert following.model.version == "films:2"
+
+
+def test_a_bare_name_is_no_folder(registry: Registry, small_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(small_run.parent)
+    with pytest.raises(ConfigError, match=r"served as \./run; nobody signed it"):
+        Following(lambda: Registry(registry.path), small_run.name, Plan("torch"))
+    following = Following(lambda: Registry(registry.path), f"./{small_run.name}", Plan("torch"))
+    assert following.model.manifest_sha256 == ""

@@ -123,3 +123,19 @@ def test_a_folder_that_was_changed_is_refused(small_run: Path, tmp_path: Path) -
     with pytest.raises(ModelError, match="not as it was written"):
         load(Resolved(made.path, None, ""), Plan())
     assert replace(TORCH, engine="onnx").engine == "onnx"
+
+
+@pytest.mark.parametrize("shape", [(3,), (1,), (4, 2), ()])
+def test_what_the_task_cannot_answer_with_does_not_take_over(
+    shape: tuple[int, ...], registry: Registry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = torch.zeros(shape)
+    monkeypatch.setattr(models.Model, "outputs", lambda self, examples: [wrong for _ in examples])
+    with pytest.raises(ModelError, match="its task has 2 outputs"):
+        load(resolve(registry, "films"), TORCH)
+
+
+def test_an_answer_for_each_text(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models.Model, "outputs", lambda self, examples: [torch.zeros(2)])
+    with pytest.raises(ModelError, match="to one text and to two"):
+        load(resolve(registry, "films"), TORCH)

@@ -139,6 +139,7 @@ def test_quota_and_rate_are_429(guarded: tuple[Live, TokenFile]) -> None:
     answers = [ask(found, "/v1/predict", token) for _ in range(5)]
     assert {one.status_code for one in answers} == {200, 429}
     assert answers[-1].json()["error"]["code"] == "insufficient_quota"
+    assert 1 <= int(answers[-1].headers["retry-after"]) <= 86_400
     token = file.add("slow", scopes=("predict",), requests_per_minute=2)
     answers = [ask(found, "/v1/predict", token) for _ in range(4)]
     assert [one.status_code for one in answers] == [200, 200, 429, 429]
@@ -301,3 +302,17 @@ def test_schemathesis_finds_no_500(kind: str, request: pytest.FixtureRequest) ->
 def test_a_path_is_served_by_its_folders_name(registry: Registry, small_run: Path) -> None:
     with live(str(small_run), registry.path) as found:
         assert found.post("/v1/predict", {"texts": ["a"]}).json()["model"] == small_run.name
+
+
+def test_a_service_without_its_file_is_not_healthy(guarded: tuple[Live, TokenFile]) -> None:
+    found, file = guarded
+    assert found.ask("GET", "/healthz").status_code == 200
+    away = file.path.with_name("away")
+    file.path.rename(away)
+    try:
+        answer = found.ask("GET", "/healthz")
+        assert (answer.status_code, answer.json()["healthy"]) == (503, False)
+        assert found.post("/v1/predict", {"texts": ["a"]}, "slt_x").status_code == 503
+    finally:
+        away.rename(file.path)
+    assert found.ask("GET", "/healthz").status_code == 200

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
+import sqlite3
 import stat
 import subprocess
 import sys
@@ -222,3 +224,27 @@ def test_a_lock_that_is_held_delays_and_loses_nothing(path: Path) -> None:
     assert file.find(secret) is not None, "readers are not held up"
     assert isinstance(file.charge([(token, "films", Use(1))])[0], str)
     os.waitpid(child_id, 0)
+
+
+def test_a_file_that_was_put_in_its_place_counts(path: Path) -> None:
+    file = TokenFile(path, create=True)
+    secret, token = made(file)
+    backup = path.with_name("backup.db")
+    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(backup)) as target:
+        source.backup(target)
+    for leftover in path.parent.glob(path.name + "-*"):
+        leftover.unlink()
+    backup.replace(path)
+    TokenFile(path).revoke(token.name)
+    assert file.find(secret) is None, "revoked in the file that is there"
+    path.unlink()
+    for leftover in path.parent.glob(path.name + "-*"):
+        leftover.unlink()
+    with pytest.raises(RunError, match="cannot be used"):
+        file.find(secret)
+    with pytest.raises(RunError, match="cannot be used"):
+        file.charge([(token, "films", Use(1))])
+    assert not path.exists(), "no empty one is made in its place"
+    TokenFile(path, create=True)
+    again, _ = made(TokenFile(path))
+    assert file.find(again) is not None
