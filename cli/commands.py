@@ -20,7 +20,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
-from shared.tools.models import resolve_by
+from shared.named_models import resolve_by
 
 # In the order of `silotune --help`.
 PLACES = {

@@ -56,11 +56,11 @@ def predict(
     """Label texts or images (pixel values) with what a run trained; find entities, rate, match pairs (text, tab, text)."""
     from shared.data.text_stream import TextFormat, file_texts, given_texts
     from shared.job.job_file import load_job
+    from shared.named_models import model_folder
     from shared.runtime.ensembles import Ensemble, Member
     from shared.runtime.inference import load_model
     from shared.runtime.inference import predict as label
     from shared.tasks import task_of
-    from shared.tools.models import model_folder
 
     run = model_folder(model, registry, policy)
     job = load_job(run)
@@ -101,9 +101,9 @@ def generate(
     """Continue texts, or answer prompts, with the GPT-2 adapter of a run; of several the share of different words is told."""
     from shared.data.text_stream import given_texts
     from shared.job.job_file import load_job
+    from shared.named_models import model_folder
     from shared.runtime.inference import Decoding, distinct, generate_all, load_model
     from shared.tasks import task_of
-    from shared.tools.models import model_folder
 
     run = model_folder(model, registry, policy)
     job = load_job(run)

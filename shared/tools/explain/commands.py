@@ -48,12 +48,12 @@ def explain(
     """
 
     from shared.job.job_file import load_job
+    from shared.named_models import model_folder
     from shared.runtime.attributions import explain as attribute
     from shared.runtime.export.folder import MODEL_FILE
     from shared.runtime.inference import load_tuned
     from shared.tools.explain.report import as_json as content
     from shared.tools.explain.report import print_explanation, render_html
-    from shared.tools.models import model_folder
 
     if html is not None:
         check_file(html, HTML_MARK)

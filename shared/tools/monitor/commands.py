@@ -96,9 +96,9 @@ def monitor(
     from shared.data.known_texts import KnownTexts
     from shared.data.text_stream import Files, Skipped, TextFormat
     from shared.job.job_file import load_job
+    from shared.named_models import model_folder
     from shared.runtime.inference import load_model
     from shared.runtime.monitoring import Monitor, MonitorSettings
-    from shared.tools.models import model_folder
 
     how = TextFormat(format=text_format, text=text, time=times, delimiter=delimiter, encoding=encoding, quoting=quoting)
     sources = [] if inputs in (None, [], ["-"]) else [Path(place) for place in inputs or []]

@@ -15,7 +15,8 @@ def test_everything_is_in_the_package() -> None:
     patterns = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
         "package-data"
     ]["*"]
-    rooms = [path.parent for folder in FOLDERS for path in sorted(ROOT.glob(f"*/*/{folder}"))]
+    packages = [path.parent for path in sorted(ROOT.glob("*/__init__.py"))]
+    rooms = [path.parent for folder in FOLDERS for package in packages for path in sorted(package.glob(f"*/{folder}"))]
     assert len(rooms) >= 5
     assert all((room / "__init__.py").exists() for room in rooms)
     for room in set(rooms):
