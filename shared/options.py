@@ -13,7 +13,12 @@ from shared.errors import ConfigError, SilotuneError
 RunArgument = Annotated[Path, typer.Argument(help="Run folder.")]
 ModelArgument = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="Folder of a run or a model; or NAME, NAME@ALIAS or NAME:N of a registry."),
+    typer.Argument(
+        metavar="MODEL", help="Folder of a finished run or a model; or NAME, NAME@ALIAS or NAME:N of a registry."
+    ),
+]
+TextColumnOption = Annotated[
+    str | None, typer.Option("--text", metavar="COLUMN", help="Of --file: the column of the texts; by default text.")
 ]
 RegistryOption = Annotated[
     Path | None,

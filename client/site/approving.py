@@ -43,15 +43,10 @@ class ApprovalDesk:
     ) -> None:
         refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
         self._home, self._clock = home, clock
-        site = home.load_config().name  # first: a folder that is no site's is told as that
+        self.site = home.load_config().name  # first: a folder that is no site's is told as that
         self._seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
         self._log = open_log(home, passphrase=passphrase)
-        self._approvals = Approvals(home.approvals, site=site, seal=self._seal, log=self._log, clock=clock)
-
-    @property
-    def site(self) -> str:
-        """Name of the site."""
-        return self._home.load_config().name
+        self._approvals = Approvals(home.approvals, site=self.site, seal=self._seal, log=self._log, clock=clock)
 
     @property
     def rules(self) -> Rules:

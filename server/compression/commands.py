@@ -13,20 +13,17 @@ from shared.options import (
     DelimiterOption,
     EncodingOption,
     JsonAtEndOption,
+    ModelArgument,
     OptionalQuotingOption,
     PolicyOption,
     RegistryOption,
+    TextColumnOption,
 )
 from shared.terminal import console, print_json
 
 
 def compress(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Folder of a finished run or a model; or NAME, NAME@ALIAS or NAME:N of a registry."
-        ),
-    ],
+    model: ModelArgument,
     out: Annotated[Path, typer.Option("--out", help="New folder for the model.")],
     file: Annotated[
         Path | None,
@@ -35,10 +32,7 @@ def compress(
             help="Public texts of the kind that it will read, a few thousand, no labels: CSV, JSONL, Parquet, or one a line.",
         ),
     ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option("--text", metavar="COLUMN", help="Of --file: the column of the texts; by default text."),
-    ] = None,
+    column: TextColumnOption = None,
     delimiter: DelimiterOption = None,
     encoding: EncodingOption = None,
     quoting: OptionalQuotingOption = None,
@@ -62,8 +56,7 @@ def compress(
     from server.compression.distillation import Recipe
     from server.compression.progress import Bar
     from server.compression.public_texts import WHAT
-    from server.registry.references import resolve
-    from server.registry.verification import verify
+    from server.registry.references import resolve_verified
     from shared.data.text_stream import TextFormat
     from shared.errors import ConfigError
     from shared.options import how_to_read
@@ -72,9 +65,7 @@ def compress(
     if file is None:
         raise ConfigError(f"a smaller model learns from texts, and a run keeps none. Give --file with {WHAT}.")
     reading = how_to_read("--file", file, text=column, delimiter=delimiter, encoding=encoding, quoting=quoting)
-    found = resolve(open_registry(registry, policy), model)
-    if found.version is not None:
-        verify(found.version)
+    found = resolve_verified(open_registry(registry, policy), model)
     told = console(as_json=True, soft_wrap=True)  # people read standard error
     told.print(f"compressing {found.how}")
     with Bar(told) as bar:

@@ -34,9 +34,9 @@ WhyOption = Annotated[str, typer.Option("--why", help="The reason, for the histo
 
 def open_registry(registry: Path | None, policy: Path | None = None) -> Registry:
     """Return the registry that the options name."""
-    from server.registry.registry import Registry
+    from server.registry.registry import Registry, registry_folder
 
-    return Registry(registry or Path.home() / ".silotune" / "models", policy)
+    return Registry(registry_folder(registry), policy)
 
 
 @models_app.command()

@@ -8,17 +8,12 @@ from typing import Annotated, Literal
 import typer
 
 from server.registry.commands import open_registry
-from shared.options import JsonLineOption, PolicyOption, RegistryOption
+from shared.options import JsonLineOption, ModelArgument, PolicyOption, RegistryOption
 from shared.terminal import print_json
 
 
 def export(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Folder of a finished run or a model; or NAME, NAME@ALIAS or NAME:N of a registry."
-        ),
-    ],
+    model: ModelArgument,
     to: Annotated[
         Literal["merged", "onnx"],
         typer.Option(help="merged: for transformers, without PEFT. onnx: a graph for ONNX Runtime and others."),
@@ -35,15 +30,13 @@ def export(
 
     No record is read, so the privacy statement holds unchanged; it stands in the card. A version of a registry is verified first.
     """
-    from server.registry.references import resolve
-    from server.registry.verification import verify
+    from server.registry.references import resolve_verified
     from shared.runtime.export.card import evaluated_on_private_records
     from shared.runtime.export.exporting import export as write
     from shared.runtime.export.folder import ModelFolder
 
-    found = resolve(open_registry(registry, policy), model)
+    found = resolve_verified(open_registry(registry, policy), model)
     if found.version is not None:
-        verify(found.version)
         typer.echo(f"exporting {found.how}", err=True)
     made = write(ModelFolder.read(found.folder), out, to, precision)
     size = sum((made.path / name).stat().st_size for name in made.files)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.registry.history import CHAMPION, HistoryEntry
-from server.registry.registry import Registry, Version
+from server.registry.registry import Registry, Version, registry_folder
 from shared.errors import ConfigError, RegistryError, TrustError, excerpt
 from shared.job.parsing import nearest
 
@@ -98,6 +98,16 @@ def _named(registry: Registry, name: str, entry: HistoryEntry) -> Version:
     return version
 
 
+def resolve_verified(registry: Registry, reference: str) -> Resolved:
+    """Return what a reference leads to; a version is verified. Raises as `resolve` and `server.registry.verification.verify`."""
+    from server.registry.verification import verify
+
+    found = resolve(registry, reference)
+    if found.version is not None:
+        verify(found.version)
+    return found
+
+
 def verified_folder(
     reference: str, registry: Path | None, policy: Path | None, say: Callable[[str], None] = lambda line: None
 ) -> Path:
@@ -111,13 +121,10 @@ def verified_folder(
     Raises:
         SilotuneError: as `resolve` and `server.registry.verification.verify`.
     """
-    from server.registry.verification import verify
-
-    place = Registry(registry or Path.home() / ".silotune" / "models", policy)
+    place = Registry(registry_folder(registry), policy)
     if _REFERENCE.fullmatch(reference) is None or not place.path.is_dir():
         return Path(reference)
-    found = resolve(place, reference)
+    found = resolve_verified(place, reference)
     if found.version is not None:
-        verify(found.version)
         say(f"taking {found.how}, verified")
     return found.folder

@@ -68,6 +68,11 @@ class Version:
         return f"{self.manifest.name}:{self.manifest.version}"
 
 
+def registry_folder(path: Path | None) -> Path:
+    """Return where a registry is: the folder that was named, or the one of this account."""
+    return path or Path.home() / ".silotune" / "models"
+
+
 class Registry:
     """A folder of models; every call reads the files anew, but for the policy.
 

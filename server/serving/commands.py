@@ -64,6 +64,7 @@ def serve(
 
     A version of a registry is verified before it is loaded, and NAME and NAME@ALIAS follow the alias while it runs.
     """
+    from server.registry.registry import registry_folder
     from shared.errors import ConfigError
     from shared.service.logs import set_up
 
@@ -93,7 +94,7 @@ def serve(
     )
     start = Start(
         reference=reference,
-        registry=registry or Path.home() / ".silotune" / "models",
+        registry=registry_folder(registry),
         policy=policy,
         place=place_of_service(host, port, certificate, key, tokens),
         plan=Plan(engine, precision, threads, explain),

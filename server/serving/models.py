@@ -214,9 +214,9 @@ def _warm(model: Model) -> None:
     if not all(bool(torch.isfinite(one).all()) for one in found):
         raise ModelError(f"{model.version} computes what is no number; do not use it.")
     if isinstance(model.task, Predicting):
-        width, count = len(model.task.config.labels) or 1, 3
+        width = len(model.task.config.labels) or 1
         axes = 2 if model.kind == "token_classification" else 1
-        if len(found) != count or any(one.dim() != axes or one.shape[-1] != width for one in found):
+        if len(found) != 3 or any(one.dim() != axes or one.shape[-1] != width for one in found):
             shapes = ", ".join(str(list(one.shape)) for one in found)
             raise ModelError(
                 f"{model.version} answers {shapes} to one text and to two, and its task has {width} outputs for each; do not "

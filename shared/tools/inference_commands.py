@@ -17,6 +17,7 @@ from shared.options import (
     OptionalQuotingOption,
     PolicyOption,
     RegistryOption,
+    TextColumnOption,
     how_to_read,
 )
 from shared.terminal import print_json, shown_text
@@ -34,10 +35,7 @@ def predict(
         Path | None,
         typer.Option("--file", help="Label the rows of this file: CSV, JSONL, Parquet, or one text a line."),
     ] = None,
-    column: Annotated[
-        str | None,
-        typer.Option("--text", metavar="COLUMN", help="Of --file: the column of the texts; by default text."),
-    ] = None,
+    column: TextColumnOption = None,
     delimiter: DelimiterOption = None,
     encoding: EncodingOption = None,
     quoting: OptionalQuotingOption = None,
