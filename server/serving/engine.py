@@ -231,10 +231,11 @@ class Batching(Engine):
         return batch
 
     def _forget_gone(self) -> None:
-        gone = [(asked, index) for asked, index in self._queue if asked.future.done()]
+        gone = {asked for asked in {asked for asked, _ in self._queue} if asked.future.done()}
         if gone:
-            self._queue = [(asked, index) for asked, index in self._queue if not asked.future.done()]
-            self._left(sum(asked.examples[index].length for asked, index in gone), len(gone))
+            left = [asked.examples[index].length for asked, index in self._queue if asked in gone]
+            self._queue = [one for one in self._queue if one[0] not in gone]
+            self._left(sum(left), len(left))
 
     def _left(self, tokens: int, count: int) -> None:
         self._tokens -= tokens

@@ -97,7 +97,7 @@ class Model:
     def outputs(self, examples: Sequence[Example]) -> list[Tensor]:
         """Return the head's output of every example of one batch, in order."""
         if isinstance(self.runtime, Exported):
-            return list(self.runtime.compute(collate(examples)))
+            return list(self.runtime.compute(collate(examples)).unbind())
         return head_outputs(self.runtime, examples)
 
     def growing(self) -> Growing:

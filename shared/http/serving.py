@@ -6,6 +6,8 @@ Formal guarantees (tests: tests/client/console/test_start.py)
       (test_over_tls_the_certificate_names_the_console).
     * A connection on which no whole request comes ends within seconds, however slowly something comes, and one address has a
       bounded number of them (tests/client/console/test_connections.py).
+    * The head of a request is bounded, and what two readers could read as two different requests is refused
+      (tests/client/console/test_heads.py).
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
+import json
 import logging
 import socket
 import ssl
@@ -24,7 +27,7 @@ from typing import Any
 
 import uvicorn
 from cryptography import x509
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
@@ -34,6 +37,7 @@ from shared.stopping import orderly
 from shared.trust.certificates import MALFORMED
 
 _MOST_BYTES = 1 << 20
+_MOST_HEAD_BYTES = 16 << 10
 REQUEST_SECONDS, HANDSHAKE_SECONDS = 20.0, 10.0
 MOST_OF_AN_ADDRESS = 256
 """Open connections; a browser has six, and many people may come through one gateway, or one ssh -L."""
@@ -161,7 +165,6 @@ def make_server(
         ws="none",
         timeout_keep_alive=15,
         timeout_graceful_shutdown=grace_seconds,
-        h11_max_incomplete_event_size=16 << 10,
         ssl_certfile=place.certificate,
         ssl_keyfile=None if place.key is None else str(place.key),
     )
@@ -174,14 +177,18 @@ def make_server(
         ) from None
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of what strangers send
     return _Server(config)
 
 
-class _Connection(H11Protocol):
+class _Connection(HttpToolsProtocol):
     """A connection that ends unless a whole request comes in time after its begin, or after the answer before."""
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread = 0
+    """Bytes since a head was whole or a part of a body came: of the next head, or of what stands around those parts."""
+    _head = True
+    """Whether what comes next is of a head."""
 
     def __init__(self, bounds: Connections | None, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -200,9 +207,47 @@ class _Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came; only the end of a request puts the deadline off."""
+        self._unread += len(data)
         super().data_received(data)
+        if self._unread > _MOST_HEAD_BYTES and not self.transport.is_closing():
+            self.send_400_response(f"the head of a request has at most {_MOST_HEAD_BYTES:,} bytes")
         if self._deadline is not None and not self._is_waiting:
             self._deadline.cancel()
+
+    def on_message_begin(self) -> None:
+        """Begin to read a head."""
+        self._head = True
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Take a header; what comes as one after the body is none, for who asks was judged by then."""
+        if self._head:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        """Begin to answer."""
+        self._head, self._unread = False, 0
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        """Take a part of a body."""
+        self._unread = 0
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        """Expect the next head."""
+        self._unread = 0
+        super().on_message_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request, as JSON, unless an answer is on its way; then end the connection."""
+        if self.cycle is None or self.cycle.response_complete:
+            message = f"this is no request of HTTP/1.1 ({msg.rstrip('.')})."
+            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
+            body = json.dumps({"error": error}).encode()
+            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
+            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""

@@ -40,7 +40,7 @@ class Example:
     input_ids: Tensor
     target: int | float | Tensor = 0
 
-    @property
+    @cached_property
     def length(self) -> int:
         """Number of tokens."""
         return len(self.input_ids)

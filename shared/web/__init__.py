@@ -16,6 +16,7 @@ _NEEDED = (
     "argon2",
     "authlib",
     "fastapi",
+    "httptools",
     "httpx",
     "joserfc",
     "multipart",
