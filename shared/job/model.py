@@ -79,6 +79,14 @@ class TaskConfig(Section):
     """Share of each target that is spread evenly over all labels while training (Szegedy et al. 2016); of one record's loss at a
     time, so it changes nothing about privacy. Only for kinds with labels."""
 
+    class_weights: tuple[Annotated[float, Field(gt=0, le=1)], ...] = Field(
+        default=(), exclude_if=lambda value: not value
+    )
+    """Factor on the loss of each label's records (words of `token_classification`), in the order of `labels`, at most 1: what
+    is rare has 1, what is frequent less. Public numbers, declared and never counted, inside one record's own loss: it changes
+    nothing about privacy. A gradient that is clipped anyway keeps its length unless the factor brings it below
+    `max_grad_norm`; see docs/tasks.md. Only for kinds with labels."""
+
     # Not written out where it is not set: jobs of older versions keep their hash.
     head_start: Literal["random", "label-names"] = Field(default="random", exclude_if=lambda value: value == "random")
     """Where the head of `sequence_classification` starts: `random` small weights from the seed, or `label-names`, the directions
@@ -111,8 +119,23 @@ class TaskConfig(Section):
 
     @model_validator(mode="after")
     def _check_smoothing(self) -> Self:
-        if self.label_smoothing and self.rules.check_labels is None:
-            raise ValueError(f"label_smoothing is for kinds with labels, and {self.kind} has none; remove it")
+        for key in ("label_smoothing", "class_weights"):
+            if getattr(self, key) and self.rules.check_labels is None:
+                raise ValueError(f"{key} is for kinds with labels, and {self.kind} has none; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if self.class_weights and len(self.class_weights) != len(self.labels):
+            raise ValueError(
+                f"class_weights has {len(self.class_weights)} numbers, and there are {len(self.labels)} labels; give one for "
+                "each, in their order"
+            )
+        if self.class_weights and max(self.class_weights) < 1:
+            raise ValueError(
+                f"the largest of class_weights is {max(self.class_weights):g}; divide all by it, so that the largest is 1. A "
+                "common factor is the learning rate's affair"
+            )
         return self
 
     @model_validator(mode="after")

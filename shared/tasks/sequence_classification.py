@@ -18,6 +18,7 @@ from shared.models.batches import Batch, Example
 from shared.models.heads import PooledClassifier, init_linear
 from shared.tasks.base import Evaluation, Prediction, Record
 from shared.tasks.predicting import Explained, Predicting, Read, log_odds
+from shared.tasks.tokens import weighted
 
 _ROC_POINTS = 200
 
@@ -87,9 +88,10 @@ class SequenceClassification(Predicting):
             )
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return cross-entropy per example [B] from logits [B, labels]."""
+        """Return cross-entropy per example [B], times its class's weight, from logits [B, labels]."""
         true, smoothing = self.classes(outputs, batch)[1], self.config.label_smoothing
-        return nn.functional.cross_entropy(outputs.float(), true, reduction="none", label_smoothing=smoothing)
+        losses = nn.functional.cross_entropy(outputs.float(), true, reduction="none", label_smoothing=smoothing)
+        return weighted(losses, true, self.config.class_weights)
 
     def classes(self, outputs: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the most probable class and the label of each text."""

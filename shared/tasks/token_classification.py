@@ -168,8 +168,13 @@ class TokenClassification(Predicting):
             raise DataError("all words of the site have one and the same tag; leave the site out, or mend its tags.")
 
     def per_example_loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """Return the mean cross-entropy over each example's own words, [B], from logits [B, T, labels]."""
-        return mean_over_own_tokens(outputs, batch.targets, label_smoothing=self.config.label_smoothing)
+        """Return the mean cross-entropy over each example's own words, each times its tag's weight, [B], from [B, T, labels]."""
+        return mean_over_own_tokens(
+            outputs,
+            batch.targets,
+            label_smoothing=self.config.label_smoothing,
+            class_weights=self.config.class_weights,
+        )
 
     def evaluate(self, parts: Iterable[tuple[Tensor, Batch]]) -> Evaluation:
         """Return precision, recall and F1 of whole entities, together and by kind, and the loss and accuracy by word.

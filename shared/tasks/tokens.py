@@ -80,10 +80,26 @@ def token_losses(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.
     return nll.view(targets.shape), targets != IGNORED
 
 
-def mean_over_own_tokens(logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
-    """Return each example's mean loss over its own tokens, [B]; see `token_losses`.
+def mean_over_own_tokens(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, class_weights: Sequence[float] = ()
+) -> Tensor:
+    """Return each example's mean loss over its own tokens, [B]; see `token_losses` and `weighted`.
 
-    A mean over all tokens of the batch would let a long record shrink the gradient of a short one.
+    A mean over all tokens of the batch would let a long record shrink the gradient of a short one; one over the weights of the
+    batch would let others' labels do so.
     """
     nll, counts = token_losses(logits, targets, label_smoothing=label_smoothing)
-    return sum_in_order(nll) / counts.sum(dim=1)
+    return sum_in_order(weighted(nll, targets, class_weights)) / counts.sum(dim=1)
+
+
+def weighted(losses: Tensor, targets: Tensor, class_weights: Sequence[float]) -> Tensor:
+    """Return each loss times the weight of its own class, and divided by nothing: no loss depends on other records' classes.
+
+    Args:
+        losses: float, of any shape.
+        targets: class of each, int64 in the same shape; `IGNORED` where the loss is 0.
+        class_weights: one for each class; empty: all 1.
+    """
+    if not class_weights:
+        return losses
+    return losses * losses.new_tensor(class_weights)[targets.clamp(min=0)]

@@ -218,5 +218,11 @@ def _replay(
 def _public_rate(training: TrainingConfig, step: int) -> float:
     """Return the learning rate of a step of the one round: it reads the job and the number of the step."""
     progress = step / training.local_steps
-    schedule = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + math.cos(math.pi * progress)) / 2}
+    since_top = max(progress - 0.3, 0) / 0.7
+    schedule = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "one-cycle": 0.04 + 3.2 * progress if progress < 0.3 else (1 + math.cos(math.pi * since_top)) / 2,
+    }
     return training.learning_rate * schedule[training.schedule] * min(1.0, (step + 1) / (training.warmup_steps + 1))

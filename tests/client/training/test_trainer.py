@@ -537,7 +537,12 @@ def test_the_optimiser_has_a_group_for_the_adapter_and_one_for_the_head(job_of: 
 
 @pytest.mark.parametrize(
     ("schedule", "factors"),
-    [("constant", (1, 1, 1, 1)), ("linear", (1, 0.5, 0, 0)), ("cosine", (1, 0.5, 0, 0))],
+    [
+        ("constant", (1, 1, 1, 1)),
+        ("linear", (1, 0.5, 0, 0)),
+        ("cosine", (1, 0.5, 0, 0)),
+        ("one-cycle", (1 / 25, (1 + math.cos(math.pi * 2 / 7)) / 2, 0, 0)),
+    ],
 )
 def test_learning_rates_follow_the_public_schedule(
     job_of: Callable[..., Job], schedule: str, factors: tuple[float, ...]
@@ -552,6 +557,16 @@ def test_learning_rates_follow_the_public_schedule(
         adapter, head = (group["lr"] for group in optimizer.param_groups)
         assert adapter == pytest.approx(0.05 * factor, abs=1e-12)
         assert head == pytest.approx(3 * 0.05 * factor, abs=1e-12)
+
+
+def test_one_cycle_rises_for_three_tenths(job_of: Callable[..., Job]) -> None:
+    training = job_of(training={"rounds": 10, "local_steps": 1, "schedule": "one-cycle"}).training
+    rates = [training.learning_rate_at(step) / training.learning_rate for step in range(10)]
+    assert rates[:4] == pytest.approx([0.04, 0.36, 0.68, 1.0])
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert 0 < rates[-1] < 0.06
+    with pytest.raises(ConfigError, match="one-cycle rises by itself; remove warmup_steps"):
+        job_of(training={"rounds": 10, "local_steps": 1, "schedule": "one-cycle", "warmup_steps": 2})
 
 
 def test_the_learning_rate_warms_up_in_equal_parts(job_of: Callable[..., Job]) -> None:

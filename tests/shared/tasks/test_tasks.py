@@ -63,6 +63,58 @@ def test_smoothing_spreads_the_target_and_spares_the_evaluation(kind: str, task_
         task_job({"kind": "causal_lm", "label_smoothing": 0.1})
 
 
+@pytest.mark.parametrize("kind", ["sequence_classification", "token_classification", "pair_matching"])
+def test_a_class_weight_is_a_factor_on_its_own_records_alone(kind: str, task_job: Callable[..., Job]) -> None:
+    """Whatever stands beside it; PyTorch's own `weight` with a mean would divide by the weights of the batch."""
+    labels = ["O", "B-film"] if kind == "token_classification" else ["bad", "good"]
+    first, second = labels
+    records: dict[str, list[dict[str, Any]]] = {
+        "sequence_classification": [{"text": "a film", "label": label} for label in labels],
+        "token_classification": [
+            {"tokens": ["a", "film"], "tags": [first, second]},
+            {"tokens": ["film"], "tags": [first]},
+        ],
+        "pair_matching": [{"text": "a film", "pair": "a cast", "label": label} for label in labels],
+    }
+    plain, weighted = (
+        load_runtime(task_job({"kind": kind, "labels": labels, **more}), CPU)
+        for more in ({}, {"class_weights": [0.25, 1.0]})
+    )
+    examples = plain.encode(records[kind])
+    batch = collate(examples)
+    with torch.no_grad():
+        outputs = plain.model(batch)
+        losses = plain.task.per_example_loss(outputs, batch)
+        found = weighted.task.per_example_loss(outputs, batch)
+        if kind == "token_classification":
+            words = -outputs[0].log_softmax(dim=-1)
+            assert float(found[0]) == pytest.approx(float(0.25 * words[1, 0] + words[2, 1]) / 2, rel=1e-5)
+            assert float(found[1]) == pytest.approx(0.25 * float(losses[1]), rel=1e-6)
+        else:
+            assert found.tolist() == pytest.approx([0.25 * float(losses[0]), float(losses[1])], rel=1e-6)
+        for row, example in enumerate(examples):
+            alone = weighted.task.per_example_loss(outputs[row : row + 1, : example.length], collate([example]))
+            assert float(alone) == float(found[row]), "no loss depends on its neighbours"
+        assert weighted.task.evaluate([(outputs, batch)]).metrics == plain.task.evaluate([(outputs, batch)]).metrics
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"class_weights": [1.0]}, "class_weights has 1 numbers, and there are 2 labels"),
+        ({"class_weights": [0.5, 0.25]}, r"the largest of class_weights is 0\.5; divide all by it"),
+        ({"class_weights": [1.0, 0.0]}, "greater than 0"),
+        ({"class_weights": [1.0, 2.0]}, "less than or equal to 1"),
+        ({"class_weights": [1.0, float("nan")]}, "class_weights"),
+        ({"kind": "causal_lm", "labels": [], "class_weights": [1.0]}, "class_weights is for kinds with labels"),
+    ],
+)
+def test_class_weights_that_will_not_do(settings: dict[str, Any], message: str, task_job: Callable[..., Job]) -> None:
+    task = {"kind": "sequence_classification", "labels": ["bad", "good"]} | settings
+    with pytest.raises(ConfigError, match=message):
+        task_job({key: value for key, value in task.items() if value != []})
+
+
 # --- entities ---
 
 
