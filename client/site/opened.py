@@ -33,6 +33,7 @@ from shared.job.parsing import load_toml, parse
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.runtime import Runtime
+from shared.tasks.views import views_of
 from shared.trust.signed_job import SignedJob
 from shared.wire.messages import RequestKind, TrainRequest
 
@@ -80,7 +81,7 @@ class OpenedFolder:
         self._charged = self.guard.charged_records(home, dataset=self.config.dataset, records=records)
         self.left_out: LeftOut | None = None
         self._outbox_checked = False
-        self._prepared: tuple[Runtime, bool, UsableRecords] | None = None
+        self._prepared: tuple[Runtime, object, UsableRecords] | None = None
         self._last: tuple[GaussianSteps, GaussianSteps | None] | None = None  # what the latest charge counts as
 
     @functools.cached_property
@@ -129,17 +130,19 @@ class OpenedFolder:
 
     def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         """Return the records that a job can use, encoded; kept until another runtime asks, or another way to add up."""
-        summed = job.privacy.shares_noise
-        if self._prepared is None or self._prepared[0] is not runtime or self._prepared[1] != summed:
+        asked = (job.privacy.shares_noise, job.training.augmentation)
+        if self._prepared is None or self._prepared[0] is not runtime or self._prepared[1] != asked:
             with on_records():
-                usable = self.trained.usable(runtime, summed=summed)
-                runtime.warm_cache(usable.examples)
+                usable = self.trained.usable(runtime, summed=job.privacy.shares_noise)
+                views = views_of(usable.examples, job, runtime.tokenizer)
+                usable = replace(usable, views=views)
+                runtime.warm_cache([*usable.examples, *views])
             self.left_out = left_out = usable.left_out
             if left_out:
                 # For the site's own people; nobody else is told.
                 log.warning("job %s: %s. The coordinator is not told.", job.name, left_out)
                 self.guard.left_out(job, str(left_out))
-            self._prepared = (runtime, summed, usable)
+            self._prepared = (runtime, asked, usable)
         return self._prepared[2]
 
     def ledger(self) -> Ledger:

@@ -120,6 +120,7 @@ class Release(ABC, Generic[ReplyT, ResultT]):
             start=start,
             work=LocalWork(
                 examples=usable.examples,
+                views=usable.views,
                 declared_records=site.declared_records,
                 randomness=site.new_randomness(),
                 optimizer_state=self._moments(request),

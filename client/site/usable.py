@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -76,11 +76,13 @@ class UsableRecords:
         examples: the usable records, encoded, in order.
         persons: whose each of them is; None unless persons are the unit of privacy.
         left_out: for the site alone.
+        views: further views of the examples, equally many of each, those of the first first (`training.augmentation`).
     """
 
     examples: list[Example]
     persons: Persons | None
     left_out: LeftOut
+    views: list[Example] = field(default_factory=list)
 
 
 @contextmanager

@@ -73,12 +73,11 @@ def noisy_sums(
     for work in works:
         plan.check_persons(work.persons)
     runtime.load(start)
-    pool = [example for work in works for example in work.examples]
     with per_example_hooks(runtime.model) as hooks:
         # 1. Every unit of privacy enters by its own coin.
         drawn = [draw(plan, work, round_number, attempt) for work in works]
         # 2. Each unit's gradient is clipped, cut to the grid and added to its site's sum.
-        totals, losses = clipped_sums(runtime, pool, works, drawn, plan, hooks)
+        totals, losses = clipped_sums(runtime, works, drawn, plan, hooks)
     return [
         _with_share(total, work, plan, loss, drawn_here, round_number, attempt)
         for total, work, loss, drawn_here in zip(totals, works, losses, drawn, strict=True)

@@ -94,6 +94,8 @@ class LocalWork:
         randomness: the site's own source.
         optimizer_state: moments after the site's previous round, empty before the first.
         persons: whose record each of `examples` is; None unless persons are the unit of privacy.
+        views: further views of the examples, equally many of each, those of the first first; a record's gradient is the mean
+            over it and its views (augmentation multiplicity, De et al. 2022).
     """
 
     examples: Sequence[Example]
@@ -101,6 +103,26 @@ class LocalWork:
     randomness: SiteRandomness
     optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
     persons: Persons | None = None
+    views: Sequence[Example] = ()
+
+    @property
+    def views_each(self) -> int:
+        """K, how many views there are of each example, itself included."""
+        return 1 + len(self.views) // max(len(self.examples), 1)
+
+    @property
+    def pool(self) -> list[Example]:
+        """Examples, and behind them all views."""
+        return [*self.examples, *self.views]
+
+    def with_views(self, records: Sequence[int]) -> list[int]:
+        """Return the places in `pool` of records and their views."""
+        first, each = len(self.examples), self.views_each - 1
+        return [
+            place
+            for record in records
+            for place in (record, *range(first + record * each, first + (record + 1) * each))
+        ]
 
 
 def train_local_rounds(
@@ -140,7 +162,6 @@ def train_local_rounds(
     stacks = {name: stacked(parameter, len(works)) for name, parameter in trainable.items()}
     optimizer = build_optimizer(stacks, runtime.model.head_parameters(), training)
     restore_optimizer(optimizer, stacks, [work.optimizer_state for work in works])
-    pool = [example for work in works for example in work.examples]
     seen = [Observations() for _ in works]
 
     values: dict[Tensor, Tensor] | None = None
@@ -151,7 +172,7 @@ def train_local_rounds(
             # 2. Every unit of privacy, a record or a person, enters the step by its own coin.
             drawn = [draw(plan, work, round_number, step) for work in works]
             # 3. Each unit's gradient is clipped and added to its site's sum.
-            totals, losses = clipped_sums(runtime, pool, works, drawn, plan, hooks)
+            totals, losses = clipped_sums(runtime, works, drawn, plan, hooks)
             for site, (work, total) in enumerate(zip(works, totals, strict=True)):
                 # 4. One noise event per logical step and site, also when the sample is empty.
                 noise = work.randomness.stream("noise", round_number=round_number, step=step)
@@ -180,7 +201,6 @@ def train_local_rounds(
 
 def clipped_sums(
     runtime: Runtime,
-    pool: Sequence[Example],
     works: Sequence[LocalWork],
     drawn: Sequence[Sequence[Sequence[int]]],
     plan: PrivacyPlan,
@@ -188,22 +208,27 @@ def clipped_sums(
 ) -> tuple[list[ClippedSum], list[float]]:
     """Return the sums of clipped gradients, and of losses, by site, over the units that were drawn.
 
-    Per-example gradients come from passes over micro-batches of all sites; a person's are averaged over all micro-batches;
-    then each unit's is clipped, over adapter and head together, and added to its site's sum.
+    Per-example gradients come from passes over micro-batches of all sites; those of a person's records, and of a record's views,
+    are averaged over all micro-batches; then each unit's is clipped, over adapter and head together, and added to its site's sum.
     """
+    pools = [work.pool for work in works]
+    drawn = [
+        [work.with_views(group) if work.views else group for group in groups]
+        for work, groups in zip(works, drawn, strict=True)
+    ]
     parameters = list(runtime.model.trainable().values())
     totals = [plan.new_sum([parameter.shape for parameter in parameters]) for _ in works]
     sums = [
-        total if work.persons is None else PersonSum(total, groups)
+        total if work.persons is None and not work.views else PersonSum(total, groups)
         for total, work, groups in zip(totals, works, drawn, strict=True)
     ]
     loss_sums = [0.0] * len(works)
-    first_row = [0, *itertools.accumulate(len(work.examples) for work in works)]
+    first_row = [0, *itertools.accumulate(map(len, pools))]
     pooled = [
         [first + row for row in group] for first, groups in zip(first_row[:-1], drawn, strict=True) for group in groups
     ]
     shares = GradientsBySite(first_row, sums)
-    for rows, batch in runtime.grouped_batches(pool, pooled, most_examples(parameters)):
+    for rows, batch in runtime.grouped_batches(list(itertools.chain(*pools)), pooled, most_examples(parameters)):
         owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
         if len(works) > 1:
             hooks.owners = torch.tensor(owners, device=runtime.model.device)
@@ -217,7 +242,7 @@ def clipped_sums(
     for receiver in sums:
         if isinstance(receiver, PersonSum):
             receiver.close()
-    return totals, loss_sums
+    return totals, [loss / work.views_each for loss, work in zip(loss_sums, works, strict=True)]
 
 
 def stacked(parameter: nn.Parameter, count: int) -> nn.Parameter:

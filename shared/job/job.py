@@ -77,6 +77,15 @@ class Job(Section):
                 f"federation.sites_per_round is {limit}, below federation.min_sites {self.federation.min_sites}; no "
                 "round could succeed"
             )
+        augmentation = self.training.augmentation
+        if augmentation is not None and not self.task.rules.has_views:
+            raise ValueError(
+                f"training.augmentation is for records whose target holds for all of them, and task.kind is {self.task.kind!r}; "
+                "remove it"
+            )
+        foreign = "token_dropout" if self.task.image_shape is not None else "shift"
+        if augmentation is not None and foreign in augmentation.set_keys():
+            raise ValueError(f"training.augmentation.{foreign} is not for {self.task.kind}; remove it")
         if self.lora.train == "none" and not self.task.rules.has_head:
             raise ValueError(
                 f"lora.train is 'none', and {self.task.kind!r} has no head that is trained, so nothing would be; set it to 'b'"

@@ -31,6 +31,7 @@ class Rules:
         has_classes: whether each record has one of the labels.
         keys: further settings, which this kind needs and others refuse.
         has_head: whether there is a head that is trained; language models speak through their own embedding.
+        has_views: whether a record's target holds for a slightly changed one (`shared.tasks.views`).
     """
 
     roles: tuple[str, ...]
@@ -39,6 +40,7 @@ class Rules:
     has_classes: bool = False
     keys: tuple[str, ...] = ()
     has_head: bool = True
+    has_views: bool = False
 
 
 def _at_least_two(kind: TaskKind, labels: tuple[str, ...]) -> None:
@@ -68,11 +70,17 @@ def _iob_tags(kind: TaskKind, labels: tuple[str, ...]) -> None:
 
 RULES: Mapping[TaskKind, Rules] = {
     "sequence_classification": Rules(
-        roles=("text", "label"), primary_metric="accuracy", check_labels=_at_least_two, has_classes=True
+        roles=("text", "label"),
+        primary_metric="accuracy",
+        check_labels=_at_least_two,
+        has_classes=True,
+        has_views=True,
     ),
     "token_classification": Rules(roles=("tokens", "tags"), primary_metric="f1", check_labels=_iob_tags),
-    "pair_matching": Rules(roles=("text", "pair", "label"), primary_metric="mrr", check_labels=_two, has_classes=True),
-    "regression": Rules(roles=("text", "score"), primary_metric="mae", keys=("target_range",)),
+    "pair_matching": Rules(
+        roles=("text", "pair", "label"), primary_metric="mrr", check_labels=_two, has_classes=True, has_views=True
+    ),
+    "regression": Rules(roles=("text", "score"), primary_metric="mae", keys=("target_range",), has_views=True),
     "causal_lm": Rules(roles=("text",), primary_metric="perplexity", has_head=False),
     "replies": Rules(roles=("prompt", "response"), primary_metric="perplexity", has_head=False),
     "image_classification": Rules(
@@ -81,6 +89,7 @@ RULES: Mapping[TaskKind, Rules] = {
         check_labels=_at_least_two,
         has_classes=True,
         keys=("image_shape", "pixel_range"),
+        has_views=True,
     ),
 }
 

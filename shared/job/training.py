@@ -29,6 +29,18 @@ class EarlyStoppingConfig(Section):
     """What decides: the task's `primary` metric, or the `loss`, which also tells when a model becomes too sure of itself."""
 
 
+class AugmentationConfig(Section):
+    """Several views of each record, whose mean gradient is clipped as the record's (augmentation multiplicity, De et al. 2022):
+    epsilon is that of one view, a step takes `views` times as long."""
+
+    views: int = Field(ge=2, le=64)
+    """K: the record as it is, and K - 1 changed ones, which follow from the record itself and the job's seed."""
+    token_dropout: float = Field(default=0.1, gt=0, lt=1)
+    """Of a text: share of its tokens that a view leaves out; tokens of the format, such as [CLS] and [SEP], stay."""
+    shift: int = Field(default=2, ge=1, le=32)
+    """Of an image: a view is moved by up to so many pixels along each side; what comes in has the border's value."""
+
+
 class TrainingConfig(Section):
     """Rounds and the local optimiser. The schedule is public: it reads only the step number."""
 
@@ -55,6 +67,7 @@ class TrainingConfig(Section):
     warmup_steps: int = Field(default=0, ge=0, le=100_000, exclude_if=lambda value: value == 0)
     """The learning rate rises over so many of the planned steps, in equal parts, before it is `schedule` times its full value."""
     early_stopping: EarlyStoppingConfig | None = Field(default=None, exclude_if=lambda value: value is None)
+    augmentation: AugmentationConfig | None = Field(default=None, exclude_if=lambda value: value is None)
 
     @model_validator(mode="after")
     def _check_steps(self) -> Self:

@@ -124,6 +124,7 @@ class Shares:
         usable = site.usable(runtime, job)
         work = LocalWork(
             examples=usable.examples,
+            views=usable.views,
             declared_records=site.declared_records,
             randomness=site.new_randomness(),
             persons=usable.persons,
