@@ -18,6 +18,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,9 +30,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
 from shared.http.asgi import App
+from shared.http.problems import framed, malformed
+from shared.service.logs import sparing
 from shared.service.machine import raise_descriptor_limit
 from shared.stopping import orderly
 from shared.trust.certificates import MALFORMED
+from shared.trust.keystore import check_private
+
+log = logging.getLogger("silotune.http")
 
 _MOST_BYTES = 1 << 20
 REQUEST_SECONDS, HANDSHAKE_SECONDS = 20.0, 10.0
@@ -61,6 +67,7 @@ class Place:
         host, port: to listen on; port 0 is any that is free.
         certificate, key: PEM files of TLS; None: plain HTTP.
         names: by which it may be called, beside the machine's own names on loopback.
+        valid: from when to when the certificate is; None: plain HTTP.
     """
 
     host: str
@@ -68,6 +75,18 @@ class Place:
     certificate: Path | None
     key: Path | None
     names: frozenset[str]
+    valid: tuple[datetime, datetime] | None = None
+
+    def trouble(self, now: datetime) -> str | None:
+        """Return why clients refuse the certificate at this moment; None where its dates are no reason."""
+        if self.valid is None or self.valid[0] <= now <= self.valid[1]:
+            return None
+        past = now > self.valid[1]
+        date = f"{self.valid[past]:%Y-%m-%d %H:%M} UTC"
+        return (
+            f"the certificate {self.certificate} {'was valid until' if past else 'is not valid before'} {date}, so clients "
+            "refuse it; give one that is valid, and start anew"
+        )
 
     @property
     def secure(self) -> bool:
@@ -85,7 +104,7 @@ def place_at(host: str, port: int, certificate: Path | None, key: Path | None) -
 
     Raises:
         ConfigError: the address is none, or is no loopback address and there is no certificate.
-        TrustError: the certificate cannot be read.
+        TrustError: the certificate cannot be read, or others may read or write the key.
     """
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
@@ -100,8 +119,20 @@ def place_at(host: str, port: int, certificate: Path | None, key: Path | None) -
             f"{address} can be reached from other machines, and without TLS they could read on the way what is sent. Give "
             "--certificate and --key, or leave --host out: then it is reached from this machine only, for example through ssh -L."
         )
-    names = frozenset[str]() if certificate is None else names_of(_loaded(certificate)) | {str(address)}
-    return Place(host=str(address), port=port, certificate=certificate, key=key, names=names)
+    if certificate is None or key is None:
+        return Place(host=str(address), port=port, certificate=None, key=None, names=frozenset())
+    own = _loaded(certificate)
+    content, mode = read_bounded(key, "key of the certificate", _MOST_BYTES)
+    if b"PRIVATE KEY" in content:
+        check_private(key, mode, "holds the key of TLS", group=True)
+    return Place(
+        host=str(address),
+        port=port,
+        certificate=certificate,
+        key=key,
+        names=names_of(own) | {str(address)},
+        valid=(own.not_valid_before_utc, own.not_valid_after_utc),
+    )
 
 
 def names_of(certificate: x509.Certificate) -> frozenset[str]:
@@ -151,7 +182,7 @@ def make_server(
         ConfigError: certificate and key do not belong together or cannot be read.
     """
     config = uvicorn.Config(
-        app,
+        framed(app),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -174,7 +205,11 @@ def make_server(
         ) from None
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    if (trouble := place.trouble(datetime.now(UTC))) is not None:
+        log.warning("%s", trouble)
+    errors = logging.getLogger("uvicorn.error")
+    errors.setLevel(logging.WARNING)
+    sparing(errors)
     return _Server(config)
 
 
@@ -203,6 +238,12 @@ class _Connection(H11Protocol):
         super().data_received(data)
         if self._deadline is not None and not self._is_waiting:
             self._deadline.cancel()
+
+    def send_400_response(self, msg: str) -> None:
+        """Answer what is no request, in the shape of all errors; an answer that is on its way is cut off instead."""
+        if self._is_waiting:
+            self.transport.write(malformed())
+        self.transport.close()
 
     def on_response_complete(self) -> None:
         """Wait for the next request."""
