@@ -6,6 +6,7 @@ without a traceback; anything that is not a `SilotuneError` is a defect and keep
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -135,3 +136,28 @@ def panics_as_errors() -> Iterator[None]:
         raise
     except BaseException as error:
         raise Panicked(type(error).__name__) from error
+
+
+@contextmanager
+def model_errors(what: str, *through: type[Exception]) -> Iterator[None]:
+    """Raise `ModelError` where a library fails over a model that it was given: a damaged file can fail anywhere inside one.
+
+    Its words may quote a text, so the error names its kind alone, and the log (INFO) the place.
+
+    Args:
+        what: what could not be done, such as "the model in runs/first cannot be loaded".
+        through: errors that are no model's fault, beside those of Silotune.
+    """
+    try:
+        with panics_as_errors():
+            yield
+    except SilotuneError:
+        raise
+    except Exception as error:
+        if isinstance(error, through):
+            raise
+        logging.getLogger(__name__).info("where it happened: %s", place_of(error))
+        kind = type(error.__cause__ or error if isinstance(error, Panicked) else error).__name__
+        raise ModelError(
+            f"{what} ({kind}): its files do not fit together or are damaged. Make it anew, or restore it."
+        ) from None

@@ -58,7 +58,7 @@ def compress(
     from server.compression.public_texts import WHAT
     from server.registry.references import resolve_verified
     from shared.data.text_stream import TextFormat
-    from shared.errors import ConfigError
+    from shared.errors import ConfigError, model_errors
     from shared.options import how_to_read
     from shared.runtime.export.folder import ModelFolder
 
@@ -68,7 +68,7 @@ def compress(
     found = resolve_verified(open_registry(registry, policy), model)
     told = console(as_json=True, soft_wrap=True)  # people read standard error
     told.print(f"compressing {found.how}")
-    with Bar(told) as bar:
+    with Bar(told) as bar, model_errors(f"{found.how} cannot be compressed", OSError):
         made = make(
             ModelFolder.read(found.folder),
             file,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from shared import terminal
-from shared.errors import SilotuneError, TrustError
+from shared.errors import SilotuneError, TrustError, printable
 from shared.options import JsonOption, PolicyOption, RegistryOption
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ models_app = typer.Typer(
     no_args_is_help=True,
 )
 
+_STATEMENT_COLUMNS = 100
+"""Of a statement, whose paragraphs are long."""
 ReferenceArgument = Annotated[str, typer.Argument(metavar="MODEL", help="NAME, NAME@ALIAS or NAME:N.")]
 AsOption = Annotated[
     Path | None,
@@ -75,7 +78,8 @@ def add(
     typer.echo(f"added {version.reference}: {_claim(version)}; signed by {version.signer}")
     if evaluated_on_private_records(version.model):
         typer.echo(
-            "Its metrics are on records that were declared private, and whoever may read the registry reads them.",
+            "Its metrics are on records that count as private, as a file's do unless data.kind says otherwise, and whoever may "
+            "read the registry reads them.",
             err=True,
         )
     if version.number == 1 and version.signer == "this-registry":
@@ -143,8 +147,11 @@ def show(
     }
     for key, value in facts.items():
         if value:
-            console.print(f"  {key}: {value}")
-    console.print(f"\n{statement or 'The run was not private: nothing is claimed.'}")
+            console.print(f"  {key}: {printable(value)}")
+    console.print()
+    text = statement or "The run was not private: nothing is claimed."
+    for paragraph in printable(text, lines=True).split("\n"):
+        console.print(textwrap.fill(paragraph, _STATEMENT_COLUMNS, break_long_words=False, break_on_hyphens=False))
 
 
 @models_app.command()

@@ -42,8 +42,8 @@ def export(
     size = sum((made.path / name).stat().st_size for name in made.files)
     if evaluated_on_private_records(made.path):
         typer.echo(
-            "evaluation.json in the folder holds metrics on records that were declared private: take it out before you give "
-            "the folder away. The card does not have them.",
+            "evaluation.json in the folder holds metrics on records that count as private, as a file's do unless data.kind says "
+            "otherwise: take it out before you give the folder away. The card does not have them.",
             err=True,
         )
     if as_json:

@@ -19,10 +19,9 @@ from pathlib import Path
 from shared.errors import ModelError, RunError, excerpt
 from shared.files.atomic import sync_folder
 from shared.files.bounded import MOST_TEXT_BYTES
+from shared.models.model_files import MOST_BYTES, MOST_FILES
 from shared.runtime.export.folder import ADAPTER_FOLDER, MODEL_FILE, ModelFolder, lineage_files
 
-MOST_FILES = 1000
-MOST_BYTES = 64 << 30
 _CHUNK = 1 << 20
 
 # How pickles of every protocol with a header, and zip archives (PyTorch's files), begin.

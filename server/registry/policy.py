@@ -14,6 +14,7 @@ from pydantic import Field, field_validator
 
 from shared.job.parsing import Section, load_toml, parse
 from shared.job.values import Epsilon, Name, Value
+from shared.trust.keystore import check_unwritable
 from shared.trust.signing import VerifyKey, check_keys
 
 POLICY_FILE = "registry.toml"
@@ -72,7 +73,9 @@ def load_policy(path: Path) -> RegistryPolicy:
 
     Raises:
         ConfigError: if it is missing or not valid.
+        TrustError: if everybody may write it.
     """
+    check_unwritable(path, "says whose signatures are trusted,")
     return parse(RegistryPolicy, load_toml(path), source=str(path))
 
 

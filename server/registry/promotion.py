@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from server.registry.history import History, HistoryEntry
 from server.registry.manifest import Manifest
 from server.registry.policy import RegistryPolicy
-from server.registry.registry import Registry, Version
+from server.registry.registry import Registry, Version, check_no_number
 from server.registry.verification import verify
 from shared.epsilons import as_set, rounded_up
 from shared.errors import ConfigError, RegistryError, TrustError, excerpt
@@ -45,6 +45,7 @@ def promote(
         raise ConfigError(
             f"{excerpt(alias)} is no alias; expected 1 to 64 letters, digits, points, underscores and hyphens."
         )
+    check_no_number(alias, "an alias")
     _check_reason(why)
     registry.trusted(key, *registry.policy.may_set(alias))
     verify(version)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from server.registry.history import CHAMPION, HistoryEntry
+from server.registry.history import CHAMPION, History, HistoryEntry
+from server.registry.policy import POLICY_FILE
 from server.registry.registry import Registry, Version, registry_folder
 from shared.errors import ConfigError, RegistryError, TrustError, excerpt
 from shared.job.parsing import nearest
@@ -30,21 +31,27 @@ class Resolved:
     how: str
 
 
-def resolve(registry: Registry, reference: str, *, retired: bool = False) -> Resolved:
+def resolve(registry: Registry, reference: str, *, retired: bool = False, history: History | None = None) -> Resolved:
     """Return the model that a reference names; whoever uses a version verifies it (`server.registry.verification.verify`).
 
     A name that is registered is that model, even if a folder here has the same name; `./NAME` is the folder.
 
     Args:
         retired: whether a retired version is found too; only NAME:N can name one.
+        history: of the model, where the caller has read it already.
 
     Raises:
         ConfigError: if there is no such model, version or alias; the nearest one is said.
-        RegistryError: if the version is retired.
+        RegistryError: if the version is retired, also if its path is given.
         TrustError: if signatures or history do not hold.
     """
     parts = _REFERENCE.fullmatch(reference)
     path = Path(reference).expanduser()
+    if parts is None and (inside := _place_of(path)) is not None:
+        # Whoever names a version by its path gets what its name leads to: verified, and not if it is retired.
+        root, name, number = inside
+        own = registry if registry.path.resolve() == root else Registry(root)
+        return resolve(own, f"{name}:{number}", retired=retired)
     if parts is None or (parts[1] not in registry.names() and parts[2] is None and parts[3] is None and path.is_dir()):
         if not path.is_dir():
             raise ConfigError(
@@ -52,10 +59,27 @@ def resolve(registry: Registry, reference: str, *, retired: bool = False) -> Res
                 "path of a run or model folder."
             )
         return Resolved(path, None, f"the folder {path}")
-    version, how = _version(registry, *parts.groups())
-    if not retired:
-        registry.history(version.manifest.name).require_in_use(version.number)
+    name, alias, number = parts.groups()
+    numbers = registry.require(name)
+    if number is not None and retired:
+        version, how = registry.version(name, int(number)), ""
+    else:
+        history = history or registry.history(name)
+        version, how = _version(registry, numbers, history, alias, number)
+        if not retired:
+            history.require_in_use(version.number)
     return Resolved(version.model, version, f"{version.reference}{how}")
+
+
+def _place_of(path: Path) -> tuple[Path, str, str] | None:
+    """Return the registry in which a version lies, its name and number, if a path leads there; None of other paths."""
+    found = path.resolve()
+    for folder in (found, found.parent):
+        model, root = folder.parent.parent, folder.parent.parent.parent
+        reference = _REFERENCE.fullmatch(f"{model.name}:{folder.name}")
+        if folder.parent.name == "versions" and reference is not None and (root / POLICY_FILE).exists():
+            return root, model.name, folder.name
+    return None
 
 
 def require_version(registry: Registry, reference: str, *, retired: bool = False) -> Version:
@@ -70,12 +94,13 @@ def require_version(registry: Registry, reference: str, *, retired: bool = False
     return found
 
 
-def _version(registry: Registry, name: str, alias: str | None, number: str | None) -> tuple[Version, str]:
+def _version(
+    registry: Registry, numbers: Sequence[int], history: History, alias: str | None, number: str | None
+) -> tuple[Version, str]:
     """Return the version, and how it was chosen."""
-    numbers = registry.require(name)
+    name = history.model
     if number is not None:
         return registry.version(name, int(number)), ""
-    history = registry.history(name)
     if alias is None and not history.aliases:
         usable = [one for one in numbers if one not in history.retired]
         if not usable:
@@ -122,7 +147,8 @@ def verified_folder(
         SilotuneError: as `resolve` and `server.registry.verification.verify`.
     """
     place = Registry(registry_folder(registry), policy)
-    if _REFERENCE.fullmatch(reference) is None or not place.path.is_dir():
+    named = _REFERENCE.fullmatch(reference) is not None
+    if not (place.path.is_dir() if named else _place_of(Path(reference).expanduser())):
         return Path(reference)
     found = resolve_verified(place, reference)
     if found.version is not None:

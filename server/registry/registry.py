@@ -73,6 +73,15 @@ def registry_folder(path: Path | None) -> Path:
     return path or Path.home() / ".silotune" / "models"
 
 
+def check_no_number(name: str, whose: str) -> None:
+    """Raise `ConfigError` for a name of digits alone: NAME@2 and NAME:2 are too easily taken for each other."""
+    if name.isdigit():
+        raise ConfigError(
+            f"{name!r} is no name of {whose}: digits alone are numbers of versions (NAME:{name}). Give a name with a letter, "
+            f"such as v{name}."
+        )
+
+
 class Registry:
     """A folder of models; every call reads the files anew, but for the policy.
 
@@ -176,6 +185,7 @@ class Registry:
     def check_name(self, name: str) -> None:
         """Raise `ConfigError` unless a model may be called `name`."""
         self._folder(name)
+        check_no_number(name, "a model")
         if name in (POLICY_FILE, *_OWN_FILES):
             raise ConfigError(f"{name!r} is a file of the registry itself; choose another name.")
         alike = [other for other in self.names() if other != name and name_key(other) == name_key(name)]

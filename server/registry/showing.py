@@ -11,6 +11,7 @@ from server.registry.history import History, HistoryEntry
 from server.registry.manifest import Manifest, Summary
 from server.registry.registry import Registry, Version
 from shared.epsilons import delta_rounded_up, rounded_up
+from shared.errors import printable
 from shared.files.json_files import read_if_there
 from shared.trust.signing import VerifyKey
 
@@ -77,6 +78,7 @@ def table_of(rows: list[dict[str, Any]]) -> Table:
     for title in ("model", "aliases", "format", "metric", "epsilon", "signer", "added", "size", "made from"):
         table.add_column(title, justify="right" if title in ("epsilon", "size") else "left", overflow="fold")
     for one in rows:
+        one = {key: printable(value) if isinstance(value, str) else value for key, value in one.items()}
         reference = f"{one['model']}:{one['version']}"
         if not one["trusted"]:
             table.add_row(reference, "DOES NOT VERIFY", "see below")

@@ -18,9 +18,10 @@ from server.registry.manifest import MANIFEST_FILE, Summary
 from server.registry.registry import Version
 from server.reports.compliance.facts import Facts
 from server.reports.compliance.reading import read_facts
-from shared.errors import ModelError, TrustError
+from shared.errors import ModelError, TrustError, excerpt
 from shared.files.bounded import read_named_text
 from shared.runtime.export.folder import ModelFolder
+from shared.tasks import task_of
 from shared.trust.signed_folder import SIGNATURE_FILE, file_hashes, verify_folder
 from shared.trust.signed_job import SignedJob
 
@@ -62,7 +63,7 @@ def examine(path: Path, signed: SignedJob | None = None) -> Examined:
         raise ModelError(
             f"the run of {path} is {facts.data.run.status}, not completed, so it has no final statement; finish it first."
         )
-    problems = list(facts.discrepancies)
+    problems = [*facts.discrepancies, *_evaluated_otherwise(facts)]
 
     # 3. The coordinator's signature on the adapter, which is a part of the model where there is one.
     adapter = path / "adapter"
@@ -111,6 +112,34 @@ def read_signed_job(version: Version) -> SignedJob | None:
     if not version.signed_job.exists():
         return None
     return SignedJob.from_json(read_named_text(version.signed_job), source=str(version.signed_job))
+
+
+def _evaluated_otherwise(facts: Facts) -> list[str]:
+    """Return where evaluation.json speaks of another task than the job is."""
+    evaluation, job = facts.data.federated.evaluation, facts.job
+    if evaluation is None:
+        return []
+    task, found = task_of(job), list[str]()
+    labels = evaluation.labels
+    if labels is not None and tuple(labels) != job.task.labels:
+        found.append(
+            f"evaluation.json has the labels {excerpt(list(labels))}, the job {excerpt(list(job.task.labels))}"
+        )
+    if evaluation.confusion is not None:
+        shape = {len(evaluation.confusion), *map(len, evaluation.confusion)}
+        if shape != {len(job.task.labels)}:
+            found.append(
+                f"the confusion matrix of evaluation.json has other sides ({shape}) than {len(job.task.labels)} labels"
+            )
+    if evaluation.primary_metric != task.primary_metric:
+        found.append(
+            f"evaluation.json is about {excerpt(evaluation.primary_metric)}, the job's task about {task.primary_metric!r}"
+        )
+    if evaluation.higher_is_better not in (None, task.higher_is_better):
+        found.append(
+            f"evaluation.json says that {task.primary_metric} is better {'low' if task.higher_is_better else 'high'}"
+        )
+    return found
 
 
 def _summary(folder: ModelFolder, facts: Facts) -> Summary:

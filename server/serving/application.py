@@ -56,6 +56,7 @@ class Service:
         names: the hosts by which it may be called without tokens, beside the machine's own.
         drift: counts labels; None: nobody wants them.
         explaining: says why; None: nobody may ask.
+        warning: what somebody should look at, though it answers; None: nothing.
         began: seconds since 1970.
     """
 
@@ -67,6 +68,7 @@ class Service:
     names: frozenset[str] = frozenset()
     drift: Drift | None = None
     explaining: Explaining | None = None
+    warning: Callable[[], str | None] = lambda: None
     counts: Counts = field(default_factory=Counts)
     began: float = field(default_factory=time.time)
 
@@ -363,6 +365,7 @@ async def healthz(service: Service, asked: Asked) -> Response:
         "model": service.following.name,
         "version": service.following.model.version,
         "troubles": found,
+        "warning": service.warning(),
     }
     return Response(json.dumps(told), 503 if found else 200, media_type="application/json")
 

@@ -85,6 +85,7 @@ async def completions(service: Service, asked: Asked) -> Response | None:
         "object": "text_completion",
         "created": int(time.time()),
         "model": service.following.name,
+        "version": model.version,
         "system_fingerprint": model.version,
     }
     assert isinstance(service.engine, Completing)  # noqa: S101 (its model continues texts)

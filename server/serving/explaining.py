@@ -39,6 +39,10 @@ _WAITING = 4
 _STEPS, _MOST_STEPS = 32, 256
 MOST_PASSES = 2 * _MOST_STEPS
 """Steps of all attempts together: 32, 64, 128 and 256."""
+_MOST_READINGS = MOST_PASSES + 16
+"""And the text and its baseline, by themselves and at the ends of attempts."""
+_MOST_BYTES_OF_A_CHARACTER, _CONTROL_TOKENS = 4, 8
+"""A tokenizer makes no more tokens than a text has bytes in UTF-8, and its own."""
 
 
 class _Left(Exception):
@@ -56,8 +60,8 @@ class Explaining:
         """End the thread; what waits is dropped."""
         self._thread.shutdown(cancel_futures=True)
 
-    async def explain(self, model: Model, asked: ExplainRequest, text: str) -> tuple[Explanation, int]:
-        """Return the explanation of a text and the tokens that were read; a task that is cancelled stops it.
+    async def explain(self, model: Model, asked: ExplainRequest, text: str) -> tuple[Explanation, int, int]:
+        """Return the explanation of a text, its tokens, and how often they were read; a task that is cancelled stops it.
 
         Raises:
             Refused: if too many wait, or the request does not fit.
@@ -74,23 +78,25 @@ class Explaining:
             left.set()
             raise
 
-    def _done(self, future: asyncio.Future[tuple[Explanation, int]]) -> None:
+    def _done(self, future: asyncio.Future[tuple[Explanation, int, int]]) -> None:
         self.waiting -= 1
         if not future.cancelled():
             future.exception()  # whoever asked has it, or is gone
 
 
-def _explained(model: Model, asked: ExplainRequest, text: str, left: threading.Event) -> tuple[Explanation, int]:
+def _explained(model: Model, asked: ExplainRequest, text: str, left: threading.Event) -> tuple[Explanation, int, int]:
     runtime = model.explaining
     assert runtime is not None  # noqa: S101 (the plan wants it)
-    tokens = 0
+    readings = 0
 
-    def go_on() -> None:
+    def go_on(num_texts: int) -> None:
+        nonlocal readings
+        readings += num_texts
         if left.is_set():
             raise _Left
 
     try:
-        go_on()
+        go_on(0)
         task = runtime.task
         assert isinstance(task, Predicting)  # noqa: S101 (see `server.serving.models`)
         with panics_as_errors():
@@ -110,7 +116,7 @@ def _explained(model: Model, asked: ExplainRequest, text: str, left: threading.E
         raise Refused(400, "invalid_input", str(error).replace("--", "")) from None
     except ModelError as error:
         raise Refused(400, "not_faithful", str(error).replace("--", "")) from None
-    return found, tokens
+    return found, tokens, readings
 
 
 def _check(model: Model, asked: ExplainRequest) -> None:
@@ -132,20 +138,22 @@ async def explain(service: Service, asked: Asked) -> Response:
     check_model(service, wanted.model)
     text = single_text(model, wanted, service.limits)
     _check(model, wanted)
-    await book(service, asked, Use(requests=1, read_tokens=model.max_length))
+    most_tokens = min(model.max_length, _MOST_BYTES_OF_A_CHARACTER * len(text) + _CONTROL_TOKENS)
+    await book(service, asked, Use(requests=1, read_tokens=_MOST_READINGS * most_tokens))
     work = service.explaining.explain(model, wanted, text)
     try:
-        found, tokens = await before_gone(asked, work, service.limits.answer_seconds)
+        found, tokens, readings = await before_gone(asked, work, service.limits.answer_seconds)
     except (Refused, ClientDisconnect):
         raise
     except Exception as error:
         log.error("an explanation of %s failed: %s", model.version, place_of(error))
         raise Refused(500, "failed", "the model could not compute this; the log says where.") from None
-    settle(service, asked, Use(requests=1, read_tokens=tokens))
-    return Response(json.dumps(_told(service, model, found, tokens), allow_nan=False), media_type="application/json")
+    settle(service, asked, Use(requests=1, read_tokens=tokens * readings))
+    usage = {"tokens": tokens * readings, "text_tokens": tokens, "readings": readings}
+    return Response(json.dumps(_told(service, model, found, usage), allow_nan=False), media_type="application/json")
 
 
-def _told(service: Service, model: Model, found: Explanation, tokens: int) -> dict[str, object]:
+def _told(service: Service, model: Model, found: Explanation, usage: dict[str, int]) -> dict[str, object]:
     """Return the answer; it does not repeat the text, whose words are told by their places."""
     return {
         "model": service.following.name,
@@ -162,5 +170,5 @@ def _told(service: Service, model: Model, found: Explanation, tokens: int) -> di
             for one in found.words
         ],
         "unread": list(found.unread),
-        "usage": {"tokens": tokens},
+        "usage": usage,
     }

@@ -60,6 +60,11 @@ class Following:
             raise ConfigError(
                 f"{reference} is no model of the registry. A folder of that name is served as ./{reference}; nobody signed it."
             )
+        if version is not None and "/" in reference:  # its path: the registry in which it lies says what becomes of it
+            root, reference = version.path.parents[2], version.reference
+            if root.resolve() != open_registry().path.resolve():
+                open_registry = registry_opener(root, None)
+            self._open, self._reference = open_registry, reference
         self.how = found.how
         self.name = reference if version else found.folder.resolve().name
         self.base = version.manifest.name if version else self.name
@@ -86,8 +91,9 @@ class Following:
         """Resolve the reference, and let another version take over if it leads to one."""
         try:
             registry = self._open()
-            self._continued(registry.history(self.base))
-            found = resolve(registry, self._reference)
+            history = registry.history(self.base)
+            self._continued(history)
+            found = resolve(registry, self._reference, history=history)
         except SilotuneError as error:
             self._tell(str(error))
         else:

@@ -9,6 +9,7 @@ Formal guarantees (tests: tests/server/serving/test_models.py)
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from torch import Tensor
 from server.registry.references import Resolved
 from server.registry.verification import verify
 from server.serving.growing import Cached, Growing, Recomputed
-from shared.errors import ConfigError, ModelError, SilotuneError, panics_as_errors
+from shared.errors import ConfigError, ModelError, SilotuneError, model_errors
 from shared.job.compute import ComputeConfig
 from shared.job.kinds import TaskKind
 from shared.models.batches import Example, collate
@@ -33,10 +34,9 @@ from shared.runtime.export.exported import Exported, load_exported
 from shared.runtime.export.exporting import export
 from shared.runtime.export.folder import ADAPTER_FOLDER, ModelFolder, Precision
 from shared.runtime.export.peft import load_state
-from shared.runtime.inference import head_outputs
+from shared.runtime.inference import head_outputs, require_answers, require_logits
 from shared.runtime.runtime import Runtime, load_own_runtime
 from shared.tasks import Task
-from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.predicting import Predicting
 
 EngineName = Literal["auto", "onnx", "torch"]
@@ -114,9 +114,9 @@ def load(resolved: Resolved, plan: Plan) -> Model:
         TrustError, ModelError, RunError: if it does not verify, or cannot be loaded.
         ConfigError: if it cannot be had as planned, or what runs it is not installed.
     """
-    with tempfile.TemporaryDirectory(prefix="silotune-serve-") as temporary:
+    version = resolved.version
+    with tempfile.TemporaryDirectory(prefix="silotune-serve-") as temporary, _named(temporary, resolved):
         private = Path(temporary)
-        version = resolved.version
         if version is None:
             folder = ModelFolder.read(_copied(ModelFolder.read(resolved.folder), private / "model"))
             folder.check()
@@ -126,19 +126,25 @@ def load(resolved: Resolved, plan: Plan) -> Model:
                 shutil.copytree(version.path, private / "version", symlinks=True)
             folder = verify(replace(version, path=private / "version")).folder
             name, manifest = version.reference, version.manifest_sha256
-        try:
-            with panics_as_errors():
-                model = _loaded(folder, private, plan, name, manifest)
-                if plan.explain:
-                    model = replace(model, explaining=_explaining(folder, plan, name))
-                _warm(model)
-        except SilotuneError:
-            raise
-        except Exception as error:  # a damaged file can fail anywhere inside the libraries
-            raise ModelError(
-                f"{name} cannot be loaded ({type(error).__name__}); make it anew, or restore its backbone."
-            ) from None
+        with model_errors(f"{name} cannot be loaded"):
+            model = _loaded(folder, private, plan, name, manifest)
+            if plan.explain:
+                model = replace(model, explaining=_explaining(folder, plan, name))
+            _warm(model)
     return model
+
+
+@contextmanager
+def _named(private: str, resolved: Resolved) -> Iterator[None]:
+    """Let errors name what the reference led to, in the place of the private copy of it."""
+    shown = resolved.folder if resolved.version is None else resolved.version.reference
+    try:
+        yield
+    except SilotuneError as error:
+        told = re.sub(
+            rf"{re.escape(private)}(/version/model|/version|/model|/exported)?", lambda found: str(shown), str(error)
+        )
+        raise type(error)(told) from None
 
 
 def _loaded(folder: ModelFolder, private: Path, plan: Plan, name: str, manifest: str) -> Model:
@@ -202,27 +208,12 @@ def _warm(model: Model) -> None:
     """Let the model compute something, which also proves that it can.
 
     Raises:
-        ModelError: if what comes out are no numbers.
+        ModelError: if what comes out are no numbers, or others than the task has.
     """
-    ids = (
-        torch.arange(1, 3) if model.kind != "image_classification" else torch.zeros(model.max_length, dtype=torch.int64)
-    )
-    if isinstance(model.task, CausalLanguageModelling):
-        found = [model.growing().join([ids.tolist()])]
-    else:
-        found = model.outputs([Example(ids)]) + model.outputs([Example(ids), Example(ids)])
-    if not all(bool(torch.isfinite(one).all()) for one in found):
-        raise ModelError(f"{model.version} computes what is no number; do not use it.")
     if isinstance(model.task, Predicting):
-        width = len(model.task.config.labels) or 1
-        axes = 2 if model.kind == "token_classification" else 1
-        if len(found) != 3 or any(one.dim() != axes or one.shape[-1] != width for one in found):
-            shapes = ", ".join(str(list(one.shape)) for one in found)
-            raise ModelError(
-                f"{model.version} answers {shapes} to one text and to two, and its task has {width} outputs for each; do not "
-                "use it."
-            )
-    assert isinstance(model.task, Predicting | CausalLanguageModelling)  # noqa: S101 (there are no others)
+        require_answers(model.task, model.max_length, model.outputs, model.version)
+    else:
+        require_logits(model.growing().join([[1, 2]]), name=model.version)
 
 
 def _copied(folder: ModelFolder, to: Path) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 
 from starlette.responses import Response
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+from shared.http.problems import problem
 
 
 class Refused(Exception):
@@ -37,9 +36,7 @@ class Refused(Exception):
     @property
     def body(self) -> bytes:
         """As JSON."""
-        kind = "server_error" if self.status >= 500 else _TYPES.get(self.status, "invalid_request_error")
-        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return json.dumps({"error": error}).encode()
+        return problem(self.status, self.code, self.message, self.param)
 
     def response(self) -> Response:
         """Return the answer."""

@@ -94,6 +94,14 @@ class PredictUsage(BaseModel):
     tokens: int
 
 
+class ExplainUsage(BaseModel):
+    """What is billed: every reading of the text by the model, of which integrated gradients need many."""
+
+    tokens: int = Field(description="`text_tokens` times `readings`.")
+    text_tokens: int
+    readings: int
+
+
 class PredictResponse(BaseModel):
     """Predictions in the order of the texts."""
 
@@ -126,7 +134,7 @@ class ExplainResponse(BaseModel):
     gap: float
     words: list[WordAttribution]
     unread: list[int] = Field(description="Texts that go on beyond what the model read.")
-    usage: PredictUsage
+    usage: ExplainUsage
 
 
 class Choice(BaseModel):
@@ -153,7 +161,8 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion"]
     created: int
     model: str
-    system_fingerprint: str = Field(description="Which version answered.")
+    version: str = Field(description="Which version answered.")
+    system_fingerprint: str = Field(description="The same, where OpenAI's client looks for it.")
     choices: list[Choice]
     usage: Usage | None
 
@@ -198,6 +207,14 @@ class Health(BaseModel):
     model: str
     version: str
     troubles: list[str]
+    warning: str | None = Field(description="A certificate that clients refuse: it has expired, or is not valid yet.")
+
+
+_EITHER = {
+    "prompt": "expected a text, or a list of one text or more",
+    "stop": "expected a text of 1 to 200 characters, or a list of up to 4 such texts",
+}
+"""What a key may be that takes values of several types."""
 
 
 def read(kind: type[Body], content: bytes) -> Body:
@@ -206,8 +223,10 @@ def read(kind: type[Body], content: bytes) -> Body:
         return kind.model_validate_json(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])[:200]
-        said = f"{place}: {first['msg']}" if place else first["msg"]
+        key = str(first["loc"][0]) if first["loc"] else ""
+        # Of what may be one thing or another pydantic tells its own names, of the first that does not fit.
+        place = key if key in _EITHER else ".".join(str(part) for part in first["loc"])[:200]
+        said = f"{place}: {_EITHER.get(key, first['msg'])}" if place else first["msg"]
         raise Refused(400, "invalid_request", f"the request does not fit: {said}", param=place or None) from None
 
 

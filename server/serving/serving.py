@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from server.serving.models import Plan
 from server.serving.monitoring.drift import Drift, DriftPlan
 from shared.errors import ConfigError, place_of
 from shared.http.serving import Place, address_of, listen, make_server, place_at, serve
+from shared.service.logs import sparing
 from shared.service.manager import ServiceManager
 
 log = logging.getLogger("silotune.serving")
@@ -71,6 +73,7 @@ def place_of_service(host: str, port: int, certificate: Path | None, key: Path |
 def run(start: Start, say: Callable[[str], None]) -> None:
     """Serve until Ctrl-C or SIGTERM; see `shared.http.serving.serve`."""
     listener = listen(start.place)
+    sparing(log)
     with listener:
         service = open_service(start)
         manager = ServiceManager()
@@ -111,6 +114,7 @@ def open_service(start: Start) -> Service:
         start.place.names,
         drift=drift,
         explaining=Explaining() if start.plan.explain else None,
+        warning=lambda: start.place.trouble(datetime.now(UTC)),
     )
 
 

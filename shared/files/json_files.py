@@ -1,8 +1,8 @@
 """JSON files of ours, read back: whatever happened to one on the way ends in one error, which names the file.
 
 Guarantee (tests: tests/shared/files/test_json_files.py, and tests/integration/test_damaged_runs.py for every file of a run): a
-file that is missing, cut short, of another kind or shape, or holds a key twice, NaN, a number beyond 1.8e308 or too deep a nest
-is a `RunError`.
+file that is missing, cut short, too long, of another kind or shape, or holds a key twice, NaN, a number beyond 1.8e308 or too
+deep a nest is a `RunError`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Annotated, Any, NoReturn, TypeVar, cast
 from pydantic import Field, TypeAdapter, ValidationError
 
 from shared.errors import PrivacyError, RunError
+from shared.files.bounded import MOST_TEXT_BYTES
 
 RecordT = TypeVar("RecordT")
 _CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
@@ -52,7 +53,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         RunError: see the module's guarantee.
     """
-    return _object(read_text(path), path)
+    return _object(_bounded_text(path), path)
 
 
 def read_record(path: Path, kind: type[RecordT]) -> RecordT:
@@ -61,7 +62,7 @@ def read_record(path: Path, kind: type[RecordT]) -> RecordT:
     Raises:
         RunError: see the module's guarantee.
     """
-    return parse_record(read_text(path), kind, path)
+    return parse_record(_bounded_text(path), kind, path)
 
 
 def read_if_there(path: Path, kind: type[RecordT]) -> RecordT | None:
@@ -80,6 +81,12 @@ def parse_record(text: str, kind: type[RecordT], path: Path, *, where: str = "")
         raise damaged(path, f"{where}{key}: {message}" if key else f"{where}{message}") from None
     except PrivacyError as error:  # of a mechanism that cannot be accounted for
         raise damaged(path, f"{where}{error}") from None
+
+
+def _bounded_text(path: Path) -> str:
+    if path.is_file() and (size := path.stat().st_size) > MOST_TEXT_BYTES:
+        raise damaged(path, f"it has {size:,} bytes, and such a file at most {MOST_TEXT_BYTES:,}")
+    return read_text(path)
 
 
 @lru_cache

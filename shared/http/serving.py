@@ -15,12 +15,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import json
 import logging
 import socket
 import ssl
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,14 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
 from shared.http.asgi import App
+from shared.http.problems import malformed
+from shared.service.logs import sparing
 from shared.service.machine import raise_descriptor_limit
 from shared.stopping import orderly
 from shared.trust.certificates import MALFORMED
+from shared.trust.keystore import check_private
+
+log = logging.getLogger("silotune.http")
 
 _MOST_BYTES = 1 << 20
 _MOST_HEAD_BYTES = 16 << 10
@@ -65,6 +70,7 @@ class Place:
         host, port: to listen on; port 0 is any that is free.
         certificate, key: PEM files of TLS; None: plain HTTP.
         names: by which it may be called, beside the machine's own names on loopback.
+        valid: from when to when the certificate is; None: plain HTTP.
     """
 
     host: str
@@ -72,6 +78,18 @@ class Place:
     certificate: Path | None
     key: Path | None
     names: frozenset[str]
+    valid: tuple[datetime, datetime] | None = None
+
+    def trouble(self, now: datetime) -> str | None:
+        """Return why clients refuse the certificate at this moment; None where its dates are no reason."""
+        if self.valid is None or self.valid[0] <= now <= self.valid[1]:
+            return None
+        past = now > self.valid[1]
+        date = f"{self.valid[past]:%Y-%m-%d %H:%M} UTC"
+        return (
+            f"the certificate {self.certificate} {'was valid until' if past else 'is not valid before'} {date}, so clients "
+            "refuse it; give one that is valid, and start anew"
+        )
 
     @property
     def secure(self) -> bool:
@@ -89,7 +107,7 @@ def place_at(host: str, port: int, certificate: Path | None, key: Path | None) -
 
     Raises:
         ConfigError: the address is none, or is no loopback address and there is no certificate.
-        TrustError: the certificate cannot be read.
+        TrustError: the certificate cannot be read, or others may read or write the key.
     """
     try:
         address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host.strip("[]"))
@@ -104,8 +122,20 @@ def place_at(host: str, port: int, certificate: Path | None, key: Path | None) -
             f"{address} can be reached from other machines, and without TLS they could read on the way what is sent. Give "
             "--certificate and --key, or leave --host out: then it is reached from this machine only, for example through ssh -L."
         )
-    names = frozenset[str]() if certificate is None else names_of(_loaded(certificate)) | {str(address)}
-    return Place(host=str(address), port=port, certificate=certificate, key=key, names=names)
+    if certificate is None or key is None:
+        return Place(host=str(address), port=port, certificate=None, key=None, names=frozenset())
+    own = _loaded(certificate)
+    content, mode = read_bounded(key, "key of the certificate", _MOST_BYTES)
+    if b"PRIVATE KEY" in content:
+        check_private(key, mode, "holds the key of TLS", group=True)
+    return Place(
+        host=str(address),
+        port=port,
+        certificate=certificate,
+        key=key,
+        names=names_of(own) | {str(address)},
+        valid=(own.not_valid_before_utc, own.not_valid_after_utc),
+    )
 
 
 def names_of(certificate: x509.Certificate) -> frozenset[str]:
@@ -177,7 +207,11 @@ def make_server(
         ) from None
     if config.ssl is not None:
         config.ssl.minimum_version = ssl.TLSVersion.TLSv1_2
-    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)  # its warnings are of what strangers send
+    if (trouble := place.trouble(datetime.now(UTC))) is not None:
+        log.warning("%s", trouble)
+    errors = logging.getLogger("uvicorn.error")
+    errors.setLevel(logging.ERROR)  # its warnings are of what strangers send
+    sparing(errors)
     return _Server(config)
 
 
@@ -240,13 +274,9 @@ class _Connection(HttpToolsProtocol):
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        """Answer what is no request, as JSON, unless an answer is on its way; then end the connection."""
-        if self.cycle is None or self.cycle.response_complete:
-            message = f"this is no request of HTTP/1.1 ({msg.rstrip('.')})."
-            error = {"message": message, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
-            body = json.dumps({"error": error}).encode()
-            head = f"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
-            self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
+        """Answer what is no request, in the shape of all errors; an answer that is on its way is cut off instead."""
+        if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+            self.transport.write(malformed(msg))
         self.transport.close()
 
     def on_response_complete(self) -> None:

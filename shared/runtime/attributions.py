@@ -114,7 +114,7 @@ def explain(
     baseline: Baseline = "pad",
     steps: int = 32,
     most_steps: int = MOST_STEPS,
-    before_each: Callable[[], None] = lambda: None,
+    before_each: Callable[[int], None] = lambda num_texts: None,
 ) -> Explanation:
     """Return which words moved the prediction of one text.
 
@@ -126,7 +126,7 @@ def explain(
         baseline: which token stands for an absent word, where the tokenizer has it.
         steps: to begin with.
         most_steps: to which they are doubled.
-        before_each: called before each pass of the model; what it raises ends the explanation.
+        before_each: called before each pass of the model with the number of texts in it; what it raises ends the explanation.
 
     Raises:
         ConfigError: if the task has nothing to attribute, Captum is absent, or an option does not fit.
@@ -141,7 +141,7 @@ def explain(
     ids = read.example.input_ids[None].to(model.device)
 
     def outputs_of(embeddings: Tensor) -> Tensor:
-        before_each()
+        before_each(len(embeddings))
         mask = torch.ones(embeddings.shape[:2], dtype=torch.bool, device=embeddings.device)
         return model.from_embeddings(embeddings, mask) / runtime.temperature
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, ModelError, model_errors
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.job_file import load_job
@@ -27,6 +27,7 @@ from shared.tasks.causal_lm import CausalLanguageModelling
 from shared.tasks.predicting import Predicting
 from shared.tasks.token_classification import word_places
 
+_CANNOT_ANSWER = "the model cannot answer these texts"
 Outputs = Callable[[Sequence[Example]], list[Tensor]]
 """Returns the head's output of every example; see `head_outputs`."""
 
@@ -81,9 +82,10 @@ def load_tuned(run_dir: Path, job: Job, compute: ComputeConfig) -> Runtime:
     Raises:
         AdapterError: if the run has none.
     """
-    runtime = load_runtime(job, compute)
-    folder = run_dir / "adapter"
-    runtime.load(load_state(folder, runtime, job), temperature=load_temperature(folder))
+    with model_errors(f"the model in {run_dir} cannot be loaded"):
+        runtime = load_runtime(job, compute)
+        folder = run_dir / "adapter"
+        runtime.load(load_state(folder, runtime, job), temperature=load_temperature(folder))
     return runtime
 
 
@@ -96,9 +98,41 @@ def load_model(path: Path, compute: ComputeConfig) -> Runtime | Exported:
     Raises:
         SilotuneError: see `load_tuned` and `load_exported`.
     """
-    if os.path.lexists(path / MODEL_FILE):
-        return load_exported(ModelFolder.read(path))
-    return load_tuned(path, load_job(path), compute)
+    if not os.path.lexists(path / MODEL_FILE):
+        return load_tuned(path, load_job(path), compute)
+    found = load_exported(ModelFolder.read(path))
+    with model_errors(f"the model in {path} cannot answer"):
+        if isinstance(found.task, Predicting):
+            require_answers(found.task, found.max_length, partial(head_outputs, found), str(path))
+        else:
+            require_logits(next_logits(found, [[1, 2]]), name=str(path))
+    return found
+
+
+def require_answers(task: Predicting, max_length: int, outputs: Outputs, name: str) -> None:
+    """Let a model answer once, which proves that it can.
+
+    Args:
+        name: of the model, for errors.
+
+    Raises:
+        ModelError: if what comes out are no numbers, or others than the task has.
+    """
+    ids = torch.zeros(max_length, dtype=torch.int64) if task.kind == "image_classification" else torch.arange(1, 3)
+    found = [*outputs([Example(ids)]), *outputs([Example(ids), Example(ids)])]
+    require_logits(*found, name=name)
+    width, axes = len(task.config.labels) or 1, 2 if task.kind == "token_classification" else 1
+    if len(found) != 3 or any(one.dim() != axes or one.shape[-1] != width for one in found):
+        shapes = ", ".join(str(list(one.shape)) for one in found)
+        raise ModelError(
+            f"{name} answers {shapes} to one text and to two, and its task has {width} outputs for each; do not use it."
+        )
+
+
+def require_logits(*found: Tensor, name: str) -> None:
+    """Raise `ModelError` unless what a model computes are numbers."""
+    if not all(bool(torch.isfinite(one).all()) for one in found):
+        raise ModelError(f"{name} computes what is no number; do not use it.")
 
 
 def predict(runtime: Runtime | Exported, texts: Sequence[str], *, outputs: Outputs | None = None) -> list[Prediction]:
@@ -116,13 +150,14 @@ def predict(runtime: Runtime | Exported, texts: Sequence[str], *, outputs: Outpu
     task = runtime.task
     if not isinstance(task, Predicting):
         raise ConfigError(f"the run's task is {task.kind!r}, which does not label texts; use `silotune generate`.")
-    records = [
-        task.question(text, f"text {number}", runtime.tokenizer, runtime.max_length)
-        for number, text in enumerate(texts, start=1)
-    ]
-    examples = runtime.encode(records)
-    rows = (outputs or partial(head_outputs, runtime))(examples)
-    return [task.answer(record, example, row) for record, example, row in zip(records, examples, rows, strict=True)]
+    with model_errors(_CANNOT_ANSWER):
+        records = [
+            task.question(text, f"text {number}", runtime.tokenizer, runtime.max_length)
+            for number, text in enumerate(texts, start=1)
+        ]
+        examples = runtime.encode(records)
+        rows = (outputs or partial(head_outputs, runtime))(examples)
+        return [task.answer(record, example, row) for record, example, row in zip(records, examples, rows, strict=True)]
 
 
 def head_outputs(runtime: Runtime | Exported, examples: Sequence[Example]) -> list[Tensor]:
@@ -147,9 +182,17 @@ def generate_all(runtime: Runtime | Exported, texts: Sequence[str], decoding: De
     Raises:
         ConfigError: if the run is not a language model.
     """
-    task, tokenizer = runtime.task, runtime.tokenizer
+    task = runtime.task
     if not isinstance(task, CausalLanguageModelling):
         raise ConfigError(f"the run's task is {task.kind!r}, which does not continue texts; use `silotune predict`.")
+    with model_errors(_CANNOT_ANSWER):
+        return _continued(runtime, task, texts, decoding)
+
+
+def _continued(
+    runtime: Runtime | Exported, task: CausalLanguageModelling, texts: Sequence[str], decoding: Decoding
+) -> list[list[str]]:
+    tokenizer = runtime.tokenizer
     end = tokenizer.eos_token_id
     starts = [task.start(text, tokenizer, runtime.max_length) for text in texts for _ in range(decoding.num_sequences)]
     generator = decoding.new_generator()

@@ -209,7 +209,7 @@ def signer(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Path without ending; OUT.key and OUT.pub are written.")],
     passphrase_file: PassphraseOption = None,
 ) -> None:
-    """Make a key pair for signing jobs, and print the public key for the sites' policies."""
+    """Make a key pair for signing jobs or models, and print the public key, which sites' policies and registries name."""
     certificates.check_name(out.name)
     passphrase = _passphrase(passphrase_file)
     key = signing.SigningKey.generate()
@@ -218,7 +218,10 @@ def signer(
     certificates.write_public(pub_path, f"{key.verify_key.text}\n".encode())
     _say_protection(key_path, passphrase)
     typer.echo(f"public key: {pub_path}")
-    typer.echo("A site that accepts jobs from this key has this line in its policy.toml, below [signers]:")
+    typer.echo(
+        "Whoever trusts this key has this line below [signers]: a site, for jobs, in its policy.toml; a registry of models in "
+        "its registry.toml (below [officers], if it may promote):"
+    )
     typer.echo(f'"{out.name}" = "{key.verify_key.text}"')
 
 

@@ -12,6 +12,7 @@ import getpass
 import json
 import os
 import secrets
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -292,10 +293,32 @@ def _decrypt(path: Path, document: dict[str, Any], passphrase: str | None) -> by
         ) from None
 
 
-def check_private(path: Path, mode: int, holds: str) -> None:
-    """Raise `TrustError` if anybody but the owner of `path`, which `holds` something, may read or write it."""
-    if mode & 0o077:
-        raise TrustError(f"{path} {holds} and others may use the file (mode {mode:04o}); run: chmod 600 {path}")
+def check_private(path: Path, mode: int, holds: str, *, group: bool = False) -> None:
+    """Raise `TrustError` if anybody but the owner of `path`, which `holds` something, may read or write it.
+
+    Args:
+        group: its group may read it and write it, too: secrets of containers and of Debian's ssl-cert are given so.
+    """
+    if mode & (0o007 if group else 0o077):
+        right = "640" if group else "600"
+        raise TrustError(f"{path} {holds} and others may use the file (mode {mode:04o}); run: chmod {right} {path}")
+
+
+def check_unwritable(path: Path, holds: str) -> None:
+    """Raise `TrustError` if everybody on the machine may write `path`, which `holds` something, or exchange it in its folder.
+
+    A group may: whoever answers for a file chooses it.
+    """
+    for place, what in ((path, "the file"), (path.absolute().parent, "its folder")):
+        try:
+            mode = place.stat().st_mode
+        except OSError:
+            continue  # whoever reads the file says it
+        if mode & stat.S_IWOTH and not (place != path and mode & stat.S_ISVTX):
+            raise TrustError(
+                f"{path} {holds} and everybody may write {what} (mode {stat.S_IMODE(mode):04o}). Look whether somebody did, "
+                f"then: chmod o-w {place}"
+            )
 
 
 def _derive(passphrase: str, salt: bytes, *, n: int, r: int, p: int) -> bytes:

@@ -19,6 +19,7 @@ import os
 import re
 import secrets
 import sqlite3
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,7 @@ from shared.errors import ConfigError, RunError, excerpt
 from shared.files.atomic import require_file_or_nothing
 from shared.job.parsing import nearest
 from shared.job.values import NAME_PATTERN
+from shared.trust.keystore import check_private, check_unwritable
 
 Scope = Literal["predict", "completions", "explain", "metrics"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -138,6 +140,8 @@ class TokenFile:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._connect()
+            check_private(path, stat.S_IMODE(path.stat().st_mode), "holds API tokens' hashes and use", group=True)
+            check_unwritable(path, "holds API tokens,")
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from None
 

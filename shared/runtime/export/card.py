@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.errors import excerpt
+from shared.errors import excerpt, printable
 from shared.files.json_files import Count, Finite, read_if_there
 from shared.job.job import Job
 from shared.job.kinds import TaskKind
@@ -57,8 +57,8 @@ class _Site:
 
 
 def evaluated_on_private_records(folder: Path) -> bool:
-    """True if a simulation's evaluation records were declared private, so that its metrics are not for everybody."""
-    run = read_if_there(folder / "run.json", _Run)
+    """True if there are metrics on a simulation's evaluation records, and these count as private: they are not for everybody."""
+    run = read_if_there(folder / "run.json", _Run) if (folder / "evaluation.json").exists() else None
     return run is not None and run.dataset.test_kind == "private"
 
 
@@ -84,7 +84,12 @@ def model_card(source: ModelFolder, record: ModelRecord, tokenizer: Any) -> str:
         "## Limits\n\n" + "\n".join(f"- {limit}" for limit in _limits(job, record)),
         _origin(record),
     ]
-    return "\n\n".join(parts) + "\n"
+    return printable("\n\n".join(parts), lines=True) + "\n"
+
+
+def _inline(text: object) -> str:
+    """Return words of a record for one line of Markdown: a line's end in them would begin something else."""
+    return printable(str(text)).replace("`", "'").replace("|", "\\|")
 
 
 def _front_matter(job: Job, record: ModelRecord) -> str:
@@ -118,7 +123,9 @@ def _what(job: Job, record: ModelRecord) -> str:
         f"- Format: {record.format}, {record.precision}" + (f", ONNX opset {record.opset}" if record.opset else ""),
     ]
     if record.labels:
-        lines.append("- Labels, in the order of the outputs: " + ", ".join(f"`{label}`" for label in record.labels))
+        lines.append(
+            "- Labels, in the order of the outputs: " + ", ".join(f"`{_inline(label)}`" for label in record.labels)
+        )
     if job.task.target_range is not None:
         low, high = job.task.target_range
         lines.append(f"- Score: from {low:g} to {high:g}; outputs are in this unit and may lie a little outside")
@@ -130,7 +137,10 @@ def _what(job: Job, record: ModelRecord) -> str:
         )
     for what, specs in (("Inputs", record.inputs), ("Outputs", record.outputs)):
         if specs:
-            shown = [f"`{spec.name}` {spec.dtype} [{', '.join(map(str, spec.shape))}]" for spec in specs]
+            shown = [
+                f"`{_inline(spec.name)}` {_inline(spec.dtype)} [{_inline(', '.join(map(str, spec.shape)))}]"
+                for spec in specs
+            ]
             lines.append(
                 f"- {what}: " + ", ".join(shown[:4]) + (f" and so on, {len(shown)} in all" if len(shown) > 4 else "")
             )
@@ -149,7 +159,10 @@ def _evaluation(folder: Path, record: ModelRecord) -> str:
     found = read_if_there(folder / "evaluation.json", _Evaluation)
     if found is None:
         return "The run was not evaluated."
-    rows = [f"| {name} | {'undefined' if value is None else f'{value:.4g}'} |" for name, value in found.metrics.items()]
+    rows = [
+        f"| {_inline(name)} | {'undefined' if value is None else f'{value:.4g}'} |"
+        for name, value in found.metrics.items()
+    ]
     of = f" after round {found.round}" if found.round is not None else ""
     int8 = (
         " Weights in int8 change them a little; measure this model on records of yours."
@@ -222,8 +235,9 @@ def _limits(job: Job, record: ModelRecord) -> list[str]:
 
 
 def _origin(record: ModelRecord) -> str:
-    made = ", ".join(f"{name} {version}" for name, version in sorted(record.made_by.items()))
+    made = ", ".join(_inline(f"{name} {version}") for name, version in sorted(record.made_by.items()))
     return (
-        f"Made from `{record.made_from}` (SHA-256 `{record.made_from_sha256}`), job `{record.job_sha256[:12]}`, with {made}. "
+        f"Made from `{_inline(record.made_from)}` (SHA-256 `{record.made_from_sha256}`), "
+        f"job `{record.job_sha256[:12]}`, with {made}. "
         "`model.json` describes the files; `job.json`, `statement.json` and others of the run lie beside it as they were."
     )

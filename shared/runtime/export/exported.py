@@ -15,9 +15,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.errors import ConfigError, ModelError
+from shared.errors import ConfigError, ModelError, excerpt, model_errors
+from shared.models.backbones import ARCHITECTURES
 from shared.models.batches import Batch, Example, collate
 from shared.models.images import PIXEL_STEPS
+from shared.models.model_files import check_weights
 from shared.runtime.export.folder import ModelFolder
 from shared.runtime.export.merged import CLASSES, WEIGHTS_FILE
 from shared.runtime.export.onnx import GRAPH_FILE, new_session
@@ -70,14 +72,10 @@ def load_exported(folder: ModelFolder, *, threads: int = 0) -> Exported:
     job, task = folder.job, task_of(folder.job)
     if folder.format == "adapter":
         raise ConfigError(f"{folder.path} holds an adapter, which `shared.runtime.inference.load_tuned` loads.")
-    try:
+    with model_errors(f"the model in {folder.path} cannot be loaded"):
         session = _session(folder, threads) if folder.format == "onnx" else None
         compute = _transformer(folder) if session is None else _graph(folder, session)
         tokenizer = None if job.model.is_image_network else _tokenizer(folder)
-    except (ConfigError, ModelError):
-        raise
-    except Exception as error:  # a damaged file can fail anywhere inside the libraries
-        raise ModelError(f"the model in {folder.path} cannot be loaded: {error}") from None
     if job.task.target_range is not None:
         compute = _in_head_units(compute, *job.task.target_range)
     return Exported(task, tokenizer, folder.record.max_length, compute, session)
@@ -96,9 +94,30 @@ def _transformer(folder: ModelFolder) -> Callable[[Batch], Tensor]:
 
     if WEIGHTS_FILE not in folder.files:  # an index of several files could name one outside the folder
         raise ModelError(f"{folder.path} lists no {WEIGHTS_FILE}, the weights as Silotune writes them; make it anew.")
-    model = getattr(transformers, CLASSES[folder.record.task]).from_pretrained(
-        folder.path, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32
+    config = transformers.AutoConfig.from_pretrained(folder.path, local_files_only=True, trust_remote_code=False)
+    if config.model_type not in ARCHITECTURES:
+        raise ModelError(
+            f"{folder.path} holds a model of type {excerpt(config.model_type)}; merged ones are of type "
+            f"{', '.join(sorted(ARCHITECTURES))}."
+        )
+    kind = getattr(transformers, CLASSES[folder.record.task])
+    check_weights(folder.path, lambda: kind.from_config(config, trust_remote_code=False))
+    model, loading = kind.from_pretrained(
+        folder.path,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        dtype=torch.float32,
+        output_loading_info=True,
     )
+    # transformers would draw what is missing or of another shape at random, and pass over what is too many.
+    if wrong := sorted(
+        {str(name) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") for name in loading[key]}
+    ):
+        raise ModelError(
+            f"{folder.path}: config.json describes another model than the weights are; {len(wrong)} tensors differ, first "
+            f"{excerpt(wrong[0])}. Do not use the folder, make it anew."
+        )
     model.eval()
 
     def compute(batch: Batch) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from shared.errors import ConfigError
+from shared.errors import ConfigError, model_errors
 from shared.job.compute import ComputeConfig
 from shared.models.images import ImageModel
 from shared.runtime.export.card import model_card
@@ -47,16 +47,22 @@ def export(source: ModelFolder, out: Path, to: Target, precision: Precision = "f
     _check(source, to, precision)
     source.check()
     model = read_model(source)
-    return write_model_folder(out, source, lambda folder: write_model(folder, source, model, to, precision))
+
+    def make(folder: Path) -> ModelRecord:
+        with model_errors(f"the model in {source.path} cannot be had as {to}", OSError):
+            return write_model(folder, source, model, to, precision)
+
+    return write_model_folder(out, source, make)
 
 
 def read_model(source: ModelFolder) -> Parts | ImageModel:
     """Return the model of a folder of format `adapter` or `merged`; errors as in `export`."""
-    if source.format == "merged":
-        return read_merged(source)
-    runtime = load_own_runtime(source.job, _PLAIN)  # what others have loaded stays as it is
-    runtime.load(load_state(source.path / ADAPTER_FOLDER, runtime, source.job))
-    return runtime.model if isinstance(runtime.model, ImageModel) else parts_of_runtime(runtime, source.job)
+    with model_errors(f"the model in {source.path} cannot be loaded"):
+        if source.format == "merged":
+            return read_merged(source)
+        runtime = load_own_runtime(source.job, _PLAIN)  # what others have loaded stays as it is
+        runtime.load(load_state(source.path / ADAPTER_FOLDER, runtime, source.job))
+        return runtime.model if isinstance(runtime.model, ImageModel) else parts_of_runtime(runtime, source.job)
 
 
 def _check(source: ModelFolder, to: Target, precision: Precision) -> None:

@@ -23,14 +23,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
-from shared.errors import ModelError, RunError, SilotuneError
+from shared.errors import ModelError, RunError, SilotuneError, excerpt
 from shared.files.atomic import sync_folder, write_json
 from shared.files.json_files import read_record
 from shared.files.outputs import check_folder, make_folder
 from shared.job.job import Job
 from shared.job.job_file import check_run_folder, load_job
 from shared.job.kinds import TaskKind
+from shared.models.model_files import check_model_files, check_sizes
 from shared.runtime.calibration import load_temperature
+from shared.runtime.export.graph_file import check_graphs
 from shared.trust.signed_file import sha256_and_size
 from shared.version import silotune_version
 
@@ -174,8 +176,10 @@ class ModelFolder:
         """Compare every file with its hash in `model.json`, and the job with the one that the model is of.
 
         Raises:
-            ModelError: naming the first file that differs.
+            ModelError: naming the first file that differs, or is larger than such a one may be, or asks for more; or that a graph
+                reads outside the model.
         """
+        check_sizes(self.path, self.files)
         found = self.hashes()
         for name, expected in self.record.files.items():
             if found[name] != expected:
@@ -183,11 +187,25 @@ class ModelFolder:
                     f"{self.path / name} is not as it was written (SHA-256 {found[name][:12]}…, model.json says "
                     f"{expected[:12]}…); do not use the folder, make it anew."
                 )
+        if self.record.files:
+            check_model_files(self.path)
+        check_graphs(self.path, self.files)
+        self._check_job()
+
+    def _check_job(self) -> None:
+        """Raise `ModelError` unless the job is the one that the model is of, and the record says what that says."""
         if self.job.sha256 != self.record.job_sha256:
             raise ModelError(
                 f"{self.path / 'job.json'} is another job ({self.job.sha256[:12]}) than the model is of "
                 f"({self.record.job_sha256[:12]}); do not use the folder, make it anew."
             )
+        of_job = _of_job(self.job)
+        for key, value in of_job.items():
+            if (said := getattr(self.record, key)) != value:
+                raise ModelError(
+                    f"{self.path / MODEL_FILE} says {key} {excerpt(said)}, and its job {excerpt(value)}; do not use the folder, "
+                    "make it anew."
+                )
 
     @property
     def lineage(self) -> dict[str, bytes]:
@@ -257,17 +275,24 @@ def _record_of_run(path: Path) -> ModelRecord:
     job = load_job(path)
     return ModelRecord(
         format="adapter",
-        task=job.task.kind,
-        labels=job.task.labels,
-        max_length=job.task.num_pixels or job.model.max_length,
-        pooling=job.model.pooling,
-        name=job.name,
+        **_of_job(job),
         job_sha256=job.sha256,
         temperature=load_temperature(path / ADAPTER_FOLDER),
         made_from=STATE_FILE,
         made_from_sha256=sha256_and_size(path / STATE_FILE)[0],
         made_by=_made_by(path),
     )
+
+
+def _of_job(job: Job) -> dict[str, Any]:
+    """Return what a record says that its job says as well."""
+    return {
+        "task": job.task.kind,
+        "labels": job.task.labels,
+        "max_length": job.task.num_pixels or job.model.max_length,
+        "pooling": job.model.pooling,
+        "name": job.name,
+    }
 
 
 def _made_by(run: Path) -> dict[str, str]:

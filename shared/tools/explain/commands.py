@@ -12,7 +12,7 @@ import typer
 from shared import terminal
 from shared.data.cells import value_fault
 from shared.data.text_lines import LineReader
-from shared.errors import ConfigError, DataError
+from shared.errors import ConfigError, DataError, model_errors
 from shared.files.atomic import write_bytes
 from shared.files.outputs import HTML_MARK, check_file
 from shared.job.compute import ComputeConfig
@@ -70,7 +70,8 @@ def explain(
         raise DataError(f"the text holds {fault}; give it in UTF-8.")
     # Gradients along the path are small differences: bfloat16 would be too coarse for the sum to be right.
     runtime = load_tuned(run, job, ComputeConfig(precision="float32"))
-    found = attribute(runtime, given, label=label, word=word, baseline=baseline, steps=steps)
+    with model_errors("the model cannot explain this text"):
+        found = attribute(runtime, given, label=label, word=word, baseline=baseline, steps=steps)
     console = terminal.console(120)
     if html is not None:
         write_bytes(html, render_html(found, job.name))

@@ -55,6 +55,7 @@ def certificate(folder: Path, *names: str) -> tuple[Path, Path]:
     paths = folder / "console.crt", folder / "console.pem"
     paths[0].write_bytes(made.public_bytes(Encoding.PEM))
     paths[1].write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    paths[1].chmod(0o600)
     return paths
 
 

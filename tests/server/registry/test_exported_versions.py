@@ -8,6 +8,8 @@ from pathlib import Path
 
 from server.registry.registry import Registry
 from server.registry.verification import verify
+from shared.files.json_files import read_object
+from shared.trust.signed_file import sha256_and_size
 from tests.conftest import Outcome
 
 
@@ -29,9 +31,29 @@ def test_from_a_version_to_an_export_to_a_version(
         assert version.manifest.parent.reference == "films:2"
         assert row["metric_text"].endswith(" of films:2")
         assert verify(version).summary.epsilon == registry.version("films", 1).manifest.summary.epsilon
+    assert to == "onnx"
+    _keep_a_weight_elsewhere(out)
+    refused = silotune("models", "add", out, "--name", "films", "--signer", key_files["sam"], *where)
+    assert refused.status == 1
+    assert "keeps weights in '../outside.bin', which is no file of the model" in refused.err
+    assert registry.numbers("films") == [1, 2, 3, 4]
     missing = silotune("export", "film", "--to", "onnx", "--out", tmp_path / "x", *where)
     assert missing.status == 2
     assert "did you mean 'films'" in missing.err
+
+
+def _keep_a_weight_elsewhere(folder: Path) -> None:
+    """Let a graph read a file outside its folder, and model.json name the graph as it is now."""
+    import onnx
+
+    graph = onnx.load(folder / "model.onnx")
+    weight = graph.graph.initializer[0]
+    weight.data_location = onnx.TensorProto.EXTERNAL
+    weight.external_data.add(key="location", value="../outside.bin")
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
+    record = read_object(folder / "model.json")
+    record["files"]["model.onnx"] = sha256_and_size(folder / "model.onnx")[0]
+    (folder / "model.json").write_text(json.dumps(record))
 
 
 def test_a_version_that_was_changed_is_not_exported(

@@ -36,6 +36,11 @@ def test_it_explains_as_the_command_does(explaining: Live, small_run: Path) -> N
     total = sum(one["attribution"] for one in found["words"])
     assert total == pytest.approx(found["output"] - found["baseline_output"] + found["gap"], abs=1e-5)
     assert TEXT not in str(found)
+    usage = found["usage"]
+    assert usage["readings"] == 3 + sum(32 << n for n in range(5) if 32 << n <= found["steps"]), (
+        "itself, both ends, every attempt"
+    )
+    assert usage["tokens"] == usage["text_tokens"] * usage["readings"]
     other = explaining.post("/v1/explain", {"text": TEXT, "label": job.task.labels[0], "baseline": "mask"})
     assert job.task.labels[0] in other.json()["target"]
 
@@ -93,11 +98,11 @@ def test_whoever_is_gone_is_computed_no_further(explaining: Live, monkeypatch: p
     real = explaining_module.attribute
 
     def slow(*given: Any, before_each: Any, **options: Any) -> Any:
-        def each() -> None:
+        def each(num_texts: int) -> None:
             began.set()
             time.sleep(0.2)
             passes.append(1)
-            before_each()
+            before_each(num_texts)
 
         return real(*given, before_each=each, **options)
 

@@ -14,7 +14,7 @@ from server.registry.adding import add
 from server.registry.references import require_version
 from server.registry.registry import Registry
 from server.serving import following as following_module
-from server.serving.following import Following
+from server.serving.following import Following, registry_opener
 from server.serving.models import Plan
 from shared.errors import ConfigError
 from shared.runtime.export.exporting import export
@@ -214,3 +214,26 @@ def test_a_bare_name_is_no_folder(registry: Registry, small_run: Path, monkeypat
         Following(lambda: Registry(registry.path), small_run.name, Plan("torch"))
     following = Following(lambda: Registry(registry.path), f"./{small_run.name}", Plan("torch"))
     assert following.model.manifest_sha256 == ""
+
+
+def test_a_path_into_a_registry_is_its_version(registry: Registry, tmp_path: Path) -> None:
+    path = registry.path / "films" / "versions" / "1"
+    following = Following(registry_opener(tmp_path / "another", None), str(path), Plan("torch"))
+    try:
+        assert (following.name, following.base) == ("films:1", "films")
+        promotion.retire(registry, registry.version("films", 1), OFFICER)
+        following.look()
+        assert following.withdrawn == "films:1 was retired"
+    finally:
+        following.close()
+
+
+def test_a_look_reads_the_history_once(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(following_module, "LOOK_SECONDS", 1000.0)
+    following, reads, read = Following(lambda: registry, "films", Plan("torch")), list[str](), registry.history
+    monkeypatch.setattr(registry, "history", lambda name: reads.append(name) or read(name))
+    try:
+        following.look()
+        assert reads == ["films"]
+    finally:
+        following.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import socket
 import threading
 import time
@@ -19,7 +20,8 @@ from server.registry.registry import Registry
 from server.serving.access.tokens import SCOPES, TokenFile
 from server.serving.engine import Batching
 from server.serving.models import Plan
-from server.serving.schemas import openapi
+from server.serving.refusals import Refused
+from server.serving.schemas import _EITHER, CompletionRequest, openapi, read
 from server.serving.serving import ROUTES, place_of_service
 from shared.errors import ConfigError
 from shared.job.compute import ComputeConfig
@@ -316,3 +318,28 @@ def test_a_service_without_its_file_is_not_healthy(guarded: tuple[Live, TokenFil
     finally:
         away.rename(file.path)
     assert found.ask("GET", "/healthz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *itertools.product(("prompt", "stop"), (1, [1], [["a"]], {"a": 1}, True)),
+        ("prompt", []),
+        ("stop", ""),
+        ("stop", ["a"] * 5),
+        ("stop", "a" * 201),
+    ],
+)
+def test_what_may_be_of_two_types_is_refused_in_one_sentence(key: str, value: object) -> None:
+    with pytest.raises(Refused) as caught:
+        read(CompletionRequest, json.dumps({"prompt": "a"} | {key: value}).encode())
+    assert caught.value.message.startswith(f"the request does not fit: {key}: expected a text"), caught.value.message
+    assert caught.value.param == key
+
+
+def test_every_key_of_two_types_has_its_sentence() -> None:
+    defined = openapi()["components"]["schemas"]
+    for name in ("PredictRequest", "ExplainRequest", "CompletionRequest"):
+        for key, value in defined[name]["properties"].items():
+            types = {one.get("type") for one in value.get("anyOf", ())} - {"null"}
+            assert len(types) < 2 or key in _EITHER, key

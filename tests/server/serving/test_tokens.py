@@ -234,6 +234,7 @@ def test_a_file_that_was_put_in_its_place_counts(path: Path) -> None:
         source.backup(target)
     for leftover in path.parent.glob(path.name + "-*"):
         leftover.unlink()
+    backup.chmod(0o600)
     backup.replace(path)
     TokenFile(path).revoke(token.name)
     assert file.find(secret) is None, "revoked in the file that is there"
