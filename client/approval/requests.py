@@ -71,12 +71,11 @@ class Approvals:
         """Whether there is a file: whether this site ever kept a request."""
         return self._store.path.exists()
 
-    def admit(self, signed: SignedJob, rules: Rules, *, begins: bool = False) -> None:
+    def admit(self, signed: SignedJob, rules: Rules) -> None:
         """Let a job pass that was approved; keep any other as a request, once.
 
         Args:
             signed: a job that no rule refuses, its signature verified.
-            begins: one of its rounds is about to begin.
 
         Raises:
             AwaitingApproval: it waits.
@@ -95,7 +94,17 @@ class Approvals:
             if found is None or state == "expired":
                 self._ask(requests, signed, rules)
                 raise AwaitingApproval
-            if begins and state == "approved":
+
+    def begin(self, signed: SignedJob, rules: Rules) -> None:
+        """Note that a round of a job that was let pass has been charged: from now on its approval does not expire.
+
+        Raises:
+            TrustError, RunError: the requests cannot be read or written.
+        """
+        with self._store.alone():
+            requests, now = self._read(), self._clock()
+            found = requests.get(_id(signed))
+            if found is not None and found.state(rules, now) == "approved":
                 self._put(requests, found.model_copy(update={"begun": now}), Event.APPROVAL_BEGUN)
 
     def check_refused(self, signed: SignedJob, rules: Rules) -> None:

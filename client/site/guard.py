@@ -119,11 +119,8 @@ class Guard:
         check_job(self.policy, signed, now=self._clock(), site=self._site)
         check_backbone(self.policy, signed.job, _model_sha256(signed.job.model))
 
-    def admit_decided(self, signed: SignedJob, *, begins: bool = False) -> None:
+    def admit_decided(self, signed: SignedJob) -> None:
         """Raise unless people approved a job that no rule refuses, where the policy requires that; asked last of all.
-
-        Args:
-            begins: all else is checked, and one of its rounds is about to be charged.
 
         Raises:
             AwaitingApproval, PolicyError, TrustError, RunError: see `client.approval.requests.Approvals.admit`.
@@ -131,9 +128,18 @@ class Guard:
         policy = self.policy
         rules = Rules.of(policy)
         if policy.approval == "required":
-            self.approvals.admit(signed, rules, begins=begins)
+            self.approvals.admit(signed, rules)
         elif self.approvals.exist:  # a "no" holds whatever the policy says since
             self.approvals.check_refused(signed, rules)
+
+    def note_begun(self, signed: SignedJob) -> None:
+        """Note that a round of a job was charged, which keeps an approval from expiring.
+
+        Raises:
+            TrustError, RunError: the requests cannot be read or written.
+        """
+        if self.policy.approval == "required":
+            self.approvals.begin(signed, Rules.of(self.policy))
 
     def mirror(self) -> AuditMirror:
         """Return what repeats the ledger in the log."""
@@ -381,7 +387,8 @@ class NoGuard:
         """Do nothing: there is no policy."""
 
     def admit_job(self, signed: SignedJob | None) -> None: ...
-    def admit_decided(self, signed: SignedJob, *, begins: bool = False) -> None: ...
+    def admit_decided(self, signed: SignedJob) -> None: ...
+    def note_begun(self, signed: SignedJob) -> None: ...
     def admit_round(self, request: TrainRequest, kind: RequestKind = "train", *, begun: bool = False) -> None: ...
     def admit_spend(
         self, ledger: Ledger, job: Job, mechanism: GaussianSteps, together: GaussianSteps | None = None

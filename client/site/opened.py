@@ -119,14 +119,15 @@ class OpenedFolder:
         if request.order is not None:  # else it is a simulation
             self.guard.admit_decided(request.order.signed_job)
 
-    def begin(self, request: TrainRequest, *, charged: bool = True) -> None:
-        """Raise if people do not approve a job any more, if they approve jobs here.
-
-        Args:
-            charged: its round is about to be charged: note that it has begun, which keeps the approval from expiring.
-        """
+    def check_decided(self, request: TrainRequest) -> None:
+        """Raise if people do not approve a job any more, if they approve jobs here: the last check before a charge."""
         if request.order is not None:
-            self.guard.admit_decided(request.order.signed_job, begins=charged)
+            self.guard.admit_decided(request.order.signed_job)
+
+    def note_begun(self, request: TrainRequest) -> None:
+        """Note, once a round is charged and not before, that the job has begun."""
+        if request.order is not None:
+            self.guard.note_begun(request.order.signed_job)
 
     def usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         """Return the records that a job can use, encoded; kept until another runtime asks, or another way to add up."""

@@ -110,8 +110,9 @@ class Release(ABC, Generic[ReplyT, ResultT]):
         start = checked_adapter(runtime, plan, request)
         usable = self._usable(runtime, job)
         # 4. Charge first.
-        site.begin(request)
+        site.check_decided(request)
         reservation = self._charge(request, request_sha256, plan)
+        site.note_begun(request)
         return Begun(
             request=request,
             request_sha256=request_sha256,

@@ -109,6 +109,8 @@ class Question(ABC, Generic[ReplyT]):
     """
 
     kind: ClassVar[RequestKind]
+    may_hide: ClassVar[frozenset[str]] = frozenset({MALFORMED})
+    """Codes of refusals that may hide a release."""
     attempt = 0
     """At the round, where the sites are told."""
 
@@ -178,7 +180,7 @@ def collect(
             question.failed[site.site], question.codes[site.site] = f"{answer.code}: {answer.reason}", answer.code
             repeated = authority is not None and authority.may_repeat(message.metadata.reply_to_message_id)
             # What cannot be read may hide a release, and so may a refusal to a repeated request.
-            if not message.has_error() and answer.code != MALFORMED and not repeated:
+            if not message.has_error() and answer.code not in question.may_hide and not repeated:
                 question.unknown.discard(site.site)
         else:
             try:

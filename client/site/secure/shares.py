@@ -118,7 +118,7 @@ class Shares:
         start = checked_adapter(runtime, plan, request)
         request_sha256 = _request_sha256(request)
         site.check_charge(job, _charge_for(request, request_sha256, plan))
-        site.begin(request, charged=False)
+        site.check_decided(request)
         self._note_computation(request)
         self._forget(job.sha256)
         usable = site.usable(runtime, job)
@@ -209,8 +209,9 @@ class Shares:
             context = drawn.machine.accept(roster, min_sites=job.federation.min_sites, key_of=key_of)
         # From here on it is this roster or none.
         del self._drawn[job.sha256]
-        site.begin(request)
+        site.check_decided(request)
         reservation = self._charge(request, request_sha256, drawn.plan)
+        site.note_begun(request)
         masked = drawn.machine.masked(drawn.words, context)
         reply = reply_to(request, site, drawn.plan, masked.to_bytes(), steps=1, origin=drawn.origin)
         site.outbox.store_round(reply, request_sha256=request_sha256, optimizer_state={}, residual=None)

@@ -47,10 +47,11 @@ from shared.secure_sum.messages import Masked, Ready, pack_roster
 from shared.secure_sum.site import KeyOf
 from shared.trust.certificates import identity
 from shared.trust.receipts import Receipt
-from shared.wire.messages import Refusal, SiteDescription, TrainReply, unpack_ready
+from shared.wire.messages import WITHHELD, Refusal, SiteDescription, TrainReply, unpack_ready
 
-# What a site tells where it was not charged: of the roster, its policy and its budget. Whoever dropped out tells another code.
-_REFUSALS = ("RosterError", "PolicyError", "BudgetExceeded")
+# What a site tells where it was not charged: of the roster, its policy, its people and its budget. Whoever dropped out tells
+# another code.
+_REFUSALS = ("RosterError", "PolicyError", "AwaitingApproval", "BudgetExceeded")
 # Sites count from where the job's seed puts a value as well, which is nowhere near a hundredth of their limit.
 _LARGEST_VALUE = 0.99 * MAX_ADAPTER_VALUE
 
@@ -279,6 +280,8 @@ class _Send(Arrived):
     """The second exchange: each site of the roster sends its masked input; the sum opens when all of them came."""
 
     kind = "masked"
+    # A disk that is full once the input is made and stored: it was charged, and the same request would bring it.
+    may_hide = Arrived.may_hide | {WITHHELD}
 
     def __init__(
         self, at_hand: AtHand, ready: _GetReady, roster: tuple[Ready, ...], machine: SecureCoordinator
@@ -297,7 +300,10 @@ class _Send(Arrived):
 
     def take(self, reply: TrainReply, site: SiteDescription) -> None:
         """See `Question`; an input counts as a release as soon as it is one, and is added if it is as it should be."""
-        self.note(reply, site)
+        (declared,) = (entry.declared_records for entry in self._roster if entry.site == site.site)
+        self.note(replace(reply, declared_records=declared), site)  # what it signed
+        if reply.declared_records != declared:
+            raise RunError(f"it declares {reply.declared_records:,} and said {declared:,} when it was ready")
         try:
             self._machine.take_masked(Masked.from_bytes(reply.update))
         except TrustError as error:

@@ -33,7 +33,9 @@ def refuse(desk: Desk, named: str = "triage", *, by: str = "ada", reason: str = 
 def admitted(desk: Desk, signed: SignedJob, *, begins: bool = False) -> bool:
     """Return whether a job passes; False if it waits."""
     try:
-        desk.opened().admit(signed, desk.rules, begins=begins)
+        desk.opened().admit(signed, desk.rules)
+        if begins:
+            desk.opened().begin(signed, desk.rules)
     except AwaitingApproval:
         return False
     return True

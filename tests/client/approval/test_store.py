@@ -55,7 +55,7 @@ ACTIONS: dict[str, tuple[Callable[[Desk], Any], str, str]] = {
     "ask": (lambda desk: ask(desk), "", "waiting"),
     "approve": (lambda desk: desk.opened().approve("triage", desk.rules, by="ada"), "waiting", "approved"),
     "refuse": (lambda desk: desk.opened().refuse("triage", desk.rules, by="ada", reason="no"), "waiting", "refused"),
-    "begin": (lambda desk: desk.opened().admit(desk.signed(), desk.rules, begins=True), "approved", "begun"),
+    "begin": (lambda desk: desk.opened().begin(desk.signed(), desk.rules), "approved", "begun"),
     "withdraw": (lambda desk: desk.opened().refuse("triage", desk.rules, by="ada", reason="no"), "begun", "refused"),
     "expire": (lambda desk: desk.opened().listed(desk.rules), "waiting", "expired"),
 }
@@ -73,7 +73,7 @@ def prepare(desk: Desk, before: str, action: str) -> None:
     if before in ("approved", "begun"):
         desk.opened().approve("triage", desk.rules, by="ada")
     if before == "begun":
-        desk.opened().admit(desk.signed(), desk.rules, begins=True)
+        desk.opened().begin(desk.signed(), desk.rules)
     if action == "expire":
         desk.now = NOON + timedelta(days=8)
 
@@ -140,7 +140,7 @@ def test_nothing_of_a_job_can_be_read_without_the_key(desk: Desk) -> None:
 def nothing_is_approved(desk: Desk, match: str) -> None:
     for act in (
         lambda: desk.opened().admit(desk.signed(), desk.rules),
-        lambda: desk.opened().admit(desk.signed(), desk.rules, begins=True),
+        lambda: desk.opened().begin(desk.signed(), desk.rules),
         lambda: desk.opened().listed(desk.rules),
         lambda: desk.opened().approve("triage", desk.rules, by="bob"),
         lambda: desk.opened().check_refused(desk.signed(), desk.rules),
@@ -273,7 +273,7 @@ def test_two_that_are_open_see_each_others_changes(desk: Desk) -> None:
     with pytest.raises(AwaitingApproval):
         node.admit(desk.signed(), desk.rules)
     person.approve("triage", desk.rules, by="ada")
-    node.admit(desk.signed(), desk.rules, begins=True)
+    node.begin(desk.signed(), desk.rules)
     person.refuse("triage", desk.rules, by="ada", reason="no")
     assert [state for _, state in node.listed(desk.rules)] == ["refused"]
     details = [entry.details for entry in desk.entries()]

@@ -20,6 +20,7 @@ from client.site.guard import Guard
 from client.site.home import SiteHome
 from shared.errors import AwaitingApproval
 from shared.job.job import Job
+from shared.job.parsing import load_toml
 from shared.trust.audit_log import Event
 from shared.trust.signed_job import SignedJob, round_fields
 from shared.trust.signing import Purpose, SigningKey
@@ -209,6 +210,27 @@ def test_an_approval_that_expired_before_the_first_round_is_asked_for_anew(world
     assert len(world.entries(Event.APPROVAL_EXPIRED)) == 1
     approve(world)
     assert isinstance(world.site.answer(world.order(asked)), TrainReply)
+
+
+def budget(world: World, epsilon: float) -> None:
+    change_toml(world.home.config, budget=load_toml(world.home.config)["budget"] | {"epsilon": epsilon})
+    world.opened.clear()
+
+
+def test_a_round_that_is_refused_its_charge_keeps_no_approval(world: World, asked: TrainRequest) -> None:
+    """Whoever asks while the budget is short could keep a yes for ever, at no cost."""
+    change_toml(world.home.policy, approval="required", approval_days=0.5)
+    whole = load_toml(world.home.config)["budget"]["epsilon"]
+    budget(world, 0.001)
+    assert world.site.answer(asked) == WAITS
+    approve(world)
+    answer = world.site.answer(world.order(asked))
+    assert isinstance(answer, Refusal)
+    assert answer.code == "BudgetExceeded"
+    assert not world.entries(Event.APPROVAL_BEGUN)
+    world.now += timedelta(days=300)
+    budget(world, whole)
+    assert world.site.answer(world.order(asked)) == WAITS
 
 
 def test_a_file_that_was_edited_approves_nothing_and_nobody_is_told_why(world: World, asked: TrainRequest) -> None:

@@ -126,7 +126,7 @@ def silent_once(name: str) -> tuple[Any, list[tuple[int, int]]]:
     def act(site: SimpleSite, request: TrainRequest) -> RecordDict:
         seen.append((request.round_number, request.attempt))
         if len(seen) == 1:
-            return pack_refusal(Refusal(site=name, code="Withheld", reason="see the site's own log"))
+            return pack_refusal(Refusal(site=name, code="DroppedOut", reason="it was started anew"))
         return site.masked(request)
 
     return act, seen
@@ -137,7 +137,7 @@ def test_a_late_drop_out_voids_the_attempt_and_is_left_out_from_then_on(tmp_path
     act, seen = silent_once("b")
     last = run_rounds(grid_of(sites, at_masked={"b": act}), coordinator(job, tmp_path, observer=told), None)
     assert len(told.waits) == 1
-    assert "the sum does not open without b: Withheld" in told.waits[0]
+    assert "the sum does not open without b: DroppedOut" in told.waits[0]
     assert seen == [(1, 1)]  # never asked again
     assert [record.sites for record in last.history[1:]] == [["a", "c"], ["a", "c"]]
     assert sites[0].attempts == [(1, 1), (1, 2), (2, 1)]
@@ -171,7 +171,7 @@ class Refusals(Told):
         self.refused[site] = reason
 
 
-@pytest.mark.parametrize("code", ["RosterError", "PolicyError", "BudgetExceeded"])
+@pytest.mark.parametrize("code", ["RosterError", "PolicyError", "AwaitingApproval", "BudgetExceeded"])
 def test_who_refuses_a_roster_says_why_and_is_asked_again_once_somebody_resumes_the_run(
     tmp_path: Path, code: str
 ) -> None:
@@ -429,6 +429,33 @@ def test_an_input_of_a_voided_attempt_that_never_came_counts(tmp_path: Path) -> 
     for site in sites:
         executed = sum(event.steps for event in last.releases[site.name].possible_events)
         assert executed == len(site.sent) == 4
+
+
+def test_an_input_that_a_site_made_and_then_withheld_counts(tmp_path: Path) -> None:
+    """Its disk was full once the input was charged and stored; the site is left out from then on."""
+    job, sites = secure_job(), [SimpleSite(n, GRID_STEPS) for n in "abc"]
+
+    def withholds(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        site.masked(request)
+        return pack_refusal(Refusal.withheld(site.name))
+
+    last = run_rounds(grid_of(sites, at_masked={"b": withholds}), coordinator(job, tmp_path), None)
+    assert (last.releases["b"].rounds, last.releases["b"].unanswered) == ((), (1,))
+    for site in sites:
+        assert sum(event.steps for event in last.releases[site.name].possible_events) == len(site.sent)
+
+
+def test_a_size_that_was_not_signed_is_not_stated(tmp_path: Path) -> None:
+    job, sites, told = secure_job(training={"rounds": 1}), [SimpleSite(n, GRID_STEPS) for n in "abc"], Told()
+
+    def grows(site: SimpleSite, request: TrainRequest) -> RecordDict:
+        site.masked(request)
+        return site.reply(request, site.sent.pop(), declared_records=10**9)
+
+    last = run_rounds(grid_of(sites, at_masked={"b": grows}), coordinator(job, tmp_path, observer=told), None)
+    assert "it declares 1,000,000,000 and said 8 when it was ready" in told.waits[0]
+    assert last.releases["b"].declared_records == 8
+    assert last.history[-1].sites == ["a", "c"]
 
 
 def other_name(site: SimpleSite, request: TrainRequest) -> RecordDict:
