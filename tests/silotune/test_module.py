@@ -140,7 +140,7 @@ def test_from_csv_is_what_silotune_new_writes(
     assert done.status == 0, done.err
     written = module.Scenario.load(tmp_path / "reviews.toml")
     before = sorted(records.parent.iterdir())
-    asked = {"text": "text", "label": "label", "epsilon": 3, "backbone": str(tiny_bert)}
+    asked: dict[str, Any] = {"text": "text", "label": "label", "epsilon": 3, "backbone": str(tiny_bert)}
     made = module.Scenario.from_csv(records, **asked)
     assert sorted(records.parent.iterdir()) == before, "nothing is written"
     assert made.job == written.job
@@ -201,7 +201,7 @@ def test_a_builtin_scenario_is_that_of_the_command() -> None:
 def test_a_mistake_in_from_csv_is_told(
     records: Path, tiny_bert: Path, change: dict[str, Any], kind: type[Exception], said: str
 ) -> None:
-    asked = {"text": "text", "label": "label", "backbone": str(tiny_bert), **change}
+    asked: dict[str, Any] = {"text": "text", "label": "label", "backbone": str(tiny_bert), **change}
     with pytest.raises(kind, match=re.escape(said)):
         module.Scenario.from_csv(records, **asked)
 
