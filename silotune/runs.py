@@ -247,9 +247,7 @@ class Run(Shown):
     def _of_a_run(self, what: str) -> Run:
         """Return this run; raise `RunError` if it is an exported model."""
         if self.exported:
-            raise RunError(
-                f"{self.folder} is an exported model, which has no {what}; load the run that it was exported from."
-            )
+            raise RunError(f"{self.folder} is an exported model, which has no {what}; load the run that it came from.")
         return self
 
 
