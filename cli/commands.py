@@ -10,7 +10,6 @@ import ast
 import importlib
 import importlib.util
 import logging
-import os
 import warnings
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +19,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command, get_group
 
+from shared.libraries import call_nobody, hide_progress
 from shared.named_models import resolve_by
 
 # In the order of `silotune --help`.
@@ -145,11 +145,11 @@ def _root(
         bool, typer.Option("--version", is_eager=True, callback=_version_asked, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    # No part of Silotune calls home, whatever else the environment says.
-    os.environ["FLWR_TELEMETRY_ENABLED"], os.environ["FLWR_DISABLE_UPDATE_CHECK"] = "0", "1"
+    call_nobody()
     logging.basicConfig(level=logging.INFO if verbose else logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
     if not verbose:
-        _quiet_libraries()
+        hide_progress()
+        warnings.simplefilter("ignore")
     if importlib.util.find_spec("server"):
         resolve_by(_from_registry)
 
@@ -162,11 +162,3 @@ def _from_registry(reference: str, registry: Path | None, policy: Path | None) -
     from server.registry.references import verified_folder
 
     return verified_folder(reference, registry, policy, lambda line: typer.echo(line, err=True))
-
-
-def _quiet_libraries() -> None:
-    """Silence progress bars and warnings of libraries that say nothing a user could act on."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    warnings.simplefilter("ignore")

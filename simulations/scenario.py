@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,7 +17,7 @@ from shared.data.records import FileRecord
 from shared.errors import ConfigError, DataError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
-from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse
+from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse, set_key
 from shared.job.values import PERSON_UNITS, Name
 from shared.privacy.persons import Persons
 from shared.tasks import Record
@@ -358,6 +358,20 @@ def changed_job(job: Job, changes: dict[str, Any], *, source: str) -> Job:
     for section, values in changes.items():
         raw[section] = {**raw[section], **values} if isinstance(values, dict) and section in raw else values
     return parse(Job, raw, source=source)
+
+
+def changed_scenario(scenario: Scenario, changes: Mapping[str, Any]) -> Scenario:
+    """Return `scenario` with keys such as "training.rounds" replaced, checked anew.
+
+    Raises:
+        ConfigError: if a key is unknown or a value out of range.
+    """
+    job = scenario.job.model_dump(mode="json")
+    raw = {name: job[name] for name in _JOB_SECTIONS if name in job}
+    raw |= scenario.model_dump(mode="json", exclude={"job", "base"})
+    for key, value in changes.items():
+        set_key(raw, key, value, said=f"setting {key!r}")
+    return build_scenario(raw, source="the changed scenario", base=scenario.base)
 
 
 def _backbone(backbone: str, base: Path) -> str:

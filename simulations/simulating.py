@@ -1,4 +1,4 @@
-"""A run of a scenario as `silotune demo` and `silotune simulate` show it: progress, figures, audit, report."""
+"""A run of a scenario with audit and report (`simulate`), and how `silotune demo` and `simulate` show it (`run_scenario`)."""
 
 from __future__ import annotations
 
@@ -8,12 +8,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from server.records.privacy import CoordinatorRecord, read_sites
 from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
 from server.reports.run import read_arm, write_report_if_possible
 from server.reports.run.trivial import trivial
 from server.rounds.early_stopping import is_over, stopped_early
 from server.runs.folder import check_place, peak_rss_mb
+from server.store.checkpoint import Checkpoint
 from shared import terminal
 from shared.epsilons import rounded_up
 from shared.files.json_files import read_if_there, read_record
@@ -31,13 +34,48 @@ from simulations.scenario import Scenario
 def run_scenario(
     scenario: Scenario, folder: Path, *, resume: bool = False, stop_after: int | None = None, as_json: bool = False
 ) -> None:
-    """Run a scenario with its baselines, audit and report, or continue it.
+    """Run a scenario with its baselines, audit and report, or continue it, and print what came of it.
 
     Args:
         stop_after: the round after which the run is left for later.
     """
     with saying(lambda: how_to_continue(folder)):
-        _simulate(scenario, folder, resume=resume, stop_after=stop_after, as_json=as_json)
+        started = time.monotonic()
+        console = terminal.console(as_json=as_json)
+        finished = simulate(scenario, folder, console, resume=resume, stop_after=stop_after)
+        figures = summary(folder, scenario, seconds=time.monotonic() - started)
+        if as_json:
+            terminal.print_json(figures)
+        else:
+            _tell(console, scenario, folder, finished, figures)
+
+
+def simulate(
+    scenario: Scenario, folder: Path, console: Console, *, resume: bool = False, stop_after: int | None = None
+) -> Checkpoint:
+    """Run a scenario with its baselines, audit and report, or continue it; only progress goes to `console`.
+
+    Returns:
+        The state of the federated arm after its last round.
+
+    Raises:
+        SilotuneError: saying what will not do; what was durable before stays and can be resumed.
+    """
+    check_place(folder)  # before a backbone is trained or data is read
+    prepare_backbone(scenario.job.model.backbone, console)
+    audited = scenario.job.privacy.mechanism != "none"
+    with LiveView(console) as view:
+        run = run_repeats if scenario.simulation.folds is None else run_folds
+        finished = run(
+            scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after, report=not audited
+        )
+    if is_over(finished, scenario.job) and audited:
+        try:
+            with console.status("auditing the mechanism on canaries"):
+                audit_run_mechanism(folder)
+        finally:
+            write_report_if_possible(folder)
+    return finished
 
 
 def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
@@ -131,28 +169,8 @@ def _diverged(folder: Path, name: str) -> str | None:
     return read_arm(folder, name=name).diverged if (folder / "job.json").exists() else None
 
 
-def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
-    started = time.monotonic()
-    console = terminal.console(as_json=as_json)
-    check_place(folder)  # before a backbone is trained or data is read
-    prepare_backbone(scenario.job.model.backbone, console)
-    audited = scenario.job.privacy.mechanism != "none"
-    with LiveView(console) as view:
-        run = run_repeats if scenario.simulation.folds is None else run_folds
-        finished = run(
-            scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after, report=not audited
-        )
-    complete = is_over(finished, scenario.job)
-    if complete and audited:
-        try:
-            with console.status("auditing the mechanism on canaries"):
-                audit_run_mechanism(folder)
-        finally:
-            write_report_if_possible(folder)
-    figures = summary(folder, scenario, seconds=time.monotonic() - started)
-    if as_json:
-        terminal.print_json(figures)
-        return
+def _tell(console: Console, scenario: Scenario, folder: Path, finished: Checkpoint, figures: dict[str, Any]) -> None:
+    """Print the figures, what is to be minded about them, and where the report is."""
     for name, warning in figures.pop("no_better_than_trivial").items():
         console.print(f"warning: {name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for name, reason in figures.pop("diverged").items():
@@ -168,7 +186,7 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
             "records; the epsilon of all planned rounds is what was promised, and the statement names both",
             soft_wrap=True,
         )
-    if not complete:
+    if not is_over(finished, scenario.job):
         console.print(
             f"stopped after round {finished.round_number}; continue with --resume --out {folder}",
             soft_wrap=True,

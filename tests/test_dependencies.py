@@ -18,7 +18,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "locks"
-OWN = {"shared", "client", "server", "simulations", "cli", "tests", "benchmarks", "tools"}
+OWN = {"shared", "client", "server", "simulations", "silotune", "cli", "tests", "benchmarks", "tools"}
 # Not installed here; by the name of its distribution.
 OPTIONAL = {"presidio_analyzer": ["presidio-analyzer"], "spacy": ["spacy"]}
 

@@ -19,7 +19,7 @@ _NAMES = re.compile(r"\.\.\.|'[^']*'|\b[A-Z]\b|\bsite A\b|\b[A-Z]{2,}\b|\S*\d\S*
 def said() -> list[str]:
     """Return every text in the code, with a star where a value goes."""
     found = []
-    for package in ("shared", "server", "client", "cli", "simulations"):
+    for package in ("shared", "server", "client", "cli", "simulations", "silotune"):
         for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

@@ -120,14 +120,18 @@ def apply_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[st
         key, separator, text = item.partition("=")
         if not separator or not key.strip():
             raise ConfigError(f"--set {item!r} is not of the form section.key=value, for example training.rounds=10.")
-        *sections, last = key.strip().split(".")
-        place = result
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise ConfigError(f"--set {item!r}: {section!r} is a value, not a section.")
-        place[last] = toml_value(text.strip())
+        set_key(result, key.strip(), toml_value(text.strip()), said=f"--set {item!r}")
     return result
+
+
+def set_key(raw: dict[str, Any], key: str, value: Any, *, said: str) -> None:
+    """Set `section.key` in settings; `ConfigError`, which begins with what was `said`, if it runs through no section."""
+    *sections, last = key.split(".")
+    for section in sections:
+        raw = raw.setdefault(section, {})
+        if not isinstance(raw, dict):
+            raise ConfigError(f"{said}: {section!r} is a value, not a section.")
+    raw[last] = value
 
 
 def nearest(name: str, known: Sequence[str]) -> str:

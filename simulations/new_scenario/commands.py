@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -10,8 +9,6 @@ import typer
 
 from shared import terminal
 from shared.errors import ConfigError
-from shared.job.kinds import RULES, TaskKind
-from shared.job.parsing import nearest
 from shared.numbers import read_number
 from shared.options import DelimiterOption, OptionalQuotingOption
 
@@ -73,7 +70,7 @@ def new(
     Name the columns: --text and --label to classify, --text and --score for a number, --text, --pair and --label for pairs,
     --tokens and --tags for entities, --text alone or --prompt and --response for GPT-2, --pixels and --label for images.
     """
-    from simulations.new_scenario.question import SITE_ROLE, Question
+    from simulations.new_scenario.question import SITE_ROLE, Question, kind_named, scenario_name, usual_unit
     from simulations.new_scenario.writing import new_scenario
 
     if public and synthetic:
@@ -87,17 +84,18 @@ def new(
     file_format = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
     numbers = _numbers(value_range, "--range", 2)
     sizes = _numbers(shape, "--shape", 3)
+    columns = {role: column for role, column in given.items() if column is not None}
     question = Question(
         data=data,
-        out=out or Path(f"{re.sub(r'[^A-Za-z0-9._-]+', '-', data.name.split('.')[0]).strip('-._') or 'scenario'}.toml"),
-        columns={role: column for role, column in given.items() if column is not None},
+        out=out or Path(f"{scenario_name(data)}.toml"),
+        columns=columns,
         test=test,
-        kind=_kind(task),
+        kind=kind_named(task),
         backbone=backbone,
         revision=revision,
         epsilon=epsilon,
         delta=delta,
-        unit=unit or ("patient" if person is not None else None),
+        unit=unit or usual_unit(columns),
         sites=sites,
         data_kind="public" if public else "synthetic" if synthetic else "private",
         file_format={key: value for key, value in file_format.items() if value is not None},
@@ -109,13 +107,6 @@ def new(
         declared_only=declared,
     )
     new_scenario(question, force=force, console=terminal.console(soft_wrap=True))
-
-
-def _kind(task: str | None) -> TaskKind | None:
-
-    if task is not None and task not in RULES:
-        raise ConfigError(f"--task is {task!r}; {nearest(task, sorted(RULES))}")
-    return next((kind for kind in RULES if kind == task), None)
 
 
 def _numbers(text: str | None, option: str, count: int) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,10 +11,13 @@ from typing import Literal
 from shared.data.datasets import PERSON_ROLE
 from shared.errors import ConfigError
 from shared.job.kinds import RULES, TaskKind
+from shared.job.parsing import nearest
 from shared.job.values import PERSON_UNITS
 from shared.privacy.accounting import check_delta, check_epsilon
 from shared.tasks import TASKS
 
+Unit = Literal["record", "patient", "customer"]
+DataKind = Literal["public", "synthetic", "private"]
 SITE_ROLE = "site"
 """Role of the column whose values name the sites."""
 USUAL_EPSILON = 8.0
@@ -50,9 +54,9 @@ class Question:
     revision: str | None = None
     epsilon: float = USUAL_EPSILON
     delta: float | None = None
-    unit: Literal["record", "patient", "customer"] | None = None
+    unit: Unit | None = None
     sites: int | None = None
-    data_kind: Literal["public", "synthetic", "private"] = "private"
+    data_kind: DataKind = "private"
     file_format: Mapping[str, str] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     value_range: tuple[float, float] | None = None
@@ -70,6 +74,27 @@ class Question:
     def protects_persons(self) -> bool:
         """True if the unit of privacy is a person."""
         return self.unit in PERSON_UNITS
+
+
+def scenario_name(data: Path) -> str:
+    """Return what the scenario of a file is called: its name without what no name of a run may hold."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", data.name.split(".")[0]).strip("-._") or "scenario"
+
+
+def usual_unit(columns: Collection[str]) -> Unit | None:
+    """Return what is protected where nothing says it: persons if a column tells whose a record is, else each record."""
+    return "patient" if PERSON_ROLE in columns else None
+
+
+def kind_named(task: str | None) -> TaskKind | None:
+    """Return the kind of task of that name; None of None.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    if task is not None and task not in RULES:
+        raise ConfigError(f"--task is {task!r}; {nearest(task, sorted(RULES))}")
+    return next((kind for kind in RULES if kind == task), None)
 
 
 def kind_of(question: Question) -> TaskKind:

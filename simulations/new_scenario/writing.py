@@ -27,7 +27,7 @@ from shared.privacy.sizes import declared_size, default_delta
 from shared.tasks import TASKS
 from simulations.data.demo_data import inseparable
 from simulations.new_scenario.document import Draft, document
-from simulations.new_scenario.iob import copied_words
+from simulations.new_scenario.iob import copied_words, looks_like_iob
 from simulations.new_scenario.lengths import Backbone, Measured, fitting_length, look_at_backbone, measure
 from simulations.new_scenario.looking import Findings, look
 from simulations.new_scenario.question import SITE_ROLE, Question, check_question, columns_of, kind_of
@@ -43,25 +43,44 @@ LEAST_WHOLE = 0.5
 """Share of the texts that fit below which a note says how to read more of them."""
 
 
-def new_scenario(question: Question, *, force: bool, console: Console) -> Path:
+def new_scenario(question: Question, *, force: bool, console: Console) -> Draft:
     """Write the scenario that `question` asks for and say what to do with it.
+
+    Returns:
+        Everything that the file says.
 
     Raises:
         ConfigError, DataError, ModelError: saying what will not do; nothing was written then.
         RunError: if the disk does not take it.
     """
     with copied_words(question, force=force) as (asked, copies):
-        draft, text = _written(asked, force=force, remarks=copies.remarks)
+        check_question(asked)
+        _check_target(asked, force=force)
+        draft, text, _ = _drafted(asked, copies.remarks)
         copies.publish()
         write_text(question.out, copies.settled(text))
     _tell(draft, console, copies.told)
-    return question.out
+    return draft
 
 
-def _written(question: Question, *, force: bool, remarks: Sequence[str]) -> tuple[Draft, str]:
-    """Return the scenario that `question` asks for, checked, and its text, with these `remarks` first; nothing is written."""
+def unwritten_scenario(question: Question) -> tuple[Draft, Scenario]:
+    """Return the scenario that `new_scenario` would write; nothing is written.
+
+    Raises:
+        ConfigError, DataError, ModelError: saying what will not do.
+    """
+    if not question.columns and looks_like_iob(question.data):
+        raise ConfigError(
+            f"{question.data} is a file of tagged words, of which a scenario reads a copy; say by --out where scenario and copy "
+            "are to be."
+        )
     check_question(question)
-    _check_target(question, force=force)
+    draft, _, scenario = _drafted(question)
+    return draft, scenario
+
+
+def _drafted(question: Question, remarks: Sequence[str] = ()) -> tuple[Draft, str, Scenario]:
+    """Return the scenario that `question` asks for, its text with these `remarks` first, and how it was read and checked."""
     kind = kind_of(question)
     backbone = None
     if "image_shape" not in RULES[kind].keys:
@@ -81,7 +100,7 @@ def _written(question: Question, *, force: bool, remarks: Sequence[str]) -> tupl
     scenario = build_scenario(_with_whole_paths(tomllib.loads(text), base), source="the new scenario", base=base)
     if records:
         _check(scenario, question, backbone)
-    return draft, text
+    return draft, text, scenario
 
 
 def _with_whole_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:

@@ -9,11 +9,13 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-PACKAGES = ("shared", "client", "server", "simulations", "cli")
+PACKAGES = ("shared", "client", "server", "simulations", "silotune", "cli")
 
 
 def test_every_file_and_folder_that_it_names_exists() -> None:
-    named = set(re.findall(r"[`\"]((?:(?:shared|client|server|simulations|cli)/[\w/.]+|pyproject\.toml))[`\"]", TEXT))
+    named = set(
+        re.findall(r"[`\"]((?:(?:shared|client|server|simulations|silotune|cli)/[\w/.]+|pyproject\.toml))[`\"]", TEXT)
+    )
     assert len(named) > 40
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
@@ -63,7 +65,7 @@ def test_every_answer_to_a_newcomers_question_is_named(question: str) -> None:
     found, text = files_that_match(pattern), section(question)
     assert len(found) >= 4
     assert others <= set(found)
-    named = set(re.findall(r"`((?:shared|client|server|simulations)/[\w/.]+)`", text))
+    named = set(re.findall(r"`((?:shared|client|server|simulations|silotune)/[\w/.]+)`", text))
     assert [
         file
         for file in found

@@ -31,7 +31,7 @@ import pytest
 
 from tests.mutation.swap import loaded_functions, swaps
 
-PACKAGES = ("cli", "client", "server", "shared", "simulations", "tests", "benchmarks")
+PACKAGES = ("cli", "client", "server", "shared", "silotune", "simulations", "tests", "benchmarks")
 _FILES = ("pyproject.toml",)
 _OF_EACH_RUN = {"grpc", "ray", "flwr"}  # start threads, which a fork does not survive
 

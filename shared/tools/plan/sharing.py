@@ -68,6 +68,23 @@ class Sharing:
         if self.spare_attempts is not None and self.spare_attempts < 0:
             raise ConfigError(f"--spare-attempts is {self.spare_attempts}; expected 0 or more.")
 
+    @classmethod
+    def asked(
+        cls, sites: int | None, colluding: int | None, epsilon_alone: float | None, spare_attempts: int | None
+    ) -> Sharing | None:
+        """Return who shares the noise; None if nothing says that it is shared, `ConfigError` if too little says how."""
+        if sites is None and colluding is None:
+            for given, option in ((epsilon_alone, "--epsilon-alone"), (spare_attempts, "--spare-attempts")):
+                if given is not None:
+                    raise ConfigError(f"{option} speaks of sites that share the noise; add --sites and --colluding.")
+            return None
+        if sites is None or colluding is None:
+            raise ConfigError(
+                "--sites and --colluding say together how many stay honest; give both, for example 8 and 2, or with --job "
+                "neither: the job says it."
+            )
+        return cls(sites=sites, colluding=colluding, epsilon_alone=epsilon_alone, spare_attempts=spare_attempts)
+
     @property
     def honest(self) -> int:
         """H, number of sites whose shares are counted on."""

@@ -69,7 +69,7 @@ def _record_and_exit(case: Case, checkout: Path, folder: Path, out: Path, source
     try:
         _record(case, folder, out, source)
         for name, module in list(sys.modules.items()):
-            if name.partition(".")[0] in ("cli", "client", "server", "shared", "simulations"):
+            if name.partition(".")[0] in ("cli", "client", "server", "shared", "silotune", "simulations"):
                 _require_from(checkout, name, getattr(module, "__file__", None))
         status = 0
     except BaseException:

@@ -22,7 +22,8 @@ from shared.errors import ConfigError, LedgerError, SilotuneError
 from shared.job.job import Job
 from shared.privacy.ledger_export import ChargedSteps, LedgerExport, save_export
 from shared.privacy.plan import PrivacyPlan
-from shared.tools.plan.commands import parse_sweep, plan
+from shared.tools.plan.answering import parse_sweep
+from shared.tools.plan.commands import plan
 from shared.tools.plan.figure import UtilityPoint
 from shared.trust.job_files import BESIDE_A_JOB, read_job
 from simulations.scenario import Scenario, load_scenario
