@@ -8,12 +8,16 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from server.energy import energy_figures, energy_line, together
+from server.records.energy import ENERGY_FILE, EnergyRecord
 from server.records.privacy import CoordinatorRecord, read_sites
 from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
 from server.reports.run import read_arm, write_report_if_possible
 from server.reports.run.trivial import trivial
 from server.rounds.early_stopping import is_over, stopped_early
+from server.rounds.observer import Observers
 from server.runs.folder import check_place, peak_rss_mb
+from server.tracking import Watched
 from shared import terminal
 from shared.epsilons import rounded_up
 from shared.files.json_files import read_if_there, read_record
@@ -25,26 +29,33 @@ from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.folds import run_folds
 from simulations.running.live import LiveView
 from simulations.running.repeats import run_repeats
+from simulations.running.watching import Watching
 from simulations.scenario import Scenario
 
 
 def run_scenario(
-    scenario: Scenario, folder: Path, *, resume: bool = False, stop_after: int | None = None, as_json: bool = False
+    scenario: Scenario,
+    folder: Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    as_json: bool = False,
+    watched: Watched | None = None,
 ) -> None:
     """Run a scenario with its baselines, audit and report, or continue it.
 
     Args:
         stop_after: the round after which the run is left for later.
+        watched: trackers and the meter of energy; none by default.
     """
     with saying(lambda: how_to_continue(folder)):
-        _simulate(scenario, folder, resume=resume, stop_after=stop_after, as_json=as_json)
+        _simulate(scenario, folder, resume=resume, stop_after=stop_after, as_json=as_json, watched=watched or Watched())
 
 
 def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
     """Return the figures of a finished run, read back from its folder."""
     metric = task_of(scenario.job).primary_metric
-    arms = {"federated" if scenario.job.privacy.mechanism == "none" else "federated_dp": folder}
-    arms |= {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
+    arms = _arms(folder, scenario)
     result: dict[str, Any] = {"run_dir": str(folder)}
     for name, place in arms.items():
         evaluation = place / "evaluation.json"
@@ -81,6 +92,8 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     result["audit"] = audited.verdict if audited else None
     result |= _calibration(folder)
     result["diverged"] = {name: reason for name, place in arms.items() if (reason := _diverged(place, name))}
+    if (energy := _energy(arms)) is not None:
+        result["energy"] = energy_figures(energy)
     result["seconds"] = round(seconds, 1)
     result["peak_rss_mb"] = round(peak_rss_mb())
     return result
@@ -119,6 +132,19 @@ def _calibration(folder: Path) -> dict[str, float]:
     return (after if found.fitted_on else {}) | {"calibration_error_without_temperature": round(found.error_before, 4)}
 
 
+def _arms(folder: Path, scenario: Scenario) -> dict[str, Path]:
+    """Return the run folder of every training by the name that figures have."""
+    arms = {"federated" if scenario.job.privacy.mechanism == "none" else "federated_dp": folder}
+    return arms | {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
+
+
+def _energy(arms: Mapping[str, Path]) -> EnergyRecord | None:
+    """Return what all trainings drew, where that was counted; repeats and folds have records of their own."""
+    return together(
+        [found for place in arms.values() if (found := read_if_there(place / ENERGY_FILE, EnergyRecord)) is not None]
+    )
+
+
 def _what_took(scenario: Scenario) -> str:
     """Return what the seconds of the command are of."""
     trainings = 1 + len(scenario.baselines.arms)
@@ -131,24 +157,33 @@ def _diverged(folder: Path, name: str) -> str | None:
     return read_arm(folder, name=name).diverged if (folder / "job.json").exists() else None
 
 
-def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool) -> None:
+def _simulate(
+    scenario: Scenario, folder: Path, *, resume: bool, stop_after: int | None, as_json: bool, watched: Watched
+) -> None:
     started = time.monotonic()
     console = terminal.console(as_json=as_json)
     check_place(folder)  # before a backbone is trained or data is read
     prepare_backbone(scenario.job.model.backbone, console)
     audited = scenario.job.privacy.mechanism != "none"
-    with LiveView(console) as view:
-        run = run_repeats if scenario.simulation.folds is None else run_folds
-        finished = run(
-            scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after, report=not audited
-        )
-    complete = is_over(finished, scenario.job)
-    if complete and audited:
-        try:
-            with console.status("auditing the mechanism on canaries"):
-                audit_run_mechanism(folder)
-        finally:
-            write_report_if_possible(folder)
+    view = LiveView(console)
+    with Watching(watched, folder, view.warn) as watching:
+        with view:
+            run = run_repeats if scenario.simulation.folds is None else run_folds
+            finished = run(
+                scenario,
+                folder,
+                observer=lambda arm: Observers(view.observer(arm), watching.observer(scenario, arm)),
+                resume=resume,
+                stop_after=stop_after,
+                report=not audited,
+            )
+        complete = is_over(finished, scenario.job)
+        if complete and audited:
+            try:
+                with console.status("auditing the mechanism on canaries"):
+                    audit_run_mechanism(folder)
+            finally:
+                write_report_if_possible(folder)
     figures = summary(folder, scenario, seconds=time.monotonic() - started)
     if as_json:
         terminal.print_json(figures)
@@ -157,6 +192,8 @@ def _simulate(scenario: Scenario, folder: Path, *, resume: bool, stop_after: int
         console.print(f"warning: {name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for name, reason in figures.pop("diverged").items():
         console.print(f"warning: {name} diverged: {reason}", style="yellow", soft_wrap=True)
+    if (energy := _energy(_arms(folder, scenario))) is not None:
+        figures["energy"] = energy_line(energy)
     figures["seconds"] = (
         f"{figures['seconds']} (this command: {_what_took(scenario)}; the report's time is of one training)"
     )
