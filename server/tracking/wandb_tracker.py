@@ -62,19 +62,21 @@ class WandbTracker:
                 "`wandb login`, or take --track wandb:offline."
             )
         self._mode: Literal["online", "offline"] = "online" if mode == "online" else "offline"
+        self._ids: dict[str, str] = {}  # chosen once, so that a second try does not begin a second run
 
     def record(self, run: RunTold, known_as: str | None) -> WandbRecording:
         """See `Tracker`; the name is ours, so a resumed run is the same one when it is synced."""
-        return WandbRecording(run, known_as, self._mode)
+        own = known_as or self._ids.setdefault(run.name, uuid.uuid4().hex[:12])
+        return WandbRecording(run, own, self._mode, is_new=known_as is None)
 
 
 class WandbRecording:
     """See `Recording`."""
 
-    def __init__(self, run: RunTold, known_as: str | None, mode: Literal["online", "offline"]) -> None:
+    def __init__(self, run: RunTold, own: str, mode: Literal["online", "offline"], *, is_new: bool) -> None:
         import wandb
 
-        self.id, self.is_new = known_as or uuid.uuid4().hex[:12], known_as is None
+        self.id, self.is_new = own, is_new
         self._run: Any = wandb.init(
             project=run.experiment,
             name=run.name,
