@@ -43,7 +43,7 @@ class Rapl:
         NotReadable: there are none, or they may not be read; Linux shows them to root alone since CVE-2020-8694.
     """
 
-    of, measured = "processors and memory", True
+    of, measured = "CPU and memory", True
     method = "RAPL counters of the processors"
     error = (
         "close to a meter at the plug (Khan et al. 2018), but of everything that ran on the machine, and without fans, disks, "
@@ -136,7 +136,7 @@ class ProcessorTime:
             know.
     """
 
-    of, measured = "processors", False
+    of, measured = "CPU", False
     error = (
         "up to 40 % against a meter (Fischer 2025, of such estimates), more where the processor's own power is not given; of "
         "this process alone, without memory and what the machine draws when idle"

@@ -121,9 +121,10 @@ def format_energy(kwh: float) -> str:
 
 
 def format_money(price: Price) -> str:
-    """Two decimals, of small amounts two digits."""
-    amount = price.amount
-    return f"{amount:,.2f} {price.currency}" if amount >= 0.1 or not amount else f"{amount:.2g} {price.currency}"
+    """Two decimals."""
+    if 0 < price.amount < 0.01:
+        return f"less than 0.01 {price.currency}"
+    return f"{price.amount:,.2f} {price.currency}"
 
 
 def format_time(value: datetime | None) -> str:

@@ -166,7 +166,7 @@ def test_a_gpu_counts_in_millijoules_beside_the_processors(monkeypatch: pytest.M
     session = meter.read()
     meter.close()
     assert [(part.of, part.joules, part.measured) for part in session.parts] == [
-        ("processors and memory", 0.0, True),
+        ("CPU and memory", 0.0, True),
         ("GPU", 12.5, True),
     ]
 
