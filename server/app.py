@@ -141,6 +141,7 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
         folder.write_result(checkpoint, runtime, evaluator(checkpoint.result), calibration)
         complete = is_over(checkpoint, run.job)
         folder.write_run_info("completed" if complete else "stopped", details)
+        run.observer.ended(checkpoint, complete=complete)
         run.finished = checkpoint
         if run.report:
             write_report_if_possible(run.folder)

@@ -26,7 +26,17 @@ from shared.files.atomic import write_bytes, write_text
 from shared.files.backup import told
 from shared.files.outputs import check_new_files
 from shared.job.parsing import parse
-from shared.options import BackupArgument, JsonOption, NoPassphraseOption
+from shared.options import (
+    BackupArgument,
+    EnergyOption,
+    HourPriceOption,
+    JsonOption,
+    KwhPriceOption,
+    NoPassphraseOption,
+    TrackOption,
+    TrackWeightsOption,
+    WattsOption,
+)
 from shared.service.logs import log_file, set_up
 from shared.service.machine import is_alive
 from shared.stopping import orderly, saying
@@ -174,12 +184,30 @@ def restore(
 
 
 @coordinator_app.command()
-def start(home: HomeArgument) -> None:
+def start(
+    home: HomeArgument,
+    track: TrackOption = None,
+    track_weights: TrackWeightsOption = False,
+    energy: EnergyOption = False,
+    price_per_kwh: KwhPriceOption = None,
+    price_per_hour: HourPriceOption = None,
+    cpu_watts: WattsOption = None,
+) -> None:
     """Run the coordinator in the foreground until it is stopped (Ctrl-C, SIGTERM, `coordinator stop`)."""
     from server.coordinator.supervisor import Supervisor
 
     place = CoordinatorHome(home)
-    supervisor = Supervisor(place)
+    watched = None
+    counted = (price_per_kwh, price_per_hour, cpu_watts) != (None, None, None)
+    if track or track_weights or energy or counted:
+        from server.energy import energy_settings
+        from server.tracking import Watched  # loads PyTorch, for which sites need not wait otherwise
+
+        settings = energy_settings(
+            energy, price_per_kwh=price_per_kwh, price_per_hour=price_per_hour, cpu_watts=cpu_watts
+        )
+        watched = Watched.of(track or [], weights=track_weights, energy=settings)
+    supervisor = Supervisor(place, watched)
     place.log.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     form = place.load_config().log_format
     set_up(form, log_file(place.log, form, backups=5))

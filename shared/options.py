@@ -39,6 +39,32 @@ OverridesOption = Annotated[
 ]
 OutOption = Annotated[Path | None, typer.Option("--out", help="Run folder; by default runs/NAME-DATE.")]
 
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="TRACKER",
+        help="Tell a tracker of it: mlflow:URI, tensorboard:FOLDER, wandb or wandb:offline. Repeatable.",
+    ),
+]
+TrackWeightsOption = Annotated[
+    bool, typer.Option("--track-weights", help="Send trackers the tuned adapter, too; by default no weights leave.")
+]
+EnergyOption = Annotated[
+    bool, typer.Option("--energy", help="Count the energy of this machine, measured where it tells, else estimated.")
+]
+KwhPriceOption = Annotated[
+    str | None, typer.Option("--price-per-kwh", metavar="PRICE", help="For the cost of that energy: '0.30 EUR'.")
+]
+HourPriceOption = Annotated[
+    str | None,
+    typer.Option("--price-per-hour", metavar="PRICE", help="For the cost of the machine's time: '2.50 USD'."),
+]
+WattsOption = Annotated[
+    float | None,
+    typer.Option("--cpu-watts", help="Of an estimate: thermal design power of all processors; by default 4 W a core."),
+]
+
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JsonLineOption = Annotated[bool, typer.Option("--json", help="Print one JSON line.")]
 OnlyJsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON line and nothing else.")]

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shared.errors import ConfigError, RunError
-from shared.options import JsonAtEndOption, OutOption, OverridesOption
+from shared.options import (
+    EnergyOption,
+    HourPriceOption,
+    JsonAtEndOption,
+    KwhPriceOption,
+    OutOption,
+    OverridesOption,
+    TrackOption,
+    TrackWeightsOption,
+    WattsOption,
+)
 
 if TYPE_CHECKING:
     from simulations.scenario import Scenario
@@ -45,6 +55,12 @@ def simulate(
     folds: Annotated[
         int | None, typer.Option("--folds", metavar="K", help="k-fold cross-validation: simulation.folds=K.")
     ] = None,
+    track: TrackOption = None,
+    track_weights: TrackWeightsOption = False,
+    energy: EnergyOption = False,
+    price_per_kwh: KwhPriceOption = None,
+    price_per_hour: HourPriceOption = None,
+    cpu_watts: WattsOption = None,
     as_json: JsonAtEndOption = False,
 ) -> None:
     """Run a scenario: many sites on one machine, through the code that real sites run."""
@@ -53,10 +69,15 @@ def simulate(
     changes = [*(overrides or []), *([] if folds is None else [f"simulation.folds={folds}"])]
     loaded = load_scenario(scenario, changes)
     _check_resume(resume, out, "run")
+    from server.energy import energy_settings
+    from server.tracking import Watched
     from simulations.simulating import run_scenario  # slow to import, so mistakes are told before
 
+    counted = energy_settings(energy, price_per_kwh=price_per_kwh, price_per_hour=price_per_hour, cpu_watts=cpu_watts)
+    watched = Watched.of(track or [], weights=track_weights, energy=counted)
+    watched.require_times_told(loaded.job)
     folder = out or _new_folder("run", loaded.name)
-    run_scenario(loaded, folder, resume=resume, stop_after=stop_after, as_json=as_json)
+    run_scenario(loaded, folder, resume=resume, stop_after=stop_after, as_json=as_json, watched=watched)
 
 
 def federation(
@@ -107,6 +128,8 @@ def sweep(
     trial_distribution: Annotated[
         str | None, typer.Option(help="Of --account-tuning: geometric (default), logarithmic or poisson.")
     ] = None,
+    track: TrackOption = None,
+    track_weights: TrackWeightsOption = False,
     as_json: JsonAtEndOption = False,
 ) -> None:
     """Run a scenario under many settings and draw what accuracy each privacy budget buys."""
@@ -114,15 +137,24 @@ def sweep(
 
     _check_resume(resume, out, "sweep")
     loaded = load_sweep(file, axes=axes or [], seeds=seeds, search=search, trials=trials, overrides=overrides or [])
+    if account_tuning and track:
+        raise ConfigError(
+            "--track is not for --account-tuning: its bound needs hidden how many trials there are, and what all but the best "
+            "came to. Leave --track out."
+        )
     if account_tuning:
         law = _law(mean_trials, trial_distribution)
     elif mean_trials is None and trial_distribution is None:
         law = None
     else:
         raise ConfigError("--mean-trials and --trial-distribution are for --account-tuning; add it or leave them out.")
+    from server.tracking import Watched
     from simulations.sweep.run import run_sweep  # slow to import, so mistakes are told before
 
-    run_sweep(loaded, out or _new_folder("sweep", loaded.name), law=law, resume=resume, as_json=as_json)
+    watched = Watched.of(track or [], weights=track_weights)
+    watched.require_times_told(loaded.scenario(loaded.first(), loaded.seeds[0]).job)
+    folder = out or _new_folder("sweep", loaded.name)
+    run_sweep(loaded, folder, law=law, resume=resume, as_json=as_json, watched=watched)
 
 
 def settings() -> None:

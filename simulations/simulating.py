@@ -10,13 +10,17 @@ from typing import Any
 
 from rich.console import Console
 
+from server.energy import energy_figures, energy_line, together
+from server.records.energy import ENERGY_FILE, EnergyRecord
 from server.records.privacy import CoordinatorRecord, read_sites
 from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
 from server.reports.run import read_arm, write_report_if_possible
 from server.reports.run.trivial import trivial
 from server.rounds.early_stopping import is_over, stopped_early
+from server.rounds.observer import Observers
 from server.runs.folder import check_place, peak_rss_mb
 from server.store.checkpoint import Checkpoint
+from server.tracking import Watched
 from shared import terminal
 from shared.epsilons import rounded_up
 from shared.files.json_files import read_if_there, read_record
@@ -28,21 +32,29 @@ from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.folds import run_folds
 from simulations.running.live import LiveView
 from simulations.running.repeats import run_repeats
+from simulations.running.watching import Watching
 from simulations.scenario import Scenario
 
 
 def run_scenario(
-    scenario: Scenario, folder: Path, *, resume: bool = False, stop_after: int | None = None, as_json: bool = False
+    scenario: Scenario,
+    folder: Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    as_json: bool = False,
+    watched: Watched | None = None,
 ) -> None:
-    """Run a scenario with its baselines, audit and report, or continue it, and print what came of it.
+    """Run a scenario with its baselines, audit and report, or continue it.
 
     Args:
         stop_after: the round after which the run is left for later.
+        watched: trackers and the meter of energy; none by default.
     """
     with saying(lambda: how_to_continue(folder)):
         started = time.monotonic()
         console = terminal.console(as_json=as_json)
-        finished = simulate(scenario, folder, console, resume=resume, stop_after=stop_after)
+        finished = simulate(scenario, folder, console, resume=resume, stop_after=stop_after, watched=watched)
         figures = summary(folder, scenario, seconds=time.monotonic() - started)
         if as_json:
             terminal.print_json(figures)
@@ -51,9 +63,19 @@ def run_scenario(
 
 
 def simulate(
-    scenario: Scenario, folder: Path, console: Console, *, resume: bool = False, stop_after: int | None = None
+    scenario: Scenario,
+    folder: Path,
+    console: Console,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    watched: Watched | None = None,
 ) -> Checkpoint:
     """Run a scenario with its baselines, audit and report, or continue it; only progress goes to `console`.
+
+    Args:
+        stop_after: the round after which the run is left for later.
+        watched: trackers and the meter of energy; none by default.
 
     Returns:
         The state of the federated arm after its last round.
@@ -64,25 +86,31 @@ def simulate(
     check_place(folder)  # before a backbone is trained or data is read
     prepare_backbone(scenario.job.model.backbone, console)
     audited = scenario.job.privacy.mechanism != "none"
-    with LiveView(console) as view:
-        run = run_repeats if scenario.simulation.folds is None else run_folds
-        finished = run(
-            scenario, folder, observer=view.observer, resume=resume, stop_after=stop_after, report=not audited
-        )
-    if is_over(finished, scenario.job) and audited:
-        try:
-            with console.status("auditing the mechanism on canaries"):
-                audit_run_mechanism(folder)
-        finally:
-            write_report_if_possible(folder)
+    view = LiveView(console)
+    with Watching(watched or Watched(), folder, view.warn) as watching:
+        with view:
+            run = run_repeats if scenario.simulation.folds is None else run_folds
+            finished = run(
+                scenario,
+                folder,
+                observer=lambda arm: Observers(view.observer(arm), watching.observer(scenario, arm)),
+                resume=resume,
+                stop_after=stop_after,
+                report=not audited,
+            )
+        if is_over(finished, scenario.job) and audited:
+            try:
+                with console.status("auditing the mechanism on canaries"):
+                    audit_run_mechanism(folder)
+            finally:
+                write_report_if_possible(folder)
     return finished
 
 
 def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, Any]:
     """Return the figures of a finished run, read back from its folder."""
     metric = task_of(scenario.job).primary_metric
-    arms = {"federated" if scenario.job.privacy.mechanism == "none" else "federated_dp": folder}
-    arms |= {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
+    arms = _arms(folder, scenario)
     result: dict[str, Any] = {"run_dir": str(folder)}
     for name, place in arms.items():
         evaluation = place / "evaluation.json"
@@ -119,6 +147,8 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     result["audit"] = audited.verdict if audited else None
     result |= _calibration(folder)
     result["diverged"] = {name: reason for name, place in arms.items() if (reason := _diverged(place, name))}
+    if (energy := _energy(arms)) is not None:
+        result["energy"] = energy_figures(energy)
     result["seconds"] = round(seconds, 1)
     result["peak_rss_mb"] = round(peak_rss_mb())
     return result
@@ -157,6 +187,19 @@ def _calibration(folder: Path) -> dict[str, float]:
     return (after if found.fitted_on else {}) | {"calibration_error_without_temperature": round(found.error_before, 4)}
 
 
+def _arms(folder: Path, scenario: Scenario) -> dict[str, Path]:
+    """Return the run folder of every training by the name that figures have."""
+    arms = {"federated" if scenario.job.privacy.mechanism == "none" else "federated_dp": folder}
+    return arms | {name.replace("-", "_"): folder / "baselines" / name for name in scenario.baselines.arms}
+
+
+def _energy(arms: Mapping[str, Path]) -> EnergyRecord | None:
+    """Return what all trainings drew, where that was counted; repeats and folds have records of their own."""
+    return together(
+        [found for place in arms.values() if (found := read_if_there(place / ENERGY_FILE, EnergyRecord)) is not None]
+    )
+
+
 def _what_took(scenario: Scenario) -> str:
     """Return what the seconds of the command are of."""
     trainings = 1 + len(scenario.baselines.arms)
@@ -175,6 +218,8 @@ def _tell(console: Console, scenario: Scenario, folder: Path, finished: Checkpoi
         console.print(f"warning: {name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for name, reason in figures.pop("diverged").items():
         console.print(f"warning: {name} diverged: {reason}", style="yellow", soft_wrap=True)
+    if (energy := _energy(_arms(folder, scenario))) is not None:
+        figures["energy"] = energy_line(energy)
     figures["seconds"] = (
         f"{figures['seconds']} (this command: {_what_took(scenario)}; the report's time is of one training)"
     )

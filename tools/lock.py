@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints.txt"
 LOCKS = ROOT / "locks"
 BASE, BUILD, SBOM = "base", "build", "sbom"
-CHOSEN_BY_THE_MACHINE = re.compile(r"torch|triton|(nvidia|cuda)-.*")
+CHOSEN_BY_THE_MACHINE = re.compile(r"torch|triton|(nvidia|cuda)-(?!ml-py$).*")
 HEADER = "# Written by `make lock`; do not edit.\n"
 
 

@@ -12,6 +12,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.coordinator.progress import Progress
 from server.link.grid import Halted, LinkGrid
@@ -20,6 +21,9 @@ from server.store.home import CoordinatorHome
 from server.store.submission import Submission
 from shared.errors import ConfigError, DataError, ModelError, PrivacyError, RunError, RunHeld, SilotuneError, TrustError
 from shared.service.logs import LogFormat, about, log_file
+
+if TYPE_CHECKING:
+    from server.tracking import Watched  # it loads half of what a run needs
 
 log = logging.getLogger("silotune.coordinator")
 
@@ -35,9 +39,11 @@ class Attempt:
         progress: what its sites do.
     """
 
-    def __init__(self, home: CoordinatorHome, submission: Submission, link: LinkServer) -> None:
+    def __init__(
+        self, home: CoordinatorHome, submission: Submission, link: LinkServer, watched: Watched | None = None
+    ) -> None:
         self.submission, self.held, self.progress = submission, False, Progress()
-        self._home = home
+        self._home, self._watched = home, watched
         self._grid = LinkGrid(link, run_id=secrets.randbits(63))
         self._thread = threading.Thread(target=self._run, name=submission.name, daemon=True)
         self._thread.start()
@@ -75,7 +81,7 @@ class Attempt:
             # Imported here: sites connect while PyTorch is loaded.
             from server.coordinator.production import run_submission
 
-            run_submission(self._grid, self._home, self.submission, self.progress)
+            run_submission(self._grid, self._home, self.submission, self.progress, self._watched)
         except Halted:
             log.info("the run was stopped")
         except SilotuneError as error:

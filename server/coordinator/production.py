@@ -14,15 +14,17 @@ from flwr.app import Context, RecordDict
 from server.app import Run, make_server_app, privacy_of, write_spent
 from server.coordinator.progress import Progress
 from server.coordinator.run_file import evaluation_records, settings_of
+from server.coordinator.watching import watching
 from server.link.grid import LinkGrid
 from server.records.rounds import RoundRecord
 from server.rounds.earlier_requests import Asked
-from server.rounds.observer import Observer
+from server.rounds.observer import Observer, Observers
 from server.rounds.roster import Authority
 from server.runs.folder import RunFolder
 from server.store.checkpoint import Checkpoint
 from server.store.home import CoordinatorHome
 from server.store.submission import Submission
+from server.tracking import Watched
 from shared.files.atomic import append_line
 from shared.job.job import Job
 from shared.link.envelope import COORDINATOR_NODE_ID
@@ -40,12 +42,17 @@ _NAMES_AN_ENTRY = 200
 
 
 def run_submission(
-    grid: LinkGrid, home: CoordinatorHome, submission: Submission, progress: Progress | None = None
+    grid: LinkGrid,
+    home: CoordinatorHome,
+    submission: Submission,
+    progress: Progress | None = None,
+    watched: Watched | None = None,
 ) -> None:
     """Run or resume a submitted job over `grid` until it is complete.
 
     Args:
         progress: is told what sites do.
+        watched: trackers and the meter of energy; none by default.
 
     Raises:
         Halted: it was told to end before.
@@ -78,7 +85,9 @@ def run_submission(
     context = Context(
         run_id=grid.run_id, node_id=COORDINATOR_NODE_ID, node_config={}, state=RecordDict(), run_config={}
     )
-    make_server_app(run)(grid, context)
+    with watching(watched or Watched(), signed.job, run.folder, settings.compute, log.warning) as others:
+        run.observer = Observers(observer, others)
+        make_server_app(run)(grid, context)
     sign_folder(submission.run_folder / "adapter", key)
     submission.note("completed", problem=None, waiting=None)
 

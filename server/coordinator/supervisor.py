@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.coordinator import metrics
 from server.coordinator.attempt import Attempt
@@ -34,6 +34,9 @@ from shared.trust.keystore import passphrase_from_environment
 from shared.trust.node_keys import load_server_key
 from shared.trust.trust_store import verify_certificate
 
+if TYPE_CHECKING:
+    from server.tracking import Watched
+
 log = logging.getLogger("silotune.coordinator")
 
 POLL_SECONDS = 0.5
@@ -48,13 +51,14 @@ class Supervisor:
 
     Args:
         home: its folder; locked while `run` runs.
+        watched: who watches its jobs besides, see `server.tracking`.
 
     Attributes:
         lingers: whether the thread of a job still runs after `run`; PyTorch then aborts a process that ends by itself.
     """
 
-    def __init__(self, home: CoordinatorHome) -> None:
-        self.home = home
+    def __init__(self, home: CoordinatorHome, watched: Watched | None = None) -> None:
+        self.home, self._watched = home, watched
         self._config = home.load_config()
         self._passphrase = passphrase_from_environment()
         self._log = home.open_log(home.load_round_key(self._passphrase))
@@ -225,7 +229,7 @@ class Supervisor:
                 )
             # Before it begins: on a full disk this fails, and one attempt after the other would be started.
             submission.note("running", started=datetime.now(UTC).isoformat(timespec="milliseconds"))
-            self._active = Attempt(self.home, submission, self._link)
+            self._active = Attempt(self.home, submission, self._link, self._watched)
             log.info("job %s runs", submission.name, extra={"job": submission.name})
             return
 

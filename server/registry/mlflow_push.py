@@ -5,16 +5,15 @@ Whoever reads them there checks nothing; `silotune models verify` checks the ori
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from server.registry.history import History
 from server.registry.registry import Version
 from server.registry.verification import Examined
+from server.tracking.mlflow_library import experiment_id, mlflow_library
 from shared.epsilons import delta_rounded_up, rounded_up
-from shared.errors import ConfigError, RunError
+from shared.errors import RunError
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -41,7 +40,7 @@ def push(version: Version, examined: Examined, history: History, uri: str) -> Pu
         RunError: if MLflow refuses, or cannot be reached.
     """
     history.require_in_use(version.number)
-    client_of, failure = _mlflow()
+    client_of, failure = mlflow_library()
     tags = tags_of(version, examined, history)
     try:
         client = client_of(tracking_uri=uri, registry_uri=uri)
@@ -81,18 +80,6 @@ def tags_of(version: Version, examined: Examined, history: History) -> dict[str,
     return {f"silotune.{key}": value[:_MOST_TAG] for key, value in found.items()}
 
 
-def _mlflow() -> tuple[type[MlflowClient], type[Exception]]:
-    for name in ("MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"):
-        os.environ[name] = "true"
-    try:
-        from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
-    except ImportError:
-        raise ConfigError('MLflow is not installed; run: pip install "silotune[mlflow]"') from None
-    logging.getLogger("mlflow").setLevel(logging.ERROR)
-    return MlflowClient, MlflowException
-
-
 def _existing(client: MlflowClient, version: Version) -> Pushed | None:
     """Return the version of MLflow that is this one already, found by the hash of its manifest."""
     found: list[Any] = client.search_model_versions(f"name = '{version.manifest.name}'")
@@ -104,9 +91,7 @@ def _existing(client: MlflowClient, version: Version) -> Pushed | None:
 
 def _upload(client: MlflowClient, version: Version, tags: dict[str, str]) -> Pushed:
     name = version.manifest.name
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    number = experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT)
-    run = client.create_run(number, run_name=version.reference, tags=tags)
+    run = client.create_run(experiment_id(client, EXPERIMENT), run_name=version.reference, tags=tags)
     client.log_artifacts(run.info.run_id, str(version.path), _ARTIFACTS)
     client.set_terminated(run.info.run_id)
     if not client.search_registered_models(f"name = '{name}'"):

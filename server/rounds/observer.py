@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from server.store.checkpoint import Checkpoint
 from shared.trust.receipts import Receipt
@@ -65,3 +65,25 @@ class Observer:
 
     def round_done(self, checkpoint: Checkpoint) -> None:
         """A round is complete and durable."""
+
+    def ended(self, checkpoint: Checkpoint, *, complete: bool) -> None:
+        """The run folder holds what the run came to, but for its report; not `complete`: the run was left for later."""
+
+
+class Observers(Observer):
+    """Tells several observers everything, each in its turn."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+
+def _told_to_all(name: str) -> Callable[..., None]:
+    def tell(self: Observers, *arguments: object, **named: object) -> None:
+        for observer in self._observers:
+            getattr(observer, name)(*arguments, **named)
+
+    return tell
+
+
+for _name in [name for name in vars(Observer) if not name.startswith("_")]:
+    setattr(Observers, _name, _told_to_all(_name))

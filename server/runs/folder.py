@@ -22,10 +22,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from server.records.energy import ENERGY_FILE
 from server.records.privacy import CoordinatorRecord, SiteRecord
 from server.records.results import DIVERGED_FILE, DROPOUTS_FILE, FOLDS_FILE, REPEATS_FILE, EvaluationRecord
 from server.records.rounds import write_rounds
 from server.records.run import RunRecord
+from server.records.tracking import TRACKING_FILE
 from server.rounds.early_stopping import best_round, stopped_early
 from server.rounds.secure.attempts import ATTEMPTS_FILE
 from server.rounds.site_metrics import site_metrics_record
@@ -78,6 +80,8 @@ OWN_FILES = frozenset(
         DIVERGED_FILE,
         ATTEMPTS_FILE,
         DROPOUTS_FILE,
+        TRACKING_FILE,
+        ENERGY_FILE,
     }
 )
 OWN_FOLDERS = frozenset({"adapter", "sites", "baselines", "audit", "repeats", "folds"})

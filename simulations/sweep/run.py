@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
+from server.tracking import Watched
 from shared import terminal
 from shared.data.datasets import dataset_fingerprint
 from shared.errors import PrivacyError
@@ -16,6 +18,7 @@ from shared.stopping import saying
 from shared.tasks import Record
 from simulations.data.small_gpt2 import prepare_backbone
 from simulations.running.engine import check_arm, plan_arms
+from simulations.running.watching import Watching
 from simulations.scenario import Scenario
 from simulations.sweep import RUNS, SWEEP, TRIALS, private, results
 from simulations.sweep.journal import Journal, TrialResult
@@ -28,11 +31,14 @@ from simulations.sweep.tables import frontier_table, trials_table
 from simulations.sweep.trials import run_trial
 
 
-def run_sweep(sweep: Sweep, folder: Path, *, law: NumTrials | None, resume: bool, as_json: bool) -> None:
+def run_sweep(
+    sweep: Sweep, folder: Path, *, law: NumTrials | None, resume: bool, as_json: bool, watched: Watched | None = None
+) -> None:
     """Run a sweep, or continue it, and print what came out.
 
     Args:
         law: of the number of trials, where the tuning is accounted for.
+        watched: trackers and the meter of energy; none by default.
 
     Raises:
         ConfigError: bad settings, found before a trial runs.
@@ -59,7 +65,8 @@ def run_sweep(sweep: Sweep, folder: Path, *, law: NumTrials | None, resume: bool
             results.check_folder(folder, settings, resume=resume)  # another process may have been quicker
             results.write_start(folder, sweep, settings)
             journal = Journal(folder / TRIALS)
-            _run_trials(sweep, folder, journal, confirmation, console)
+            with Watching(watched or Watched(), folder, _warning(console), experiment=sweep.name) as watching:
+                _run_trials(sweep, folder, journal, confirmation, console, watching)
             points, notes = results.write_results(folder, sweep, settings, journal)
         if as_json:
             figures = {
@@ -119,7 +126,21 @@ def _prepare(sweep: Sweep, scenario: Scenario, console: Console) -> tuple[str, l
     return hashlib.sha256(" ".join(parts).encode()).hexdigest(), confirmation
 
 
-def _run_trials(sweep: Sweep, folder: Path, journal: Journal, confirmation: list[Record], console: Console) -> None:
+def _warning(console: Console) -> Callable[[str], None]:
+    """Return what prints a warning once, however many trials give it."""
+    said: set[str] = set()
+
+    def warn(text: str) -> None:
+        if text not in said:
+            said.add(text)
+            console.print(f"warning: {text}", style="yellow", soft_wrap=True, markup=False)
+
+    return warn
+
+
+def _run_trials(
+    sweep: Sweep, folder: Path, journal: Journal, confirmation: list[Record], console: Console, watching: Watching
+) -> None:
     """Run every trial of the search that is not finished; the caller holds the folder's lock."""
     found = {key for key, result in journal.results.items() if result.completed}
     asked: set[str] = set()
@@ -135,7 +156,16 @@ def _run_trials(sweep: Sweep, folder: Path, journal: Journal, confirmation: list
                 return journal.results[key]
             progress.started(setting, seed)
             place = folder / RUNS / key
-            result = run_trial(sweep, setting, seed, place, confirmation=confirmation, round_done=progress.round_done)
+            result = run_trial(
+                sweep,
+                setting,
+                seed,
+                place,
+                confirmation=confirmation,
+                round_done=progress.round_done,
+                watching=watching,
+            )
+            watching.tracking.finish(place)
             journal.append(result)
             progress.finished(result)
             return result

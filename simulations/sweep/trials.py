@@ -15,14 +15,16 @@ from typing import Any, Literal
 
 from server.records.privacy import read_sites
 from server.records.results import read_evaluation
-from server.rounds.observer import Observer
+from server.rounds.observer import Observer, Observers
 from server.runs.folder import foreign_entries
 from server.store.checkpoint import Checkpoint
+from server.tracking.run_told import flat
 from shared.errors import RunError
 from shared.files.outputs import listed
 from shared.runtime.runtime import load_runtime
 from shared.tasks import Record, task_of
-from simulations.running.engine import run_scenario
+from simulations.running.engine import Arm, run_scenario
+from simulations.running.watching import Watching
 from simulations.scenario import Scenario
 from simulations.sweep.journal import TrialResult
 from simulations.sweep.spec import Setting, Sweep
@@ -38,12 +40,14 @@ def run_trial(
     *,
     confirmation: list[Record],
     round_done: RoundDone = lambda done, total: None,
+    watching: Watching | None = None,
 ) -> TrialResult:
     """Run one trial into `folder`, which is emptied first: half a trial is no trial.
 
     Args:
         confirmation: records that select nothing; empty for none.
         round_done: told (rounds done, rounds of the trial).
+        watching: trackers and the meter of energy.
 
     Returns:
         The result; one with status "failed" if the run started and could not be completed.
@@ -65,8 +69,14 @@ def run_trial(
         "higher_is_better": task.higher_is_better,
         "job_sha256": scenario.job.sha256,
     }
+
+    def observer(arm: Arm) -> Observer:
+        rounds = _Rounds(arm.job.training.rounds, round_done)
+        watch = watching.observer(scenario, arm, flat(setting) | {"seed": seed}) if watching else Observer()
+        return Observers(rounds, watch)
+
     try:
-        finished = run_scenario(scenario, folder, observer=lambda arm: _Rounds(arm.job.training.rounds, round_done))
+        finished = run_scenario(scenario, folder, observer=observer)
         result |= {"status": "completed", **_scores(folder), "epsilon": executed_epsilon(folder)}
         if confirmation:
             result["confirmation"] = _confirm(scenario, finished, confirmation)

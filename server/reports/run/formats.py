@@ -11,6 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from server.records.energy import Price
 from server.records.metrics import is_share
 from shared.epsilons import (
     as_set,
@@ -112,6 +113,18 @@ def format_seconds(value: float | None) -> str:
     if seconds < 3600:
         return f"{seconds // 60} min {seconds % 60} s"
     return f"{seconds // 3600} h {seconds % 3600 // 60} min"
+
+
+def format_energy(kwh: float) -> str:
+    """Three digits, in kWh, or below one in Wh."""
+    return f"{kwh:,.3g} kWh" if kwh >= 1 else f"{1000 * kwh:.3g} Wh"
+
+
+def format_money(price: Price) -> str:
+    """Two decimals."""
+    if 0 < price.amount < 0.01:
+        return f"less than 0.01 {price.currency}"
+    return f"{price.amount:,.2f} {price.currency}"
 
 
 def format_time(value: datetime | None) -> str:

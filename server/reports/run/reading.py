@@ -11,6 +11,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
+from server.records.energy import ENERGY_FILE, EnergyRecord
 from server.records.job import read_job
 from server.records.metrics import in_range
 from server.records.privacy import AnyRecord, CoordinatorRecord, read_site, require_claim
@@ -67,6 +68,7 @@ def read_run(run_dir: Path) -> RunData:
         folds=read_if_there(run_dir / FOLDS_FILE, Folds),
         audits=read_audits(run_dir),
         site_metrics=read_if_there(run_dir / "site_metrics.json", SiteMetrics),
+        energy=read_if_there(run_dir / ENERGY_FILE, EnergyRecord),
         job_sha256_matches=_job_matches(run_dir / "job.json", run.job_sha256),
     )
     try:  # which metric the seeds' values are of stands in another file

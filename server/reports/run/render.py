@@ -30,7 +30,7 @@ from server.reports.run.comparison import (
 from server.reports.run.noise import arm_shares, of_shares
 from server.reports.run.promises import alone_in_job, promise_beside
 from server.reports.run.reading import read_run
-from server.reports.run.run_data import RunData, with_real_names
+from server.reports.run.run_data import RunData, with_real_names, without_names
 from server.reports.run.tables import (
     MAX_LABEL_ROWS,
     MAX_MATRIX_LABELS,
@@ -62,6 +62,8 @@ _FILTERS: dict[str, Callable[..., Any]] = {
     "bytes": formats.format_bytes,
     "seconds": formats.format_seconds,
     "time": formats.format_time,
+    "energy": formats.format_energy,
+    "money": formats.format_money,
     "recorded": lambda value: formats.NOT_RECORDED if value is None or value == "" else value,
     "names": formats.join_names,
     "name": formats.printable,
@@ -70,15 +72,18 @@ _FILTERS: dict[str, Callable[..., Any]] = {
 MAX_PRINTED_STATEMENTS = 12
 
 
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
+def write_report(run_dir: Path, out: Path | None = None, *, named: bool = True) -> Path:
     """Write a run's report to `out`, by default `report.html` in its folder, and return where it is.
 
     The run may still be going on; what is not there yet is shown as such.
 
+    Args:
+        named: False numbers the sites, for readers elsewhere; see `without_names`.
+
     Raises:
         RunError: if a required file is missing or any file is malformed; an older report is left as it was.
     """
-    data = with_real_names(read_run(run_dir))
+    data = (with_real_names if named else without_names)(read_run(run_dir))
     path = out or run_dir / REPORT_NAME
     check_file(path, HTML_MARK, way_out="move it away")
     write_bytes(path, render_page(_TEMPLATE, filters=_FILTERS, data=data, arm=data.federated, view=_view(data)))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from server.records.energy import EnergyRecord
 from server.records.privacy import AnyRecord, SiteRecord
 from server.records.results import AuditRecord, EvaluationRecord, Folds, Repeats, SiteMetrics
 from server.records.rounds import RoundRecord
@@ -165,6 +166,8 @@ class RunData:
     folds: Folds | None
     audits: tuple[AuditRecord, ...]
     site_metrics: SiteMetrics | None
+    energy: EnergyRecord | None
+    """What this training drew, where it was counted."""
     job_sha256_matches: bool | None
     """Whether job.json is the job that run.json names; None if run.json names none."""
 
@@ -221,9 +224,51 @@ _SITE_IN_TEXT = re.compile(r"\b([Ss]ite,? )([A-Za-z0-9]+(?:[._-]+[A-Za-z0-9]+)*)
 
 def with_real_names(data: RunData) -> RunData:
     """Return `data` with every site called as `RunData.called` says, for pages that people read."""
-    if not data.run.dataset.site_names:
-        return data
-    called, named = data.called, data.named
+    return _renamed(data, data.called) if data.run.dataset.site_names else data
+
+
+def without_names(data: RunData) -> RunData:
+    """Return `data` for readers elsewhere: sites are numbered, what they answered is left out, of paths the last part stays."""
+    others = {site.site for arm in data.baselines for site in arm.sites if isinstance(site, SiteRecord)}
+    others |= {site for arm in data.baselines for record in arm.rounds for site in (*record.sites, *record.failed)}
+    known = [*data.site_names, *sorted(others - {*data.site_names})]
+    numbers = {site: f"site-{number}" for number, site in enumerate(known, start=1)}
+    data = _renamed(data, lambda site: numbers.get(site, site))
+    arms = []
+    for arm in data.arms:
+        rounds = tuple(replace(record, failed=dict.fromkeys(record.failed, "")) for record in arm.rounds)
+        model = arm.job.get("model")
+        job = arm.job if not isinstance(model, Mapping) else {**arm.job, "model": _without_path(model)}
+        arms.append(replace(arm, rounds=rounds, job=job))
+    dataset = data.run.dataset
+    name, test_name = (path and Path(path).name for path in (dataset.name, dataset.test_name))
+    run = replace(data.run, dataset=replace(dataset, site_names={}, name=name, test_name=test_name))
+    return replace(data, run=run, federated=arms[0], baselines=tuple(arms[1:]))
+
+
+def _without_path(model: Mapping[str, Any]) -> Mapping[str, Any]:
+    backbone = model.get("backbone")
+    local = isinstance(backbone, str) and Path(backbone).is_absolute()
+    return {**model, "backbone": Path(str(backbone)).name} if local else model
+
+
+def _audit_renamed(audit: AuditRecord, called: Callable[[str], str]) -> AuditRecord:
+    """Return an audit with its site called so; its sentences are about that one alone."""
+    if audit.site is None:
+        return audit
+    whole = re.compile(rf"(?<![\w.-]){re.escape(audit.site)}(?![\w-])")
+    audited, *reasons = (
+        whole.sub(lambda _: called(audit.site or ""), text) for text in (audit.audited, *audit.reasons)
+    )
+    return replace(audit, audited=audited, reasons=tuple(reasons), site=called(audit.site))
+
+
+def _renamed(data: RunData, called: Callable[[str], str]) -> RunData:
+    """Return `data` with every site called so, in sentences about sites, too."""
+
+    def named(text: str) -> str:
+        return _SITE_IN_TEXT.sub(lambda found: found[1] + called(found[2]), text)
+
     arms = []
     for arm in data.arms:
         rounds = tuple(
@@ -235,16 +280,19 @@ def with_real_names(data: RunData) -> RunData:
             )
             for record in arm.rounds
         )
+        # Under central DP no site is named.
         sites = tuple(
             replace(site, site=called(site.site), statement=site.statement and named(site.statement))
+            if isinstance(site, SiteRecord)
+            else site
             for site in arm.sites
-            if isinstance(site, SiteRecord)  # under central DP no site is named
         )
         arms.append(replace(arm, rounds=rounds, sites=sites))
     statement = data.statement
     if statement is not None:
         statement = replace(statement, one_site=named(statement.one_site), text=named(statement.text))
-    return replace(data, federated=arms[0], baselines=tuple(arms[1:]), statement=statement)
+    audits = tuple(_audit_renamed(audit, called) for audit in data.audits)
+    return replace(data, federated=arms[0], baselines=tuple(arms[1:]), statement=statement, audits=audits)
 
 
 def job_value(job: Mapping[str, Any], section: str, key: str) -> Any:
