@@ -116,4 +116,5 @@ def _shown(
         role=role if role in set(Role) else Role.VIEWER,
         code=code,
         invited=invited,
+        back="/accounts",
     )
