@@ -60,7 +60,9 @@ class Grounds:
             before = shown.pop(line.promise, None)
             if before is None or not _holds(before, line):
                 found.append(_difference(before, line))
-        return found + [_difference(before, None) for before in shown.values()]
+        found += [_difference(before, None) for before in shown.values()]
+        untold = [one for one in found if one.what == "budget" and not (one.before and one.now)]
+        return [one for one in found if one not in untold[1:]]  # of one cap it is said for both
 
     def moved(self, now: Grounds) -> dict[str, Any]:
         """Return the figures that are others now, beside those that were shown, for the audit log; {} if none is."""

@@ -63,5 +63,5 @@ def test_what_is_no_figure_has_to_be_the_same() -> None:
         assert told_against([found])
     for cap in (7.0, 9.0):
         assert len(SHOWN.against(now(cap=cap))) == 1, "another cap is another budget"
-    assert len(SHOWN.against(replace(SHOWN, budget=()))) == 2, "what cannot be told any more"
-    assert len(replace(SHOWN, budget=()).against(SHOWN)) == 2, "what could not be told before"
+    assert len(SHOWN.against(replace(SHOWN, budget=()))) == 1, "what cannot be told any more"
+    assert len(replace(SHOWN, budget=()).against(SHOWN)) == 1, "what could not be told before"

@@ -141,6 +141,15 @@ def test_an_engineer_is_told_at_once_what_only_officers_propose(asked: Serving) 
         assert ("Only an officer can propose this" in page) is told
 
 
+def test_what_is_proposed_is_counted_in_the_navigation(asked: Serving) -> None:
+    olga = asked.signed_in("officer")
+    assert 'class="count"' not in olga.get("/health").text
+    path = proposed(asked.signed_in("engineer"), changed(asked.home))
+    assert '>Policy <span class="count">1<' in olga.get("/health").text
+    assert olga.post(f"{path}/decline").status_code == 303
+    assert 'class="count"' not in olga.get("/health").text
+
+
 def test_another_theme_or_language_keeps_what_was_written(asked: Serving) -> None:
     eve, text = asked.signed_in("engineer"), changed(asked.home)
     page = eve.get("/policy/edit").text

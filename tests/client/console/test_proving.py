@@ -90,6 +90,15 @@ def test_what_was_typed_need_not_be_typed_again(serving: Serving) -> None:
     assert long == "/account/prove?next=%2Faccounts", "what is too long is not carried"
 
 
+def test_an_administrator_is_warned_of_names_that_look_alike(serving: Serving) -> None:
+    browser = serving.signed_in("administrator")
+    serving.console.accounts.invite("Olga Officer", Role.OFFICER, by=serving.console.accounts.all()[0])
+    for name, warned in (("0lga Offlcer", True), ("OIga 0fficer", True), ("Olga Office", False)):
+        page = text_of(browser.post("/accounts", name=name, role="viewer").text)
+        assert (f"{name} is easily taken for" in page) is warned, name
+        assert "Olga Officer" in page
+
+
 def test_a_proof_is_for_one_browser(serving: Serving) -> None:
     one, other = serving.signed_in("administrator"), serving.signed_in("administrator")
     serving.clock.seconds += PROVEN_SECONDS
