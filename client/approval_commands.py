@@ -16,6 +16,7 @@ from shared.options import JsonOption
 from shared.trust.keystore import passphrase_from_environment
 
 if TYPE_CHECKING:
+    from client.budget.accounts import Budgets
     from client.site.approving import ApprovalDesk
 
 HomeArgument = Annotated[Path, typer.Argument(help="The site's folder.")]
@@ -64,7 +65,8 @@ def request(home: HomeArgument, job: JobArgument, as_json: JsonOption = False) -
     from client.approval.facts import as_json as facts_as_json
     from client.approval.words import told
 
-    facts = _desk(home).facts(job)
+    desk = _desk(home)
+    facts = desk.facts(job, lines=_budgets(desk).lines)
     if as_json:
         terminal.print_json(facts_as_json(facts))
         return
@@ -81,21 +83,28 @@ def approve(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask once the request was shown.")] = False,
 ) -> None:
     """Show a request, as `request` does, and approve it; the running node lets the job begin within a minute."""
+    from client.approval.grounds import Grounds, moved_told, told_against
     from client.approval.words import told
 
     desk, account = _desk(home), _account(by)
+    budgets = _budgets(desk)
     request, seen = desk.seen(job)
-    before = desk.basis(request)
+    parts = desk.parts(request)
+    facts = desk.facts(request.id, by_id=True, lines=budgets.lines)
     console = terminal.console(soft_wrap=True)
-    for line in told(desk.facts(request.id, by_id=True)):
+    for line in told(facts):
         console.print(line)
     if not yes and sys.stdin.isatty():
         typer.confirm("Approve it?", abort=True)
-    if desk.basis(request) != before:
-        raise RunError(
-            "the budget, the policy or the settings changed meanwhile, so nothing was approved; read it again."
-        )
-    found, state = desk.approve(request.id, by=account, reason=reason, seen=seen)
+    # Figures first: what was computed by a policy that is no more is told as changed.
+    lines = budgets.lines(request.signed().job, desk.policy())
+    shown, now = Grounds(parts=parts, budget=facts.budget), Grounds(parts=desk.parts(request), budget=lines)
+    if against := shown.against(now):
+        raise RunError(f"something changed meanwhile, so nothing was approved: {told_against(against)}. Read it again.")
+    moved = shown.moved(now)
+    found, state = desk.approve(request.id, by=account, reason=reason, seen=seen, moved=moved)
+    for text in moved_told(moved):
+        typer.echo(text)
     name = printable(f"{found.name} ({found.job[:12]})")
     if state == "approved":
         until = found.ends(desk.rules, datetime.now(UTC))
@@ -131,6 +140,12 @@ def _desk(home: Path) -> ApprovalDesk:
     from client.site.home import SiteHome
 
     return ApprovalDesk(SiteHome(home), passphrase=passphrase_from_environment())
+
+
+def _budgets(desk: ApprovalDesk) -> Budgets:
+    from client.budget.accounts import Budgets
+
+    return Budgets(desk.home, desk.seal)
 
 
 def _account(by: str | None) -> str:

@@ -30,3 +30,11 @@ def name_key(name: str) -> str:
     shown = unicodedata.normalize("NFKC", " ".join(name.split()))
     seen = "".join(letter for letter in _UNSEEN.sub("", shown) if letter.isprintable())
     return " ".join(unicodedata.normalize("NFKC", seen.casefold()).split())
+
+
+_SAME_SHAPE = str.maketrans({"0": "o", "1": "l", "i": "l", "|": "l"})
+
+
+def look_key(name: str) -> str:
+    """Return what names have in common that are easily taken for one another in print: 0 and O, 1, l and I."""
+    return name_key(name).translate(_SAME_SHAPE)

@@ -19,14 +19,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from client.approval.request import Approval, Refused, Request, RequestState, Rules
-from client.ledger.account import PROMISES, Budget, Promise
+from client.ledger.account import Promise
 from client.policy.policy import Policy
 from client.policy.verdicts import Verdict, verdicts
 from shared.errors import PrivacyError
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps
-from shared.privacy.filter import SpendingRule, filter_orders
-from shared.privacy.ledger_export import LedgerExport
 from shared.privacy.planned import PlannedPrivacy
 from shared.trust.signed_job import SignedJob
 
@@ -41,8 +39,6 @@ class Here:
     Attributes:
         site, dataset, unit: its name, its data set and what its budget protects.
         columns: of the data set, by role.
-        budget: its caps.
-        account: what was charged; None before the first charge.
         settings: what site.toml says no to in this job; "" if nothing.
     """
 
@@ -50,8 +46,6 @@ class Here:
     dataset: str
     unit: str
     columns: Mapping[str, str]
-    budget: Budget
-    account: LedgerExport | None
     settings: str
 
 
@@ -101,6 +95,10 @@ class BudgetLine:
     def fits(self) -> bool:
         """Whether the whole job fits."""
         return self.after <= self.cap
+
+
+Lines = Callable[[Job, Policy], tuple[BudgetLine, ...]]
+"""Tells what a job does to both caps, by a site's policy; nothing where it is not charged, or that cannot be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +170,8 @@ class Facts:
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
-    """Return the same for a program: numbers as they were computed, None for one that is not finite; without the account."""
-    found: dict[str, Any] = TypeAdapter(Facts).dump_python(facts, mode="json", exclude={"here": {"account", "budget"}})
+    """Return the same for a program: numbers as they were computed, None for one that is not finite."""
+    found: dict[str, Any] = TypeAdapter(Facts).dump_python(facts, mode="json")
     found["budget"] = [
         line | {"left": of.left, "fits": of.fits} for line, of in zip(found["budget"], facts.budget, strict=True)
     ]
@@ -194,14 +192,14 @@ def facts_of(
     *,
     policy: Policy,
     here: Here,
+    lines: Lines,
     last: Request | None,
     now: datetime,
-    lines: Callable[[Job, Policy], tuple[BudgetLine, ...]] | None = None,
 ) -> Facts:
     """Return what is to be known of a request; takes seconds of accounting.
 
     Args:
-        lines: tells what the job does to the budget, in the place of the account that is `here`.
+        lines: tells what the job does to the budget.
         last: the last approved request of the same signer, if there is one.
         now: this site's clock, with time zone.
 
@@ -237,7 +235,7 @@ def facts_of(
         sample_rate=job.privacy.sample_rate,
         metrics=tuple(job.site_metrics.names),
         promised=promised_by(job, policy),
-        budget=_budget(job, here, policy) if lines is None else lines(job, policy),
+        budget=lines(job, policy),
         rules=tuple(verdicts(policy, signed, now=now, site=here.site)),
         compared_with=None if last is None else (last.name, last.job),
         changes=() if last is None else tuple(changes(last.signed(), signed)),
@@ -314,27 +312,3 @@ def planned_charges(job: Job, policy: Policy) -> dict[Promise, Sequence[Gaussian
         return {"together": plan.of_sum.events, "alone": plan.events}
     except PrivacyError:
         return {}
-
-
-def _budget(job: Job, here: Here, policy: Policy) -> tuple[BudgetLine, ...]:
-    planned = planned_charges(job, policy)
-    try:
-        return tuple(_line(promise, job.sha256, planned[promise], here) for promise in PROMISES if planned)
-    except PrivacyError:
-        return ()
-
-
-def _line(promise: Promise, job: str, planned: Sequence[GaussianSteps], here: Here) -> BudgetLine:
-    budget, account = here.budget, here.account
-    cap = budget.cap(promise)
-    if account is None:
-        orders = filter_orders(epsilon=cap, delta=budget.delta)
-        rule = SpendingRule(composition=budget.composition, delta=budget.delta, orders=orders)
-        return BudgetLine(promise=promise, spent=0.0, after=rule.epsilon(planned), cap=cap)
-    alone = promise == "alone"
-    rule = account.rule_alone if alone else account.rule
-    charged = (*account.charges, *account.held_back)
-    # What this job was charged already is a part of its plan; the others stay.
-    others = [one.mechanism if alone else one.together or one.mechanism for one in charged if one.job_id != job]
-    spent = rule.epsilon(account.mechanisms_alone if alone else account.mechanisms)
-    return BudgetLine(promise=promise, spent=spent, after=max(spent, rule.epsilon([*others, *planned])), cap=cap)

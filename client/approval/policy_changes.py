@@ -23,10 +23,12 @@ Not guaranteed: an editor that writes the file in the moment between comparing a
 from __future__ import annotations
 
 import hashlib
+import math
 import stat
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +37,7 @@ from client.approval.request import same_account
 from client.approval.requests import checked_account, checked_reason
 from client.policy.diff import officers_needed, people_needed
 from client.policy.policy import load_policy, policy_of
-from shared.errors import ConfigError, RunError, TrustError
+from shared.errors import ConfigError, RunError, SilotuneError, TrustError
 from shared.files.atomic import require_file_or_nothing, write_bytes
 from shared.files.bounded import read_bounded
 from shared.trust.audit_chain import BEGINNING, Entry
@@ -49,6 +51,7 @@ MOST_DOTS = 100
 MOST_OPEN = 16
 MOST_KEPT = 256
 """Of texts that were proposed and never in force; the oldest go first."""
+_COUNTED_SECONDS = 15
 _MOST_FILE_BYTES = 1 << 20
 ProposalState = Literal["open", "stale", "accepted", "declined"]
 _STATES: dict[str, ProposalState] = {Event.POLICY_ACCEPTED: "accepted", Event.POLICY_DECLINED: "declined"}
@@ -130,6 +133,7 @@ class PolicyChanges:
     def __init__(self, policy: Path, *, log: AuditLog) -> None:
         self.policy, self._folder, self._log = policy, policy.parent / FOLDER, log
         self._read_up_to, self._state, self._alone = BEGINNING, _State(), threading.Lock()
+        self._counted = (-math.inf, 0)
 
     def settle(self) -> None:
         """Finish what a process that died had begun, and note a version that is in force and was not known.
@@ -149,6 +153,17 @@ class PolicyChanges:
         """Return every proposal, the newest first; an open one that is stale says so. Raises as `settle`."""
         with self._settled() as state:
             return [self._told(state, one) for one in reversed(state.proposals.values())]
+
+    @property
+    def num_open(self) -> int:
+        """How many proposals wait, counted every few seconds; 0 where that cannot be told."""
+        since, count = self._counted
+        if time.monotonic() > since + _COUNTED_SECONDS:
+            count = 0
+            with suppress(SilotuneError):
+                count = sum(one.state == "open" for one in self.proposals())
+            self._counted = (time.monotonic(), count)
+        return count
 
     def find(self, number: int) -> Proposal | None:
         """Return the proposal of a number; raises as `settle`."""
@@ -194,16 +209,19 @@ class PolicyChanges:
         except ConfigError:
             return 2
 
-    def lacks_officer(self, proposal: Proposal) -> bool:
-        """Return whether it takes two who decide on jobs, and its proposer is none (`officers_needed`); raises as `needed_for`.
+    def wants_officers(self, text: str) -> bool:
+        """Return whether a change to this text takes two who decide on jobs (`officers_needed`).
 
         Of a file that cannot be read nobody can tell what it would lower, and two people mend it.
         """
         try:
-            officers = officers_needed(load_policy(self.policy), policy_of(self.text_of(proposal.sha256)))
+            return officers_needed(load_policy(self.policy), policy_of(text)) > 1
         except ConfigError:
             return False
-        return officers > 1 and not proposal.officer
+
+    def lacks_officer(self, proposal: Proposal) -> bool:
+        """Return whether it takes two who decide on jobs, and its proposer is none; raises as `needed_for`."""
+        return self.wants_officers(self.text_of(proposal.sha256)) and not proposal.officer
 
     def propose(self, text: str, *, base: str, by: str, reason: str = "", officer: bool = False) -> Proposal:
         """Note, durably, that an account wants another policy.
@@ -331,6 +349,7 @@ class PolicyChanges:
             path.unlink()
 
     def _note(self, event: Event, **details: Any) -> None:
+        self._counted = (-math.inf, 0)
         self._log.append(event, **details)
         self._read_log()
 

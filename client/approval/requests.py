@@ -22,6 +22,7 @@ import logging
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from client.approval.request import STATES, Approval, Refused, Request, RequestState, Rules, request_id, same_account
 from client.approval.store import SealedStore
@@ -156,7 +157,14 @@ class Approvals:
         return max(approved, key=lambda other: max(approval.at for approval in other.approvals), default=None)
 
     def approve(
-        self, named: str, rules: Rules, *, by: str, reason: str = "", seen: str | None = None
+        self,
+        named: str,
+        rules: Rules,
+        *,
+        by: str,
+        reason: str = "",
+        seen: str | None = None,
+        moved: Mapping[str, Any] | None = None,
     ) -> tuple[Request, RequestState]:
         """Note, durably, that an account approves a request; return it, and whether it still waits for another account.
 
@@ -165,6 +173,7 @@ class Approvals:
         Args:
             named: see `find`.
             seen: its `Request.mark` when the person saw it; `named` is its whole id then. None: as it is now.
+            moved: what of the budget moved since then, for the log; see `client.approval.grounds.Grounds.moved`.
 
         Raises:
             Changed: it is not as it was seen.
@@ -204,6 +213,7 @@ class Approvals:
                 reason=reason,
                 given=len(approvals),
                 needed=rules.needed,
+                **({"budget": dict(moved)} if moved else {}),
             )
             return request, request.state(rules, now)
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import Query
 from fastapi.responses import JSONResponse, Response
 
-from client.console.budget import AccountBudget
+from client.budget.accounts import AccountBudget
 from client.console.content import SiteContent, being_read, content_of
 from client.console.forecast import Forecast
 from client.console.pages import Id, told_waiting
 from client.ledger.account import PROMISES
 from shared.errors import ConfigError, SilotuneError
 from shared.numbers import read_number, read_whole
+from shared.web.accounting import accounted
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.roles import Action, allowed
 
@@ -50,7 +52,7 @@ def budget_line(asked: Here, account: Id) -> Response:
     series: list[dict[str, Any]] = []
     times: list[float] = []
     for promise in PROMISES[: 2 if found.tells_both else 1]:
-        points = found.line(promise)
+        points = accounted(partial(found.line, promise))
         times = [point.time for point in points]
         series.append(
             {
@@ -67,7 +69,7 @@ def budget_line(asked: Here, account: Id) -> Response:
 def budget_jobs(asked: Here, account: Id) -> Response:
     """Show what each job has charged; a part of the page, which comes later as it takes longer."""
     found = _account(asked, account)
-    names = {job.job: content_of(asked).releases.name_of(job.job) for job in found.jobs}
+    names = {job.job: content_of(asked).releases.name_of(job.job) for job in accounted(lambda: found.jobs)}
     return asked.page("budget-jobs.html" if asked.is_fragment else "budget-jobs-page.html", budget=found, names=names)
 
 

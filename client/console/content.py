@@ -11,9 +11,9 @@ from typing import Any
 from fastapi.responses import Response
 
 from client.approval.policy_changes import PolicyChanges
+from client.budget.accounts import Budgets
 from client.console.audit.chains import Chains
 from client.console.audit.releases import Releases
-from client.console.budget import Budgets
 from client.console.forecast import Forecasts
 from client.console.known_accuracy import KnownAccuracy
 from client.console.machine import Gpus

@@ -10,14 +10,14 @@ Formal guarantees (tests: tests/client/console/test_forecast.py)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from client.approval.facts import BudgetLine, Promised, planned_charges, promised_by
 from client.approval.request import Request, RequestState
-from client.console.budget import AccountBudget, Plan
+from client.budget.accounts import AccountBudget, Plan
 from client.console.requests import Requests
 from client.ledger.account import Promise
 from client.policy.policy import Policy
@@ -25,6 +25,7 @@ from client.policy.verdicts import Verdict, beside_numbers, numbers
 from shared.errors import PrivacyError, SilotuneError
 from shared.job.job import Job
 from shared.job.parsing import parse
+from shared.web.accounting import accounted
 from shared.web.turns import Busy, Turn
 
 MOST_JOBS = 20
@@ -121,17 +122,8 @@ class Forecasts:
             queued, basis = self._queued(budget)
             if (kept := self.known(budget)) is not None:
                 return kept
-            policy, plans, jobs = self._requests.desk.policy(), dict[str, Plan](), []
-            for request, state, job in queued[:MOST_JOBS]:
-                plan = planned_charges(job, policy)
-                after = None
-                if plan:
-                    plans[job.sha256] = plan
-                    after = _after(budget, plans)
-                jobs.append(Queued(request=request, state=state, steps=job.charged_steps, after=after))
-            found = Forecast(
-                jobs=tuple(jobs), after=_after(budget, plans) or budget.spent, left_out=len(queued) - len(jobs)
-            )
+            policy = self._requests.desk.policy()
+            found = accounted(lambda: _foreseen(budget, policy, queued))
             self._kept = (basis, found)
             return found
 
@@ -153,14 +145,7 @@ class Forecasts:
                 return known
             if not is_latest:
                 return None
-            plan = planned_charges(job, policy)
-            found = WhatIf(
-                job=job,
-                promised=promised_by(job, policy),
-                lines=budget.lines("", plan),
-                rules=tuple(numbers(policy, job, site=site)),
-                unjudged=beside_numbers(policy),
-            )
+            found = accounted(lambda: _cost(budget, policy, job, site))
             while len(self._answers) >= _MOST_KEPT:
                 del self._answers[next(iter(self._answers))]
             self._answers[key] = found
@@ -202,6 +187,28 @@ class Forecasts:
             *((one.id, state) for one, state, _ in found),
         )
         return found, basis
+
+
+def _foreseen(budget: AccountBudget, policy: Policy, queued: Sequence[tuple[Request, RequestState, Job]]) -> Forecast:
+    plans, jobs = dict[str, Plan](), list[Queued]()
+    for request, state, job in queued[:MOST_JOBS]:
+        plan = planned_charges(job, policy)
+        after = None
+        if plan:
+            plans[job.sha256] = plan
+            after = _after(budget, plans)
+        jobs.append(Queued(request=request, state=state, steps=job.charged_steps, after=after))
+    return Forecast(jobs=tuple(jobs), after=_after(budget, plans) or budget.spent, left_out=len(queued) - len(jobs))
+
+
+def _cost(budget: AccountBudget, policy: Policy, job: Job, site: str) -> WhatIf:
+    return WhatIf(
+        job=job,
+        promised=promised_by(job, policy),
+        lines=budget.lines("", planned_charges(job, policy)),
+        rules=tuple(numbers(policy, job, site=site)),
+        unjudged=beside_numbers(policy),
+    )
 
 
 def _after(budget: AccountBudget, plans: dict[str, Plan]) -> dict[Promise, float] | None:

@@ -25,11 +25,16 @@ def _num_waiting(content: SiteContent) -> int:
     return content.requests.num_waiting if content.is_read.is_set() else 0
 
 
+def _num_proposed(content: SiteContent) -> int:
+    """How many changes of the policy wait; pages about something else neither wait nor fail for it."""
+    return content.policies.num_open if content.is_read.is_set() else 0
+
+
 NAVIGATION = (
     Entry(key="requests", path="/requests", action=Action.SEE_REQUESTS, count=_num_waiting),
     Entry(key="budget", path="/budget", action=Action.SEE_BUDGET),
     Entry(key="releases", path="/releases", action=Action.SEE_RELEASES),
-    Entry(key="policy", path="/policy", action=Action.SEE_POLICY),
+    Entry(key="policy", path="/policy", action=Action.SEE_POLICY, count=_num_proposed),
     Entry(key="health", path="/health", action=Action.SEE_HEALTH),
     Entry(key="accounts", path="/accounts", action=Action.MANAGE_ACCOUNTS),
 )

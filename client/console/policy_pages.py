@@ -11,8 +11,9 @@ Formal guarantees (tests: tests/client/console/test_policy_pages.py)
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated
+import re
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
 from fastapi import Form, Path, Query
 from fastapi.responses import Response
@@ -21,17 +22,19 @@ from client.approval.policy_changes import MOST_BYTES, PolicyChanges, Proposal, 
 from client.approval.request import same_account
 from client.approval.requests import MOST_REASON
 from client.console.content import being_read, content_of
-from client.console.request_pages import Reason
+from client.console.request_pages import Carried, Reason
 from client.console.state import PolicyText, policy_text
 from client.policy.diff import SettingChange, line_diff, setting_changes
 from client.policy.policy import Policy, policy_of
 from shared.errors import ConfigError, RunError
-from shared.web.asked import Asked, Denied, Here, Routes
+from shared.web.asked import Asked, Denied, Here, Routes, address_of
 from shared.web.roles import Action, allowed
 
 ROUTES = Routes()
 
 _MOST_LISTED = 50
+_AT_LINE = re.compile(r"\bline (\d{1,6})\b")  # as `tomllib` says where a text is no TOML
+Deeds = Literal["", "compare", "propose"]
 
 Number = Annotated[int, Path(ge=1, le=2**31)]
 Given = Annotated[int | None, Query(ge=1, le=2**31)]
@@ -64,40 +67,60 @@ def edit(asked: Here, version: Given = None, proposal: Given = None) -> Response
     now = policy_text(content_of(asked).home)
     if proposal is not None:
         found = _proposal(asked, proposal)
-        return _form(asked, now, _changes(asked).text_of(found.sha256), compared=True)
+        return _form(asked, now, _changes(asked).text_of(found.sha256), deed="compare", compared=True)
     if version is None:
         return _form(asked, now, now.text)
     return _form(asked, now, _changes(asked).text_of(_version(asked, version).sha256), version=version)
 
 
-@ROUTES.page("/policy/edit", Action.PROPOSE_POLICY, method="POST")
-def propose(asked: Here, text: Text = "", base: Sha256 = "", reason: Reason = "", do: Deed = "") -> Response:
-    """Compare what was written with the policy, or propose it."""
+@ROUTES.page("/policy/edit", Action.PROPOSE_POLICY, method="POST", written=("text", "reason"))
+def propose(
+    asked: Here,
+    text: Text = "",
+    base: Sha256 = "",
+    reason: Reason = "",
+    do: Deed = "",
+    language: Deed = "",
+    theme: Deed = "",
+) -> Response:
+    """Compare what was written with the policy, or propose it; or show it in another language or theme, compared."""
+    if language or theme:
+        return asked.prefer(_written(asked.preferring(language, theme), text, base, reason, ""), language, theme)
+    return _written(asked, text, base, reason, do)
+
+
+def _written(asked: Asked, text: str, base: str, reason: str, do: str) -> Response:
     now, reason = policy_text(content_of(asked).home), " ".join(reason.split())
+    deed: Deeds = "propose" if do == "propose" else "compare"
     try:
-        if do != "propose":
-            return _form(asked, now, checked_text(text).decode(), reason=reason, compared=True)
+        if deed == "compare":
+            return _form(asked, now, checked_text(text).decode(), reason=reason, deed=deed, compared=True)
         me = asked.me()
         officer = allowed(me.role, Action.DECIDE_REQUESTS)
         proposal = _changes(asked).propose(text, base=base, by=me.name, reason=reason, officer=officer)
     except ConfigError as error:
-        return _form(asked, now, text, reason=reason, status=422, refused=str(error))
+        return _form(asked, now, text, reason=reason, status=422, refused=str(error), deed=deed)
     except Stale:
         problem = asked.texts("policy.problem_stale")
-        return _form(asked, now, text, reason=reason, status=409, problem=problem, compared=True)
+        return _form(asked, now, text, reason=reason, status=409, problem=problem, deed=deed, compared=True)
     except RunError as error:
-        return _form(asked, now, text, reason=reason, status=409, problem=str(error))
+        return _form(asked, now, text, reason=reason, status=409, problem=str(error), deed=deed)
     return asked.to(f"/policy/proposals/{proposal.number}")
 
 
 @ROUTES.page("/policy/proposals/{number}", Action.SEE_POLICY)
-def one_proposal(asked: Here, number: Number) -> Response:
-    """Show one proposal beside the policy that it was made from."""
-    return _proposal_page(asked, _proposal(asked, number))
+def one_proposal(asked: Here, number: Number, reason: Carried = "") -> Response:
+    """Show one proposal beside the policy that it was made from; `reason` was typed before a proof was wanted."""
+    return _proposal_page(asked, _proposal(asked, number), typed={"accept": reason})
 
 
 @ROUTES.page(
-    "/policy/proposals/{number}/accept", Action.ACCEPT_POLICY, method="POST", proven="/policy/proposals/{number}"
+    "/policy/proposals/{number}/accept",
+    Action.ACCEPT_POLICY,
+    method="POST",
+    proven="/policy/proposals/{number}#decide",
+    carried=("reason",),
+    written=("reason",),
 )
 def accept(asked: Here, number: Number, reason: Reason = "") -> Response:
     """Put a proposal into force."""
@@ -106,16 +129,17 @@ def accept(asked: Here, number: Number, reason: Reason = "") -> Response:
         return _proposal_page(asked, found, problem=asked.texts("policy.problem_same"), status=409)
     if found.state == "open" and changes.lacks_officer(found):
         return _proposal_page(asked, found, problem=asked.texts("policy.officers"), status=409)
-    return _decided(asked, number, lambda: changes.accept(number, by=me.name, reason=reason))
+    return _decided(asked, number, lambda: changes.accept(number, by=me.name, reason=reason), {"accept": reason})
 
 
-@ROUTES.page("/policy/proposals/{number}/decline", Action.PROPOSE_POLICY, method="POST")
+@ROUTES.page("/policy/proposals/{number}/decline", Action.PROPOSE_POLICY, method="POST", written=("reason",))
 def decline(asked: Here, number: Number, reason: Reason = "") -> Response:
     """Decline a proposal, or take one's own back."""
     found, me = _proposal(asked, number), asked.me()
     if not (allowed(me.role, Action.ACCEPT_POLICY) or same_account(found.by, me.name)):
         raise Denied(403, "forbidden")
-    return _decided(asked, number, lambda: _changes(asked).decline(number, by=me.name, reason=reason))
+    declined = {"decline": reason}
+    return _decided(asked, number, lambda: _changes(asked).decline(number, by=me.name, reason=reason), declined)
 
 
 @ROUTES.page("/policy/versions/{number}", Action.SEE_POLICY)
@@ -139,14 +163,14 @@ def one_version(asked: Here, number: Number, against: Given = None) -> Response:
     )
 
 
-def _decided(asked: Asked, number: int, act: Callable[[], object]) -> Response:
+def _decided(asked: Asked, number: int, act: Callable[[], object], typed: Mapping[str, str]) -> Response:
     try:
         act()
     except Stale:
         problem = asked.texts("policy.problem_changed")
-        return _proposal_page(asked, _proposal(asked, number), problem=problem, status=409)
+        return _proposal_page(asked, _proposal(asked, number), problem=problem, status=409, typed=typed)
     except (RunError, ConfigError) as error:
-        return _proposal_page(asked, _proposal(asked, number), problem=str(error), status=409)
+        return _proposal_page(asked, _proposal(asked, number), problem=str(error), status=409, typed=typed)
     return asked.to(f"/policy/proposals/{number}")
 
 
@@ -159,9 +183,11 @@ def _form(
     reason: str = "",
     refused: str = "",
     problem: str = "",
+    deed: Deeds = "",
     compared: bool = False,
     version: int | None = None,
 ) -> Response:
+    officer = allowed(asked.me().role, Action.DECIDE_REQUESTS)
     return asked.page(
         "policy-edit.html",
         status=status,
@@ -169,17 +195,36 @@ def _form(
         text=text,
         reason=reason,
         refused=refused,
+        wrong_line=_wrong_line(text, refused),
         problem=problem,
-        compared=compared,
+        deed=deed,
         lines=line_diff(now.text, text) if compared else [],
         settings=_settings(now.text, text) if compared else [],
+        compared=compared,
+        lacks_officer=compared and not officer and _changes(asked).wants_officers(text),
         brought=version,
         keys=[(name, field.description or "") for name, field in Policy.model_fields.items()],
         most=MOST_REASON,
+        back="/policy/edit",
+        keeps={"form": "edit", "action": "/policy/edit"},
     )
 
 
-def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: int = 200) -> Response:
+def _wrong_line(text: str, refused: str) -> tuple[int, str] | None:
+    """Return number and text of the line that an error speaks of; a text box shows no numbers."""
+    found, lines = _AT_LINE.search(refused), text.splitlines()
+    number = int(found[1]) if found else 0
+    return (number, lines[number - 1]) if 1 <= number <= len(lines) else None
+
+
+def _proposal_page(
+    asked: Asked,
+    found: Proposal,
+    *,
+    problem: str = "",
+    status: int = 200,
+    typed: Mapping[str, str] | None = None,
+) -> Response:
     changes, me = _changes(asked), asked.me()
     mine = same_account(found.by, me.name)
     is_kept = found.state in ("open", "accepted") or changes.has_text(found.sha256)
@@ -202,6 +247,8 @@ def _proposal_page(asked: Asked, found: Proposal, *, problem: str = "", status: 
         may_propose=officer,
         may_decline=found.state in ("open", "stale") and (officer or mine),
         most=MOST_REASON,
+        typed={"accept": "", "decline": "", **(typed or {})},
+        back=address_of(f"/policy/proposals/{found.number}", reason=(typed or {}).get("accept", "")),
     )
 
 

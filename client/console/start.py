@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from client.approval.policy_changes import PolicyChanges
+from client.budget.accounts import Budgets
 from client.console import budget_pages, pages, policy_pages, request_pages
 from client.console.audit.chains import Chains
 from client.console.audit.releases import Releases
-from client.console.budget import Budgets
 from client.console.content import SiteContent
 from client.console.forecast import Forecasts
 from client.console.known_accuracy import known_accuracy

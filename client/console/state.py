@@ -155,7 +155,9 @@ def _flat(prefix: str, table: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if isinstance(value, dict) and value:
             yield from _flat(name, value)
         elif isinstance(value, list):
-            yield name, ", ".join(map(str, value)) or "[]"
+            yield name, ", ".join(map(str, value)) or "–"
+        elif isinstance(value, dict):
+            yield name, "–"
         else:
             yield name, str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -5,10 +5,11 @@ It may be used while the node runs, which sees what was decided at the coordinat
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from client.approval.request import Request, RequestState, Rules
 from client.approval.requests import Approvals
@@ -20,10 +21,10 @@ from shared.job.job import Job
 from shared.trust.keystore import Seal, load_secret
 
 if TYPE_CHECKING:
-    from client.approval.facts import BudgetLine, Facts
+    from client.approval.facts import Facts, Lines
+    from client.approval.grounds import Part
     from client.policy.policy import Policy
     from client.site.config import SiteConfig
-    from shared.privacy.ledger_export import LedgerExport
 
 
 class ApprovalDesk:
@@ -42,11 +43,11 @@ class ApprovalDesk:
         self, home: SiteHome, *, passphrase: str | None, clock: Callable[[], datetime] = lambda: datetime.now(UTC)
     ) -> None:
         refuse_unpacked(home.path, "silotune site restore BACKUP HOME")
-        self._home, self._clock = home, clock
+        self.home, self._clock = home, clock
         self.site = home.load_config().name  # first: a folder that is no site's is told as that
-        self._seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
+        self.seal = Seal(load_secret(home.storage_key, passphrase=passphrase))
         self._log = open_log(home, passphrase=passphrase)
-        self._approvals = Approvals(home.approvals, site=self.site, seal=self._seal, log=self._log, clock=clock)
+        self._approvals = Approvals(home.approvals, site=self.site, seal=self.seal, log=self._log, clock=clock)
 
     @property
     def rules(self) -> Rules:
@@ -69,34 +70,25 @@ class ApprovalDesk:
         request, _ = self._approvals.find(named, rules)
         return request, request.mark(rules, self._clock())
 
-    def basis(self, request: Request) -> tuple[object, ...]:
-        """Return what is another value once a request's facts may be others, but for its state and the time; quick."""
-        from client.ledger.file import head_of
+    def parts(self, request: Request) -> dict[Part, str]:
+        """Return what a request's facts follow from beside the budget, as `client.approval.grounds` compares it; quick."""
+        home, last = self.home, self._approvals.last_approved(request, self.rules)
+        settings = (home.config, home.path / DECLARED_FILE)
+        return {
+            "request": request.id,
+            "validity": "in time" if self._clock() < request.not_after else "over",
+            "policy": _sha256(home.policy),
+            "settings": " ".join(_sha256(path) for path in settings),
+            "compared": last.id if last is not None else "",
+        }
 
-        ledger, home = self._home.path / "ledger.db", self._home
-        last = self._approvals.last_approved(request, self.rules)
-        files = (home.policy, home.config, home.path / DECLARED_FILE)
-        return (
-            request.id,
-            last.id if last is not None else None,
-            self._clock() < request.not_after,
-            head_of(ledger) if ledger.exists() else None,
-            *(_stamp(path) for path in files),
-        )
-
-    def facts(
-        self,
-        named: str,
-        *,
-        by_id: bool = False,
-        lines: Callable[[Job, Policy], tuple[BudgetLine, ...]] | None = None,
-    ) -> Facts:
+    def facts(self, named: str, *, lines: Lines, by_id: bool = False) -> Facts:
         """Return one request, whole; takes seconds of accounting.
 
         Args:
             named: the job's name, or the beginning of its SHA-256 or of the request's id.
+            lines: tells what a job does to the budget.
             by_id: it is the whole id and nothing else.
-            lines: of the budget, see `client.approval.facts.facts_of`; the ledger is then not read.
 
         Raises:
             RunError: it means none, or more than one.
@@ -106,24 +98,22 @@ class ApprovalDesk:
         policy = self.policy()
         rules = Rules.of(policy)
         request, _ = self._approvals.find(named, rules, by_id=by_id)
-        config = self._home.load_config()
+        config = self.home.load_config()
         here = Here(
             site=config.name,
             dataset=config.dataset,
             unit=config.budget.unit,
             columns=config.data.columns,
-            budget=config.budget.caps(),
-            account=None if lines is not None else self._account(config),
             settings=self._settings(config, request.signed().job),
         )
         last = self._approvals.last_approved(request, rules)
-        return facts_of(request, policy=policy, here=here, last=last, now=self._clock(), lines=lines)
+        return facts_of(request, policy=policy, here=here, lines=lines, last=last, now=self._clock())
 
     def approve(
-        self, named: str, *, by: str, reason: str = "", seen: str | None = None
+        self, named: str, *, by: str, reason: str = "", seen: str | None = None, moved: Mapping[str, Any] | None = None
     ) -> tuple[Request, RequestState]:
         """Note that an account approves a request; see `client.approval.requests.Approvals.approve`."""
-        return self._approvals.approve(named, self.rules, by=by, reason=reason, seen=seen)
+        return self._approvals.approve(named, self.rules, by=by, reason=reason, seen=seen, moved=moved)
 
     def refuse(self, named: str, *, by: str, reason: str, seen: str | None = None) -> Request:
         """Note that an account refuses a request or withdraws an approval; see `client.approval.requests.Approvals.refuse`."""
@@ -133,28 +123,7 @@ class ApprovalDesk:
         """Return what the site accepts now."""
         from client.policy.policy import load_policy
 
-        return load_policy(self._home.policy)
-
-    def _account(self, config: SiteConfig) -> LedgerExport | None:
-        """Return what was charged, if anything was: looking makes no ledger."""
-        from client.ledger.audit_mirror import AuditMirror
-        from client.ledger.ledger import Ledger
-
-        path = self._home.path / "ledger.db"
-        if not path.exists():
-            return None
-        ledger = Ledger(
-            path,
-            dataset=config.dataset,
-            unit=config.budget.unit,
-            budget=config.budget.caps(),
-            cipher=self._seal,
-            mirror=AuditMirror(self._log),
-        )
-        try:
-            return ledger.export(site=config.name, declared_records=self._size(config) or 1)
-        finally:
-            ledger.close()
+        return load_policy(self.home.policy)
 
     def _settings(self, config: SiteConfig, job: Job) -> str:
         from client.site.terms import check_terms
@@ -171,13 +140,12 @@ class ApprovalDesk:
         """Return the declared size; None before the node first asked for it."""
         if config.declared_records is not None:
             return config.declared_records
-        return known_size(self._home.path, dataset=config.dataset, unit=config.budget.unit)
+        return known_size(self.home.path, dataset=config.dataset, unit=config.budget.unit)
 
 
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Return what changes with a file; None if it is not there."""
+def _sha256(path: Path) -> str:
+    """Return what is another text once a file of settings is another; "" if it is not there."""
     try:
-        found = path.stat()
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
+        return ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from shared.errors import PrivacyError
 from shared.job.job import Job
 from shared.privacy.planned import PlannedPrivacy
+from shared.web.accounting import accounted
 from shared.web.turns import Turn
 
 MOST_STEPS = 1_000_000
@@ -62,7 +63,7 @@ class Planner:
             with self._lock:
                 if job.sha256 in self._kept:
                     return self._kept[job.sha256]
-            found = promises_of(job)
+            found = accounted(lambda: promises_of(job))
             with self._lock:
                 self._kept[job.sha256] = found
                 while len(self._kept) > _MOST_KEPT:

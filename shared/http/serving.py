@@ -231,13 +231,21 @@ class _Connection(HttpToolsProtocol):
         )
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Take a connection, unless its address has too many, or all together."""
+        """Take a connection, unless there are too many all together; of too many of one address one gives way.
+
+        It is the one that has waited longest without having asked for anything, so that idle ones shut nobody out; else this one.
+        """
         super().connection_made(transport)
+        self.made = self.loop.time()
         self._await_request()
         host = self.client and self.client[0]
-        own = sum((one.client and one.client[0]) == host for one in self.connections)
-        if own > self._bounds.of_an_address or len(self.connections) > self._bounds.together:
+        every = [one for one in self.connections if isinstance(one, _Connection) and not one.transport.is_closing()]
+        own = [one for one in every if (one.client and one.client[0]) == host]
+        if len(self.connections) > self._bounds.together:
             transport.abort()
+        elif len(own) > self._bounds.of_an_address:
+            idle = [one for one in own if one.cycle is None]
+            min(idle, key=lambda one: one.made).transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take what came; only the end of a request puts the deadline off."""

@@ -23,7 +23,7 @@ from starlette.routing import BaseRoute
 from shared.errors import SilotuneError, place_of
 from shared.http.asgi import App
 from shared.version import silotune_version
-from shared.web.asked import Denied, Gate, NotProven, NotSignedIn, Routes, asked_by, own_path
+from shared.web.asked import Denied, Gate, NotProven, NotSignedIn, Routes, SessionEnded, asked_by, own_path
 from shared.web.console import Console
 from shared.web.guarding import Guarded
 from shared.web.languages import load_texts
@@ -118,7 +118,7 @@ def _not_signed_in(request: Request, _error: Exception) -> Response:
     back = request.url.path + (f"?{request.url.query}" if request.url.query else "")
     place = "/sign-in"
     if request.method == "GET" and not asked.is_fragment and own_path(back) != "/":
-        place += f"?next={request.url.path}"
+        place += f"?{urlencode({'next': own_path(back)}, safe='/')}"
     if asked.is_fragment:
         return Response(status_code=401, headers={"HX-Redirect": "/sign-in"})
     if request.headers.get("accept", "").startswith("application/json"):
@@ -126,12 +126,19 @@ def _not_signed_in(request: Request, _error: Exception) -> Response:
     return RedirectResponse(place, 303)
 
 
+def _session_ended(request: Request, error: Exception) -> Response:
+    """Say that nothing was done, and give back what was written: it stands nowhere else."""
+    assert isinstance(error, SessionEnded)  # noqa: S101 (this handler's own kind)
+    asked = asked_by(request)
+    if asked.is_fragment or request.headers.get("accept", "").startswith("application/json"):
+        return _not_signed_in(request, error)
+    return asked.page("ended.html", status=403, typed=error.typed)
+
+
 def _not_proven(request: Request, error: Exception) -> Response:
     """Lead to where it is proved, and from there back to the page; what was asked for is not done."""
     assert isinstance(error, NotProven)  # noqa: S101 (this handler's own kind)
     place = own_path(error.place)
-    if place == "/":  # too long to be carried
-        place = own_path(error.place.partition("?")[0])
     return asked_by(request).to(f"/account/prove?{urlencode({'next': place})}")
 
 
@@ -174,6 +181,7 @@ _ANSWERS = {
     Denied: _denied,
     NotSignedIn: _not_signed_in,
     NotProven: _not_proven,
+    SessionEnded: _session_ended,
     HTTPException: _http,
     RequestValidationError: _not_valid,
     SilotuneError: _ours,

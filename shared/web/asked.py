@@ -17,7 +17,7 @@ import hashlib
 import hmac
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import urlencode
 
@@ -29,7 +29,7 @@ from starlette.requests import Request
 from shared.web.accounts.accounts import Account
 from shared.web.accounts.sessions import Session
 from shared.web.console import Console
-from shared.web.languages import Texts, chosen
+from shared.web.languages import LANGUAGES, Texts, chosen
 from shared.web.roles import Action, allowed
 
 if TYPE_CHECKING:
@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 _SAFE = ("GET", "HEAD")
 _PREFERRED_SECONDS = 365 * 86_400
-MOST_PLACE = 500
+MOST_PLACE = 2_000
+"""Characters of an address to come back to, with what was typed; sealed, it fits into a cookie while a provider is asked."""
+NOT_DONE = "not-done"
+"""Of the address of a page to which somebody comes back after proving who they are: what they had asked for was not done."""
 THEMES = ("auto", "light", "dark")
 
 
@@ -56,6 +59,18 @@ class Denied(Exception):
 
 class NotSignedIn(Exception):
     """Whoever asks has to sign in first."""
+
+
+class SessionEnded(Exception):
+    """A form was sent by a page of a session that is over; nothing of it was done.
+
+    Attributes:
+        typed: what its person wrote, to be copied.
+    """
+
+    def __init__(self, typed: tuple[str, ...]) -> None:
+        super().__init__("ended")
+        self.typed = typed
 
 
 class NotProven(Exception):
@@ -102,6 +117,16 @@ class Asked:
         return token_of(self.visit)
 
     @property
+    def held(self) -> str:
+        """The secret of a session that the browser holds, whether or not it goes on; "" if it holds none."""
+        return self.request.cookies.get(self.console.cookie("session"), "")
+
+    @property
+    def is_back(self) -> bool:
+        """Whether somebody comes back from proving who they are, to do what was not done (`NOT_DONE`)."""
+        return NOT_DONE in self.request.query_params
+
+    @property
     def device(self) -> str:
         """The cookie by which this browser may be known; "" if it holds none."""
         return self.request.cookies.get(self.console.cookie("device"), "")
@@ -135,6 +160,19 @@ class Asked:
         if self.is_fragment:
             return Response(status_code=204, headers={"HX-Redirect": path})
         return RedirectResponse(path, 303)
+
+    def preferring(self, language: str, theme: str) -> Asked:
+        """Return the same request, of somebody who prefers another language or theme."""
+        texts: Mapping[str, Texts] = self.request.app.state.texts
+        return replace(self, texts=texts.get(language, self.texts), theme=theme if theme in THEMES else self.theme)
+
+    def prefer(self, answer: Response, language: str, theme: str) -> Response:
+        """Let the browser hold language and theme, where they are ones; return the answer."""
+        if language in LANGUAGES:
+            self.keep(answer, "language", language, preferred=True)
+        if theme in THEMES:
+            self.keep(answer, "theme", theme, preferred=True)
+        return answer
 
     def keep(self, answer: Response, name: str, value: str, *, preferred: bool = False) -> None:
         """Let the browser hold a value: until it is closed, or a year for what somebody prefers."""
@@ -172,10 +210,18 @@ class Gate:
     Args:
         proven: only within minutes after password and code were given; the path of the page to come back to after that.
         carried: fields of the form that this page can begin with; its address is then in the browser's history.
+        written: fields of the form that people write much into; if their session is over by then, they are given it back.
     """
 
-    def __init__(self, action: Action, *, proven: str | None = None, carried: tuple[str, ...] = ()) -> None:
-        self.action, self.proven, self.carried = action, proven, carried
+    def __init__(
+        self,
+        action: Action,
+        *,
+        proven: str | None = None,
+        carried: tuple[str, ...] = (),
+        written: tuple[str, ...] = (),
+    ) -> None:
+        self.action, self.proven, self.carried, self.written = action, proven, carried, written
 
     async def __call__(self, request: Request) -> None:
         """Judge a request.
@@ -183,6 +229,7 @@ class Gate:
         Raises:
             NotSignedIn: it needs an account.
             Denied: the account's role does not allow it, or a page of this console did not send it.
+            SessionEnded: a page did, of a session of this browser that is over.
             NotProven: it is too long ago that its person proved to be the account's.
         """
         asked = await run_in_threadpool(asked_by, request)
@@ -190,7 +237,9 @@ class Gate:
             _check_origin(request)
             form = await request.form(max_files=0, max_fields=100)
             given = request.headers.get("x-csrf-token") or form.get("csrf_token")
-            if not isinstance(given, str) or not hmac.compare_digest(given.encode(), asked.token.encode()):
+            if not _is_token(given, asked.visit):
+                if asked.account is None and _is_token(given, asked.held):
+                    raise SessionEnded(tuple(_fields(form, self.written).values()))
                 raise Denied(403, "stale")
         if not allowed(asked.account.role if asked.account else None, self.action):
             if asked.account is None:
@@ -202,9 +251,9 @@ class Gate:
 
     async def _place(self, request: Request, path: str) -> str:
         form = await request.form(max_files=0, max_fields=100) if request.method not in _SAFE else {}
-        typed = {name: value for name in self.carried if isinstance(value := form.get(name), str) and value}
-        place = path.format(**request.path_params)
-        return f"{place}?{urlencode(typed)}" if typed else place
+        place, _, part = path.format(**request.path_params).partition("#")
+        typed = _fields(form, self.carried) | {NOT_DONE: "yes"}
+        return address_of(place, part, **typed)
 
 
 class Routes(APIRouter):
@@ -218,12 +267,13 @@ class Routes(APIRouter):
         method: str = "GET",
         proven: str | None = None,
         carried: tuple[str, ...] = (),
+        written: tuple[str, ...] = (),
     ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         """Return a decorator that makes a function the answer to `method` at `path` for those who may do `action`; see `Gate`."""
         return self.api_route(
             path,
             methods=[method],
-            dependencies=[Depends(Gate(action, proven=proven, carried=carried))],
+            dependencies=[Depends(Gate(action, proven=proven, carried=carried, written=written))],
             response_class=HTMLResponse,
             response_model=None,
             tags=[action.value],
@@ -264,6 +314,22 @@ def asked_by(request: Request) -> Asked:
 def token_of(visit: str) -> str:
     """Return the token against forged requests that belongs to what a browser holds."""
     return hmac.new(visit.encode(errors="replace"), b"silotune console form", hashlib.sha256).hexdigest()
+
+
+def _is_token(given: object, visit: str) -> bool:
+    return isinstance(given, str) and hmac.compare_digest(given.encode(), token_of(visit).encode())
+
+
+def _fields(form: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, str]:
+    """Return what was typed into some fields, those left empty not."""
+    return {name: value for name in names if isinstance(value := form.get(name), str) and value}
+
+
+def address_of(path: str, part: str = "", **typed: str) -> str:
+    """Return the address of a page, or of a part of it, that begins with what was typed; without, if that is too much."""
+    query = urlencode({name: value for name, value in typed.items() if value})
+    whole = f"{path}?{query}" if query else path
+    return (whole if len(whole) < MOST_PLACE - 100 else path) + (f"#{part}" if part else "")
 
 
 def own_path(text: str | None) -> str:

@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from shared.errors import printable
 from shared.version import silotune_version
+from shared.web.asked import own_path
 from shared.web.languages import LANGUAGES
 from shared.web.roles import allowed
 
@@ -79,8 +80,13 @@ class Pages:
         self._paths = paths
 
     def render(self, template: str, asked: Asked, **values: Any) -> str:
-        """Return the page that a template makes of a request and values."""
-        account = asked.account
+        """Return the page that a template makes of a request and values.
+
+        `back` is the address of the same page: of an answer to a form the one that its route names, else the beginning.
+        """
+        account, request = asked.account, asked.request
+        query = f"?{request.url.query}" if request.url.query else ""
+        own = own_path(request.url.path + query) if request.method == "GET" else "/"
         entries = [
             entry
             for entry in asked.console.navigation
@@ -92,8 +98,8 @@ class Pages:
             console=asked.console,
             account=account,
             entries=entries,
-            here=asked.request.url.path,
-            **values,
+            here=request.url.path,
+            **{"back": own, **values},
         )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from collections.abc import Callable
 
 from shared.http.serving import Place, address_of, listen, make_server, serve
+from shared.web.accounting import bound_memory
 from shared.web.application import make_application
 from shared.web.asked import Routes
 from shared.web.console import Console
@@ -32,7 +31,7 @@ def run(
         say: prints a line for whoever started it.
         greet: says where the console is, given it and its address; None: `invite`, with its kind and owner.
     """
-    _give_memory_back()
+    bound_memory()
     listener = listen(place)
     with listener:
         bound = listener.getsockname()[1]
@@ -48,18 +47,6 @@ def run(
             say(f"stop it with Ctrl-C{last}")
 
         serve(server, listener, ready=ready, again=again)
-
-
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-
-
-def _give_memory_back() -> None:
-    """Have large pieces of memory returned to the system once they are free; glibc would keep them for the thread that had them.
-
-    With another C library nothing changes.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 def invite(console: Console, of: str, address: str, say: Callable[[str], None]) -> None:

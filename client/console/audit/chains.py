@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from client.console.budget import LEDGER_FILE, Budgets
+from client.budget.accounts import LEDGER_FILE, Budgets
 from client.site.home import SiteHome
 from shared.errors import SilotuneError
 from shared.trust.audit_log import Verified, verify

@@ -34,8 +34,11 @@ def new_job(asked: Here) -> Response:
 
 @ROUTES.page("/jobs/new", Action.MAKE_JOBS, method="POST")
 async def check(asked: Here) -> Response:
-    """Show what is wrong with what was typed, or what it would promise."""
-    return await run_in_threadpool(_checked, asked, await _typed(asked))
+    """Show what is wrong with what was typed, or what it would promise; or the same in another language or theme."""
+    typed = await _typed(asked)
+    language, theme = typed.pop("language", ""), typed.pop("theme", "")
+    answer = await run_in_threadpool(_checked, asked.preferring(language, theme), typed)
+    return asked.prefer(answer, language, theme)
 
 
 @ROUTES.page("/jobs/file", Action.MAKE_JOBS, method="POST")
@@ -95,4 +98,6 @@ def _shown(
         problem=problem,
         evaluation={"path": EVALUATION_PATH, "columns": EVALUATION_COLUMNS},
         commands=_COMMANDS.format(name=form.job.name if form.job else "JOB"),
+        back="/jobs/new",
+        keeps={"form": "job", "action": "/jobs/new"},
     )

@@ -7,6 +7,7 @@ from typing import Annotated
 from fastapi import Form, Path, Query
 from fastapi.responses import Response
 
+from shared.names import look_key, name_key
 from shared.web.accounts.accounts import Gone
 from shared.web.accounts.passwords import LEAST_CHARACTERS, MOST_CHARACTERS, Unsuitable
 from shared.web.asked import Asked, Denied, Here, Routes
@@ -109,11 +110,18 @@ def _shown(
     return asked.page(
         "accounts.html",
         status=200 if problem is None else 422,
-        accounts=asked.console.accounts.all(),
+        accounts=(everybody := asked.console.accounts.all()),
+        alike=[one.name for one in everybody if code and _is_like(one.name, invited)],
         roles=list(Role),
         problem=text,
         name=name,
         role=role if role in set(Role) else Role.VIEWER,
         code=code,
         invited=invited,
+        back="/accounts",
     )
+
+
+def _is_like(name: str, other: str) -> bool:
+    """Return whether two accounts are easily taken for one another."""
+    return name_key(name) != name_key(other) and look_key(name) == look_key(other)

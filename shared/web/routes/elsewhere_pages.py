@@ -16,7 +16,7 @@ from shared.web.accounts.accounts import Account, Refused
 from shared.web.accounts.attempts import TooManyAttempts
 from shared.web.accounts.passwords import Unsuitable
 from shared.web.accounts.sessions import PROVEN_SECONDS
-from shared.web.asked import Asked, Denied, Here, Routes, own_path
+from shared.web.asked import MOST_PLACE, Asked, Denied, Here, Routes, own_path
 from shared.web.oidc.provider import Begun, Provider, ProviderError
 from shared.web.roles import Action, Role
 
@@ -31,7 +31,7 @@ Text = Annotated[str, Query(max_length=4096)]
 
 @ROUTES.page("/sign-in/elsewhere", Action.BE_A_GUEST)
 def leave(
-    asked: Here, place: Annotated[str, Query(alias="next", max_length=500)] = "/", prove: bool = False
+    asked: Here, place: Annotated[str, Query(alias="next", max_length=MOST_PLACE)] = "/", prove: bool = False
 ) -> Response:
     """Send the browser to the provider; to prove something, its person signs in there anew."""
     address, begun = _provider(asked).begin(_back(asked), proving=prove)

@@ -10,7 +10,7 @@ from fastapi.responses import RedirectResponse, Response
 from shared.web.accounts.accounts import Refused
 from shared.web.accounts.attempts import TooManyAttempts
 from shared.web.accounts.passwords import LEAST_CHARACTERS, MOST_CHARACTERS, Unsuitable
-from shared.web.asked import Asked, Denied, Here, Routes, own_path
+from shared.web.asked import MOST_PLACE, Asked, Denied, Here, Routes, own_path
 from shared.web.roles import Action
 from shared.web.routes.sign_in_pages import Code, Password, Place
 
@@ -48,7 +48,7 @@ def change_password(
 
 
 @ROUTES.page("/account/prove", Action.OWN_ACCOUNT)
-def prove_form(asked: Here, place: Annotated[str, Query(alias="next", max_length=500)] = "/") -> Response:
+def prove_form(asked: Here, place: Annotated[str, Query(alias="next", max_length=MOST_PLACE)] = "/") -> Response:
     """Ask for password and code again, before what not everybody who finds an open browser shall do."""
     return asked.page("prove.html", place=own_path(place), problem=None)
 
@@ -82,4 +82,6 @@ def sign_out_everywhere(asked: Here) -> Response:
 def _shown(asked: Asked, problem: str | None = None) -> Response:
     sessions = asked.console.sessions.of(asked.me().id)
     status = 200 if problem is None else 422
-    return asked.page("own.html", status=status, sessions=sessions, problem=problem, least=LEAST_CHARACTERS)
+    return asked.page(
+        "own.html", status=status, sessions=sessions, problem=problem, least=LEAST_CHARACTERS, back="/account"
+    )

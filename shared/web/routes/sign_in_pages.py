@@ -12,8 +12,7 @@ from shared.web.accounts import codes
 from shared.web.accounts.accounts import Gone, Refused
 from shared.web.accounts.attempts import TooManyAttempts
 from shared.web.accounts.passwords import LEAST_CHARACTERS, MOST_CHARACTERS, Unsuitable
-from shared.web.asked import THEMES, Asked, Here, Routes, own_path
-from shared.web.languages import LANGUAGES
+from shared.web.asked import MOST_PLACE, Asked, Here, Routes, own_path
 from shared.web.roles import Action, allowed
 
 ROUTES = Routes()
@@ -21,7 +20,7 @@ ROUTES = Routes()
 Name = Annotated[str, Form(max_length=200)]
 Password = Annotated[str, Form(max_length=1000)]
 Code = Annotated[str, Form(max_length=40)]
-Place = Annotated[str, Form(alias="next", max_length=500)]
+Place = Annotated[str, Form(alias="next", max_length=MOST_PLACE)]
 
 
 @ROUTES.page("/", Action.OWN_ACCOUNT)
@@ -34,7 +33,7 @@ def home(asked: Here) -> Response:
 
 
 @ROUTES.page("/sign-in", Action.BE_A_GUEST)
-def sign_in_form(asked: Here, place: Annotated[str, Query(alias="next", max_length=500)] = "/") -> Response:
+def sign_in_form(asked: Here, place: Annotated[str, Query(alias="next", max_length=MOST_PLACE)] = "/") -> Response:
     """Show the form."""
     if asked.account is not None:
         return RedirectResponse("/", 303)
@@ -107,12 +106,7 @@ def take(
 @ROUTES.page("/preferences", Action.BE_A_GUEST, method="POST")
 def prefer(asked: Here, language: Name = "", theme: Name = "", place: Place = "/") -> Response:
     """Switch language or theme in this browser."""
-    answer = RedirectResponse(own_path(place), 303)
-    if language in LANGUAGES:
-        asked.keep(answer, "language", language, preferred=True)
-    if theme in THEMES:
-        asked.keep(answer, "theme", theme, preferred=True)
-    return answer
+    return asked.prefer(RedirectResponse(own_path(place), 303), language, theme)
 
 
 def _enrolment(asked: Asked, code: str, *, name: str, problem: str | None) -> Response:

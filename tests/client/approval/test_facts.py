@@ -20,9 +20,12 @@ from shared.privacy.accounting import GaussianSteps
 from shared.privacy.ledger_export import ChargedSteps, LedgerExport
 from shared.privacy.plan import PrivacyPlan
 from shared.trust.signed_job import SignedJob
+from tests.client.approval.budget_oracle import lines_by
 from tests.client.policy.test_policy import NOW, SIGNER, STRANGER, a_job, a_policy, shares, signed
 
 JOB = a_job()
+BUDGET = Budget(epsilon=8.0, delta=1e-5, composition="adaptive")
+LINES = lines_by(None, BUDGET)
 
 
 def charged(job: str, steps: int, *, committed: bool = True) -> ChargedSteps:
@@ -53,14 +56,12 @@ def account(*charges: ChargedSteps, composition: Any = "adaptive") -> LedgerExpo
     )
 
 
-def here(found: LedgerExport | None = None, **changed: Any) -> Here:
+def here(**changed: Any) -> Here:
     whole = Here(
         site="north",
         dataset="notes",
         unit="record",
         columns={"text": "note", "label": "triage"},
-        budget=Budget(epsilon=8.0, delta=1e-5, composition="adaptive"),
-        account=found,
         settings="",
     )
     return replace(whole, **changed)
@@ -69,8 +70,8 @@ def here(found: LedgerExport | None = None, **changed: Any) -> Here:
 def facts(job: SignedJob, *, policy: Policy | None = None, last: SignedJob | None = None, **changed: Any) -> Facts:
     policy = policy or a_policy(approval="required")
     before = None if last is None else Request.of(last, now=NOW)
-    found = changed.pop("account", None)
-    return facts_of(Request.of(job, now=NOW), policy=policy, here=here(found, **changed), last=before, now=NOW)
+    lines = lines_by(changed.pop("account", None), changed.pop("budget", BUDGET))
+    return facts_of(Request.of(job, now=NOW), policy=policy, here=here(**changed), lines=lines, last=before, now=NOW)
 
 
 def text(found: Facts) -> str:
@@ -187,6 +188,7 @@ def test_what_was_said_is_told() -> None:
         request.model_copy(update={"approvals": (ada,)}),
         policy=a_policy(approval="required", approvals_needed=2),
         here=here(),
+        lines=LINES,
         last=None,
         now=NOW,
     )
@@ -262,6 +264,6 @@ def test_a_program_gets_the_same_as_numbers() -> None:
 def test_times_are_those_of_the_request() -> None:
     request = Request.of(signed(JOB, days=30), now=NOW)
     later = NOW + timedelta(days=8)
-    found = facts_of(request, policy=a_policy(approval="required"), here=here(), last=None, now=later)
+    found = facts_of(request, policy=a_policy(approval="required"), here=here(), lines=LINES, last=None, now=later)
     assert (found.state, found.ends) == ("expired", NOW + timedelta(days=7))
     assert "not decided or not begun in time" in text(found)

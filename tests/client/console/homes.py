@@ -15,12 +15,14 @@ from typing import Any
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import cli
+from client.approval.facts import Facts
 from client.approval.request import Request, Rules
 from client.approval.requests import Approvals
 from client.ledger.account import Charge
 from client.ledger.audit_mirror import AuditMirror
 from client.ledger.ledger import Ledger
 from client.policy.policy import load_policy
+from client.site.approving import ApprovalDesk
 from client.site.home import SiteHome, open_log
 from shared.data.datasets import write_jsonl
 from shared.errors import AwaitingApproval
@@ -32,6 +34,7 @@ from shared.trust.keystore import Seal, load_secret
 from shared.trust.pki import approve, create_ca
 from shared.trust.signed_job import sign_job
 from shared.trust.signing import SigningKey, load_signing_key
+from tests.client.approval.budget_oracle import lines_by
 
 JOBS = ("discharge letters", "triage", "readmission")
 SIGNER, COORDINATOR = (SigningKey.from_bytes(bytes([number]) * 32) for number in (1, 2))
@@ -147,6 +150,24 @@ def ask(home: SiteHome, name: str = "triage-2", *, signer: SigningKey = SIGNER, 
     with contextlib.suppress(AwaitingApproval):
         approvals.admit(signed, rules)
     return approvals.find(Request.of(signed, now=now).id, rules, by_id=True)[0]
+
+
+def facts_by_ledger(home: SiteHome, request: Request) -> Facts:
+    """Return the facts of a request, its budget by the ledger as the node opens it."""
+    config = home.load_config()
+    seal = Seal(load_secret(home.storage_key, passphrase=None))
+    with contextlib.closing(
+        Ledger(
+            home.path / "ledger.db",
+            dataset=config.dataset,
+            unit=config.budget.unit,
+            budget=config.budget.caps(),
+            cipher=seal,
+        )
+    ) as ledger:
+        account = ledger.export(site=config.name, declared_records=1)
+    lines = lines_by(account, config.budget.caps())
+    return ApprovalDesk(home, passphrase=None).facts(request.id, by_id=True, lines=lines)
 
 
 def approvals_of(home: SiteHome) -> tuple[Approvals, Rules]:

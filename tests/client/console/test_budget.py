@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from client.console.budget import AccountBudget, Budgets, Plan, _spread, _told
+from client.budget.accounts import AccountBudget, Budgets, Plan, _spread, _told
 from client.ledger.account import PROMISES, Account, Charge, Charged
 from client.site.home import SiteHome, open_site
 from shared.errors import LedgerError

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from client.console.budget import Budgets
-from client.console.budget_reading import Reading
+from client.budget.accounts import Budgets
+from client.budget.reading import Reading
 from client.ledger.account import PROMISES, Account, counting
 from client.ledger.file import LedgerFile
 from client.site.home import SiteHome

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from client.budget.accounts import Budgets
 from client.console.audit import chains
 from client.console.audit.chains import Chains
-from client.console.budget import Budgets
 from shared.trust.audit_chain import log_file
 from shared.trust.keystore import Seal, load_secret
 from tests.client.console.homes import charge, make_home

@@ -58,6 +58,17 @@ def ended(connection: socket.socket) -> bool:
     return True
 
 
+def test_idle_connections_shut_nobody_out(serving: Serving, connect: Callable[..., socket.socket]) -> None:
+    """All who come through one gateway, or one ssh -L, are one address; who asks has a place before who only holds one."""
+    with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.3"), base_url=serving.address) as client:
+        assert client.get("/sign-in").status_code == 200
+        held = [connect(source="127.0.0.3") for _ in range(15)]
+        assert client.get("/sign-in").status_code == 200, "a connection that was used stays"
+        with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.3"), base_url=serving.address) as other:
+            assert other.get("/sign-in").status_code == 200
+    assert all(ended(one) for one in held[:6])
+
+
 def test_an_address_has_so_many_connections(serving: Serving, connect: Callable[..., socket.socket]) -> None:
     held = [connect(source="127.0.0.2") for _ in range(40)]
     assert serving.browser().get("/sign-in").status_code == 200, "another address is not shut out"

@@ -19,7 +19,7 @@ from client.site.home import SiteHome
 from shared.trust.audit_log import Event, read
 from shared.web.roles import Role
 from tests.client.console.conftest import Browser, Serving, take, text_of
-from tests.client.console.homes import make_home
+from tests.client.console.homes import make_home, want_people
 from tests.conftest import Outcome
 
 Serve = Callable[..., Serving]
@@ -114,6 +114,54 @@ def test_an_engineer_proposes_and_an_officer_accepts(asked: Serving) -> None:
     old = eve.get(f"/policy/edit?version={latest - 1}").text
     assert "max_steps = 200" in old
     assert eve.get(f"/policy/versions/{latest - 1}?against={latest}").status_code == 200
+
+
+def test_compare_says_what_it_found_where_one_looks(asked: Serving) -> None:
+    eve, home = asked.signed_in("engineer"), asked.home
+    assert 'action="/policy/edit#compared"' in eve.get("/policy/edit").text
+    page = eve.post("/policy/edit", base=base_of(home), text=changed(home), do="compare").text
+    part = page[page.index('<h2 id="compared" tabindex="-1">') :]
+    assert "This is a valid policy. Nothing was proposed so far." in part
+    broken = f"{home.policy.read_text()}\nmin_sites = = {MARKS}\n"
+    for do, said in (("compare", "This is no valid policy:"), ("propose", "no valid policy, so nothing was proposed:")):
+        page = eve.post("/policy/edit", base=base_of(home), text=broken, do=do).text
+        part = page[page.index('<h2 id="compared" tabindex="-1">') :]
+        assert said in part
+        number = broken.splitlines().index(f"min_sites = = {MARKS}") + 1
+        assert f"<code>{number}  min_sites = = &lt;script&gt;" in part
+    assert "Something is wrong with it: see below." in text_of(page)
+
+
+def test_an_engineer_is_told_at_once_what_only_officers_propose(asked: Serving) -> None:
+    want_people(asked.home, 2)
+    text = asked.home.policy.read_text()
+    lower = re.sub("(?m)^approvals_needed = 2", "approvals_needed = 1", text)
+    for name, told in (("engineer", True), ("officer", False)):
+        page = asked.signed_in(name).post("/policy/edit", base=base_of(asked.home), text=lower, do="compare").text
+        assert ("Only an officer can propose this" in page) is told
+
+
+def test_what_is_proposed_is_counted_in_the_navigation(asked: Serving) -> None:
+    olga = asked.signed_in("officer")
+    assert 'class="count"' not in olga.get("/health").text
+    path = proposed(asked.signed_in("engineer"), changed(asked.home))
+    assert '>Policy <span class="count">1<' in olga.get("/health").text
+    assert olga.post(f"{path}/decline").status_code == 303
+    assert 'class="count"' not in olga.get("/health").text
+
+
+def test_another_theme_or_language_keeps_what_was_written(asked: Serving) -> None:
+    eve, text = asked.signed_in("engineer"), changed(asked.home)
+    page = eve.get("/policy/edit").text
+    assert '<button form="edit" formaction="/policy/edit" formnovalidate name="theme" value="dark"' in page
+    for prefers, shown in (({"theme": "dark"}, 'data-theme="dark"'), ({"language": "zh"}, '<html lang="zh"')):
+        page = eve.post("/policy/edit", base=base_of(asked.home), text=text, reason="why", **prefers).text
+        assert shown in page
+        assert shown in eve.get("/policy").text
+        assert html.unescape(re.search(r"(?s)<textarea[^>]*>\n(.*?)</textarea>", page)[1]) == text
+        assert 'value="why"' in page
+    eve.post("/preferences", language="en", theme="auto")
+    assert content(asked).policies.proposals() == [] or content(asked).policies.proposals()[0].state != "open"
 
 
 def test_who_may_do_what(asked: Serving) -> None:

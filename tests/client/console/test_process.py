@@ -63,26 +63,69 @@ print(json.dumps({"modules": sorted(sys.modules), "megabytes": peak, "told": tol
 """
 
 
-def test_it_loads_nothing_of_training_and_stays_small(tmp_path: Path) -> None:
-    home = make_home(tmp_path)
-    charge(home, rounds=20)
-    want_people(home)
-    ask(home)
+def run(script: str, home: Path) -> subprocess.CompletedProcess[str]:
+    """Return what a process of its own said that ran a script on a site's folder."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SILOTUNE_", "COV"))}
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(home.path)],
+        [sys.executable, "-c", script, str(home)],
         capture_output=True,
         text=True,
         check=False,
         env=environment | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_it_loads_nothing_of_training_and_stays_small(tmp_path: Path) -> None:
+    home = make_home(tmp_path)
+    charge(home, rounds=20)
+    want_people(home)
+    ask(home)
+    done = run(SCRIPT, home.path)
     found = json.loads(done.stdout)
     assert {path: status for path, status in found["told"].items() if status != 200} == {
         "/accounts": 403,
     }
     assert [name for name in FORBIDDEN if name in found["modules"]] == []
     assert found["megabytes"] < MOST_MEGABYTES
+
+
+FLOOD = (
+    """
+from shared.web.accounting import bound_memory
+bound_memory()
+"""
+    + SCRIPT.partition("(budget,) =")[0]
+    + """
+import random
+(budget,) = console.content.budgets.all()
+def resident(what):
+    return int(Path("/proc/self/status").read_text().partition(what)[2].split()[0]) / 1024
+def flood(number):
+    drawn = random.Random(number)
+    for _ in range(3):
+        steps, rate, epsilon = drawn.randint(50_000, 100_000), drawn.uniform(0.001, 0.9), drawn.uniform(0.1, 7)
+        told.append(ask(f"/budget/{budget.id}/what-if?steps={steps}&rate={rate:.5f}&by=noise&value={drawn.uniform(0.5, 3):.4f}"))
+        told.append(ask(f"/budget/{budget.id}/what-if?steps=60&rate={rate:.5f}&value={epsilon:.4f}"))
+told = []
+threads = [threading.Thread(target=flood, args=(number,)) for number in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(json.dumps({"told": sorted(set(told)), "megabytes": resident("VmRSS:"), "peak": resident("VmHWM:")}))
+"""
+)
+
+
+def test_a_flood_of_what_if_leaves_the_console_small(tmp_path: Path) -> None:
+    """What a composition took would stay with each of forty threads: 380 MB after half a minute of two accounts' asking."""
+    home = make_home(tmp_path)
+    charge(home, rounds=4)
+    done = run(FLOOD, home.path)
+    found = json.loads(done.stdout)
+    assert found["told"] == [200]
+    assert found["megabytes"] < MOST_MEGABYTES + 10
+    assert found["peak"] < 260, "while one plan of 100,000 steps is computed"
 
 
 TRYING = """

@@ -10,7 +10,7 @@ from fastapi.routing import APIRoute
 from shared.web.accounts.sessions import PROVEN_SECONDS
 from shared.web.asked import Gate
 from shared.web.roles import Action, Role
-from tests.client.console.conftest import PASSWORD, Browser, Serving, take
+from tests.client.console.conftest import PASSWORD, Browser, Serving, take, text_of
 
 
 def others(serving: Serving) -> list[object]:
@@ -41,7 +41,8 @@ def test_nothing_is_changed_without_a_proof(serving: Serving) -> None:
     before = others(serving)
     for path, form in deeds(serving).items():
         place = "/account/prove?next=%2Faccounts"
-        place += "%3Fname%3Dsomebody%2Bnew%26role%3Dviewer" if path == "/accounts" else ""
+        place += "%3Fname%3Dsomebody%2Bnew%26role%3Dviewer%26" if path == "/accounts" else "%3F"
+        place += "not-done%3Dyes"
         answer = browser.post(path, **form)
         assert (answer.status_code, answer.headers["location"]) == (303, place), path
         part = browser.post(path, headers={"hx-request": "true"}, **form)
@@ -73,15 +74,29 @@ def test_what_was_typed_need_not_be_typed_again(serving: Serving) -> None:
     serving.clock.seconds += PROVEN_SECONDS
     typed = {"name": 'Rosa "<b>', "role": "officer"}
     place = browser.post("/accounts", **typed).headers["location"]
-    assert f'name="next" value="/accounts?{urlencode(typed)}"'.replace("&", "&amp;") in browser.get(place).text
+    assert (
+        f'name="next" value="/accounts?{urlencode(typed)}&not-done=yes"'.replace("&", "&amp;")
+        in browser.get(place).text
+    )
     assert prove(browser, "administrator", next=f"/accounts?{urlencode(typed)}") == 303
-    page = browser.get(f"/accounts?{urlencode(typed)}").text
+    page = browser.get(f"/accounts?{urlencode(typed)}&not-done=yes").text
+    assert "Nothing was done so far" in text_of(page), "the way back is none to where it was done"
+    assert "Nothing was done so far" not in text_of(browser.get("/accounts").text)
     assert 'value="Rosa &#34;&lt;b&gt;"' in page
     assert 'value="officer" required checked' in page
     assert 'value="viewer" required checked' in browser.get("/accounts?role=none").text
     serving.clock.seconds += PROVEN_SECONDS
-    long = browser.post("/accounts", name="é" * 190, role="officer").headers["location"]
+    long = browser.post("/accounts", name="é" * 400, role="officer").headers["location"]
     assert long == "/account/prove?next=%2Faccounts", "what is too long is not carried"
+
+
+def test_an_administrator_is_warned_of_names_that_look_alike(serving: Serving) -> None:
+    browser = serving.signed_in("administrator")
+    serving.console.accounts.invite("Olga Officer", Role.OFFICER, by=serving.console.accounts.all()[0])
+    for name, warned in (("0lga Offlcer", True), ("OIga 0fficer", True), ("Olga Office", False)):
+        page = text_of(browser.post("/accounts", name=name, role="viewer").text)
+        assert (f"{name} is easily taken for" in page) is warned, name
+        assert "Olga Officer" in page
 
 
 def test_a_proof_is_for_one_browser(serving: Serving) -> None:

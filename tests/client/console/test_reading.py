@@ -27,7 +27,7 @@ def test_a_page_comes_at_once_and_asks_again(serving: Serving, reading: SiteCont
     browser = serving.signed_in("officer")
     reading.requests.forget_count()
     with pytest.MonkeyPatch.context() as patched:
-        for owner in ("client.console.budget.Budgets.all", "client.console.requests.Requests.all"):
+        for owner in ("client.budget.accounts.Budgets.all", "client.console.requests.Requests.all"):
             patched.setattr(owner, lambda *_: pytest.fail("a page waits for what is being read"))
         for path in PATHS:
             page = browser.get(path)
@@ -52,7 +52,7 @@ def test_without_a_script_one_waits(serving: Serving, reading: SiteContent, monk
 
 def test_reading_ahead_ends_whatever_happens(serving: Serving, reading: SiteContent) -> None:
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr("client.console.budget.Budgets.all", lambda _: 1 / 0)
+        patched.setattr("client.budget.accounts.Budgets.all", lambda _: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             reading.read_ahead()
     assert reading.is_read.is_set()

@@ -13,8 +13,10 @@ import click
 import pytest
 import typer
 
+from client.ledger.account import Charge
 from client.site.home import SiteHome
 from shared.job.job import Job
+from shared.privacy.accounting import GaussianSteps
 from shared.trust.audit_log import Event
 from shared.trust.keystore import load_secret, save_secret
 from shared.trust.signed_job import SignedJob
@@ -138,6 +140,25 @@ def test_what_is_approved_is_shown_first(
     assert world.entries(Event.APPROVAL_GIVEN) == []
     shown = said(silotune("site", "approve", home, "triage", "--by", "ada", "--yes"))
     assert shown.index("epsilon 0.0000 of 50 is spent") < shown.index("is approved")
+
+
+def test_a_round_that_is_charged_meanwhile_keeps_nobody_from_approving(
+    world: World, ask: Callable[..., SignedJob], silotune: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask()
+    home = world.home.path
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+
+    def charge(*_: object, **__: object) -> None:
+        step = GaussianSteps(noise_multiplier=1.0, sample_rate=0.05, steps=1)
+        world.site.ledger().reserve(Charge(job_id="a" * 64, round=1, request_sha256="b" * 64, mechanism=step))
+
+    monkeypatch.setattr(typer, "confirm", charge)
+    shown = said(silotune("site", "approve", home, "triage", "--by", "ada"))
+    assert "a round was charged meanwhile: once this job has run, " in shown
+    (given,) = world.entries(Event.APPROVAL_GIVEN)
+    both = given.details["budget"]["together"]
+    assert both["shown"]["spent"] == 0 < both["now"]["spent"] < both["now"]["after"]
 
 
 def test_without_a_name_it_is_the_user_who_is_logged_in(

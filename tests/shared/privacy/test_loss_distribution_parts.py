@@ -416,10 +416,10 @@ def test_exactly_the_most_cells_are_taken(monkeypatch: pytest.MonkeyPatch) -> No
 def test_no_step_takes_more_than_a_million_cells(monkeypatch: pytest.MonkeyPatch) -> None:
     number = len(step_loss(1.0, 1.0, True, 1e-2, 50).probs)
     twice_as_wide = composed_epsilon([(1.0, 1.0, 4)], 1e-5, 2e-2)
-    step_loss.cache_clear()
+    module.forget_steps()
     monkeypatch.setattr(module, "_MOST_CELLS_OF_A_STEP", number - 1)
     assert len(step_loss(1.0, 1.0, True, 1e-2, 50).probs) == number
-    step_loss.cache_clear()
+    module.forget_steps()
     monkeypatch.setattr(module, "_MOST_CELLS_OF_A_STEP", number - 2)
     with pytest.raises(module._TooManyCells):
         step_loss(1.0, 1.0, True, 1e-2, 50)
@@ -443,3 +443,35 @@ def test_infinite_losses_are_composed_and_rounded_up() -> None:
     step = StepLoss(0.5, -1, np.array([0.3, 0.3, 0.3]), np.zeros(3), 0.1)
     found = TiltedDivergence([(step, 2)], 1.0, lambda tilt: 2 * step.log_moment(tilt))
     assert 0.19 * (1 + 5e-11) < found.infinite < 0.19 * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("sigma", "rate", "removed"), [(0.7, 0.3, True), (0.7, 0.3, False), (3.0, 1.0, True)])
+def test_blocks_change_no_bit(sigma: float, rate: float, removed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is computed block by block, so as to take little memory, is what it is at once."""
+    found = []
+    for block in (1 << 30, 1 << 16, 997):
+        monkeypatch.setattr(module, "_BLOCK", block)
+        found.append(module._step_loss(sigma, rate, removed, 1e-4, 50))
+    whole, *others = found
+    assert len(whole.probs) > 3 * 997
+    for other in others:
+        np.testing.assert_array_equal(other.probs, whole.probs)
+        np.testing.assert_array_equal(other.errors, whole.errors)
+        assert (other.lower, other.infinite) == (whole.lower, whole.infinite)
+
+
+def test_what_is_kept_of_steps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = module._Kept()
+    monkeypatch.setattr(module, "_MOST_CELLS_KEPT", 10_000)
+    steps = [module._step_loss(1.0 + number / 10, 0.2, True, 1e-2, 50) for number in range(12)]
+    for number, step in enumerate(steps):
+        kept.keep((number,), step)
+    assert kept.get((11,)) is steps[11]
+    there = [number for number in range(12) if kept.get((number,)) is not None]
+    assert len(there) <= 8
+    assert sum(len(steps[number].probs) for number in there) <= 10_000
+    monkeypatch.setattr(module, "_MOST_CELLS_KEPT", 1)
+    kept.keep((12,), steps[0])
+    assert [number for number in range(13) if kept.get((number,)) is not None] == [12], "the last one stays"
+    kept.forget()
+    assert kept.get((12,)) is None

@@ -1,4 +1,4 @@
-"""A site's budget as its console shows it: every account of the ledger, its spend by its own rule, and how it came about.
+"""A site's budget as its people are shown it: every account of the ledger, its spend by its own rule, and how it came about.
 
 Formal guarantees (tests: tests/client/console/test_budget.py)
     * What is called spent is what the ledger itself computes, to the last bit (test_the_spend_is_the_ledgers), and what would be
@@ -19,12 +19,14 @@ from datetime import UTC, datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
 
-from client.approval.facts import BudgetLine
-from client.console.budget_reading import Counts, Reading
+from client.approval.facts import BudgetLine, planned_charges
+from client.budget.reading import Counts, Reading
 from client.ledger.account import PROMISES, Account, Charged, Promise, counting, dataset_key
 from client.ledger.file import LedgerFile, checked_hash, head_of
+from client.policy.policy import Policy
 from client.site.home import SiteHome
 from shared.errors import LedgerError, PrivacyError
+from shared.job.job import Job as TrainingJob
 from shared.privacy.accounting import GaussianSteps, compose_epsilon
 from shared.privacy.filter import Composition, SpendingRule
 from shared.trust.keystore import Seal
@@ -291,6 +293,15 @@ class Budgets:
         account.caps.append(account.entry_of(caps, orders=orders, orders_alone=orders_alone))
         cap: dict[Promise, float] = {promise: caps.cap(promise) for promise in PROMISES}
         return AccountBudget(account, cap, caps.delta, caps.composition, True)
+
+    def lines(self, job: TrainingJob, policy: Policy) -> tuple[BudgetLine, ...]:
+        """Return what a job would do to each cap, by the ledger as it is; raises as `all`."""
+        return self.current().lines(job.sha256, planned_charges(job, policy))
+
+    @property
+    def head(self) -> tuple[int, str] | None:
+        """Number and SHA-256 of the ledger's last entry, as its head says; None before the first; quick."""
+        return head_of(self._home.path / LEDGER_FILE) if self.is_begun else None
 
     def find(self, account: str) -> AccountBudget | None:
         """Return the account of an id."""

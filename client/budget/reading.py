@@ -1,4 +1,4 @@
-"""A site's ledger as its console keeps it between two pages: what it read once, and only what came since.
+"""A site's ledger as a console keeps it between two pages: what it read once, and only what came since.
 
 Formal guarantees (tests: tests/client/console/test_budget_reading.py)
     * Of a ledger that grew, the new entries are read and checked, and no other (test_only_what_is_new_is_read).
