@@ -81,11 +81,13 @@ class Run(Shown):
     def epsilon(self) -> float | None:
         """The largest epsilon that any site promises for the whole run, rounded up to four decimals.
 
-        Composed from the executed steps; a request that was never answered counts as executed. Under central DP that of the
-        coordinator, of shared noise that against the coordinator and those who may collude. None if none may be stated.
+        Composed from the executed steps, of a run that was stopped from those so far; a request that was never answered counts
+        as executed. Under central DP that of the coordinator, of shared noise that against the coordinator and those who may
+        collude. None if of one site none may be stated.
         """
-        found = self._arm.epsilon if self._arm.sites else None
-        return None if found is None else float(rounded_up(found, 4))
+        stated = [site.epsilon_stated for site in self._arm.sites]
+        known = [epsilon for epsilon in stated if epsilon is not None]
+        return float(rounded_up(max(known), 4)) if known and len(known) == len(stated) else None
 
     @property
     def delta(self) -> float | None:

@@ -23,6 +23,8 @@ from dp_accounting.pld import PLDAccountant
 import silotune as module
 from server.registry.adding import add
 from server.registry.registry import Registry
+from server.rounds.observer import Observer
+from simulations.running.engine import run_scenario
 from tests.loading import HEAVY, ROOT
 from tests.server.registry.keys import SIGNER
 
@@ -313,6 +315,14 @@ def test_epsilon_is_an_upper_bound_for_what_was_executed(run: module.Run) -> Non
 def test_fault_an_epsilon_rounded_down_is_seen(run: module.Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("silotune.runs.rounded_up", lambda value, digits: f"{int(value * 100) / 100 - 0.01:.2f}")
     assert not promises(run)
+
+
+def test_no_epsilon_is_told_where_none_may_be_stated(scenario: module.Scenario, tmp_path: Path) -> None:
+    """Of noise from an injected seed, and of a run in which one site states none."""
+    run_scenario(scenario, tmp_path / "run", observer=lambda arm: Observer(), injected_seed="test", report=False)
+    found = module.load(tmp_path / "run")
+    assert found.sites
+    assert found.epsilon is None
 
 
 def test_predictions_are_those_of_the_command(run: module.Run, silotune: Callable[..., Any]) -> None:
