@@ -381,7 +381,7 @@ def _check_targets(backbone: nn.Module, architecture: Architecture, lora: LoraCo
         lacking = [
             i
             for i, names in found.items()
-            if not any(f"{architecture.layers}.{i}.{n}".endswith(f".{target}") for n in names)
+            if not any(f".{architecture.layers}.{i}.{name}".endswith(f".{target}") for name in names)
         ]
         if lacking:
             known = sorted({name for index in lacking for name in found[index]})

@@ -101,7 +101,7 @@ def test_less_is_kept(made: Callable[..., Path]) -> None:
 def test_fault_the_second_computation_knows_no_packing(
     made: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The usual way, around the loop's body instead of the whole: tokens of a row would be taken for one example's."""
+    """The usual way, around a layer alone: by then nothing says which token is whose, and whose site's values it meets."""
 
     def run_layers(self: TunableModel, hidden: Tensor, packing: Any, start: int, stop: int) -> Tensor:
         with self._packed(packing):
