@@ -192,7 +192,7 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, packing: Packin
     """Return the layer's output; an example's is the same to the last bit in whatever company, see `shared.models.packing`.
 
     Args:
-        inputs: [B, ..., in], or [1, N, in] with a packing.
+        inputs: [B, ..., in], or with a packing [1, N, in] or [N, in].
         weight: one [out, in], or one for each example [B, out, in].
         bias: [out], or [B, out], or None.
         packing: of the tokens of B examples, or None if each example has its own row.
@@ -211,7 +211,8 @@ def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None, packing: Packin
         outputs = [
             output + bias[texts].to(dtype).unsqueeze(1) for output, (texts, _) in zip(outputs, parts, strict=True)
         ]
-    return outputs[0].view(*inputs.shape[:-1], -1) if packing is None else packing.from_attention(outputs)
+    row = outputs[0] if packing is None else packing.from_attention(outputs)
+    return row.view(*inputs.shape[:-1], -1)
 
 
 def _by_example(values: Tensor, packing: Packing | None) -> list[tuple[Tensor | slice, Tensor]]:
@@ -221,7 +222,8 @@ def _by_example(values: Tensor, packing: Packing | None) -> list[tuple[Tensor | 
     """
     if packing is None:
         return [(slice(None), values.reshape(len(values), -1, values.shape[-1]))]
-    return [(group.texts, part) for group, part in zip(packing.groups, packing.by_text(values), strict=True)]
+    row = values.reshape(1, -1, values.shape[-1])  # OPT drops the first dimension before its MLP
+    return [(group.texts, part) for group, part in zip(packing.groups, packing.by_text(row), strict=True)]
 
 
 def _keep(module: nn.Linear | nn.Conv2d, inputs: Tensor, gradient: Tensor, packing: Packing | None) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from server.compression.cutting import importance, most_important, spread, width_of, with_layers, with_width
 from server.compression.distillation import Place, Progress, Recipe, Teacher, distil
-from server.compression.network import Network, layer_count
+from server.compression.network import Network
 from server.compression.public_texts import read_public_texts
 from shared.data.text_stream import TextFormat
 from shared.errors import ConfigError
@@ -23,7 +23,7 @@ from shared.runtime.export.compression import Compression, compression_of, noted
 from shared.runtime.export.exporting import Target, origin_of, read_model, write_model
 from shared.runtime.export.folder import ModelFolder, check_new_model_folder, write_model_folder
 from shared.runtime.export.merged import check_mergeable
-from shared.runtime.export.onnx import require_onnx
+from shared.runtime.export.onnx import GRAPHS, require_onnx
 from shared.runtime.export.parts import Parts
 from shared.runtime.runtime import choose_device, choose_dtype
 
@@ -96,7 +96,7 @@ def compress(
     place = Place(device, choose_dtype(compute, device))
 
     # 1. The teacher, and what is left of it.
-    kept = spread(_num_layers(parts), layers)
+    kept = spread(parts.num_layers, layers)
     network = Network(parts).to(device)
     cut = with_layers(parts, kept)
     if width < width_of(parts):
@@ -114,7 +114,7 @@ def compress(
     compression = Compression(
         teacher_sha256=origin_of(source)[1],
         layers_kept=kept,
-        layers_before=_num_layers(parts),
+        layers_before=parts.num_layers,
         intermediate=width,
         intermediate_before=width_of(parts),
         public_texts=texts.number,
@@ -136,7 +136,7 @@ def _parts(source: ModelFolder) -> Parts:
     """Return the teacher.
 
     Raises:
-        ConfigError: if it is a graph or a network for images.
+        ConfigError: if it is a graph or a network for images, or of a family that nothing here cuts.
     """
     if source.format == "onnx":
         raise ConfigError(
@@ -146,6 +146,11 @@ def _parts(source: ModelFolder) -> Parts:
     parts = read_model(source)
     if not isinstance(parts, Parts):
         raise ConfigError("a network for images is small already; compression is for language models.")
+    if not parts.architecture.has_graph or parts.output is not None:
+        raise ConfigError(
+            f"{parts.architecture.name} cannot be compressed here, {', '.join(GRAPHS)} with tied outputs can; serve the model "
+            "as it is, or tune one of these."
+        )
     _target(parts)
     return parts
 
@@ -162,7 +167,7 @@ def _target(parts: Parts) -> Target:
 
 def _sizes(parts: Parts, size: Size) -> tuple[int, int]:
     """Return layers and width, checked against the model's."""
-    has, wide = _num_layers(parts), width_of(parts)
+    has, wide = parts.num_layers, width_of(parts)
     layers = size.layers if size.layers is not None else max(1, has // 2)
     width = size.intermediate if size.intermediate is not None else wide
     for option, value, most in (("--layers", layers, has), ("--intermediate", width, wide)):
@@ -174,7 +179,3 @@ def _sizes(parts: Parts, size: Size) -> tuple[int, int]:
             "--layers or --intermediate. Weights in int8 alone are made by: silotune export --to onnx --precision int8"
         )
     return layers, width
-
-
-def _num_layers(parts: Parts) -> int:
-    return int(parts.config[layer_count(parts.family)])

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from server.compression.network import Network, layer_count
+from server.compression.network import Network
 from shared.models.batches import IGNORED, Batch
 from shared.runtime.export.parts import Parts
 from shared.tasks import task_of
@@ -74,7 +74,7 @@ def with_layers(parts: Parts, kept: Sequence[int]) -> Parts:
         number, _, rest = name.removeprefix(begin).partition(".")
         if int(number) in kept:
             found[f"{begin}{list(kept).index(int(number))}.{rest}"] = value
-    config = {**parts.config, layer_count(parts.family): len(kept)}
+    config = {**parts.config, parts.architecture.num_layers: len(kept)}
     return replace(parts, config=config, weights=found)
 
 

@@ -37,7 +37,9 @@ class Network(nn.Module):
         self.built_from = parts
         self.head = _head(parts, self.backbone.get_submodule(parts.architecture.embedding))
         for name, parameter in self.backbone.named_parameters():
-            parameter.requires_grad_(name.startswith((f"{parts.architecture.layers}.", "ln_f.")))
+            parameter.requires_grad_(
+                name.startswith((f"{parts.architecture.layers}.", *(f"{path}." for path in parts.architecture.end)))
+            )
 
     @property
     def layers(self) -> nn.ModuleList:
@@ -83,8 +85,3 @@ def _head(parts: Parts, embedding: nn.Module) -> nn.Module:
         head.linear.weight.copy_(weight)
         head.linear.bias.copy_(bias)
     return head
-
-
-def layer_count(family: str) -> str:
-    """Return what a family's configuration calls the number of its layers."""
-    return "n_layer" if family == "gpt2" else "num_hidden_layers"

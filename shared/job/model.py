@@ -26,10 +26,21 @@ class ModelConfig(Section):
     `image_classification` `cnn:small`, a network without a backbone, all of whose weights are trained."""
     revision: str | None = None
     """Commit of a hub id (40 hexadecimal digits): a branch name could change under a signed job."""
+    # Not written out where it is not set: jobs of older versions keep their hash.
+    backbone_bits: Literal[32, 8] = Field(default=32, exclude_if=lambda value: value == 32)
+    """Bits of a frozen weight. 8 holds linear layers and token embeddings as whole numbers with a scale for each row, in 0.3
+    of the memory; what is computed in is for `compute.precision` to say. The backbone's function changes a little, so this is of
+    the job and not of a site: all compute the same one."""
     max_length: int = Field(default=64, ge=2, le=8192)
     """Tokens per example; longer texts are cut."""
     pooling: Literal["mean", "first"] = "mean"
     """How a classifier reduces token vectors to one vector: mean over the tokens, or the first token's vector."""
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> Self:
+        if self.backbone_bits != 32 and self.is_image_network:
+            raise ValueError("backbone_bits is for a frozen backbone, and a network for images has none; remove it")
+        return self
 
     @property
     def is_image_network(self) -> bool:

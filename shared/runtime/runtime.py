@@ -20,11 +20,13 @@ from shared.errors import ConfigError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.model import LoraConfig, ModelConfig, TaskConfig
-from shared.models.backbones import backbone_folder, load_backbone, usable_positions
+from shared.models.backbones import backbone_folder, load_backbone, output_weight, usable_positions
 from shared.models.batches import Batch, Example, collate, micro_batches_of_groups
+from shared.models.eight_bits import in_eight_bits
 from shared.models.frozen_cache import FrozenCache, Told, shared_cache
+from shared.models.heads import OwnLanguageHead, TiedLanguageHead
 from shared.models.images import PIXEL_STEPS, ImageModel, build_features
-from shared.models.tunable import RESIDUAL, TrainedModel, TunableModel, attach_adapters
+from shared.models.tunable import RESIDUAL, TrainedModel, TunableModel, attach_adapters, check_forward
 from shared.runtime.label_names import learn_from_names
 from shared.tasks import TASKS, Evaluation, Task
 from shared.tensors import adapters
@@ -233,18 +235,24 @@ def _language_runtime(task: Task, lora: LoraConfig, seed: int, compute: ComputeC
             f"the tokenizer in {folder} knows {len(tokenizer):,} tokens, the backbone only {config.vocab_size:,}; they do not "
             "belong together."
         )
-    limit = usable_positions(backbone)
+    limit = usable_positions(backbone, architecture)
     if task.model.max_length > limit:
         raise ConfigError(
             f"model.max_length is {task.model.max_length}, but the backbone has {limit} positions for tokens; use at most that."
         )
-    head = task.build_head(backbone, config.hidden_size, seed=seed)
+    if task.model.backbone_bits == 8:
+        in_eight_bits(backbone, architecture.layers, architecture.embedding)
+    head = task.build_head(backbone, getattr(config, architecture.width), seed=seed)
+    if isinstance(head, TiedLanguageHead) and not config.tie_word_embeddings:
+        head = OwnLanguageHead(output_weight(folder), bits=task.model.backbone_bits)
     peft_model, first = attach_adapters(backbone, architecture, lora, seed=seed)
     model = TunableModel(peft_model, architecture, lora, first, head)
     learn_from_names(model, task, tokenizer)
     # To the device first: hooks that are registered before a move keep the old parameters and train nothing.
     model = model.to(device)
     model.train_mode()
+    check_forward(model, task.model.max_length)
+    model.recompute = compute.gradient_checkpointing
     dtype = choose_dtype(compute, device)
     if dtype is not None:
         model.prepare_autocast(dtype)
@@ -258,7 +266,10 @@ def _language_runtime(task: Task, lora: LoraConfig, seed: int, compute: ComputeC
         autocast_dtype=dtype,
         initial=initial,
         cache=shared_cache(
-            str(folder), f"{task.model.pooling} pooled" if model.pools_frozen else first, device.type, str(dtype)
+            f"{folder} in {task.model.backbone_bits} bits",
+            f"{task.model.pooling} pooled" if model.pools_frozen else first,
+            device.type,
+            str(dtype),
         ),
     )
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from shared.data.records import named
 from shared.errors import ConfigError, DataError, ModelError
 from shared.job.kinds import RULES, TaskKind
-from shared.models.backbones import ARCHITECTURES
 from shared.models.batches import IGNORED, Batch, Example
+from shared.models.families import architecture_of
 from shared.models.heads import TiedLanguageHead
 from shared.tasks.base import Evaluation, Prediction, Record, Task
-from shared.tasks.tokens import mean_over_own_tokens, read_part, texts_of, token_losses
+from shared.tasks.tokens import begin_tokens, mean_over_own_tokens, read_part, texts_of, token_losses
 
 
 class CausalLanguageModelling(Task):
@@ -31,17 +31,20 @@ class CausalLanguageModelling(Task):
     causal_lm = True
 
     def build_head(self, backbone: nn.Module, hidden_size: int, *, seed: int) -> nn.Module:
-        """Return the backbone's own tied output; it stays frozen, so the tie cannot corrupt per-example gradients."""
-        architecture = ARCHITECTURES[str(backbone.config.model_type)]  # type: ignore[union-attr]
+        """Return the token embedding as output; it stays frozen, so the tie cannot corrupt per-example gradients.
+
+        Who loads a backbone with an output of its own puts that in its place (`OwnLanguageHead`).
+        """
+        architecture = architecture_of(str(backbone.config.model_type))  # type: ignore[union-attr]
         if not architecture.causal:
             raise ModelError(
                 "task.kind is 'causal_lm', but the backbone sees the whole text at once (a BERT-like encoder); use a "
-                "left-to-right backbone such as GPT-2."
+                "left-to-right backbone such as GPT-2 or Qwen."
             )
         return TiedLanguageHead(backbone.get_submodule(architecture.embedding))  # type: ignore[arg-type]
 
     def encode(self, records: Sequence[Record], tokenizer: Any, max_length: int) -> list[Example]:
-        """Tokenise texts and end each with the end-of-text token, so that generation learns where to stop.
+        """Tokenise texts, begin each as the backbone's tokenizer does, and end it, so that generation learns where to stop.
 
         A text that fills `max_length` is cut and gets no end: it does not end there.
         """
@@ -50,9 +53,10 @@ class CausalLanguageModelling(Task):
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         texts = [read_part(text, tokenizer, max_length) for text in texts_of(records, "text")]
         encoded = tokenizer(texts, truncation=True, max_length=max_length, add_special_tokens=False)["input_ids"]
-        examples = [Example(torch.tensor([*ids, *end][:max_length], dtype=torch.int64)) for ids in encoded]
-        for row, example in enumerate(examples, start=1):
-            if example.length < 2:
+        begin = begin_tokens(tokenizer)
+        examples = [Example(torch.tensor([*begin, *ids, *end][:max_length], dtype=torch.int64)) for ids in encoded]
+        for row, ids in enumerate(encoded, start=1):
+            if len(ids) + len(end) < 2:
                 raise DataError(
                     f"{named(records[row - 1], row)} has fewer than two tokens, so there is nothing to predict; remove it."
                 )
@@ -66,7 +70,9 @@ class CausalLanguageModelling(Task):
         """
         end = tokenizer.eos_token_id
         text = read_part(text, tokenizer, max_length, end=True)
-        tokens: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"] or ([] if end is None else [end])
+        begin = begin_tokens(tokenizer)
+        tokens: list[int] = [*begin, *tokenizer(text, add_special_tokens=False)["input_ids"]]
+        tokens = tokens or ([] if end is None else [end])
         if not tokens:
             raise ConfigError(
                 "there is no text to continue, and the tokenizer has no token to start from; give a text."

@@ -14,7 +14,7 @@ from shared.job.kinds import RULES
 from shared.models.batches import IGNORED, Batch, Example
 from shared.tasks.base import Prediction, Record
 from shared.tasks.causal_lm import CausalLanguageModelling
-from shared.tasks.tokens import read_part, texts_of
+from shared.tasks.tokens import begin_tokens, read_part, texts_of
 
 
 class Replies(CausalLanguageModelling):
@@ -67,14 +67,18 @@ class Replies(CausalLanguageModelling):
 
 
 def prompt_tokens(prompt: str, tokenizer: Any, max_length: int) -> list[int]:
-    """Return the tokens of a prompt and the line end before its response, at most half of `max_length` but one at least.
+    """Return the begin of a text, the tokens of a prompt and the line end before its response.
+
+    They are at most half of `max_length`, but one at least; of a longer prompt the end is kept.
 
     Raises:
         ModelError: if the tokenizer has no token for a line end.
     """
     prompt = read_part(prompt, tokenizer, max_length, end=True)
     ids: list[int] = [*tokenizer(prompt, add_special_tokens=False)["input_ids"], *_line_end(tokenizer)]
-    return ids[-max(1, max_length // 2) :]
+    room, begin = max(1, max_length // 2), begin_tokens(tokenizer)
+    begin = begin if len(begin) < room else []
+    return [*begin, *ids[-(room - len(begin)) :]]
 
 
 def _line_end(tokenizer: Any) -> list[int]:

@@ -29,6 +29,16 @@ def texts_of(records: Sequence[Any], role: str) -> list[str]:
     return [record[role] for record in records]
 
 
+def begin_tokens(tokenizer: Any) -> list[int]:
+    """Return the token that the backbone's own tokenizer puts before a text (Llama, OPT), or none (GPT-2, GPT-NeoX, Qwen).
+
+    A decoder that was trained with one reads every text worse without.
+    """
+    plain, whole = (list(tokenizer("a", add_special_tokens=adds)["input_ids"]) for adds in (False, True))
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and whole[: 1 + len(plain)] == [begin, *plain] else []
+
+
 def read_part(text: str, tokenizer: Any, max_length: int, *, end: bool = False) -> str:
     """Return a part of a long text that has the same first `max_length` tokens (with `end`, the same last ones).
 

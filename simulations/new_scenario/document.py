@@ -93,7 +93,7 @@ def _model(draft: Draft) -> list[str]:
     model.append(("max_length", draft.max_length, draft.length_reason))
     # What a word is shows in the last layers more than what a text is about (docs/decisions/0018).
     of_words = draft.found.kind == "token_classification"
-    deep = of_words or backbone.model_type == "gpt2"
+    deep = of_words or backbone.architecture.causal
     lora = [
         ("rank", 8, "more ranks learn more and gather more noise"),
         ("alpha", 16.0 if of_words else 8.0, "the update is scaled by alpha / rank"),

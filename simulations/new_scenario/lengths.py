@@ -16,6 +16,7 @@ from shared.files.bounded import read_named_text
 from shared.job.model import ModelConfig
 from shared.job.parsing import parse
 from shared.models.backbones import backbone_folder
+from shared.models.families import Architecture, architecture_of
 from simulations.new_scenario.vocabulary import unknown_share
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -47,7 +48,12 @@ class Backbone:
     @property
     def target_modules(self) -> tuple[str, ...]:
         """The linear modules that LoRA adapts in such a backbone."""
-        return ("c_attn", "c_proj", "c_fc") if self.model_type == "gpt2" else ("query", "value")
+        return self.architecture.targets
+
+    @property
+    def architecture(self) -> Architecture:
+        """What differs by family."""
+        return architecture_of(self.model_type)
 
 
 def look_at_backbone(name: str, revision: str | None = None) -> Backbone:
@@ -57,11 +63,11 @@ def look_at_backbone(name: str, revision: str | None = None) -> Backbone:
         ModelError: if it cannot be had, or its configuration cannot be read.
         ConfigError: if it is no name of a backbone.
     """
-    from simulations.data.small_gpt2 import NAME, resolve_backbone
+    from simulations.data.small_gpt2 import resolve_backbone
 
     path = resolve_backbone(name)
     if path != name and not Path(path).is_dir():  # `cache:` names a folder that the first run makes
-        return Backbone(name=name, model_type="gpt2" if NAME in path else "unknown", positions=128, folder=None)
+        return Backbone(name=name, model_type="gpt2", positions=128, folder=None)
     wanted = {"backbone": path} | ({"revision": revision} if revision else {})
     folder = backbone_folder(parse(ModelConfig, wanted, source="--backbone"))
     try:
@@ -72,6 +78,7 @@ def look_at_backbone(name: str, revision: str | None = None) -> Backbone:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise ModelError(f"{folder} holds no usable config.json ({type(error).__name__}); is it a backbone?") from None
+    architecture_of(kind)  # a family that cannot be tuned is refused before anything is measured
     if kind in ("roberta", "xlm-roberta", "camembert"):
         positions -= 2  # the first two rows of their table are for padding
     return Backbone(name=name, model_type=kind, positions=positions, folder=folder, revision=revision)

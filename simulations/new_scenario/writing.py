@@ -225,11 +225,11 @@ def _check(scenario: Scenario, question: Question, backbone: Backbone | None) ->
 
 def _check_family(kind: TaskKind, backbone: Backbone) -> None:
     """Raise `ConfigError` if the backbone reads in the other direction than the task needs."""
-    writes, wanted = backbone.model_type == "gpt2", TASKS[kind].causal_lm
+    writes, wanted = backbone.architecture.causal, TASKS[kind].causal_lm
     if writes != wanted:
         raise ConfigError(
             f"--backbone {backbone.name!r} is of the family {backbone.model_type}, and {kind} needs "
-            f"{'one that writes, such as GPT-2' if wanted else 'one that reads, such as BERT'}."
+            f"{'one that writes, such as GPT-2 or Qwen' if wanted else 'one that reads, such as BERT'}."
         )
 
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from server.runs.folder import load_job
 from server.store.checkpoint import load_checkpoint
-from shared.models import backbones
+from shared.models import families
 from tests.integration.disk import small_files
 
 MakeScenario = Callable[..., Path]
@@ -132,8 +132,8 @@ def test_a_backbone_with_batch_norm_writes_nothing(
 
     small = PatchTSTConfig(num_input_channels=1, d_model=8, num_hidden_layers=1, num_attention_heads=2, ffn_dim=8)
     PatchTSTModel(small).save_pretrained(tmp_path / "bn")
-    table = {**backbones.ARCHITECTURES, "patchtst": backbones.ARCHITECTURES["bert"]}
-    monkeypatch.setattr(backbones, "ARCHITECTURES", table)
+    table = {**families.ARCHITECTURES, "patchtst": families.ARCHITECTURES["bert"]}
+    monkeypatch.setattr(families, "ARCHITECTURES", table)
     path = scenario_file(model={"backbone": str(tmp_path / "bn")})
     outcome = silotune("simulate", path, "--out", tmp_path / "run")
     check_refused(outcome, "BatchNorm1d: it mixes the records of a batch", "Use GroupNorm or LayerNorm")

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import ConfigError, ModelError, excerpt, model_errors
-from shared.models.backbones import ARCHITECTURES
 from shared.models.batches import Batch, Example, collate
+from shared.models.families import ARCHITECTURES
 from shared.models.images import PIXEL_STEPS
 from shared.models.model_files import check_weights
 from shared.runtime.export.folder import ModelFolder

@@ -1,6 +1,6 @@
 """Merged weights: a folder that transformers loads by itself, without PEFT and without code that comes with a model.
 
-`AutoModelForCausalLM` reads a GPT-2 as it is. Our heads are not those of transformers: they pool tokens by their mean or by the
+`AutoModelForCausalLM` reads a decoder as it is. Our heads are not those of transformers: they pool tokens by their mean or by the
 first one, normalise without weights, and apply a linear layer, while `BertForSequenceClassification` has a pooler, the
 tanh of a linear layer on the first token. One more transformer layer does what is missing (`_extra_layer`):
 
@@ -12,7 +12,9 @@ tanh of a linear layer on the first token. One more transformer layer does what 
    s·m / sqrt(var(s·m) + e) = m / sqrt(var(m) + 1e-5).
 3. The feed-forward part is 0. The LayerNorm behind it would undo step 2, so its input is small against sqrt(e): then e is nearly
    all of what it divides by, and it is linear up to `_LINEAR`² / 2 of the little by which step 2 changes a variance.
-4. The pooler multiplies by a small number, where tanh(x) is x up to x² / 3, and the classifier divides by it.
+4. The pooler multiplies by a small number, where tanh(x) is x up to x² / 3, and the classifier divides by it. Where ReLU
+   (DistilBERT) or GELU (ELECTRA) stands in its place, the pooler adds a number that makes all values large, where both are x, and
+   the classifier's bias takes it off.
 
 Guarantee (tests: tests/shared/runtime/export/test_exports.py): logits are those of the run's model in float32 to 1e-4.
 In float16 the scaled numbers vanish; bfloat16 has float32's range and holds them.
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,10 @@ from torch import Tensor
 from shared.errors import ConfigError, ModelError
 from shared.files.json_files import read_object
 from shared.job.kinds import TaskKind
+from shared.models.backbones import output_weight
+from shared.models.families import architecture_of
 from shared.runtime.export.folder import ModelFolder
-from shared.runtime.export.parts import HEAD_EPSILON, Parts, last_norm, tensor
+from shared.runtime.export.parts import HEAD_EPSILON, Parts, tensor
 
 WEIGHTS_FILE = "model.safetensors"
 _OUTWEIGHS = 2.0**30  # s / k
@@ -49,11 +54,42 @@ CLASSES: Mapping[TaskKind, str] = {
     "replies": "AutoModelForCausalLM",
 }
 """What loads a merged model, by kind of task."""
-_PREFIXES = {
-    "bert": "bert.",
-    "gpt2": "transformer.",
-    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), "roberta."),
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Classifier:
+    """What transformers puts behind the first token's vector.
+
+    Attributes:
+        dense, out: names of its two linear layers.
+        grows: whether what is between them is x for large x, and not for small ones.
+        inside: whether `dense` is a part of the backbone.
+    """
+
+    dense: str
+    out: str
+    grows: bool = False
+    inside: bool = False
+
+
+_ROBERTA = _Classifier(dense="classifier.dense", out="classifier.out_proj")
+_CLASSIFIERS: Mapping[str, _Classifier] = {
+    "bert": _Classifier(dense="pooler.dense", out="classifier", inside=True),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _ROBERTA),
+    "electra": replace(_ROBERTA, grows=True),
+    "distilbert": _Classifier(dense="pre_classifier", out="classifier", grows=True),
 }
+_BERT_LAYER = {
+    "attention.self.query": "attention.q_lin",
+    "attention.self.key": "attention.k_lin",
+    "attention.self.value": "attention.v_lin",
+    "attention.output.dense": "attention.out_lin",
+    "attention.output.LayerNorm": "sa_layer_norm",
+    "intermediate.dense": "ffn.lin1",
+    "output.dense": "ffn.lin2",
+    "output.LayerNorm": "output_layer_norm",
+}
+"""What DistilBERT calls the parts of a layer of BERT."""
 
 
 def check_mergeable(kind: TaskKind, family: str | None = None) -> None:
@@ -62,11 +98,18 @@ def check_mergeable(kind: TaskKind, family: str | None = None) -> None:
         raise ConfigError(
             f"a model of {kind} is no transformer, so transformers cannot load it; export it with --to onnx."
         )
-    if family == "gpt2" and CLASSES[kind] != "AutoModelForCausalLM":
-        raise ConfigError(
-            f"transformers' classifiers on GPT-2 pool other tokens than ours, so a {kind} model on GPT-2 cannot be merged "
-            "without code of its own; export it with --to onnx."
-        )
+    if family is None or CLASSES[kind] == "AutoModelForCausalLM":
+        return
+    if (row := architecture_of(family)).merges_labels:
+        return
+    why = "pool other tokens than ours" if row.causal else "have a head that no weights turn into ours"
+    instead = (
+        "export it with --to onnx" if row.has_graph else "its adapter stands in the run, for Silotune and for PEFT"
+    )
+    raise ConfigError(
+        f"transformers' classifiers on {row.name} {why}, so a {kind} model on {row.name} cannot be merged without code of its "
+        f"own; {instead}."
+    )
 
 
 def write_merged(folder: Path, parts: Parts, temperature: float) -> None:
@@ -85,13 +128,15 @@ def write_merged(folder: Path, parts: Parts, temperature: float) -> None:
     settings = dict(parts.config) | ({} if parts.head is None else _settings(parts))
     config = transformers.AutoConfig.for_model(**settings)
     model = getattr(transformers, CLASSES[kind]).from_config(config)
-    prefix = model.base_model_prefix + "."
+    prefix = parts.architecture.prefix
     weights = {prefix + name: value for name, value in parts.weights.items()}
     if parts.head is not None:
         weights |= _head_weights(parts, prefix, temperature)
+    if parts.output is not None:
+        weights["lm_head.weight"] = parts.output
     loaded = model.load_state_dict(weights, strict=False)
-    # The output of a GPT-2 is its token embedding.
-    if missing := [name for name in [*loaded.missing_keys, *loaded.unexpected_keys] if name != "lm_head.weight"]:
+    tied = {"lm_head.weight"} if parts.head is None and config.tie_word_embeddings else set()
+    if missing := sorted({*loaded.missing_keys, *loaded.unexpected_keys} - tied):
         raise AssertionError(f"transformers has other weights than expected, first {missing[0]}")
     model.eval().save_pretrained(folder)
     save_tokenizer(folder, parts)
@@ -108,21 +153,24 @@ def read_merged(folder: ModelFolder) -> Parts:
     job, config = folder.job, read_object(folder.path / "config.json")
     try:
         stored = load_file(folder.path / WEIGHTS_FILE)
-        begin = _PREFIXES[config["model_type"]]
-        weights = {name.removeprefix(begin): value.float() for name, value in stored.items() if name.startswith(begin)}
+        row = architecture_of(config["model_type"])
+        weights = {
+            name.removeprefix(row.prefix): value.float()
+            for name, value in stored.items()
+            if name.startswith(row.prefix)
+        }
         tokenizer = AutoTokenizer.from_pretrained(
             folder.path, local_files_only=True, trust_remote_code=False, split_special_tokens=True
         )
         if job.task.kind in ("causal_lm", "replies"):
-            return Parts(job, config, weights, None, tokenizer)
-        config["num_hidden_layers"] -= 1
+            output = None if config.get("tie_word_embeddings", True) else output_weight(folder.path)
+            return Parts(job, config, weights, None, tokenizer, output)
+        config[row.num_layers] -= 1
         plain = Parts(job, config, weights, None, tokenizer)
-        outer = f"{plain.architecture.layers}.{config['num_hidden_layers']}."
-        for name in [f"{last_norm(plain)}.{kind}" for kind in ("weight", "bias")]:
+        outer = f"{row.layers}.{plain.num_layers}."
+        for name in [f"{_last_norm(plain)}.{kind}" for kind in ("weight", "bias")]:
             weights[name] = tensor(weights[name].double() / _scales(plain)[1])
-        out = "classifier" if "classifier.weight" in stored else "classifier.out_proj"
-        weight = stored[f"{out}.weight"].double() * (1.0 if plain.by_token else _SMALL)
-        head = plain.own_head(weight, stored[f"{out}.bias"].double(), folder.record.temperature)
+        head = plain.own_head(*_stored_head(plain, stored), folder.record.temperature)
     except (KeyError, OSError, SafetensorError) as error:
         raise ModelError(f"{folder.path} holds no merged weights of ours ({error}); export the run anew.") from None
     kept = {name: value for name, value in weights.items() if not name.startswith((outer, "pooler."))}
@@ -151,7 +199,7 @@ def _settings(parts: Parts) -> dict[str, Any]:
     regression = parts.job.task.kind == "regression"
     problem = {} if parts.by_token else {"problem_type": "regression" if regression else "single_label_classification"}
     return {
-        "num_hidden_layers": int(parts.config["num_hidden_layers"]) + 1,
+        parts.architecture.num_layers: parts.num_layers + 1,
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
         **problem,
@@ -160,31 +208,71 @@ def _settings(parts: Parts) -> dict[str, Any]:
 
 def _head_weights(parts: Parts, prefix: str, temperature: float) -> dict[str, Tensor]:
     """Return the weights of the extra layer and of the classifier, and those of the layer before, scaled."""
-    size, epsilon = int(parts.config["hidden_size"]), float(parts.config["layer_norm_eps"])
-    pools, before = _scales(parts)
-    norm, last = last_norm(parts), int(parts.config["num_hidden_layers"])
-    found = {f"{norm}.{name}": parts.weights[f"{norm}.{name}"].double() * before for name in ("weight", "bias")}
-    layer = _extra_layer(size, int(parts.config["intermediate_size"]), epsilon, _OUTWEIGHS if pools else 0.0)
-    found |= {f"{parts.architecture.layers}.{last}.{name}": value for name, value in layer.items()}
-    weights = {prefix + name: value for name, value in found.items()}
     weight, bias = parts.answering(temperature)
+    size, width = weight.shape[1], len(parts.weights[f"{_layer(parts, 0)}.{_named(parts, 'intermediate.dense')}.bias"])
+    pools, before = _scales(parts)
+    norm = _last_norm(parts)
+    found = {f"{norm}.{name}": parts.weights[f"{norm}.{name}"].double() * before for name in ("weight", "bias")}
+    layer = _extra_layer(size, width, _epsilon(parts), _OUTWEIGHS if pools else 0.0)
+    for name, value in layer.items():
+        module, _, kind = name.rpartition(".")
+        found[f"{_layer(parts, parts.num_layers)}.{_named(parts, module)}.{kind}"] = value
+    weights = {prefix + name: value for name, value in found.items()}
     if parts.by_token:
         weights |= {"classifier.weight": weight, "classifier.bias": bias}
     else:
-        dense, out = (
-            (f"{prefix}pooler.dense", "classifier")
-            if parts.family == "bert"
-            else ("classifier.dense", "classifier.out_proj")
-        )
-        weights |= {f"{dense}.weight": torch.eye(size) * _SMALL, f"{dense}.bias": torch.zeros(size)}
-        weights |= {f"{out}.weight": weight / _SMALL, f"{out}.bias": bias}
+        names = _CLASSIFIERS[parts.family]
+        dense = prefix + names.dense if names.inside else names.dense
+        factor, shift = _between(names, size)
+        weights |= {f"{dense}.weight": torch.eye(size) * factor, f"{dense}.bias": torch.full((size,), shift)}
+        weights |= {
+            f"{names.out}.weight": weight / factor,
+            f"{names.out}.bias": bias - weight.sum(dim=1) * shift / factor,
+        }
     return {name: tensor(value) for name, value in weights.items()}
+
+
+def _stored_head(parts: Parts, stored: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return weight and bias of the answering head out of what `_head_weights` wrote."""
+    names = _CLASSIFIERS[parts.family]
+    if parts.by_token:
+        return stored["classifier.weight"].double(), stored["classifier.bias"].double()
+    weight = stored[f"{names.out}.weight"].double()
+    factor, shift = _between(names, weight.shape[1])
+    return weight * factor, stored[f"{names.out}.bias"].double() + weight.sum(dim=1) * shift
+
+
+def _between(names: _Classifier, size: int) -> tuple[float, float]:
+    """Return by what the classifier's first layer multiplies and what it adds; see step 4 of the module.
+
+    A normalised vector of `size` values has none above sqrt(size), and GELU(x) is x from 6 on.
+    """
+    return (1.0, math.ceil(math.sqrt(size)) + 6.0) if names.grows else (_SMALL, 0.0)
+
+
+def _layer(parts: Parts, number: int) -> str:
+    return f"{parts.architecture.layers}.{number}"
+
+
+def _named(parts: Parts, name: str) -> str:
+    """Return what the family calls a part of a layer of BERT."""
+    return _BERT_LAYER[name] if parts.family == "distilbert" else name
+
+
+def _last_norm(parts: Parts) -> str:
+    """Return the name of the normalisation that ends the encoder's last layer."""
+    return f"{_layer(parts, parts.num_layers - 1)}.{_named(parts, 'output.LayerNorm')}"
+
+
+def _epsilon(parts: Parts) -> float:
+    """Return what transformers adds to variances; of DistilBERT it is no setting."""
+    return float(parts.config.get("layer_norm_eps", 1e-12))
 
 
 def _scales(parts: Parts) -> tuple[bool, float]:
     """Return whether the extra layer pools, and by what the vectors that enter it are scaled."""
     pools = not parts.by_token and parts.job.model.pooling == "mean"
-    scale = math.sqrt(float(parts.config["layer_norm_eps"]) / HEAD_EPSILON)
+    scale = math.sqrt(_epsilon(parts) / HEAD_EPSILON)
     return pools, scale / _OUTWEIGHS if pools else scale
 
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from shared.errors import ConfigError
 from shared.job.job import Job
+from shared.models.families import ARCHITECTURES
 from shared.models.images import ImageModel
 from shared.runtime.export.folder import Precision, TensorSpec
 from shared.runtime.export.graphs import encoder, gpt2, image
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 GRAPH_FILE = "model.onnx"
+GRAPHS = tuple(row.name for row in ARCHITECTURES.values() if row.has_graph)
+"""Families of which graphs are made."""
 _MOST_BYTES = 1_900_000_000
 """Of weights inside `model.onnx`, whose format ends at 2 GiB; more lie in a file beside it."""
 
@@ -56,12 +59,26 @@ def write_graph(
     Raises:
         ConfigError: if the backbone has something that a graph cannot have.
     """
+    check_graph(parts)
     if parts.family == "gpt2":
         model = gpt2.gpt2_graph(parts, temperature, share_embedding=precision == "float32")
     else:
         model = encoder.encoder_graph(parts, temperature)
     _save(quantised(model) if precision == "int8" else model, folder / GRAPH_FILE)
     return gpt2.specs(parts) if parts.family == "gpt2" else encoder.specs(parts)
+
+
+def check_graph(parts: Parts) -> None:
+    """Raise `ConfigError` if nothing here makes a graph of such a backbone."""
+    row = parts.architecture
+    if row.has_graph and parts.output is None:
+        return
+    what = row.name if not row.has_graph else f"a {row.name} with an output matrix of its own"
+    merges = row.merges_labels or parts.head is None
+    raise ConfigError(
+        f"no graph is made of {what}; {', '.join(sorted(GRAPHS))} have one. "
+        + ("Export it with --to merged." if merges else "Its adapter stands in the run, for Silotune and for PEFT.")
+    )
 
 
 def write_image_graph(

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from shared.errors import ConfigError
 from shared.job.job import Job
-from shared.models.backbones import ARCHITECTURES, Architecture
-from shared.models.heads import PooledClassifier, TokenClassifier
+from shared.models.eight_bits import plain_weights
+from shared.models.families import Architecture, architecture_of
+from shared.models.heads import OwnLanguageHead, PooledClassifier, TokenClassifier
 from shared.models.tunable import TunableModel
 from shared.runtime.runtime import Runtime
 
@@ -43,8 +44,9 @@ class Parts:
         config: of the backbone, by the names of transformers.
         weights: of the backbone, float32 on the CPU, by the names of transformers.
         head: (weight [outputs, H], bias [outputs]) behind pooling and normalisation; None of a language model, whose output is
-            its token embedding.
+            its token embedding or `output`.
         tokenizer: of the backbone, splitting control tokens that a person wrote.
+        output: matrix [vocabulary, H] of a language model that shares none with its token embedding.
     """
 
     job: Job
@@ -52,6 +54,7 @@ class Parts:
     weights: Mapping[str, Tensor]
     head: tuple[Tensor, Tensor] | None
     tokenizer: Any
+    output: Tensor | None = None
 
     @property
     def family(self) -> str:
@@ -61,7 +64,12 @@ class Parts:
     @property
     def architecture(self) -> Architecture:
         """Where the family keeps its parts."""
-        return ARCHITECTURES[self.family]
+        return architecture_of(self.family)
+
+    @property
+    def num_layers(self) -> int:
+        """How many layers the backbone has."""
+        return int(self.config[self.architecture.num_layers])
 
     @property
     def by_token(self) -> bool:
@@ -103,8 +111,8 @@ def parts_of_runtime(runtime: Runtime, job: Job) -> Parts:
     weights = {}
     for name, parameter in model.backbone.named_parameters():
         plain, own = name.replace(".base_layer", ""), "base_model.model." + name.replace(".base_layer.weight", "")
-        if ".lora_" not in name and not name.startswith("pooler."):
-            weights[plain] = merged[own] if own in merged else parameter.detach().float().cpu().clone()
+        if ".lora_" not in name and not name.startswith("pooler.") and not name.endswith(".scale"):
+            weights[plain] = merged[own] if own in merged else _frozen(model, name, parameter)
     for name in [name for name in weights if name.endswith("token_type_embeddings.weight")]:
         # In training every token is of the first type; a tokenizer elsewhere may say that a pair's second text is of the second.
         weights[name] = weights[name][:1].expand_as(weights[name]).contiguous()
@@ -116,7 +124,11 @@ def parts_of_runtime(runtime: Runtime, job: Job) -> Parts:
         head = (model.head.linear.weight.detach().cpu(), model.head.linear.bias.detach().cpu())
     if head is not None:
         head = (head[0].float().clone(), head[1].float().clone())
-    return Parts(job, config, weights, head, runtime.tokenizer)
+    output = None
+    if isinstance(model.head, OwnLanguageHead):
+        plain_output = plain_weights(model.head.output)
+        output = (model.head.output.weight.detach() if plain_output is None else plain_output).cpu().clone()
+    return Parts(job, config, weights, head, runtime.tokenizer, output)
 
 
 def _merged(model: TunableModel, name: str, factors: tuple[nn.Parameter, nn.Parameter]) -> Tensor:
@@ -124,16 +136,22 @@ def _merged(model: TunableModel, name: str, factors: tuple[nn.Parameter, nn.Para
     factor_a, factor_b = (factor.detach().double().cpu() for factor in factors)
     base: Any = model.backbone.get_submodule(name.removeprefix("base_model.model.")).get_base_layer()  # type: ignore[operator]
     product = model.scaling * (factor_b @ factor_a)
-    if not isinstance(base, nn.Linear):  # Conv1D of GPT-2 stores [in, out]
+    plain = plain_weights(base)
+    weight = base.weight.detach() if plain is None else plain
+    if model.architecture.transposed:  # Conv1D of GPT-2 stores [in, out]
         product = product.T
-    merged: Tensor = (base.weight.detach().double().cpu() + product).float()
-    return merged
+        weight = weight if plain is None else weight.T
+    return (weight.double().cpu() + product).float()
 
 
-def last_norm(parts: Parts) -> str:
-    """Return the name of the normalisation that ends the encoder's last layer."""
-    last = int(parts.config["num_hidden_layers"]) - 1
-    return f"{parts.architecture.layers}.{last}.output.LayerNorm"
+def _frozen(model: TunableModel, name: str, parameter: nn.Parameter) -> Tensor:
+    """Return the values of a frozen parameter, in transformers' layout; of weights in 8 bits those that are computed with."""
+    module = model.backbone.get_submodule(name.rpartition(".")[0])
+    plain = plain_weights(module) if name.endswith(".weight") else None
+    if plain is None:
+        return parameter.detach().float().cpu().clone()
+    turned = model.architecture.transposed and isinstance(module, nn.Linear)
+    return (plain.T if turned else plain).cpu().contiguous()
 
 
 def tensor(values: Any) -> Tensor:

@@ -72,6 +72,12 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(backbone)
 """
 
 
+_ROUNDED = """
+The run computed with the backbone's weights rounded to 8 bits (`model.backbone_bits`). On the float weights that these lines
+load, outputs are a little other; `silotune export --to merged` writes the rounded ones, where the family has that form.
+"""
+
+
 def save_peft_folder(
     folder: Path, runtime: Runtime, job: Job, state: Mapping[str, Tensor], *, temperature: float = 1.0
 ) -> None:
@@ -195,6 +201,7 @@ def _peft_config(runtime: Runtime, job: Job, rank: int, alpha: float) -> dict[st
         "base_model_name_or_path": job.model.backbone,
         "revision": job.model.revision,
         "inference_mode": True,
+        "fan_in_fan_out": _tunable(runtime).architecture.transposed,
         "task_type": "CAUSAL_LM" if runtime.task.causal_lm else "FEATURE_EXTRACTION",
         "target_modules": sorted(job.lora.target_modules),
     }
@@ -202,6 +209,10 @@ def _peft_config(runtime: Runtime, job: Job, rank: int, alpha: float) -> dict[st
 
 
 def _readme(runtime: Runtime, job: Job) -> str:
+    return _how_to_load(runtime, job) + (_ROUNDED if job.model.backbone_bits == 8 else "")
+
+
+def _how_to_load(runtime: Runtime, job: Job) -> str:
     if runtime.task.causal_lm:
         return _GENERATOR_README.format(backbone=job.model.backbone)
     pooled = "hidden[:, 0]" if job.model.pooling == "first" else "(hidden * mask).sum(1) / mask.sum(1)"
