@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.tracking import Target, Tracking
+from server.tracking import Target, Tracking, wandb_tracker
 from shared.job.job import Job
 from tests.server.tracking.told import EPSILONS, checkpoint, told
 
@@ -18,9 +18,9 @@ MakeJob = Callable[..., Job]
 
 def run_twice(target: Target, job: Job, folder: Path) -> None:
     """Two rounds, and after a resume the third."""
-    with Tracking([target], pytest.fail) as trackers:
+    with Tracking([target], pytest.fail, seconds=90) as trackers:
         trackers.observer(told(job, folder)).round_done(checkpoint(job, 2))
-    with Tracking([target], pytest.fail) as trackers:
+    with Tracking([target], pytest.fail, seconds=90) as trackers:
         observer = trackers.observer(told(job, folder))
         observer.resumed(checkpoint(job, 2))
         observer.ended(checkpoint(job, 3), complete=True)
@@ -50,6 +50,8 @@ def test_wandbs_reader_finds_every_round_and_nothing_of_the_machine(
 ) -> None:
     pytest.importorskip("wandb", reason="the extra wandb is not installed")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    # A busy machine is no reason to give up here.
+    monkeypatch.setattr(wandb_tracker, "_PATIENCE", {"init_timeout": 60.0, "summary_timeout": 60})
     job = classification_job()
     run_twice(Target("wandb", "offline"), job, tmp_path / "run")
     found = [record for path in sorted(tmp_path.glob("wandb/offline-*/*.wandb")) for record in records_of(path)]
