@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from server.energy import EnergyObserver
+from server.link.grid import Halted
 from server.rounds.observer import Observer, Observers
 from server.tracking import Told, Tracking, Watched
 from shared.job.compute import ComputeConfig
@@ -38,6 +39,9 @@ def watching(
             observers.append(meter)
         try:
             yield Observers(*observers)
+        except Halted:
+            tracking.finish(folder, "stopped")  # it goes on later
+            raise
         finally:
             if meter is not None:
                 meter.close()

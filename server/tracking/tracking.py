@@ -82,7 +82,7 @@ class Tracking:
     ) -> None:
         stopped: Status = "failed" if isinstance(error, Exception) else "stopped"
         for folder, run in self._runs.items():
-            if run.figures and run.ending is None:  # else it never began
+            if run.ending is None:
                 self.finish(folder, self._states.get(folder, stopped))
         for sender in self._senders:
             sender.close()
@@ -134,7 +134,7 @@ class Tracking:
     def finish(self, folder: Path, status: Status | None = None) -> None:
         """Send what is kept of a run: its report, if there is one, and the adapter where that was asked for."""
         run, told = self._runs.get(folder), self._told.get(folder)
-        if run is None or told is None or run.ending is not None:
+        if run is None or told is None or run.ending is not None or not run.figures:  # or it never began
             return
         status = status or self._states.get(folder, "stopped")
         artifacts = {}
