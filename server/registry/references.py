@@ -50,7 +50,7 @@ def resolve(registry: Registry, reference: str, *, retired: bool = False, histor
     if parts is None and (inside := _place_of(path)) is not None:
         # Whoever names a version by its path gets what its name leads to: verified, and not if it is retired.
         root, name, number = inside
-        own = registry if registry.path.resolve() == root else Registry(root)
+        own = registry if registry.path.resolve() == root else registry.at(root)
         return resolve(own, f"{name}:{number}", retired=retired)
     if parts is None or (parts[1] not in registry.names() and parts[2] is None and parts[3] is None and path.is_dir()):
         if not path.is_dir():

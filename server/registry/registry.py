@@ -96,6 +96,10 @@ class Registry:
         self.path = path
         self._policy = policy
 
+    def at(self, path: Path) -> Registry:
+        """Return the registry of another folder, under the same policy where one was given; else under that folder's own."""
+        return Registry(path, self._policy)
+
     @cached_property
     def policy(self) -> RegistryPolicy:
         """Whom it trusts, and what may be promoted.

@@ -74,7 +74,7 @@ def serve(
         from server.serving.monitoring.drift import DriftPlan
         from server.serving.serving import Start, place_of_service, run
     except ModuleNotFoundError as error:
-        if error.name not in ("starlette", "uvicorn", "httptools"):
+        if error.name not in ("starlette", "uvicorn"):
             raise
         raise ConfigError(f"serving needs the package {error.name}: pip install 'silotune[serve]'") from None
 

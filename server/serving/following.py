@@ -62,9 +62,7 @@ class Following:
             )
         if version is not None and "/" in reference:  # its path: the registry in which it lies says what becomes of it
             root, reference = version.path.parents[2], version.reference
-            if root.resolve() != open_registry().path.resolve():
-                open_registry = registry_opener(root, None)
-            self._open, self._reference = open_registry, reference
+            self._open, self._reference = lambda: open_registry().at(root), reference
         self.how = found.how
         self.name = reference if version else found.folder.resolve().name
         self.base = version.manifest.name if version else self.name
@@ -78,7 +76,7 @@ class Following:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="alias", daemon=True)
         if version is not None:
-            self._continued(open_registry().history(self.base))
+            self._continued(self._open().history(self.base))
             self._thread.start()
 
     def close(self) -> None:

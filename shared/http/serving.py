@@ -27,12 +27,12 @@ from typing import Any
 
 import uvicorn
 from cryptography import x509
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
 from shared.http.asgi import App
-from shared.http.problems import malformed
+from shared.http.problems import framed, malformed
 from shared.service.logs import sparing
 from shared.service.machine import raise_descriptor_limit
 from shared.stopping import orderly
@@ -42,7 +42,6 @@ from shared.trust.keystore import check_private
 log = logging.getLogger("silotune.http")
 
 _MOST_BYTES = 1 << 20
-_MOST_HEAD_BYTES = 16 << 10
 REQUEST_SECONDS, HANDSHAKE_SECONDS = 20.0, 10.0
 MOST_OF_AN_ADDRESS = 256
 """Open connections; a browser has six, and many people may come through one gateway, or one ssh -L."""
@@ -185,7 +184,7 @@ def make_server(
         ConfigError: certificate and key do not belong together or cannot be read.
     """
     config = uvicorn.Config(
-        app,
+        framed(app),
         log_config=None,
         access_log=False,
         server_header=False,
@@ -195,6 +194,7 @@ def make_server(
         ws="none",
         timeout_keep_alive=15,
         timeout_graceful_shutdown=grace_seconds,
+        h11_max_incomplete_event_size=16 << 10,
         ssl_certfile=place.certificate,
         ssl_keyfile=None if place.key is None else str(place.key),
     )
@@ -215,14 +215,10 @@ def make_server(
     return _Server(config)
 
 
-class _Connection(HttpToolsProtocol):
+class _Connection(H11Protocol):
     """A connection that ends unless a whole request comes in time after its begin, or after the answer before."""
 
     _deadline: asyncio.TimerHandle | None = None
-    _unread = 0
-    """Bytes since a head was whole or a part of a body came: of the next head, or of what stands around those parts."""
-    _head = True
-    """Whether what comes next is of a head."""
 
     def __init__(self, bounds: Connections | None, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
@@ -249,37 +245,9 @@ class _Connection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Take what came; only the end of a request puts the deadline off."""
-        self._unread += len(data)
         super().data_received(data)
-        if self._unread > _MOST_HEAD_BYTES and not self.transport.is_closing():
-            self.send_400_response(f"the head of a request has at most {_MOST_HEAD_BYTES:,} bytes")
         if self._deadline is not None and not self._is_waiting:
             self._deadline.cancel()
-
-    def on_message_begin(self) -> None:
-        """Begin to read a head."""
-        self._head = True
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        """Take a header; what comes as one after the body is none, for who asks was judged by then."""
-        if self._head:
-            super().on_header(name, value)
-
-    def on_headers_complete(self) -> None:
-        """Begin to answer."""
-        self._head, self._unread = False, 0
-        super().on_headers_complete()
-
-    def on_body(self, body: bytes) -> None:
-        """Take a part of a body."""
-        self._unread = 0
-        super().on_body(body)
-
-    def on_message_complete(self) -> None:
-        """Expect the next head."""
-        self._unread = 0
-        super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request, in the shape of all errors; an answer that is on its way is cut off instead."""

@@ -16,7 +16,6 @@ _NEEDED = (
     "argon2",
     "authlib",
     "fastapi",
-    "httptools",
     "httpx",
     "joserfc",
     "multipart",

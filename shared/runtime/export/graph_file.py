@@ -1,10 +1,11 @@
-"""Which other files a graph of ONNX reads: told from its bytes, without a library that would read them.
+"""Which other files a graph of ONNX reads, and whether it ends: told from its bytes, without a library that would read them.
 
 A tensor may lie in another file, by any path. ONNX is Protocol Buffers (https://protobuf.dev/programming-guides/encoding/), of
 which so much is walked here as leads to tensors; field numbers are those of onnx.proto of ONNX 1.20.
 
 Guarantee (tests: tests/shared/runtime/export/test_graph_file.py): every file that `onnx` would read is found, wherever the tensor
-stands; a graph that reads one outside its model, or one that is not listed, is refused.
+stands; a graph that reads one outside its model, or one that is not listed, is refused. So is one with graphs or functions inside:
+a model of ours computes each of its operators once, and a loop need not end.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ _INSIDE: Mapping[str, Mapping[int, str]] = {
     "SparseTensorProto": {1: _TENSOR, 2: _TENSOR},
 }
 """By its number, which message stands in which."""
+_COMPUTED = ("GraphProto", "FunctionProto")
 _EXTERNAL_DATA, _DATA_LOCATION, _EXTERNAL = 13, 14, 1
 
 
@@ -49,7 +51,13 @@ def check_graphs(folder: Path, names: Collection[str]) -> None:
     for name in sorted(names):
         if not name.endswith(".onnx"):
             continue
-        for location in external_files(folder / name):
+        walk = _walked(folder / name)
+        if walk.branches:
+            raise ModelError(
+                f"{folder / name} holds graphs or functions inside its graph, such as of a loop, which may never end; no model "
+                "that Silotune makes does. Do not use it; make it anew."
+            )
+        for location in sorted(walk.found):
             place = PurePosixPath(name).parent / location
             if place.is_absolute() or ".." in place.parts or "\\" in location or place.as_posix() not in names:
                 raise ModelError(
@@ -62,15 +70,19 @@ def external_files(path: Path) -> list[str]:
     """Return the files that the graph at `path` reads beside itself, by the names that it gives them, sorted.
 
     Raises:
-        ModelError: if it is no ONNX file, or a tensor lies elsewhere and does not say where.
+        ModelError: if it is no ONNX file.
     """
+    return sorted(_walked(path).found)
+
+
+def _walked(path: Path) -> _Walk:
     walk = _Walk()
     try:
         with path.open("rb") as file:
             walk.message(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)), "ModelProto", 0)
     except (ValueError, IndexError, OSError):
         raise ModelError(f"{path} is no ONNX file that can be read; restore it, or make the model anew.") from None
-    return sorted(walk.found)
+    return walk
 
 
 class _Walk:
@@ -78,10 +90,12 @@ class _Walk:
 
     Attributes:
         found: where tensors lie that are not in the file; "" where one does not say it.
+        branches: whether there is a graph or a function inside the graph.
     """
 
     def __init__(self) -> None:
         self.found: set[str] = set()
+        self.branches = False
         self._fields_left = _MOST_FIELDS
 
     def message(self, data: memoryview, kind: str, depth: int) -> None:
@@ -99,6 +113,9 @@ class _Walk:
                 entry = {key: bytes(text).decode() for key, text in self._fields(value) if isinstance(text, memoryview)}
                 locations |= {entry.get(2, "")} if entry.get(1) == "location" else set()
             elif number in inside:
+                self.branches |= (kind != "ModelProto" and inside[number] == "GraphProto") or inside[
+                    number
+                ] == "FunctionProto"
                 self.message(value, inside[number], depth + 1)
         self.found |= locations or ({""} if is_external else set())
 

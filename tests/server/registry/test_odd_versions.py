@@ -16,10 +16,10 @@ from server.registry.references import resolve, verified_folder
 from server.registry.registry import Registry
 from server.registry.showing import table_of
 from server.serving.models import Plan, load
-from shared.errors import ConfigError, RegistryError, SilotuneError
+from shared.errors import ConfigError, RegistryError, SilotuneError, TrustError
 from shared.files.json_files import read_object
 from shared.runtime.export.card import evaluated_on_private_records
-from tests.server.registry.keys import OFFICER, SIGNER
+from tests.server.registry.keys import OFFICER, SIGNER, STRANGER
 
 
 def amend(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -75,6 +75,15 @@ def test_a_path_into_a_registry_is_its_version(below: str, registry: Registry, f
                 assert found.version is not None
                 assert found.version.reference == "films:2"
                 assert verified_folder(str(path), asked.path, None) == found.folder
+
+
+def test_a_policy_holds_for_a_path_into_another_registry(registry: Registry, filled: Path, tmp_path: Path) -> None:
+    policy = tmp_path / "trust.toml"
+    policy.write_text(registry.policy_file.read_text().replace(SIGNER.verify_key.text, STRANGER.verify_key.text))
+    path = registry.path / "films" / "versions" / "2"
+    for own in (registry.path, filled.parent / "none"):
+        with pytest.raises(TrustError, match="not among the signers"):
+            verified_folder(str(path), own, policy)
 
 
 def test_errors_name_no_private_copy(registry: Registry) -> None:

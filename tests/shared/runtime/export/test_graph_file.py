@@ -99,6 +99,14 @@ def test_one_location_of_several_is_enough(tmp_path: Path) -> None:
         check_graphs(tmp_path, ["model.onnx", "model.onnx.data"])
 
 
+@pytest.mark.parametrize("place", [in_branch, in_function])
+def test_a_graph_inside_a_graph_is_refused(place: Callable[[str], Any], tmp_path: Path) -> None:
+    """A loop of 2^62 turns passes every other check, and is still in its first answer minutes later."""
+    (tmp_path / "model.onnx").write_bytes(place("model.onnx.data").SerializeToString())
+    with pytest.raises(ModelError, match="graphs or functions inside its graph"):
+        check_graphs(tmp_path, ["model.onnx", "model.onnx.data"])
+
+
 def test_what_lies_beside_and_is_listed_is_taken(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(model(tensor("model.onnx.data")).SerializeToString())
     check_graphs(tmp_path, ["model.onnx", "model.onnx.data"])
