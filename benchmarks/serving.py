@@ -28,7 +28,7 @@ TOKENS, SECONDS, RUNS = 25, 3.0, 12
 THREADS = 0
 """Of whatever computes; 0 is one for each core."""
 SIZES = (1, 2, 4, 8, 16)
-CONNECTIONS = 6
+CONNECTIONS = 3
 """That ask at the same time; each waits for its answer, then asks again."""
 _WORDS = "the film is a quiet joy from start to end and a dull plot what bright funny cast warm clever very well made"
 

@@ -207,7 +207,7 @@ class Health(BaseModel):
     model: str
     version: str
     troubles: list[str]
-    warning: str | None = Field(description="A certificate that clients refuse: it has expired, or is not valid yet.")
+    warning: str | None = Field(description="A certificate that clients refuse, or a version that did not take over.")
 
 
 _EITHER = {

@@ -114,8 +114,13 @@ def open_service(start: Start) -> Service:
         start.place.names,
         drift=drift,
         explaining=Explaining() if start.plan.explain else None,
-        warning=lambda: start.place.trouble(datetime.now(UTC)),
+        warning=lambda: start.place.trouble(datetime.now(UTC)) or _not_taken_over(following),
     )
+
+
+def _not_taken_over(following: Following) -> str | None:
+    # The reason may hold paths, and anybody may ask.
+    return following.trouble and "the version to which the reference leads is not served; the log says why"
 
 
 def close(service: Service) -> None:

@@ -4,7 +4,7 @@ A tensor may lie in another file, by any path. ONNX is Protocol Buffers (https:/
 which so much is walked here as leads to tensors; field numbers are those of onnx.proto of ONNX 1.20.
 
 Guarantee (tests: tests/shared/runtime/export/test_graph_file.py): every file that `onnx` would read is found, wherever the tensor
-stands; a graph that reads one outside its model, or one that is not listed, is refused. So is one with graphs or functions inside:
+stands; a graph that reads one outside its model, or one that is not listed, is refused, and one with graphs or functions inside:
 a model of ours computes each of its operators once, and a loop need not end.
 """
 

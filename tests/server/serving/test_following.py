@@ -97,7 +97,11 @@ def test_what_does_not_verify_is_refused_and_the_old_one_goes_on(
         assert found.post("/v1/predict", {"texts": ["a"]}).json()["version"] == "films:1"
         with found.client() as client:
             assert "silotune_model_refused 1.0" in client.get("/metrics").text
-            assert client.get("/healthz").status_code == 200, "it can answer"
+            health = client.get("/healthz")
+            assert health.status_code == 200, "it can answer"
+            assert (
+                health.json()["warning"] == "the version to which the reference leads is not served; the log says why"
+            )
 
 
 def test_a_retired_version_stops(registry: Registry) -> None:
