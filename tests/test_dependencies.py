@@ -20,7 +20,11 @@ ROOT = Path(__file__).parents[1]
 LOCKS = ROOT / "locks"
 OWN = {"shared", "client", "server", "simulations", "silotune", "cli", "tests", "benchmarks", "tools"}
 # Not installed here; by the name of its distribution.
-OPTIONAL = {"presidio_analyzer": ["presidio-analyzer"], "spacy": ["spacy"]}
+OPTIONAL = {
+    "presidio_analyzer": ["presidio-analyzer"],
+    "pynvml": ["nvidia-ml-py"],
+    "spacy": ["spacy"],
+}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -70,7 +70,7 @@ class StandInAttempt:
     made: ClassVar[list[StandInAttempt]] = []
     held = False
 
-    def __init__(self, home: CoordinatorHome, submission: Submission, link: Any) -> None:
+    def __init__(self, home: CoordinatorHome, submission: Submission, link: Any, watched: Any) -> None:
         self.submission, self.alive, self.halted, self.progress = submission, True, False, Progress()
         self.made.append(self)
 

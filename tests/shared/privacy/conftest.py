@@ -29,6 +29,7 @@ def cells(monkeypatch: pytest.MonkeyPatch) -> Cells:
 
     monkeypatch.setattr(loss_distribution.fft, "irfft", composed)
     monkeypatch.setattr(loss_distribution, "step_divergence", of_a_step)
-    for remembered in (accounting.calibrate_noise_multiplier, accounting._compose_epsilon, loss_distribution.step_loss):
+    for remembered in (accounting.calibrate_noise_multiplier, accounting._compose_epsilon):
         remembered.cache_clear()
+    loss_distribution.forget_steps()
     return found

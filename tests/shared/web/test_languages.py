@@ -82,7 +82,7 @@ def test_every_message_that_is_asked_for_is_there_and_no_other() -> None:
         key
         for key in messages
         if re.match(
-            r"budget\.(composition|promise|line|cap)_|health\.(outcome|certificate)_|requests\.state_|runs\.|sites\.cert_|reports\.(failed|make|sign)_",
+            r"budget\.(composition|promise|line|cap)_|requests\.against_|health\.(outcome|certificate)_|requests\.state_|runs\.|sites\.cert_|reports\.(failed|make|sign)_",
             key,
         )
     }
