@@ -221,7 +221,7 @@ class PolicyChanges:
 
     def lacks_officer(self, proposal: Proposal) -> bool:
         """Return whether it takes two who decide on jobs, and its proposer is none; raises as `needed_for`."""
-        return self.wants_officers(self.text_of(proposal.sha256)) and not proposal.officer
+        return not proposal.officer and self.wants_officers(self.text_of(proposal.sha256))
 
     def propose(self, text: str, *, base: str, by: str, reason: str = "", officer: bool = False) -> Proposal:
         """Note, durably, that an account wants another policy.

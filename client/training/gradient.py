@@ -26,6 +26,7 @@ from client.training.trainer import (
     clipped_sums,
     draw,
     per_example_hooks,
+    pool_of,
 )
 from shared.errors import PrivacyError
 from shared.privacy.plan import PrivacyPlan
@@ -77,7 +78,7 @@ def noisy_sums(
         # 1. Every unit of privacy enters by its own coin.
         drawn = [draw(plan, work, round_number, attempt) for work in works]
         # 2. Each unit's gradient is clipped, cut to the grid and added to its site's sum.
-        totals, losses = clipped_sums(runtime, works, drawn, plan, hooks)
+        totals, losses = clipped_sums(runtime, pool_of(works), works, drawn, plan, hooks)
     return [
         _with_share(total, work, plan, loss, drawn_here, round_number, attempt)
         for total, work, loss, drawn_here in zip(totals, works, losses, drawn, strict=True)

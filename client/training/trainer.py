@@ -110,13 +110,8 @@ class LocalWork:
         """K, how many views there are of each example, itself included."""
         return 1 + len(self.views) // max(len(self.examples), 1)
 
-    @property
-    def pool(self) -> list[Example]:
-        """Examples, and behind them all views."""
-        return [*self.examples, *self.views]
-
     def with_views(self, records: Sequence[int]) -> list[int]:
-        """Return the places in `pool` of records and their views."""
+        """Return the places of records and their views among all examples and, behind them, all views; see `pool_of`."""
         first, each = len(self.examples), self.views_each - 1
         return [
             place
@@ -162,6 +157,7 @@ def train_local_rounds(
     stacks = {name: stacked(parameter, len(works)) for name, parameter in trainable.items()}
     optimizer = build_optimizer(stacks, runtime.model.head_parameters(), training)
     restore_optimizer(optimizer, stacks, [work.optimizer_state for work in works])
+    pool = pool_of(works)
     seen = [Observations() for _ in works]
 
     values: dict[Tensor, Tensor] | None = None
@@ -172,7 +168,7 @@ def train_local_rounds(
             # 2. Every unit of privacy, a record or a person, enters the step by its own coin.
             drawn = [draw(plan, work, round_number, step) for work in works]
             # 3. Each unit's gradient is clipped and added to its site's sum.
-            totals, losses = clipped_sums(runtime, works, drawn, plan, hooks)
+            totals, losses = clipped_sums(runtime, pool, works, drawn, plan, hooks)
             for site, (work, total) in enumerate(zip(works, totals, strict=True)):
                 # 4. One noise event per logical step and site, also when the sample is empty.
                 noise = work.randomness.stream("noise", round_number=round_number, step=step)
@@ -199,8 +195,14 @@ def train_local_rounds(
     ]
 
 
+def pool_of(works: Sequence[LocalWork]) -> list[Example]:
+    """Return what all sites bring, site by site: its examples, then their views."""
+    return [example for work in works for part in (work.examples, work.views) for example in part]
+
+
 def clipped_sums(
     runtime: Runtime,
+    pool: Sequence[Example],
     works: Sequence[LocalWork],
     drawn: Sequence[Sequence[Sequence[int]]],
     plan: PrivacyPlan,
@@ -210,8 +212,10 @@ def clipped_sums(
 
     Per-example gradients come from passes over micro-batches of all sites; those of a person's records, and of a record's views,
     are averaged over all micro-batches; then each unit's is clipped, over adapter and head together, and added to its site's sum.
+
+    Args:
+        pool: `pool_of` the works, which stays the same over a round.
     """
-    pools = [work.pool for work in works]
     drawn = [
         [work.with_views(group) if work.views else group for group in groups]
         for work, groups in zip(works, drawn, strict=True)
@@ -223,12 +227,12 @@ def clipped_sums(
         for total, work, groups in zip(totals, works, drawn, strict=True)
     ]
     loss_sums = [0.0] * len(works)
-    first_row = [0, *itertools.accumulate(map(len, pools))]
+    first_row = [0, *itertools.accumulate(len(work.examples) + len(work.views) for work in works)]
     pooled = [
         [first + row for row in group] for first, groups in zip(first_row[:-1], drawn, strict=True) for group in groups
     ]
     shares = GradientsBySite(first_row, sums)
-    for rows, batch in runtime.grouped_batches(list(itertools.chain(*pools)), pooled, most_examples(parameters)):
+    for rows, batch in runtime.grouped_batches(pool, pooled, most_examples(parameters)):
         owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
         if len(works) > 1:
             hooks.owners = torch.tensor(owners, device=runtime.model.device)

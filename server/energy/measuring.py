@@ -53,7 +53,7 @@ class Meter:
                 try:
                     self._sources[source] = source.joules()
                 except NotReadable as reason:
-                    text = f"{source.of}, from {_time_text(time.monotonic() - self._clock)} on: {reason}"
+                    text = f"{source.of}, from {time.monotonic() - self._clock:.0f} s on: {reason}"
                     if not any(known.startswith(f"{source.of}, from") for known in self._not_counted):
                         self._not_counted.append(text)
             parts = tuple(
@@ -113,7 +113,3 @@ class EnergyObserver(Observer):
             price_per_hour=self._settings.price_per_hour,
         )
         write_json(path, record)
-
-
-def _time_text(seconds: float) -> str:
-    return f"{seconds:.0f} s"

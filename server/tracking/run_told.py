@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 from server.records.rounds import RoundRecord
 from shared.epsilons import rounded_up
 from shared.job.job import Job
+from shared.job.model import told_backbone
 
 Scalar = str | int | float | bool
 Status = Literal["completed", "stopped", "failed"]
@@ -91,8 +92,7 @@ def figures_of(record: RoundRecord, *, metrics: bool) -> Figures:
 def settings_of(job: Job) -> dict[str, Scalar]:
     """Return a job's settings by dotted key; of a backbone in a local folder only the folder's name."""
     values = job.model_dump(mode="json", exclude_none=True)
-    if Path(job.model.backbone).is_absolute():
-        values["model"]["backbone"] = Path(job.model.backbone).name
+    values["model"]["backbone"] = told_backbone(job.model.backbone)
     return flat(values)
 
 

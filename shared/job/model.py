@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,6 +17,11 @@ IMAGE_NETWORK_PREFIX = "cnn:"
 """Of `model.backbone`, where it names a network for images instead of a pre-trained backbone."""
 MAX_PIXELS = 65_536
 """Most pixel values of one image, over all its channels."""
+
+
+def told_backbone(backbone: str) -> str:
+    """Return what readers elsewhere are told of `model.backbone`: of a folder on this machine only its name."""
+    return Path(backbone).name if Path(backbone).is_absolute() else backbone
 
 
 class ModelConfig(Section):

@@ -10,6 +10,7 @@ by what was found and what is allowed.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -105,7 +106,7 @@ def check_weights(folder: Path, build: Callable[[], nn.Module]) -> None:
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="numpy") as file:
             for name in file.keys():  # noqa: SIM118 (it is no mapping)
-                stored += _product(file.get_slice(name).get_shape())
+                stored += math.prod(file.get_slice(name).get_shape())
                 tensors += 1
     config = _read(folder / "config.json")
     for key, value in _counts(config):
@@ -213,13 +214,6 @@ def _nested(content: Any) -> Iterator[list[Any] | dict[str, Any]]:
         if isinstance(one, list | dict):
             yield one
             waiting += one.values() if isinstance(one, dict) else one
-
-
-def _product(shape: Collection[int]) -> int:
-    found = 1
-    for length in shape:
-        found *= length
-    return found
 
 
 def _beyond(path: Path, found: str, allowed: str) -> ModelError:

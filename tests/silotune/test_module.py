@@ -27,6 +27,7 @@ from server.rounds.observer import Observer
 from simulations.running.engine import run_scenario
 from tests.loading import HEAVY, ROOT
 from tests.server.registry.keys import SIGNER
+from tests.simulations.new_scenario.test_new_scenario import WORDS
 
 REFERENCE = (ROOT / "docs" / "reference" / "python.md").read_text(encoding="utf-8")
 SMALL = {"baselines.arms": ["non-private"], "training.rounds": 2, "simulation.threads": 1}
@@ -49,23 +50,7 @@ def loaded_by(code: str) -> set[str]:
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file of 160 records with a name that HTML would take for markup in one of its labels."""
     path = tmp_path_factory.mktemp("records") / "reviews.csv"
-    words = [
-        "film",
-        "joy",
-        "dull",
-        "plot",
-        "worse",
-        "script",
-        "bright",
-        "funny",
-        "cast",
-        "sit",
-        "bores",
-        "late",
-        "warm",
-        "made",
-    ]
-    rows = [(f"{words[i % 14]} {words[i // 14]} {words[7 * i % 13]}", ["bad", "<b>good"][i % 2]) for i in range(160)]
+    rows = [(f"{WORDS[i % 14]} {WORDS[i // 14]} {WORDS[7 * i % 13]}", ["bad", "<b>good"][i % 2]) for i in range(160)]
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("text", "label"), *rows])
     return path

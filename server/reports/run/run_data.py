@@ -17,6 +17,7 @@ from server.records.run import RunRecord
 from server.reports.run.formats import LOWER_IS_BETTER, natural_key
 from server.rounds.convergence import constant_loss, why_diverged
 from shared.errors import RunError
+from shared.job.model import told_backbone
 from shared.job.values import PERSON_UNITS
 from shared.privacy.statement import Statement
 
@@ -237,19 +238,14 @@ def without_names(data: RunData) -> RunData:
     arms = []
     for arm in data.arms:
         rounds = tuple(replace(record, failed=dict.fromkeys(record.failed, "")) for record in arm.rounds)
-        model = arm.job.get("model")
-        job = arm.job if not isinstance(model, Mapping) else {**arm.job, "model": _without_path(model)}
+        job, model = arm.job, arm.job.get("model")
+        if isinstance(model, Mapping) and isinstance(backbone := model.get("backbone"), str):
+            job = {**job, "model": {**model, "backbone": told_backbone(backbone)}}
         arms.append(replace(arm, rounds=rounds, job=job))
     dataset = data.run.dataset
     name, test_name = (path and Path(path).name for path in (dataset.name, dataset.test_name))
     run = replace(data.run, dataset=replace(dataset, site_names={}, name=name, test_name=test_name))
     return replace(data, run=run, federated=arms[0], baselines=tuple(arms[1:]))
-
-
-def _without_path(model: Mapping[str, Any]) -> Mapping[str, Any]:
-    backbone = model.get("backbone")
-    local = isinstance(backbone, str) and Path(backbone).is_absolute()
-    return {**model, "backbone": Path(str(backbone)).name} if local else model
 
 
 def _audit_renamed(audit: AuditRecord, called: Callable[[str], str]) -> AuditRecord:

@@ -31,10 +31,10 @@ class OutOfMemory(RuntimeError):
 def fails_in_company(real: Callable[..., Any]) -> Callable[..., Any]:
     """Break off after the coins were drawn, where more than one site is computed."""
 
-    def clipped_sums(runtime: Any, works: Sequence[Any], *others: Any) -> Any:
+    def clipped_sums(runtime: Any, pool: Any, works: Sequence[Any], *others: Any) -> Any:
         if len(works) > 1:
             raise OutOfMemory
-        return real(runtime, works, *others)
+        return real(runtime, pool, works, *others)
 
     return clipped_sums
 

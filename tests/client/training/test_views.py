@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import client.training.trainer as trainer_module
-from client.training.trainer import LocalWork, clipped_sums, draw, per_example_hooks
+from client.training.trainer import LocalWork, clipped_sums, draw, per_example_hooks, pool_of
 from shared.errors import ConfigError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -62,7 +62,7 @@ def sums(runtime: Runtime, plan: PrivacyPlan, *works: LocalWork) -> list[Tensor]
     }
     with per_example_hooks(runtime.model, values if len(works) > 1 else None) as hooks:
         drawn = [draw(plan, replace(work, randomness=SiteRandomness.injected("views")), 1, 0) for work in works]
-        totals, _ = clipped_sums(runtime, works, drawn, plan, hooks)
+        totals, _ = clipped_sums(runtime, pool_of(works), works, drawn, plan, hooks)
     return [torch.cat([part.flatten() for part in total.sums]).double() for total in totals]
 
 
