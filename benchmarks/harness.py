@@ -58,9 +58,11 @@ MEANINGS: dict[str, str] = {
     "plan_seconds": "seconds of one privacy plan",
     "serving_speedup_vs_torch": "texts a second of `silotune serve`, asked by another process / of PyTorch one by one, on the "
     "same cores; MiniLM, float32, 25 tokens",
-    "serving_p99_ms": "milliseconds in which 99 of 100 of these requests (1 to 16 texts) are answered",
-    "serving_vs_bare_onnxruntime": "texts a second of `silotune serve` / of ONNX Runtime alone on the same batches",
-    "serving_int8_speedup": "texts a second of `silotune serve` in int8 / in float32",
+    "serving_p99_ms": "milliseconds in which 99 of 100 requests (1 to 16 texts) are answered that come at random times, at 4 "
+    "times the texts a second of PyTorch one by one",
+    "serving_vs_bare_onnxruntime": "processor time of a text by ONNX Runtime alone, on the same batches / by `silotune serve`, "
+    "HTTP and tokens included",
+    "serving_int8_speedup": "processor time of a text by `silotune serve` in float32 / in int8",
     "compression_speedup": "processor seconds of the tuned MiniLM / of half its layers (`silotune compress`); ONNX Runtime, "
     "float32, one thread, 16 texts of 25 tokens",
     "compression_points_lost_demo": "points of accuracy that half the layers lose on the demo's evaluation records",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
@@ -57,14 +58,11 @@ class SequenceClassification(Predicting):
 
     def answer(self, record: Record, example: Example, output: Tensor) -> Prediction:
         """Return the likeliest label and all probabilities."""
-        labels, probabilities = self.config.labels, output.float().softmax(dim=-1)
-        best = int(probabilities.argmax())
-        return {
-            **record,
-            "label": labels[best],
-            "probability": float(probabilities[best]),
-            "probabilities": {label: float(p) for label, p in zip(labels, probabilities, strict=True)},
-        }
+        probabilities: dict[str, float] = dict(
+            zip(self.config.labels, output.float().softmax(dim=-1).tolist(), strict=True)
+        )
+        label, probability = max(probabilities.items(), key=operator.itemgetter(1))
+        return {**record, "label": label, "probability": probability, "probabilities": probabilities}
 
     def shown(self, prediction: Prediction) -> str:
         """Return label, probability and text."""

@@ -190,14 +190,14 @@ class Federation:
         revoke(self.ca, target, passphrase=None)
         publish(self.ca, self.coordinator.trust)
 
-    def start_coordinator(self) -> None:
+    def start_coordinator(self, *options: str) -> None:
         """Start the coordinator and wait until sites can connect."""
-        self.spawn_coordinator()
+        self.spawn_coordinator(*options)
         self._await("the coordinator", self._coordinator_runs)
 
-    def spawn_coordinator(self) -> None:
+    def spawn_coordinator(self, *options: str) -> None:
         """Start the coordinator without waiting for it."""
-        self._spawn("coordinator", ["coordinator", "start", str(self.coordinator.path)])
+        self._spawn("coordinator", ["coordinator", "start", str(self.coordinator.path), *options])
 
     def _coordinator_runs(self) -> bool:
         # A coordinator that was killed left a status that says it runs.
