@@ -26,6 +26,7 @@ from shared.errors import AdapterError, ConfigError, PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Example, collate
+from shared.models.families import ARCHITECTURES
 from shared.models.frozen_cache import FrozenCache
 from shared.models.tunable import TunableModel
 from shared.privacy.mechanism import per_example_gradients
@@ -37,7 +38,10 @@ from shared.tasks.views import views_of
 from simulations.running.engine import run_scenario
 from simulations.scenario import load_scenario
 from tests.client.training.test_trainer import COMBINATIONS, away_from_zero
+from tests.shared.models.test_families import TASKS as FAMILY_TASKS
+from tests.shared.models.test_families import job_of as family_job
 from tests.test_task_contract import CASES
+from tests.tiny_families import make_backbone
 
 CPU = ComputeConfig(device="cpu", precision="float32", cache_frozen_layers=False)
 RADIUS, WEIGHT = 0.2, 0.3
@@ -273,13 +277,15 @@ def test_a_share_of_the_noise_is_added_to_the_same_sum(job_of: JobOf, records: R
 # --- company ---
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", TEXTS)
-def test_company_does_not_show(task_job: JobOf, kind: str, precision: Any) -> None:
-    """To the last bit, under heads that turn the last bit into a whole gradient, and beside other sites' values."""
+def test_company_does_not_show(task_job: JobOf, kind: str) -> None:
+    """To the last bit, under heads that turn the last bit into a whole gradient, and beside other sites' values.
+
+    In float32: `test_every_family_has_them`.
+    """
     case = CASES[kind]
     job = task_job({"kind": kind, **case.section}, **case.sections, training=TRAINING)
-    runtime = load_own_runtime(job, ComputeConfig(device="cpu", precision=precision, cache_frozen_layers=False))
+    runtime = load_own_runtime(job, ComputeConfig(device="cpu", precision="bfloat16", cache_frozen_layers=False))
     shared = runtime.compute.micro_batch_tokens
     settle_company(runtime)
     settle_stacks(runtime)
@@ -355,3 +361,20 @@ def test_a_run_with_it_spends_and_states_what_one_without_does(
         spent = [json.loads(file.read_text())["epsilon_spent"] for file in sorted(folder.glob("sites/*/privacy.json"))]
         told.append((len(spent), spent, json.loads((folder / "statement.json").read_text())))
     assert told[0] == told[1]
+
+
+@pytest.mark.parametrize(("kind", "bits"), [*((kind, 32) for kind in ARCHITECTURES), ("bert", 8), ("gpt2", 8)])
+def test_every_family_has_them(kind: str, bits: int, tiny_bert: Path, tiny_gpt2: Path, tmp_path: Path) -> None:
+    """Down to the embeddings: all layers are adapted."""
+    lora: dict[str, Any] = {"last_layers": None, "train": "b"}
+    backbone = make_backbone(tmp_path / kind, kind, tiny_gpt2 if ARCHITECTURES[kind].causal else tiny_bert)
+    job = family_job(
+        backbone, kind, "sequence_classification", lora=lora, training=TRAINING, model={"backbone_bits": bits}
+    )
+    runtime = load_own_runtime(job, CPU)
+    runtime.load(away_from_zero(runtime))
+    examples = runtime.encode(FAMILY_TASKS["sequence_classification"][1])[:4]
+    assert error(gradients(runtime, examples), looped(runtime, examples)) <= 1e-4
+    shared = runtime.compute.micro_batch_tokens
+    settle_company(runtime)
+    assert runtime.compute.micro_batch_tokens == shared
