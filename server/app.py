@@ -33,8 +33,9 @@ from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Batch, Example
 from shared.privacy.randomness import SiteRandomness
-from shared.runtime.calibration import calibrate
+from shared.runtime.calibration import Calibration, calibrate
 from shared.runtime.runtime import Runtime, load_runtime, on_cpu
+from shared.runtime.thresholds import Thresholds, choose_offsets, measured, with_offsets
 from shared.tasks import Evaluation, Record, task_of
 from shared.tensors import adapters
 
@@ -134,11 +135,8 @@ def execute(grid: Grid, run: Run) -> Checkpoint:
             raise
         folder.write_privacy(checkpoint, privacy.release())
         folder.write_site_metrics(checkpoint)
-        calibration = None
-        if classes:
-            fit_by = decider.parts(checkpoint.result) if deciding and run.may_fit else []
-            calibration = calibrate(runtime.task, fit_by, evaluator.parts(checkpoint.result))
-        folder.write_result(checkpoint, runtime, evaluator(checkpoint.result), calibration)
+        fit_by = decider if deciding and run.may_fit else None
+        folder.write_result(checkpoint, runtime, *_judged(runtime, checkpoint.result, evaluator, fit_by))
         complete = is_over(checkpoint, run.job)
         folder.write_run_info("completed" if complete else "stopped", details)
         run.observer.ended(checkpoint, complete=complete)
@@ -183,6 +181,26 @@ class _Evaluator:
             return self._runtime.evaluate(self._examples)
         self._parts = list(on_cpu(self._runtime.outputs(self._examples)))
         return self._runtime.task.evaluate(self._parts)
+
+
+def _judged(
+    runtime: Runtime, adapter: Mapping[str, Tensor], evaluator: _Evaluator, decider: _Evaluator | None
+) -> tuple[Mapping[str, Tensor], Evaluation, Calibration | None, Thresholds | None]:
+    """Return what is handed out of the final adapter, how it does on the reported records, and what deciding ones chose for it.
+
+    Thresholds come first: the temperature, and every figure, is of the model that answers with them.
+    """
+    task, thresholds = runtime.task, None
+    if not task.config.has_classes:
+        return adapter, evaluator(adapter), None, None
+    if task.config.thresholds == "public":
+        before = evaluator.parts(adapter)
+        offsets, fitted_on = choose_offsets(task, decider.parts(adapter) if decider else [])
+        if fitted_on:
+            adapter = with_offsets(adapter, runtime.model.head_parameters(), offsets)
+        thresholds = measured(task, offsets, fitted_on, before, evaluator.parts(adapter))
+    calibration = calibrate(task, decider.parts(adapter) if decider else [], evaluator.parts(adapter))
+    return adapter, evaluator(adapter), calibration, thresholds
 
 
 def _public_parts(run: Run) -> PublicRecords:

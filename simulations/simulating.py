@@ -145,7 +145,7 @@ def summary(folder: Path, scenario: Scenario, *, seconds: float) -> dict[str, An
     result["delta"] = scenario.job.privacy.delta
     audited = read_if_there(folder / "audit" / "tier1.json", AuditRecord)
     result["audit"] = audited.verdict if audited else None
-    result |= _calibration(folder)
+    result |= _calibration(folder) | _thresholds(folder)
     result["diverged"] = {name: reason for name, place in arms.items() if (reason := _diverged(place, name))}
     if (energy := _energy(arms)) is not None:
         result["energy"] = energy_figures(energy)
@@ -185,6 +185,18 @@ def _calibration(folder: Path) -> dict[str, float]:
         return {}
     after = {"temperature": round(found.temperature, 4), "calibration_error": round(found.error_after, 4)}
     return (after if found.fitted_on else {}) | {"calibration_error_without_temperature": round(found.error_before, 4)}
+
+
+def _thresholds(folder: Path) -> dict[str, float]:
+    """Return macro F1 of the run before and after its thresholds, where some were fitted."""
+    path = folder / "evaluation.json"
+    found = read_evaluation(path).thresholds if path.exists() else None
+    if found is None or not found.fitted_on:
+        return {}
+    return {
+        "macro_f1_without_thresholds": round(found.macro_f1_before, 4),
+        "macro_f1_with_thresholds": round(found.macro_f1_after, 4),
+    }
 
 
 def _arms(folder: Path, scenario: Scenario) -> dict[str, Path]:

@@ -26,6 +26,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from client.training.backward import backward
 from client.training.per_example import most_examples
 from client.training.trainer import per_example_hooks
 from shared.errors import AdapterError, PrivacyError
@@ -213,9 +214,7 @@ def _passes(
             if stacks is not None:
                 owners = [number % sites for number in numbers]
                 hooks.owners = torch.tensor(owners, device=runtime.model.device)
-            with runtime.autocast():
-                losses = runtime.task.per_example_loss(runtime.model(batch), batch)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
+            backward(runtime, batch, hooks)
             gradients = per_example_gradients(parameters, len(examples))
             return torch.cat([gradient.detach().flatten(1) for gradient in gradients], dim=1)
 

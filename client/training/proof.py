@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from client.training.backward import backward
 from client.training.trainer import per_example_hooks
 from shared.errors import PrivacyError
 from shared.models.batches import Example, collate
@@ -88,10 +89,8 @@ def _synthetic_examples(runtime: Runtime) -> list[Example]:
 
 def _gradients(runtime: Runtime, parameters: list[torch.nn.Parameter], examples: list[Example]) -> list[torch.Tensor]:
     batch = collate(examples).to(runtime.model.device)
-    with per_example_hooks(runtime.model):
-        with runtime.autocast():
-            losses = runtime.task.per_example_loss(runtime.model(batch), batch)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+    with per_example_hooks(runtime.model) as hooks:
+        backward(runtime, batch, hooks)
         gradients = per_example_gradients(parameters, len(examples))
     return [gradient.detach().clone().float() for gradient in gradients]
 

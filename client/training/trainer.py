@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from client.training.backward import backward
 from client.training.per_example import GradientsBySite, PerExampleHooks, most_examples
 from shared.job.training import TrainingConfig
 from shared.models.batches import Example
@@ -236,9 +237,7 @@ def clipped_sums(
         owners = [bisect.bisect_right(first_row, row) - 1 for row in rows]
         if len(works) > 1:
             hooks.owners = torch.tensor(owners, device=runtime.model.device)
-        with runtime.autocast():
-            losses = runtime.task.per_example_loss(runtime.model(batch), batch)
-        losses.sum().backward()  # type: ignore[no-untyped-call]
+        losses = backward(runtime, batch, hooks)
         shares.add(per_example_gradients(parameters, len(losses)), rows, owners)
         for site, loss in zip(owners, losses.tolist(), strict=True):
             loss_sums[site] += loss

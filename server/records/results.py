@@ -12,6 +12,7 @@ from server.records.metrics import Metrics, in_range
 from shared.files.json_files import Count, Finite, Positive, Share, Whole, damaged, read_record
 from shared.runtime.calibration import Calibration
 from shared.runtime.site_metrics import Estimate
+from shared.runtime.thresholds import Thresholds
 from shared.tasks import Evaluation
 
 DIVERGED_FILE = "diverged.json"
@@ -27,6 +28,7 @@ class EvaluationRecord(Evaluation):
     Attributes:
         round: whose adapter it is; None in files that did not say.
         calibration: how sure it is; None of a task without classes.
+        thresholds: what was added to its logits, and is part of the metrics; None if the job asks for none.
     """
 
     metrics: Metrics
@@ -34,6 +36,7 @@ class EvaluationRecord(Evaluation):
     higher_is_better: bool | None = None
     round: Count | None = None
     calibration: Calibration | None = None
+    thresholds: Thresholds | None = None
 
     @property
     def primary(self) -> float | None:

@@ -22,6 +22,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from torch import Tensor
+
 from server.records.energy import ENERGY_FILE
 from server.records.privacy import CoordinatorRecord, SiteRecord
 from server.records.results import DIVERGED_FILE, DROPOUTS_FILE, FOLDS_FILE, REPEATS_FILE, EvaluationRecord
@@ -43,6 +45,7 @@ from shared.privacy.statement import run_statement
 from shared.runtime.calibration import Calibration
 from shared.runtime.export.peft import save_peft_folder
 from shared.runtime.runtime import Runtime
+from shared.runtime.thresholds import Thresholds
 from shared.tasks import Evaluation
 
 _PACKAGES = (
@@ -197,11 +200,17 @@ class RunFolder:
             write_json(self.path / "site_metrics.json", site_metrics_record(checkpoint, self.job))
 
     def write_result(
-        self, checkpoint: Checkpoint, runtime: Runtime, evaluation: Evaluation, calibration: Calibration | None = None
+        self,
+        checkpoint: Checkpoint,
+        runtime: Runtime,
+        adapter: Mapping[str, Tensor],
+        evaluation: Evaluation,
+        calibration: Calibration | None = None,
+        thresholds: Thresholds | None = None,
     ) -> None:
-        """Write the adapter in PEFT's own format and `evaluation.json`, which names the round that it is of."""
+        """Write the `adapter` that is handed out, in PEFT's own format, and `evaluation.json`, which names the round it is of."""
         temperature = calibration.temperature if calibration else 1.0
-        save_peft_folder(self.path / "adapter", runtime, self.job, checkpoint.result, temperature=temperature)
+        save_peft_folder(self.path / "adapter", runtime, self.job, adapter, temperature=temperature)
         best = best_round(checkpoint.history, self.job) if checkpoint.best_adapter else checkpoint.round_number
         record = EvaluationRecord(
             **vars(evaluation),
@@ -209,6 +218,7 @@ class RunFolder:
             higher_is_better=runtime.task.higher_is_better,
             round=best,
             calibration=calibration,
+            thresholds=thresholds,
         )
         write_json(self.path / "evaluation.json", record)
 

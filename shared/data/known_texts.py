@@ -78,7 +78,8 @@ class KnownTexts:
         if self.are_evaluation:
             found.append(
                 "these texts are the public evaluation records of this run, by which its figures were measured and its "
-                "temperature may have been fitted: adjusted shares are right on them by construction. Give other texts."
+                "temperature and thresholds may have been fitted: adjusted shares are right on them by construction. Give other "
+                "texts."
             )
         return found
 

@@ -86,6 +86,11 @@ class Job(Section):
         foreign = "token_dropout" if self.task.image_shape is not None else "shift"
         if augmentation is not None and foreign in augmentation.set_keys():
             raise ValueError(f"training.augmentation.{foreign} is not for {self.task.kind}; remove it")
+        if self.training.adversarial is not None and self.task.image_shape is not None:
+            raise ValueError(
+                "training.adversarial moves what enters the trained part of a language model; a network for images is trained as "
+                "a whole, in part by samplers that keep the gradients of one pass only. Remove it"
+            )
         if self.lora.train == "none" and not self.task.rules.has_head:
             raise ValueError(
                 f"lora.train is 'none', and {self.task.kind!r} has no head that is trained, so nothing would be; set it to 'b'"

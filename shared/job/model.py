@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from shared.job.kinds import RULES, Rules, TaskKind
 from shared.job.parsing import Section
 from shared.job.values import ImageSide, Value
-from shared.limits import MAX_LABELS, MAX_LORA_ALPHA
+from shared.limits import MAX_LABELS, MAX_LORA_ALPHA, MAX_TABLE_LABELS
 
 IMAGE_NETWORK_PREFIX = "cnn:"
 """Of `model.backbone`, where it names a network for images instead of a pre-trained backbone."""
@@ -104,6 +104,11 @@ class TaskConfig(Section):
     nothing about privacy. A gradient that is clipped anyway keeps its length unless the factor brings it below
     `max_grad_norm`; see docs/tasks.md. Only for kinds with labels."""
 
+    thresholds: Literal["none", "public"] = Field(default="none", exclude_if=lambda value: value == "none")
+    """How a label is chosen: the most probable one, or with `public` after a number was added to each label's logit for which
+    macro F1 is highest on the public records that decide (of 200 and more a fifth, of which no figure is). The numbers go into
+    the bias of the model that is handed out, at the run's end; for kinds whose records have one label each, up to 100 labels."""
+
     # Not written out where it is not set: jobs of older versions keep their hash.
     head_start: Literal["random", "label-names"] = Field(default="random", exclude_if=lambda value: value == "random")
     """Where the head of `sequence_classification` starts: `random` small weights from the seed, or `label-names`, the directions
@@ -139,6 +144,21 @@ class TaskConfig(Section):
         for key in ("label_smoothing", "class_weights"):
             if getattr(self, key) and self.rules.check_labels is None:
                 raise ValueError(f"{key} is for kinds with labels, and {self.kind} has none; remove it")
+        return self
+
+    @model_validator(mode="after")
+    def _check_thresholds(self) -> Self:
+        if self.thresholds == "none":
+            return self
+        if not self.has_classes:
+            raise ValueError(
+                f"thresholds is for kinds whose records have one label each, not for {self.kind}; remove it"
+            )
+        if len(self.labels) > MAX_TABLE_LABELS:
+            raise ValueError(
+                f"thresholds is 'public', and there are {len(self.labels):,} labels; it is for at most {MAX_TABLE_LABELS}. "
+                "Public records that decide would be too few for each. Remove it"
+            )
         return self
 
     @model_validator(mode="after")

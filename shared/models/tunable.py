@@ -172,6 +172,15 @@ class TunableModel(TrainedModel):
         hidden = self._embed_frozen(batch.input_ids, packing) if batch.hidden is None else packing.fit(batch.hidden)
         return self._finish(hidden, packing, batch.attention_mask, self.first_adapted)
 
+    def entering(self, batch: Batch) -> Tensor:
+        """Return what enters the trained part of every text, as `Batch.hidden` holds it; no gradient is recorded."""
+        if batch.hidden is not None:
+            return batch.hidden
+        if self.pools_frozen:
+            return self.frozen(batch.input_ids, batch.attention_mask).transpose(0, 1)
+        packing = self._packing_of(batch.attention_mask)
+        return self._embed_frozen(batch.input_ids, packing)[:, : packing.count]
+
     def embeddings(self, input_ids: Tensor) -> Tensor:
         """Return what enters the first layer for tokens [B, T], float [B, T, H]; no gradient is recorded."""
         with torch.no_grad():

@@ -83,7 +83,7 @@ def calibrate(
     Args:
         deciding, reported: (logits [B, classes], batch) of public records, see `Runtime.outputs`.
     """
-    fit, test = _gathered(task, deciding), _gathered(task, reported)
+    fit, test = gathered(task, deciding), gathered(task, reported)
     if test is None:
         return None
     if fit is not None and len(fit[1]) < FEWEST:
@@ -177,7 +177,8 @@ def load_temperature(folder: Path) -> float:
     return float(temperature)
 
 
-def _gathered(task: Task, parts: Iterable[tuple[Tensor, Batch]]) -> tuple[Tensor, Tensor] | None:
+def gathered(task: Task, parts: Iterable[tuple[Tensor, Batch]]) -> tuple[Tensor, Tensor] | None:
+    """Return logits, float64 [records, classes], and classes, int64 [records]; None if there are none, or no classes."""
     logits, targets = [], []
     for outputs, batch in parts:
         classes = task.classes(outputs, batch)

@@ -20,6 +20,7 @@ from shared.errors import ConfigError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.model import LoraConfig, ModelConfig, TaskConfig
+from shared.job.training import AdversarialConfig
 from shared.models.backbones import backbone_folder, load_backbone, output_weight, usable_positions
 from shared.models.batches import Batch, Example, collate, micro_batches_of_groups
 from shared.models.eight_bits import in_eight_bits
@@ -49,6 +50,7 @@ class Runtime:
         settled_threads: for how many threads `client.training.independence` has settled what shares a pass; 0 before.
         settled_stacks: whether it has done so for sites side by side.
         tried_adapter: SHA-256 of the global adapter that the site tried out last.
+        adversarial: what training adds to each record's loss; part of what `client.training` proves and tries out.
         temperature: outputs are divided by it (`shared.runtime.calibration`); 1 but where a run's calibrated model is used.
     """
 
@@ -64,6 +66,7 @@ class Runtime:
     settled_threads: int = 0
     settled_stacks: bool = False
     tried_adapter: str = ""
+    adversarial: AdversarialConfig | None = None
     temperature: float = 1.0
 
     @property
@@ -170,24 +173,31 @@ def on_cpu(parts: Iterable[tuple[Tensor, Batch]]) -> Iterator[tuple[Tensor, Batc
 
 
 def load_runtime(job: Job, compute: ComputeConfig) -> Runtime:
-    """Return the runtime of `job`, loading it at most once per process for the same model, adapters, task and seed."""
-    return _load_runtime(job.model, job.lora, job.task, job.seed, compute)
+    """Return the runtime of `job`, loading it at most once per process for the same model, adapters, task, seed and loss."""
+    return _load_runtime(job.model, job.lora, job.task, job.seed, compute, job.training.adversarial)
 
 
 def load_own_runtime(job: Job, compute: ComputeConfig) -> Runtime:
     """Return a runtime of `job` that nobody else has, so that two versions of a model can stand side by side."""
-    return _load_runtime.__wrapped__(job.model, job.lora, job.task, job.seed, compute)
+    return _load_runtime.__wrapped__(job.model, job.lora, job.task, job.seed, compute, job.training.adversarial)
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer.model")
 
 
 @lru_cache(maxsize=2)
-def _load_runtime(model: ModelConfig, lora: LoraConfig, task: TaskConfig, seed: int, compute: ComputeConfig) -> Runtime:
+def _load_runtime(
+    model: ModelConfig,
+    lora: LoraConfig,
+    task: TaskConfig,
+    seed: int,
+    compute: ComputeConfig,
+    adversarial: AdversarialConfig | None,
+) -> Runtime:
     asked = TASKS[task.kind](task, model)
     if model.is_image_network:
         return _image_runtime(asked, seed, compute)
-    return _language_runtime(asked, lora, seed, compute)
+    return replace(_language_runtime(asked, lora, seed, compute), adversarial=adversarial)
 
 
 _PIXELS_PER_TOKEN = 16

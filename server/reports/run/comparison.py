@@ -107,6 +107,24 @@ def calibration_rows(data: RunData) -> list[dict[str, str]]:
     ]
 
 
+def threshold_rows(data: RunData) -> list[dict[str, str]]:
+    """What thresholds did to each training that has them, on the reported records."""
+    found = [(arm, arm.evaluation.thresholds) for arm in data.arms if arm.evaluation and arm.evaluation.thresholds]
+    return [
+        {
+            "title": title_of(arm),
+            "fitted_on": formats.format_number(record.fitted_on) if record.fitted_on else "none fitted",
+            **{
+                key: formats.format_metric(key.rpartition("_")[0], getattr(record, key))
+                if record.fitted_on or key.endswith("before")
+                else "–"
+                for key in ("macro_f1_before", "macro_f1_after", "accuracy_before", "accuracy_after")
+            },
+        }
+        for arm, record in found
+    ]
+
+
 def cards(data: RunData) -> list[dict[str, str]]:
     """What stands beside the run's own figure: its gap to each private baseline, and to the best training without privacy."""
     metric, cards = data.primary_metric, []

@@ -25,6 +25,7 @@ from server.reports.run.comparison import (
     fold_rows,
     interval,
     repeat_rows,
+    threshold_rows,
     title_of,
 )
 from server.reports.run.noise import arm_shares, of_shares
@@ -126,6 +127,7 @@ def _quality(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
         "ensembles": bool(repeats and repeats.ensembles),
         "site_metrics": site_metric_rows(data),
         "calibration": calibration_rows(data),
+        "thresholds": threshold_rows(data),
         "fitted": [title_of(one) for one in data.arms if fitted(one)],
         "confusion": confusion(arm),
         "all_metrics": all_metrics(data),
