@@ -97,6 +97,8 @@ class Processes:
         Raises:
             ComputeError: a worker ended or failed.
         """
+        if any(worker.ended for worker in self._workers):  # while nothing was asked of it
+            self.close()
         if self._group is not None and self._prepared is not None:
             before, earlier = self._prepared
             if before is runtime and earlier.examples is records.examples and earlier.views is records.views:
@@ -203,7 +205,7 @@ class Processes:
         if self._workers:
             return
         secret = secrets.token_bytes(32)
-        with tempfile.TemporaryDirectory(prefix="silotune-") as folder:  # for this user alone
+        with _private_folder() as folder:
             store = Path(folder) / "store"
             self._workers = [_Process(self._program) for _ in range(1, self._count)]
             for rank, worker in enumerate(self._workers, start=1):
@@ -251,16 +253,26 @@ class _Process:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("SILOTUNE_PASSPHRASE")}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         with theirs:  # once only the worker holds it, its end is seen here
-            self._process = subprocess.Popen(  # noqa: S603 (our own program)
-                [sys.executable, "-P", *program, str(theirs.fileno())],
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-            )
+            try:
+                self._process = subprocess.Popen(  # noqa: S603 (our own program)
+                    [sys.executable, "-P", *program, str(theirs.fileno())],
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                )
+            except OSError as error:
+                raise ComputeError(
+                    f"no further process can be started ({error.strerror}); see what this user may use, or set "
+                    "compute.processes = 1."
+                ) from error
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    @property
+    def ended(self) -> bool:
+        return self._process.poll() is not None
 
     def send(self, message: object) -> None:
         send(self._connection, message)
@@ -288,6 +300,17 @@ class _Process:
         self._connection.close()
         self._process.kill()
         self._process.wait()
+
+
+def _private_folder() -> tempfile.TemporaryDirectory[str]:
+    """Make a temporary folder for this user alone."""
+    try:
+        return tempfile.TemporaryDirectory(prefix="silotune-")
+    except OSError as error:
+        raise ComputeError(
+            f"no temporary folder can be made ({error.strerror}), in which the processes of this site find each other; name one "
+            "in TMPDIR that this user may write to."
+        ) from error
 
 
 def num_processors() -> int:

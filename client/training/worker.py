@@ -5,7 +5,7 @@ processes of its site.
 
 Guarantees (tests: tests/client/training/test_processes.py)
     * It proves its trainer and tries out its machine as rank 0 does, before it is given a step.
-    * It ends when rank 0 ends, however that ends, also in the middle of a step (test_workers_end_with_the_site).
+    * It ends when rank 0 ends, however that ends, also in the middle of a step (test_workers_end_with_the_site), and not before.
     * Whatever fails is told to rank 0 instead of a sum.
 """
 
@@ -124,9 +124,9 @@ def _listen(connection: Connection, inbox: queue.SimpleQueue[Any]) -> None:
 
 def main() -> None:
     """Serve on the socket whose number is the last argument."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # whoever stops the site at a terminal stops rank 0, and so this process
+    # A terminal or systemd tells all processes to stop: rank 0 finishes its round, and this one ends with it.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.WARNING)  # rank 0 says the same
     serve(Connection(int(sys.argv[-1])))
 

@@ -81,5 +81,5 @@ def test_processors_are_shared(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_only_a_real_site_has_several(scenario_file: Callable[..., Path]) -> None:
     """A simulation shares one backbone among all its sites, in one process."""
-    with pytest.raises(ConfigError, match="processes"):
+    with pytest.raises(ConfigError, match=r"compute\.processes is for the site.toml of a real site"):
         load_scenario(scenario_file(compute={"processes": 2}))

@@ -117,12 +117,16 @@ def private_and_all_or_none_clipped(plan: PrivacyPlan, found: LocalRound) -> boo
     return plan.private and found.observations.num_clipped in (0, found.observations.num_examples)
 
 
-def test_fewer_units_than_processes_and_none_at_all(
+def test_fewer_units_than_processes_and_none_at_all_while_the_site_is_told_to_stop(
     two: Processes, runtime: Runtime, classification_job: Build, records: list[dict[str, Any]]
 ) -> None:
+    """Whatever a terminal or systemd tells all processes of a service that is to stop: the round at hand is finished."""
     job = job_of(classification_job, "records")
     for some in (records[:1], []):
         work, plan = work_of(runtime, job, some), PrivacyPlan.from_job(job)
+        two.prepare(runtime, job, work)
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(two.pids[0], signal_number)
         alone, together = (train(runtime, work, job, plan, processes) for processes in (None, two))
         assert all(torch.equal(together.delta[name], value) for name, value in alone.delta.items())
 
