@@ -17,6 +17,7 @@ import queue
 import signal
 import sys
 import threading
+import warnings
 from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -128,6 +129,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.disable(logging.WARNING)  # rank 0 says the same
+    warnings.simplefilter("ignore")
     serve(Connection(int(sys.argv[-1])))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pickle
 import signal
 import threading
 import time
@@ -21,8 +23,8 @@ import client.training.ranks as ranks_module
 from client.training.gradient import noisy_sums
 from client.training.independence import keep_settled
 from client.training.processes import Processes
-from client.training.ranks import Group
-from client.training.trainer import LocalRound, LocalWork, clipped_sums, train_local_rounds
+from client.training.ranks import Begin, Group, Join, Prepare, Step
+from client.training.trainer import LocalRound, LocalWork, SiteRecords, clipped_sums, train_local_rounds
 from shared.errors import ComputeError, PrivacyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -150,6 +152,37 @@ def test_a_rank_that_computes_other_numbers_is_refused(
         assert two.pids == []
     finally:
         weight.data.copy_(saved)
+
+
+def test_nothing_that_a_worker_is_sent_can_draw(
+    monkeypatch: pytest.MonkeyPatch,
+    two: Processes,
+    runtime: Runtime,
+    classification_job: Build,
+    records: list[dict[str, Any]],
+) -> None:
+    sent: list[object] = []
+    send = processes_module.send
+
+    def noted(connection: Any, message: object) -> None:
+        sent.append(message)
+        send(connection, message)
+
+    monkeypatch.setattr(processes_module, "send", noted)
+    job = job_of(classification_job, "persons")
+    work = work_of(runtime, job, records, persons=True)
+    plan = replace(PrivacyPlan.from_job(job), unit="patient", records_per_person=3)
+    train(runtime, work, job, plan, two)
+    kinds = [type(message) for message in sent if not isinstance(message, Join)]
+    assert kinds == [Prepare, Begin, *[Step] * 4]
+    for message in sent:
+        assert b"randomness" not in pickle.dumps(message)
+    assert b"randomness" in pickle.dumps(work)
+    (held,) = (message.records for message in sent if isinstance(message, Prepare))
+    assert type(held) is SiteRecords
+    assert [example.key for example in held.examples] == [
+        example.key for number, example in enumerate(work.examples) if number % 11 % 2
+    ]
 
 
 def test_words_of_a_secure_sum_are_equal(
@@ -308,6 +341,25 @@ def test_a_group_gives_out_values_and_adds_up(tmp_path: Path) -> None:
     assert meet(tmp_path, [b"same"] * 3, act) == [None] * 3
     assert all(torch.equal(value, torch.zeros(2, 3)) for value in values)
     assert whole[0].tolist() == [3 * 2**62 - 2**64, 3]
+
+
+def test_a_group_listens_on_loopback_alone(tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    def act(group: Group, rank: int) -> None:
+        own = set()
+        for path in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # of the other member, which is about to leave
+                own.add(os.readlink(path))
+        for table in ("tcp", "tcp6"):
+            for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+                _, local, _, state, *rest = line.split()
+                if state == "0A" and f"socket:[{rest[5]}]" in own:
+                    seen.append(local.partition(":")[0])
+
+    assert meet(tmp_path, [b"same"] * 2, act) == [None] * 2
+    assert seen
+    assert set(seen) == {"0100007F"}
 
 
 def test_a_stranger_in_the_group_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
