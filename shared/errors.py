@@ -54,6 +54,10 @@ class PrivacyError(SilotuneError):
     """A privacy parameter or an executed mechanism cannot be accounted for."""
 
 
+class ComputeError(SilotuneError):
+    """A process that computes for a site has ended, failed, or computes other numbers than the rest; nothing was released."""
+
+
 class TrustError(SilotuneError):
     """A key, certificate, signature or chained log cannot be trusted. The text holds no secret and no record."""
 

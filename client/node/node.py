@@ -1,6 +1,7 @@
 """The site's long-lived process: takes messages from the link, lets the installed ClientApp answer.
 
-What it never does: download or execute code, listen on a port, send data, or tell the coordinator more than the refusals
+What it never does: download or execute code, listen on a port but on loopback (for monitoring, and for its own processes where
+`compute.processes` is above 1), send data, or tell the coordinator more than the refusals
 and releases of `client.site.site`. The backbone is loaded once, when a job is announced, so a round pays no import and no load.
 """
 
@@ -97,6 +98,7 @@ class Node:
             finally:
                 self._manager.stopping()
                 metrics.close()
+                site.end_processes()
                 _log(site).append(Event.NODE_STOPPED, pid=os.getpid())
                 self._status.say("stopped")
 

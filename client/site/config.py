@@ -66,6 +66,19 @@ class AnswersConfig(Section):
     `federation.round_timeout_seconds`; the node's log warns of an answer that took longer. 0: as soon as they are ready."""
 
 
+class SiteCompute(ComputeConfig):
+    """Settings of a site's machine; they change speed, never privacy."""
+
+    processes: int = Field(default=1, ge=1, le=64)
+    """Processes that compute a step together, to the last bit what one computes. Each has the backbone, its part of the records
+    and a cache of its own; they share the processors, and take the GPUs in turn. 1: the site's own process by itself."""
+
+    @property
+    def of_each(self) -> ComputeConfig:
+        """The settings of every single process."""
+        return ComputeConfig(**self.model_dump(exclude={"processes"}))
+
+
 class SiteConfig(Section):
     """`site.toml`: everything a site decides for itself."""
 
@@ -90,7 +103,7 @@ class SiteConfig(Section):
     """Labels (or tags) that the records may have, a public word of the site's own: a job whose `task.labels` lack one of them is
     refused with that reason. Without it such a job is accepted and trains without the records that it cannot use."""
     answers: AnswersConfig = AnswersConfig()
-    compute: ComputeConfig = ComputeConfig()
+    compute: SiteCompute = SiteCompute()
     coordinator: str | None = None
     """Address of the coordinator, host:port; only a real site has one."""
     proxy: str | None = Field(default=None, repr=False)  # may hold a password, so no error shows it

@@ -17,6 +17,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from torch import Tensor
+
 from client.ledger.account import Budget, Charge
 from client.ledger.ledger import Ledger
 from client.site.config import BudgetConfig, SiteConfig
@@ -26,6 +28,8 @@ from client.site.held_out import split
 from client.site.outbox import Outbox
 from client.site.terms import check_terms
 from client.site.usable import LeftOut, UsableRecords, on_records
+from client.training.processes import Processes
+from client.training.trainer import SiteRecords, Sums
 from shared.data.datasets import read_records
 from shared.errors import TrustError
 from shared.job.job import Job
@@ -82,6 +86,9 @@ class OpenedFolder:
         self.left_out: LeftOut | None = None
         self._outbox_checked = False
         self._prepared: tuple[Runtime, object, UsableRecords] | None = None
+        compute = self.config.compute
+        # From the start: everything that is tried out on this machine depends on the number of threads.
+        self.processes = Processes(compute.processes, compute.of_each) if compute.processes > 1 else None
         self._last: tuple[GaussianSteps, GaussianSteps | None] | None = None  # what the latest charge counts as
 
     @functools.cached_property
@@ -137,7 +144,10 @@ class OpenedFolder:
                 usable = self.trained.usable(runtime, summed=job.privacy.shares_noise)
                 views = views_of(usable.examples, job, runtime.tokenizer)
                 usable = replace(usable, views=views)
-                runtime.warm_cache([*usable.examples, *views])
+                if self.processes is None:
+                    runtime.warm_cache([*usable.examples, *views])
+                else:
+                    self.processes.prepare(runtime, job, _records(usable))
             self.left_out = left_out = usable.left_out
             if left_out:
                 # For the site's own people; nobody else is told.
@@ -145,6 +155,23 @@ class OpenedFolder:
                 self.guard.left_out(job, str(left_out))
             self._prepared = (runtime, asked, usable)
         return self._prepared[2]
+
+    def sums(self, runtime: Runtime, job: Job, usable: UsableRecords, start: dict[str, Tensor]) -> Sums | None:
+        """Return what computes a round's sums with all processes of this site, each ready for its adapter; None if it is one.
+
+        Raises:
+            ComputeError: one of them ended or failed, or computes other numbers; nothing was computed of records.
+        """
+        if self.processes is None:
+            return None
+        self.processes.prepare(runtime, job, _records(usable))  # once more, if one has ended since
+        self.processes.begin(runtime, start)
+        return self.processes.sums
+
+    def end_processes(self) -> None:
+        """End the processes that compute beside this one."""
+        if self.processes is not None:
+            self.processes.close()
 
     def ledger(self) -> Ledger:
         """Return the site's ledger, opened and verified; it counts by the site's own unit."""
@@ -208,6 +235,10 @@ class OpenedFolder:
             ledger, sha256 = self.ledger(), hashlib.sha256(release).hexdigest()
             ledger.commit(reservation, executed_steps=executed_steps, release_sha256=sha256)
         self.guard.stored(request, release, ledger, seconds=seconds)
+
+
+def _records(usable: UsableRecords) -> SiteRecords:
+    return SiteRecords(examples=usable.examples, persons=usable.persons, views=usable.views)
 
 
 def caps(budget: BudgetConfig) -> Budget:

@@ -28,7 +28,7 @@ from client.site.usable import UsableRecords, on_records
 from client.training.adapter_bounds import check_bounds
 from client.training.independence import check_adapter, keep_settled
 from client.training.proof import prove_trainer
-from client.training.trainer import LocalRound, LocalWork, train_local_rounds
+from client.training.trainer import LocalRound, LocalWork, Sums, train_local_rounds
 from shared.errors import PolicyError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
@@ -57,6 +57,7 @@ class Begun:
         runtime, start: the model and the global adapter, checked.
         work: what the site brings.
         reservation: of the charge; None if nothing private is released, or it is charged later.
+        sums: computes the clipped sums with all processes of the site; None if it is one.
     """
 
     request: TrainRequest
@@ -66,6 +67,7 @@ class Begun:
     start: dict[str, Tensor]
     work: LocalWork
     reservation: int | None
+    sums: Sums | None = None
 
 
 class Release(ABC, Generic[ReplyT, ResultT]):
@@ -106,9 +108,10 @@ class Release(ABC, Generic[ReplyT, ResultT]):
         if plan.private:
             site.guard.admit_progress(site.checked_ledger(), request, request_sha256)
         # 3. Model and global adapter, all checked before a record is read or anything is charged.
-        runtime = load_proven(job, site.config.compute)
+        runtime = load_proven(job, site.config.compute.of_each)
         start = checked_adapter(runtime, plan, request)
         usable = self._usable(runtime, job)
+        sums = self._sums(runtime, job, usable, start)
         # 4. Charge first.
         site.check_decided(request)
         reservation = self._charge(request, request_sha256, plan)
@@ -129,6 +132,7 @@ class Release(ABC, Generic[ReplyT, ResultT]):
                 persons=None if job.privacy.mechanism == "central" else usable.persons,
             ),
             reservation=reservation,
+            sums=sums,
         )
 
     def make_begun(self, begun: Begun) -> ReplyT:
@@ -161,6 +165,10 @@ class Release(ABC, Generic[ReplyT, ResultT]):
     @abstractmethod
     def _usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         """Return the records that it is computed from."""
+
+    def _sums(self, runtime: Runtime, job: Job, usable: UsableRecords, start: dict[str, Tensor]) -> Sums | None:
+        """Return what computes clipped sums with all processes of the site, if the release has such sums."""
+        return None
 
     @abstractmethod
     def _charge(self, request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> int | None:
@@ -206,6 +214,9 @@ class Update(Release[TrainReply, LocalRound]):
     def _usable(self, runtime: Runtime, job: Job) -> UsableRecords:
         return self._site.usable(runtime, job)
 
+    def _sums(self, runtime: Runtime, job: Job, usable: UsableRecords, start: dict[str, Tensor]) -> Sums | None:
+        return self._site.sums(runtime, job, usable, start)
+
     def _charge(self, request: TrainRequest, request_sha256: str, plan: PrivacyPlan) -> int | None:
         if not plan.private:
             return None
@@ -227,6 +238,7 @@ class Update(Release[TrainReply, LocalRound]):
                 training=begun.request.job.training,
                 plan=begun.plan,
                 round_number=begun.request.round_number,
+                sums=begun.sums,
             )[0]
 
     def _store(self, begun: Begun, result: LocalRound) -> tuple[TrainReply, int]:

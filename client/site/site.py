@@ -81,7 +81,7 @@ class Site(OpenedFolder):
 
     def prepare(self, job: Job) -> Runtime:
         """Load and prove the model, encode the data, warm the cache; releases nothing."""
-        runtime = load_proven(job, self.config.compute)
+        runtime = load_proven(job, self.config.compute.of_each)
         self.usable(runtime, job)
         return runtime
 
@@ -94,7 +94,7 @@ class Site(OpenedFolder):
         """
         check_terms(self.config, job, declared_records=self.declared_records)
         summed = job.privacy.shares_noise
-        return self.trained.usable(load_runtime(job, self.config.compute), summed=summed).left_out
+        return self.trained.usable(load_runtime(job, self.config.compute.of_each), summed=summed).left_out
 
     def answer(self, request: TrainRequest) -> TrainReply | Refusal:
         """Train one round, or refuse with a text that reveals nothing about the data."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from client.training.trainer import (
     LocalWork,
     Observations,
+    Sums,
     clipped_sums,
     draw,
     per_example_hooks,
@@ -55,6 +56,7 @@ def noisy_sums(
     plan: PrivacyPlan,
     round_number: int,
     attempt: int,
+    sums: Sums | None = None,
 ) -> list[NoisySum]:
     """Return the sums of one site, or of several simulated ones side by side.
 
@@ -64,6 +66,7 @@ def noisy_sums(
         start: the global adapter, at which all gradients are taken.
         plan: what will be executed and accounted at every site.
         round_number, attempt: 1-based.
+        sums: computes step 2; None is `clipped_sums`, in this process alone.
 
     Raises:
         PrivacyError: if the plan has no shares, plan and persons do not belong together, or the model's gradients cannot be
@@ -78,7 +81,7 @@ def noisy_sums(
         # 1. Every unit of privacy enters by its own coin.
         drawn = [draw(plan, work, round_number, attempt) for work in works]
         # 2. Each unit's gradient is clipped, cut to the grid and added to its site's sum.
-        totals, losses = clipped_sums(runtime, pool_of(works), works, drawn, plan, hooks)
+        totals, losses = (sums or clipped_sums)(runtime, pool_of(works), works, drawn, plan, hooks)
     return [
         _with_share(total, work, plan, loss, drawn_here, round_number, attempt)
         for total, work, loss, drawn_here in zip(totals, works, losses, drawn, strict=True)

@@ -19,6 +19,7 @@ docs/decisions/0017.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -141,6 +142,20 @@ def check_adapter(runtime: Runtime, start: Mapping[str, Tensor]) -> None:
                 "with this adapter what one record adds depends on the records beside it, so its influence would not be bounded; "
                 "nothing was trained. An adapter that rounds of the job have led to does not do this."
             )
+
+
+def fingerprint(runtime: Runtime, start: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the gradients of public probes at an adapter; leaves the trainable values as they were.
+
+    Processes that return the same add up in the same order, so it does not show which of them an example was given to.
+    """
+    probes = [*_company(runtime), _probe(runtime, runtime.max_length, 0)]
+    digest = hashlib.sha256()
+    with _restored(runtime), _passes(runtime) as take:
+        runtime.load(start)
+        for number, probe in enumerate(probes):
+            digest.update(take([probe], [number])[0].cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _company(runtime: Runtime) -> list[Example]:

@@ -28,6 +28,7 @@ import torch
 from opacus.grad_sample.grad_sample_module import GradSampleHooks
 from torch import Tensor, nn
 
+from shared.errors import PrivacyError
 from shared.models.packing import Packing, whole_rows
 from shared.privacy.mechanism import ClippedSum
 from shared.privacy.persons import PersonSum
@@ -294,6 +295,7 @@ class GradientsBySite:
         self._rows: list[int] = []
         self._owners: list[int] = []
         self._num_bytes = 0
+        self._came: list[int] = []
 
     def add(self, gradients: list[Tensor], rows: list[int], owners: list[int]) -> None:
         """Take one micro-batch.
@@ -303,6 +305,7 @@ class GradientsBySite:
             rows: the record of each example in the pool.
             owners: the site of each example.
         """
+        self._came += rows
         if len(self._sums) == 1:
             # All of them, whatever came: a gradient too many is for the sum to refuse.
             self._give(0, gradients, rows)
@@ -324,6 +327,23 @@ class GradientsBySite:
         for site, part in slices_by_owner([self._owners[place] for place in order]):
             self._give(site, [gradient[part] for gradient in gradients], rows[part])
         self._held, self._rows, self._owners, self._num_bytes = [], [], [], 0
+
+    def check(self, drawn: Iterable[int]) -> None:
+        """Check at the end of a step what came in it.
+
+        Args:
+            drawn: the rows of the pool that enter the step.
+
+        Raises:
+            PrivacyError: if other rows came than these, once each: a step that lacks a micro-batch, or has one twice, is not what
+                is accounted for.
+        """
+        expected = sorted(drawn)
+        if sorted(self._came) != expected:
+            raise PrivacyError(
+                f"for a step {len(expected):,} records were drawn, and {len(self._came):,} gradients came to its sum, not one of "
+                "each; nothing was released."
+            )
 
     def _give(self, site: int, gradients: list[Tensor], rows: list[int]) -> None:
         receiver = self._sums[site]

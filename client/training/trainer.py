@@ -25,7 +25,7 @@ import bisect
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -85,24 +85,17 @@ class LocalRound:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LocalWork:
-    """What one site brings to a round.
+class SiteRecords:
+    """What a site's gradients are computed from.
 
     Attributes:
         examples: the site's encoded records.
-        declared_records: the site's public number of records, or of persons if they are the unit of privacy; times
-            sample_rate it is the divisor of every noisy sum.
-        randomness: the site's own source.
-        optimizer_state: moments after the site's previous round, empty before the first.
         persons: whose record each of `examples` is; None unless persons are the unit of privacy.
         views: further views of the examples, equally many of each, those of the first first; a record's gradient is the mean
             over it and its views (augmentation multiplicity, De et al. 2022).
     """
 
     examples: Sequence[Example]
-    declared_records: int
-    randomness: SiteRandomness
-    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
     persons: Persons | None = None
     views: Sequence[Example] = ()
 
@@ -120,6 +113,42 @@ class LocalWork:
             for place in (record, *range(first + record * each, first + (record + 1) * each))
         ]
 
+    def part(self, records: Sequence[int]) -> SiteRecords:
+        """Return some of the records, with all that belongs to them; persons keep their numbers."""
+        every = [*self.examples, *self.views]
+        places = [place for record in records for place in self.with_views([record])[1:]]
+        return SiteRecords(
+            examples=[self.examples[record] for record in records],
+            persons=None if self.persons is None else Persons(self.persons.owners[list(records)]),
+            views=[every[place] for place in places],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalWork(SiteRecords):
+    """What one site brings to a round.
+
+    Attributes:
+        declared_records: the site's public number of records, or of persons if they are the unit of privacy; times
+            sample_rate it is the divisor of every noisy sum.
+        randomness: the site's own source.
+        optimizer_state: moments after the site's previous round, empty before the first.
+    """
+
+    declared_records: int
+    randomness: SiteRandomness
+    optimizer_state: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+Drawn = Sequence[Sequence[Sequence[int]]]
+"""The records that enter a step, by site and unit of privacy; see `draw`."""
+
+Sums = Callable[
+    [Runtime, Sequence[Example], Sequence[SiteRecords], Drawn, PrivacyPlan, PerExampleHooks],
+    tuple[list[ClippedSum], list[float]],
+]
+"""`clipped_sums`, or what computes the same with further processes (`client.training.processes`)."""
+
 
 def train_local_rounds(
     runtime: Runtime,
@@ -129,6 +158,7 @@ def train_local_rounds(
     training: TrainingConfig,
     plan: PrivacyPlan,
     round_number: int,
+    sums: Sums | None = None,
 ) -> list[LocalRound]:
     """Train the adapters of one site, or of several simulated ones side by side, for one round.
 
@@ -142,6 +172,7 @@ def train_local_rounds(
         training: number of steps, optimiser, schedule.
         plan: what will be executed and accounted at every site.
         round_number: 1-based; positions the public learning-rate schedule.
+        sums: computes step 3; None is `clipped_sums`, in this process alone.
 
     Returns:
         One result per site, in order.
@@ -169,7 +200,7 @@ def train_local_rounds(
             # 2. Every unit of privacy, a record or a person, enters the step by its own coin.
             drawn = [draw(plan, work, round_number, step) for work in works]
             # 3. Each unit's gradient is clipped and added to its site's sum.
-            totals, losses = clipped_sums(runtime, pool, works, drawn, plan, hooks)
+            totals, losses = (sums or clipped_sums)(runtime, pool, works, drawn, plan, hooks)
             for site, (work, total) in enumerate(zip(works, totals, strict=True)):
                 # 4. One noise event per logical step and site, also when the sample is empty.
                 noise = work.randomness.stream("noise", round_number=round_number, step=step)
@@ -196,7 +227,7 @@ def train_local_rounds(
     ]
 
 
-def pool_of(works: Sequence[LocalWork]) -> list[Example]:
+def pool_of(works: Sequence[SiteRecords]) -> list[Example]:
     """Return what all sites bring, site by site: its examples, then their views."""
     return [example for work in works for part in (work.examples, work.views) for example in part]
 
@@ -204,8 +235,8 @@ def pool_of(works: Sequence[LocalWork]) -> list[Example]:
 def clipped_sums(
     runtime: Runtime,
     pool: Sequence[Example],
-    works: Sequence[LocalWork],
-    drawn: Sequence[Sequence[Sequence[int]]],
+    works: Sequence[SiteRecords],
+    drawn: Drawn,
     plan: PrivacyPlan,
     hooks: PerExampleHooks,
 ) -> tuple[list[ClippedSum], list[float]]:
@@ -216,6 +247,9 @@ def clipped_sums(
 
     Args:
         pool: `pool_of` the works, which stays the same over a round.
+
+    Raises:
+        PrivacyError: if a record that was drawn did not come to its sum exactly once.
     """
     drawn = [
         [work.with_views(group) if work.views else group for group in groups]
@@ -245,6 +279,7 @@ def clipped_sums(
     for receiver in sums:
         if isinstance(receiver, PersonSum):
             receiver.close()
+    shares.check(row for group in pooled for row in group)
     return totals, [loss / work.views_each for loss, work in zip(loss_sums, works, strict=True)]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.job.parsing import Section
 
@@ -30,6 +31,16 @@ class ComputeConfig(Section):
     """Upper bound of a sealed file for what has no room in memory; nothing outlives the process. 0: no file."""
     cache_file_folder: Path | None = None
     """Where that file lies, an absolute path on a disk; None is the system's temporary folder, which may be memory itself."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_place(cls, raw: Any) -> Any:
+        if isinstance(raw, Mapping) and "processes" in raw and "processes" not in cls.model_fields:
+            raise ValueError(
+                "compute.processes is for the site.toml of a real site; simulations and coordinators compute in one process. "
+                "Remove it here"
+            )
+        return raw
 
     @field_validator("cache_file_folder")
     @classmethod

@@ -137,6 +137,27 @@ class ClippedSum:
         return self.on_grid(clipped)
 
     @property
+    def flat(self) -> Tensor:
+        """The sum as one vector over all parameters: float64, or int64 where it is in whole steps. `sums` follow from it."""
+        return self._total
+
+    def count(self, *, num_examples: int, num_clipped: int, num_non_finite: int) -> None:
+        """Take in how many examples another part of the same sum has, which was added to `flat` in place."""
+        self.num_examples += num_examples
+        self.num_clipped += num_clipped
+        self.num_non_finite += num_non_finite
+
+    def check(self) -> None:
+        """Raise `PrivacyError` unless this can be a sum of `num_examples` clipped vectors: on the grid, no longer than they."""
+        flat = torch.cat([part.flatten() for part in self.sums])
+        whole = not self.flat.is_floating_point() or torch.equal(self.on_grid(flat.clone()), flat)
+        if not whole or not float(torch.linalg.vector_norm(flat)) <= self.num_examples * self._max_grad_norm:
+            raise PrivacyError(
+                "what came for the sum of a step is no sum of clipped gradients, for it is longer than they can be, or off their "
+                "grid; nothing was released."
+            )
+
+    @property
     def max_grad_norm(self) -> float:
         """The clipping bound C."""
         return self._max_grad_norm

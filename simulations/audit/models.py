@@ -84,7 +84,7 @@ def open_site(run: AuditedRun) -> SimulatedSite:
     persons = persons_of(own, run.plan.unit)
     size = len(own) if persons is None else persons.count
     return SimulatedSite(
-        runtime=load_runtime(run.job, configs[run.site].compute),
+        runtime=load_runtime(run.job, configs[run.site].compute.of_each),
         records=own,
         pool=[record for records in data.values() for record in records],
         declared_records=configs[run.site].declared_records or max(declared_size(size), 1),

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,6 +49,7 @@ def finished(
     for name in "ab":
         change_toml(federation.site(name).config, evaluation_share=0.4)
         change_toml(federation.site(name).policy, metrics=["accuracy"])
+    change_toml(federation.site("c").config, compute={"device": "cpu", "processes": 2})
     federation.start_coordinator()
     facts = federation.tls()
     for name in "abc":
@@ -70,6 +73,13 @@ def test_the_run_is_complete_over_tls_1_3(finished: Finished) -> None:
     assert (finished.tls_version, finished.alpn) == ("TLSv1.3", "h2")
     for name in "abc":
         assert f"connected to {HOST}:{finished.federation.port} as {name}" in finished.federation.log_of(name)
+
+
+def test_a_site_of_two_processes_takes_part_and_leaves_none(finished: Finished) -> None:
+    log = finished.federation.log_of("c")
+    (pid,) = re.findall(r"computed by 2 processes, 1 threads each: (\d+) beside", log)
+    assert not Path(f"/proc/{pid}").exists()
+    assert "computed by" not in finished.federation.log_of("a")
 
 
 def test_both_sides_logged_the_same_updates(finished: Finished) -> None:

@@ -113,7 +113,7 @@ class Shares:
                 drawn.until = self._said_ready(request)  # said again, it holds from now on
                 return ready
         # 3. Model, global adapter and budget, all checked before a record is read.
-        runtime = load_proven(job, site.config.compute)
+        runtime = load_proven(job, site.config.compute.of_each)
         _check_length(runtime)
         start = checked_adapter(runtime, plan, request)
         request_sha256 = _request_sha256(request)
@@ -137,6 +137,7 @@ class Shares:
             start=start,
             work=work,
             reservation=None,  # charged once the roster is known
+            sums=site.sums(runtime, job, usable, start),
         )
 
     @staticmethod
@@ -151,6 +152,7 @@ class Shares:
                 plan=first.plan,
                 round_number=first.request.round_number,
                 attempt=first.request.attempt,
+                sums=first.sums,
             )
 
     def finish(self, begun: Begun, found: NoisySum, *, seconds: float) -> Ready:
