@@ -92,9 +92,9 @@ class LinkGrid(Grid):
         self._check()
         return self._server.call(self._node_ids)
 
-    def arrivals(self) -> int:
-        """Return how many streams sites have opened so far."""
-        return self._server.mailroom.arrivals
+    def arrivals(self) -> dict[int, int]:
+        """Return node id -> how many streams the site has opened so far."""
+        return self._server.call(self._server.mailroom.arrivals)
 
     def names(self) -> dict[int, str]:
         """Return node id -> name in its certificate, for all sites that may connect."""

@@ -80,7 +80,7 @@ class Mailbox(Mail):
         self.node = node
         self.line: Line | None = None
         self.away_since = away_since
-        self.met = False
+        self.arrivals = 0
         self.requests: dict[bytes, Request] = {}
         self._room = room
 
@@ -122,8 +122,7 @@ class Mailbox(Mail):
 
     def open(self, line: Line) -> None:
         """Take the one line of this site."""
-        self.line, self.met = line, True
-        self._room.arrivals += 1
+        self.line, self.arrivals = line, self.arrivals + 1
 
     def hang_up(self, now: float) -> None:
         """Let go of the line; what has arrived of a reply is kept for the next one."""
@@ -132,14 +131,10 @@ class Mailbox(Mail):
 
 
 class Mailroom:
-    """See the module.
-
-    Attributes:
-        arrivals: how many streams sites have opened.
-    """
+    """See the module."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.clock, self.arrivals = clock, 0
+        self.clock = clock
         self._boxes: dict[int, Mailbox] = {}
         self._answers: dict[bytes, Answer] = {}
         self._held = 0
@@ -160,10 +155,14 @@ class Mailroom:
         recently = self.clock() - AWAY_SECONDS
         return [n for n, box in self._boxes.items() if box.line is not None or box.away_since > recently]
 
+    def arrivals(self) -> dict[int, int]:
+        """Return how many streams each site has opened; one that ends and comes back within seconds is never missing."""
+        return {node: box.arrivals for node, box in self._boxes.items() if box.arrivals}
+
     def seen_before(self, node: int) -> float | None:
         """Return how many seconds ago a site was connected: 0 if it is now, None if it never was."""
         box = self._boxes.get(node)
-        if box is None or not box.met:
+        if box is None or not box.arrivals:
             return None
         return 0.0 if box.line is not None else self.clock() - box.away_since
 

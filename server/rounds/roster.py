@@ -47,7 +47,7 @@ class Authority:
         keys: returns the keys of a site's certificates that count; releases must then come with a receipt by one of them.
         holder: returns the name of the site that a certificate lets in, or raises `TrustError`.
         asked_since: returns what earlier processes of this run asked of sites for rounds after the given one, oldest first.
-        arrivals: returns how often a site has connected; one that ends and comes back within seconds is never missing.
+        arrivals: returns node id -> how often it has connected; one that ends and comes back within seconds is never missing.
     """
 
     signed_job: SignedJob
@@ -57,7 +57,7 @@ class Authority:
     keys: Callable[[str], Collection[bytes]] | None = None
     holder: Callable[[x509.Certificate], str] | None = None
     asked_since: Callable[[int], Sequence[Asked]] = lambda round_number: ()
-    arrivals: Callable[[], int] = lambda: 0
+    arrivals: Callable[[], Mapping[int, int]] = dict
 
     def order(self, round_number: int, adapter: bytes, attempt: int = 0, kind: RequestKind = "train") -> Order:
         """Return the signatures that go with one round's request."""
@@ -84,11 +84,11 @@ class Roster:
         self._grid, self._job, self._authority, self._observer = grid, job, authority, observer
         self._asked: dict[str, int] = {}  # message id -> node
         self._sites: dict[int, SiteDescription] = {}
-        self._refused: dict[int, tuple[float, Refusal]] = {}
+        self._refused: dict[int, tuple[float, int, Refusal]] = {}  # when, and how often it had connected
         self._online: list[int] = []
         self._told: list[SiteDescription] = []
         self._names: dict[int, str] = {}  # under which keys were admitted
-        self._arrivals = 0  # of sites, before the round at hand
+        self._arrivals: Mapping[int, int] = {}  # before the round at hand
         self._patience, self._problem = RETRY_SECONDS, ("", "")
 
     def present(self) -> dict[int, SiteDescription]:
@@ -167,11 +167,12 @@ class Roster:
     def update(self) -> bool:
         """Ask nodes that are new, read the answers that came, and return whether any did; never waits."""
         self._online = sorted(self._grid.get_node_ids())
-        self._arrivals = self._authority.arrivals() if self._authority else 0
+        self._arrivals = self._authority.arrivals() if self._authority else {}
         now = time.monotonic()
         pending = set(self._asked.values())
-        for node, (when, _) in list(self._refused.items()):
-            if node not in self._online or now - when > ASK_AGAIN_SECONDS:
+        for node, (when, arrivals, _) in list(self._refused.items()):
+            is_back = self._arrivals.get(node, 0) != arrivals
+            if node not in self._online or is_back or now - when > ASK_AGAIN_SECONDS:
                 del self._refused[node]
         new = [n for n in self._online if n not in self._sites and n not in pending and n not in self._refused]
         if new:
@@ -219,7 +220,7 @@ class Roster:
         awaits = answer.code == AwaitingApproval.__name__
         if awaits:  # in our own words, whatever came with it
             answer = Refusal(site=name, code=answer.code, reason=str(AwaitingApproval()))
-        self._refused[node] = (time.monotonic(), answer)
+        self._refused[node] = (time.monotonic(), self._arrivals.get(node, 0), answer)
         if awaits:
             self._observer.site_awaits(name)
         else:
@@ -233,7 +234,7 @@ class Roster:
         if len(self._online) < least:
             return f"{len(self._online)} nodes are connected, federation.min_sites is {least}; start more sites or lower it."
         reasons = "; ".join(
-            sorted(f"{refusal.site or node}: {refusal.reason}" for node, (_, refusal) in self._refused.items())
+            sorted(f"{refusal.site or node}: {refusal.reason}" for node, (*_, refusal) in self._refused.items())
         )
         return (
             f"{len(self.present())} of {len(self._online)} nodes take part, federation.min_sites is {least}"

@@ -15,11 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from shared.privacy.accountant.loss_distribution import forget_steps
+from shared.web.turns import Turn
 
 Found = TypeVar("Found")
 
 _HERE = threading.local()
 _WORKER = ThreadPoolExecutor(1, thread_name_prefix="accounting")
+_TURN = Turn()
 
 # Of glibc's malloc.h. Another C library does as it does.
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8
@@ -27,10 +29,15 @@ _MOST_ARENAS, _LARGE_BYTES = 2, 256 << 10
 
 
 def accounted(compute: Callable[[], Found]) -> Found:
-    """Return what `compute` returns, or raise what it raises, once those before it are done; it may ask for more of the same."""
+    """Return what `compute` returns, or raise what it raises, once those before it are done; it may ask for more of the same.
+
+    Raises:
+        Busy: others wait already, or it takes too long until those before it are done.
+    """
     if getattr(_HERE, "is_worker", False):
         return compute()
-    return _WORKER.submit(_run, compute).result()
+    with _TURN:
+        return _WORKER.submit(_run, compute).result()
 
 
 def _run(compute: Callable[[], Found]) -> Found:

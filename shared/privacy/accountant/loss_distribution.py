@@ -56,6 +56,10 @@ _SHARE_LOST, _MOST_TILTS, _TILT_TOLERANCE = 1e-4, 3, 0.05
 # losses may need many narrow cells.
 _MOST_CELLS, _MOST_CELLS_OF_A_STEP = 1 << 19, 1 << 20
 _MOST_KEPT, _MOST_CELLS_KEPT = 8, 1 << 20
+_LENGTHS_KEPT, _LONG_TRANSFORM = (
+    16,
+    1 << 15,
+)  # by pocketfft, in `get_plan`; and of how many cells one is worth forgetting
 _BLOCK = 1 << 16  # cells of a step that are computed at once
 _ROOT_TOLERANCE, _LEAST_SHARE = 1e-9, 1e-9
 
@@ -78,10 +82,11 @@ class StepLoss:
     errors: Array
     infinite: float
 
-    @cached_property
+    @property
     def losses(self) -> Array:
-        """Loss of each cell."""
-        found: Array = np.arange(self.lower, self.lower + len(self.probs), dtype=np.float64) * self.cell
+        """Loss of each cell, computed anew: an array less to keep for each step."""
+        found: Array = np.arange(self.lower, self.lower + len(self.probs), dtype=np.float64)
+        found *= self.cell
         return found
 
     @cached_property
@@ -329,11 +334,22 @@ def _root(divergence: TiltedDivergence, delta: float) -> float:
     while excess(low) == math.inf:  # too far below for the search by secants
         middle = (low + high) / 2
         low, high = (low, middle) if excess(middle) <= 0 else (middle, high)
-    found = float(brentq(excess, low, high, xtol=_ROOT_TOLERANCE / 4, rtol=_ROOT_TOLERANCE / 4))
+    found = _between(excess, low, high)
     step = _ROOT_TOLERANCE * max(found, 1.0)
     while excess(found) > 0:
         found, step = found + step, step * 2
     return found
+
+
+def _between(excess: Callable[[float], float], low: float, high: float) -> float:
+    """Return about where `excess` is 0, by Brent's method."""
+    held = [excess]  # SciPy keeps what it calls in a cycle, and a composition with it until Python looks for cycles
+    try:
+        return float(
+            brentq(lambda epsilon: held[0](epsilon), low, high, xtol=_ROOT_TOLERANCE / 4, rtol=_ROOT_TOLERANCE / 4)
+        )
+    finally:
+        held.clear()
 
 
 class TiltedDivergence:
@@ -354,23 +370,25 @@ class TiltedDivergence:
             log_moment: log E[exp(tilt loss)] of the composition.
         """
         self._tilt, self._log_taken, self._cell = tilt, log_moment(tilt), parts[0][0].cell
-        tilted = [(*part.tilted(tilt), part, count) for part, count in parts]
-        self._low, high, whole = self._window(log_moment, tilted)
+        self._low, high, whole = self._window(log_moment, parts)
         num_cells = high - self._low + 1
         if num_cells > _MOST_CELLS:
             raise _TooManyCells(num_cells, _MOST_CELLS)
         size = fft.next_fast_len(max(num_cells, *(len(part.probs) for part, _ in parts)), real=True)
-        spectrum, rounding = np.ones(size // 2 + 1, dtype=np.complex128), 1.0
-        for probs, _, _, count in tilted:
-            spectrum *= fft.rfft(probs, size) ** count
+        spectrum, rounding, in_steps = np.ones(size // 2 + 1, dtype=np.complex128), 1.0, 0.0
+        for part, count in parts:
+            probs, lost = part.tilted(tilt)
+            in_steps += count * lost
             rounding += count * (1 + float(np.linalg.norm(probs)))
+            spectrum *= fft.rfft(probs, size) ** count
+        composed = fft.irfft(spectrum, size)
+        if size >= _LONG_TRANSFORM:
+            _forget_transforms()
         first = sum(part.lower * count for part, count in parts)
-        self._cells = np.maximum(np.roll(fft.irfft(spectrum, size), first - self._low)[:num_cells], 0.0)
-        self._losses = (self._low + np.arange(num_cells)) * self._cell
+        self._cells = np.maximum(np.roll(composed, first - self._low)[:num_cells], 0.0)
 
         in_transforms = 8 * _UNIT * (math.log2(size) + 1) * rounding * _norm_of_weights(tilt, self._cell)
-        in_steps = math.expm1(sum(count * error for _, error, _, count in tilted)) + math.exp(_LOG_OUTSIDE)
-        self._lost = in_transforms + in_steps / (1 + tilt)
+        self._lost = in_transforms + (math.expm1(in_steps) + math.exp(_LOG_OUTSIDE)) / (1 + tilt)
         above = 0.0 if whole else math.exp(_LOG_OUTSIDE + self._log_taken - tilt * high * self._cell)
         # Of the sums here, and of the logarithms in `log_taken`.
         self._slack = 1 + 1e-10 + 128 * _UNIT * sum(count for _, count in parts)
@@ -383,9 +401,15 @@ class TiltedDivergence:
         if lost == math.inf:
             return math.inf
         first = max(0, math.floor(epsilon / self._cell) + 1 - self._low)
-        losses = self._losses[first:]
+        losses = self._losses_from(first)
         weights = np.exp(self._log_taken - self._tilt * losses) * np.maximum(-np.expm1(epsilon - losses), 0.0)
         return float(np.dot(self._cells[first:], weights)) * self._slack + lost + self.infinite
+
+    def _losses_from(self, first: int) -> Array:
+        """Return the losses of the cells from `first` on."""
+        numbers = np.arange(first, max(first, len(self._cells)), dtype=np.float64)
+        found: Array = (self._low + numbers) * self._cell
+        return found
 
     def lost(self, epsilon: float) -> float:
         """Return the part of the bound that stands for rounding."""
@@ -393,13 +417,14 @@ class TiltedDivergence:
         return self._lost * math.exp(exponent) * self._slack if exponent < _MOST_LOG else math.inf
 
     def _window(
-        self, log_moment: Callable[[float], float], tilted: Sequence[tuple[Array, float, StepLoss, int]]
+        self, log_moment: Callable[[float], float], parts: Sequence[tuple[StepLoss, int]]
     ) -> tuple[int, int, bool]:
         """Return first and last cell of the composition, and whether none lies above: Chernoff bounds on tilted mass."""
         variance, least, most = 0.0, 0, 0
-        for probs, _, part, count in tilted:
-            mean = float(np.dot(probs, part.losses))
-            variance += count * float(np.dot(probs, (part.losses - mean) ** 2))
+        for part, count in parts:
+            (probs, _), losses = part.tilted(self._tilt), part.losses
+            mean = float(np.dot(probs, losses))
+            variance += count * float(np.dot(probs, (losses - mean) ** 2))
             least, most = least + part.lower * count, most + (part.lower + len(part.probs) - 1) * count
         stride = math.sqrt(-2 * _LOG_OUTSIDE / max(variance, self._cell**2))  # best for a normal distribution
         low, high = -math.inf, math.inf
@@ -409,6 +434,12 @@ class TiltedDivergence:
         lowest = max(least, math.floor(low / self._cell))
         highest = max(lowest + 1, min(most, math.ceil(high / self._cell)))
         return lowest, highest, highest >= most
+
+
+def _forget_transforms() -> None:
+    """Have SciPy give back the tables of long transforms: it keeps those of the last lengths, some eight bytes a cell each."""
+    for length in range(2, 2 + _LENGTHS_KEPT):
+        fft.rfft(np.zeros(length))
 
 
 def _norm_of_weights(tilt: float, cell: float) -> float:

@@ -104,8 +104,8 @@ def resident(what):
     return int(Path("/proc/self/status").read_text().partition(what)[2].split()[0]) / 1024
 def flood(number):
     drawn = random.Random(number)
-    for _ in range(3):
-        steps, rate, epsilon = drawn.randint(50_000, 100_000), drawn.uniform(0.001, 0.9), drawn.uniform(0.1, 7)
+    for _ in range(4):
+        steps, rate, epsilon = drawn.randint(50_000, 100_000), 10 ** drawn.uniform(-6, 0), drawn.uniform(0.1, 7)
         told.append(ask(f"/budget/{budget.id}/what-if?steps={steps}&rate={rate:.5f}&by=noise&value={drawn.uniform(0.5, 3):.4f}"))
         told.append(ask(f"/budget/{budget.id}/what-if?steps=60&rate={rate:.5f}&value={epsilon:.4f}"))
 told = []
@@ -118,14 +118,17 @@ print(json.dumps({"told": sorted(set(told)), "megabytes": resident("VmRSS:"), "p
 
 
 def test_a_flood_of_what_if_leaves_the_console_small(tmp_path: Path) -> None:
-    """What a composition took would stay with each of forty threads: 380 MB after half a minute of two accounts' asking."""
+    """What a composition took would stay with each of forty threads: 380 MB after half a minute of two accounts' asking.
+
+    Rare records take the longest transforms, and what SciPy keeps of sixteen lengths took another 100 MB.
+    """
     home = make_home(tmp_path)
     charge(home, rounds=4)
     done = run(FLOOD, home.path)
     found = json.loads(done.stdout)
     assert found["told"] == [200]
-    assert found["megabytes"] < MOST_MEGABYTES + 10
-    assert found["peak"] < 260, "while one plan of 100,000 steps is computed"
+    assert found["megabytes"] < MOST_MEGABYTES
+    assert found["peak"] < 200, "while one plan of 100,000 steps is computed"
 
 
 TRYING = """

@@ -85,9 +85,9 @@ class HomesGrid(Grid):
         """Return that no site was killed."""
         return False
 
-    def arrivals(self) -> int:
+    def arrivals(self) -> dict[int, int]:
         """Return that no site has come back."""
-        return 0
+        return {}
 
     def holder(self, certificate: object) -> str:
         """Name no site: the golden jobs show no certificates, which only a secure sum does."""

@@ -225,15 +225,25 @@ def test_a_site_that_waits_for_approval_is_no_refusal_and_is_asked_again(
     assert names_of(made.wait()) == {1: "a", 2: "b"}
 
 
-def test_a_site_that_refused_and_came_back_is_asked_at_once(grid: StandInGrid, roster: Callable[..., Roster]) -> None:
-    made = roster({1: "a", 2: "b"})
-    grid.online, grid.answers = [1, 2], {1: described("a"), 2: Error(code=5, reason="gone")}
+@pytest.mark.parametrize("was_missed", [True, False], ids=["after a while", "within seconds"])
+def test_a_site_that_refused_and_came_back_is_asked_at_once(
+    grid: StandInGrid, roster: Callable[..., Roster], was_missed: bool
+) -> None:
+    arrivals = {1: 1, 2: 1, 3: 1}
+    made = roster({1: "a", 2: "b", 3: "c"})
+    made._authority = replace(made._authority, arrivals=lambda: dict(arrivals))  # type: ignore[type-var]
+    refused = Error(code=5, reason="gone")
+    grid.online, grid.answers = [1, 2, 3], {1: described("a"), 2: refused, 3: refused}
     made.wait()
-    grid.online = [1]
-    made.update()
-    grid.online, grid.answers[2] = [1, 2], described("b")
+    if was_missed:
+        grid.online = [1, 3]
+        made.update()
+    else:
+        arrivals[2] += 1
+    grid.online, grid.answers[2] = [1, 2, 3], described("b")
     made.update()
     assert names_of(made.present()) == {1: "a", 2: "b"}
+    assert grid.asked == [1, 2, 3, 2], "nobody else is asked again"
 
 
 def test_too_few_sites_are_waited_for_and_the_reason_is_told_once(
@@ -302,9 +312,9 @@ def test_the_same_refusals_are_asked_for_less_and_less_often(
 def test_a_site_that_comes_or_comes_back_is_asked_at_once(
     grid: StandInGrid, roster: Callable[..., Roster], clock: SlowClock, during: str, what: str
 ) -> None:
-    arrivals = [5]
+    arrivals = {1: 1, 2: 5}
     made = roster({1: "a", 2: "b", 3: "c"})
-    made._authority = replace(made._authority, arrivals=lambda: arrivals[0])  # type: ignore[type-var]
+    made._authority = replace(made._authority, arrivals=lambda: dict(arrivals))  # type: ignore[type-var]
     grid.online, grid.answers = [1, 2], {n: described(name) for n, name in ((1, "a"), (2, "b"), (3, "c"))}
     made.wait()
     while paused(made, clock, REFUSED) < 60:
@@ -313,7 +323,7 @@ def test_a_site_that_comes_or_comes_back_is_asked_at_once(
     def happen() -> None:
         clock.meanwhile = lambda: None
         grid.online = {"a node comes": [1, 2, 3], "a node leaves": [1]}.get(what, [1, 2])
-        arrivals[0] += what != "a node leaves"
+        arrivals[2] += what != "a node leaves"
 
     if during == "the round":
         happen()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import warnings
+import weakref
 from functools import reduce
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -208,7 +211,7 @@ def test_a_window_leaves_out_as_much_tilted_mass_as_it_says() -> None:
     while left:
         total, power, left = (np.convolve(total, power) if left & 1 else total), np.convolve(power, power), left >> 1
     losses = (25 * many[0][0].lower + np.arange(len(total))) * 5e-3
-    found = bound._losses
+    found = bound._losses_from(0)
     for outside in (losses < found[0] - 1e-3, losses > found[-1] + 1e-3):
         assert 1e-15 < float(total[outside].sum()) < OUTSIDE
     np.testing.assert_allclose(
@@ -475,3 +478,22 @@ def test_what_is_kept_of_steps_is_bounded(monkeypatch: pytest.MonkeyPatch) -> No
     assert [number for number in range(13) if kept.get((number,)) is not None] == [12], "the last one stays"
     kept.forget()
     assert kept.get((12,)) is None
+
+
+def test_nothing_of_a_composition_waits_for_the_collector_of_cycles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SciPy's search for a root calls through a cycle, and Python does not know that megabytes hang on it."""
+    made: list[weakref.ref[TiltedDivergence]] = []
+    initialise = TiltedDivergence.__init__
+
+    def noted(self: TiltedDivergence, *arguments: Any) -> None:
+        made.append(weakref.ref(self))
+        initialise(self, *arguments)
+
+    monkeypatch.setattr(TiltedDivergence, "__init__", noted)
+    gc.disable()
+    try:
+        composed_epsilon([(2.0, 0.05, 30)], 1e-5, 1e-3)
+        assert made
+        assert [one for one in made if one() is not None] == []
+    finally:
+        gc.enable()

@@ -49,6 +49,16 @@ def test_every_page_keeps_the_rules_at_every_width(page: Any, serving: Serving) 
     assert found == {}
 
 
+def test_no_column_of_the_runs_is_cut_off(page: Any) -> None:
+    for width in (360, 1280, 1440):
+        page.set_viewport_size({"width": width, "height": 900})
+        wide = "e => e.scrollWidth - e.clientWidth"
+        assert page.locator(".scroll:has(table.runs)").evaluate(wide) <= 0, width
+    page.set_viewport_size({"width": 360, "height": 900})
+    shift = "cell => parseFloat(getComputedStyle(cell).paddingLeft) + parseFloat(getComputedStyle(cell).textIndent)"
+    assert page.locator("table.runs td:not(.choose)").first.evaluate(shift) >= 0, "the label beside a value is seen"
+
+
 def test_runs_are_chosen_and_drawn(page: Any) -> None:
     page.get_by_label("Words").fill("movie-reviews")
     page.get_by_label("Sweep", exact=True).select_option("no trials of sweeps")
