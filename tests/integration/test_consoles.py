@@ -189,7 +189,7 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
     # It comes again, and two approve it.
     job = federation_job(
         name="study",
-        training={"rounds": 60},
+        training={"rounds": 20},
         privacy={"noise_multiplier": 2.0},
         federation={"min_sites": 3, "round_timeout_seconds": 20.0},
     )
