@@ -14,7 +14,7 @@ from tests.client.console.conftest import PASSWORD, Serving, take
 from tests.client.console.homes import approvals_of, ask, make_home, want_people
 from tests.shared.web import browsers
 from tests.shared.web.accessibility import violations, violations_everywhere
-from tests.shared.web.browsers import needs_chromium, watched_page
+from tests.shared.web.browsers import needs_chromium, open_whole, watched_page
 
 pytestmark = needs_chromium
 chromium = browsers.chromium
@@ -49,7 +49,7 @@ def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving) -
     ]
     paths += [f"/requests/{one.request.id}" for one in serving.console.content.requests.all()]
     for path in paths:
-        page.goto(f"{serving.address}{path}", wait_until="networkidle")
+        open_whole(page, f"{serving.address}{path}")
         if path.startswith("/requests/"):
             page.locator("#rules").wait_for()
         if told := violations_everywhere(page):

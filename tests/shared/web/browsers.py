@@ -40,6 +40,16 @@ def chromium() -> Iterator[Any]:
         yield browser
 
 
+_WHOLE = """() => !document.querySelector(".htmx-request")
+  && [...document.querySelectorAll("[data-chart]")].every(chart => chart.childNodes.length)"""
+
+
+def open_whole(page: Any, address: str) -> None:
+    """Go to a page and wait until the parts and charts are there that come later; half a second less than "networkidle"."""
+    page.goto(address)
+    page.wait_for_function(_WHOLE)
+
+
 @contextmanager
 def watched_page(browser: Any) -> Iterator[Any]:
     """Yield a page that must not log an error; refused scripts and styles are errors there."""

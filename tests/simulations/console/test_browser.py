@@ -9,7 +9,7 @@ import pytest
 
 from tests.shared.web import browsers
 from tests.shared.web.accessibility import violations_everywhere
-from tests.shared.web.browsers import needs_chromium, watched_page
+from tests.shared.web.browsers import needs_chromium, open_whole, watched_page
 from tests.simulations.console.conftest import EVIL, Serving
 
 pytestmark = needs_chromium
@@ -43,7 +43,7 @@ def paths_of(serving: Serving) -> list[str]:
 def test_every_page_keeps_the_rules_at_every_width(page: Any, serving: Serving) -> None:
     found = {}
     for path in [*paths_of(serving), "/account", f"/{serving.links[-1]}"]:
-        page.goto(f"{serving.address}{path}", wait_until="networkidle")
+        open_whole(page, f"{serving.address}{path}")
         if told := violations_everywhere(page):
             found[path] = told
     assert found == {}
@@ -83,7 +83,7 @@ def test_runs_are_chosen_and_drawn(page: Any) -> None:
 
 def test_a_name_draws_no_element(page: Any, serving: Serving) -> None:
     (path,) = [path for path in paths_of(serving) if path.endswith("log=1")]
-    page.goto(f"{serving.address}{path}", wait_until="networkidle")
+    open_whole(page, f"{serving.address}{path}")
     assert EVIL in page.locator(".u-legend").inner_text()
     assert page.locator("main img, .u-legend script").count() == 0
 
