@@ -10,6 +10,7 @@ import netrc
 import os
 import uuid
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -84,6 +85,8 @@ class WandbRecording:
             resume="allow" if mode == "online" else None,  # files of one name are one run once they are synced
             reinit="create_new",
             config={**run.tags, **run.settings},
+            # By itself it keeps to the folder of a process's first run.
+            dir=os.environ.get("WANDB_DIR") or str(Path.cwd()),
             settings=wandb.Settings(mode=mode, **_NOTHING_BY_ITSELF, **_PATIENCE),
         )
 

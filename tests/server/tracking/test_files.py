@@ -68,6 +68,12 @@ def test_wandbs_reader_finds_every_round_and_nothing_of_the_machine(
     data = b"".join(path.read_bytes() for path in tmp_path.glob("wandb/offline-*/*.wandb"))
     assert os.uname().nodename.encode() not in data or len(os.uname().nodename) < 4
     assert str(Path.cwd()).encode() not in data
+    # A later run of the same process goes where it is wanted then.
+    monkeypatch.setenv("WANDB_DIR", str(elsewhere := tmp_path / "elsewhere"))
+    elsewhere.mkdir()
+    with Tracking([Target("wandb", "offline")], pytest.fail, seconds=90) as trackers:
+        trackers.observer(told(job, tmp_path / "another")).ended(checkpoint(job, 1), complete=True)
+    assert list(elsewhere.glob("wandb/offline-*/*.wandb"))
 
 
 def records_of(path: Path) -> list[Any]:
