@@ -107,20 +107,18 @@ def database() -> Iterator[Callable[[str], str]]:
 
 @pytest.fixture(scope="module")
 def federation(found_federation: Callable[..., Federation]) -> Federation:
-    """Coordinator and three sites run; at a two people approve each job."""
+    """Coordinator and three sites start; at a two people approve each job."""
     made = found_federation(["a", "b", "c"], epsilon=50.0, policy={"max_steps": 1900})
     change_toml(made.site("a").policy, approval="required", approvals_needed=2)
     made.start_coordinator()
     for name in "abc":
         made.start_site(name)
-    for name in "abc":
-        eventually(lambda name=name: read_status(made.site(name))["healthy"])
     return made
 
 
 @pytest.fixture(scope="module")
 def consoles(federation: Federation, openid: OpenId, database: Callable[[str], str]) -> dict[str, str]:
-    """The addresses of the consoles of the coordinator and of a, which are processes of their own."""
+    """The addresses of the consoles of the coordinator and of a, processes of their own; by then the federation runs, too."""
     found = {}
     for name, home in (("coordinator", federation.coordinator), ("a", federation.site("a"))):
         folder, port = home.path / "console", free_port()
@@ -140,8 +138,11 @@ def consoles(federation: Federation, openid: OpenId, database: Callable[[str], s
         kind = "coordinator" if name == "coordinator" else "site"
         options = ["--port", str(port), "--database", database(f"console_{name}")]
         federation._spawn(f"console-{name}", [kind, "console", str(home.path), *options])
-        eventually(lambda name=name, address=address: address in federation.log_of(f"console-{name}"))
         found[name] = address
+    for name, address in found.items():
+        eventually(lambda name=name, address=address: address in federation.log_of(f"console-{name}"))
+    for name in "abc":
+        eventually(lambda name=name: read_status(federation.site(name))["healthy"])
     return found
 
 
@@ -189,7 +190,7 @@ def test_a_study_from_the_first_sign_in_to_the_signed_report(
     # It comes again, and two approve it.
     job = federation_job(
         name="study",
-        training={"rounds": 20},
+        training={"rounds": 40},
         privacy={"noise_multiplier": 2.0},
         federation={"min_sites": 3, "round_timeout_seconds": 20.0},
     )
