@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import secrets
 import subprocess
 import sys
@@ -48,6 +49,7 @@ from shared.runtime.runtime import Runtime
 
 _LOG = logging.getLogger("silotune.site")
 _WORKER = ("-m", "client.training.worker")
+_SECRET = re.compile("PASS|SECRET|TOKEN(?!IZ)|KEY|CREDENTIAL", re.IGNORECASE)  # in the name of a variable
 _MOMENT_SECONDS = 2.0
 _LOAD_SECONDS, _ANSWER_SECONDS = (
     1800.0,
@@ -250,7 +252,7 @@ class _Process:
     def __init__(self, program: Sequence[str]) -> None:
         self._connection, theirs = Pipe()
         # It opens no key, and imports from where this process does, not from the working folder.
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("SILOTUNE_PASSPHRASE")}
+        environment = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         with theirs:  # once only the worker holds it, its end is seen here
             try:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-from client.training import worker
+from client.training import ranks, worker
 from shared.privacy.randomness import SiteRandomness
 from shared.runtime.runtime import Runtime
 
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str]) -> None:
         Runtime.grouped_batches = _drop_a_batch  # type: ignore[method-assign]
     elif fault == "busy":
         worker.Worker = _busy  # type: ignore[assignment,misc]
+    elif fault == "impatient":
+        ranks._PATIENCE = timedelta(seconds=1)
     worker.main()
 
 

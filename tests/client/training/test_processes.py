@@ -242,6 +242,28 @@ def test_a_worker_that_is_killed_ends_the_round(
     assert two.pids == []
 
 
+def test_workers_wait_for_rank_0_and_know_no_passphrase(
+    monkeypatch: pytest.MonkeyPatch, runtime: Runtime, classification_job: Build, records: list[dict[str, Any]]
+) -> None:
+    """A step was charged before; it must not fail because rank 0 takes longer than the others."""
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(1.5)
+        return clipped_sums(*arguments)
+
+    monkeypatch.setattr(processes_module, "clipped_sums", slow)
+    for name in ("SILOTUNE_PASSPHRASE", "SILOTUNE_NEW_PASSPHRASE", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, "a-secret-of-rank-0")
+    job = job_of(classification_job, "records")
+    impatient = Processes(2, CPU, program=(*FAULTY, "impatient"))
+    try:
+        train(runtime, work_of(runtime, job, records), job, PrivacyPlan.from_job(job), impatient)
+        (pid,) = impatient.pids
+        assert b"a-secret-of-rank-0" not in Path(f"/proc/{pid}/environ").read_bytes()
+    finally:
+        impatient.close()
+
+
 @pytest.mark.parametrize(
     ("fault", "text"),
     [("noise_twice", "off their grid"), ("drawn_twice", "was given"), ("drop_a_batch", "gradients came to its sum")],
