@@ -49,7 +49,9 @@ def serve(
     texts: Annotated[int, typer.Option(help="Texts of a request, or continuations, at most.")] = 256,
     characters: Annotated[int, typer.Option(help="Characters of a text, at most.")] = 100_000,
     connections: Annotated[int, typer.Option(help="Open at a time; one address may have a quarter.")] = 1024,
-    request_seconds: Annotated[float, typer.Option(help="In which a whole request must come.")] = 20.0,
+    request_seconds: Annotated[
+        float, typer.Option(help="In which a whole request must come, and an answer be read on.")
+    ] = 20.0,
     answer_seconds: Annotated[float, typer.Option(help="In which an answer must be complete.")] = 120.0,
     drift_window: Annotated[
         int | None, typer.Option(help="Compare the labels of so many texts with a baseline, for /metrics.")

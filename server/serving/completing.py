@@ -70,11 +70,13 @@ class Row:
             self.tokens.append(token)
         # Without tidying spaces up, which would change what was handed out already.
         text = str(tokenizer.decode(self.tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False))
-        found = min((place for one in self.stop if (place := text.find(one)) >= 0), default=-1)
+        last = ended or len(self.tokens) >= self.decoding.max_new_tokens
+        whole = len(text) if last else certain_length(text, ())  # half a character is none that could be a stop
+        found = min((place for one in self.stop if (place := text.find(one, 0, whole)) >= 0), default=-1)
         if found >= 0:
             text, ended = text[:found], True
         finish: Finish | None = "stop" if ended else None
-        if finish is None and len(self.tokens) >= self.decoding.max_new_tokens:
+        if finish is None and last:
             finish = "length"
         certain = len(text) if finish else certain_length(text, self.stop)
         new = text[self.handed_out : certain]

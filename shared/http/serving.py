@@ -6,6 +6,7 @@ Formal guarantees (tests: tests/client/console/test_start.py)
       (test_over_tls_the_certificate_names_the_console).
     * A connection on which no whole request comes ends within seconds, however slowly something comes, and one address has a
       bounded number of them (tests/client/console/test_connections.py).
+    * So does one on which nobody reads what is answered (tests/server/serving/test_readers.py).
     * The head of a request is bounded, and what two readers could read as two different requests is refused
       (tests/client/console/test_heads.py).
 """
@@ -31,7 +32,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
-from shared.http.asgi import App
+from shared.http.asgi import App, Message, Receive, Send
 from shared.http.problems import framed, malformed
 from shared.service.logs import sparing
 from shared.service.machine import raise_descriptor_limit
@@ -43,6 +44,8 @@ log = logging.getLogger("silotune.http")
 
 _MOST_BYTES = 1 << 20
 REQUEST_SECONDS, HANDSHAKE_SECONDS = 20.0, 10.0
+_LEAST_READ = 16 << 10
+"""Bytes that whoever reads an answer takes in `request_seconds`, at least; the kernel's own buffer, of MB, hides less."""
 MOST_OF_AN_ADDRESS = 256
 """Open connections; a browser has six, and many people may come through one gateway, or one ssh -L."""
 
@@ -53,7 +56,7 @@ class Connections:
 
     Attributes:
         of_an_address, together: open at a time, at most.
-        request_seconds: in which a whole request must come.
+        request_seconds: in which a whole request must come, and some of an answer be read.
     """
 
     of_an_address: int
@@ -216,15 +219,21 @@ def make_server(
 
 
 class _Connection(H11Protocol):
-    """A connection that ends unless a whole request comes in time after its begin, or after the answer before."""
+    """A connection that ends unless a whole request comes in time after its begin, or after the answer before, and unless answers
+    are read.
+
+    To close one is not enough: that waits until everything that was written is read.
+    """
 
     _deadline: asyncio.TimerHandle | None = None
+    _unread: asyncio.TimerHandle | None = None
 
     def __init__(self, bounds: Connections | None, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._bounds = bounds or Connections(
             of_an_address=MOST_OF_AN_ADDRESS, together=1 << 20, request_seconds=REQUEST_SECONDS
         )
+        self.app = self._ended(self.app)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, unless there are too many all together; of too many of one address one gives way.
@@ -260,11 +269,35 @@ class _Connection(H11Protocol):
         super().on_response_complete()
         self._await_request()
 
+    def pause_writing(self) -> None:
+        """Wait no longer than `request_seconds` for whoever reads nothing."""
+        super().pause_writing()
+        self._unread = self._end_later()
+
+    def resume_writing(self) -> None:
+        """Go on."""
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+
     def connection_lost(self, exc: Exception | None) -> None:
-        """Forget the deadline."""
+        """Forget the deadlines."""
         super().connection_lost(exc)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for deadline in (self._deadline, self._unread):
+            if deadline is not None:
+                deadline.cancel()
+
+    def _ended(self, app: Any) -> Any:
+        """Return the application; uvicorn closes a connection whose answer it does not complete."""
+
+        async def ending(scope: Message, receive: Receive, send: Send) -> None:
+            try:
+                await app(scope, receive, send)
+            finally:
+                if not self.cycle.response_complete:
+                    self._deadline = self._end_later()
+
+        return ending
 
     @property
     def _is_waiting(self) -> bool:
@@ -273,8 +306,19 @@ class _Connection(H11Protocol):
     def _await_request(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
-        if self._is_waiting and not self.transport.is_closing():
-            self._deadline = self.loop.call_later(self._bounds.request_seconds, self.transport.abort)
+        if self._is_waiting:
+            self._deadline = self._end_later()
+
+    def _end_later(self) -> asyncio.TimerHandle:
+        return self.loop.call_later(self._bounds.request_seconds, self._end, self.transport.get_write_buffer_size())
+
+    def _end(self, unread: int) -> None:
+        """End the connection, unless what was unread is being read."""
+        left = self.transport.get_write_buffer_size()
+        if 0 < left <= unread - _LEAST_READ:
+            self._deadline = self._end_later()
+        else:
+            self.transport.abort()
 
 
 class _Server(uvicorn.Server):

@@ -32,6 +32,10 @@ MOST_SIZE = 1 << 24
 MOST_LAYERS = 1000
 _MOST_GROWTH = 100
 _MOST_WORD = 1000
+_MOST_AFFIX = 100
+"""Characters of what a tokenizer puts before or behind a part of a word, each time that it looks one up."""
+_MOST_PIECES = 16
+"""Of what is put around a text: tokens at its begin and end, and the text, once."""
 _MISSING_NUMBERS = 1 << 24
 """Numbers that a model may have beyond twice those that are stored: a pooler that nobody uses, tables that are computed."""
 
@@ -140,20 +144,41 @@ def _check_tokenizer(path: Path, content: Any) -> None:
     word = model.get("max_input_chars_per_word", 0) if isinstance(model, dict) else 0
     if isinstance(word, int) and word > _MOST_WORD:
         raise _beyond(path, f"says max_input_chars_per_word {word:,}", f"{_MOST_WORD:,}")
+    for name in ("continuing_subword_prefix", "end_of_word_suffix", "unk_token"):
+        found = model.get(name) if isinstance(model, dict) else None
+        if isinstance(found, str) and len(found) > _MOST_AFFIX:
+            raise _beyond(path, f"has a {name} of {len(found):,} characters", f"{_MOST_AFFIX:,}")
     rest = {key: value for key, value in content.items() if key != "model"}
     _check_entries(path, rest)
     growth = 1
     for one in _objects(rest):
+        _check_template(path, one)
         regex = one.get("Regex")
         if regex is not None and regex not in REGEXES:
             raise ModelError(
                 f"{path} holds the regular expression {excerpt(regex, 120)}, which is that of no published tokenizer known here, "
-                "so nobody can say how long it takes. Use the tokenizer that the backbone was published with."
+                "so nobody can say how long it takes. Use the tokenizer that the backbone was published with; one of your "
+                "own may split by the expression of GPT-2, or without any, by ByteLevel, Whitespace or Metaspace."
             )
-        if one.get("type") == "Replace" and isinstance(one.get("content"), str):
-            growth *= max(1, len(one["content"]))
+        added = {"Replace": one.get("content"), "Prepend": one.get("prepend")}.get(str(one.get("type")))
+        if isinstance(added, str):
+            growth *= max(1, len(added))
         if growth > _MOST_GROWTH:
             raise _beyond(path, f"may make a text {growth:,} times as long", f"{_MOST_GROWTH}")
+
+
+def _check_template(path: Path, one: Mapping[str, Any]) -> None:
+    """Refuse a post-processor that repeats the text, or adds many tokens."""
+    if one.get("type") != "TemplateProcessing":
+        return
+    for inner in _nested(dict(one)):
+        if isinstance(inner, list) and len(inner) > _MOST_PIECES:
+            raise _beyond(path, f"puts a text together of {len(inner):,} pieces", f"{_MOST_PIECES}")
+    for name, sequences in (("single", 1), ("pair", 2)):
+        template = one.get(name)
+        found = sum("Sequence" in piece for piece in _objects(template))
+        if found > sequences:
+            raise _beyond(path, f"repeats a text: {found} sequences in {name}", f"{sequences}")
 
 
 def _check_config(path: Path, content: Any) -> None:

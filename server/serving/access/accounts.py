@@ -22,6 +22,8 @@ from shared.errors import SilotuneError, place_of
 log = logging.getLogger("silotune.serving")
 
 _AT_ONCE = 256
+_LOOK_SECONDS = 0.2
+"""For which a look-up waits for a process that holds the file alone: everybody's answers wait with it."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ class Accounts:
     """
 
     def __init__(self, path: Path, clock: Callable[[], float] = time.monotonic) -> None:
-        self._reading, self._writing = TokenFile(path), TokenFile(path)
+        self._reading, self._writing = TokenFile(path, busy_seconds=_LOOK_SECONDS), TokenFile(path)
         self._clock = clock
+        self._owed: list[tuple[Token, str, str, Use]] = []
         self._buckets: dict[int, tuple[float, float]] = {}
         self._jobs: queue.SimpleQueue[tuple[tuple[Token, str, Use] | Booked, Use, Future[str | QuotaExceeded]] | None]
         self._jobs = queue.SimpleQueue()
@@ -102,7 +105,7 @@ class Accounts:
         return Booked(token, model, day, use)
 
     def settle(self, booked: Booked, used: Use) -> None:
-        """Take back what was booked and not used; nobody waits for that."""
+        """Take back what was booked and not used; nobody waits for that, and what cannot be written is tried again."""
         rest = Use(
             booked.use.requests - used.requests,
             booked.use.read_tokens - used.read_tokens,
@@ -127,10 +130,11 @@ class Accounts:
 
     def _write(self, jobs: list[tuple[tuple[Token, str, Use] | Booked, Use, Future[str | QuotaExceeded]]]) -> None:
         charges = [(job, found) for job, _, found in jobs if not isinstance(job, Booked)]
-        refunds = [(job.token, job.model, job.day, rest) for job, rest, _ in jobs if isinstance(job, Booked)]
+        self._owed += [(job.token, job.model, job.day, rest) for job, rest, _ in jobs if isinstance(job, Booked)]
         try:
-            if refunds:
-                self._writing.refund(refunds)
+            if self._owed:
+                self._writing.refund(self._owed)
+                self._owed = []
             days = self._writing.charge([job for job, _ in charges]) if charges else []
         except Exception as error:
             log.error("use could not be booked: %s", error if isinstance(error, SilotuneError) else place_of(error))

@@ -128,10 +128,18 @@ class TokenFile:
     Args:
         path: of the file, which `create` makes.
         now: seconds since 1970.
+        busy_seconds: for which another process that holds the file alone is waited for.
     """
 
-    def __init__(self, path: Path, *, create: bool = False, now: Callable[[], float] = time.time) -> None:
-        self.path, self._now = path, now
+    def __init__(
+        self,
+        path: Path,
+        *,
+        create: bool = False,
+        now: Callable[[], float] = time.time,
+        busy_seconds: float = _BUSY_SECONDS,
+    ) -> None:
+        self.path, self._now, self._busy_seconds = path, now, busy_seconds
         if not create and not path.exists():
             raise ConfigError(f"there is no token file {path}; make it with: silotune tokens add NAME --tokens {path}")
         require_file_or_nothing(path)
@@ -140,8 +148,6 @@ class TokenFile:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._connect()
-            check_private(path, stat.S_IMODE(path.stat().st_mode), "holds API tokens' hashes and use", group=True)
-            check_unwritable(path, "holds API tokens,")
         except (sqlite3.Error, OSError) as error:
             raise self._unusable(error) from None
 
@@ -290,27 +296,47 @@ class TokenFile:
         )
 
     def _connect(self) -> None:
-        self._file = self._identity()
+        self._file = _identity(self.path)
         self._database = sqlite3.connect(
-            self.path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
+            f"{self.path.absolute().as_uri()}?mode=rw",  # one that was removed meanwhile is not made anew
+            uri=True,
+            timeout=self._busy_seconds,
+            isolation_level=None,
+            check_same_thread=False,
         )
         self._open()
+        check_private(self.path, stat.S_IMODE(self.path.stat().st_mode), "holds API tokens' hashes and use", group=True)
+        check_unwritable(self.path, "holds API tokens,")
+        self._log = _identity(self._log_path)
 
-    def _identity(self) -> tuple[int, int]:
-        found = self.path.stat()
-        return found.st_dev, found.st_ino
+    @property
+    def _log_path(self) -> Path:
+        """Where SQLite keeps what was written last, until it is put into the file (https://sqlite.org/wal.html)."""
+        return self.path.with_name(f"{self.path.name}-wal")
 
     def _at_hand(self) -> sqlite3.Connection:
         """Return the file that is there now: one that was put in its place, such as a backup, is opened anew.
 
-        SQLite would go on with the one that it opened, and a token that is revoked in the new one would count.
+        SQLite would go on with the one that it opened, and a token that is revoked in the new one would count. So it would by the
+        log of the one before, which SQLite knows by its path alone: it would be read over the new file.
         """
         try:
-            if self._identity() != self._file:
+            found = self.path.stat()
+            if (found.st_dev, found.st_ino) != self._file:
+                # Ours stays open until then, so that no other file can get the number of the log.
+                if self._log is not None and self._log == _identity(self._log_path):
+                    raise RunError(
+                        f"the token file {self.path} was replaced, and {self._log_path.name} beside it is that of the file "
+                        f"before, which would be read over it; delete {self._log_path.name} and {self.path.name}-shm."
+                    )
+                self._file, self._log = (-1, -1), None  # whatever fails now, the next time it is opened anew
                 self._database.close()
-                self._connect()
+                try:
+                    self._connect()
+                except BaseException:
+                    self._file, self._log = (-1, -1), None
+                    raise
         except (sqlite3.Error, OSError) as error:
-            self._file = (-1, -1)  # whatever comes next is opened anew
             raise self._unusable(error) from None
         return self._database
 
@@ -362,6 +388,15 @@ class TokenFile:
 
     def _moment(self, seconds_from_now: float = 0) -> str:
         return datetime.fromtimestamp(self._now() + seconds_from_now, UTC).isoformat(timespec="seconds")
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return which file is there; None if there is none."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _hashed(secret: str) -> bytes:

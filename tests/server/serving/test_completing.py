@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.serving.completing import Completing, certain_length
+from server.serving.completing import Completing, Row, certain_length
 from server.serving.models import Plan
 from shared.job.compute import ComputeConfig
 from shared.runtime.inference import Decoding, generate, load_model
@@ -89,6 +89,18 @@ def test_a_stop_sequence_ends_the_text_before_it(client: openai.OpenAI, writer: 
     pieces = events(writer.post("/v1/completions", {**asked, "stop": stop, "stream": True}))
     assert "".join(piece["choices"][0]["text"] for piece in pieces[:-1]) == expected
     assert pieces[-1] == "[DONE]"
+
+
+def test_fault_half_a_character_is_no_stop(writer: Live) -> None:
+    model = writer.service.following.model
+    text, said = "é and 😀 ", list[str]()
+    tokens = model.runtime.tokenizer(text)["input_ids"]
+    row = Row(
+        model, [1], Decoding(max_new_tokens=60), ("\N{REPLACEMENT CHARACTER}",), lambda new, end: said.append(new)
+    )
+    assert all(row.take(token) for token in tokens)
+    assert "".join(said) == text
+    assert len(tokens) > len(text), "characters came in halves"
 
 
 def test_several_prompts_are_answered_in_their_order(client: openai.OpenAI) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from server.serving.access.accounts import Accounts, Booked, TooFast
 from server.serving.access.tokens import QuotaExceeded, Token, TokenFile, Use
-from shared.errors import ConfigError, RunError
+from shared.errors import ConfigError, RunError, TrustError
 
 NOW = 1_800_000_000.0
 DAY = "2027-01-15"
@@ -249,3 +249,81 @@ def test_a_file_that_was_put_in_its_place_counts(path: Path) -> None:
     TokenFile(path, create=True)
     again, _ = made(TokenFile(path))
     assert file.find(again) is not None
+
+
+def test_fault_the_log_of_the_file_before_is_not_read_over_the_new_one(path: Path) -> None:
+    file = TokenFile(path, create=True)
+    secret, token = made(file)
+    backup = path.with_name("backup.db")
+    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(backup)) as target:
+        source.backup(target)
+    backup.chmod(0o600)
+    with contextlib.closing(TokenFile(backup)) as other:
+        other.revoke(token.name)
+    file.charge([(token, "films", Use(1))])  # is in the log alone
+    backup.replace(path)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"delete tokens.db-wal and tokens.db-shm"):
+            file.find(secret)
+    for leftover in path.parent.glob(path.name + "-*"):
+        leftover.unlink()
+    assert file.find(secret) is None, "revoked in the file that is there"
+
+
+def test_fault_a_file_that_others_may_write_does_not_take_its_place(path: Path) -> None:
+    file = TokenFile(path, create=True)
+    secret, _ = made(file)
+    other = TokenFile(path.with_name("other.db"), create=True)
+    other.close()
+    for leftover in path.parent.glob(path.name + "-*"):
+        leftover.unlink()
+    other.path.chmod(0o666)
+    other.path.replace(path)
+    for _ in range(2):
+        with pytest.raises(TrustError):
+            file.find(secret)
+    path.chmod(0o600)
+    assert file.find(secret) is None
+
+
+def test_fault_who_holds_the_file_alone_holds_up_no_answer(path: Path) -> None:
+    file = TokenFile(path, create=True)
+    secret, _ = made(file)
+    file.close()
+    accounts = Accounts(path)
+    for one in (accounts._reading, accounts._writing):
+        one.close()
+    try:
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as alone:
+            for one in (accounts._reading, accounts._writing):  # as if it had come now
+                one._file, one._log = (-1, -1), None
+            alone.execute("PRAGMA locking_mode = EXCLUSIVE")
+            alone.execute("BEGIN EXCLUSIVE")
+            began = time.monotonic()
+            assert "cannot be used" in str(accounts.trouble())
+            assert time.monotonic() - began < 2
+        assert accounts.find(secret) is not None
+    finally:
+        accounts.close()
+
+
+def test_fault_what_could_not_be_taken_back_is_taken_back_later(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = TokenFile(path, create=True)
+    _, token = made(file)
+    accounts = Accounts(path)
+    full = [True]
+    real = TokenFile.refund
+
+    def refund(self: TokenFile, refunds: Any) -> None:
+        if full[0]:
+            raise RunError("no space is left")
+        real(self, refunds)
+
+    monkeypatch.setattr(TokenFile, "refund", refund)
+    booked = asyncio.run(accounts.charge(token, "films", Use(1, 5, 7)))
+    accounts.settle(booked, Use(1, 5, 2))
+    with pytest.raises(RunError):
+        asyncio.run(accounts.charge(token, "films", Use(1)))
+    full[0] = False
+    accounts.close()
+    assert [(row["read_tokens"], row["written_tokens"]) for row in file.usage()] == [(5, 2)]

@@ -38,6 +38,20 @@ def added(content: Any) -> None:
     content["added_tokens"] = [{"id": 0, "content": str(n)} for n in range(10_001)]
 
 
+def repeating(content: Any) -> None:
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 3,
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {},
+    }
+
+
+def many_tokens(content: Any) -> None:
+    one = {"id": "[A]", "ids": [1] * 17, "tokens": ["[A]"]}
+    content["post_processor"] = {"type": "TemplateProcessing", "special_tokens": {"[A]": one}}
+
+
 BOMBS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "a regex": (
         "tokenizer.json",
@@ -51,6 +65,18 @@ BOMBS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     ),
     "added tokens": ("tokenizer.json", added, "10,001 entries in one place; at most 10,000"),
     "replacements": ("tokenizer.json", doubling, "times as long; at most 100"),
+    "what is put before": (
+        "tokenizer.json",
+        lambda c: c.update(normalizer={"type": "Prepend", "prepend": "a" * 101}),
+        "101 times as long; at most 100",
+    ),
+    "a text that is repeated": ("tokenizer.json", repeating, "3 sequences in single; at most 1"),
+    "tokens around a text": ("tokenizer.json", many_tokens, "of 17 pieces; at most 16"),
+    "a prefix of parts": (
+        "tokenizer.json",
+        lambda c: c["model"].update(continuing_subword_prefix="#" * 101),
+        "continuing_subword_prefix of 101 characters; at most 100",
+    ),
     "words": (
         "tokenizer.json",
         lambda c: c["model"].update(max_input_chars_per_word=10**9),

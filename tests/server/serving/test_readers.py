@@ -1,0 +1,95 @@
+"""Answers that nobody reads: their connections end, so that they keep nobody else from asking."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from server.serving.models import Plan
+from shared.http import serving as served
+from tests.server.serving.live import live
+
+ASK = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
+
+
+def never_ending(port: int) -> None:
+    """Ask on and on, and read nothing."""
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        connection.connect(("127.0.0.1", port))
+        connection.settimeout(0.5)
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            try:
+                connection.sendall(ASK % b"" * 100)
+            except TimeoutError:
+                continue
+            except OSError:
+                return
+    raise AssertionError("it was still waited for")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[served._Connection]:
+    """All connections that are made."""
+    found: list[served._Connection] = []
+    real = served._Connection.connection_made
+
+    def noted(self: served._Connection, transport: object) -> None:
+        found.append(self)
+        real(self, transport)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(served._Connection, "connection_made", noted)
+    return found
+
+
+def wait_for(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("answer_seconds", [1, 30], ids=["the answer takes too long", "the reader does"])
+def test_whoever_reads_nothing_is_cut_off(
+    writer_run: Path, made: list[served._Connection], answer_seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.serving.application.openapi", lambda: "x" * (1 << 20))
+    bounds = {"answer_seconds": answer_seconds, "request_seconds": 1}
+    with live(str(writer_run), writer_run.parent, plan=Plan("torch"), **bounds) as found:
+        never_ending(found.port)
+        assert found.ask("GET", "/healthz").status_code == 200
+        wait_for(lambda: made[0] not in made[0].connections)
+
+
+def test_a_last_answer_that_nobody_reads_is_waited_for_no_longer(
+    writer_run: Path, made: list[served._Connection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.serving.application.openapi", lambda: "x" * (16 << 20))
+    with (
+        live(str(writer_run), writer_run.parent, plan=Plan("torch"), request_seconds=1) as found,
+        socket.create_connection(("127.0.0.1", found.port)) as connection,
+    ):
+        connection.sendall(ASK % b"Connection: close\r\n")
+        wait_for(lambda: bool(made) and made[0].transport is not None and made[0].transport.is_closing())
+        wait_for(lambda: made[0] not in made[0].connections)
+
+
+def test_whoever_reads_slowly_reads_to_the_end(writer_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 24 << 20
+    monkeypatch.setattr("server.serving.application.openapi", lambda: "x" * size)
+    with (
+        live(str(writer_run), writer_run.parent, plan=Plan("torch"), request_seconds=2) as found,
+        socket.create_connection(("127.0.0.1", found.port)) as connection,
+    ):
+        connection.sendall(ASK % b"Connection: close\r\n")
+        read, end = 0, time.monotonic() + 3
+        while part := connection.recv(64 << 10):
+            read += len(part)
+            if time.monotonic() < end:
+                time.sleep(0.01)
+    assert read > size
