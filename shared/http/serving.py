@@ -225,15 +225,18 @@ class _Connection(H11Protocol):
     To close one is not enough: that waits until everything that was written is read.
     """
 
-    _deadline: asyncio.TimerHandle | None = None
-    _unread: asyncio.TimerHandle | None = None
-
     def __init__(self, bounds: Connections | None, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         self._bounds = bounds or Connections(
             of_an_address=MOST_OF_AN_ADDRESS, together=1 << 20, request_seconds=REQUEST_SECONDS
         )
         self.app = self._ended(self.app)
+        self._request, self._reading = _Deadline(self), _Deadline(self)
+
+    @property
+    def seconds(self) -> float:
+        """In which a whole request must come, and some of an answer be read."""
+        return self._bounds.request_seconds
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take a connection, unless there are too many all together; of too many of one address one gives way.
@@ -255,8 +258,8 @@ class _Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Take what came; only the end of a request puts the deadline off."""
         super().data_received(data)
-        if self._deadline is not None and not self._is_waiting:
-            self._deadline.cancel()
+        if not self._is_waiting:
+            self._request.cancel()
 
     def send_400_response(self, msg: str) -> None:
         """Answer what is no request, in the shape of all errors; an answer that is on its way is cut off instead."""
@@ -272,20 +275,18 @@ class _Connection(H11Protocol):
     def pause_writing(self) -> None:
         """Wait no longer than `request_seconds` for whoever reads nothing."""
         super().pause_writing()
-        self._unread = self._end_later()
+        self._reading.begin()
 
     def resume_writing(self) -> None:
         """Go on."""
         super().resume_writing()
-        if self._unread is not None:
-            self._unread.cancel()
+        self._reading.cancel()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Forget the deadlines."""
         super().connection_lost(exc)
-        for deadline in (self._deadline, self._unread):
-            if deadline is not None:
-                deadline.cancel()
+        self._request.cancel()
+        self._reading.cancel()
 
     def _ended(self, app: Any) -> Any:
         """Return the application; uvicorn closes a connection whose answer it does not complete."""
@@ -295,7 +296,7 @@ class _Connection(H11Protocol):
                 await app(scope, receive, send)
             finally:
                 if not self.cycle.response_complete:
-                    self._deadline = self._end_later()
+                    self._request.begin()
 
         return ending
 
@@ -304,21 +305,35 @@ class _Connection(H11Protocol):
         return self.cycle is None or self.cycle.response_complete or self.cycle.more_body
 
     def _await_request(self) -> None:
-        if self._deadline is not None:
-            self._deadline.cancel()
+        self._request.cancel()
         if self._is_waiting:
-            self._deadline = self._end_later()
+            self._request.begin()
 
-    def _end_later(self) -> asyncio.TimerHandle:
-        return self.loop.call_later(self._bounds.request_seconds, self._end, self.transport.get_write_buffer_size())
 
-    def _end(self, unread: int) -> None:
-        """End the connection, unless what was unread is being read."""
-        left = self.transport.get_write_buffer_size()
+class _Deadline:
+    """Ends a connection, unless it is cancelled in time, or somebody goes on reading what was written."""
+
+    def __init__(self, connection: _Connection) -> None:
+        self._connection = connection
+        self._timer: asyncio.TimerHandle | None = None
+
+    def begin(self) -> None:
+        """Wait from now on."""
+        self.cancel()
+        unread = self._connection.transport.get_write_buffer_size()
+        self._timer = self._connection.loop.call_later(self._connection.seconds, self._over, unread)
+
+    def cancel(self) -> None:
+        """Wait no longer."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _over(self, unread: int) -> None:
+        left = self._connection.transport.get_write_buffer_size()
         if 0 < left <= unread - _LEAST_READ:
-            self._deadline = self._end_later()
+            self.begin()
         else:
-            self.transport.abort()
+            self._connection.transport.abort()
 
 
 class _Server(uvicorn.Server):

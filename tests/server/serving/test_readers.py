@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,8 @@ import pytest
 
 from server.serving.models import Plan
 from shared.http import serving as served
+from shared.http.asgi import Message, Receive, Send
+from shared.http.serving import listen, make_server, place_at
 from tests.server.serving.live import live
 
 ASK = b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n%s\r\n"
@@ -93,3 +97,35 @@ def test_whoever_reads_slowly_reads_to_the_end(writer_run: Path, monkeypatch: py
             if time.monotonic() < end:
                 time.sleep(0.01)
     assert read > size
+
+
+def test_whoever_read_slowly_once_is_not_cut_off_later() -> None:
+    """A long stream: the wait for a slow reader ends when it has read on."""
+    size, ended = 32 << 20, b"the end"
+
+    async def stream(scope: Message, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"connection", b"close")]})
+        await send({"type": "http.response.body", "body": b"x" * size, "more_body": True})
+        await send({"type": "http.response.body", "body": b"y", "more_body": True})  # when it was read
+        await asyncio.sleep(2)
+        await send({"type": "http.response.body", "body": ended})
+
+    place = place_at("127.0.0.1", 0, None, None)
+    bounds = served.Connections(of_an_address=10, together=10, request_seconds=0.5)
+    with listen(place) as listener:
+        server = make_server(stream, place, connections=bounds)
+        thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
+        thread.start()
+        try:
+            with socket.create_connection(listener.getsockname()[:2], timeout=20) as connection:
+                connection.sendall(ASK % b"")
+                read, slow = b"", time.monotonic() + 0.8
+                while part := connection.recv(256 << 10):
+                    read += part
+                    if time.monotonic() < slow:
+                        time.sleep(0.02)
+        finally:
+            server.should_exit = True
+            thread.join(20)
+    assert len(read) > size
+    assert ended in read[-100:]
