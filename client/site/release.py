@@ -26,16 +26,15 @@ from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
 from client.site.usable import UsableRecords, on_records
 from client.training.adapter_bounds import check_bounds
-from client.training.independence import check_adapter, keep_settled
-from client.training.proof import prove_trainer
+from client.training.independence import check_adapter
+from client.training.proof import load_proven
 from client.training.trainer import LocalRound, LocalWork, Sums, train_local_rounds
 from shared.errors import PolicyError
-from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.privacy.accounting import GaussianSteps
 from shared.privacy.plan import PrivacyPlan
 from shared.privacy.randomness import Origin
-from shared.runtime.runtime import Runtime, load_runtime
+from shared.runtime.runtime import Runtime
 from shared.runtime.site_metrics import cast_votes, count_votes, noisy_counts
 from shared.tensors import adapters
 from shared.wire.messages import MetricsReply, TrainReply, TrainRequest
@@ -341,16 +340,6 @@ def _charge_for(
 def _planned(plan: PrivacyPlan) -> GaussianSteps:
     assert plan.metrics is not None  # noqa: S101 (`Metrics._admit` refused otherwise)
     return plan.metrics
-
-
-def load_proven(job: Job, compute: ComputeConfig) -> Runtime:
-    """Load the model and prove the trainer on it; reads no record."""
-    runtime = load_runtime(job, compute)
-    if not runtime.proven:
-        prove_trainer(runtime)
-        runtime.proven = True
-    keep_settled(runtime)
-    return runtime
 
 
 def checked_adapter(runtime: Runtime, plan: PrivacyPlan, request: TrainRequest) -> dict[str, Tensor]:

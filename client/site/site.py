@@ -22,10 +22,11 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from client.site.opened import OpenedFolder
-from client.site.release import Metrics, Update, load_proven
+from client.site.release import Metrics, Update
 from client.site.secure.shares import Shares
 from client.site.terms import check_terms
 from client.site.usable import PUBLIC_ERRORS, LeftOut
+from client.training.proof import load_proven
 from shared.errors import SilotuneError, TrustError, place_of
 from shared.job.job import Job
 from shared.runtime.runtime import Runtime, load_runtime

@@ -51,10 +51,8 @@ _LOG = logging.getLogger("silotune.site")
 _WORKER = ("-m", "client.training.worker")
 _SECRET = re.compile("PASS|SECRET|TOKEN(?!IZ)|KEY|CREDENTIAL", re.IGNORECASE)  # in the name of a variable
 _MOMENT_SECONDS = 2.0
-_LOAD_SECONDS, _ANSWER_SECONDS = (
-    1800.0,
-    300.0,
-)  # for a backbone from a slow disk; for all else, and on top ten times rank 0's own
+# For a backbone from a slow disk; for all else, and on top ten times rank 0's own.
+_LOAD_SECONDS, _ANSWER_SECONDS = 1800.0, 300.0
 
 
 class Processes:

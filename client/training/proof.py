@@ -10,15 +10,28 @@ from __future__ import annotations
 import torch
 
 from client.training.backward import backward
+from client.training.independence import keep_settled
 from client.training.trainer import per_example_hooks
 from shared.errors import PrivacyError
+from shared.job.compute import ComputeConfig
+from shared.job.job import Job
 from shared.models.batches import Example, collate
 from shared.privacy.mechanism import CLIP_MARGIN, ClippedSum, per_example_gradients
 from shared.privacy.persons import PersonSum
-from shared.runtime.runtime import Runtime
+from shared.runtime.runtime import Runtime, load_runtime
 
 _TINY_NORM = 1e-3
 _ROUNDING = 1e-6  # of the joint norm: differences below are float32 rounding
+
+
+def load_proven(job: Job, compute: ComputeConfig) -> Runtime:
+    """Load the model and prove the trainer on it; reads no record."""
+    runtime = load_runtime(job, compute)
+    if not runtime.proven:
+        prove_trainer(runtime)
+        runtime.proven = True
+    keep_settled(runtime)
+    return runtime
 
 
 def prove_trainer(runtime: Runtime) -> None:

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import hmac
 import pickle
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -140,13 +141,11 @@ class Group:
         options = gloo._Options()
         options._devices = [gloo.create_device(hostname=_LOOPBACK)]
         options._timeout = _PATIENCE if rank == 0 else _PATIENCE_FOR_RANK_0
-        try:
+        with _all_there():
             self._group = gloo(FileStore(str(store), size), rank, size, options)
             for other in range(size):
                 if other != rank:
                     self._check(rank, other, secret)
-        except RuntimeError as error:
-            raise _gone(error) from error
 
     def _check(self, rank: int, other: int, secret: bytes) -> None:
         """Prove to another member that this is one, and have it prove the same; no proof fits another place or direction."""
@@ -167,10 +166,8 @@ class Group:
         flat = torch.cat([value.detach().flatten().cpu() for value in values])
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        try:
+        with _all_there():
             self._group.broadcast([flat], options).wait()
-        except RuntimeError as error:
-            raise _gone(error) from error
         with torch.no_grad():
             for value, part in zip(values, torch.split(flat, [value.numel() for value in values]), strict=True):
                 value.copy_(part.view(value.shape))
@@ -179,18 +176,22 @@ class Group:
         """Add everybody's `total` to rank 0's, in place; elsewhere it is undefined afterwards."""
         options = dist.ReduceOptions()
         options.rootRank = 0
-        try:
+        with _all_there():
             self._group.reduce([total], options).wait()
-        except RuntimeError as error:
-            raise _gone(error) from error
 
 
 def _proof(secret: bytes, sender: int, receiver: int) -> bytes:
     return hmac.digest(secret, b"%d to %d" % (sender, receiver), "sha256")
 
 
-def _gone(error: RuntimeError) -> ComputeError:
-    return ComputeError(
-        "one of the processes that compute for this site is gone; nothing was released. Look for what ended it (the system's log "
-        f"names a process that was killed for memory), or set compute.processes = 1. ({str(error).splitlines()[0]})"
-    )
+@contextmanager
+def _all_there() -> Iterator[None]:
+    """Raise `ComputeError` for what gloo raises where a member has gone, or does not come."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise ComputeError(
+            "one of the processes that compute for this site is gone; nothing was released. Look for what ended it (the system's "
+            "log names a process that was killed for memory), or set compute.processes = 1. "
+            f"({str(error).splitlines()[0]})"
+        ) from error

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from client.training.independence import fingerprint, keep_settled
-from client.training.proof import prove_trainer
+from client.training.proof import load_proven
 from client.training.ranks import Added, Begin, Failed, Group, Join, Prepare, Step, receive, send
 from client.training.trainer import SiteRecords, clipped_sums, per_example_hooks, pool_of
 from shared.errors import ComputeError, SilotuneError, place_of
 from shared.privacy.mechanism import ClippedSum
-from shared.runtime.runtime import Runtime, load_runtime
+from shared.runtime.runtime import Runtime
 
 
 class Worker:
@@ -61,11 +61,7 @@ class Worker:
 
     def _prepare(self, message: Prepare) -> bool:
         self._runtime, self._records = None, SiteRecords(examples=())
-        runtime, records = load_runtime(message.job, self._compute), message.records
-        if not runtime.proven:
-            prove_trainer(runtime)
-            runtime.proven = True
-        keep_settled(runtime)
+        runtime, records = load_proven(message.job, self._compute), message.records
         runtime.warm_cache([*records.examples, *records.views])
         self._runtime, self._records = runtime, records
         return True

@@ -35,9 +35,10 @@ from numpy.typing import NDArray
 
 from client.ledger.account import Charge
 from client.site.opened import OpenedFolder
-from client.site.release import Begun, checked_adapter, hash_of, load_proven, reply_to
+from client.site.release import Begun, checked_adapter, hash_of, reply_to
 from client.site.usable import on_records
 from client.training.gradient import NoisySum, noisy_sums
+from client.training.proof import load_proven
 from client.training.trainer import LocalWork
 from shared.errors import DroppedOut, PolicyError, PrivacyError, RosterError, TrustError
 from shared.privacy.plan import PrivacyPlan

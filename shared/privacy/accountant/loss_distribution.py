@@ -56,10 +56,8 @@ _SHARE_LOST, _MOST_TILTS, _TILT_TOLERANCE = 1e-4, 3, 0.05
 # losses may need many narrow cells.
 _MOST_CELLS, _MOST_CELLS_OF_A_STEP = 1 << 19, 1 << 20
 _MOST_KEPT, _MOST_CELLS_KEPT = 8, 1 << 20
-_LENGTHS_KEPT, _LONG_TRANSFORM = (
-    16,
-    1 << 15,
-)  # by pocketfft, in `get_plan`; and of how many cells one is worth forgetting
+# By pocketfft, in `get_plan`; and of how many cells one is worth forgetting.
+_LENGTHS_KEPT, _LONG_TRANSFORM = 16, 1 << 15
 _BLOCK = 1 << 16  # cells of a step that are computed at once
 _ROOT_TOLERANCE, _LEAST_SHARE = 1e-9, 1e-9
 

@@ -16,7 +16,8 @@ from flwr.app import ConfigRecord, RecordDict
 
 from client.policy.limits import Limits, broken_limits, check_adapter_size
 from client.policy.template import policy_template
-from client.site import guard, release
+from client.site import guard
+from client.training import proof
 from shared.errors import ConfigError, PolicyError, RunError, SilotuneError, TrustError
 from shared.job.job import Job
 from shared.trust.signed_job import SignedJob, _JobDocument
@@ -57,7 +58,7 @@ def test_the_largest_job_that_can_be_written_is_refused_before_anything_is_built
     sections: dict[str, Any],
     text: str,
 ) -> None:
-    for module, name in ((release, "load_runtime"), (guard, "backbone_sha256")):
+    for module, name in ((proof, "load_runtime"), (guard, "backbone_sha256")):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail("something was loaded"))
     large = private_job(**{"federation": {"min_sites": 2}} | sections)
     request = world.order(replace(asked, job=large))
@@ -73,7 +74,7 @@ def test_an_adapter_beyond_the_policy_is_refused_unread(
     world: World, asked: TrainRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     change_toml(world.home.policy, limits={"max_adapter_megabytes": 0.001})
-    monkeypatch.setattr(release, "load_runtime", lambda *a, **k: pytest.fail("something was loaded"))
+    monkeypatch.setattr(proof, "load_runtime", lambda *a, **k: pytest.fail("something was loaded"))
     assert "this site accepts at most 0.001 MB" in world.refusal(asked)
 
 

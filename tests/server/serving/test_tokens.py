@@ -36,6 +36,21 @@ def file(path: Path) -> TokenFile:
     return TokenFile(path, create=True, now=lambda: NOW)
 
 
+def backed_up(path: Path) -> Path:
+    """Return a copy of a token file, made as SQLite makes one."""
+    backup = path.with_name("backup.db")
+    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(backup)) as target:
+        source.backup(target)
+    backup.chmod(0o600)
+    return backup
+
+
+def forget_log(path: Path) -> None:
+    """Delete what SQLite keeps beside a file."""
+    for leftover in path.parent.glob(path.name + "-*"):
+        leftover.unlink()
+
+
 def made(file: TokenFile, name: str = "ward", **options: Any) -> tuple[str, Token]:
     secret = file.add(name, scopes=options.pop("scopes", ("predict",)), **options)
     token = file.find(secret)
@@ -229,18 +244,13 @@ def test_a_lock_that_is_held_delays_and_loses_nothing(path: Path) -> None:
 def test_a_file_that_was_put_in_its_place_counts(path: Path) -> None:
     file = TokenFile(path, create=True)
     secret, token = made(file)
-    backup = path.with_name("backup.db")
-    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(backup)) as target:
-        source.backup(target)
-    for leftover in path.parent.glob(path.name + "-*"):
-        leftover.unlink()
-    backup.chmod(0o600)
+    backup = backed_up(path)
+    forget_log(path)
     backup.replace(path)
     TokenFile(path).revoke(token.name)
     assert file.find(secret) is None, "revoked in the file that is there"
     path.unlink()
-    for leftover in path.parent.glob(path.name + "-*"):
-        leftover.unlink()
+    forget_log(path)
     with pytest.raises(RunError, match="cannot be used"):
         file.find(secret)
     with pytest.raises(RunError, match="cannot be used"):
@@ -254,10 +264,7 @@ def test_a_file_that_was_put_in_its_place_counts(path: Path) -> None:
 def test_fault_the_log_of_the_file_before_is_not_read_over_the_new_one(path: Path) -> None:
     file = TokenFile(path, create=True)
     secret, token = made(file)
-    backup = path.with_name("backup.db")
-    with contextlib.closing(sqlite3.connect(path)) as source, contextlib.closing(sqlite3.connect(backup)) as target:
-        source.backup(target)
-    backup.chmod(0o600)
+    backup = backed_up(path)
     with contextlib.closing(TokenFile(backup)) as other:
         other.revoke(token.name)
     file.charge([(token, "films", Use(1))])  # is in the log alone
@@ -265,8 +272,7 @@ def test_fault_the_log_of_the_file_before_is_not_read_over_the_new_one(path: Pat
     for _ in range(2):
         with pytest.raises(RunError, match=r"delete tokens.db-wal and tokens.db-shm"):
             file.find(secret)
-    for leftover in path.parent.glob(path.name + "-*"):
-        leftover.unlink()
+    forget_log(path)
     assert file.find(secret) is None, "revoked in the file that is there"
 
 
@@ -275,8 +281,7 @@ def test_fault_a_file_that_others_may_write_does_not_take_its_place(path: Path) 
     secret, _ = made(file)
     other = TokenFile(path.with_name("other.db"), create=True)
     other.close()
-    for leftover in path.parent.glob(path.name + "-*"):
-        leftover.unlink()
+    forget_log(path)
     other.path.chmod(0o666)
     other.path.replace(path)
     for _ in range(2):

@@ -14,7 +14,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 import client.site.secure.shares as shares_module
-from client.site.release import load_proven
+from client.training.proof import load_proven
 from shared.job.job import Job
 from shared.secure_sum.messages import Ready, pack_roster
 from shared.secure_sum.site import SecureSite
