@@ -27,7 +27,7 @@ from shared.tasks import Task
 
 Parts = Sequence[tuple[Tensor, Batch]]
 FEWEST_OF_A_LABEL = 10
-"""Deciding records below which a label keeps the offset 0: with fewer, chance would choose it."""
+"""Deciding records below which a label keeps the offset 0, and has no say in that of others: with fewer, chance would choose."""
 _MOST_SWEEPS = 10
 _LEAST_GAIN = 1e-9
 
@@ -84,6 +84,8 @@ def measured(task: Task, offsets: tuple[float, ...], fitted_on: int, before: Par
 def fit_offsets(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the offsets [classes] with the highest macro F1 that coordinate ascent from 0 finds.
 
+    The mean is over the labels with `FEWEST_OF_A_LABEL` records; all offsets are 0 if there are not two of them.
+
     Args:
         logits: [records, classes].
         targets: classes, [records].
@@ -91,10 +93,12 @@ def fit_offsets(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> NDAr
     classes = logits.shape[1]
     offsets = np.zeros(classes)
     often = np.flatnonzero(np.bincount(targets, minlength=classes) >= FEWEST_OF_A_LABEL)
+    if len(often) < 2:
+        return offsets
     for _ in range(_MOST_SWEEPS):
         gained = 0.0
         for label in often:
-            offset, gain = _best_offset(logits + offsets, targets, int(label))
+            offset, gain = _best_offset(logits + offsets, targets, int(label), often)
             offsets[label] += offset
             gained += gain
         if gained <= _LEAST_GAIN:
@@ -108,8 +112,10 @@ def with_offsets(state: Mapping[str, Tensor], head: Iterable[str], offsets: Iter
     return {**state, name: state[name] + torch.tensor([*offsets]).to(state[name])}
 
 
-def _best_offset(logits: NDArray[np.float64], targets: NDArray[np.int64], label: int) -> tuple[float, float]:
-    """Return what to add to one label's logit, and by how much macro F1 rises; 0 and 0 if nothing raises it."""
+def _best_offset(
+    logits: NDArray[np.float64], targets: NDArray[np.int64], label: int, often: NDArray[np.intp]
+) -> tuple[float, float]:
+    """Return what to add to one label's logit, and by how much macro F1 of the labels `often` rises; 0 and 0 if it does not."""
     count, classes = logits.shape
     others = logits.copy()
     others[:, label] = -np.inf
@@ -129,7 +135,8 @@ def _best_offset(logits: NDArray[np.float64], targets: NDArray[np.int64], label:
             (np.bincount(answers[truth == answers], minlength=classes), gains),
         )
     )
-    scores = _macro_f1(hits, predicted, np.bincount(truth, minlength=classes))
+    true = np.bincount(truth, minlength=classes)
+    scores = _macro_f1(hits[:, often], predicted[:, often], true[often])
     now = scores[np.searchsorted(needed, 0.0)]
     # Only between two records that need different numbers there is a place to cut.
     cuts = np.flatnonzero(needed[1:] > needed[:-1]) + 1

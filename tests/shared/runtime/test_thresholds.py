@@ -82,6 +82,9 @@ def test_what_is_too_rare_or_right_already_keeps_its_logit() -> None:
     kept = np.concatenate([np.flatnonzero(targets != 2), np.flatnonzero(targets == 2)[: FEWEST_OF_A_LABEL - 1]])
     assert fit_offsets(logits[kept], targets[kept])[2] == 0
     assert fit_offsets(logits[kept], targets[kept])[1] != 0
+    # Where one label alone has enough records, nothing is moved for the few of another.
+    rare = np.concatenate([np.flatnonzero(targets == 0), np.flatnonzero(targets == 1)[: FEWEST_OF_A_LABEL - 1]])
+    assert not fit_offsets(logits[rare][:, :2], targets[rare]).any()
     perfect = 5.0 * np.eye(3)[targets]
     assert not fit_offsets(perfect, targets).any()
     alike = np.zeros((60, 2))

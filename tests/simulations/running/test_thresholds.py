@@ -19,10 +19,10 @@ from tests.conftest import LINES
 
 
 def rows(count: int) -> list[tuple[str, str]]:
-    """One text in seven is good, and its words say so only at times."""
+    """One text in four is good, and its words say so only at times."""
     found = []
     for number in range(count):
-        good = number % 7 == 0
+        good = number % 4 == 0
         words = LINES[2 if good and number % 3 else number % 6]
         found.append(
             (f"{words} {' '.join('abcdefghij'[int(digit)] for digit in str(number))}", "good" if good else "bad")
