@@ -377,7 +377,7 @@ class TiltedDivergence:
         for part, count in parts:
             probs, lost = part.tilted(tilt)
             in_steps += count * lost
-            rounding += count * (1 + float(np.linalg.norm(probs)))
+            rounding += count * (1 + math.sqrt(_dot(probs, probs)))
             spectrum *= fft.rfft(probs, size) ** count
         composed = fft.irfft(spectrum, size)
         if size >= _LONG_TRANSFORM:
@@ -401,7 +401,7 @@ class TiltedDivergence:
         first = max(0, math.floor(epsilon / self._cell) + 1 - self._low)
         losses = self._losses_from(first)
         weights = np.exp(self._log_taken - self._tilt * losses) * np.maximum(-np.expm1(epsilon - losses), 0.0)
-        return float(np.dot(self._cells[first:], weights)) * self._slack + lost + self.infinite
+        return _dot(self._cells[first:], weights) * self._slack + lost + self.infinite
 
     def _losses_from(self, first: int) -> Array:
         """Return the losses of the cells from `first` on."""
@@ -421,8 +421,8 @@ class TiltedDivergence:
         variance, least, most = 0.0, 0, 0
         for part, count in parts:
             (probs, _), losses = part.tilted(self._tilt), part.losses
-            mean = float(np.dot(probs, losses))
-            variance += count * float(np.dot(probs, (losses - mean) ** 2))
+            mean = _dot(probs, losses)
+            variance += count * _dot(probs, (losses - mean) ** 2)
             least, most = least + part.lower * count, most + (part.lower + len(part.probs) - 1) * count
         stride = math.sqrt(-2 * _LOG_OUTSIDE / max(variance, self._cell**2))  # best for a normal distribution
         low, high = -math.inf, math.inf
@@ -432,6 +432,11 @@ class TiltedDivergence:
         lowest = max(least, math.floor(low / self._cell))
         highest = max(lowest + 1, min(most, math.ceil(high / self._cell)))
         return lowest, highest, highest >= most
+
+
+def _dot(first: Array, second: Array) -> float:
+    """Return the sum of products, to the last bit the same however many threads a process has; BLAS cuts its sums by them."""
+    return float((first * second).sum())
 
 
 def _forget_transforms() -> None:

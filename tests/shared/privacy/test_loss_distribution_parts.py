@@ -19,6 +19,7 @@ from shared.privacy.accountant.loss_distribution import (
     StepLoss,
     TiltedDivergence,
     composed_epsilon,
+    forget_steps,
     largest_loss,
     step_loss,
 )
@@ -497,3 +498,14 @@ def test_nothing_of_a_composition_waits_for_the_collector_of_cycles(monkeypatch:
         assert [one for one in made if one() is not None] == []
     finally:
         gc.enable()
+
+
+def test_no_digit_depends_on_the_number_of_threads() -> None:
+    """A console and a command line with other settings of BLAS state the same of one ledger."""
+    threadpoolctl = pytest.importorskip("threadpoolctl")
+    found = set()
+    for threads in (1, 2):
+        with threadpoolctl.threadpool_limits(threads, user_api="blas"):
+            forget_steps()
+            found.add(composed_epsilon([(2.0, 0.25, 80)], 1e-5, 1e-4))
+    assert len(found) == 1
