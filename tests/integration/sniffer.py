@@ -54,7 +54,11 @@ class LoopbackSniffer:
 
     def holds(self, text: bytes) -> bool:
         """Return whether `text` was on the wire as it is."""
-        return any(text in flow for flow in self.flows.values())
+        return bool(self.ports_with(text))
+
+    def ports_with(self, text: bytes) -> set[tuple[int, int]]:
+        """Return the ports (from, to) of all connections in which `text` was sent as it is."""
+        return {(source, target) for (_, source, _, target), flow in self.flows.items() if text in flow}
 
     def ports(self) -> set[int]:
         """Return all ports that anything was sent to."""

@@ -99,7 +99,8 @@ def run(
             federation.connect_port = proxy.port
             federation.join(name, planted_records(name), epsilon=8.0, policy=rules)
         decrypted.shows = shown_by(federation, "b")
-        job = federation_job(task={"labels": LABELS})
+        # A seed of its own: tests beside this one may send an adapter in the clear, and must not send this one.
+        job = federation_job(seed=7319, task={"labels": LABELS})
         public = [{"text": f"a public line {i}", "label": LABELS[i % 2]} for i in range(8)]
         sniffer = stack.enter_context(LoopbackSniffer()) if may_sniff() else None
         federation.start_coordinator()
@@ -173,7 +174,7 @@ def test_on_the_whole_machine_nothing_can_be_read(run: Run) -> None:
     # 2. Nothing that is worth reading is in it: between sites, proxies and coordinator.
     for what, pieces in secrets(run).items():
         for piece in pieces:
-            assert not run.sniffer.holds(piece), f"{what} can be read on the loopback interface"
+            assert not run.sniffer.ports_with(piece), f"{what} can be read on the loopback interface"
 
 
 def test_nothing_of_a_record_is_written_down_outside_of_the_data(run: Run) -> None:
