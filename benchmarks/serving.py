@@ -3,7 +3,9 @@
 Every figure is measured in a process of its own, one at a time, with all cores for everybody: the service shares them with who
 asks. Texts have 25 tokens; requests have 1 to 16 texts. Bare ONNX Runtime computes the very batches that the service made, and
 nothing else. Who asks and the service share the cores, so what the service costs is told by processor time; texts a second stand
-beside it. Latency is that of a load that does not wait for answers, as users do not, at a multiple of what PyTorch does alone.
+beside it. A core whose neighbour works is slower, so the processor time of the bare runtime is taken beside who asks, too: of a
+process that answers at once. Latency is that of a load that does not wait for answers, as users do not, at a multiple of what
+PyTorch does alone.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -32,6 +35,7 @@ THREADS = 0
 SIZES = (1, 2, 4, 8, 16)
 CONNECTIONS = 3
 """That ask at the same time; each waits for its answer, then asks again."""
+_ASK_WARM_SECONDS = 1.0
 PACE, PACED_SECONDS, PACED_CONNECTIONS = 4.0, 8.0, 64
 """Latency is measured at so many times PyTorch's texts a second: 1 request in 100 must be some requests."""
 _WORDS = "the film is a quiet joy from start to end and a dull plot what bright funny cast warm clever very well made"
@@ -46,8 +50,9 @@ def run(tell: Tell) -> Findings:
         # All processes stay, and one at a time has work.
         services = {one: open_ones.enter_context(_Service(folder, one)) for one in ("float32", "int8")}
         asking, torch_alone = (open_ones.enter_context(_Worker()) for _ in range(2))
+        at_once = open_ones.enter_context(_AtOnce())
         bare = {one: open_ones.enter_context(_Worker()) for one in services}
-        rounds = _Rounds(folder, services, bare, asking, torch_alone)
+        rounds = _Rounds(folder, services, bare, asking, torch_alone, at_once)
         rounds.measure(-1)  # everything is loaded and warm then
         rounds.found.clear()
         rounds.details.clear()
@@ -66,6 +71,7 @@ class _Rounds:
     bare: Mapping[str, _Worker]
     asking: _Worker
     torch_alone: _Worker
+    at_once: _AtOnce
     found: dict[str, list[float]] = field(default_factory=dict)
     details: dict[str, list[float]] = field(default_factory=dict)
 
@@ -73,35 +79,33 @@ class _Rounds:
         """Measure everything once; in odd rounds in the other order, but a replay needs its batches first."""
         order = list(self.services) if number % 2 == 0 else list(self.services)[::-1]
         one_by_one = self._torch() if number % 2 else 0.0
-        served, alone, cost = dict[str, dict[str, float]](), dict[str, float](), dict[str, float]()
+        served, bare = dict[str, dict[str, float]](), dict[str, dict[str, float]]()
         for precision in order:
             served[precision], shapes = self._served(precision)
-            used = self.bare[precision].processor_seconds
-            alone[precision] = self.bare[precision].call(
-                bare_runtime, folder=str(self.folder / precision), shapes=shapes, seconds=SECONDS, threads=THREADS
-            )
-            used = self.bare[precision].processor_seconds - used
-            cost[precision] = 1000 * used / (alone[precision] * SECONDS)
+            bare[precision] = self._bare(precision, shapes)
+            with self._asked_beside(served[precision]["texts"]):
+                beside = self._bare(precision, shapes, _threads_of_each_batch())
+            bare[precision] |= {f"{name}, beside who asks, threads as served": value for name, value in beside.items()}
         one_by_one = one_by_one or self._torch()
         paced = self._asked("float32", PACED_SECONDS, PACED_CONNECTIONS, rate=PACE * one_by_one)
         float32, int8 = served["float32"], served["int8"]
         for key, value in {
             "serving_speedup_vs_torch": float32["texts"] / one_by_one,
             "serving_p99_ms": paced["p99_ms"],
-            "serving_vs_bare_onnxruntime": cost["float32"] / float32["processor ms a text"],
+            "serving_vs_bare_onnxruntime": bare["float32"]["processor ms a text, beside who asks, threads as served"]
+            / float32["processor ms a text"],
             "serving_int8_speedup": float32["processor ms a text"] / int8["processor ms a text"],
         }.items():
             self.found.setdefault(key, []).append(value)
         for name, value in {
             "PyTorch one by one, texts/s": one_by_one,
             **{f"served {one}, {name}": value for one, values in served.items() for name, value in values.items()},
-            **{f"bare ONNX Runtime {one}, texts/s": value for one, value in alone.items()},
-            **{f"bare ONNX Runtime {one}, processor ms a text": value for one, value in cost.items()},
+            **{f"bare {one}, {name}": value for one, values in bare.items() for name, value in values.items()},
             **{f"float32 at {PACE:g} times PyTorch, {name}": value for name, value in paced.items()},
-            "texts/s, served / bare, float32": float32["texts"] / alone["float32"],
-            "texts/s, served / bare, int8": int8["texts"] / alone["int8"],
+            "texts/s, served / bare, float32": float32["texts"] / bare["float32"]["texts"],
+            "texts/s, served / bare, int8": int8["texts"] / bare["int8"]["texts"],
             "texts/s, int8 / float32, served": int8["texts"] / float32["texts"],
-            "texts/s, int8 / float32, bare": alone["int8"] / alone["float32"],
+            "texts/s, int8 / float32, bare": bare["int8"]["texts"] / bare["float32"]["texts"],
         }.items():
             self.details.setdefault(name, []).append(value)
 
@@ -115,6 +119,25 @@ class _Rounds:
         texts = sum(count for count, _ in shapes)
         found |= {"texts a batch": texts / len(shapes), "processor ms a text": 1000 * used / texts}
         return found, shapes
+
+    def _bare(self, precision: str, shapes: list[list[int]], threads: int = THREADS) -> dict[str, float]:
+        worker = self.bare[precision]
+        used = worker.processor_seconds
+        found: list[float] = worker.call(
+            bare_runtime, folder=str(self.folder / precision), shapes=shapes, seconds=SECONDS, threads=threads
+        )
+        count, seconds = found
+        return {"texts": count / seconds, "processor ms a text": 1000 * (worker.processor_seconds - used) / count}
+
+    @contextmanager
+    def _asked_beside(self, rate: float) -> Iterator[None]:
+        """Ask another process meanwhile, so many texts a second by as many connections."""
+        arguments = {"port": self.at_once.port, "texts": texts_in(self.folder), "rate": rate}
+        with ThreadPoolExecutor(1) as beside:
+            asked = beside.submit(self.asking.call, ask, seconds=SECONDS, connections=CONNECTIONS, **arguments)
+            time.sleep(_ASK_WARM_SECONDS)
+            yield
+            asked.result()
 
     def _asked(self, precision: str, seconds: float, connections: int, rate: float = 0.0) -> dict[str, float]:
         port, texts = self.services[precision].port, texts_in(self.folder)
@@ -196,6 +219,18 @@ class _Service(_Process):
         return [json.loads(line) for line in new]
 
 
+class _AtOnce(_Process):
+    """A process that answers every request at once: what who asks does to the cores, without a service."""
+
+    def __init__(self) -> None:
+        super().__init__("answer_at_once")
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        self.port = int(self._line())
+        return self
+
+
 def work() -> None:
     """Answer calls of `_Worker`."""
     calm_environment()
@@ -212,6 +247,7 @@ def serve_watched() -> None:
     from server.serving.models import Plan
     from server.serving.serving import ROUTES, Start, close, open_service
     from shared.http.serving import listen, make_server, place_at, serve
+    from shared.models.batches import Example
 
     # It ends with whoever started it, however that ends.
     threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
@@ -223,12 +259,39 @@ def serve_watched() -> None:
     with batches.open("w", buffering=1) as shapes, listen(place) as listener:
         service = open_service(start)
         assert isinstance(service.engine, Batching)
-        service.engine.watch = lambda examples: print([len(examples), max(one.length for one in examples)], file=shapes)
+
+        def note(batch: list[Example]) -> None:
+            shapes.write(f"{[len(batch), max(one.length for one in batch)]}\n")  # a whole line: several threads write
+
+        service.engine.watch = note
         port = listener.getsockname()[1]
         serve(
             make_server(Application(service, ROUTES), place), listener, ready=lambda: print(port, flush=True), again=""
         )
         close(service)
+
+
+def answer_at_once() -> None:
+    """Answer each request with an empty body, until whoever started it ends."""
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            while True:
+                await reader.readexactly(_body_size(await reader.readuntil(b"\r\n\r\n")))
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async def listen() -> None:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+    asyncio.run(listen())
+
+
+def _body_size(head: bytes) -> int:
+    return int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
 
 
 def ask(
@@ -263,14 +326,14 @@ def ask(
             writer.write(body)
             head = await reader.readuntil(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200"), head
-            await reader.readexactly(int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0]))
+            await reader.readexactly(_body_size(head))
             if now >= begin and (done := time.perf_counter()) < end:
                 latencies.append(done - now)
                 answered += size
         writer.close()
 
     async def all_of_them() -> None:
-        begin = time.perf_counter() + 1.0
+        begin = time.perf_counter() + _ASK_WARM_SECONDS
         await asyncio.gather(*(one(number, begin, begin + seconds) for number in range(connections)))
 
     asyncio.run(all_of_them())
@@ -294,8 +357,8 @@ def _request(texts: list[str], size: int, seed: int, token: str) -> tuple[int, b
     return size, "\r\n".join((*lines, "", "")).encode() + body
 
 
-def bare_runtime(folder: str, shapes: list[list[int]], seconds: float, threads: int) -> float:
-    """Compute the same batches with ONNX Runtime alone, from the begin again if there is time; return texts a second."""
+def bare_runtime(folder: str, shapes: list[list[int]], seconds: float, threads: int) -> list[float]:
+    """Compute the same batches with ONNX Runtime alone, from the begin again if there is time; return texts and seconds."""
     import numpy as np
 
     session, draw = _session(folder, threads), np.random.default_rng(0)
@@ -312,11 +375,18 @@ def bare_runtime(folder: str, shapes: list[list[int]], seconds: float, threads: 
             session.run(None, feeds[count, length])
             texts += count
             if (passed := time.perf_counter() - began) > seconds:
-                return texts / passed
+                return [texts, passed]
 
 
 _warm = set[tuple[int, int]]()
 """Shapes of batches that this process computed already."""
+
+
+@cache
+def _threads_of_each_batch() -> int:
+    from server.serving.models import Plan
+
+    return Plan(threads=THREADS).threads_of_each
 
 
 @cache

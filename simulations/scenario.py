@@ -17,7 +17,7 @@ from shared.data.records import FileRecord
 from shared.errors import ConfigError, DataError, ModelError
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
-from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse, set_key
+from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse, set_key, unknown_key
 from shared.job.values import PERSON_UNITS, Name
 from shared.privacy.persons import Persons
 from shared.tasks import Record
@@ -401,7 +401,7 @@ def build_scenario(raw: dict[str, Any], *, source: str, base: Path) -> Scenario:
     known = {*Scenario.model_fields, *_JOB_SECTIONS} - {"job", "base"}
     for key in raw:
         if key not in known:
-            raise ConfigError(f"{source} is not valid:\n  - unknown key {key!r}; {nearest(key, sorted(known))}")
+            raise ConfigError(f"{source} is not valid:\n  - {unknown_key(key, sorted(known), Job, Scenario)}")
     job = {key: raw[key] for key in ("name", "seed", *_JOB_SECTIONS) if key in raw}
     rest = {key: value for key, value in raw.items() if key not in _JOB_SECTIONS}
     model = job.get("model")

@@ -1,4 +1,7 @@
-"""The engine: one thread that computes, a bounded queue before it, and batches of texts of similar length.
+"""The engine: threads that compute, a bounded queue before them, and batches of texts of similar length.
+
+A few threads compute a batch each, on their part of the cores, instead of one batch on all of them: the threads of one batch wait
+for each other many times a millisecond, and busily, also for one whose core somebody else has, such as who asks.
 
 Guarantees (tests: tests/server/serving/test_engine.py)
     * What is taken on is answered by the model that was in use when it came, or fails with an error; nothing is lost.
@@ -61,28 +64,33 @@ class Told:
 
 
 class Engine(ABC):
-    """A thread that works off what waits, until `close`."""
+    """Threads that work off what waits, until `close`."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, threads: int = 1) -> None:
         self.limits, self.told = limits, Told()
         self.waiting = 0
         self._changed = threading.Condition()
         self._closed = False
         self._rate = 0.0
-        self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self._thread.start()
+        self._idle = 0
+        self._threads = [
+            threading.Thread(target=self._work, name=f"engine-{number}", daemon=True) for number in range(threads)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     @property
     def alive(self) -> bool:
-        """Whether the thread works."""
-        return self._thread.is_alive()
+        """Whether every thread works."""
+        return all(thread.is_alive() for thread in self._threads)
 
     def close(self) -> None:
-        """Stop after the batch at hand; whatever waits then fails."""
+        """Stop after the batches at hand; whatever waits then fails."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
 
     def _take_on(self, count: int) -> None:
         """Count what comes; the caller holds the lock.
@@ -96,6 +104,7 @@ class Engine(ABC):
         self._changed.notify_all()
 
     def _count(self, texts: int, tokens: int, padded: int, seconds: float) -> None:
+        """Count what a thread computed; with several threads the caller holds the lock."""
         told = self.told
         told.batches, told.texts, told.seconds = told.batches + 1, told.texts + texts, told.seconds + seconds
         told.tokens, told.padded = told.tokens + tokens, told.padded + padded
@@ -105,13 +114,15 @@ class Engine(ABC):
         while True:
             with self._changed:
                 while not self._closed and not self._ready():
+                    self._idle += 1
                     self._changed.wait(self._patience())
+                    self._idle -= 1
                 if self._closed:
                     break
             try:
                 with panics_as_errors():
                     self._turn()
-            except Exception as error:  # a defect must not end the thread that everybody waits for
+            except Exception as error:  # a defect must not end a thread that everybody waits for
                 log.error("a turn of the engine failed: %s", place_of(error))
                 self._fail(Failed("the engine failed; the log says where"))
         self._fail(Failed("the service ends; ask again"))
@@ -147,16 +158,17 @@ class _Asked:
 class Batching(Engine):
     """Answers texts in batches: the one that waits longest, with those that are closest to it in length.
 
-    An idle engine waits up to `batch_wait_ms` for a batch to fill; a busy one never does, for what comes meanwhile fills it.
+    Threads that are idle at the same time share what waits. An idle one waits up to `batch_wait_ms` for a batch to fill;
+    where all are busy, none does, for what comes meanwhile fills it.
     """
 
     watch: Callable[[list[Example]], None] | None = None
     """Called with each batch before it is computed, for measurements."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, threads: int = 1) -> None:
         self._queue: list[tuple[_Asked, int]] = []
-        self._tokens = 0
-        super().__init__(limits)
+        self._tokens = self._computing = 0
+        super().__init__(limits, threads)
 
     def submit(self, model: Model, examples: Sequence[Example]) -> Future[list[Tensor]]:
         """Take on a request of any size; the result has the head's output of every example, in order.
@@ -177,21 +189,30 @@ class Batching(Engine):
         return asked.future
 
     def _ready(self) -> bool:
-        if not self._queue:
+        if not self._queue or self._computing >= self._queue[0][0].model.at_once:
             return False
         waited = time.monotonic() - self._queue[0][0].arrived
         return self._tokens >= self.limits.batch_tokens or waited * 1000 >= self.limits.batch_wait_ms
 
     def _patience(self) -> float | None:
-        if not self._queue:
-            return None
+        if not self._queue or self._computing >= self._queue[0][0].model.at_once:
+            return None  # whoever computes tells when it is done
         return max(0.0, self._queue[0][0].arrived + self.limits.batch_wait_ms / 1000 - time.monotonic())
 
     def _turn(self) -> None:
         with self._changed:
             batch = self._next_batch()
-        if not batch:
-            return
+            if not batch:
+                return
+            self._computing += 1
+        try:
+            self._compute(batch)
+        finally:
+            with self._changed:
+                self._computing -= 1
+                self._changed.notify_all()
+
+    def _compute(self, batch: list[tuple[_Asked, int]]) -> None:
         model, examples = batch[0][0].model, [asked.examples[index] for asked, index in batch]
         if self.watch is not None:
             self.watch(examples)
@@ -205,11 +226,13 @@ class Batching(Engine):
                 _resolve(asked.future, Failed("the model could not compute this; the log says where"))
             return
         lengths = [example.length for example in examples]
-        self._count(len(batch), sum(lengths), max(lengths) * len(lengths), time.perf_counter() - began)
-        for (asked, index), output in zip(batch, outputs, strict=True):
-            asked.outputs[index] = output
-            if len(asked.outputs) == len(asked.examples):
-                _resolve(asked.future, [asked.outputs[place] for place in range(len(asked.examples))])
+        with self._changed:
+            self._count(len(batch), sum(lengths), max(lengths) * len(lengths), time.perf_counter() - began)
+            for (asked, index), output in zip(batch, outputs, strict=True):
+                asked.outputs[index] = output
+            complete = {asked for asked, _ in batch if len(asked.outputs) == len(asked.examples)}
+        for asked in complete:
+            _resolve(asked.future, [asked.outputs[place] for place in range(len(asked.examples))])
 
     def _next_batch(self) -> list[tuple[_Asked, int]]:
         """Take the next batch out of the queue, and out with it whatever nobody waits for; the lock is held."""
@@ -217,13 +240,17 @@ class Batching(Engine):
         if not self._queue:
             return []
         first, oldest = self._queue[0], self._queue[0][0].model
+        if (room := oldest.at_once - self._computing) < 1:
+            return []  # another thread was faster
         known = sorted(
             (one for one in self._queue[:_MOST_SORTED] if one[0].model is oldest),
             key=lambda one: one[0].examples[one[1]].length,
         )
         lengths = [asked.examples[index].length for asked, index in known]
         place = known.index(first, bisect.bisect_left(lengths, first[0].examples[first[1]].length))
-        begin, end = _around(lengths, place, self.limits.batch_tokens)
+        sharing = min(1 + self._idle, room)
+        share = lengths[-1] * -(-len(lengths) // sharing)
+        begin, end = _around(lengths, place, min(self.limits.batch_tokens, share))
         batch = known[begin:end]
         taken = {(id(asked), index) for asked, index in batch}
         self._queue = [one for one in self._queue if (id(one[0]), one[1]) not in taken]

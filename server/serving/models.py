@@ -36,10 +36,12 @@ from shared.runtime.export.folder import ADAPTER_FOLDER, ModelFolder, Precision
 from shared.runtime.export.peft import load_state
 from shared.runtime.inference import head_outputs, require_answers, require_logits
 from shared.runtime.runtime import Runtime, load_own_runtime
-from shared.tasks import Task
+from shared.tasks import Task, task_of
 from shared.tasks.predicting import Predicting
 
 EngineName = Literal["auto", "onnx", "torch"]
+_MOST_AT_ONCE = 4
+"""Batches; on many cores each gets several, lest a single long text take long."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Plan:
     Attributes:
         engine: `auto` is ONNX Runtime where it is installed, else PyTorch.
         precision: None: as the model is; float32 of an adapter.
-        threads: of the engine; 0 is one for each core.
+        threads: that compute; 0 is one for each core.
         explain: whether answers can be explained, which takes the adapter in PyTorch beside the engine.
     """
 
@@ -58,15 +60,34 @@ class Plan:
     threads: int = 0
     explain: bool = False
 
+    @property
+    def at_once(self) -> int:
+        """Batches of texts that are computed at the same time, by as many threads each."""
+        return min(_MOST_AT_ONCE, self.threads_of_one)
+
+    @property
+    def threads_of_each(self) -> int:
+        """Threads of one such batch."""
+        return self.threads_of_one // self.at_once
+
+    @property
+    def threads_of_one(self) -> int:
+        """Threads where one batch at a time is computed.
+
+        By their number, not as 0: ONNX Runtime then pins no thread to a core that others need as well.
+        """
+        return self.threads or len(os.sched_getaffinity(0))
+
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A loaded model, ready to answer; it is used by the engine's thread alone, but for `question` and `answer`.
+    """A loaded model, ready to answer; it is used by the engine's threads alone, but for `question` and `answer`.
 
     Attributes:
         version: NAME:N, or of a folder its name.
         engine: `onnx` or `torch`.
         manifest_sha256: of the version; "" of a folder.
+        at_once: batches that it can compute at the same time; PyTorch's models are not made for more than one.
         caches: of a graph that continues texts, see `Cached`; else none.
         explaining: the same model in PyTorch, for the thread that explains; None without `Plan.explain`.
     """
@@ -76,6 +97,7 @@ class Model:
     precision: Precision
     manifest_sha256: str
     runtime: Runtime | Exported
+    at_once: int = 1
     caches: tuple[tuple[str, int, int], ...] = ()
     explaining: Runtime | None = None
 
@@ -95,7 +117,7 @@ class Model:
         return self.runtime.max_length
 
     def outputs(self, examples: Sequence[Example]) -> list[Tensor]:
-        """Return the head's output of every example of one batch, in order."""
+        """Return the head's output of every example of one batch, in order; called for up to `at_once` at the same time."""
         if isinstance(self.runtime, Exported):
             return list(self.runtime.compute(collate(examples)).unbind())
         return head_outputs(self.runtime, examples)
@@ -159,14 +181,14 @@ def _loaded(folder: ModelFolder, private: Path, plan: Plan, name: str, manifest:
     if folder.format == "adapter":
         runtime = _adapted(folder, plan)
         return Model(name, engine, "float32", manifest, runtime)
-    # By their number, not as 0: ONNX Runtime then pins no thread to a core that others need as well.
-    exported = load_exported(folder, threads=plan.threads or len(os.sched_getaffinity(0)))
+    at_once = plan.at_once if engine == "onnx" and isinstance(task_of(folder.job), Predicting) else 1
+    exported = load_exported(folder, threads=plan.threads_of_each if at_once > 1 else plan.threads_of_one)
     names = tuple(
         (one.name, int(one.shape[1]), int(one.shape[3]))
         for one in folder.record.inputs
         if one.name.startswith("past_key_values")
     )
-    return Model(name, engine, folder.precision, manifest, exported, names)
+    return Model(name, engine, folder.precision, manifest, exported, at_once, names)
 
 
 def _engine(folder: ModelFolder, plan: Plan) -> Literal["onnx", "torch"]:

@@ -104,7 +104,7 @@ def open_service(start: Start) -> Service:
     following = Following(registry_opener(start.registry, start.policy), start.reference, start.plan)
     drift = None if start.drift is None else Drift(start.drift, following.model)
     continues = following.model.kind in ("causal_lm", "replies")
-    engine = Completing(start.limits) if continues else Batching(start.limits)
+    engine = Completing(start.limits) if continues else Batching(start.limits, start.plan.at_once)
     return Service(
         following,
         engine,

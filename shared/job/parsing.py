@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import re
 import tomllib
 import types
 from collections.abc import Mapping, Sequence
@@ -140,6 +141,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
 
 
+def unknown_key(key: str, known: Sequence[str], *models: type[BaseModel]) -> str:
+    """Return what to say of a key that there is not: the section of one of `models` that has it, else the nearest known key."""
+    inside = sorted(
+        {f"{name}.{key}" for model in models for name, inner in _sections(model) if key in inner.model_fields}
+    )
+    hint = f"did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(key, known)
+    return f"unknown key {key!r}; {hint}"
+
+
 def toml_value(text: str) -> Any:
     """Return what `text` is as a value of TOML, else the text itself."""
     try:
@@ -157,6 +167,22 @@ _PATTERNS = {
 """What a pattern asks for, in words."""
 
 
+_KINDS = {
+    "int_type": "expected a whole number",
+    "int_parsing": "expected a whole number",
+    "int_from_float": "expected a whole number",
+    "float_type": "expected a number",
+    "float_parsing": "expected a number",
+    "bool_type": "expected true or false",
+    "bool_parsing": "expected true or false",
+    "string_type": "expected text",
+    "string_unicode": "expected text that is valid UTF-8",
+    "dict_type": "expected named keys, as a section has",
+    "model_type": "expected named keys, as a section has",
+}
+"""What a kind of value is called, which pydantic calls by names of Python's classes and of its parsers."""
+
+
 def explain(model: type[BaseModel], detail: Any) -> str:
     """Return one of pydantic's findings about a `model` as a line for people: where, what is wrong, what was found."""
     location = [str(part) for part in detail["loc"]]
@@ -164,18 +190,20 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     if misplaced := _misplaced(model, location, detail):
         return misplaced
     if detail["type"] == "extra_forbidden":
+        if len(location) == 1:
+            return unknown_key(where, list(model.model_fields), model)
         return f"unknown key {where!r}; {nearest(location[-1], _known_keys(model, location[:-1]))}"
     if detail["type"] == "missing":
         return f"{where} is missing"
-    message = str(detail["msg"]).removeprefix("Value error, ")
+    message = re.sub("^Input should be (?=greater|less)", "expected a number ", str(detail["msg"]))
+    message = message.removeprefix("Value error, ").replace("Input should be", "expected", 1)
+    message = _KINDS.get(detail["type"], message)
     for limit in detail.get("ctx", {}).values():
         if isinstance(limit, float) and 0 < limit < 1e-3:  # else written with all its zeros
             message = f"{message.rsplit(' ', 1)[0]} {limit:g}"
     found = detail.get("input")
     if detail["type"] == "string_pattern_mismatch":
         message = _PATTERNS.get(detail["ctx"]["pattern"], message)
-    if detail["type"] == "string_unicode":
-        message = "expected text that is valid UTF-8"
     if detail["type"] in ("tuple_type", "list_type"):
         message = 'expected a list, such as ["a", "b"]'
         if isinstance(found, str) and found.startswith("["):
@@ -193,10 +221,15 @@ def _misplaced(model: type[BaseModel], location: Sequence[str], detail: Any) -> 
     if len(location) != 2 or location[1] not in model.model_fields or isinstance(detail.get("input"), Mapping):
         return None
     table, key = location
-    inner = model.model_fields[table].annotation if table in model.model_fields else None
-    if isinstance(inner, type) and issubclass(inner, BaseModel) and key in inner.model_fields:
+    if key in dict(_sections(model)).get(table, BaseModel).model_fields:
         return None  # a key of the section as well
     return f"{key} stands below [{table}] and belongs above the first [section]: in TOML a key counts to the section before it"
+
+
+def _sections(model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
+    """Return the sections of a model with their names."""
+    found = [(name, field.annotation) for name, field in model.model_fields.items()]
+    return [(name, inner) for name, inner in found if isinstance(inner, type) and issubclass(inner, BaseModel)]
 
 
 def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:

@@ -129,6 +129,10 @@ class SweepConfig(Section):
             )
         return self
 
+    def first(self) -> Setting:
+        """Return one setting: the first value of every axis, or the low end of its range."""
+        return {k: v.number(v.low) if isinstance(v, Range) else v[0] for k, v in self.axes.items()}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sweep:
@@ -156,8 +160,7 @@ class Sweep:
         Raises:
             ConfigError: naming the setting, if one of its values is not valid.
         """
-        changes = {**_expanded(setting, self.raw), "seed": seed}
-        raw = apply_overrides(self.raw, [f"{k}={json.dumps(v, ensure_ascii=False)}" for k, v in changes.items()])
+        raw = _with_setting(apply_overrides(self.raw, [f"seed={seed}"]), setting)
         return build_scenario(raw, source=f"{self.source} with {describe(setting)}", base=self.base)
 
     def grid(self) -> list[Setting]:
@@ -194,8 +197,8 @@ class Sweep:
         }
 
     def first(self) -> Setting:
-        """Return one setting: the first value of every axis, or the low end of its range."""
-        return {k: v.number(v.low) if isinstance(v, Range) else v[0] for k, v in self.config.axes.items()}
+        """Return `SweepConfig.first`."""
+        return self.config.first()
 
     def key(self, setting: Setting, seed: int) -> str:
         """Return the identity of a trial within this sweep: 16 hexadecimal digits."""
@@ -257,7 +260,9 @@ def _resolve(config: SweepConfig, path: Path, overrides: Sequence[str]) -> Sweep
     fixed = [f"{key}={json.dumps(_plain(value), ensure_ascii=False)}" for key, value in config.fixed.items()]
     raw = apply_overrides(load_scenario_file(path), [*fixed, *overrides])
     base = path.resolve().parent
-    plain = build_scenario(raw, source=str(path), base=base)
+    # An axis may complete what the scenario only begins, such as the required key of a table.
+    first = config.first()
+    plain = build_scenario(_with_setting(raw, first), source=f"{path} with {describe(first)}", base=base)
     if EPSILON in config.axes and plain.job.privacy.noise_multiplier is not None:
         raise ConfigError(
             f"{path} sets privacy.noise_multiplier, which decides the noise, so privacy.epsilon cannot be varied; remove it, or "
@@ -372,6 +377,12 @@ def _check_json(where: str, value: Any) -> None:
 def _as_number(value: Any) -> Any:
     """Return whole numbers as floats: 1 and 1.0 are one setting."""
     return float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _with_setting(raw: Mapping[str, Any], setting: Setting) -> dict[str, Any]:
+    """Return the content of a scenario file with a setting."""
+    changes = _expanded(setting, raw)
+    return apply_overrides(raw, [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()])
 
 
 def _expanded(setting: Setting, raw: Mapping[str, Any]) -> Setting:

@@ -55,6 +55,11 @@ def test_a_test_file_of_its_own(scenario_file: Callable[..., Path], tmp_path: Pa
     ("sections", "message"),
     [
         ({"trainning": {}}, "unknown key 'trainning'; did you mean 'training'?"),
+        ({"epsilon": 3}, "unknown key 'epsilon'; did you mean 'privacy.epsilon'?"),
+        ({"num_sites": 3}, "unknown key 'num_sites'; did you mean 'partition.num_sites'?"),
+        ({"training": {"rounds": "many"}}, "training.rounds: expected a whole number (found 'many')"),
+        ({"privacy": {"epsilon": -1}}, "privacy.epsilon: expected a number greater than or equal to 1e-06 (found -1)"),
+        ({"privacy": 3}, "privacy: expected named keys, as a section has (found 3)"),
         ({"partition": {"num_site": 3}}, "unknown key 'partition.num_site'; did you mean 'num_sites'?"),
         ({"simulation": {"backend": "dask"}}, "simulation.backend"),
         ({"simulation": {"dropout_probability": 1.0}}, "simulation.dropout_probability"),

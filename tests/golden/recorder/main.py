@@ -140,9 +140,11 @@ def _all_helps() -> list[list[str]]:
 
 def _paths(command: click.Command, path: list[str]) -> Iterator[list[str]]:
     yield path
-    if isinstance(command, click.Group):
-        for name in sorted(command.commands):
-            yield from _paths(command.commands[name], [*path, name])
+    if isinstance(command, click.Group):  # whose commands may be imported only when they are asked for
+        context = click.Context(command)
+        for name in sorted(command.list_commands(context)):
+            if (inner := command.get_command(context, name)) is not None:
+                yield from _paths(inner, [*path, name])
 
 
 def _require_from(checkout: Path, name: str, file: str | None) -> None:

@@ -25,7 +25,8 @@ class Stub:
 
     version = "stub:1"
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: int = 1) -> None:
+        self.at_once = at_once
         self.batches: list[list[int]] = []
         self.go = threading.Event()
         self.go.set()
@@ -36,6 +37,25 @@ class Stub:
         self.go.wait(10)
         self.batches.append([one.length for one in examples])
         return [one.input_ids[:1] for one in examples]
+
+
+class _Counting(Stub):
+    """A model that notes how many compute at the same time."""
+
+    def __init__(self, at_once: int) -> None:
+        super().__init__(at_once)
+        self.now = self.most = 0
+        self.lock = threading.Lock()
+
+    def outputs(self, examples: Sequence[Example]) -> list[torch.Tensor]:
+        with self.lock:
+            self.now += 1
+            self.most = max(self.most, self.now)
+        try:
+            return super().outputs(examples)
+        finally:
+            with self.lock:
+                self.now -= 1
 
 
 def example(length: int, first: int = 1) -> Example:
@@ -142,7 +162,7 @@ def test_a_model_that_fails_fails_its_batch_alone(
     def fail(examples: Sequence[Example]) -> list[torch.Tensor]:
         raise ValueError("MARKER in a text")
 
-    broken: Any = SimpleNamespace(version="broken:1", outputs=fail)
+    broken: Any = SimpleNamespace(version="broken:1", at_once=1, outputs=fail)
     with pytest.raises(Failed):
         batching.submit(broken, [example(3)]).result(10)
     assert len(batching.submit(stub, [example(3)]).result(10)) == 1
@@ -157,6 +177,73 @@ def test_a_defect_of_the_engine_ends_nothing(batching: Batching, stub: Any, monk
     monkeypatch.undo()
     assert len(batching.submit(stub, [example(3)]).result(10)) == 1
     assert batching.alive
+
+
+@pytest.fixture
+def several() -> Iterator[Batching]:
+    found = Batching(Limits(batch_tokens=100, batch_wait_ms=1.0, queue=5000, texts=50), threads=3)
+    yield found
+    found.close()
+
+
+def test_idle_threads_share_what_waits(several: Batching) -> None:
+    """Each computes its part at the same time: none returns before all have begun."""
+    stub, together = Stub(at_once=3), threading.Barrier(3)
+
+    def outputs(examples: Sequence[Example]) -> list[torch.Tensor]:
+        together.wait(10)
+        return Stub.outputs(stub, examples)
+
+    stub.outputs = outputs  # type: ignore[method-assign]
+    found = several.submit(stub, [example(10, first=i) for i in range(6)])  # type: ignore[arg-type]
+    assert [int(one) for one in found.result(10)] == list(range(6))
+    assert stub.batches == [[10, 10]] * 3
+
+
+def test_a_model_that_computes_one_batch_at_a_time_gets_whole_ones(several: Batching, stub: Any) -> None:
+    stub.go.clear()
+    first = several.submit(stub, [example(10) for _ in range(9)])
+    assert stub.began.wait(10)
+    others = [several.submit(stub, [example(10)] * 2) for _ in range(3)]
+    time.sleep(0.1)
+    assert several.waiting == 6  # no thread takes what it could not begin
+    stub.go.set()
+    for future in (first, *others):
+        future.result(10)
+    assert stub.batches == [[10] * 9, [10] * 6]
+
+
+@pytest.mark.parametrize("at_once", [[1], [3], [1, 3], [2, 1, 3]])
+def test_of_several_threads_every_text_gets_its_own_answer_once(several: Batching, at_once: list[int]) -> None:
+    stubs: Any = [_Counting(number) for number in at_once]
+    futures = [
+        several.submit(
+            stubs[i % len(stubs)], [example(1 + (7 * i + j) % 20, first=50 * i + j) for j in range(1 + i % 40)]
+        )
+        for i in range(150)
+    ]
+    for i, future in enumerate(futures):
+        assert [int(one) for one in future.result(20)] == [50 * i + j for j in range(1 + i % 40)]
+    texts = sum(1 + i % 40 for i in range(150))
+    batches = sum(len(stub.batches) for stub in stubs)
+    assert (several.waiting, several.told.texts, several.told.batches) == (0, texts, batches)
+    assert several._tokens == several._computing == 0
+    assert all(stub.most <= stub.at_once for stub in stubs)
+
+
+def test_a_part_that_fails_fails_its_request_alone_and_once(several: Batching) -> None:
+    stub: Any = Stub(at_once=3)
+
+    def outputs(examples: Sequence[Example]) -> list[torch.Tensor]:
+        if any(int(one.input_ids[0]) == 7 for one in examples):
+            raise ValueError("MARKER")
+        return Stub.outputs(stub, examples)
+
+    stub.outputs = outputs
+    with pytest.raises(Failed):
+        several.submit(stub, [example(10, first=i) for i in range(30)]).result(10)
+    assert len(several.submit(stub, [example(3)]).result(10)) == 1
+    assert several.alive
 
 
 def test_at_the_end_whatever_waits_fails(stub: Any) -> None:

@@ -40,8 +40,11 @@ def wait(registry: Registry, following: Following, version: str) -> None:
     raise AssertionError(f"{following.model.version} goes on: {following.trouble}")
 
 
+CLIENTS = 3
+
+
 @contextmanager
-def load_on(found: Live, clients: int = 3) -> Iterator[list[tuple[int, str]]]:
+def load_on(found: Live, clients: int = CLIENTS) -> Iterator[list[tuple[int, str]]]:
     """Ask from several clients all the time; gives status and version of every answer."""
     seen: list[tuple[int, str]] = []
     end = threading.Event()
@@ -74,7 +77,8 @@ def test_an_alias_changes_under_load(registry: Registry, reference: str) -> None
             before = len(seen)
             while len(seen) < before + 10:
                 threading.Event().wait(0.01)
-            assert {one[1] for one in seen[before + 4 :]} == {version}
+            # The version before answers what was under way, one question of each client, however late such an answer is read.
+            assert sum(one[1] != version for one in seen[before:]) <= CLIENTS
     assert {status for status, _ in seen} == {200}
     assert found.service.following.changes == 3
     assert found.service.following.name == reference

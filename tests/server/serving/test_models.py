@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,23 @@ def test_every_engine_computes_what_the_run_does(small_run: Path, registry: Regi
     assert model.precision == (plan.precision or "float32")
     error = (torch.stack(model.outputs(EXAMPLES)) - outputs_of(small_run)).abs().max()
     assert float(error) < (0.05 if plan.precision == "int8" else 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("threads", "at_once", "each"), [(1, 1, 1), (2, 2, 1), (3, 3, 1), (7, 4, 1), (8, 4, 2), (64, 4, 16)]
+)
+def test_threads_are_shared_out_to_batches(threads: int, at_once: int, each: int) -> None:
+    plan = Plan(threads=threads)
+    assert (plan.at_once, plan.threads_of_each, plan.threads_of_one) == (at_once, each, threads)
+
+
+def test_only_graphs_compute_several_batches_at_once_and_each_as_alone(registry: Registry) -> None:
+    graph, torch_one = (load(resolve(registry, "films"), Plan(engine, threads=3)) for engine in ("onnx", "torch"))
+    assert (graph.at_once, torch_one.at_once) == (3, 1)
+    alone = torch.stack(graph.outputs(EXAMPLES))
+    with ThreadPoolExecutor(3) as pool:
+        together = list(pool.map(lambda _: graph.outputs(EXAMPLES), range(60)))
+    assert all(torch.equal(torch.stack(one), alone) for one in together)
 
 
 def test_two_versions_stand_side_by_side(registry: Registry, small_run: Path) -> None:

@@ -33,6 +33,7 @@ def job(**changes: Any) -> Job:
     ("changes", "found", "hint"),
     [
         ({"lorra": {}}, "unknown key 'lorra'", "did you mean 'lora'?"),
+        ({"rounds": 3}, "unknown key 'rounds'", "did you mean 'training.rounds'?"),
         ({"privacy": {"epsilonn": 1}}, "unknown key 'privacy.epsilonn'", "did you mean 'epsilon'?"),
         ({"training": {"rounds": 1, "zzz": 1}}, "unknown key 'training.zzz'", "known: "),
         ({"model": {"seed": 1}}, "seed stands below [model]", "belongs above the first [section]"),

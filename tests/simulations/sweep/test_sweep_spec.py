@@ -111,6 +111,13 @@ def test_sites_that_share_the_noise_share_it_at_every_budget(scenario: Path) -> 
     assert (none.mechanism, none.epsilon_alone, none.max_colluding) == ("none", None, None)
 
 
+def test_an_axis_may_complete_a_table_that_is_only_begun(scenario: Path) -> None:
+    axes, begun = ["training.augmentation.views=2,3"], ["training.augmentation.token_dropout=0.2"]
+    sweep = load_sweep(scenario, axes=axes, overrides=begun)
+    trials = [sweep.scenario(setting, 0).job.training.augmentation for setting in sweep.grid()]
+    assert [(trial.views, trial.token_dropout) for trial in trials if trial is not None] == [(2, 0.2), (3, 0.2)]
+
+
 def test_baselines_and_repeats_become_seeds(scenario_file: MakeScenario) -> None:
     path = calibrated(scenario_file(seed=4, simulation={"repeats": 3}, baselines={"arms": ["non-private"]}))
     sweep = load_sweep(path, axes=["training.learning_rate=0.1,0.2"])
