@@ -196,9 +196,11 @@ def _judged(
     if task.config.thresholds == "public":
         before = evaluator.parts(adapter)
         offsets, fitted_on = choose_offsets(task, decider.parts(adapter) if decider else [])
-        if fitted_on:
+        if any(offsets):
             adapter = with_offsets(adapter, runtime.model.head_parameters(), offsets)
         thresholds = measured(task, offsets, fitted_on, before, evaluator.parts(adapter))
+        if thresholds.warning:
+            log.warning("%s", thresholds.warning)
     calibration = calibrate(task, decider.parts(adapter) if decider else [], evaluator.parts(adapter))
     return adapter, evaluator(adapter), calibration, thresholds
 

@@ -45,7 +45,7 @@ def demo(
 
 
 def simulate(
-    scenario: Annotated[Path, typer.Argument(help="Scenario file (TOML).")],
+    scenario: Annotated[Path, typer.Argument(help="Scenario file (TOML), or the name of one that ships: demo.")],
     out: OutOption = None,
     overrides: OverridesOption = None,
     resume: ResumeOption = False,

@@ -321,8 +321,29 @@ def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:
     Raises:
         ConfigError: naming every bad key.
     """
+    path = scenario_path(path)
     raw = apply_overrides(load_scenario_file(path), overrides)
     return build_scenario(raw, source=str(path), base=path.resolve().parent)
+
+
+def scenario_path(path: Path) -> Path:
+    """Return the file of a scenario: `path`, or where there is no such file, the one of that name that ships, such as `demo`.
+
+    Raises:
+        ConfigError: if it is a bare name that nothing has.
+    """
+    if path.exists() or path.suffix or len(path.parts) != 1:
+        return path
+    if path.name not in (known := _builtin()):
+        raise ConfigError(
+            f"{path} does not exist, nor is it the name of a scenario that ships; {nearest(path.name, sorted(known))}"
+        )
+    return known[path.name]
+
+
+def _builtin() -> dict[str, Path]:
+    """Return the scenarios that ship with the package."""
+    return {file.stem: file for file in Path(str(files("simulations"))).glob("*.toml")}
 
 
 def load_scenario_file(path: Path) -> dict[str, Any]:
@@ -341,11 +362,10 @@ def load_scenario_file(path: Path) -> dict[str, Any]:
 
 def builtin_scenario(name: str, overrides: Sequence[str] = ()) -> Scenario:
     """Return a scenario that ships with the package, such as "demo"."""
-    folder = Path(str(files("simulations")))
-    known = [file.stem for file in folder.glob("*.toml")]
+    known = _builtin()
     if name not in known:
-        raise ConfigError(f"no built-in scenario {name!r}; {nearest(name, known)}")
-    return load_scenario(folder / f"{name}.toml", overrides)
+        raise ConfigError(f"no built-in scenario {name!r}; {nearest(name, sorted(known))}")
+    return load_scenario(known[name], overrides)
 
 
 def changed_job(job: Job, changes: dict[str, Any], *, source: str) -> Job:

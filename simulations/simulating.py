@@ -15,7 +15,7 @@ from server.records.energy import ENERGY_FILE, EnergyRecord
 from server.records.privacy import CoordinatorRecord, read_sites
 from server.records.results import FOLDS_FILE, REPEATS_FILE, AuditRecord, Folds, Repeats, read_evaluation
 from server.reports.run import read_arm, write_report_if_possible
-from server.reports.run.trivial import trivial
+from server.reports.run.trivial import never_answered, trivial
 from server.rounds.early_stopping import is_over, stopped_early
 from server.rounds.observer import Observers
 from server.runs.folder import check_place, peak_rss_mb
@@ -168,12 +168,16 @@ def _largest(epsilons: Iterable[float | None]) -> float | None:
 
 
 def _beside_trivial(arms: Mapping[str, Path]) -> dict[str, Any]:
-    """Return how the trivial predictor does, where it is known, and what is said of the arms that are no better."""
+    """Return what the trivial predictor reaches, if known, and what is said of arms that are no better or leave a label out."""
     paths = {name: path for name, folder in arms.items() if (path := folder / "evaluation.json").exists()}
-    found = {name: one for name, path in paths.items() if (one := trivial(read_evaluation(path))) is not None}
+    evaluations = {name: read_evaluation(path) for name, path in paths.items()}
+    found = {name: one for name, evaluation in evaluations.items() if (one := trivial(evaluation)) is not None}
     # The same of every arm, for it depends on the records alone.
     return {one.key: round(one.value, 4) for one in found.values()} | {
-        "no_better_than_trivial": {name: one.warning for name, one in found.items() if one.warning}
+        "no_better_than_trivial": {name: one.warning for name, one in found.items() if one.warning},
+        "never_answered": {
+            name: said for name, one in evaluations.items() if (said := never_answered(one)) is not None
+        },
     }
 
 
@@ -226,7 +230,7 @@ def _diverged(folder: Path, name: str) -> str | None:
 
 def _tell(console: Console, scenario: Scenario, folder: Path, finished: Checkpoint, figures: dict[str, Any]) -> None:
     """Print the figures, what is to be minded about them, and where the report is."""
-    for name, warning in figures.pop("no_better_than_trivial").items():
+    for name, warning in (figures.pop("no_better_than_trivial") | figures.pop("never_answered")).items():
         console.print(f"warning: {name}: {warning}", style="yellow", soft_wrap=True, markup=False)
     for name, reason in figures.pop("diverged").items():
         console.print(f"warning: {name} diverged: {reason}", style="yellow", soft_wrap=True)

@@ -60,7 +60,7 @@ REGEXES = frozenset(
 """Of published tokenizers, whose time is known: nobody can say of another one how long it takes on a long text."""
 
 _COUNTS = re.compile(r"(n|num|max)_.*|.*_(size|dim|inner|heads|layers|labels|positions|embeddings)|dim")
-_LAYERS = re.compile(r".*layers?")
+_LAYERS = re.compile(r"(?!max_window_).*layers?")  # of Qwen, from which of its layers on a window counts
 _TEXTS = (".json", ".jsonl", ".txt", ".md", ".jinja", ".model")
 
 

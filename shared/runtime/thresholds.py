@@ -13,13 +13,14 @@ its probabilities are those of that head.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.errors import excerpt
 from shared.files.json_files import Count, Finite, Share
 from shared.models.batches import Batch
 from shared.runtime.calibration import FEWEST, gathered
@@ -30,6 +31,8 @@ FEWEST_OF_A_LABEL = 10
 """Deciding records below which a label keeps the offset 0, and has no say in that of others: with fewer, chance would choose."""
 _MOST_SWEEPS = 10
 _LEAST_GAIN = 1e-9
+_CHANCE = 3
+"""A gain in macro F1 of no more than this many records' share is chance, and moves nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,40 +42,71 @@ class Thresholds:
     Attributes:
         offsets: added to the logits, in the order of the labels; fitted on none, all are 0.
         fitted_on, reported_on: numbers of public records, disjoint.
+        too_few: labels whose logit stays because too few records that decide have them, and how many have.
         macro_f1_before, macro_f1_after, accuracy_before, accuracy_after: of the reported ones.
     """
 
     offsets: tuple[Finite, ...]
     fitted_on: Count
     reported_on: Count
+    too_few: dict[str, Count] = field(default_factory=dict)
     macro_f1_before: Share
     macro_f1_after: Share
     accuracy_before: Share
     accuracy_after: Share
 
+    @property
+    def warning(self) -> str | None:
+        """What should be known of labels that nothing was fitted for, and what to do; None if there is none."""
+        if not self.fitted_on:
+            return (
+                f"no thresholds: fewer than {FEWEST} public records may decide, so labels are answered as learned; give 200 "
+                "evaluation records or more, of which a fifth decides"
+            )
+        if not self.too_few:
+            return None
+        label, count = min(self.too_few.items(), key=lambda one: one[1])
+        others = f" (and {len(self.too_few) - 1:,} more labels)" if len(self.too_few) > 1 else ""
+        return (
+            f"thresholds: {count} of the {self.fitted_on:,} records that decide have the label {excerpt(label)}{others}; it "
+            f"takes {FEWEST_OF_A_LABEL}, so it is answered as learned. A label that one record in N has needs about "
+            f"{5 * FEWEST_OF_A_LABEL} N evaluation records"
+        )
 
-def choose_offsets(task: Task, deciding: Parts) -> tuple[tuple[float, ...], int]:
-    """Return offsets in the order of the labels, and on how many records they were fitted; 0 with fewer than `FEWEST`.
+
+def choose_offsets(task: Task, deciding: Parts) -> tuple[tuple[float, ...], tuple[int, ...]]:
+    """Return offsets in the order of the labels, and how many of the records that they were fitted on have each label.
+
+    With fewer than `FEWEST` records nothing is fitted, on none.
 
     Args:
         deciding: (logits [B, classes], batch) of public records.
     """
-    found = gathered(task, deciding)
+    found, classes = gathered(task, deciding), len(task.config.labels)
     if found is None or len(found[1]) < FEWEST:
-        return (0.0,) * len(task.config.labels), 0
-    return tuple(fit_offsets(*(values.numpy() for values in found)).tolist()), len(found[1])
+        return (0.0,) * classes, (0,) * classes
+    logits, targets = (values.numpy() for values in found)
+    return tuple(fit_offsets(logits, targets).tolist()), tuple(np.bincount(targets, minlength=classes).tolist())
 
 
-def measured(task: Task, offsets: tuple[float, ...], fitted_on: int, before: Parts, after: Parts) -> Thresholds:
+def measured(
+    task: Task, offsets: tuple[float, ...], fitted_on: tuple[int, ...], before: Parts, after: Parts
+) -> Thresholds:
     """Return what `offsets` did.
 
     Args:
+        fitted_on: records of each label, as `choose_offsets` returns them.
         before, after: (logits, batch) of the same reported records, by the model without and with them in its head.
     """
     (f1_before, before_right), (f1_after, after_right) = (_measured(task, parts) for parts in (before, after))
     return Thresholds(
         offsets=offsets,
-        fitted_on=fitted_on,
+        fitted_on=sum(fitted_on),
+        too_few={
+            label: count
+            for label, count in zip(task.config.labels, fitted_on, strict=True)
+            if count < FEWEST_OF_A_LABEL and any(fitted_on)
+        },
         reported_on=sum(len(outputs) for outputs, _ in before),
         macro_f1_before=f1_before,
         macro_f1_after=f1_after,
@@ -84,7 +118,8 @@ def measured(task: Task, offsets: tuple[float, ...], fitted_on: int, before: Par
 def fit_offsets(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """Return the offsets [classes] with the highest macro F1 that coordinate ascent from 0 finds.
 
-    The mean is over the labels with `FEWEST_OF_A_LABEL` records; all offsets are 0 if there are not two of them.
+    The mean is over the labels with `FEWEST_OF_A_LABEL` records; all offsets are 0 if there are not two of them, and if the
+    gain is one that a few records make.
 
     Args:
         logits: [records, classes].
@@ -95,15 +130,17 @@ def fit_offsets(logits: NDArray[np.float64], targets: NDArray[np.int64]) -> NDAr
     often = np.flatnonzero(np.bincount(targets, minlength=classes) >= FEWEST_OF_A_LABEL)
     if len(often) < 2:
         return offsets
+    whole = 0.0
     for _ in range(_MOST_SWEEPS):
         gained = 0.0
         for label in often:
             offset, gain = _best_offset(logits + offsets, targets, int(label), often)
             offsets[label] += offset
             gained += gain
+        whole += gained
         if gained <= _LEAST_GAIN:
             break
-    return offsets
+    return offsets if whole * len(targets) > _CHANCE else np.zeros(classes)
 
 
 def with_offsets(state: Mapping[str, Tensor], head: Iterable[str], offsets: Iterable[float]) -> dict[str, Tensor]:

@@ -224,12 +224,11 @@ def _check(scenario: Scenario, question: Question, backbone: Backbone | None) ->
 
 
 def _check_family(kind: TaskKind, backbone: Backbone) -> None:
-    """Raise `ConfigError` if the backbone reads in the other direction than the task needs."""
-    writes, wanted = backbone.architecture.causal, TASKS[kind].causal_lm
-    if writes != wanted:
+    """Raise `ConfigError` if the task is to write and the backbone only reads; every family labels texts."""
+    if TASKS[kind].causal_lm and not backbone.architecture.causal:
         raise ConfigError(
-            f"--backbone {backbone.name!r} is of the family {backbone.model_type}, and {kind} needs "
-            f"{'one that writes, such as GPT-2 or Qwen' if wanted else 'one that reads, such as BERT'}."
+            f"--backbone {backbone.name!r} is of the family {backbone.model_type}, and {kind} needs one that writes, such as "
+            "GPT-2 or Qwen."
         )
 
 

@@ -23,7 +23,7 @@ from shared.job.parsing import Section, apply_overrides, nearest, parse, toml_va
 from shared.job.privacy import OF_SHARES
 from shared.job.values import Name
 from shared.numbers import read_number, read_whole
-from simulations.scenario import Scenario, build_scenario, load_scenario_file
+from simulations.scenario import Scenario, build_scenario, load_scenario_file, scenario_path
 
 Search = Literal["grid", "optuna"]
 Setting = dict[str, Any]
@@ -243,6 +243,7 @@ def load_sweep(
     Raises:
         ConfigError: naming every bad key.
     """
+    path = scenario_path(path)
     found = load_scenario_file(path)
     raw: dict[str, Any] = found if "scenario" in found else {"scenario": path.name}
     given = {"search": search, "trials": trials, "seeds": None if seeds is None else _parse_seeds(seeds)}

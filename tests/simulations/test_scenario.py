@@ -14,6 +14,7 @@ import pytest
 
 from shared.errors import ConfigError, DataError, ModelError
 from simulations.scenario import Scenario, builtin_scenario, changed_job, load_scenario
+from simulations.sweep.spec import load_sweep
 
 
 def test_a_scenario_holds_its_job_and_finds_its_data(scenario_file: Callable[..., Path], tmp_path: Path) -> None:
@@ -85,6 +86,20 @@ def test_overrides_reach_the_job_and_the_rest(scenario_file: Callable[..., Path]
     assert (scenario.job.training.rounds, scenario.partition.num_sites, scenario.job.lora.train) == (9, 4, "both")
     with pytest.raises(ConfigError, match="unknown key 'trainning'"):
         load_scenario(path, ["trainning.rounds=9"])
+
+
+def test_a_scenario_that_ships_goes_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_scenario(Path("demo"), ["training.rounds=2"]).job == builtin_scenario("demo", ["training.rounds=2"]).job
+    assert load_sweep(Path("demo"), axes=["training.rounds=1,2"]).name == "demo"
+    with pytest.raises(ConfigError, match="nor is it the name of a scenario that ships; did you mean 'demo'"):
+        load_scenario(Path("dmeo"))
+    for other in ("demo.toml", "here/demo"):
+        with pytest.raises(ConfigError, match="does not exist; check the path"):
+            load_scenario(Path(other))
+    (tmp_path / "demo").write_text("name = 'mine'")
+    with pytest.raises(ConfigError, match="demo is not valid"):  # a file of that name counts
+        load_scenario(Path("demo"))
 
 
 def test_builtin_scenarios_are_valid() -> None:

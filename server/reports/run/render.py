@@ -44,7 +44,7 @@ from server.reports.run.tables import (
     site_statements,
     total,
 )
-from server.reports.run.trivial import trivial
+from server.reports.run.trivial import never_answered, trivial
 from shared.files.atomic import write_bytes
 from shared.files.outputs import HTML_MARK, check_file
 from shared.pages import render_page
@@ -121,6 +121,11 @@ def _quality(data: RunData, titles: Sequence[str]) -> dict[str, Any]:
         "interval": interval(metric, arm, data.run.test_records),
         "comparison": [comparison_row(data, title, one) for title, one in zip(titles, data.arms, strict=True)],
         "trivial": _trivial(data, titles),
+        "never_answered": [
+            (title, said)
+            for title, one in zip(titles, data.arms, strict=True)
+            if (said := never_answered(one.evaluation)) is not None
+        ],
         "cards": cards(data),
         "repeats": repeat_rows(data),
         "folds": fold_rows(data),

@@ -43,6 +43,22 @@ def trivial(found: EvaluationRecord | None) -> Trivial | None:
     return _most_frequent(found, found.primary) if found.primary_metric == "accuracy" else None
 
 
+def never_answered(found: EvaluationRecord | None) -> str | None:
+    """Return what is said of a model that never answers a label that some of the evaluation records have, or None.
+
+    None too of one that is no better than the trivial predictor, of which it goes without saying.
+    """
+    if found is None or ((one := trivial(found)) is not None and one.warning):
+        return None
+    counts, answered = _records_by_label(found), _answers_by_label(found)
+    missed = sorted((label for label in counts if counts[label] and not answered.get(label)), key=lambda n: -counts[n])
+    if not missed:
+        return None
+    first, total = missed[0], sum(counts.values())
+    others = f" and {len(missed) - 1:,} other{'s' if len(missed) > 2 else ''}" if len(missed) > 1 else ""
+    return f"this model never answers {_named(found, first)} ({counts[first]:,} of {total:,} records){others}"
+
+
 def _mean(found: EvaluationRecord, mae: float) -> Trivial | None:
     value = found.metrics.get("mae_of_mean")
     if not value:
@@ -62,7 +78,7 @@ def _most_frequent(found: EvaluationRecord, accuracy: float) -> Trivial | None:
     if not total or counts[most] == total:
         return None
     value = counts[most] / total
-    label = f"{shorten(printable(found.labels[most]), _LONGEST)!r}" if found.labels else f"label {most + 1}"
+    label = _named(found, most)
     return Trivial(
         metric="accuracy",
         value=value,
@@ -70,6 +86,20 @@ def _most_frequent(found: EvaluationRecord, accuracy: float) -> Trivial | None:
         key="accuracy_of_most_frequent_label",
         warning=f"this model is no better than always saying {label}" if accuracy <= value else None,
     )
+
+
+def _named(found: EvaluationRecord, label: int) -> str:
+    return f"{shorten(printable(found.labels[label]), _LONGEST)!r}" if found.labels else f"label {label + 1}"
+
+
+def _answers_by_label(found: EvaluationRecord) -> dict[int, int]:
+    """Return how many of the evaluation records are answered with each label, by its number."""
+    if found.confusion is not None:
+        return {label: sum(column) for label, column in enumerate(zip(*found.confusion, strict=True))}
+    counts: dict[int, int] = {}
+    for _, label, count in found.confusion_cells or ():
+        counts[label] = counts.get(label, 0) + count
+    return counts
 
 
 def _records_by_label(found: EvaluationRecord) -> dict[int, int]:

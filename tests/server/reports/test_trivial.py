@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from server.records.results import EvaluationRecord
-from server.reports.run.trivial import trivial
+from server.reports.run.trivial import never_answered, trivial
 from simulations.simulating import _beside_trivial
 from tests.server.reports.test_report import Page, build_run, render, write
 
@@ -53,7 +53,11 @@ def test_report_and_terminal_warn_of_scores_worse_than_their_mean(tmp_path: Path
     assert f"Federated DP: {WORSE} (0.893; the mean alone: 0.700)." in text
     assert text.count(WORSE) == 1
     arms = {"federated_dp": run, "non_private": run / "baselines" / "non-private"}
-    assert _beside_trivial(arms) == {"mae_of_mean": 0.7, "no_better_than_trivial": {"federated_dp": WORSE}}
+    assert _beside_trivial(arms) == {
+        "mae_of_mean": 0.7,
+        "no_better_than_trivial": {"federated_dp": WORSE},
+        "never_answered": {},
+    }
 
 
 def test_report_and_terminal_warn_of_a_classifier_that_always_says_one_label(tmp_path: Path) -> None:
@@ -63,4 +67,36 @@ def test_report_and_terminal_warn_of_a_classifier_that_always_says_one_label(tmp
     assert _beside_trivial({"federated_dp": run}) == {
         "accuracy_of_most_frequent_label": 0.6,
         "no_better_than_trivial": {"federated_dp": NO_BETTER},
+        "never_answered": {},
     }
+
+
+THREE = LABELS | {"labels": ["no", "yes", "rare"]}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "said"),
+    [
+        (THREE | {"confusion": [[5, 1, 0], [0, 6, 0], [1, 1, 0]]}, "this model never answers 'rare' (2 of 14 records)"),
+        (
+            THREE | {"confusion_cells": [[0, 0, 5], [1, 1, 6], [2, 1, 2]]},
+            "this model never answers 'rare' (2 of 13 records)",
+        ),
+        (THREE | {"confusion": [[5, 1, 0], [0, 6, 0], [0, 0, 0]]}, None),  # no record has it
+        (THREE | {"confusion": [[5, 1, 0], [0, 6, 0], [1, 1, 1]]}, None),
+        (LABELS | {"confusion": [[6, 0], [4, 0]]}, None),  # no better than always saying 'no', which is told
+        (SCORES, None),
+    ],
+)
+def test_a_label_that_is_never_answered_is_told(evaluation: dict[str, Any], said: str | None, tmp_path: Path) -> None:
+    assert never_answered(EvaluationRecord(**evaluation)) == said
+    run = build_run(tmp_path / "run", baselines=False)
+    write(run / "evaluation.json", evaluation)
+    assert (f"Federated DP: {said}." in Page(render(run)).text) == (said is not None)
+    assert _beside_trivial({"federated_dp": run})["never_answered"] == ({"federated_dp": said} if said else {})
+
+
+def test_of_many_labels_the_most_frequent_that_is_never_answered_is_named() -> None:
+    evaluation = THREE | {"confusion": [[9, 0, 0], [3, 0, 0], [2, 0, 0]], "metrics": {"loss": 0.7, "accuracy": 0.9}}
+    found = never_answered(EvaluationRecord(**evaluation))
+    assert found == "this model never answers 'yes' (3 of 14 records) and 1 other"

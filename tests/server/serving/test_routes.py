@@ -169,6 +169,7 @@ def test_what_is_not_answered_is_not_billed(guarded: tuple[Live, TokenFile], mon
         (b"{", 400),
         (b"[" * 5000, 400),
         (b'{"texts": []}', 400),
+        (b'{"texts": ["a", " "]}', 400),
         (b'{"texts": ["\\ud800"]}', 400),
         (b'{"texts": ["a\\u0000b"]}', None),
         (b'{"texts": [""]}', None),

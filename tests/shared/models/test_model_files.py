@@ -15,6 +15,7 @@ from shared.job.job import Job
 from shared.models import model_files
 from shared.models.backbones import backbone_folder, load_backbone
 from shared.models.model_files import check_model_files, check_sizes
+from tests.tiny_families import make_backbone
 
 
 @pytest.fixture
@@ -130,6 +131,12 @@ def test_files_are_counted(backbone: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(model_files, "MOST_BYTES", 100)
     with pytest.raises(ModelError, match="at most 100"):
         check_sizes(backbone, names)
+
+
+def test_the_layer_from_which_a_window_counts_is_no_number_of_layers(tmp_path: Path, tiny_bert: Path) -> None:
+    """Qwen's own default is 28, however few layers a model has."""
+    folder = make_backbone(tmp_path / "qwen", "qwen3", tiny_bert, max_window_layers=28)
+    assert load_backbone(folder)[0].config.num_hidden_layers < 28
 
 
 def test_what_is_published_passes() -> None:

@@ -91,6 +91,17 @@ def test_what_is_too_rare_or_right_already_keeps_its_logit() -> None:
     assert not fit_offsets(alike, np.arange(60) % 2).any()
 
 
+def test_what_a_few_records_gain_moves_nothing() -> None:
+    """A model that is right and sure but for two records that only a large number would answer rightly."""
+    targets = np.arange(100) % 2
+    logits = 30.0 * np.eye(2)[targets]
+    logits[np.flatnonzero(targets)[:2]] = [30.0, 20.0]
+    assert f1(logits + np.array([0.0, 10.5]), targets) == 1.0
+    assert not fit_offsets(logits, targets).any()
+    logits[np.flatnonzero(targets)[:6]] = [30.0, 20.0]
+    assert f1(logits + fit_offsets(logits, targets), targets) == 1.0
+
+
 # --- in a run ---
 
 
@@ -133,6 +144,7 @@ def test_the_reported_records_do_not_choose(runtime: Runtime, records: list[dict
     assert flipped[2] is not None
     assert flipped[2].temperature == calibration.temperature
     assert flipped[3].macro_f1_after != thresholds.macro_f1_after
+    assert (thresholds.too_few, thresholds.warning) == ({}, None)
     # Planted: the parts exchanged.
     exchanged = _judged(runtime, runtime.initial, decider, evaluator)[3]
     assert exchanged is not None
@@ -152,6 +164,17 @@ def test_offsets_in_the_bias_are_added_to_the_logits(task_job: Callable[..., Job
     assert torch.allclose(logits[0] + torch.tensor(offsets), logits[1], atol=1e-6)
 
 
+def test_a_label_that_is_too_rare_for_a_threshold_is_told(
+    runtime: Runtime, records: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    deciding = [{"text": record["text"], "label": "good" if n < 4 else "bad"} for n, record in enumerate(records[:60])]
+    parts = [_Evaluator(runtime, runtime.encode(some), classes=True) for some in (records[:40], deciding)]
+    found = _judged(runtime, runtime.initial, parts[0], parts[1])[3]
+    assert found is not None
+    assert (found.too_few, found.offsets) == ({"good": 4}, (0.0, 0.0))
+    assert "4 of the 60 records that decide have the label 'good'; it takes 10" in caplog.text
+
+
 def test_too_few_deciding_records_or_no_wish_choose_nothing(
     runtime: Runtime, classification_job: Callable[..., Job], records: list[dict[str, Any]]
 ) -> None:
@@ -163,7 +186,9 @@ def test_too_few_deciding_records_or_no_wish_choose_nothing(
         assert found is not None
         assert (found.fitted_on, found.offsets) == (0, (0.0, 0.0))
         assert found.macro_f1_before == found.macro_f1_after
-    assert choose_offsets(runtime.task, few.parts(runtime.initial))[1] == 0
+        assert found.too_few == {}
+        assert "no thresholds: fewer than" in str(found.warning)
+    assert choose_offsets(runtime.task, few.parts(runtime.initial))[1] == (0, 0)
     plain = load_own_runtime(classification_job(), CPU)
     evaluator, decider = evaluators(plain, records)
     adapter, _, _, found = _judged(plain, plain.initial, evaluator, decider)

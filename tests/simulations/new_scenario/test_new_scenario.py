@@ -413,6 +413,13 @@ def test_text_for_gpt2(new: Run, tmp_path: Path, tiny_gpt2: Path) -> None:
     assert replies.job.task.kind == "replies"
 
 
+def test_a_decoder_that_labels(new: Run, tmp_path: Path, tiny_gpt2: Path) -> None:
+    records = [{"note": sentence(i, 8), "kind": ["calm", "urgent"][i % 2]} for i in range(150)]
+    scenario = new(write_csv(tmp_path / "notes.csv", records), "--text", "note", "--label", "kind", backbone=tiny_gpt2)
+    assert scenario.job.task.kind == "sequence_classification"
+    assert scenario.job.lora.target_modules == ("c_attn", "c_proj", "c_fc")
+
+
 def test_images(new: Run, refused: Run, tmp_path: Path) -> None:
     records = [{"scan": [(i * k) % 17 for k in range(64)], "finding": str(i % 3)} for i in range(150)]
     data = write_lines(tmp_path / "scans.jsonl", records)
@@ -480,7 +487,6 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "length": ((*TASK, "--max-length", "4000"), r"the backbone reads 64 tokens"),
     "delta": ((*TASK, "--delta", "0.5"), r"must be below 1/n"),
     "records": ((*TASK, "--records", "1000"), r"for --declared"),
-    "a backbone that writes": ((*TASK, "--backbone", "cache:small-gpt2"), r"needs one that reads"),
     "a backbone that reads": (("--text", "note", "--backbone", "embedded:all-minilm-l6-v2"), r"needs one that writes"),
     "a budget of nothing": ((*TASK, "--epsilon", "0"), r"epsilon is 0"),
     "no toml": ((*TASK, "--out", "notes.csv"), r"ends in \.toml"),
