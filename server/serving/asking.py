@@ -69,6 +69,8 @@ class Desk:
             raise Refused(400, "wrong_task", "this model continues texts; ask /v1/completions.")
         kind = _INPUTS.get(task.kind, "texts")
         texts = _texts(asked, kind)
+        if number := next((i for i, text in enumerate(texts, start=1) if not text.strip()), None):
+            raise Refused(400, "invalid_input", f"text {number} is blank; give what is to be read.", param=kind)
         self._check_sizes(texts, kind)
         records: list[Record] = []
         examples: list[Example] = []
@@ -183,17 +185,10 @@ def _texts(asked: PredictRequest, kind: str) -> list[str]:
             raise Refused(
                 400, "invalid_input", f"the first text of pair {number} holds a tab, which parts two texts.", param=kind
             )
-        if number := next((i for i, pair in enumerate(asked.pairs, start=1) if not all(map(str.strip, pair))), None):
-            raise Refused(
-                400, "invalid_input", f"a text of pair {number} is blank; give what is to be read.", param=kind
-            )
         return ["\t".join(pair) for pair in asked.pairs]
     if asked.images is not None:
         return [" ".join(map(repr, image)) for image in asked.images]
-    texts = asked.texts or []
-    if number := next((i for i, text in enumerate(texts, start=1) if not text.strip()), None):
-        raise Refused(400, "invalid_input", f"text {number} is blank; give what is to be read.", param=kind)
-    return texts
+    return asked.texts or []
 
 
 def _read(model: Model, task: Predicting, texts: Sequence[str], begin: int) -> tuple[list[Record], list[Example]]:
