@@ -39,7 +39,7 @@ def serve(
         Literal["float32", "int8"] | None, typer.Option(help="Of the weights; int8 is faster on processors with VNNI.")
     ] = None,
     threads: Annotated[int, typer.Option(min=0, help="Of the engine; 0: one for each core.")] = 0,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 400,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a batch.")] = 200,
     batch_wait_ms: Annotated[
         float, typer.Option(help="Milliseconds for which an idle engine waits for a batch to fill.")
     ] = 2.0,

@@ -27,7 +27,7 @@ class Limits:
         answer_seconds: in which an answer must be complete.
     """
 
-    batch_tokens: int = 400
+    batch_tokens: int = 200
     batch_wait_ms: float = 2.0
     queue: int = 2048
     cache_tokens: int = 8192
