@@ -27,6 +27,7 @@ from shared.web.turns import MOST_SECONDS, Places
 log = logging.getLogger("silotune.console")
 
 _SHORTLY = 0.3  # seconds in which most sites are read
+_PATIENCE = 10.0  # seconds to wait for whoever else writes to the log
 _WAITING = Places(4)
 
 
@@ -71,8 +72,10 @@ class SiteContent:
 
         Raises:
             TrustError: the log cannot be written.
+            Held: others write to it for very long.
         """
-        self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
+        with self.log.locked(patience=_PATIENCE):
+            self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
 
     def read_ahead(self) -> None:
         """Read what pages will show, so that the first of them need not: logs and ledgers of years take seconds once.
@@ -81,7 +84,7 @@ class SiteContent:
         """
         self.is_read.clear()
         try:
-            for read in (self._read_budgets, self.policies.settle, self.releases.latest_round, self.requests.all):
+            for read in (self._read_budgets, self.policies.versions, self.releases.latest_round, self.requests.all):
                 try:
                     read()
                 except SilotuneError as error:

@@ -16,7 +16,7 @@ from shared.trust.audit_log import Verified, verify
 from shared.trust.signing import load_verify_key
 from shared.web.turns import Turn
 
-_KEPT_SECONDS = 600
+_KEPT_SECONDS, _PATIENCE = 600, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Chains:
 
     def _check(self, now: int) -> Checked:
         try:
-            log = verify(self._home.audit, verify_head=load_verify_key(self._home.path / "log.pub"))
+            log = verify(self._home.audit, verify_head=load_verify_key(self._home.path / "log.pub"), patience=_PATIENCE)
             self._budgets.check()
         except SilotuneError as error:
             return Checked(at=now, log=None, problem=str(error))
