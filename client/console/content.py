@@ -20,14 +20,14 @@ from client.console.machine import Gpus
 from client.console.requests import Requests
 from client.site.home import SiteHome
 from shared.errors import SilotuneError
-from shared.trust.audit_log import AuditLog, Event
+from shared.trust.audit_log import AuditLog
 from shared.web.asked import Asked
+from shared.web.opening import note
 from shared.web.turns import MOST_SECONDS, Places
 
 log = logging.getLogger("silotune.console")
 
 _SHORTLY = 0.3  # seconds in which most sites are read
-_PATIENCE = 10.0  # seconds to wait for whoever else writes to the log
 _WAITING = Places(4)
 
 
@@ -68,14 +68,8 @@ class SiteContent:
     is_read: threading.Event = field(default_factory=_set)
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
-        """Note in the site's signed audit log what an account does; what cannot be noted is not done.
-
-        Raises:
-            TrustError: the log cannot be written.
-            Held: others write to it for very long.
-        """
-        with self.log.locked(patience=_PATIENCE):
-            self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
+        """Note what an account does, see `shared.web.opening.note`."""
+        note(self.log, account, action, details)
 
     def read_ahead(self) -> None:
         """Read what pages will show, so that the first of them need not: logs and ledgers of years take seconds once.

@@ -135,6 +135,7 @@ class Verified:
         sha256: of the last entry; 64 zeros if there is none.
         first_time, last_time: of the first and the last entry; None if there is none.
         signature_checked: whether the head's signature was checked with a key.
+        end_checked: whether it was looked at what stands after the last entry.
         notes: sentences for a person, for example that a process died while it wrote.
     """
 
@@ -143,6 +144,7 @@ class Verified:
     first_time: str | None
     last_time: str | None
     signature_checked: bool
+    end_checked: bool
     notes: tuple[str, ...]
 
 
@@ -348,7 +350,7 @@ def verify(folder: Path, *, verify_head: VerifyKey | None = None, patience: floa
     trouble: TrustError | None = None
     beyond: Beyond | None = None
     numbers: list[int] = []
-    notes = []
+    notes, is_held = [], False
     try:
         with folder_lock(folder, shared=True, patience=patience):
             head = read_head(folder, verify_head, signed_is_fine=True)
@@ -358,7 +360,7 @@ def verify(folder: Path, *, verify_head: VerifyKey | None = None, patience: floa
             except TrustError as error:
                 trouble = error  # a break further up says more
     except Held:  # lines up to a head stay as they are, whoever writes
-        head = read_head(folder, verify_head, signed_is_fine=True)
+        head, is_held = read_head(folder, verify_head, signed_is_fine=True), True
         notes.append(
             "another process kept the log locked, so it was not looked at whether anything stands after its last entry; check "
             "again in a moment."
@@ -401,6 +403,7 @@ def verify(folder: Path, *, verify_head: VerifyKey | None = None, patience: floa
         first_time=first.time if first else None,
         last_time=last.time if last else None,
         signature_checked=verify_head is not None,
+        end_checked=not is_held,
         notes=tuple(notes),
     )
 

@@ -57,7 +57,9 @@ class Chains:
             files, now = self._files(), self._now()
             kept = self._kept
             if kept is None or kept[0] != files or not 0 <= now - kept[1].at < _KEPT_SECONDS:
-                kept = self._kept = (files, self._check(now))
+                kept = (files, self._check(now))
+                is_whole = kept[1].log is None or kept[1].log.end_checked
+                self._kept = kept if is_whole else None
             return kept[1]
 
     def _check(self, now: int) -> Checked:

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +196,22 @@ def test_a_deleted_ledger_is_refused(home: Home) -> None:
     for _ in range(2):
         with pytest.raises(LedgerError, match=r"ledger entry 1 of 4 .* does not hold it"), home.opened():
             pass
+
+
+@pytest.mark.usefixtures("free_accounting")
+def test_a_long_log_is_read_before_others_are_kept_waiting(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    with home.opened() as ledger:
+        work(ledger, 2)
+    mirror, read, locked = AuditMirror(home.log()), list[int](), AuditLog.locked
+
+    def lock(log: AuditLog, **options: Any) -> AbstractContextManager[None]:
+        read.append(len(mirror._mirrored))
+        return locked(log, **options)
+
+    with home.opened(mirrored=False) as ledger:
+        monkeypatch.setattr(AuditLog, "locked", lock)
+        mirror(ledger)
+    assert read == [6]
 
 
 @pytest.mark.usefixtures("free_accounting")
