@@ -28,7 +28,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -40,7 +40,7 @@ from client.policy.policy import load_policy, policy_of
 from shared.errors import ConfigError, RunError, SilotuneError, TrustError
 from shared.files.atomic import require_file_or_nothing, write_bytes
 from shared.files.bounded import read_bounded
-from shared.trust.audit_chain import BEGINNING, Entry
+from shared.trust.audit_chain import BEGINNING, Entry, Held
 from shared.trust.audit_log import AuditLog, Event
 
 FOLDER = "policies"
@@ -52,6 +52,8 @@ MOST_OPEN = 16
 MOST_KEPT = 256
 """Of texts that were proposed and never in force; the oldest go first."""
 _COUNTED_SECONDS = 15
+_PATIENCE = 0.1
+"""Seconds for which somebody who only reads waits for whoever writes."""
 _MOST_FILE_BYTES = 1 << 20
 ProposalState = Literal["open", "stale", "accepted", "declined"]
 _STATES: dict[str, ProposalState] = {Event.POLICY_ACCEPTED: "accepted", Event.POLICY_DECLINED: "declined"}
@@ -132,7 +134,7 @@ class PolicyChanges:
 
     def __init__(self, policy: Path, *, log: AuditLog) -> None:
         self.policy, self._folder, self._log = policy, policy.parent / FOLDER, log
-        self._read_up_to, self._state, self._alone = BEGINNING, _State(), threading.Lock()
+        self._read_up_to, self._state, self._reading = BEGINNING, _State(), threading.RLock()
         self._counted = (-math.inf, 0)
 
     def settle(self) -> None:
@@ -146,12 +148,12 @@ class PolicyChanges:
 
     def versions(self) -> list[Version]:
         """Return every version that was in force, the newest first; raises as `settle`."""
-        with self._settled() as state:
+        with self._seen() as state:
             return state.versions[::-1]
 
     def proposals(self) -> list[Proposal]:
         """Return every proposal, the newest first; an open one that is stale says so. Raises as `settle`."""
-        with self._settled() as state:
+        with self._seen() as state:
             return [self._told(state, one) for one in reversed(state.proposals.values())]
 
     @property
@@ -167,7 +169,7 @@ class PolicyChanges:
 
     def find(self, number: int) -> Proposal | None:
         """Return the proposal of a number; raises as `settle`."""
-        with self._settled() as state:
+        with self._seen() as state:
             found = state.proposals.get(number)
             return None if found is None else self._told(state, found)
 
@@ -291,13 +293,24 @@ class PolicyChanges:
     # --- inside the log's lock ---
 
     @contextmanager
-    def _settled(self) -> Iterator[_State]:
-        with self._alone:
-            self._read_log()  # of a long log most of it, while others may still write
-            with self._log.locked():
+    def _seen(self) -> Iterator[_State]:
+        """What the log says, for whoever only reads: settled, or if others write, as it stands."""
+        with ExitStack() as stack:
+            try:
+                state = stack.enter_context(self._settled(patience=_PATIENCE))
+            except Held:
+                stack.enter_context(self._reading)
                 self._read_log()
-                self._finish(self._state)
-                yield self._state
+                state = self._state
+            yield state
+
+    @contextmanager
+    def _settled(self, *, patience: float | None = None) -> Iterator[_State]:
+        self._read_log()  # of a long log most of it, while others may still write
+        with self._log.locked(patience=patience), self._reading:
+            self._read_log()
+            self._finish(self._state)
+            yield self._state
 
     def _finish(self, state: _State) -> None:
         """Bring file and log together."""
@@ -354,10 +367,11 @@ class PolicyChanges:
         self._read_log()
 
     def _read_log(self) -> None:
-        for entry, position in self._log.read_on(self._read_up_to):
-            if entry.event.startswith("policy."):
-                _take(self._state, entry)
-            self._read_up_to = position
+        with self._reading:
+            for entry, position in self._log.read_on(self._read_up_to):
+                if entry.event.startswith("policy."):
+                    _take(self._state, entry)
+                self._read_up_to = position
 
 
 def _take(state: _State, entry: Entry) -> None:

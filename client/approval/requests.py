@@ -28,6 +28,7 @@ from client.approval.request import STATES, Approval, Refused, Request, RequestS
 from client.approval.store import SealedStore
 from shared.errors import AwaitingApproval, PolicyError, RunError, excerpt
 from shared.names import is_plain
+from shared.trust.audit_chain import Held
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal
 from shared.trust.signed_job import SignedJob
@@ -39,6 +40,8 @@ MOST_JOB_BYTES = 512 << 10
 MOST_BYTES = 4 << 20  # of all jobs together
 MOST_ACCOUNT, MOST_REASON = 100, 500  # characters
 LEAST_PREFIX = 6
+_PATIENCE = 0.1
+"""Seconds for which somebody who only reads waits for whoever writes."""
 
 
 class Changed(RunError):
@@ -126,8 +129,7 @@ class Approvals:
         Raises:
             TrustError, RunError: the requests cannot be read or written.
         """
-        with self._store.alone():
-            requests, now = self._settled(rules), self._clock()
+        requests, now = self._seen(rules), self._clock()
         found = [(request, request.state(rules, now)) for request in requests.values()]
         found.sort(key=lambda one: one[0].arrived, reverse=True)
         return sorted(found, key=lambda one: STATES.index(one[1]))
@@ -143,9 +145,8 @@ class Approvals:
             RunError: there is none, or more than one.
             TrustError: the requests cannot be read.
         """
-        with self._store.alone():
-            request = _the_one(self._settled(rules), named, by_id=by_id)
-            return request, request.state(rules, self._clock())
+        request = _the_one(self._seen(rules), named, by_id=by_id)
+        return request, request.state(rules, self._clock())
 
     def last_approved(self, request: Request, rules: Rules) -> Request | None:
         """Return what the same signer asked for that was approved last, other than `request`; None if there is nothing."""
@@ -253,14 +254,35 @@ class Approvals:
     def _read(self) -> dict[str, Request]:
         return {request.id: request for request in self._store.read()}
 
+    def _seen(self, rules: Rules) -> dict[str, Request]:
+        """Return the requests by their ids for whoever only reads: settled, or if others write, as they then will be.
+
+        Raises:
+            Held: a change of them does not come to its end.
+            TrustError, RunError: the requests cannot be read or written.
+        """
+        try:
+            with self._store.alone(patience=_PATIENCE):
+                return self._settled(rules)
+        except Held:
+            requests = {request.id: request for request in self._store.glance()}
+            return requests | self._over(requests, rules)
+
     def _settled(self, rules: Rules) -> dict[str, Request]:
         """Return the requests by their ids, after noting which ones ended by themselves."""
-        requests, now = self._read(), self._clock()
-        for request in list(requests.values()):
-            if not request.expired and request.state(rules, now) == "expired":
-                over = request.model_copy(update={"expired": True, "approvals": ()})
-                self._put(requests, over, Event.APPROVAL_EXPIRED, approvals=len(request.approvals))
+        requests = self._read()
+        for over in self._over(requests, rules).values():
+            self._put(requests, over, Event.APPROVAL_EXPIRED, approvals=len(requests[over.id].approvals))
         return requests
+
+    def _over(self, requests: Mapping[str, Request], rules: Rules) -> dict[str, Request]:
+        """Return those that ended by themselves and were not noted, as they are from then on."""
+        now = self._clock()
+        return {
+            request.id: request.model_copy(update={"expired": True, "approvals": ()})
+            for request in requests.values()
+            if not request.expired and request.state(rules, now) == "expired"
+        }
 
     def _ask(self, requests: dict[str, Request], signed: SignedJob, rules: Rules) -> None:
         """Keep a job as a new request, if there is room."""

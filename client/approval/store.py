@@ -19,6 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from shared.files.atomic import write_bytes
 from shared.files.bounded import read_bounded
 from shared.files.json_files import canonical_json
 from shared.job.parsing import Section
-from shared.trust.audit_chain import BEGINNING
+from shared.trust.audit_chain import BEGINNING, Held
 from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal
 
@@ -48,6 +49,7 @@ EVENTS = (
     Event.APPROVAL_BEGUN,
 )
 _CONTEXT = "approvals"
+_LONGEST_GLANCE, _LOOK_SECONDS = 1.0, 0.02
 
 
 class _Change(Section):
@@ -90,15 +92,33 @@ class SealedStore:
         self.path = path
         self._seal, self._log = seal, log
         self._read_up_to = BEGINNING
-        self._witness, self._threads = _Witness(), threading.Lock()
+        self._witness, self._reading = _Witness(), threading.Lock()
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Keep all others from reading and writing, for what belongs together."""
-        with self._threads:
-            self._read_log()  # of a long log most of it, while others may still write
-            with self._log.locked():
-                yield
+    def alone(self, *, patience: float | None = None) -> Iterator[None]:
+        """Keep all others from reading and writing, for what belongs together; see `AuditLog.locked`."""
+        self._read_log()  # of a long log most of it, while others may still write
+        with self._log.locked(patience=patience):
+            yield
+
+    def glance(self) -> tuple[Request, ...]:
+        """Return the requests without keeping anybody from writing.
+
+        Raises:
+            Held: for a second the file was none that the log names: a change of it is under way.
+            TrustError: the file does not open, or the log is broken.
+        """
+        until = time.monotonic() + _LONGEST_GLANCE
+        while True:
+            found = self._found()
+            if found is None:
+                return ()
+            state, sha256 = found
+            if _Witness(state.sequence, sha256) == self._witness:
+                return state.requests
+            if time.monotonic() >= until:
+                raise Held(self._log.folder)
+            time.sleep(_LOOK_SECONDS)
 
     def read(self) -> tuple[Request, ...]:
         """Return the requests; inside `alone` only.
@@ -106,12 +126,9 @@ class SealedStore:
         Raises:
             TrustError: the file is not the one that this site wrote last, or the log is broken.
         """
-        self._read_log()
-        if not self.path.exists():
+        if (found := self._found()) is None:
             return ()
-        content, _ = read_bounded(self.path, "list of approvals", MOST_FILE_BYTES)
-        sha256 = hashlib.sha256(content).hexdigest()
-        state = self._opened(content)
+        state, sha256 = found
         if _Witness(state.sequence, sha256) == self._witness:
             return state.requests
         if (state.sequence, state.before) != (self._witness.sequence + 1, self._witness.sha256):
@@ -145,13 +162,22 @@ class SealedStore:
         self._witness = _Witness(state.sequence, sha256)
 
     def _read_log(self) -> None:
-        for entry, position in self._log.read_on(self._read_up_to):
-            if entry.event in EVENTS:
-                number, sha256 = entry.details.get("file_number"), entry.details.get("file_sha256")
-                # A line that somebody added after the head, and that was adopted, cannot lead back to an older file.
-                if isinstance(number, int) and isinstance(sha256, str) and number > self._witness.sequence:
-                    self._witness = _Witness(number, sha256)
-            self._read_up_to = position
+        with self._reading:
+            for entry, position in self._log.read_on(self._read_up_to):
+                if entry.event in EVENTS:
+                    number, sha256 = entry.details.get("file_number"), entry.details.get("file_sha256")
+                    # A line that somebody added after the head, and that was adopted, cannot lead back to an older file.
+                    if isinstance(number, int) and isinstance(sha256, str) and number > self._witness.sequence:
+                        self._witness = _Witness(number, sha256)
+                self._read_up_to = position
+
+    def _found(self) -> tuple[_State, str] | None:
+        """Return what the file holds, and its SHA-256, once the log was read; None if there is none."""
+        self._read_log()
+        if not self.path.exists():
+            return None
+        content, _ = read_bounded(self.path, "list of approvals", MOST_FILE_BYTES)
+        return self._opened(content), hashlib.sha256(content).hexdigest()
 
     def _opened(self, content: bytes) -> _State:
         try:

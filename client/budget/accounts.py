@@ -5,6 +5,8 @@ Formal guarantees (tests: tests/client/console/test_budget.py)
       spent after further jobs is what it would then compute (test_what_would_be_spent_is_the_ledgers).
     * Nothing is written to the ledger, and none is begun (test_reading_changes_nothing).
     * Entries are checked when they are read, all of them by `check` (test_a_changed_ledger_is_told).
+    * A ledger that lacks what the audit log repeats of it, as an older copy does, is told and not shown
+      (test_fault_an_older_ledger_is_not_shown).
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 from client.approval.facts import BudgetLine, planned_charges
 from client.budget.reading import Counts, Reading
 from client.ledger.account import PROMISES, Account, Charged, Promise, counting, dataset_key
+from client.ledger.audit_mirror import Witness
 from client.ledger.file import LedgerFile, checked_hash, head_of
 from client.policy.policy import Policy
 from client.site.home import SiteHome
@@ -244,6 +247,7 @@ class Budgets:
         self._home, self._seal = home, seal
         self._lock = threading.Lock()
         self._kept: tuple[object, list[AccountBudget]] | None = None
+        self._witness = Witness(home.audit)
         self._reading: Reading | None = None
 
     @property
@@ -256,12 +260,14 @@ class Budgets:
 
         Raises:
             ConfigError: `site.toml` is not valid.
-            LedgerError: the ledger cannot be read, or the chain of its entries is broken.
+            LedgerError: the ledger cannot be read, the chain of its entries is broken, or it is not the one that the log repeats.
+            TrustError: the log's head cannot be read.
         """
-        if not self.is_begun:
-            return []
         path = self._home.path / LEDGER_FILE
         with self._lock:
+            self._witness.check(path)
+            if not self.is_begun:
+                return []
             state = (head_of(path), path.stat().st_ino, self._home.config.stat().st_mtime_ns)
             if self._kept is None or self._kept[0] != state:
                 self._reading = self._read(path)
@@ -280,7 +286,7 @@ class Budgets:
             with self._lock:
                 if known is not None and found != known.sha256 and self._reading is known:
                     self._kept = self._reading = None
-            self.all()
+        self.all()
 
     def current(self) -> AccountBudget:
         """Return the account of `site.toml`: before its first charge as it will be begun. Raises as `all`."""

@@ -20,8 +20,9 @@ from client.console.machine import Gpus
 from client.console.requests import Requests
 from client.site.home import SiteHome
 from shared.errors import SilotuneError
-from shared.trust.audit_log import AuditLog, Event
+from shared.trust.audit_log import AuditLog
 from shared.web.asked import Asked
+from shared.web.opening import note
 from shared.web.turns import MOST_SECONDS, Places
 
 log = logging.getLogger("silotune.console")
@@ -67,12 +68,8 @@ class SiteContent:
     is_read: threading.Event = field(default_factory=_set)
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
-        """Note in the site's signed audit log what an account does; what cannot be noted is not done.
-
-        Raises:
-            TrustError: the log cannot be written.
-        """
-        self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
+        """Note what an account does, see `shared.web.opening.note`."""
+        note(self.log, account, action, details)
 
     def read_ahead(self) -> None:
         """Read what pages will show, so that the first of them need not: logs and ledgers of years take seconds once.
@@ -81,7 +78,7 @@ class SiteContent:
         """
         self.is_read.clear()
         try:
-            for read in (self._read_budgets, self.policies.settle, self.releases.latest_round, self.requests.all):
+            for read in (self._read_budgets, self.policies.versions, self.releases.latest_round, self.requests.all):
                 try:
                     read()
                 except SilotuneError as error:

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from client.console.audit.packed import Release
 from client.console.content import SiteContent, being_read, content_of
-from client.console.state import accepted_backbones, health
+from client.console.state import accepted_backbones, clock_offset, health
 from shared.trust.audit_log import Event
 from shared.web.asked import Asked, Denied, Here, Routes
 from shared.web.console import Entry
@@ -120,6 +120,7 @@ def site_health(asked: Here) -> Response:
         "health.html",
         health=health(content.home),
         latest=latest,
+        offset=clock_offset(latest),
         prepared=prepared,
         backbone=backbone,
         backbone_sha256=accepted_backbones(content.home).get(backbone, ""),

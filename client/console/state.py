@@ -20,8 +20,10 @@ from shared.errors import ConfigError
 from shared.files.bounded import read_bounded
 from shared.service.machine import CERTIFICATE_DAYS, LEAST_FREE_BYTES
 from shared.version import silotune_version
+from shared.web.entries import Line
 
 _SOON_DAYS = 30
+_LARGE_OFFSET = 30.0  # seconds; a message takes less, and policies accept more
 _MOST_POLICY_BYTES = 1 << 20
 
 
@@ -32,6 +34,18 @@ class Ending:
     kind: str
     until: datetime
     days: int
+    outcome: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offset:
+    """How far this site's clock is from the coordinator's: seconds ahead, at a request's arrival (UTC), and how urgent that is.
+
+    The time that the message took is part of it.
+    """
+
+    seconds: float
+    at: str
     outcome: str
 
 
@@ -112,6 +126,19 @@ def health(home: SiteHome, *, now: datetime | None = None) -> Health:
             **{name: _installed(name) for name in ("torch", "opacus", "cryptography", "grpcio")},
         },
     )
+
+
+def clock_offset(request: Line | None) -> Offset | None:
+    """Return how far the clocks are apart by the entry of a request; None where it does not tell, as in older versions."""
+    details = request.details if request else {}
+    try:
+        sent = datetime.fromisoformat(str(details["sent_at"])).timestamp()
+        came = datetime.fromisoformat(request.time if request else "").timestamp() - float(details["waited_seconds"])
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+    seconds = round(came - sent, 1)
+    outcome = "ok" if abs(seconds) <= _LARGE_OFFSET else "warning"
+    return Offset(seconds=seconds, at=request.time if request else "", outcome=outcome)
 
 
 def accepted_backbones(home: SiteHome) -> Mapping[str, str]:

@@ -242,6 +242,14 @@ def head_of(path: Path) -> tuple[int, str]:
     return int(found[0]), str(found[1])
 
 
+def hash_at(path: Path, number: int) -> str | None:
+    """Return the hash of one entry as it stands there, not checked; None if there is none. Raises as `head_of`."""
+    uri = f"{path.absolute().as_uri()}?mode=rw"
+    with _explained(path), closing(sqlite3.connect(uri, uri=True, timeout=LOCK_TIMEOUT)) as ledger:
+        row = ledger.execute("SELECT entry_sha256 FROM entries WHERE sequence = ?", (number,)).fetchone()
+    return None if row is None else str(row[0])
+
+
 def entry_hashes(path: Path) -> list[str]:
     """Return the hash of every entry, oldest first, each checked as far as that goes without the key of a sealed ledger.
 

@@ -168,6 +168,8 @@ class Guard:
             signer=order.signed_job.signer.text if order else None,
             adapter_sha256=hashlib.sha256(request.adapter).hexdigest(),
             bytes=len(request.adapter),
+            sent_at=order.sent_at if order else None,
+            waited_seconds=round(request.waited_seconds, 3),
         )
         self.admit_job(order.signed_job if order else None)
         check_adapter_size(self.policy.limits, len(request.adapter))

@@ -14,9 +14,9 @@ from datetime import datetime
 from pathlib import Path
 
 from server.console.said import is_name
-from shared.trust.audit_chain import Position, file_numbers, log_file
+from shared.trust.audit_chain import Position, end_of, file_numbers, log_file, onwards
 from shared.trust.audit_log import Event
-from shared.web.entries import Line, end_of, onwards, parsed
+from shared.web.entries import Line, parsed
 
 WEEK_SECONDS = 7 * 86_400
 NUM_BINS = 56

@@ -12,9 +12,10 @@ from server.console.runs import Runs
 from server.console.said import Said
 from server.console.sites import Sites
 from server.store.home import CoordinatorHome
-from shared.trust.audit_log import AuditLog, Event
+from shared.trust.audit_log import AuditLog
 from shared.web.asked import Asked
 from shared.web.live import Streams
+from shared.web.opening import note
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,12 +43,8 @@ class CoordinatorContent:
     streams: Streams
 
     def record(self, account: str, action: str, details: Mapping[str, Any]) -> None:
-        """Note in the coordinator's signed audit log what an account does; what cannot be noted is not done.
-
-        Raises:
-            TrustError: the log cannot be written.
-        """
-        self.log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
+        """Note what an account does, see `shared.web.opening.note`."""
+        note(self.log, account, action, details)
 
 
 def content_of(asked: Asked) -> CoordinatorContent:

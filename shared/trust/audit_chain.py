@@ -10,13 +10,14 @@ import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from shared.errors import TrustError
+from shared.errors import SilotuneError, TrustError
 from shared.files.atomic import sync_folder, write_bytes
 from shared.files.backup import Writer
 from shared.files.json_files import canonical_json
@@ -26,9 +27,17 @@ MAX_LINE = 64 << 10  # bytes of one entry; larger details are left out
 HEAD_FILE = "head.json"
 
 _LOCK_FILE = "audit.lock"
+_LOOK_SECONDS = 0.01  # between two looks at a lock that is somebody else's
 _NO_ENTRY = "0" * 64  # what the first entry names as its predecessor
 _ENTRY_FIELDS = {"sequence": int, "time": str, "event": str, "details": dict, "previous": str, "sha256": str}
 _HEAD_FIELDS = {"sequence": int, "sha256": str, "file": str, "line": int, "bytes": int}
+
+
+class Held(SilotuneError):
+    """Others kept a log locked for longer than somebody would wait."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"another process writes to the audit log {folder} just now; try again in a moment.")
 
 
 @dataclass(frozen=True)
@@ -153,6 +162,23 @@ def scan(folder: Path, start: Position, head: Position) -> Iterator[tuple[Entry,
         )
 
 
+def onwards(folder: Path, start: tuple[int, int], end: Position) -> Iterator[bytes]:
+    """Yield the lines from a place (file, byte) on up to an end, not checked."""
+    number, offset = start
+    while number <= end.number and end.sequence:
+        try:
+            with log_file(folder, number).open("rb") as file:
+                file.seek(offset)
+                for line in file:
+                    offset += len(line)
+                    if number == end.number and offset > end.size:
+                        return
+                    yield line
+        except OSError:
+            return  # `verify` tells
+        number, offset = number + 1, 0
+
+
 # --- the head and the end of the log ---
 
 
@@ -199,6 +225,17 @@ def read_head(folder: Path, key: VerifyKey | None, *, signed_is_fine: bool = Fal
         except TrustError as error:
             distrust(path, f"was not signed with this key ({error})")
     return head
+
+
+def end_of(folder: Path) -> Position:
+    """Return the end of a log as its head names it; the beginning if there is no log yet.
+
+    Raises:
+        TrustError: the head cannot be read.
+    """
+    if not (folder / HEAD_FILE).exists():
+        return Position()
+    return read_head(folder, None, signed_is_fine=True)
 
 
 def _parsed_head(path: Path, content: bytes) -> tuple[Position, dict[str, Any], bytes | None]:
@@ -368,8 +405,15 @@ def _is_json(text: bytes) -> bool:
 
 
 @contextmanager
-def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the folder's lock against other processes; a reader without permission for it goes on without."""
+def folder_lock(folder: Path, *, shared: bool = False, patience: float | None = None) -> Iterator[None]:
+    """Hold the folder's lock against other processes; a reader without permission for it goes on without.
+
+    Args:
+        patience: seconds to wait for it at most; None: as long as it takes.
+
+    Raises:
+        Held: it took longer.
+    """
     try:
         handle = os.open(folder / _LOCK_FILE, os.O_RDONLY if shared else os.O_RDWR | os.O_CREAT, 0o600)
     except OSError:
@@ -378,10 +422,25 @@ def folder_lock(folder: Path, *, shared: bool = False) -> Iterator[None]:
         yield
         return
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+        _flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, folder, patience)
         yield
     finally:
         os.close(handle)
+
+
+def _flock(handle: int, kind: int, folder: Path, patience: float | None) -> None:
+    if patience is None:
+        fcntl.flock(handle, kind)
+        return
+    until = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(handle, kind | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise Held(folder) from None
+            time.sleep(_LOOK_SECONDS)
 
 
 def distrust(where: Path | str, what: str) -> NoReturn:

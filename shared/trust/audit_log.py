@@ -43,6 +43,7 @@ from shared.trust.audit_chain import (
     HEAD_FILE,
     Beyond,
     Entry,
+    Held,
     Position,
     check_last_line,
     cut,
@@ -134,6 +135,7 @@ class Verified:
         sha256: of the last entry; 64 zeros if there is none.
         first_time, last_time: of the first and the last entry; None if there is none.
         signature_checked: whether the head's signature was checked with a key.
+        end_checked: whether it was looked at what stands after the last entry.
         notes: sentences for a person, for example that a process died while it wrote.
     """
 
@@ -142,6 +144,7 @@ class Verified:
     first_time: str | None
     last_time: str | None
     signature_checked: bool
+    end_checked: bool
     notes: tuple[str, ...]
 
 
@@ -205,21 +208,30 @@ class AuditLog:
             return self._write(name, bounded)
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep all others from writing, for several calls that belong together; may be nested."""
-        with self._threads:
+    def locked(self, *, patience: float | None = None) -> Iterator[None]:
+        """Keep all others from writing, for several calls that belong together; may be nested.
+
+        Args:
+            patience: seconds to wait at most for other threads, and as many for other processes; None: as long as it takes.
+
+        Raises:
+            Held: it took longer.
+        """
+        if not self._threads.acquire(timeout=-1 if patience is None else patience):
+            raise Held(self.folder)
+        with ExitStack() as stack:
+            stack.callback(self._threads.release)
             if self._depth:
                 yield
                 return
-            with ExitStack() as stack:
-                with self._explained():
-                    stack.enter_context(folder_lock(self.folder))
-                    self._settle()
-                self._depth = 1
-                try:
-                    yield
-                finally:
-                    self._depth = 0
+            with self._explained():
+                stack.enter_context(folder_lock(self.folder, patience=patience))
+                self._settle()
+            self._depth = 1
+            try:
+                yield
+            finally:
+                self._depth = 0
 
     def read_on(self, start: Position = BEGINNING) -> Iterator[tuple[Entry, Position]]:
         """Yield the entries after `start`, each checked and with the place after it; see `read`."""
@@ -323,11 +335,13 @@ def read(folder: Path) -> Iterator[Entry]:
         yield entry
 
 
-def verify(folder: Path, *, verify_head: VerifyKey | None = None) -> Verified:
+def verify(folder: Path, *, verify_head: VerifyKey | None = None, patience: float | None = None) -> Verified:
     """Check a whole log; it may be in use, or a copy on a read-only medium.
 
     Args:
         verify_head: the owner's public key; without it the signature of the head is not checked.
+        patience: seconds to wait at most for whoever writes. After them, what stands after the last entry is not looked at, and a
+            note says so; None: wait as long as it takes.
 
     Raises:
         TrustError: naming the file, the line and what is wrong there.
@@ -335,13 +349,22 @@ def verify(folder: Path, *, verify_head: VerifyKey | None = None) -> Verified:
     # 1. The head, and what stands after it, at one moment at which nobody writes.
     trouble: TrustError | None = None
     beyond: Beyond | None = None
-    with folder_lock(folder, shared=True):
-        head = read_head(folder, verify_head, signed_is_fine=True)
-        numbers = file_numbers(folder)
-        try:
-            beyond = read_beyond(folder, head)
-        except TrustError as error:
-            trouble = error  # a break further up says more
+    numbers: list[int] = []
+    notes, is_held = [], False
+    try:
+        with folder_lock(folder, shared=True, patience=patience):
+            head = read_head(folder, verify_head, signed_is_fine=True)
+            numbers = file_numbers(folder)
+            try:
+                beyond = read_beyond(folder, head)
+            except TrustError as error:
+                trouble = error  # a break further up says more
+    except Held:  # lines up to a head stay as they are, whoever writes
+        head, is_held = read_head(folder, verify_head, signed_is_fine=True), True
+        notes.append(
+            "another process kept the log locked, so it was not looked at whether anything stands after its last entry; check "
+            "again in a moment."
+        )
 
     # 2. Every entry up to the head.
     first: Entry | None = None
@@ -360,7 +383,6 @@ def verify(folder: Path, *, verify_head: VerifyKey | None = None) -> Verified:
                 log_file(folder, number),
                 f"does not belong to the log, which ends in {log_file(folder, head.number).name}",
             )
-    notes = []
     if beyond is not None and beyond.entry is None:
         notes.append(
             f"{beyond.path.name} ends with {len(beyond.data)} bytes of an unfinished entry: a process died while it wrote. "
@@ -381,6 +403,7 @@ def verify(folder: Path, *, verify_head: VerifyKey | None = None) -> Verified:
         first_time=first.time if first else None,
         last_time=last.time if last else None,
         signature_checked=verify_head is not None,
+        end_checked=not is_held,
         notes=tuple(notes),
     )
 

@@ -14,7 +14,7 @@ from os import SEEK_END
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from shared.trust.audit_chain import HEAD_FILE, Position, log_file, read_head
+from shared.trust.audit_chain import end_of, log_file
 
 _BLOCK = 256 << 10  # bytes; no line is longer
 
@@ -36,17 +36,6 @@ class Line:
     text: str
 
 
-def end_of(folder: Path) -> Position:
-    """Return the end of a log as its head names it; the beginning if there is no log yet.
-
-    Raises:
-        TrustError: the head cannot be read.
-    """
-    if not (folder / HEAD_FILE).exists():
-        return Position()
-    return read_head(folder, None, signed_is_fine=True)
-
-
 def backwards(
     folder: Path, *, search: str = "", event: str = "", before: int | None = None, most: int = 50
 ) -> list[Line]:
@@ -64,23 +53,6 @@ def backwards(
 def every(folder: Path, *, search: str = "", event: str = "") -> Iterator[Line]:
     """Yield all entries that fit, the newest first; a file at a time is in memory."""
     yield from _backwards(folder, search, event, None)
-
-
-def onwards(folder: Path, start: tuple[int, int], end: Position) -> Iterator[bytes]:
-    """Yield the lines from a place (file, byte) on up to an end."""
-    number, offset = start
-    while number <= end.number and end.sequence:
-        try:
-            with log_file(folder, number).open("rb") as file:
-                file.seek(offset)
-                for line in file:
-                    offset += len(line)
-                    if number == end.number and offset > end.size:
-                        return
-                    yield line
-        except OSError:
-            return  # `verify` tells
-        number, offset = number + 1, 0
 
 
 def parsed(line: bytes | str) -> Line | None:

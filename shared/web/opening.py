@@ -7,10 +7,12 @@ console.db    accounts, sessions, invitations, attempts; not there if they are i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from shared.trust.audit_log import AuditLog, Event
 from shared.trust.keystore import Seal, load_secret, new_key, save_secret
 from shared.web.accounts.accounts import Accounts, Record
 from shared.web.accounts.sessions import Sessions
@@ -19,6 +21,8 @@ from shared.web.oidc.settings import load_settings
 from shared.web.state.database import Database
 
 KEY_FILE = "console.key"
+_PATIENCE = 10.0
+"""Seconds for which whoever does something waits for who keeps the audit log locked, and holds one of the threads that answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,17 @@ class People:
 def seconds_now() -> int:
     """Return whole seconds since 1970."""
     return int(time.time())
+
+
+def note(log: AuditLog, account: str, action: str, details: Mapping[str, Any]) -> None:
+    """Note in a signed audit log what an account does; what cannot be noted is not done.
+
+    Raises:
+        TrustError: the log cannot be written.
+        Held: others keep it locked for very long.
+    """
+    with log.locked(patience=_PATIENCE):
+        log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
 
 
 def open_accounts(

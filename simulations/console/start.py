@@ -6,20 +6,21 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ConfigError, printable
 from shared.files.atomic import write_text
 from shared.http.serving import Place, address_of, place_at
-from shared.trust.audit_log import AuditLog, Event
+from shared.trust.audit_log import AuditLog
 from shared.trust.keystore import Seal, new_key
 from shared.trust.signing import SigningKey, load_signing_key, save_signing_key
 from shared.web.accounts.accounts import Accounts, Record
 from shared.web.accounts.links import OneTimeLink
 from shared.web.accounts.sessions import Sessions
 from shared.web.console import Console
-from shared.web.opening import People, open_people, seconds_now
+from shared.web.opening import People, note, open_people, seconds_now
 from shared.web.running import invite, run
 from shared.web.state.database import Database
 from simulations.console import frontier_pages, pages
@@ -164,9 +165,4 @@ def _recorder(folder: Path, passphrase: str | None) -> Record:
         key = SigningKey.generate()
         save_signing_key(folder / _LOG_KEY, key, passphrase)
         write_text(folder / _LOG_PUBLIC, key.verify_key.text + "\n")
-    log = AuditLog(folder / _LOG, seal_head=load_signing_key(folder / _LOG_KEY, passphrase))
-
-    def record(account: str, action: str, details: Mapping[str, Any]) -> None:
-        log.append(Event.CONSOLE_ACTION, account=account, action=action, **details)
-
-    return record
+    return partial(note, AuditLog(folder / _LOG, seal_head=load_signing_key(folder / _LOG_KEY, passphrase)))

@@ -16,7 +16,7 @@ from shared.trust.audit_log import Verified, verify
 from shared.trust.signing import load_verify_key
 from shared.web.turns import Turn
 
-_KEPT_SECONDS = 600
+_KEPT_SECONDS, _PATIENCE = 600, 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +57,14 @@ class Chains:
             files, now = self._files(), self._now()
             kept = self._kept
             if kept is None or kept[0] != files or not 0 <= now - kept[1].at < _KEPT_SECONDS:
-                kept = self._kept = (files, self._check(now))
+                kept = (files, self._check(now))
+                is_whole = kept[1].log is None or kept[1].log.end_checked
+                self._kept = kept if is_whole else None
             return kept[1]
 
     def _check(self, now: int) -> Checked:
         try:
-            log = verify(self._home.audit, verify_head=load_verify_key(self._home.path / "log.pub"))
+            log = verify(self._home.audit, verify_head=load_verify_key(self._home.path / "log.pub"), patience=_PATIENCE)
             self._budgets.check()
         except SilotuneError as error:
             return Checked(at=now, log=None, problem=str(error))

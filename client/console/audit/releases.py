@@ -9,9 +9,9 @@ from typing import Any
 
 from client.console.audit.packed import PackedReleases, Release
 from client.site.home import SiteHome
-from shared.trust.audit_chain import Position
+from shared.trust.audit_chain import Position, end_of, onwards
 from shared.trust.audit_log import Event
-from shared.web.entries import Line, end_of, onwards, parsed
+from shared.web.entries import Line, parsed
 
 _WANTED = (
     Event.RELEASE_STORED,

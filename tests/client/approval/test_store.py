@@ -259,9 +259,9 @@ def test_a_long_log_is_read_before_others_are_kept_waiting(desk: Desk, monkeypat
     desk.asked(desk.signed())
     approvals, read, locked = desk.opened(), list[int](), AuditLog.locked
 
-    def lock(log: AuditLog) -> AbstractContextManager[None]:
+    def lock(log: AuditLog, **options: Any) -> AbstractContextManager[None]:
         read.append(approvals._store._witness.sequence)
-        return locked(log)
+        return locked(log, **options)
 
     monkeypatch.setattr(AuditLog, "locked", lock)
     assert approvals.listed(desk.rules)

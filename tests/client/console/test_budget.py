@@ -19,7 +19,8 @@ from shared.privacy.accounting import GaussianSteps
 from shared.trust.keystore import Seal, load_secret
 from simulations.federation.processes import change_toml
 from tests.client.console.conftest import files_of
-from tests.client.console.homes import charge, make_home
+from tests.client.console.homes import ask, charge, make_home, want_people
+from tests.conftest import Outcome
 
 
 def budgets(home: SiteHome) -> Budgets:
@@ -131,6 +132,57 @@ def test_a_changed_ledger_is_told(home: SiteHome) -> None:
         connection.execute("DELETE FROM entries WHERE sequence = 3")
     with pytest.raises(LedgerError, match="entry 3 is missing"):
         budgets(home).all()
+
+
+def test_fault_an_older_ledger_is_not_shown(home: SiteHome, silotune: Callable[..., Outcome]) -> None:
+    """What people decide by is not what was left before the last charges: the node would not open such a ledger either."""
+    want_people(home)
+    request = ask(home)
+    charge(home, jobs=["one"], rounds=2)
+    older = (home.path / "ledger.db").read_bytes()
+    found = budgets(home)
+    found.check()
+    charge(home, jobs=["two"], rounds=2, begin=datetime(2026, 11, 1, tzinfo=UTC))
+    (newer,) = found.all()
+    newest = (home.path / "ledger.db").read_bytes()
+    for content, told in ((older, "does not hold it"), (None, "does not hold it"), (forged(home), "has another")):
+        if content is None:
+            (home.path / "ledger.db").unlink()
+        else:
+            (home.path / "ledger.db").write_bytes(content)
+        for one in (found, budgets(home)):
+            for ask_of in (one.all, one.check, one.current):
+                with pytest.raises(LedgerError, match=told):
+                    ask_of()
+        for command in ("request", "approve"):
+            done = silotune(
+                "site", command, home.path, request.name, *(["--by", "Olga"] if command == "approve" else [])
+            )
+            assert done.status
+            assert told in done.err
+    (home.path / "ledger.db").write_bytes(newest)
+    assert found.all()[0].spent == newer.spent
+
+
+def forged(home: SiteHome) -> bytes:
+    """Return a ledger of as many entries as the site's, with another past."""
+    other = make_home(home.path.parent / "other")
+    charge(other, jobs=["three", "four"], rounds=2)
+    return (other.path / "ledger.db").read_bytes()
+
+
+def test_a_charge_that_the_log_does_not_repeat_yet_is_shown(home: SiteHome) -> None:
+    """Ledger first, then log: between the two a page is as right as after them."""
+    charge(home, jobs=["one"], rounds=2)
+    log = {path: path.read_bytes() for path in home.audit.iterdir()}
+    charge(home, jobs=["two"], rounds=2, begin=datetime(2026, 11, 1, tzinfo=UTC))
+    for path in home.audit.iterdir():
+        path.unlink()
+    for path, content in log.items():
+        path.write_bytes(content)
+    found = budgets(home)
+    found.check()
+    assert len(found.all()[0].account.charges) == 4
 
 
 def test_what_was_read_before_is_checked_when_that_is_asked_for(home: SiteHome) -> None:

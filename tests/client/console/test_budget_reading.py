@@ -1,4 +1,7 @@
-"""The ledger as the console keeps it between two pages: only what is new is read; what is unexpected has all of it read anew."""
+"""The ledger as the console keeps it between two pages: only what is new is read; what is unexpected has all of it read anew.
+
+These sites have no log: what an older ledger beside a newer log is, tests/client/console/test_budget.py says.
+"""
 
 from __future__ import annotations
 
@@ -45,6 +48,7 @@ def home(made: Path, tmp_path: Path) -> SiteHome:
     shutil.copytree(made, tmp_path / "north")
     shutil.copy(made / "ledger.db", tmp_path / "later.db")
     shutil.copy(made / "earlier.db", tmp_path / "north" / "ledger.db")
+    shutil.rmtree(tmp_path / "north" / "audit")
     return SiteHome(tmp_path / "north")
 
 

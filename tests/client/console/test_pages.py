@@ -5,20 +5,25 @@ from __future__ import annotations
 import itertools
 import json
 import re
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
 
 from client.console.pages import NAVIGATION
-from client.site.home import SiteHome, open_site
+from client.console.state import clock_offset
+from client.site.home import SiteHome, open_log, open_site
 from shared.epsilons import rounded_up
 from shared.trust.audit_log import Event, read
 from shared.trust.signing import load_verify_key
 from shared.web.asked import Gate
+from shared.web.entries import Line
 from shared.web.roles import Action, Role, allowed
 from tests.client.console.conftest import ROLES, Serving, files_of, text_of
-from tests.client.console.homes import say
+from tests.client.console.homes import make_home, say
 
 
 def action_of(route: Any) -> Action:
@@ -193,6 +198,40 @@ def test_health_and_policy(serving: Serving) -> None:
     policy = browser.get("/policy").text
     assert "max_epsilon_per_job" in text_of(policy)
     assert "# What this site accepts" in policy
+
+
+@pytest.mark.parametrize(
+    ("sent_at", "waited", "told"),
+    [
+        ("2026-12-02T08:59:20+00:00", 38.0, (2.0, "ok")),
+        ("2026-12-02T10:00:00+01:00", 0.0, (0.0, "ok")),
+        ("2026-12-02T09:01:00+00:00", 0.0, (-60.0, "warning")),
+        ("2026-12-02T08:58:00+00:00", 60, (60.0, "warning")),
+        (None, 0.0, None),
+        ("yesterday", 0.0, None),
+        ("2026-12-02T08:59:20+00:00", None, None),
+    ],
+)
+def test_the_clock_is_compared_with_the_coordinators(sent_at: object, waited: object, told: object) -> None:
+    details = {"sent_at": sent_at, "waited_seconds": waited}
+    request = Line(sequence=1, time="2026-12-02T09:00:00.000+00:00", event="", details=details, sha256="", text="")
+    found = clock_offset(request)
+    assert (found and (found.seconds, found.outcome)) == told
+    assert clock_offset(None) is None
+
+
+def test_how_far_the_clocks_are_apart_is_shown_or_said_not_to_be_known(
+    serve: Callable[..., Serving], tmp_path: Path
+) -> None:
+    home = make_home(tmp_path)
+    browser = serve(home).signed_in("engineer")
+    assert "is not known: no request has told" in text_of(browser.get("/health").text)
+    sent = (datetime.now(UTC) + timedelta(seconds=90)).isoformat(timespec="milliseconds")
+    more = {"job": "ab", "name": "triage", "round": 1, "sent_at": sent, "waited_seconds": 0.0}
+    open_log(home, passphrase=None).append(Event.REQUEST_RECEIVED, **more)
+    found = re.search(r"([0-9.]+) s behind the coordinator", text_of(browser.get("/health").text))
+    assert found
+    assert float(found[1]) == pytest.approx(90, abs=10)
 
 
 def test_a_request_is_no_other_connection(serving: Serving) -> None:

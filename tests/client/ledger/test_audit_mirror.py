@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from client.ledger.account import Account
-from client.ledger.audit_mirror import AuditMirror, recount
+from client.ledger.audit_mirror import AuditMirror, Witness, recount
 from client.ledger.ledger import Budget, Charge, Ledger
 from shared.errors import LedgerError, TrustError
 from shared.privacy.accounting import GaussianSteps
@@ -196,6 +196,49 @@ def test_a_deleted_ledger_is_refused(home: Home) -> None:
     for _ in range(2):
         with pytest.raises(LedgerError, match=r"ledger entry 1 of 4 .* does not hold it"), home.opened():
             pass
+
+
+@pytest.mark.usefixtures("free_accounting")
+def test_a_long_log_is_read_before_others_are_kept_waiting(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    with home.opened() as ledger:
+        work(ledger, 2)
+    mirror, read, locked = AuditMirror(home.log()), list[int](), AuditLog.locked
+
+    def lock(log: AuditLog, **options: Any) -> AbstractContextManager[None]:
+        read.append(len(mirror._mirrored))
+        return locked(log, **options)
+
+    with home.opened(mirrored=False) as ledger:
+        monkeypatch.setattr(AuditLog, "locked", lock)
+        mirror(ledger)
+    assert read == [6]
+
+
+@pytest.mark.usefixtures("free_accounting")
+def test_a_witness_finds_what_opening_refuses(home: Home, tmp_path: Path) -> None:
+    witness = Witness(home.log_folder)
+    witness.check(home.path)  # neither is there yet
+    with home.opened() as ledger:
+        work(ledger, 2)
+        witness.check(home.path)
+        shutil.copy(home.path, tmp_path / "copy")
+        work(ledger, 10)  # over several files of the log
+    assert len(list(home.log_folder.glob("*.jsonl"))) > 1
+    witness.check(home.path)
+    newest = home.path.read_bytes()
+    home.path.write_bytes((tmp_path / "copy").read_bytes())
+    for one in (witness, Witness(home.log_folder)):
+        with pytest.raises(LedgerError, match=r"older copy.* ledger entry 26 of 26 .* does not hold it"):
+            one.check(home.path)
+    with home.opened(mirrored=False) as ledger:  # charged elsewhere up to the same length: another history
+        work(ledger, 10)
+    with pytest.raises(LedgerError, match="has another in its place"):
+        witness.check(home.path)
+    home.path.write_bytes(newest)
+    witness.check(home.path)
+    home.path.unlink()
+    with pytest.raises(LedgerError, match="does not hold it"):
+        witness.check(home.path)
 
 
 @pytest.mark.usefixtures("free_accounting")

@@ -148,6 +148,8 @@ def test_a_request_that_nothing_is_wrong_with_is_trained_and_noted(world: World,
     assert reply.job_sha256 == asked.job.sha256
     received, stored = world.entries(Event.REQUEST_RECEIVED)[-1], world.entries(Event.RELEASE_STORED)[-1]
     assert received.details["signer"] == world.signer.verify_key.text
+    assert asked.order
+    assert (received.details["sent_at"], received.details["waited_seconds"]) == (asked.order.sent_at, 0.0)
     assert stored.details["epsilon_spent"] == pytest.approx(world.site.ledger().spent_epsilon())
     assert world.entries(Event.JOB_PREPARED)
 

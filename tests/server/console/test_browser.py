@@ -13,7 +13,7 @@ from server.store.submission import Submission
 from tests.client.console.conftest import PASSWORD, Serving
 from tests.server.console.homes import SITES, go_on, say
 from tests.shared.web import browsers
-from tests.shared.web.accessibility import violations_everywhere
+from tests.shared.web.accessibility import cut_off, violations_everywhere
 from tests.shared.web.browsers import needs_chromium, watched_page
 
 pytestmark = needs_chromium
@@ -58,6 +58,17 @@ def test_every_page_at_every_width_in_both_themes(page: Any, serving: Serving, r
         if told := violations_everywhere(page):
             found[path] = told
     assert found == {}
+
+
+def test_long_names_cut_off_no_column(page: Any, serving: Serving) -> None:
+    sign_in(page, serving, "officer")
+    for path in ("/runs", "/sites", f"/runs/{RUN}"):
+        page.goto(f"{serving.address}{path}")
+        page.locator("table.stack tbody th").first.wait_for()
+        lengthen = """name => document.querySelectorAll(".stack tbody th")
+          .forEach(one => { (one.querySelector("a") || one).textContent = name })"""
+        page.evaluate(lengthen, f"0004-{'a' * 59}")
+        assert cut_off(page) == [], path
 
 
 def test_a_run_is_followed(page: Any, serving: Serving, home: CoordinatorHome) -> None:

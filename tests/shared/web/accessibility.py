@@ -13,7 +13,12 @@ _OPTIONS = {
     "rules": {"target-size": {"enabled": True}},  # off by itself, though of WCAG 2.2 AA
 }
 _WIDER = "document.documentElement.scrollWidth > innerWidth"
-WIDTHS = (360, 1280, 2560)
+_CUT_OFF = """() => [...document.querySelectorAll(".scroll")].filter(one => one.querySelector("table.stack")
+  && one.scrollWidth > one.clientWidth).map(one => one.getAttribute("aria-labelledby") || one.getAttribute("aria-label"))"""
+"""Tables of records, of which each has a line or a block of its own; those with a column for each run may be scrolled."""
+WIDTHS = (360, 600, 704, 720, 768, 900, 960, 1024, 1100, 1200, 1280, 1366, 1440, 1760, 1920, 2560)
+_JUDGED = (360, 1280)
+"""By axe, which takes half a second."""
 
 
 def violations(page: Any) -> list[str]:
@@ -25,13 +30,21 @@ def violations(page: Any) -> list[str]:
 
 
 def violations_everywhere(page: Any) -> list[str]:
-    """Return them for the light and the dark theme, narrow and wide, and at which widths the page is wider than its window."""
+    """Return them for the light and the dark theme, narrow and wide, and at which widths something does not fit its window."""
+    told = cut_off(page)
+    for width in _JUDGED:
+        page.set_viewport_size({"width": width, "height": 900})
+        for theme in ("light", "dark"):
+            page.emulate_media(color_scheme=theme)
+            told += [f"{theme}, {width}: {one}" for one in violations(page)]
+    return told
+
+
+def cut_off(page: Any) -> list[str]:
+    """Return at which widths a page is wider than its window, or a table of records wider than its place."""
     told = []
     for width in WIDTHS:
         page.set_viewport_size({"width": width, "height": 900})
-        if page.evaluate(_WIDER):
-            told.append(f"wider than {width}")
-        for theme in ("light", "dark") if width < 2000 else ():
-            page.emulate_media(color_scheme=theme)
-            told += [f"{theme}, {width}: {one}" for one in violations(page)]
+        told += [f"wider than {width}"] if page.evaluate(_WIDER) else []
+        told += [f"a column of {one} is cut off at {width}" for one in page.evaluate(_CUT_OFF)]
     return told
