@@ -60,8 +60,8 @@ MEANINGS: dict[str, str] = {
     "same cores; MiniLM, float32, 25 tokens",
     "serving_p99_ms": "milliseconds in which 99 of 100 requests (1 to 16 texts) are answered that come at random times, at 4 "
     "times the texts a second of PyTorch one by one",
-    "serving_vs_bare_onnxruntime": "processor time of a text by ONNX Runtime alone, on the same batches with as many threads for "
-    "each, beside who asks / by `silotune serve`, HTTP and tokens included",
+    "serving_vs_bare_onnxruntime": "texts a second of `silotune serve`, asked by another process / of ONNX Runtime alone on the "
+    "same batches and cores",
     "serving_int8_speedup": "processor time of a text by `silotune serve` in float32 / in int8",
     "compression_speedup": "processor seconds of the tuned MiniLM / of half its layers (`silotune compress`); ONNX Runtime, "
     "float32, one thread, 16 texts of 25 tokens",

@@ -2,8 +2,8 @@
 
 Every figure is measured in a process of its own, one at a time, with all cores for everybody: the service shares them with who
 asks. Texts have 25 tokens; requests have 1 to 16 texts. Bare ONNX Runtime computes the very batches that the service made, and
-nothing else. Who asks and the service share the cores, so what the service costs is told by processor time; texts a second stand
-beside it. A core whose neighbour works is slower, so the processor time of the bare runtime is taken beside who asks, too: of a
+nothing else, on all cores, which the service has to share with who asks; so what it costs in processor time stands beside texts a
+second. A core whose neighbour works is slower, so the processor time of the bare runtime is taken beside who asks, too: of a
 process that answers at once. Latency is that of a load that does not wait for answers, as users do not, at a multiple of what
 PyTorch does alone.
 """
@@ -92,8 +92,7 @@ class _Rounds:
         for key, value in {
             "serving_speedup_vs_torch": float32["texts"] / one_by_one,
             "serving_p99_ms": paced["p99_ms"],
-            "serving_vs_bare_onnxruntime": bare["float32"]["processor ms a text, beside who asks, threads as served"]
-            / float32["processor ms a text"],
+            "serving_vs_bare_onnxruntime": float32["texts"] / bare["float32"]["texts"],
             "serving_int8_speedup": float32["processor ms a text"] / int8["processor ms a text"],
         }.items():
             self.found.setdefault(key, []).append(value)
@@ -102,7 +101,10 @@ class _Rounds:
             **{f"served {one}, {name}": value for one, values in served.items() for name, value in values.items()},
             **{f"bare {one}, {name}": value for one, values in bare.items() for name, value in values.items()},
             **{f"float32 at {PACE:g} times PyTorch, {name}": value for name, value in paced.items()},
-            "texts/s, served / bare, float32": float32["texts"] / bare["float32"]["texts"],
+            "processor ms a text, bare beside who asks, threads as served / served, float32": bare["float32"][
+                "processor ms a text, beside who asks, threads as served"
+            ]
+            / float32["processor ms a text"],
             "texts/s, served / bare, int8": int8["texts"] / bare["int8"]["texts"],
             "texts/s, int8 / float32, served": int8["texts"] / float32["texts"],
             "texts/s, int8 / float32, bare": bare["int8"]["texts"] / bare["float32"]["texts"],
