@@ -27,6 +27,7 @@ from shared.models.eight_bits import in_eight_bits
 from shared.models.frozen_cache import FrozenCache, Told, shared_cache
 from shared.models.heads import OwnLanguageHead, TiedLanguageHead
 from shared.models.images import PIXEL_STEPS, ImageModel, build_features
+from shared.models.tokenizers import load_tokenizer
 from shared.models.tunable import RESIDUAL, TrainedModel, TunableModel, attach_adapters, check_forward
 from shared.runtime.label_names import learn_from_names
 from shared.tasks import TASKS, Evaluation, Task
@@ -182,9 +183,6 @@ def load_own_runtime(job: Job, compute: ComputeConfig) -> Runtime:
     return _load_runtime.__wrapped__(job.model, job.lora, job.task, job.seed, compute, job.training.adversarial)
 
 
-_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "sentencepiece.bpe.model", "tokenizer.model")
-
-
 @lru_cache(maxsize=2)
 def _load_runtime(
     model: ModelConfig,
@@ -223,23 +221,10 @@ def _image_runtime(task: Task, seed: int, compute: ComputeConfig) -> Runtime:
 
 
 def _language_runtime(task: Task, lora: LoraConfig, seed: int, compute: ComputeConfig) -> Runtime:
-    from transformers import AutoTokenizer
-
     device = choose_device(compute)
     folder = backbone_folder(task.model)
     backbone, architecture, config = load_backbone(folder)
-    # transformers would make do with an empty vocabulary, in which every word is unknown.
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        raise ModelError(
-            f"{folder} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); put the backbone's there."
-        )
-    try:
-        # What a person wrote is text, also where it looks like a control token: only tasks and tokenizer add those.
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, split_special_tokens=True
-        )
-    except Exception as error:  # a damaged file can fail anywhere inside transformers
-        raise ModelError(f"no usable tokenizer in {folder}: {error}") from None
+    tokenizer = load_tokenizer(folder)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"the tokenizer in {folder} knows {len(tokenizer):,} tokens, the backbone only {config.vocab_size:,}; they do not "

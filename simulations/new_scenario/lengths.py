@@ -17,6 +17,7 @@ from shared.job.model import ModelConfig
 from shared.job.parsing import parse
 from shared.models.backbones import backbone_folder
 from shared.models.families import Architecture, architecture_of
+from shared.models.tokenizers import load_tokenizer
 from simulations.new_scenario.vocabulary import unknown_share
 
 LENGTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -117,12 +118,7 @@ def measure(backbone: Backbone, texts: Sequence[Any]) -> Measured:
     if backbone.folder is None:
         sizes = (sum(map(len, text if isinstance(text, tuple) else (text,))) for text in texts)
         return Measured(lengths=[2 + size // 3 for size in sizes], unknown=0.0)
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(backbone.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # a damaged file can fail anywhere inside transformers
-        raise ModelError(f"no usable tokenizer in {backbone.folder}: {error}") from None
+    tokenizer = load_tokenizer(backbone.folder)
     if isinstance(texts[0], tuple):
         firsts, seconds = zip(*texts, strict=True)
         encoded = tokenizer(list(firsts), list(seconds))

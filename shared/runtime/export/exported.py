@@ -20,6 +20,7 @@ from shared.models.batches import Batch, Example, collate
 from shared.models.families import ARCHITECTURES
 from shared.models.images import PIXEL_STEPS
 from shared.models.model_files import check_weights
+from shared.models.tokenizers import load_tokenizer
 from shared.runtime.export.folder import ModelFolder
 from shared.runtime.export.merged import CLASSES, WEIGHTS_FILE
 from shared.runtime.export.onnx import GRAPH_FILE, new_session
@@ -75,18 +76,10 @@ def load_exported(folder: ModelFolder, *, threads: int = 0) -> Exported:
     with model_errors(f"the model in {folder.path} cannot be loaded"):
         session = _session(folder, threads) if folder.format == "onnx" else None
         compute = _transformer(folder) if session is None else _graph(folder, session)
-        tokenizer = None if job.model.is_image_network else _tokenizer(folder)
+        tokenizer = None if job.model.is_image_network else load_tokenizer(folder.path)
     if job.task.target_range is not None:
         compute = _in_head_units(compute, *job.task.target_range)
     return Exported(task, tokenizer, folder.record.max_length, compute, session)
-
-
-def _tokenizer(folder: ModelFolder) -> Any:
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(
-        folder.path, local_files_only=True, trust_remote_code=False, split_special_tokens=True
-    )
 
 
 def _transformer(folder: ModelFolder) -> Callable[[Batch], Tensor]:

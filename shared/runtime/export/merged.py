@@ -38,6 +38,7 @@ from shared.files.json_files import read_object
 from shared.job.kinds import TaskKind
 from shared.models.backbones import output_weight
 from shared.models.families import architecture_of
+from shared.models.tokenizers import load_tokenizer
 from shared.runtime.export.folder import ModelFolder
 from shared.runtime.export.parts import HEAD_EPSILON, Parts, tensor
 
@@ -148,8 +149,6 @@ def read_merged(folder: ModelFolder) -> Parts:
     Raises:
         ModelError: if the weights cannot be read or are others.
     """
-    from transformers import AutoTokenizer
-
     job, config = folder.job, read_object(folder.path / "config.json")
     try:
         stored = load_file(folder.path / WEIGHTS_FILE)
@@ -159,9 +158,7 @@ def read_merged(folder: ModelFolder) -> Parts:
             for name, value in stored.items()
             if name.startswith(row.prefix)
         }
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder.path, local_files_only=True, trust_remote_code=False, split_special_tokens=True
-        )
+        tokenizer = load_tokenizer(folder.path)
         if job.task.kind in ("causal_lm", "replies"):
             output = None if config.get("tie_word_embeddings", True) else output_weight(folder.path)
             return Parts(job, config, weights, None, tokenizer, output)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
+import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from shared.job.job import Job
 from shared.models import model_files
 from shared.models.backbones import backbone_folder, load_backbone
 from shared.models.model_files import check_model_files, check_sizes
+from shared.models.tokenizers import load_tokenizer
 from tests.tiny_families import make_backbone
 
 
@@ -53,6 +57,29 @@ def many_tokens(content: Any) -> None:
     content["post_processor"] = {"type": "TemplateProcessing", "special_tokens": {"[A]": one}}
 
 
+def _update(content: dict[str, Any], change: dict[str, Any]) -> None:
+    content.update(change)
+
+
+def replacing_table(to: str) -> dict[str, str]:
+    """A table in SentencePiece's form that writes `to` for an "a"."""
+    trie = [0] * 0x200
+    trie[ord("a")] = ord("a") | 1 << 8 | 0x100 << 10  # its label, that it has a leaf, and where that is
+    trie[ord("a") ^ 0x100] = 1 << 31
+    table = struct.pack("<I512I", 4 * len(trie), *trie) + to.encode() + b"\0"
+    return {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(table).decode()}
+
+
+def bytes_of_bytes(content: Any) -> None:
+    step = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [step] * 20}
+
+
+def unigram(content: Any) -> None:
+    pieces = [["<unk>", 0.0], *(["a" * length, -float(length)] for length in range(1, 130))]
+    content["model"] = {"type": "Unigram", "unk_id": 0, "vocab": pieces}
+
+
 BOMBS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     "a regex": (
         "tokenizer.json",
@@ -65,11 +92,11 @@ BOMBS: dict[str, tuple[str, Callable[[Any], object], str]] = {
         "1,048,577 entries of vocab; at most 1,048,576",
     ),
     "added tokens": ("tokenizer.json", added, "10,001 entries in one place; at most 10,000"),
-    "replacements": ("tokenizer.json", doubling, "times as long; at most 100"),
+    "replacements": ("tokenizer.json", doubling, "512 times as long; at most 400"),
     "what is put before": (
         "tokenizer.json",
-        lambda c: c.update(normalizer={"type": "Prepend", "prepend": "a" * 101}),
-        "101 times as long; at most 100",
+        lambda c: c.update(normalizer={"type": "Prepend", "prepend": "a" * 401}),
+        "401 times as long; at most 400",
     ),
     "a text that is repeated": ("tokenizer.json", repeating, "3 sequences in single; at most 1"),
     "tokens around a text": ("tokenizer.json", many_tokens, "of 17 pieces; at most 16"),
@@ -80,9 +107,47 @@ BOMBS: dict[str, tuple[str, Callable[[Any], object], str]] = {
     ),
     "words": (
         "tokenizer.json",
-        lambda c: c["model"].update(max_input_chars_per_word=10**9),
-        "max_input_chars_per_word 1,000,000,000",
+        lambda c: c["model"].update(max_input_chars_per_word=201),
+        "max_input_chars_per_word 201; at most 200",
     ),
+    "a long table entry": (
+        "tokenizer.json",
+        lambda c: c.update(normalizer=replacing_table("b" * 401)),
+        "401 times as long; at most 400",
+    ),
+    "two tables": (
+        "tokenizer.json",
+        lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [replacing_table("b" * 21)] * 2}),
+        "441 times as long; at most 400",
+    ),
+    "a damaged table": (
+        "tokenizer.json",
+        lambda c: c.update(normalizer={"type": "Precompiled", "precompiled_charsmap": "////"}),
+        "damaged; restore the file",
+    ),
+    "forms of Unicode one after the other": (
+        "tokenizer.json",
+        lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFKD"}] * 3}),
+        "5,832 times as long",
+    ),
+    "bytes of bytes": ("tokenizer.json", bytes_of_bytes, "1,024 times as long"),
+    "steps": (
+        "tokenizer.json",
+        lambda c: c.update(normalizer={"type": "Sequence", "normalizers": [{"type": "Lowercase"}] * 100}),
+        "has 101 steps in its normalizer; at most 100",
+    ),
+    "pieces within pieces": ("tokenizer.json", unigram, "a token of 129 characters; at most 128"),
+    "a token of a megabyte": (
+        "tokenizer.json",
+        lambda c: c["model"]["vocab"].update({"z" * (1 << 20): 1}),
+        "a token of 1,048,576 characters; at most 1,000",
+    ),
+    "an added token of a megabyte": (
+        "tokenizer.json",
+        lambda c: c["added_tokens"].append({"id": 1, "content": "z" * (1 << 20)}),
+        "a token of 1,048,576 characters; at most 1,000",
+    ),
+    "chance": ("tokenizer.json", lambda c: c["model"].update(dropout=0.1), "says dropout 0.1"),
     "layers": ("config.json", lambda c: c.update(num_hidden_layers=10**9), r"num_hidden_layers 1e\+09; at most 1,000"),
     "layers beyond the weights": (
         "config.json",
@@ -149,10 +214,49 @@ def test_regexes_of_published_tokenizers_are_known(backbone: Path) -> None:
     from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX as QWEN_3_5
 
     for regex in (QWEN_2, QWEN_3_5, " {2,}"):
-        amend(
-            backbone / "tokenizer.json",
-            lambda c, regex=regex: c.update(
-                pre_tokenizer={"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
-            ),
-        )
+        split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated"}
+        amend(backbone / "tokenizer.json", partial(_update, change={"pre_tokenizer": split}))
         check_model_files(backbone)
+
+
+def test_published_steps_pass(backbone: Path) -> None:
+    """ALBERT's and XLM-R's normalizers, and GPT-2's bytes before, behind and in the way back."""
+    from tokenizers import Tokenizer
+
+    albert = [
+        {"type": "Replace", "pattern": {"String": "``"}, "content": '"'},
+        {"type": "NFKD"},
+        {"type": "StripAccents"},
+        {"type": "Lowercase"},
+        replacing_table("b" * 18),
+    ]
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    changes: tuple[dict[str, Any], ...] = (
+        {"normalizer": {"type": "Sequence", "normalizers": albert}},
+        {"normalizer": {"type": "NFC"}, "pre_tokenizer": level, "post_processor": level, "decoder": level},
+    )
+    for change in changes:
+        amend(backbone / "tokenizer.json", partial(_update, change=change))
+        check_model_files(backbone)
+    read = Tokenizer.from_str(
+        json.dumps({**json.loads((backbone / "tokenizer.json").read_text()), "normalizer": albert[-1]})
+    )
+    assert read.normalizer.normalize_str("xa") == "x" + "b" * 18, "the library reads our table as we do"
+
+
+def test_a_tokenizer_of_other_files_is_bounded_too(backbone: Path) -> None:
+    content = json.loads((backbone / "tokenizer.json").read_text())
+    (backbone / "tokenizer.json").unlink()
+    (backbone / "vocab.txt").write_text("\n".join([*content["model"]["vocab"], "z" * 1001]), encoding="utf-8")
+    with pytest.raises(ModelError, match="a token of 1,001 characters"):
+        load_tokenizer(backbone)
+
+
+def test_fault_a_table_that_sends_the_library_astray_is_a_damaged_tokenizer(backbone: Path) -> None:
+    wild = struct.pack("<I10I", 40, *[0xFFFFFFFF] * 10) + b"x\0"
+    table = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(wild).decode()}
+    amend(backbone / "tokenizer.json", lambda c: c.update(normalizer=table))
+    # BERT's own class has steps of its own, whatever the file says.
+    amend(backbone / "tokenizer_config.json", lambda c: c.update(tokenizer_class="PreTrainedTokenizerFast"))
+    with pytest.raises(ModelError, match="no usable tokenizer"):
+        load_tokenizer(backbone)

@@ -101,13 +101,17 @@ def _fill_with_nan(model: Any) -> None:
 
 
 BROKEN: dict[str, tuple[str, Callable[[Path], object], str]] = {
-    "no tokenizer": ("merged", lambda folder: (folder / "tokenizer.json").write_text("{}"), "cannot be loaded"),
+    "no tokenizer": ("merged", lambda folder: (folder / "tokenizer.json").write_text("{}"), "no usable tokenizer"),
     "half a tokenizer": ("onnx", lambda folder: (folder / "tokenizer.json").write_text('{"model":'), "read as JSON"),
-    "a list as a tokenizer": ("onnx", lambda folder: (folder / "tokenizer.json").write_text("[]"), "cannot be loaded"),
+    "a list as a tokenizer": (
+        "onnx",
+        lambda folder: (folder / "tokenizer.json").write_text("[]"),
+        "no usable tokenizer",
+    ),
     "another kind of tokenizer": (
         "onnx",
         _put("tokenizer.json", model={"type": "WordLevel", "vocab": {"a": 900_000}, "unk_token": "a"}),
-        "cannot answer",
+        "no usable tokenizer",
     ),
     "no network": ("merged", _put("config.json", num_hidden_layers=0), "another model than the weights"),
     "words as sizes": ("merged", _put("config.json", hidden_size="wide"), "cannot be loaded"),
@@ -176,4 +180,4 @@ def test_nothing_is_loaded_that_could_bring_code() -> None:
                     assert isinstance(trust, ast.Constant), f"{path.name}, line {node.lineno}"
                     assert trust.value is False
                     calls += 1
-    assert calls >= 6
+    assert calls >= 5
