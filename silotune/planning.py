@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from shared.errors import ConfigError
@@ -13,6 +12,7 @@ from shared.privacy.ledger_export import LedgerExport, load_export
 from shared.tools.plan.answering import Answer, plan_job, plan_numbers
 from shared.tools.plan.planning import Question, Setting
 from shared.tools.plan.sharing import Sharing
+from silotune.arguments import instance_of, path_of
 from silotune.showing import Figure, Shown, quietly
 
 if TYPE_CHECKING:
@@ -113,12 +113,17 @@ def plan(
             raise ConfigError("ledgers and site_sizes speak of a job; give a scenario before them.")
         planned = plan_numbers(question, sweep, sharing)
         return Plan(Answer(planned=planned, unit=unit or "record", sweep=sweep))
-    job = scenario if isinstance(scenario, Job) else scenario.job
+    if not isinstance(scenario, Job):
+        from simulations.scenario import Scenario
+
+        how = "Scenario.load(path) reads a scenario file; a plan of numbers names them, such as epsilon=3"
+        scenario = instance_of(scenario, Scenario, "scenario", how).job
+    job = scenario
     if sharing is not None or sweep is not None or unit is not None:
         raise ConfigError("sites, sweep and unit are for a plan of numbers; of a scenario change the settings.")
     exports = {}
     for number, ledger in enumerate(ledgers, start=1):
-        found = ledger if isinstance(ledger, LedgerExport) else load_export(Path(ledger))
+        found = ledger if isinstance(ledger, LedgerExport) else load_export(path_of(ledger, f"ledger {number}"))
         exports[f"ledger {number} ({found.site})" if isinstance(ledger, LedgerExport) else str(ledger)] = found
     with quietly():
         planned = plan_job(job, question, exports)

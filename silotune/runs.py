@@ -30,6 +30,7 @@ from shared.job.job_file import load_job
 from shared.privacy.ledger_export import LedgerExport
 from shared.privacy.statement import Statement
 from shared.runtime.export.folder import MODEL_FILE, ModelFolder
+from silotune.arguments import instance_of, path_of, path_or_none
 from silotune.showing import Figure, Shown, quietly
 
 if TYPE_CHECKING:
@@ -276,9 +277,11 @@ def simulate(
         RunError: if the folder holds something else, or a run already and `resume` is False.
         ConfigError, DataError, ModelError, PrivacyError: saying what will not do.
     """
+    from simulations import scenario as scenario_files
     from simulations.simulating import simulate as run_scenario
 
-    folder = Path(out)
+    how = "Scenario.load(path) reads a scenario file, Scenario.from_csv(path, ...) makes one for records"
+    scenario, folder = instance_of(scenario, scenario_files.Scenario, "scenario", how), path_of(out, "out")
     if stop_after is not None and stop_after < 1:
         raise RunError(f"stop_after is {stop_after}; expected the number of a round, 1 or more.")
     with quietly():
@@ -304,7 +307,8 @@ def load(
     """
     from server.registry.references import verified_folder
 
-    place, rules = (None if path is None else Path(path) for path in (registry, policy))
+    place, rules = path_or_none(registry, "registry"), path_or_none(policy, "policy")
+    path_of(reference, "reference")
     folder = verified_folder(os.fspath(reference), place, rules)
     found = Run(folder)
     if found.exported:

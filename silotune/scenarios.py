@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from pydantic import PrivateAttr
 
 from shared import terminal
 from shared.epsilons import as_set, noise_rounded_down
+from silotune.arguments import number_of, path_of, path_or_none
 from silotune.showing import Shown, quietly
 from simulations import scenario as scenario_files
 from simulations.new_scenario.question import (
@@ -101,7 +101,7 @@ class Scenario(Shown, scenario_files.Scenario):
         """
         from simulations.new_scenario.writing import new_scenario, unwritten_scenario
 
-        data = Path(path)
+        data = path_of(path, "path")
         given = {
             "text": text, "label": label, "score": score, "pair": pair, "tokens": tokens, "tags": tags, "prompt": prompt,
             "response": response, "pixels": pixels, SITE_ROLE: site, "person": person,
@@ -110,13 +110,13 @@ class Scenario(Shown, scenario_files.Scenario):
         file_format = {"delimiter": delimiter, "quoting": quoting, "encoding": encoding}
         question = Question(
             data=data,
-            out=data.with_name(f"{scenario_name(data)}.toml") if out is None else Path(out),
+            out=data.with_name(f"{scenario_name(data)}.toml") if out is None else path_of(out, "out"),
             columns=columns,
-            test=None if test is None else Path(test),
+            test=path_or_none(test, "test"),
             kind=kind_named(task),
             backbone=backbone,
             revision=revision,
-            epsilon=float(epsilon),
+            epsilon=number_of(epsilon, "epsilon"),
             delta=delta,
             unit=unit or usual_unit(columns),
             sites=sites,
@@ -144,7 +144,7 @@ class Scenario(Shown, scenario_files.Scenario):
         Raises:
             ConfigError: naming every bad key.
         """
-        found = cls._of(scenario_files.load_scenario(Path(path)))
+        found = cls._of(scenario_files.load_scenario(path_of(path, "path")))
         return found.with_settings(settings) if settings else found
 
     @classmethod

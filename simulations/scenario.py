@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from shared.data.cells import shorten
 from shared.data.datasets import PERSON_ROLE, DataSource, read_records
 from shared.data.records import FileRecord
-from shared.errors import ConfigError, DataError, ModelError
+from shared.errors import ConfigError, DataError, ModelError, excerpt
 from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.job.parsing import Section, apply_overrides, load_toml, nearest, parse, set_key, unknown_key
@@ -323,7 +323,8 @@ def load_scenario(path: Path, overrides: Sequence[str] = ()) -> Scenario:
     """
     path = scenario_path(path)
     raw = apply_overrides(load_scenario_file(path), overrides)
-    return build_scenario(raw, source=str(path), base=path.resolve().parent)
+    changed = f" with --set {excerpt(' --set '.join(overrides), 200)}" if overrides else ""
+    return build_scenario(raw, source=f"{path}{changed}", base=path.resolve().parent)
 
 
 def scenario_path(path: Path) -> Path:

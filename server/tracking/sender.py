@@ -6,6 +6,7 @@ is tried again after some seconds and with the next round, and once more at the 
 
 from __future__ import annotations
 
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -105,10 +106,12 @@ class Sender:
         left = {run: at for run, at in self._runs.items() if not at.finished}
         if not left:
             return None
-        rounds = sum(len(run.figures) - at.sent for run, at in left.items())
+        lost = sorted({one.round for run, at in left.items() for one in run.figures[at.sent :]})
+        rounds = f"round{f's {lost[0]} to' if len(lost) > 1 else ''} {lost[-1]}" if lost else ""
         names = ", ".join(run.told.name for run in list(left)[:3]) + (", ..." if len(left) > 3 else "")
         reason = self._problem or "it did not answer in time"
-        return f"{self._target.told} did not get everything of {names} ({rounds} rounds, and the end): {reason}"
+        missing = f"{rounds} and its end" if rounds else "its end"
+        return f"{self._target.told} did not get everything of {names} ({missing}): {reason}"
 
     def _work(self) -> None:
         failed: list[Outgoing] = []
@@ -127,8 +130,9 @@ class Sender:
             except Exception as error:  # libraries of others, in a thread that nothing else depends on
                 failed = [*(one for one in failed if one is not run), run]
                 text = self._target.without_secrets(str(error)).strip() or "no reason given"
+                reason = textwrap.shorten(text.splitlines()[0], _MOST_OF_A_REASON, placeholder=" ...")
                 with self._changed:
-                    self._problem = f"{type(error).__name__}: {text.splitlines()[0][:_MOST_OF_A_REASON]}"
+                    self._problem = f"{type(error).__name__}: {reason}"
 
     def _bring_up_to_date(self, run: Outgoing, at: _AtTracker) -> None:
         self._tracker = self._tracker or self._open()

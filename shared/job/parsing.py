@@ -204,11 +204,13 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     found = detail.get("input")
     if detail["type"] == "string_pattern_mismatch":
         message = _PATTERNS.get(detail["ctx"]["pattern"], message)
-    if detail["type"] in ("tuple_type", "list_type"):
-        message = 'expected a list, such as ["a", "b"]'
-        if isinstance(found, str) and found.startswith("["):
-            message += "; after --set in single quotes, since the shell removes double ones"
     field = _field(model, location)
+    if detail["type"] in ("tuple_type", "list_type"):
+        items = "" if field is None else str(field.annotation)
+        of_numbers = any(name in items for name in ("int", "float")) and "str" not in items
+        message = "expected a list, such as " + ("[0.5, 1]" if of_numbers else '["a", "b"]')
+        if isinstance(found, str) and found.startswith("[") and not of_numbers:
+            message += "; after --set in single quotes, since the shell removes double ones"
     secret = field is not None and not field.repr
     shown = "" if isinstance(found, dict | BaseModel) or found is None or secret else f" (found {excerpt(found)})"
     if not location and detail["type"] == "value_error":  # about several sections, which it names itself

@@ -169,6 +169,29 @@ def test_settings_are_changed_and_checked_anew(scenario: module.Scenario) -> Non
             scenario.with_settings(settings)
 
 
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda m: m.Scenario.from_csv(None, text="a", label="b"), "path is None; expected a path"),
+        (
+            lambda m: m.Scenario.from_csv("a.csv", text="a", label="b", epsilon="three"),
+            "epsilon is 'three'; expected a number",
+        ),
+        (lambda m: m.Scenario.from_csv("a.csv", text="a", label="b", test=3), "test is 3; expected a path"),
+        (lambda m: m.Scenario.load(b"a.toml"), "path is b'a.toml'; expected a path"),
+        (lambda m: m.simulate("claims.csv", "runs/x"), "expected a Scenario: Scenario.load(path) reads"),
+        (lambda m: m.simulate(m.Scenario.builtin("demo"), None), "out is None; expected a path"),
+        (lambda m: m.plan("claims.csv"), "expected a Scenario: Scenario.load(path) reads"),
+        (lambda m: m.plan(m.Scenario.builtin("demo"), ledgers=[3]), "ledger 1 is 3; expected a path"),
+        (lambda m: m.load(3), "reference is 3; expected a path"),
+        (lambda m: m.load("films", registry=3), "registry is 3; expected a path"),
+    ],
+)
+def test_what_is_of_another_type_is_told(call: Any, said: str) -> None:
+    with pytest.raises(module.ConfigError, match=re.escape(said)):
+        call(module)
+
+
 def test_a_builtin_scenario_is_that_of_the_command() -> None:
     demo = module.Scenario.builtin("demo", {"partition.num_sites": 3})
     assert demo.partition.num_sites == 3

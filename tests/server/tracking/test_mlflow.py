@@ -57,7 +57,7 @@ def test_a_server_that_is_killed_and_started_anew_has_every_round_once(
         observer.round_done(checkpoint(job, 2))
         assert time.monotonic() - started < 0.5
     assert time.monotonic() - started < 12
-    assert f"mlflow:{server.uri} did not get everything of run-1 (1 rounds, and the end)" in said[-1]
+    assert f"mlflow:{server.uri} did not get everything of run-1 (round 2 and its end)" in said[-1]
     server.start()
     with Tracking([target], pytest.fail, weights=True) as trackers:
         (tmp_path / "run" / "adapter").mkdir()

@@ -167,7 +167,7 @@ def test_no_run_waits_for_a_tracker(heard: Heard, classification_job: MakeJob, t
         observer.ended(checkpoint(job, 3), complete=True)
         assert time.monotonic() - started < 0.4
     assert time.monotonic() - started < 3
-    assert "did not get everything of run-1 (4 rounds, and the end)" in said[-1]
+    assert "did not get everything of run-1 (rounds 0 to 3 and its end)" in said[-1]
     assert not heard.runs
 
 
@@ -229,7 +229,9 @@ def test_an_epsilon_in_32_bits_is_never_smaller(value: float) -> None:
     [
         ("comet:x", "names no tracker; expected mlflow:URI, tensorboard:FOLDER, wandb or wandb:offline"),
         ("mlflow:", "names no tracker"),
-        ("mlflow", "names no tracker"),
+        ("mlflow", "--track 'mlflow' names no tracker"),
+        ("mlflow:runs/here", "not in a plain folder; use mlflow:sqlite:///mlflow.db"),
+        ("tensorboard:/proc/board", "cannot be made"),
         ("wandb:nowhere", "names no tracker"),
         ("wandb", "W&B has no key"),
         ("tensorboard:/dev/null", "is no folder"),
