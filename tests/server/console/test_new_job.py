@@ -136,7 +136,7 @@ def test_the_numbers_are_the_planners(browser: Browser) -> None:
     ("more", "field", "text"),
     [
         ({"name": "no good name"}, "name", "letters"),
-        ({"training.rounds": "many"}, "training-rounds", "integer"),
+        ({"training.rounds": "many"}, "training-rounds", "whole number"),
         ({"training.rounds": ""}, "training-rounds", "is missing"),
         ({"privacy.delta": "2"}, "privacy-delta", "less than 1"),
         ({"task.kind": "elsewhere"}, "task-kind", "found"),

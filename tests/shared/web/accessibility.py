@@ -16,6 +16,10 @@ _WIDER = "document.documentElement.scrollWidth > innerWidth"
 _CUT_OFF = """() => [...document.querySelectorAll(".scroll")].filter(one => one.querySelector("table.stack")
   && one.scrollWidth > one.clientWidth).map(one => one.getAttribute("aria-labelledby") || one.getAttribute("aria-label"))"""
 """Tables of records, of which each has a line or a block of its own; those with a column for each run may be scrolled."""
+_SHIFTED = """() => [...document.querySelectorAll(".stack td, .stack tbody th")].filter(cell => cell.offsetParent
+  && parseFloat(getComputedStyle(cell).paddingLeft) + parseFloat(getComputedStyle(cell).textIndent) < -.5)
+  .map(cell => cell.dataset.label || cell.textContent.trim().slice(0, 20))"""
+"""Cells of which the begin, a label beside the value, lies outside of them."""
 WIDTHS = (360, 600, 704, 720, 768, 900, 960, 1024, 1100, 1200, 1280, 1366, 1440, 1760, 1920, 2560)
 _JUDGED = (360, 1280)
 """By axe, which takes half a second."""
@@ -47,4 +51,5 @@ def cut_off(page: Any) -> list[str]:
         page.set_viewport_size({"width": width, "height": 900})
         told += [f"wider than {width}"] if page.evaluate(_WIDER) else []
         told += [f"a column of {one} is cut off at {width}" for one in page.evaluate(_CUT_OFF)]
+        told += [f"the begin of {one} is cut off at {width}" for one in page.evaluate(_SHIFTED)]
     return told
