@@ -6,7 +6,6 @@ without a traceback; anything that is not a `SilotuneError` is a defect and keep
 
 from __future__ import annotations
 
-import errno
 import logging
 import traceback
 from collections.abc import Iterator
@@ -162,9 +161,6 @@ def model_errors(what: str, *through: type[Exception]) -> Iterator[None]:
         if isinstance(error, through):
             raise
         logging.getLogger(__name__).info("where it happened: %s", place_of(error))
-        # safetensors tells it in Rust's words alone.
-        if f"os error {errno.ENOSPC}" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
-            raise ModelError(f"{what}: the disk is full. Free space, then do it again.") from None
         kind = type(error.__cause__ or error if isinstance(error, Panicked) else error).__name__
         raise ModelError(
             f"{what} ({kind}): its files do not fit together or are damaged. Make it anew, or restore it."

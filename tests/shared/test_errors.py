@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import errno
-
-import pytest
-from safetensors import SafetensorError
-
-from shared.errors import ModelError, model_errors, place_of, printable
+from shared.errors import place_of, printable
 
 
 def test_kind_and_place_are_told_and_no_text() -> None:
@@ -31,16 +26,3 @@ def test_kind_and_place_are_told_and_no_text() -> None:
 def test_control_characters_are_not_printed() -> None:
     assert printable("a\x1b[2J\u202eb\nc") == "a\ufffd[2J\ufffdb\ufffdc"
     assert printable("a\x1bb\nc", "?", lines=True) == "a?b\nc"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
-        OSError(errno.ENOSPC, "No space left on device"),
-    ],
-)
-def test_a_full_disk_is_not_blamed_on_the_model(error: Exception) -> None:
-    said = r"m cannot be had: the disk is full\. Free space"
-    with pytest.raises(ModelError, match=said), model_errors("m cannot be had"):
-        raise error
