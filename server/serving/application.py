@@ -300,9 +300,9 @@ def settle(service: Service, asked: Asked, used: Use) -> None:
         asked.booked = None
 
 
-def check_model(service: Service, model: str | None) -> None:
-    """Raise `Refused` (404) unless this is what the model is called."""
-    if model not in (None, service.following.name, service.following.model.version):
+def check_model(service: Service, model: Model, wanted: str | None) -> None:
+    """Raise `Refused` (404) unless the model that is to answer is called so; another may have taken over meanwhile."""
+    if wanted not in (None, service.following.name, model.version):
         raise Refused(404, "model_not_found", f"this service has the model {service.following.name!r}.", param="model")
 
 
@@ -318,7 +318,7 @@ def refused_of(error: SilotuneError) -> Refused:
 async def predict(service: Service, asked: Asked) -> Response:
     """Answer `/v1/predict`."""
     model, wanted = service.model(), read(PredictRequest, asked.body)
-    check_model(service, wanted.model)
+    check_model(service, model, wanted.model)
     question = await service.desk.question(model, wanted)
     used = Use(requests=1, read_tokens=question.tokens)
     await book(service, asked, used)

@@ -68,7 +68,7 @@ class _Answer:
 async def completions(service: Service, asked: Asked) -> Response | None:
     """Answer `/v1/completions`."""
     model, wanted = service.model(), read(CompletionRequest, asked.body)
-    check_model(service, wanted.model)
+    check_model(service, model, wanted.model)
     prompts = await service.desk.prompts(model, wanted)
     tokens = sum(map(len, prompts))
     await book(service, asked, Use(1, tokens, wanted.max_tokens * wanted.n * len(prompts)))

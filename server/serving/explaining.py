@@ -135,7 +135,7 @@ async def explain(service: Service, asked: Asked) -> Response:
     model, wanted = service.model(), read(ExplainRequest, asked.body)
     if service.explaining is None or model.explaining is None:
         raise Refused(404, "explains_nothing", "this service does not explain; it was started without --explain.")
-    check_model(service, wanted.model)
+    check_model(service, model, wanted.model)
     text = single_text(model, wanted, service.limits)
     _check(model, wanted)
     most_tokens = min(model.max_length, _MOST_BYTES_OF_A_CHARACTER * len(text) + _CONTROL_TOKENS)

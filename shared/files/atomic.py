@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -45,6 +46,19 @@ def write_bytes(path: Path, data: bytes, *, mode: int = 0o600) -> None:
             f"could not write {path}: {error.strerror or error}. The old content is untouched; free space or mend "
             "the permissions, then resume the run."
         ) from error
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raise `OSError` where a library written in Rust (safetensors, tokenizers) could not write, in words of its own."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if (found := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def require_file_or_nothing(path: Path) -> None:

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from shared.errors import ConfigError, DataError, RunError
-from shared.files.atomic import sync_folder, write_json
+from shared.files.atomic import disk_errors, sync_folder, write_json
 from shared.files.json_files import canonical_json
 from shared.job.parsing import nearest
 from simulations.data.archives import cache_folder
@@ -231,8 +231,9 @@ def _write(folder: Path, tokenizer: Any, model: Any, record: dict[str, Any]) -> 
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
-            tokenizer.save_pretrained(temporary)
-            model.save_pretrained(temporary)
+            with disk_errors():
+                tokenizer.save_pretrained(temporary)
+                model.save_pretrained(temporary)
             write_json(temporary / RECIPE_FILE, record)
             temporary.chmod(0o755)
             if not folder.exists():

@@ -29,12 +29,16 @@ COMMANDS = {
     "monitor": "monitor W/run W/train.csv --text review --window 20 --out W/new",
     "explain": "explain W/run 'a dull plot' --html W/new/why.html",
     "plan": "plan --records 1000 --sample-rate 0.05 --epsilon 3 --steps 10 --out W/new",
+    "export": "export W/run --to merged --out W/new/model",
+    "export to a graph": "export W/run --to onnx --precision int8 --out W/new/model",
+    "models": "models add W/run --name films --registry W/new/models",
+    "tokens": "tokens add ward --tokens W/new/tokens.db --scope predict",
     "pki": "pki init W/new/ca --name C",
     "site": "site init W/new/site --name n --coordinator h:1 --data W/train.csv --column text=review",
     "coordinator": "coordinator init W/new/hub --host localhost",
 }
 # SQLite makes its file before it can fill it, and locks are empty: neither says anything wrong.
-MAY_BE_EMPTY = {"ledger.db", "audit.lock"}
+MAY_BE_EMPTY = {"ledger.db", "tokens.db", "audit.lock"}
 
 
 @pytest.fixture(scope="module")
@@ -90,3 +94,12 @@ def test_standard_output_that_takes_no_more(
     outcome = silotune(name, *([made / "run", "a dull plot"] if name == "predict" else []))
     assert outcome.status == 1
     assert outcome.err.startswith("error: something could not be written: No space left on device.")
+
+
+def test_fault_weights_that_a_library_cannot_write_are_no_damaged_model(
+    made: Path, silotune: Silotune, tmp_path: Path
+) -> None:
+    with small_files(100_000):  # whatever comes before the weights is smaller
+        outcome = silotune("export", made / "run", "--to", "merged", "--out", tmp_path / "model")
+    assert "could not be written (File too large); nothing was left there" in outcome.err
+    assert list(tmp_path.iterdir()) == []

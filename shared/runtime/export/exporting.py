@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from shared.errors import ConfigError, model_errors
+from shared.files.atomic import disk_errors
 from shared.job.compute import ComputeConfig
 from shared.models.images import ImageModel
 from shared.runtime.export.card import model_card
@@ -87,6 +88,7 @@ def origin_of(source: ModelFolder) -> tuple[str, str]:
     return made_from, source.record.files.get(made_from, source.record.made_from_sha256)
 
 
+@disk_errors()
 def write_model(
     folder: Path, source: ModelFolder, model: Parts | ImageModel, to: Target, precision: Precision = "float32"
 ) -> ModelRecord:

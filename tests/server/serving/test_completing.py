@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from server.serving.application import check_model
 from server.serving.completing import Completing, Row, certain_length
-from server.serving.models import Plan
+from server.serving.models import Model, Plan
+from server.serving.refusals import Refused
 from shared.job.compute import ComputeConfig
 from shared.runtime.inference import Decoding, generate, load_model
 from tests.server.serving.live import Live, events, live
@@ -160,3 +165,44 @@ def test_more_than_the_caches_hold_waits_its_turn(writer_run: Path) -> None:
         asked = {"prompt": ["a", "b"], "max_tokens": 30, "n": 4, "seed": 1}
         found = narrow.post("/v1/completions", asked).json()
         assert len(found["choices"]) == 8
+
+
+def test_a_stream_is_of_one_version_from_its_begin_to_its_end(writer: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, following = writer.service.engine, writer.service.following
+    assert isinstance(engine, Completing)
+    first, step = following.model, engine._step
+    second = replace(first, version="writer:2")
+    asked: dict[str, Any] = {"prompt": PROMPT, "max_tokens": 40, "n": 2, "seed": 3}
+    expected = [choice["text"] for choice in writer.post("/v1/completions", asked).json()["choices"]]
+
+    def slow(model: Model) -> None:  # so that every stream is still at its begin when another version takes over
+        time.sleep(0.02)
+        step(model)
+
+    monkeypatch.setattr(engine, "_step", slow)
+    with ExitStack() as stack:
+        client, found = stack.enter_context(writer.client()), list[tuple[str, Iterator[str], list[str]]]()
+        for model in (first, first, second, second, first):
+            monkeypatch.setattr(following, "model", model)
+            body = {**asked, "stream": True}
+            lines = stack.enter_context(client.stream("POST", "/v1/completions", json=body)).iter_lines()
+            found.append((model.version, lines, [next(lines)]))
+        assert len(engine._groups) == 2
+        monkeypatch.setattr(following, "withdrawn", "writer:2 was retired")
+        assert writer.post("/v1/completions", asked).status_code == 503
+        for version, lines, seen in found:
+            *pieces, done = [line.removeprefix("data: ") for line in [*seen, *lines] if line]
+            read = [json.loads(piece) for piece in pieces]
+            assert done == "[DONE]"
+            assert {(one["version"], one["system_fingerprint"]) for one in read} == {(version, version)}
+            choices = [one["choices"][0] for one in read]
+            assert ["".join(one["text"] for one in choices if one["index"] == row) for row in (0, 1)] == expected
+
+
+def test_who_names_a_version_is_answered_by_it_or_not_at_all(writer: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+    service = writer.service
+    first = service.following.model
+    monkeypatch.setattr(service.following, "model", replace(first, version="writer:2"))  # it took over meanwhile
+    with pytest.raises(Refused, match="model_not_found"):
+        check_model(service, first, "writer:2")
+    check_model(service, first, first.version)
