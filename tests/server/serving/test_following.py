@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -84,26 +82,6 @@ def test_an_alias_changes_under_load(registry: Registry, reference: str) -> None
     assert {status for status, _ in seen} == {200}
     assert found.service.following.changes == 3
     assert found.service.following.name == reference
-
-
-def test_a_stream_is_of_one_version_to_its_end(writer_run: Path) -> None:
-    """Another model takes over in the middle."""
-    asked = {"model": "writer", "prompt": "a", "max_tokens": 40, "n": 2, "temperature": 0}
-    with live(str(writer_run), writer_run.parent, plan=Plan("onnx")) as found, found.client() as client:
-        following = found.service.following
-        whole = found.post("/v1/completions", asked).json()
-        pieces = []
-        with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as stream:
-            for line in stream.iter_lines():
-                if line.startswith("data: {"):
-                    pieces.append(json.loads(line.removeprefix("data: ")))
-                    following.model = replace(following.model, version="writer:2")
-        assert {piece["version"] for piece in pieces} == {whole["version"]} != {"writer:2"}
-        texts = ["", ""]
-        for choice in (choice for piece in pieces for choice in piece["choices"]):
-            texts[choice["index"]] += choice["text"]
-        assert texts == [choice["text"] for choice in whole["choices"]]
-        assert found.post("/v1/completions", asked).json()["version"] == "writer:2"
 
 
 def test_what_does_not_verify_is_refused_and_the_old_one_goes_on(
