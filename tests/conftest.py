@@ -50,8 +50,16 @@ def _logging_as_it_was() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _threads() -> None:
+def _one_thread_at_first() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Take back what a test did to the number of threads: by it a library cuts its sums, so the tests after it would differ."""
+    yield
+    if torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

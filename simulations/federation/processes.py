@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import statistics
@@ -53,6 +54,8 @@ from shared.trust.signing import SigningKey, load_verify_key
 
 HOST = "127.0.0.1"
 HOSTS = ("localhost", HOST)
+_NOT_EPHEMERAL = range(20_000, 32_000)
+"""Ports below those that systems give to outgoing connections: Linux from 32768 on, others from 49152 (RFC 6335, section 6)."""
 ANY_PORT = f"{HOST}:0"  # the settings' own are for one coordinator and one site a machine
 COMMAND = ("-m", "cli")
 _OF_ROUNDS = (Event.READY_ASKED, Event.ROUND_ASKED, Event.ROUND_COMPLETED)
@@ -375,10 +378,12 @@ def change_toml(path: Path, **keys: Any) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port that is free now."""
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
-        return int(listener.getsockname()[1])
+    """Return a TCP port that is free now, and that no outgoing connection will take before it is listened on."""
+    for port in random.sample(_NOT_EPHEMERAL, 100):
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind((HOST, port))
+            return port
+    raise RunError(f"none of 100 TCP ports from {_NOT_EPHEMERAL[0]} to {_NOT_EPHEMERAL[-1]} is free.")
 
 
 def now() -> str:

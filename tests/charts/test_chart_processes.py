@@ -15,6 +15,7 @@ import httpx
 
 from server.serving.access.tokens import TokenFile
 from shared.trust.pki import approve, create_ca
+from simulations.federation.processes import free_port
 from tests.charts.rendering import COORDINATOR, NEEDED, SERVE, Values, objects, pod
 from tests.client.console.test_start import certificate
 from tests.integration.eventually import eventually
@@ -55,11 +56,6 @@ def folders_of(spec: Values, tmp_path: Path) -> dict[str, Path]:
     for folder in found.values():
         folder.mkdir(exist_ok=True)
     return found
-
-
-def free_port() -> int:
-    with socket.create_server((HOST, 0)) as taken:
-        return int(taken.getsockname()[1])
 
 
 def test_what_the_chart_of_serving_starts_answers(filled: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -6,13 +6,13 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from simulations.federation.processes import free_port
 from tests.server.compression.kinds import public_file
 from tests.server.registry.conftest import small_run  # noqa: F401 (a fixture)
 from tests.server.serving.conftest import writer_run  # noqa: F401 (a fixture)
@@ -44,9 +44,7 @@ def test_every_command_of_the_page_does_what_it_says(
     text = script()
     for port in ("8460", "8461"):
         assert port in text
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            text = text.replace(port, str(free.getsockname()[1]))
+        text = text.replace(port, str(free_port()))
     (tmp_path / "page.sh").write_text(text)
 
     # 2. The page.

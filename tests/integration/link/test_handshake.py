@@ -15,6 +15,7 @@ from client.link.handshake import split_address, tls_facts
 from client.site.config import SiteConfig
 from shared.errors import ConfigError, RunError, TrustError
 from shared.job.parsing import parse
+from simulations.federation.processes import free_port
 from tests.integration.eventually import eventually
 from tests.integration.link.parts import HOST, Consortium, serving, site
 from tests.integration.link.relay import ConnectProxy
@@ -23,12 +24,6 @@ from tests.integration.link.relay import ConnectProxy
 @pytest.fixture
 def consortium(tmp_path: Path) -> Consortium:
     return Consortium(tmp_path)
-
-
-def closed_port() -> int:
-    with socket.socket() as held:
-        held.bind((HOST, 0))
-        return int(held.getsockname()[1])
 
 
 def test_tls_1_3_and_http_2_with_and_without_a_proxy(consortium: Consortium) -> None:
@@ -56,7 +51,7 @@ def test_who_is_admitted_is_welcomed_and_who_is_not_is_told_why(consortium: Cons
         with pytest.raises(NotAdmitted, match="does not lie in the coordinator's trust store"):
             welcome(address, consortium.shown(key, certificate))
     with pytest.raises(Unreachable, match="check the address, that the coordinator runs"):
-        welcome(f"localhost:{closed_port()}", mine)
+        welcome(f"localhost:{free_port()}", mine)
 
 
 def test_a_server_of_another_ca_or_for_another_host_is_not_talked_to(consortium: Consortium, tmp_path: Path) -> None:

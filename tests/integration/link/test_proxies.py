@@ -15,6 +15,7 @@ from client.link.answering import answering
 from client.link.client import Unreachable, welcome
 from client.link.handshake import tls_facts
 from server.link.grid import LinkGrid
+from simulations.federation.processes import free_port
 from tests.integration.link.parts import HOST, Consortium, eventually, serving, site
 from tests.integration.link.test_link import ask, data_of, same
 
@@ -67,9 +68,7 @@ def proxy(request: pytest.FixtureRequest) -> Iterator[tuple[int, str, Proxy]]:
     program: str = request.param.__name__
     if shutil.which(program, path="/usr/sbin:/usr/bin:/sbin:/bin") is None:
         pytest.skip(f"{program} is not installed; on Debian: apt install {program}")
-    with socket.socket() as free:
-        free.bind((HOST, 0))
-        port = int(free.getsockname()[1])
+    port = free_port()
     # Not below `tmp_path`: squid runs as another user, who may not enter it.
     folder = Path(tempfile.mkdtemp(prefix=f"{program}-"))
     command = request.param(folder, port)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psycopg
+
+from simulations.federation.processes import free_port
 
 
 def programs() -> Path | None:
@@ -32,29 +34,39 @@ def running(place: Path) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="pg-", ignore_cleanup_errors=True) as folder:
         os.chmod(folder, 0o777)  # noqa: S103 (of the other account)
         data = Path(folder) / "data"
-        told = Path(folder) / "log"
         make = [place / "initdb", "--auth=trust", "--username=tests", "--no-sync", "--encoding=UTF8", "-D", data]
         subprocess.run(make, check=True, capture_output=True, cwd=folder, **account)
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        serve = [place / "postgres", "-D", data, "-p", str(port), "-k", folder, "-h", "127.0.0.1", "-F"]
-        with told.open("wb") as log, subprocess.Popen(serve, stdout=log, stderr=log, cwd=folder, **account) as server:
+        server, url = _start([place / "postgres", "-D", data, "-k", folder, "-h", "127.0.0.1", "-F"], folder, account)
+        with server:
             try:
-                url = f"postgresql://tests@127.0.0.1:{port}"
-                _wait(url)
                 yield url
             finally:
                 server.send_signal(signal.SIGINT)  # waits for nobody's connection
                 server.wait(20)
 
 
-def _wait(url: str) -> None:
-    end = time.monotonic() + 30
-    while True:
+def _start(command: list[Any], folder: str, account: dict[str, str]) -> tuple[subprocess.Popen[bytes], str]:
+    """Start it on a free port, which another test's process may take first: then it ends at once and gets another."""
+    told = Path(folder) / "log"
+    for _ in range(5):
+        port = free_port()
+        url = f"postgresql://tests@127.0.0.1:{port}"
+        with told.open("wb") as log:
+            server = subprocess.Popen([*command, "-p", str(port)], stdout=log, stderr=log, cwd=folder, **account)
+        if _answers(server, url):
+            return server, url
+        server.kill()
+        server.wait()
+    raise RuntimeError(f"PostgreSQL did not start; the last of five tries printed:\n{told.read_text(errors='replace')}")
+
+
+def _answers(server: subprocess.Popen[bytes], url: str) -> bool:
+    end = time.monotonic() + 60
+    while server.poll() is None and time.monotonic() < end:
         try:
             psycopg.connect(f"{url}/postgres", connect_timeout=2).close()
-            return
         except psycopg.OperationalError:
-            if time.monotonic() > end:
-                raise
             time.sleep(0.1)
+        else:
+            return True
+    return False
