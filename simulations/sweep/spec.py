@@ -33,7 +33,9 @@ EPSILON = "privacy.epsilon"
 NO_BUDGET = "inf"
 MAX_SETTINGS = 10_000
 _SECTIONS = ("model", "lora", "training", "privacy", "aggregation", "federation", "partition")
-_SINGLE_KEYS = ("simulation.dropout_probability",)
+_OF_TRAINING = ("label_smoothing", "class_weights", "thresholds", "head_start", "head_centre")
+"""Keys of the task that say how its model is trained, and leave what is asked of it as it is."""
+_SINGLE_KEYS = ("simulation.dropout_probability", *(f"task.{key}" for key in _OF_TRAINING))
 _REFUSED = {
     "seed": "repeat every setting under several seeds with --seeds (`seeds` in a sweep file)",
     "privacy.delta": "epsilons at different deltas cannot stand on one frontier; change it for all trials with --set",
@@ -345,7 +347,8 @@ def _check_axis(key: str) -> None:
     if key in _SINGLE_KEYS or (section in _SECTIONS and rest):
         return
     if section in ("data", "task"):
-        raise ValueError(f"{key!r} cannot be an axis: scores on other data or of another task cannot be compared")
+        besides = f"; of the task {', '.join(_OF_TRAINING)} can" if section == "task" else ""
+        raise ValueError(f"{key!r} cannot be an axis: scores on other data or of another task cannot be compared{besides}")
     known = ", ".join([*(f"{name}.*" for name in _SECTIONS), *_SINGLE_KEYS])
     hint = f"; {nearest(section, _SECTIONS)}" if section not in _SECTIONS else ""
     raise ValueError(f"{key!r} cannot be an axis{hint}; axes are keys of {known}")

@@ -118,6 +118,16 @@ def test_an_axis_may_complete_a_table_that_is_only_begun(scenario: Path) -> None
     assert [(trial.views, trial.token_dropout) for trial in trials if trial is not None] == [(2, 0.2), (3, 0.2)]
 
 
+def test_how_a_task_is_trained_may_be_an_axis_and_what_it_asks_may_not(scenario: Path) -> None:
+    axes = ["task.class_weights=[1.0, 1.0],[0.5, 1.0]", "task.label_smoothing=0,0.1", "task.thresholds=none,public"]
+    sweep = load_sweep(scenario, axes=axes)
+    trials = [sweep.scenario(setting, 0).job.task for setting in sweep.grid()]
+    assert [trial.class_weights for trial in trials] == [(1, 1)] * 4 + [(0.5, 1)] * 4
+    assert [trial.label_smoothing for trial in trials[:4]] == [0, 0, 0.1, 0.1]
+    assert [trial.thresholds for trial in trials[:2]] == ["none", "public"]
+    assert not {"class_weights", "label_smoothing", "thresholds"} & {*sweep.settings(None)["job"]["task"]}
+
+
 def test_baselines_and_repeats_become_seeds(scenario_file: MakeScenario) -> None:
     path = calibrated(scenario_file(seed=4, simulation={"repeats": 3}, baselines={"arms": ["non-private"]}))
     sweep = load_sweep(path, axes=["training.learning_rate=0.1,0.2"])
@@ -136,6 +146,7 @@ def test_baselines_and_repeats_become_seeds(scenario_file: MakeScenario) -> None
         (["privacy.delta=1e-5,1e-6"], "one frontier"),
         (["privacy.mechanism=none,dp-sgd"], "write inf"),
         (["data.num_test=10,12"], "cannot be compared"),
+        (["task.labels=['a','b'],['c','d']"], "of the task label_smoothing, class_weights"),
         (["compute.device=cpu,auto"], "cannot be an axis"),
         (["training.learning_rate=1,1.0"], "holds a value twice"),
         (["training.learning_rate=1,inf"], "only privacy.epsilon takes"),
