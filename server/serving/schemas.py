@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
 from pydantic.json_schema import models_json_schema
 
 from server.serving.refusals import Refused
+from shared.job.parsing import explain
 from shared.version import silotune_version
 
 _REF = "#/components/schemas/{model}"
@@ -222,11 +223,14 @@ def read(kind: type[Body], content: bytes) -> Body:
     try:
         return kind.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        first = error.errors(include_url=False, include_input=False)[0]
         key = str(first["loc"][0]) if first["loc"] else ""
-        # Of what may be one thing or another pydantic tells its own names, of the first that does not fit.
-        place = key if key in _EITHER else ".".join(str(part) for part in first["loc"])[:200]
-        said = f"{place}: {_EITHER.get(key, first['msg'])}" if place else first["msg"]
+        if not key:
+            place, said = "", str(first["msg"])
+        elif key in _EITHER:  # pydantic tells its own names, of the first that does not fit
+            place, said = key, f"{key}: {_EITHER[key]}"
+        else:
+            place, said = ".".join(str(part) for part in first["loc"])[:200], explain(kind, first)
         raise Refused(400, "invalid_request", f"the request does not fit: {said}", param=place or None) from None
 
 

@@ -147,7 +147,7 @@ def unknown_key(key: str, known: Sequence[str], *models: type[BaseModel]) -> str
         {f"{name}.{key}" for model in models for name, inner in _sections(model) if key in inner.model_fields}
     )
     hint = f"did you mean {' or '.join(map(repr, inside))}?" if inside else nearest(key, known)
-    return f"unknown key {key!r}; {hint}"
+    return f"unknown key {excerpt(key)}; {hint}"
 
 
 def toml_value(text: str) -> Any:
@@ -192,7 +192,7 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     if detail["type"] == "extra_forbidden":
         if len(location) == 1:
             return unknown_key(where, list(model.model_fields), model)
-        return f"unknown key {where!r}; {nearest(location[-1], _known_keys(model, location[:-1]))}"
+        return f"unknown key {excerpt(where)}; {nearest(location[-1], _known_keys(model, location[:-1]))}"
     if detail["type"] == "missing":
         return f"{where} is missing"
     message = re.sub("^Input should be (?=greater|less)", "expected a number ", str(detail["msg"]))

@@ -197,6 +197,26 @@ def test_bad_requests_are_told_in_one_shape(
         assert response.json()["error"].keys() == {"message", "type", "param", "code"}
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"textes": ["a"]}', "unknown key 'textes'; did you mean 'texts'?"),
+        (b'{"texts": ["a"], "%s": 1}' % (b"x" * 4000), "(4,002 characters); known: "),
+        (b'{"texts": 1}', "texts: expected a list"),
+        (b'{"texts": ["a", 7]}', "texts.1: expected text"),
+        (b'{"texts": ["a"], "model": true}', "model: expected text"),
+    ],
+)
+def test_a_bad_request_is_told_in_our_words(guarded: tuple[Live, TokenFile], content: bytes, message: str) -> None:
+    found, file = guarded
+    known = {token.name for token in file.tokens()}
+    with found.client(file.add(f"asker-{len(known)}", scopes=("predict",))) as client:
+        response = client.post("/v1/predict", content=content, headers={"content-type": "application/json"})
+    assert response.status_code == 400
+    assert message in (told := response.json()["error"]["message"])
+    assert len(told) < 500
+
+
 def test_large_bodies_are_refused(guarded: tuple[Live, TokenFile]) -> None:
     found, file = guarded
     secret = file.add("sender", scopes=("predict",))
