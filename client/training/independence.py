@@ -8,6 +8,8 @@ Guarantees (tests: tests/client/training/test_independence.py)
       its own, which is slower and independent by construction. On a device that does not even repeat itself nothing is trained.
       `keep_settled` repeats it when the number of threads has changed, and forgets activations that were computed before.
     * After `settle_stacks` the same holds where sites of a simulation share passes, each example beside its own site's values.
+    * Activation functions are tried out by themselves: where a vector ends follows from the size of a pass, and a few passes do
+      not have all sizes (test_a_function_that_rounds_two_ways_parts_the_examples).
     * Texts of every padded length that can share a pass with one like it are tried out, up to the job's `max_length`.
     * An adapter for which `check_adapter` finds a difference on this machine is refused before anything is charged.
 
@@ -31,6 +33,7 @@ from client.training.backward import backward
 from client.training.per_example import most_examples
 from client.training.trainer import per_example_hooks
 from shared.errors import AdapterError, PrivacyError
+from shared.models.activations import activations_of, rounds_one_way
 from shared.models.batches import Example, collate
 from shared.models.packing import padded_length
 from shared.privacy.mechanism import per_example_gradients
@@ -73,6 +76,9 @@ def settle_company(runtime: Runtime) -> None:
         PrivacyError: if one and the same pass gives different gradients when it is repeated.
     """
 
+    if not _rounds_one_way(runtime):
+        _part(runtime)
+        return
     with _restored(runtime), _passes(runtime) as take:
         probes = _probes(runtime, _MOST_TOKENS)
         for start in (_noisy(runtime), _sharp(runtime)):
@@ -113,9 +119,15 @@ def settle_stacks(runtime: Runtime) -> None:
 
 def _part(runtime: Runtime) -> None:
     """Give each example a pass of its own, and forget what was computed in company."""
+    threads, hint = torch.get_num_threads(), ""
+    if runtime.model.device.type == "cpu" and threads.bit_count() > 1:
+        # By three threads a row is cut where no vector of the processor ends; see docs/decisions/0017.
+        fewer = 1 << (threads.bit_length() - 1)
+        hint = f" That may follow from its {threads} threads: try {fewer} (OMP_NUM_THREADS={fewer}, or simulation.threads)."
     _LOG.warning(
-        "on this machine a gradient depends on the examples beside it; each example is computed by itself, which is "
-        "three to four times as slow."
+        "on this machine a gradient depends on the examples beside it; each example is computed by itself, which is three to "
+        "four times as slow.%s",
+        hint,
     )
     runtime.compute = runtime.compute.model_copy(update={"micro_batch_tokens": 1})
     runtime.cache.forget()
@@ -175,6 +187,12 @@ def _restored(runtime: Runtime) -> Iterator[None]:
         with torch.no_grad():
             for parameter, value in zip(parameters, saved, strict=True):
                 parameter.copy_(value)
+
+
+def _rounds_one_way(runtime: Runtime) -> bool:
+    """Return whether no activation function shows where a number stands; passes of a few sizes would not show all such places."""
+    dtype = runtime.autocast_dtype or torch.float32
+    return all(rounds_one_way(function, runtime.model.device, dtype) for function in activations_of(runtime.model))
 
 
 def _independent(runtime: Runtime, probes: Sequence[Example], alone: Sequence[Tensor], take: Take) -> bool:

@@ -20,6 +20,7 @@ from shared.errors import ModelError
 from shared.files.bounded import read_named_text
 from shared.job.model import ModelConfig
 from shared.job.parsing import nearest
+from shared.models.activations import steady
 from shared.models.families import Architecture, architecture_of, refuse_mixing
 from shared.models.model_files import check_model_files, check_weights
 from shared.models.packing import PACKED, register_attention
@@ -100,6 +101,7 @@ def load_backbone(folder: Path) -> tuple[nn.Module, Architecture, Any]:
     for module in backbone.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    steady(backbone)
     backbone.requires_grad_(False)
     return backbone, architecture, backbone.config
 

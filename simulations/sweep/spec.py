@@ -348,7 +348,9 @@ def _check_axis(key: str) -> None:
         return
     if section in ("data", "task"):
         besides = f"; of the task {', '.join(_OF_TRAINING)} can" if section == "task" else ""
-        raise ValueError(f"{key!r} cannot be an axis: scores on other data or of another task cannot be compared{besides}")
+        raise ValueError(
+            f"{key!r} cannot be an axis: scores on other data or of another task cannot be compared{besides}"
+        )
     known = ", ".join([*(f"{name}.*" for name in _SECTIONS), *_SINGLE_KEYS])
     hint = f"; {nearest(section, _SECTIONS)}" if section not in _SECTIONS else ""
     raise ValueError(f"{key!r} cannot be an axis{hint}; axes are keys of {known}")

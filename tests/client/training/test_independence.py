@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import client.training.independence as independence_module
 import client.training.per_example as per_example_module
@@ -21,7 +21,7 @@ from shared.job.compute import ComputeConfig
 from shared.job.job import Job
 from shared.models.batches import Batch, Example
 from shared.models.packing import padded_length
-from shared.runtime.runtime import Runtime, load_runtime
+from shared.runtime.runtime import Runtime, load_own_runtime, load_runtime
 from shared.tensors.adapters import encode
 from shared.wire.messages import Refusal, TrainReply, TrainRequest
 from simulations.running.together import train_together
@@ -127,6 +127,43 @@ def test_a_fault_that_only_sites_side_by_side_have_is_found(
     assert all(isinstance(answer, TrainReply) for answer in answers)
     assert runtime.compute.micro_batch_tokens == 1
     assert "depends on the examples beside it" in caplog.text
+
+
+@pytest.mark.parametrize(("threads", "hint"), [(1, None), (2, None), (3, "3 threads: try 2"), (6, "6 threads: try 4")])
+def test_who_pays_for_an_odd_number_of_threads_is_told(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, threads: int, hint: str | None
+) -> None:
+    real = type(runtime.task).per_example_loss
+    monkeypatch.setattr(type(runtime.task), "per_example_loss", shaken(real, 1e-6))
+    torch.set_num_threads(threads)
+    settle_company(runtime)
+    assert "depends on the examples beside it" in caplog.text
+    assert (hint or "") in caplog.text
+    assert ("OMP_NUM_THREADS" in caplog.text) == (hint is not None)
+
+
+def test_a_function_that_rounds_two_ways_parts_the_examples(
+    task_job: Callable[..., Job], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted: a function whose last bit follows from how many numbers stand beside; passes of the sizes tried out are whole."""
+
+    class TwoWays(nn.GELU):
+        def forward(self, values: Tensor) -> Tensor:
+            return super().forward(values) * (1 + 2**-22 * (values.numel() % 32 != 0))
+
+    TwoWays.__module__ = nn.GELU.__module__
+    job = task_job({"kind": "sequence_classification", **CASES["sequence_classification"].section})
+    runtime = load_own_runtime(job, ComputeConfig(device="cpu", precision="float32", cache_frozen_layers=False))
+    settle_company(runtime)
+    assert runtime.compute.micro_batch_tokens > 1
+    for layer in runtime.model.layers():
+        layer.intermediate.intermediate_act_fn = TwoWays()
+    monkeypatch.setattr(independence_module, "rounds_one_way", lambda *_: True)
+    settle_company(runtime)
+    assert runtime.compute.micro_batch_tokens > 1, "the passes show it, so this test shows nothing"
+    monkeypatch.undo()
+    settle_company(runtime)
+    assert runtime.compute.micro_batch_tokens == 1
 
 
 @pytest.mark.parametrize("least", [65, 97])
