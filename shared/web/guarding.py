@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from fastapi import HTTPException
 from starlette.datastructures import MutableHeaders
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
@@ -124,8 +125,11 @@ class Guarded:
             headers["strict-transport-security"] = f"max-age={_ONE_YEAR}"
 
 
-class _TooLarge(Exception):
-    """More came than a request may hold."""
+class _TooLarge(HTTPException):
+    """More came than a request may hold. Of FastAPI's kind: any other error that ends the reading of a form is 400 to it."""
+
+    def __init__(self) -> None:
+        super().__init__(413)
 
 
 def _bounded(receive: Receive) -> Receive:
