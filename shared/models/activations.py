@@ -57,6 +57,17 @@ def steady(model: nn.Module) -> None:
         for name, module in parent.named_children():
             if (instead := _instead_of(module)) is not None:
                 setattr(parent, name, instead)
+            elif type(parent).__name__ == "ModernBertMLP" and type(module).__name__ == "GELUActivation":
+                setattr(parent, name, ContiguousGELU())
+
+
+class ContiguousGELU(nn.Module):
+    """GELU of half of each row, as ModernBERT's gate takes it: of numbers with gaps PyTorch computes it another way, which rounds
+    differently at the end of a thread's part."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Return the function of each number, without gaps; so come the gradients, for what follows is a product with it."""
+        return nn.functional.gelu(values.contiguous())
 
 
 def _instead_of(module: nn.Module) -> nn.Module | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import GELUTanh, MishActivation, NewGELUActivation, QuickGELUActivation, SiLUActivation
 
-from shared.models.activations import SteadySiLU, SteadyTanhGELU, activations_of, rounds_one_way, steady
+from shared.models.activations import ContiguousGELU, SteadySiLU, SteadyTanhGELU, activations_of, rounds_one_way, steady
 from shared.models.backbones import load_backbone
 from shared.models.families import ARCHITECTURES
 from tests.tiny_families import make_backbone
@@ -49,6 +49,25 @@ def test_no_row_moves_with_the_size_of_the_pass(width: int, threads: int) -> Non
 def test_fault_the_fused_function_is_seen_to_move() -> None:
     """What the functions stand in for: with a head that sharpens, a last bit was a gradient of its full length."""
     assert sum(rows_that_moved(SiLUActivation(), width, threads) for width in (640, 904) for threads in (3, 5, 8)) > 0
+
+
+@pytest.mark.parametrize("threads", [1, 3, 5, 6, 8, 16])
+def test_half_of_a_row_is_computed_as_a_whole_one(threads: int) -> None:
+    """As ModernBERT does it: half of what a layer makes goes through the function, and is multiplied by the other half."""
+    generator = torch.Generator().manual_seed(0)
+    values, grown = torch.randn(1, 400, 2304, generator=generator), torch.randn(1, 400, 1152, generator=generator)
+    function = ContiguousGELU()
+
+    def gated(rows: int) -> tuple[Tensor, Tensor]:
+        entering = values[:, :rows].clone().requires_grad_()
+        half, gate = entering.chunk(2, dim=-1)
+        out = function(half) * gate
+        return out.detach(), torch.autograd.grad(out, entering, grown[:, :rows].clone())[0]
+
+    torch.set_num_threads(threads)
+    alone = gated(64)
+    for rows in range(80, 401, 16):
+        assert all(torch.equal(a, b[:, :64]) for a, b in zip(alone, gated(rows), strict=True)), rows
 
 
 @pytest.mark.parametrize(("theirs", "ours"), PAIRS, ids=["silu", "quick-gelu", "tanh-gelu"])
