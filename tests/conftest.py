@@ -58,8 +58,7 @@ def _one_thread_at_first() -> None:
 def _one_thread() -> Iterator[None]:
     """Take back what a test did to the number of threads: by it a library cuts its sums, so the tests after it would differ."""
     yield
-    if torch.get_num_threads() != 1:
-        torch.set_num_threads(1)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def parse(model: type[SectionT], raw: Mapping[str, Any], *, source: str) -> Sect
         return model.model_validate(dict(raw))
     except ValidationError as error:
         found = error.errors(include_url=False)
-        lines = [explain(model, detail) for detail in found[:_MOST_FINDINGS]]
+        lines = [_misplaced(model, detail) or explain(model, detail) for detail in found[:_MOST_FINDINGS]]
         if len(found) > _MOST_FINDINGS:
             lines.append(f"and {len(found) - _MOST_FINDINGS:,} more")
         raise ConfigError(f"{source} is not valid:\n" + "\n".join(f"  - {line}" for line in lines)) from None
@@ -187,8 +187,6 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     """Return one of pydantic's findings about a `model` as a line for people: where, what is wrong, what was found."""
     location = [str(part) for part in detail["loc"]]
     where = ".".join(location) or "the whole"
-    if misplaced := _misplaced(model, location, detail):
-        return misplaced
     if detail["type"] == "extra_forbidden":
         if len(location) == 1:
             return unknown_key(where, list(model.model_fields), model)
@@ -218,8 +216,9 @@ def explain(model: type[BaseModel], detail: Any) -> str:
     return f"{where}: {message}{shown}"
 
 
-def _misplaced(model: type[BaseModel], location: Sequence[str], detail: Any) -> str | None:
+def _misplaced(model: type[BaseModel], detail: Any) -> str | None:
     """Return what to say of a key of the top level that stands in a table, as whatever follows a [table] does; None of others."""
+    location = [str(part) for part in detail["loc"]]
     if len(location) != 2 or location[1] not in model.model_fields or isinstance(detail.get("input"), Mapping):
         return None
     table, key = location
@@ -229,9 +228,16 @@ def _misplaced(model: type[BaseModel], location: Sequence[str], detail: Any) -> 
 
 
 def _sections(model: type[BaseModel]) -> list[tuple[str, type[BaseModel]]]:
-    """Return the sections of a model with their names."""
-    found = [(name, field.annotation) for name, field in model.model_fields.items()]
-    return [(name, inner) for name, inner in found if isinstance(inner, type) and issubclass(inner, BaseModel)]
+    """Return the sections of a model with their names, those that may be left out too."""
+    found = [(name, _section_in(field.annotation)) for name, field in model.model_fields.items()]
+    return [(name, inner) for name, inner in found if inner is not None]
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """Return the one section that a setting of this type can be; None if there is none, or a choice of several."""
+    options = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    found = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+    return found[0] if len(found) == 1 else None
 
 
 def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
@@ -248,9 +254,8 @@ def _field(model: type[BaseModel], path: Sequence[str]) -> FieldInfo | None:
 
 def _known_keys(model: type[BaseModel], path: Sequence[str]) -> list[str]:
     for part in path:
-        field = model.model_fields.get(part)
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = dict(_sections(model)).get(part)
+        if inner is None:
             return []
         model = inner
     return list(model.model_fields)

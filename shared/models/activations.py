@@ -9,6 +9,8 @@ Guarantees (tests: tests/shared/models/test_activations.py)
     * What `steady` puts in place of such a function is made of functions that round one way: exponential, hyperbolic tangent and
       the four operations; forward and backward (test_what_is_put_in_place_rounds_one_way).
     * It is the same function to 2e-6, and finite with finite gradients for all numbers (test_it_is_the_same_function).
+    * After `steady` a function is computed of numbers without gaps, whatever layer it stands in
+      (test_half_of_a_row_is_computed_as_a_whole_one).
     * `rounds_one_way` finds those that do not (test_functions_that_round_two_ways_are_found).
 """
 
@@ -52,22 +54,21 @@ class SteadyTanhGELU(nn.Module):
 
 
 def steady(model: nn.Module) -> None:
-    """Put functions that round one way in place of those that are known to round two ways, everywhere in a model."""
+    """Put functions that round one way in place of those that are known to round two ways, everywhere in a model.
+
+    Each activation function gets its numbers without gaps from then on: PyTorch computes GELU another way, which rounds two ways,
+    where it is given half of each row, as ModernBERT's gate takes it.
+    """
     for parent in list(model.modules()):
         for name, module in parent.named_children():
             if (instead := _instead_of(module)) is not None:
                 setattr(parent, name, instead)
-            elif type(parent).__name__ == "ModernBertMLP" and type(module).__name__ == "GELUActivation":
-                setattr(parent, name, ContiguousGELU())
+    for module in filter(_is_activation, model.modules()):
+        module.register_forward_pre_hook(_without_gaps)
 
 
-class ContiguousGELU(nn.Module):
-    """GELU of half of each row, as ModernBERT's gate takes it: of numbers with gaps PyTorch computes it another way, which rounds
-    differently at the end of a thread's part."""
-
-    def forward(self, values: Tensor) -> Tensor:
-        """Return the function of each number, without gaps; so come the gradients, for what follows is a product with it."""
-        return nn.functional.gelu(values.contiguous())
+def _without_gaps(_: nn.Module, entering: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(values.contiguous() for values in entering)
 
 
 def _instead_of(module: nn.Module) -> nn.Module | None:
@@ -83,9 +84,13 @@ def _instead_of(module: nn.Module) -> nn.Module | None:
 
 def activations_of(model: nn.Module) -> list[nn.Module]:
     """Return a model's activation functions, one of each kind."""
+    return list({repr(module): module for module in model.modules() if _is_activation(module)}.values())
+
+
+def _is_activation(module: nn.Module) -> bool:
     homes = ("torch.nn.modules.activation", "transformers.activations", __name__)
-    found = {repr(m): m for m in model.modules() if type(m).__module__ in homes and next(m.children(), None) is None}
-    return [module for module in found.values() if not isinstance(module, nn.MultiheadAttention | nn.Softmax)]
+    other = isinstance(module, nn.MultiheadAttention | nn.Softmax)
+    return type(module).__module__ in homes and next(module.children(), None) is None and not other
 
 
 def rounds_one_way(function: nn.Module, device: torch.device, dtype: torch.dtype) -> bool:

@@ -217,6 +217,14 @@ def test_a_bad_request_is_told_in_our_words(guarded: tuple[Live, TokenFile], con
     assert len(told) < 500
 
 
+def test_a_key_in_the_wrong_object_is_not_told_in_words_of_toml() -> None:
+    with pytest.raises(Refused) as refused:
+        read(CompletionRequest, b'{"prompt": "a", "stream_options": {"model": 1}}')
+    assert refused.value.message == (
+        "the request does not fit: unknown key 'stream_options.model'; known: include_usage"
+    )
+
+
 def test_large_bodies_are_refused(guarded: tuple[Live, TokenFile]) -> None:
     found, file = guarded
     secret = file.add("sender", scopes=("predict",))

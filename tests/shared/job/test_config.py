@@ -36,6 +36,11 @@ def job(**changes: Any) -> Job:
         ({"rounds": 3}, "unknown key 'rounds'", "did you mean 'training.rounds'?"),
         ({"privacy": {"epsilonn": 1}}, "unknown key 'privacy.epsilonn'", "did you mean 'epsilon'?"),
         ({"training": {"rounds": 1, "zzz": 1}}, "unknown key 'training.zzz'", "known: "),
+        (
+            {"training": {"rounds": 1, "adversarial": {"radiu": 1}}},
+            "unknown key 'training.adversarial.radiu'",
+            "did you mean 'radius'?",
+        ),
         ({"model": {"seed": 1}}, "seed stands below [model]", "belongs above the first [section]"),
         ({"model": {"training": {}}}, "unknown key 'model.training'", ""),
         ({"training": {"rounds": 16**5000}}, "training.rounds", "thousands of digits"),

@@ -8,15 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.activations import GELUTanh, MishActivation, NewGELUActivation, QuickGELUActivation, SiLUActivation
+from transformers.activations import (
+    GELUActivation,
+    GELUTanh,
+    MishActivation,
+    NewGELUActivation,
+    QuickGELUActivation,
+    SiLUActivation,
+)
 
-from shared.models.activations import ContiguousGELU, SteadySiLU, SteadyTanhGELU, activations_of, rounds_one_way, steady
+from shared.models.activations import SteadySiLU, SteadyTanhGELU, activations_of, rounds_one_way, steady
 from shared.models.backbones import load_backbone
 from shared.models.families import ARCHITECTURES
 from tests.tiny_families import make_backbone
 
 PAIRS = [(SiLUActivation(), SteadySiLU()), (QuickGELUActivation(), SteadySiLU(1.702)), (GELUTanh(), SteadyTanhGELU())]
 CPU = torch.device("cpu")
+by_vectors = pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this processor's vectors are not used"
+)
 
 
 def there_and_back(function: nn.Module, values: Tensor, grown: Tensor) -> tuple[Tensor, Tensor]:
@@ -43,12 +53,22 @@ def test_no_row_moves_with_the_size_of_the_pass(width: int, threads: int) -> Non
         assert rows_that_moved(ours, width, threads) == 0
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this processor's vectors are not used"
-)
+@by_vectors
 def test_fault_the_fused_function_is_seen_to_move() -> None:
     """What the functions stand in for: with a head that sharpens, a last bit was a gradient of its full length."""
     assert sum(rows_that_moved(SiLUActivation(), width, threads) for width in (640, 904) for threads in (3, 5, 8)) > 0
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_every_family_s_functions_get_numbers_without_gaps(
+    kind: str, tiny_bert: Path, tiny_gpt2: Path, tmp_path: Path
+) -> None:
+    made = make_backbone(tmp_path / kind, kind, tiny_gpt2 if ARCHITECTURES[kind].causal else tiny_bert)
+    for function in activations_of(load_backbone(made)[0]):
+        seen: list[Tensor] = []
+        function.register_forward_hook(lambda _module, entering, _out, seen=seen: seen.append(entering[0]))
+        function(torch.randn(2, 6, 8).chunk(2, dim=-1)[0])
+        assert seen[0].is_contiguous()
 
 
 @pytest.mark.parametrize("threads", [1, 3, 5, 6, 8, 16])
@@ -56,12 +76,13 @@ def test_half_of_a_row_is_computed_as_a_whole_one(threads: int) -> None:
     """As ModernBERT does it: half of what a layer makes goes through the function, and is multiplied by the other half."""
     generator = torch.Generator().manual_seed(0)
     values, grown = torch.randn(1, 400, 2304, generator=generator), torch.randn(1, 400, 1152, generator=generator)
-    function = ContiguousGELU()
+    layer = nn.Sequential(GELUActivation())
+    steady(layer)
 
     def gated(rows: int) -> tuple[Tensor, Tensor]:
         entering = values[:, :rows].clone().requires_grad_()
         half, gate = entering.chunk(2, dim=-1)
-        out = function(half) * gate
+        out = layer(half) * gate
         return out.detach(), torch.autograd.grad(out, entering, grown[:, :rows].clone())[0]
 
     torch.set_num_threads(threads)
@@ -89,9 +110,7 @@ def test_what_is_put_in_place_rounds_one_way(dtype: torch.dtype) -> None:
     assert rounds_one_way(NewGELUActivation(), CPU, dtype)
 
 
-@pytest.mark.skipif(
-    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="this processor's vectors are not used"
-)
+@by_vectors
 def test_functions_that_round_two_ways_are_found() -> None:
     for function in (SiLUActivation(), QuickGELUActivation(), GELUTanh(), MishActivation(), nn.Sigmoid()):
         assert not rounds_one_way(function, CPU, torch.float32), function
